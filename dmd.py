@@ -1,0 +1,598 @@
+"""Distribution matching distillation: DMD (arXiv 2311.18828 v4) and DMD2 (arXiv 2405.14867 v2), into 1 to 4 or more steps.
+
+The idea. A teacher needs dozens of network calls to turn noise into a sample; the student shall need one, and it is enough
+that its samples have the teacher's distribution, noise by noise they may differ. So minimise the KL divergence between the
+two, after both have been noised to a random level t. Its gradient is the difference of two scores at the student's own
+noised sample: one from the teacher ("where is data?"), one of the student's own current distribution ("where do I already
+put samples?"), which a third network, the fake score, learns by denoising student samples all the while. Without the second
+score every sample would run to the nearest mode. DMD steadied this with a regression onto stored teacher ODE samples; DMD2
+drops that, trains the fake score several times per student update, adds a GAN on the fake's middle features, and trains
+N-step students on their own intermediate states.
+
+    paper             here               meaning                                                         shape
+    x = G_theta(z)    x                  student sample, read as x0                                      (B, ...)
+    x_t, a_t, s_t     x_t, alpha, sigma  noised student sample x_t = alpha x + sigma eps                 (B, ...)
+    mu_real           x0_real            teacher's x0 at x_t, guided                                     (B, ...)
+    mu_fake           x0_fake            fake's x0 at x_t, never guided                                  (B, ...)
+    w_t (Eq. 8)       1 / MAE            per-sample weight, MAE = mean |x - mu_real|                     (B, 1, ...)
+    t_1 > ... > t_N   times              the student's fixed steps, 1 = noise                            N floats
+    D                 head(features)     real or fake logit                                              (B,)
+
+Launch.
+    laptop      python dmd.py                                    # glyphs, one step, about two minutes on two cores
+                python dmd.py --teacher ring                     # seconds
+                python dmd.py --teacher runs/latent_fm-FOLDER    # your own teacher, see latent_fm.py
+    one GPU     python dmd.py --teacher Wan2.1-T2V-1.3B-Diffusers --prompts prompts.safetensors --student_steps 4 --mixed_precision bf16
+    one node    torchrun --nproc-per-node 8 dmd.py (the same flags; --train_batch_size is per rank)
+    many nodes  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 dmd.py ...
+    DMD v1      python dmd.py --regression_weight 0.25 --fake_update_ratio 1
+    sampling    python dmd.py --sample runs/dmd-glyphs/student
+
+Deviations, and why. The gradient drops the factor alpha_t of Eq. 7, as both papers' pseudo-code and code do. A step is a student
+update (official: a critic update), and every fake update sees fresh student samples. The regression loss is L2, not LPIPS (v1
+App. I: 2.78 against 2.66 FID; no feature network to download). EMA and betas (0, 0.99) are later practice (Self-Forcing).
+The GAN head is an MLP on tokens, for transformers (papers: convolutions on UNet features).
+"""
+import copy
+import json
+import os
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from models import io
+from models.diffusion import (Flow, add_noise, expand, from_x0_eps, guide, ode_calls, predict_x0, predict_x0_eps, sample_ode, shift,
+                              step_grid, to_x0_eps)
+from models.toy import WORLDS, balanced_labels, fit_ring_network, load_world, moments_distance
+
+# ---- the method --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def distribution_matching_gradient(x, x0_real, x0_fake):
+    """Direction in which the KL grows, dKL/dx up to scale: (mu_fake - mu_real) / mean|x - mu_real| (2311.18828, Eq. 7 and 8).
+
+    s_fake - s_real = alpha (mu_fake - mu_real) / sigma^2, and Eq. 8's w_t divides by the teacher's error on this sample, so that
+    all noise levels pull with similar strength. The norm is per sample and of x, not x_t. All arguments (B, ...) -> (B, ...).
+    """
+    error = (x - x0_real).abs().flatten(1).mean(1)  # (B,)
+    return (x0_fake - x0_real) / expand(error.clamp_min(1e-8), x)
+
+
+def distribution_matching_loss(x, g):
+    """A loss whose gradient in x is g / numel(x); its value only says how large g is (2311.18828, Alg. 2).  -> scalar."""
+    return 0.5 * F.mse_loss(x, (x - g).detach())
+
+
+def fake_score_loss(fake, schedule, kind, x, eps, t, cond):
+    """Denoising loss of the fake score on detached student samples (2311.18828, Eq. 6), in the space the network predicts, which is
+    the weighting its teacher was trained with.  x, eps (B, ...), t (B,) -> scalar, features (B, N, D) or None."""
+    x_t = add_noise(schedule, x, eps, t)
+    target = from_x0_eps(kind, x, eps, schedule.alpha(t), schedule.sigma(t))
+    return F.mse_loss(fake(x_t, t, **cond).float(), target)
+
+
+class GanHead(nn.Module):
+    """Real-or-fake logit from the fake score's middle features (2405.14867, Sec. 4.3): per-token MLP, mean over tokens."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.net = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
+
+    def forward(self, features):  # (B, N, D) -> (B,)
+        return self.net(features).mean((1, 2))
+
+
+def gan_logit(fake, head, schedule, x, eps, t, cond):
+    """D(F(x_t, t)): the sample is noised first, real or fake alike.  x, eps (B, ...), t (B,) -> (B,)."""
+    _, features = fake(add_noise(schedule, x, eps, t), t, return_features=True, **cond)
+    return head(features.float())
+
+
+def discriminator_loss(logit_real, logit_fake):
+    """Non-saturating GAN (2405.14867, Eq. 4 as the code computes it); trains the head and the fake's encoder.  -> scalar."""
+    return F.softplus(logit_fake).mean() + F.softplus(-logit_real).mean()
+
+
+def generator_gan_loss(logit_fake):
+    """The student's side; the gradient passes through the frozen fake into x.  -> scalar."""
+    return F.softplus(-logit_fake).mean()
+
+
+def guided_x0(teacher, schedule, kind, x_t, t, cond, uncond, guidance_scale):
+    """Teacher's x0 under guidance: two calls, one when guidance is off.  (B, ...)."""
+    x0 = predict_x0(teacher, schedule, kind, x_t, t, **cond)
+    if guidance_scale == 1:
+        return x0
+    return guide(x0, predict_x0(teacher, schedule, kind, x_t, t, **uncond), guidance_scale)
+
+
+# ---- the sampler ---------------------------------------------------------------------------------------------------
+
+
+def rollout(student, schedule, kind, z, times, cond, renoise, fresh):
+    """From pure noise z at times[0] to the student's input at times[-1]: len(times) - 1 calls.
+
+    renoise "sde": x_{t'} = alpha' x0 + sigma' fresh noise (2405.14867, Sec. 4.4); "ode": Euler, keeping the noise the student implies.
+    fresh: index of the step -> noise (B, ...). With one time this is z itself, exactly.
+    """
+    x_t = z
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+        x0, eps = predict_x0_eps(student, schedule, kind, x_t, z.new_full((len(z),), t), **cond)
+        x_t = add_noise(schedule, x0, fresh(i) if renoise == "sde" else eps, z.new_full((len(z),), t_next))
+    return x_t
+
+
+@torch.no_grad()
+def sample(student, schedule, kind, z, times, cond, renoise="sde", fresh=None):
+    """The few-step sampler: len(times) calls, no guidance, no noise after the last.  z (B, ...) -> x0 (B, ...)."""
+    fresh = fresh or (lambda i: torch.randn_like(z))
+    x_t = rollout(student, schedule, kind, z, times, cond, renoise, fresh)
+    return predict_x0(student, schedule, kind, x_t, z.new_full((len(z),), times[-1]), **cond)
+
+
+@torch.no_grad()
+def sample_teacher(teacher, schedule, kind, z, grid, cond, uncond, guidance_scale, solver):
+    """Guided probability-flow ODE of the teacher over a grid 1 = t_0 > ... > 0.  z (B, ...) -> x0 (B, ...)."""
+    def predict(x_t, t):
+        x0 = guided_x0(teacher, schedule, kind, x_t, t, cond, uncond, guidance_scale)
+        return x0, to_x0_eps(x0, "x0", x_t, schedule.alpha(t), schedule.sigma(t))[1]
+    return sample_ode(predict, schedule, z, grid, solver)
+
+
+# ---- plumbing: identical in every script ---------------------------------------------------------------------------
+
+
+def start_ranks():
+    """-> rank, world_size, device. Under torchrun joins the process group (nccl on GPUs, gloo on the CPU)."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+
+def mean_over_ranks(*values):
+    """Scalars averaged over ranks, as floats; also where ranks wait for one another."""
+    v = torch.stack([torch.as_tensor(x).detach().float().cpu() for x in values])
+    if dist.is_initialized():
+        v = v.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(v)
+        v = v.cpu() / dist.get_world_size()
+    return v.tolist()
+
+
+def update(optimizer, max_grad_norm, what, loss):
+    """Average gradients over ranks, clip, check that all ranks are finite, step. -> gradient norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if dist.is_initialized():
+        for p in parameters:  # every rank has the same parameters in the same order; FSDP2 does this in its backward
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if not all(abs(v) < float("inf") for v in mean_over_ranks(loss, norm)):  # NaN compares false; same verdict on all ranks
+        raise io.TrainingError(f"{what} loss or gradient is not finite ({float(loss):.4g}, norm {float(norm):.4g}); the last "
+                               "checkpoint under state/ is intact: lower the learning rate or max_grad_norm and resume from it")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+@torch.no_grad()
+def update_ema(ema, net, decay):
+    for a, b in zip(ema.parameters(), net.parameters()):
+        a.lerp_(b, 1 - decay)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def load_networks(args, device):
+    """-> teacher namespace, student, fake: three copies of one network, except that a closed-form teacher has no weights and
+    student and fake start from a network fitted to it, and --student_init may start the student elsewhere."""
+    teacher = io.load_teacher(args.teacher, WORLDS)
+    start = teacher.net if teacher.config else fit_ring_network(teacher.net, args.seed)
+    if not teacher.config:
+        teacher.config = io.network_config(start)
+    student, fake = copy.deepcopy(start), copy.deepcopy(start)
+    if args.student_init:
+        student, config = io.load_network(args.student_init)
+        if type(student) is not type(start) or student.latent_shape != start.latent_shape:
+            raise io.UserError(f"--student_init {args.student_init}: a {type(student).__name__} does not fit the teacher's {type(start).__name__}")
+    if args.timestep_shift is not None:
+        teacher.shift = args.timestep_shift
+    teacher.net.to(device, torch.bfloat16 if args.mixed_precision == "bf16" and device.type == "cuda" else None)
+    teacher.net.requires_grad_(False).eval()
+    for net in (student, fake):
+        net.to(device).requires_grad_(True).train()
+        net.gradient_checkpointing = args.gradient_checkpointing
+    return teacher, student, fake
+
+
+class Conditions:
+    """Where cond comes from: class labels drawn evenly, or rows of --prompts. Each has its unconditional twin."""
+
+    def __init__(self, args, net):
+        self.prompts = None
+        if "label" not in net.cond_names:
+            if not args.prompts:
+                raise io.UserError(f"a {type(net).__name__} teacher needs --prompts FILE.safetensors with "
+                                   + " and ".join(f"cond.{n}, uncond.{n}" for n in net.cond_names))
+            self.prompts = io.Prompts(args.prompts, net.cond_names, {"text": net.config.get("text_dim")})
+        elif args.prompts:
+            raise io.UserError(f"--prompts: the teacher is a {type(net).__name__} and takes class labels, not prompts")
+        self.classes = getattr(net, "num_classes", 0)
+
+    def draw(self, draw, device):
+        """A batch of conditions for these rows.  -> cond, uncond, dicts of (B, ...)."""
+        index = draw.integer("cond", self.prompts.n if self.prompts else max(1, self.classes))
+        return self.pick(index, device)
+
+    def pick(self, index, device):
+        if self.prompts:
+            return self.prompts.rows(index, device), self.prompts.unconditional(len(index), device)
+        return {"label": index.to(device)}, {"label": torch.full_like(index, self.classes).to(device)}
+
+    def preview(self, n):
+        """Balanced classes, or the first n prompts.  (n,) int64."""
+        return torch.arange(n) % (self.prompts.n if self.prompts else max(1, self.classes))
+
+
+def make_regression_pairs(args, teacher, conditions, shape, device, path):
+    """DMD v1's (z_ref, y_ref): teacher ODE samples, made once, kept beside the run (2311.18828, Sec. 3.2).  -> z, y, cond index."""
+    if os.path.isfile(path):
+        pairs = io.load_tensors(path)
+        return pairs["z"], pairs["y"], pairs["index"]
+    draw, y = io.Draws(args.seed, "pairs", 0, range(args.regression_pairs)), []
+    z, index = draw.normal("z", shape), draw.integer("cond", conditions.prompts.n if conditions.prompts else max(1, conditions.classes))
+    for z_part, i_part in zip(tqdm(z.split(args.train_batch_size), desc="teacher pairs"), index.split(args.train_batch_size)):
+        cond, uncond = conditions.pick(i_part, device)
+        y.append(sample_teacher(teacher.net, teacher.schedule, teacher.prediction, z_part.to(device), step_grid(args.teacher_steps, teacher.shift),
+                                cond, uncond, args.guidance_scale, "heun").cpu())
+    io.save_tensors({"z": z, "y": torch.cat(y), "index": index}, path)
+    return z, torch.cat(y), index
+
+
+def train(args):
+    rank, world_size, device = start_ranks()
+    main_rank, B = rank == 0, args.train_batch_size
+    teacher, student, fake = load_networks(args, device)
+    schedule, kind, shape = teacher.schedule, teacher.prediction, tuple(args.sample_shape or student.latent_shape)
+    world = load_world(teacher.world_name) if teacher.world_name in WORLDS else None
+    conditions = Conditions(args, student)
+    times = step_grid(args.student_steps, teacher.shift)[:-1]  # the student's t_1 > ... > t_N, shifted
+    needs_data = args.gan_weight > 0 or args.student_input == "real"
+    if needs_data and not (args.data or world):
+        raise io.UserError("--gan_weight and --student_input real need data: give --data FOLDER or FILE.safetensors, or --gan_weight 0")
+    if args.regression_weight and args.student_steps > 1:
+        raise io.UserError("--regression_weight is DMD v1, a one-step method: use --student_steps 1")
+    data, data_cond, _ = io.load_data(args.data or world.name, WORLDS, shape[-1], seed=args.seed) if needs_data else (None, None, None)
+    if needs_data and (tuple(data.shape[1:]) != shape or set(data_cond) != set(student.cond_names)):
+        raise io.UserError(f"--data: items are {tuple(data.shape[1:])} with {sorted(data_cond)}, the teacher takes {shape} with {list(student.cond_names)}")
+    with torch.no_grad():  # wrong shapes and prompts show here, before any training
+        cond, _ = conditions.pick(torch.zeros(1, dtype=torch.long), device)
+        try:
+            features = student(torch.zeros(1, *shape, device=device), torch.ones(1, device=device), return_features=True, **cond)[1]
+        except ValueError as e:
+            raise io.UserError(str(e)) from None
+    torch.manual_seed(io.stable_hash(args.seed, "head"))
+    head = GanHead(features.shape[-1]).to(device)
+    ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
+    adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
+    optimizer_fake = torch.optim.AdamW([*fake.parameters(), *head.parameters()], lr=args.learning_rate_fake, **adam)
+
+    start, state = 0, io.find_state(args.output_dir, args.resume_from_checkpoint)
+    if state:
+        info, tensors = io.load_json(os.path.join(state, "state.json")), io.load_tensors(os.path.join(state, "state.safetensors"))
+        io.check_same_flags(info["flags"], args)
+        start = info["step"]
+        for net, name in ((student, "student"), (fake, "fake"), (head, "head")) + (((ema, "ema"),) if args.ema_decay else ()):
+            io.unpack_module(net, name, tensors)
+        io.unpack_optimizer(optimizer, "optimizer", tensors), io.unpack_optimizer(optimizer_fake, "optimizer_fake", tensors)
+    elif main_rank:
+        io.prepare_output_dir(args.output_dir, args.resume_from_checkpoint)
+    mean_over_ranks(0.0)  # nobody goes on before the folder is ready
+    log = io.Log(args.output_dir, start) if main_rank else None
+    if args.regression_weight:
+        if main_rank:
+            make_regression_pairs(args, teacher, conditions, shape, device, os.path.join(args.output_dir, "state", "pairs.safetensors"))
+        mean_over_ranks(0.0)
+        z_ref, y_ref, index_ref = make_regression_pairs(args, teacher, conditions, shape, device,
+                                                        os.path.join(args.output_dir, "state", "pairs.safetensors"))
+    if main_rank:
+        print(f"teacher {args.teacher}: {type(student).__name__}, {sum(p.numel() for p in student.parameters()):,} parameters, predicts {kind}, "
+              f"{schedule.describe()}, shift {teacher.shift:g}, guidance {args.guidance_scale:g}; {device} x {world_size}\n"
+              f"student: {args.student_steps} step(s) at t = {', '.join(f'{t:.4g}' for t in times)}, {args.renoise}")
+
+    def student_input(draw, cond):
+        """x_t and t the student is trained at: one step k for all ranks, reached by the student's own rollout (2405.14867, Sec. 4.5)."""
+        k = draw.agreed("k", args.student_steps)
+        z = draw.normal("z", shape)
+        with torch.no_grad():
+            if args.student_input == "real" and k > 0:  # the ablation: noised data, which the student never meets at test time
+                i = draw.integer("real", len(data))
+                x_t = add_noise(schedule, io.to_unit(data[i]).to(device), z, z.new_full((B,), times[k]))
+            else:
+                x_t = rollout(student, schedule, kind, z, times[:k + 1], cond, args.renoise, lambda i: draw.normal(f"renoise{i}", shape))
+        return x_t, z.new_full((B,), times[k])
+
+    def lap(part):
+        """Charge the time since the last lap to one part of the step."""
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        seconds[part] += now - seconds["last"]
+        seconds["last"] = now
+
+    began, spent_before = time.time(), info["seconds"] if state else 0.0
+    steps = tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, disable=not main_rank)
+    for step in steps:
+        for opt, lr in ((optimizer, args.learning_rate), (optimizer_fake, args.learning_rate_fake)):
+            for group in opt.param_groups:
+                group["lr"] = lr * min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
+        seconds = {"data": 0.0, "student": 0.0, "fake": 0.0, "teacher": 0.0, "last": time.perf_counter()}
+        sums = dict.fromkeys(("loss_dm", "loss_fake", "loss_d", "loss_gan", "loss_regression", "g_dm", "g_gan", "mean", "std"), 0.0)
+        share = 1 / args.gradient_accumulation_steps
+
+        # ---- fake score: R updates, each on fresh samples of the current student, and the discriminator with it
+        for inner in range(0 if args.no_fake_score else args.fake_update_ratio):
+            fake_loss = 0.0
+            for micro in range(args.gradient_accumulation_steps):
+                row = (micro * world_size + rank) * B
+                draw = io.Draws(args.seed, step, inner, range(row, row + B), device)
+                cond, _ = conditions.draw(draw, device)
+                t, eps = draw.uniform("u"), draw.normal("eps", shape)
+                lap("data")
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+                    x_t, t_in = student_input(draw, cond)
+                    with torch.no_grad():  # no gradient into the student here
+                        x = predict_x0(student, schedule, kind, x_t, t_in, **cond)
+                    lap("student")
+                    loss = loss_f = fake_score_loss(fake, schedule, kind, x, eps, shift(t, teacher.shift), cond)
+                    if args.gan_weight:
+                        i = draw.integer("real_item", len(data))
+                        x_real, cond_real = io.to_unit(data[i]).to(device), {k: v[i].to(device) for k, v in data_cond.items()}
+                        t_f, t_r = (shift(draw.uniform(n), teacher.shift) for n in ("u_gan_fake", "u_gan_real"))
+                        logit_fake = gan_logit(fake, head, schedule, x, draw.normal("eps_gan_fake", shape), t_f, cond)
+                        logit_real = gan_logit(fake, head, schedule, x_real, draw.normal("eps_gan_real", shape), t_r, cond_real)
+                        loss_d = discriminator_loss(logit_real, logit_fake)
+                        loss = loss_f + args.gan_weight_d * loss_d
+                        sums["loss_d"] += loss_d.item() * share / args.fake_update_ratio
+                (loss * share).backward()
+                fake_loss += loss.detach() * share
+                sums["loss_fake"] += loss_f.item() * share / args.fake_update_ratio
+            norm_fake = update(optimizer_fake, args.max_grad_norm, "fake-score", fake_loss)
+            lap("fake")
+
+        # ---- student: one update on its own samples; teacher, fake and head are constants
+        fake.requires_grad_(False), head.requires_grad_(False)
+        student_loss = 0.0
+        for micro in range(args.gradient_accumulation_steps):
+            row = (micro * world_size + rank) * B
+            draw = io.Draws(args.seed, step, "student", range(row, row + B), device)
+            cond, uncond = conditions.draw(draw, device)
+            t, eps = shift(draw.uniform("u", *args.dm_range), teacher.shift), draw.normal("eps", shape)
+            lap("data")
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+                x_t, t_in = student_input(draw, cond)
+                x = predict_x0(student, schedule, kind, x_t, t_in, **cond)  # the one call with gradient
+                x.retain_grad()
+                lap("student")
+                with torch.no_grad():
+                    noised = add_noise(schedule, x, eps, t)
+                    x0_real = guided_x0(teacher.net, schedule, kind, noised, t, cond, uncond, args.guidance_scale)
+                    lap("teacher")
+                    x0_fake = x if args.no_fake_score else predict_x0(fake, schedule, kind, noised, t, **cond)
+                    lap("fake")
+                    g = distribution_matching_gradient(x, x0_real, x0_fake)
+                loss_dm = distribution_matching_loss(x, g)
+                loss = loss_dm
+                if args.gan_weight:
+                    t_g, eps_g = shift(draw.uniform("u_gan"), teacher.shift), draw.normal("eps_gan", shape)
+                    loss_gan = generator_gan_loss(gan_logit(fake, head, schedule, x, eps_g, t_g, cond))
+                    loss = loss + args.gan_weight * loss_gan
+                    sums["loss_gan"] += loss_gan.item() * share
+                if args.regression_weight:  # its own batch of pairs (2311.18828, Eq. 9)
+                    i = draw.integer("pair", len(z_ref))
+                    cond_ref, _ = conditions.pick(index_ref[i], device)
+                    y = predict_x0(student, schedule, kind, z_ref[i].to(device), t_in, **cond_ref)
+                    loss_regression = F.mse_loss(y, y_ref[i].to(device))
+                    loss = loss + args.regression_weight * loss_regression
+                    sums["loss_regression"] += loss_regression.item() * share
+            (loss * share).backward()
+            student_loss += loss.detach() * share
+            g_dm = g / g.numel() * share  # what the DM term alone sends into x
+            for name, value in (("loss_dm", loss_dm * share), ("g_dm", g_dm.norm()), ("g_gan", (x.grad - g_dm).norm()),
+                                ("mean", x.mean() * share), ("std", x.std() * share)):
+                sums[name] += value.item()
+        norm = update(optimizer, args.max_grad_norm, "student", student_loss)
+        fake.requires_grad_(True), head.requires_grad_(True)
+        if args.ema_decay:
+            update_ema(ema, student, min(args.ema_decay, (1 + step) / (10 + step)))
+        lap("student")
+
+        done = step + 1
+        sums = dict(zip(sums, mean_over_ranks(*sums.values())))
+        if main_rank:
+            log.write({"step": done, **sums, "norm_student": norm, "norm_fake": 0.0 if args.no_fake_score else norm_fake,
+                       **{f"{p}_s": seconds[p] for p in ("data", "student", "fake", "teacher")}, "peak_memory_mb": io.peak_memory_mb(device)})
+            steps.set_postfix(fake=f"{sums['loss_fake']:.3f}", dm=f"{sums['loss_dm']:.3f}", std=f"{sums['std']:.3f}", refresh=False)
+        if main_rank and (done % args.checkpointing_steps == 0 or done == args.max_train_steps):
+            save_student(args, ema, teacher, times)
+            state = {**io.pack_module(student, "student"), **io.pack_module(fake, "fake"), **io.pack_module(head, "head"),
+                     **(io.pack_module(ema, "ema") if args.ema_decay else {}),
+                     **io.pack_optimizer(optimizer, "optimizer"), **io.pack_optimizer(optimizer_fake, "optimizer_fake")}
+            io.save_state(args.output_dir, done, state, {"flags": io.flags_to_save(args), "seconds": spent_before + time.time() - began})
+    if main_rank:
+        finish(args, ema.eval(), teacher, world, conditions, shape, times, spent_before + time.time() - began)
+    mean_over_ranks(0.0)
+
+
+def save_student(args, net, teacher, times):
+    """student/: the teacher's own config and layout, plus sampler.json."""
+    folder = os.path.join(args.output_dir, "student")
+    io.save_network(net, teacher.config, folder)
+    io.save_json({"method": "dmd", "prediction": teacher.prediction, "schedule": io.describe_schedule(teacher.schedule), "times": times,
+                  "timestep_shift": teacher.shift, "rule": "renoise" if args.renoise == "sde" else "euler", "guidance_scale": 1.0},
+                 os.path.join(folder, "sampler.json"))
+
+
+# ---- what the run leaves behind ------------------------------------------------------------------------------------
+
+
+def many(draw_samples, n, batch=500):
+    """Run draw_samples(first, last) over n samples in batches.  -> (n, ...) on the CPU, ms per sample."""
+    began = time.perf_counter()
+    x = torch.cat([draw_samples(i, min(n, i + batch)).float().cpu() for i in range(0, n, batch)])
+    return x, 1000 * (time.perf_counter() - began) / n
+
+
+@torch.no_grad()
+def finish(args, student, teacher, world, conditions, shape, times, seconds):
+    """samples.png and report.json: data, many-step teacher, teacher at the student's steps, student, from the same noise."""
+    device = next(student.parameters()).device
+    schedule, kind, scale = teacher.schedule, teacher.prediction, args.guidance_scale
+    guided = 1 if scale == 1 else 2
+
+    def noise(first, last, name):
+        return io.Draws(args.seed, "evaluation", 0, range(first, last), device).normal(name, shape)
+
+    def run_student(index):
+        return lambda a, b: sample(student, schedule, kind, noise(a, b, "z"), times, conditions.pick(index[a:b], device)[0], args.renoise,
+                                   lambda i: noise(a, b, f"renoise{i}"))
+
+    def run_teacher(index, grid, solver):
+        return lambda a, b: sample_teacher(teacher.net, schedule, kind, noise(a, b, "z"), grid, *conditions.pick(index[a:b], device), scale, solver)
+
+    fine, coarse = step_grid(max(1, args.teacher_steps), teacher.shift), times + [0.0]
+    results = []
+    if world:
+        label = balanced_labels(2000, world.num_classes)
+        results.append({"name": "data", "nfe": 0, **world.measure(*world.data(2000, 777, label))})
+        row, moments = measured_teacher(args, teacher, world, label, lambda: many(run_teacher(label, fine, "heun"), 2000),
+                                        {"name": "teacher", "nfe": guided * ode_calls(args.teacher_steps, "heun"), "guidance_scale": scale})
+        results.append(row)
+        for name, nfe, draw_samples in (("teacher_same_steps", guided * len(times), run_teacher(label, coarse, "euler")),
+                                        ("student", len(times), run_student(label))):
+            x, ms = many(draw_samples, 2000)
+            results.append({"name": name, "nfe": nfe, "ms_per_sample": ms, **world.measure(x, label),
+                            "fd_teacher": moments_distance(world.moments(x, label), moments)})
+        for r in results:
+            r["fd_excess"] = r["fd"] - results[0]["fd"]
+    n = 400 if world and world.name == "ring" else args.preview_samples
+    index, rows = conditions.preview(n), []
+    if world:
+        rows.append(("data", io.picture(world.data(n, 778, index)[0], world)))
+    if args.teacher_steps:
+        x = many(run_teacher(index, fine, "heun"), n, args.train_batch_size)[0]
+        rows.append((f"teacher, {guided * ode_calls(args.teacher_steps, 'heun')} calls", io.picture(x, world)))
+        x = many(run_teacher(index, coarse, "euler"), n, args.train_batch_size)[0]
+        rows.append((f"teacher, {guided * len(times)} call(s)", io.picture(x, world)))
+    x = many(run_student(index), n, args.train_batch_size)[0]
+    rows.append((f"student, {len(times)} call(s)", io.picture(x, world)))
+    io.save_grid(os.path.join(args.output_dir, "samples.png"), rows)
+    if not world:
+        io.save_tensors({"x0": x}, os.path.join(args.output_dir, "samples.safetensors"))  # latents for a decoder
+    io.save_json({"method": "dmd", "teacher": args.teacher, "seed": args.seed, "steps": args.max_train_steps, "seconds": seconds,
+                  "peak_memory_mb": io.peak_memory_mb(device), "params": sum(p.numel() for p in student.parameters()), "results": results},
+                 os.path.join(args.output_dir, "report.json"))
+    io.print_table(results)
+    print(f"samples: {os.path.join(args.output_dir, 'samples.png')}")
+
+
+def measured_teacher(args, teacher, world, label, draw_samples, row):
+    """The many-step teacher's row and sample moments: measured once, stored beside the teacher, copied afterwards."""
+    key = f"heun{args.teacher_steps}-shift{teacher.shift:g}-guidance{args.guidance_scale:g}"
+    path = teacher.folder and os.path.join(teacher.folder, "measured", f"{io.weights_hash(teacher.folder)}-{key}.safetensors")
+    if path and os.path.isfile(path) and not args.remeasure_teacher:
+        with io.open_tensors(path) as f:
+            return {**json.loads(f.metadata()["row"]), "copied": True}, (f.get_tensor("mean"), f.get_tensor("cov"))
+    x, ms = draw_samples()
+    mean, cov = world.moments(x, label)
+    row = {**row, "ms_per_sample": ms, **world.measure(x, label)}
+    if path and os.access(teacher.folder, os.W_OK):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        io.save_tensors({"mean": mean, "cov": cov}, path, {"row": json.dumps(row)})
+    return row, (mean, cov)
+
+
+def sample_only(args):
+    """--sample FOLDER: load a saved student, read its sampler.json, write samples.png (and latents) to --output_dir."""
+    _, _, device = start_ranks()
+    net, config = io.load_network(args.sample)
+    sampler, schedule, kind, _ = io.read_sampler(args.sample)
+    if sampler["method"] != "dmd":
+        raise io.UserError(f"{args.sample} was made by {sampler['method']}: sample it with python {sampler['method']}.py --sample")
+    conditions, shape = Conditions(args, net), tuple(args.sample_shape or net.latent_shape)
+    world = load_world(config["world"]) if config.get("world") in WORLDS else None
+    n = 400 if world and world.name == "ring" else args.preview_samples
+    draw = io.Draws(args.seed, "sample", 0, range(n), device)
+    x = sample(net.to(device), schedule, kind, draw.normal("z", shape), sampler["times"], conditions.pick(conditions.preview(n), device)[0],
+               "sde" if sampler["rule"] == "renoise" else "ode", lambda i: draw.normal(f"renoise{i}", shape))
+    os.makedirs(args.output_dir, exist_ok=True)
+    io.save_grid(os.path.join(args.output_dir, "samples.png"), [(f"student, {len(sampler['times'])} call(s)", io.picture(x, world))])
+    io.save_tensors({"x0": x}, os.path.join(args.output_dir, "samples.safetensors"))
+    print(f"samples: {os.path.join(args.output_dir, 'samples.png')}")
+
+
+# ---- flags ---------------------------------------------------------------------------------------------------------
+
+# The flags' defaults suit the embedded glyphs and small DiTs. The ring wants a little less, released models far smaller rates.
+RING = dict(max_train_steps=300, learning_rate=5e-4, learning_rate_fake=1e-3, fake_update_ratio=5, train_batch_size=256, guidance_scale=1.0,
+            ema_decay=0.95)
+RELEASED = dict(max_train_steps=4000, train_batch_size=1, learning_rate=2e-6, learning_rate_fake=4e-7, fake_update_ratio=5, guidance_scale=4.0,
+                ema_decay=0.99, preview_samples=2, lr_warmup_steps=0, gan_weight=0.0)
+
+
+def parse_args(argv=None):
+    p = io.Parser(description="Distil a diffusion or flow teacher into a few-step student (DMD 2311.18828, DMD2 2405.14867). Defaults shown are those "
+                  "of the embedded glyphs; ring and released models have their own (see the two dictionaries above parse_args).")
+    io.add_run_flags(p)
+    p.set_defaults(max_train_steps=480, learning_rate=3e-4, lr_warmup_steps=20, ema_decay=0.98, guidance_scale=1.5)
+    p.add_argument("--teacher", default="glyphs", help="ring, glyphs, a component folder, a pipeline root with model_index.json, or a run folder of ours")
+    p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the student here instead of from the teacher")
+    p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
+    p.add_argument("--data", default=None, help="real samples for the GAN: a world, an image folder, or FILE.safetensors (x0, cond.*); default: the world's")
+    p.add_argument("--sample_shape", type=io.number(int, 1), nargs="+", default=None, help="C H W or C T H W of a sample (default: the network's)")
+    p.add_argument("--student_steps", type=io.number(int, 1), default=1, help="N, network calls of the student (paper: 1 or 4)")
+    p.add_argument("--renoise", choices=["sde", "ode"], default="sde", help="between student steps: fresh noise (paper), or Euler")
+    p.add_argument("--student_input", choices=["backsim", "real"], default="backsim", help="steps > 1 start from the student's own rollout (paper) "
+                   "or from noised data (ablation)")
+    p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=6e-4, help="AdamW learning rate of fake score and GAN head")
+    p.add_argument("--fake_update_ratio", type=io.number(int, 1), default=2, help="R, fake updates per student update (paper: 5 to 10; v1: 1)")
+    p.add_argument("--no_fake_score", action="store_true", help="ablation: mu_fake = x, the real score alone (collapses)")
+    p.add_argument("--gan_weight", type=io.number(float, 0), default=0.0, help="w_G, student's GAN weight (paper: 1e-3 to 5e-3); 0 = off")
+    p.add_argument("--gan_weight_d", type=io.number(float, 0), default=1e-2, help="w_D, discriminator's weight in the fake's loss (paper's code: 1e-2)")
+    p.add_argument("--regression_weight", type=io.number(float, 0), default=0.0, help="DMD v1's lambda on teacher ODE pairs (paper: 0.25); 0 = off")
+    p.add_argument("--regression_pairs", type=io.number(int, 1), default=1000, help="number of teacher ODE pairs for --regression_weight")
+    p.add_argument("--dm_range", type=io.number(float, 0, 1), nargs=2, default=[0.02, 0.98], metavar=("LO", "HI"),
+                   help="u ~ U[LO, HI] of the matching gradient, before the shift (paper: .02 .98)")
+    p.add_argument("--adam_betas", type=io.number(float, 0, 0.99999), nargs=2, default=[0.0, 0.99], help="AdamW betas (paper: .9 .999)")
+    p.add_argument("--weight_decay", type=io.number(float, 0), default=0.01, help="AdamW weight decay (paper: .01)")
+    p.add_argument("--teacher_steps", type=io.number(int, 0), default=32, help="Heun steps of the many-step teacher; 0 leaves it out of samples.png")
+    p.add_argument("--preview_samples", type=io.number(int, 1), default=20, help="columns of samples.png")
+    p.add_argument("--remeasure_teacher", action="store_true", help="measure the many-step teacher again instead of copying its row")
+    teacher = p.parse_known_args(argv)[0].teacher
+    p.set_defaults(**(RING if teacher == "ring" else {} if io.is_small(teacher, WORLDS) else RELEASED))
+    args = p.parse_args(argv)
+    if args.dm_range[0] >= args.dm_range[1]:
+        p.error(f"argument --dm_range: LO must be below HI, got {args.dm_range[0]} {args.dm_range[1]}")
+    if args.output_dir is None:
+        args.output_dir = os.path.join("runs", "dmd-" + os.path.basename(os.path.abspath(args.sample or args.teacher)))
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    sample_only(args) if args.sample else train(args)
+
+
+if __name__ == "__main__":
+    io.run(main)

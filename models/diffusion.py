@@ -1,0 +1,235 @@
+"""Noise schedules, the five things a diffusion network may predict, and the ODE that samples from one.
+
+Everything is stated in one convention: x_t = alpha(t) x0 + sigma(t) eps with t = 0 data and t = 1 noise. A flow
+model has alpha = 1 - t, sigma = t; a variance-preserving (VP) model has alpha^2 + sigma^2 = 1 and a table of betas.
+All functions are pure, work on any shape (B, ...) with t of shape (B,), and need only torch.
+
+    symbol          meaning                                          shape
+    x0              clean sample                                     (B, ...)
+    eps             standard normal noise                            (B, ...)
+    x_t             noised sample                                    (B, ...)
+    t               time in [0, 1], after the shift                  (B,)
+    u               raw time in [0, 1], before the shift             (B,)
+    "flow_v"        eps - x0                                         Lipman 2210.02747, Wan, SD3
+    "vp_v"          alpha eps - sigma x0                             Salimans & Ho 2202.00512
+    "score"         grad log p_t(x_t) = -eps_hat / sigma             Song 2011.13456
+"""
+import math
+
+import torch
+
+PREDICTIONS = ("x0", "eps", "flow_v", "vp_v", "score")
+
+
+def expand(t, x):
+    """View t (B,) as (B, 1, ..., 1) so that it broadcasts against x (B, ...)."""
+    return t.reshape(t.shape + (1,) * (x.dim() - t.dim()))
+
+
+# ---- schedules ------------------------------------------------------------------------------------------------
+
+
+class Flow:
+    """Rectified flow: alpha = 1 - t, sigma = t."""
+
+    def alpha(self, t):
+        return 1 - t
+
+    def sigma(self, t):
+        return t
+
+    def describe(self):
+        return "flow (alpha = 1 - t, sigma = t)"
+
+
+class VP:
+    """Variance-preserving diffusion with a table of betas (DDPM 2006.11239, Stable Diffusion).
+
+    betas:    "linear" (DDPM, PixArt) or "scaled_linear" (linear in sqrt(beta), Stable Diffusion).
+    zero_snr: rescale so that alpha(1) is exactly 0 (Lin 2305.08891, Alg. 1).
+    The table's index i of n is t = (i + 1) / n, so 999, 749, 499, 249 of 1000 are t = 1, .75, .5, .25, and t = 0 is
+    exactly clean. Between indices the log-SNR is interpolated. Two ends have no finite log-SNR: below index 0
+    sigma^2 grows linearly from 0, and with zero_snr alpha falls linearly to 0 over the last interval.
+    """
+
+    def __init__(self, betas="scaled_linear", beta_start=0.00085, beta_end=0.012, n=1000, zero_snr=False):
+        if betas == "linear":
+            beta = torch.linspace(beta_start, beta_end, n, dtype=torch.float64)
+        elif betas == "scaled_linear":
+            beta = torch.linspace(beta_start**0.5, beta_end**0.5, n, dtype=torch.float64) ** 2
+        else:
+            raise ValueError(f"betas must be 'linear' or 'scaled_linear', got {betas!r}")
+        self.name, self.n, self.zero_snr = betas, n, zero_snr
+        self.beta_start, self.beta_end = beta_start, beta_end
+        sqrt_abar = torch.cumprod(1 - beta, 0).sqrt()
+        if zero_snr:  # keep alpha at index 0, move the last index to exactly 0
+            sqrt_abar = (sqrt_abar - sqrt_abar[-1]) * sqrt_abar[0] / (sqrt_abar[0] - sqrt_abar[-1])
+        self.sqrt_abar = sqrt_abar  # (n,) alpha at t = 1/n, 2/n, ..., 1
+
+    def alpha(self, t):
+        """alpha(t) for t (any shape) in [0, 1], same dtype and device as t."""
+        table = self.sqrt_abar.to(t.device)
+        i = (t.double() * self.n - 1).clamp(-1, self.n - 1)  # fractional index; -1 is t = 0
+        lo = i.floor().clamp(0, self.n - 2).long()
+        w = (i - lo).clamp(0, 1)
+        a_lo, a_hi = table[lo], table[lo + 1]
+        log_snr = lambda a: torch.log(a**2 / (1 - a**2))  # noqa: E731
+        alpha = torch.sigmoid(log_snr(a_lo) * (1 - w) + log_snr(a_hi) * w).sqrt()  # alpha^2 = sigmoid(log-SNR)
+        alpha = torch.where(a_hi == 0, a_lo * (1 - w), alpha)  # last interval with zero terminal SNR
+        clean_end = (1 - (1 - table[0] ** 2) * (i + 1).clamp(0, 1)).sqrt()  # sigma^2 linear in t on [0, 1/n]
+        return torch.where(i < 0, clean_end, alpha).to(t.dtype)
+
+    def sigma(self, t):
+        """sigma(t) = sqrt(1 - alpha^2), computed in float64 because alpha is close to 1 near t = 0."""
+        return (1 - self.alpha(t.double()) ** 2).clamp_min(0).sqrt().to(t.dtype)
+
+    def describe(self):
+        return f"VP ({self.name} betas, {self.n} steps{', zero terminal SNR' if self.zero_snr else ''})"
+
+
+def add_noise(schedule, x0, eps, t):
+    """x_t = alpha(t) x0 + sigma(t) eps.  x0, eps (B, ...), t (B,) -> (B, ...)."""
+    return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
+
+
+def transition(schedule, s, t):
+    """Kernel of x_t given x_s for s <= t: x_t = a x_s + b eps.  s, t (B,) -> a, b (B,).
+
+    a = alpha_t / alpha_s, b^2 = sigma_t^2 - a^2 sigma_s^2: noising x0 to s and then to t has the law of noising to t.
+    """
+    a = schedule.alpha(t) / schedule.alpha(s)
+    return a, (schedule.sigma(t) ** 2 - a**2 * schedule.sigma(s) ** 2).clamp_min(0).sqrt()
+
+
+# ---- what a network predicts -------------------------------------------------------------------------------------
+
+
+def to_x0_eps(prediction, kind, x_t, alpha, sigma):
+    """Split a prediction into (x0, eps), the pair with x_t = alpha x0 + sigma eps.
+
+    prediction, x_t: (B, ...); alpha, sigma: (B,); kind: one of PREDICTIONS. "x0" needs sigma > 0, "eps" and "score"
+    need alpha > 0 (at alpha = 0 such a network says nothing about x0); the two velocities are fine everywhere.
+    """
+    a, s = expand(alpha, x_t), expand(sigma, x_t)
+    if kind == "x0":
+        return prediction, (x_t - a * prediction) / s
+    if kind == "eps":
+        return (x_t - s * prediction) / a, prediction
+    if kind == "score":
+        return (x_t + s**2 * prediction) / a, -s * prediction
+    if kind == "flow_v":  # v = eps - x0  =>  x_t = (a + s) x0 + s v
+        return (x_t - s * prediction) / (a + s), (x_t + a * prediction) / (a + s)
+    if kind == "vp_v":  # v = a eps - s x0
+        return (a * x_t - s * prediction) / (a**2 + s**2), (s * x_t + a * prediction) / (a**2 + s**2)
+    raise ValueError(f"prediction must be one of {PREDICTIONS}, got {kind!r}")
+
+
+def from_x0_eps(kind, x0, eps, alpha, sigma):
+    """The inverse: what a network of this kind should output for (x0, eps), i.e. its regression target.  (B, ...)."""
+    a, s = expand(alpha, x0), expand(sigma, x0)
+    if kind == "x0":
+        return x0
+    if kind == "eps":
+        return eps
+    if kind == "score":
+        return -eps / s
+    if kind == "flow_v":
+        return eps - x0
+    if kind == "vp_v":
+        return a * eps - s * x0
+    raise ValueError(f"prediction must be one of {PREDICTIONS}, got {kind!r}")
+
+
+def predict_x0(net, schedule, kind, x_t, t, **cond):
+    """Run net(x_t, t, **cond) and read its output as x0.  x_t (B, ...), t (B,) -> (B, ...) in float32 or wider."""
+    return predict_x0_eps(net, schedule, kind, x_t, t, **cond)[0]
+
+
+def predict_x0_eps(net, schedule, kind, x_t, t, **cond):
+    """Same, returning the pair (x0, eps), both (B, ...)."""
+    prediction = net(x_t, t, **cond).to(x_t.dtype)  # a bf16 network's output joins the float32 state here
+    return to_x0_eps(prediction, kind, x_t, schedule.alpha(t), schedule.sigma(t))
+
+
+def guide(cond, uncond, scale):
+    """Classifier-free guidance, uncond + scale (cond - uncond); scale 1 is off, 0 unconditional (2207.12598).
+
+    The weights sum to one, so guiding x0, eps, a velocity or the score with the same scale is the same thing. Code
+    that writes cond + w (cond - uncond) has w = scale - 1.
+    """
+    return uncond + scale * (cond - uncond)
+
+
+# ---- time --------------------------------------------------------------------------------------------------------
+
+
+def shift(u, s):
+    """Timestep shift t = s u / (1 + (s - 1) u): s > 1 spends more of the grid near noise (SD3, Wan)."""
+    return s * u / (1 + (s - 1) * u)
+
+
+def unshift(t, s):
+    """Inverse of shift, equal to shift(t, 1 / s)."""
+    return t / (s - (s - 1) * t)
+
+
+def step_grid(steps, timestep_shift=1.0):
+    """Times 1 = t_0 > t_1 > ... > t_steps = 0: uniform in u, shifted.  -> list of steps + 1 floats."""
+    if steps < 1:
+        raise ValueError(f"a step grid needs at least 1 step, got {steps}")
+    return [shift(1 - i / steps, timestep_shift) for i in range(steps + 1)]
+
+
+def logit_normal(normal, mean=0.0, std=1.0):
+    """u = sigmoid(mean + std n), the SD3 law of training times (2403.03206, Eq. 19).  normal (B,) -> (B,)."""
+    return torch.sigmoid(mean + std * normal)
+
+
+# ---- sampling a many-step teacher ----------------------------------------------------------------------------------
+
+
+def ode_step(schedule, x0, eps, s):
+    """Move to time s along the line through (x0, eps): alpha_s x0 + sigma_s eps.  x0, eps (B, ...), s (B,).
+
+    For flow this is an Euler step x + (s - t) v; for VP it is DDIM (eta = 0).
+    """
+    return add_noise(schedule, x0, eps, s)
+
+
+@torch.no_grad()
+def sample_ode(predict, schedule, noise, grid, solver="heun"):
+    """Integrate the probability-flow ODE from t = 1 to 0.
+
+    predict: (x_t (B, ...), t (B,)) -> (x0, eps), each (B, ...). noise (B, ...) is x at t = 1 up to alpha(1) ~ 0.
+    grid: descending times ending at 0. solver: "euler" (1 call a step) or "heun" (2 calls a step, 1 on the last).
+    In y = x / (alpha + sigma), tau = sigma / (alpha + sigma) every schedule is the flow schedule and dy/dtau =
+    eps - x0, so one Heun serves flow and VP, also where alpha = 0.
+    """
+    if solver not in ("euler", "heun"):
+        raise ValueError(f"solver must be 'euler' or 'heun', got {solver!r}")
+    x = noise
+    for t, s in zip(grid[:-1], grid[1:]):
+        t_now, t_next = (torch.full((x.shape[0],), u, device=x.device, dtype=x.dtype) for u in (t, s))
+        x0, eps = predict(x, t_now)
+        x_next = ode_step(schedule, x0, eps, t_next)
+        if solver == "heun" and s > 0:  # the slope at t = 0 is not defined for every prediction: end with Euler
+            x0_next, eps_next = predict(x_next, t_next)
+            scale_now, scale_next = (schedule.alpha(u) + schedule.sigma(u) for u in (t_now, t_next))
+            tau_now, tau_next = schedule.sigma(t_now) / scale_now, schedule.sigma(t_next) / scale_next
+            slope = ((eps - x0) + (eps_next - x0_next)) / 2
+            y = x / expand(scale_now, x) + expand(tau_next - tau_now, x) * slope
+            x_next = y * expand(scale_next, x)
+        x = x_next
+    return x
+
+
+def ode_calls(steps, solver):
+    """Network evaluations of sample_ode, before the doubling that guidance costs."""
+    return steps if solver == "euler" else 2 * steps - 1
+
+
+def sinusoid(t, dim, max_period=10000.0):
+    """Sinusoidal features of 1000 t: cos and sin at dim / 2 geometric frequencies.  t (B,) -> (B, dim) float32."""
+    freq = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2))
+    angle = 1000.0 * t.float()[:, None] * freq  # (B, dim / 2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)

@@ -1,0 +1,701 @@
+"""Everything a run needs that no paper would mention: flags, draws, checkpoints, resume, logs, pictures.
+
+If deleting a call to this file changes a gradient, that call is in the wrong place: methods live in the scripts.
+Wrong input raises UserError, which `run` turns into one line on stderr and exit code 2.
+"""
+import argparse
+import csv
+import hashlib
+import importlib
+import io
+import json
+import os
+import resource
+import shutil
+import sys
+import types
+import warnings
+import zlib
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+
+from models.diffusion import PREDICTIONS, VP, Flow
+
+NETWORKS = {"DiT": "models.dit", "RingMLP": "models.toy", "WanTransformer3DModel": "models.wan"}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = WEIGHTS + ".index.json"
+SHARD_BYTES = 10 * 10**9  # diffusers' default shard size
+
+
+class UserError(Exception):
+    """Wrong input: the message names the cause and the remedy in one line. Exit code 2."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on (a loss is not finite). Exit code 1."""
+
+
+def run(main):
+    """Call main() and turn the two errors above into one line on stderr and the exit code."""
+    try:
+        main()
+    except (UserError, TrainingError) as e:
+        if os.environ.get("RANK", "0") == "0":  # every rank stops, one speaks
+            print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(e, UserError) else 1) from None
+
+
+# ---- flags ---------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in --help, no abbreviations, and a single line for a wrong flag."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def number(kind, low=None, high=None, above=None):
+    """An argparse type: kind (int or float) within [low, high], or greater than `above`; NaN never passes."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a{'n integer' if kind is int else ' number'}") from None
+        if value != value or (low is not None and value < low) or (high is not None and value > high) or (
+                above is not None and value <= above):
+            bounds = [f">= {low}"] * (low is not None) + [f"> {above}"] * (above is not None) + [f"<= {high}"] * (high is not None)
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'a number'}, got {text}")
+        return value
+    return parse
+
+
+def add_run_flags(p):
+    """Flags that mean the same in every script: where things go, how long, how much memory."""
+    p.add_argument("--output_dir", default=None, help="where everything is written (default: runs/<method>-<teacher>); "
+                   "an existing one is renamed DIR.1")
+    p.add_argument("--max_train_steps", type=number(int, 1), default=1000, help="student updates")
+    p.add_argument("--train_batch_size", type=number(int, 1), default=64, help="samples per rank and micro-batch")
+    p.add_argument("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-batches per update")
+    p.add_argument("--learning_rate", type=number(float, above=0), default=1e-3, help="AdamW learning rate")
+    p.add_argument("--lr_warmup_steps", type=number(int, 0), default=0, help="updates of linear warm-up, then constant")
+    p.add_argument("--max_grad_norm", type=number(float, above=0), default=10.0, help="gradient norm is clipped to this")
+    p.add_argument("--ema_decay", type=number(float, 0, 0.999999), default=0.0, help="EMA of the student's weights; 0 = off")
+    p.add_argument("--guidance_scale", type=number(float, 0), default=1.0, help="uncond + scale (cond - uncond); 1 = off")
+    p.add_argument("--timestep_shift", type=number(float, above=0), default=None,
+                   help="t = s u / (1 + (s-1) u); default: the teacher's own")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="seed of every draw")
+    p.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: networks under autocast")
+    p.add_argument("--gradient_checkpointing", action="store_true", help="recompute blocks in backward: less memory")
+    p.add_argument("--resume_from_checkpoint", default=None, metavar="latest|PATH", help="go on from OUTPUT_DIR/state")
+    p.add_argument("--checkpointing_steps", type=number(int, 1), default=100, help="student updates between saves")
+    p.add_argument("--sample", default=None, metavar="FOLDER", help="no training: load this saved student, write samples")
+
+
+# ---- draws belong to samples, not ranks --------------------------------------------------------------------------
+
+
+def stable_hash(*key):
+    """crc32 of the key's text: the same in every process, unlike Python's hash."""
+    return zlib.crc32(repr(key).encode())
+
+
+class Draws:
+    """Random numbers of one update. Row i's are a function of (seed, step, inner update, name, global row) alone, so
+    they do not depend on the number of ranks, on the device, or on where a run was resumed."""
+
+    def __init__(self, seed, step, inner, rows, device="cpu"):
+        self.key, self.rows, self.device = (seed, step, inner), list(rows), device
+
+    def _rows(self, name, draw):
+        generator = torch.Generator()
+        return torch.stack([draw(generator.manual_seed(stable_hash(*self.key, name, row))) for row in self.rows]).to(self.device)
+
+    def normal(self, name, shape):
+        """(rows, *shape) standard normal, float32."""
+        return self._rows(name, lambda g: torch.randn(tuple(shape), generator=g))
+
+    def uniform(self, name, low=0.0, high=1.0):
+        """(rows,) float32."""
+        return low + (high - low) * self._rows(name, lambda g: torch.rand((), generator=g))
+
+    def integer(self, name, high):
+        """(rows,) int64 in [0, high)."""
+        return self._rows(name, lambda g: torch.randint(0, high, (), generator=g))
+
+    def agreed(self, name, high):
+        """One int in [0, high), the same for every row and on every rank."""
+        return int(torch.randint(0, high, (), generator=torch.Generator().manual_seed(stable_hash(*self.key, name))))
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def atomic_write(path, data):
+    """Write bytes so that `path` holds the old or the new content whatever happens: temporary, fsync, rename."""
+    tmp = f"{path}.tmp-{os.getpid()}"
+    with open(tmp, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+    fsync_folder(os.path.dirname(path) or ".")
+
+
+def fsync_folder(folder):
+    """Make renames in this folder survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def save_json(value, path):
+    atomic_write(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def load_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as e:
+        raise UserError(f"{path} is not readable JSON ({e}): restore it from the source of the checkpoint") from None
+
+
+def save_tensors(tensors, path, metadata=None):
+    """Atomic safetensors file; tensors are made contiguous and moved to the CPU."""
+    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    atomic_write(path, safetensors_bytes(tensors, metadata=metadata))
+
+
+def open_tensors(path):
+    """safe_open(path) with a readable error for anything that is not a whole safetensors file."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} does not exist")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as e:
+        with open(path, "rb") as f:
+            head = f.read(2)
+        if head in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+            raise UserError(f"{path} is a pickle, not safetensors; pickles can run code and are never loaded: convert it") from None
+        raise UserError(f"{path} is truncated or not a safetensors file ({e}): copy or download it again") from None
+
+
+def load_tensors(path):
+    """All tensors of a safetensors file on the CPU; raises UserError."""
+    with open_tensors(path) as f:
+        return {k: f.get_tensor(k) for k in f.keys()}
+
+
+# ---- networks in their own library's layout ------------------------------------------------------------------------
+
+
+def weight_files(folder):
+    """The safetensors files of a component folder, {file: [keys] or None}; raises UserError."""
+    if os.path.isfile(os.path.join(folder, INDEX)):
+        files = {}
+        for key, name in load_json(os.path.join(folder, INDEX)).get("weight_map", {}).items():
+            files.setdefault(os.path.join(folder, os.path.basename(name)), []).append(key)
+        return files
+    if os.path.isfile(os.path.join(folder, WEIGHTS)):
+        return {os.path.join(folder, WEIGHTS): None}
+    pickles = [n for n in sorted(os.listdir(folder)) if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickles:
+        raise UserError(f"{folder} has only a pickle ({pickles[0]}); pickles can run code and are never loaded: "
+                        f"convert it to {WEIGHTS}")
+    raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}")
+
+
+def network_from_config(config, where):
+    """Build the architecture that config["_class_name"] names; keys that start with _ are the library's own notes."""
+    name = config.get("_class_name")
+    if name not in NETWORKS:
+        raise UserError(f"{where}: unknown network class {name!r}; known are {', '.join(NETWORKS)}")
+    kwargs = {k: v for k, v in config.items() if not k.startswith("_")}
+    try:
+        return getattr(importlib.import_module(NETWORKS[name]), name)(**kwargs)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{where} does not describe a {name}: {e}") from None
+
+
+def load_network(folder, dtype=torch.float32):
+    """Read one component folder (config.json + safetensors, single or sharded) -> (net in eval mode, config).
+
+    Raises UserError for a missing, truncated, mismatched or pickled checkpoint, before any weight is used.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} is not a folder")
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise UserError(f"{folder} has no config.json: give the folder of one network, or a pipeline root with model_index.json")
+    config = load_json(os.path.join(folder, "config.json"))
+    files = weight_files(folder)
+    net = network_from_config(config, os.path.join(folder, "config.json")).to(dtype)
+    expected, seen = net.state_dict(), set()
+    for path, keys in files.items():
+        with open_tensors(path) as f:
+            stored = set(f.keys())
+            missing = sorted(set(keys or ()) - stored)
+            if missing:
+                raise UserError(f"{path} lacks {missing[0]!r}, which the index places there: copy the shard again")
+            for key in sorted(stored):
+                if key not in expected:
+                    raise UserError(f"{path} has {key!r}, which a {config['_class_name']} of this config.json does not")
+                tensor = f.get_tensor(key)
+                if tensor.shape != expected[key].shape:
+                    raise UserError(f"{path}: {key!r} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[key].shape)}")
+                with torch.no_grad():
+                    expected[key].copy_(tensor)
+            seen |= stored
+    missing = sorted(set(expected) - seen)
+    if missing:
+        raise UserError(f"{folder} lacks {missing[0]!r}" + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
+                        + ": the checkpoint does not match its config.json")
+    return net.eval(), config
+
+
+def network_config(net):
+    """The config.json of a network of ours: class name + constructor arguments."""
+    return {"_class_name": type(net).__name__, **net.config}
+
+
+def save_network(net, config, folder, state_dict=None, shard_bytes=SHARD_BYTES):
+    """Write config.json and safetensors (sharded with an index above shard_bytes), each file atomically."""
+    os.makedirs(folder, exist_ok=True)
+    tensors = state_dict if state_dict is not None else net.state_dict()
+    shards, size = [{}], 0
+    for key, value in tensors.items():
+        n = value.numel() * value.element_size()
+        if shards[-1] and size + n > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key], size = value, size + n
+    if len(shards) == 1:
+        save_tensors(shards[0], os.path.join(folder, WEIGHTS), {"format": "pt"})
+    else:
+        weight_map = {}
+        for i, shard in enumerate(shards):
+            name = WEIGHTS.replace(".safetensors", f"-{i + 1:05d}-of-{len(shards):05d}.safetensors")
+            save_tensors(shard, os.path.join(folder, name), {"format": "pt"})
+            weight_map.update(dict.fromkeys(shard, name))
+        total = sum(v.numel() * v.element_size() for v in tensors.values())
+        save_json({"metadata": {"total_size": total}, "weight_map": weight_map}, os.path.join(folder, INDEX))
+    save_json(config, os.path.join(folder, "config.json"))
+
+
+def weights_hash(folder):
+    """Short hash of a component's weight files, to key what was measured with them."""
+    digest = hashlib.sha256()
+    for path in sorted(weight_files(folder)):
+        with open(path, "rb") as f:
+            while chunk := f.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def read_scheduler(folder):
+    """A diffusers scheduler/ folder -> (schedule, prediction, shift or None); raises UserError."""
+    c = load_json(os.path.join(folder, "scheduler_config.json"))
+    if "FlowMatch" in c.get("_class_name", "") or c.get("use_flow_sigmas") or c.get("prediction_type") == "flow_prediction":
+        return Flow(), "flow_v", float(c.get("shift") or c.get("flow_shift") or 1.0)
+    kind = {"epsilon": "eps", "v_prediction": "vp_v", "sample": "x0"}.get(c.get("prediction_type", "epsilon"))
+    if kind is None or c.get("beta_schedule") not in ("linear", "scaled_linear"):
+        raise UserError(f"{folder}: prediction_type {c.get('prediction_type')!r} with beta_schedule {c.get('beta_schedule')!r} "
+                        "is not supported (linear or scaled_linear; epsilon, v_prediction or sample; or a flow scheduler)")
+    zero_snr = bool(c.get("rescale_betas_zero_snr"))
+    if zero_snr and kind == "eps":
+        raise UserError(f"{folder}: an eps network says nothing about x0 at zero terminal SNR: use v_prediction or sample")
+    return VP(c["beta_schedule"], c["beta_start"], c["beta_end"], c.get("num_train_timesteps", 1000), zero_snr), kind, None
+
+
+def load_teacher(name, worlds, dtype=torch.float32):
+    """Resolve --teacher: a world's name, a component folder, a pipeline root, or a run folder of ours.
+
+    -> namespace(net, config, folder or None, schedule, prediction, shift, world_name or None, label). Raises UserError.
+    """
+    if name in worlds:
+        from models.toy import load_world  # the worlds use this file too
+
+        world = load_world(name)
+        if not hasattr(world, "teacher_folder"):  # a closed form, no checkpoint
+            net = world.teacher()
+            return types.SimpleNamespace(net=net, config=None, folder=None, schedule=Flow(), prediction=net.prediction,
+                                         shift=net.default_shift, world_name=name, label=name)
+        folder = world.teacher_folder()
+    else:
+        folder = name.rstrip("/")
+        if not os.path.isdir(folder):
+            raise UserError(f"--teacher {name}: neither an embedded world ({', '.join(worlds)}) nor a folder")
+        if not os.listdir(folder):
+            raise UserError(f"--teacher {name}: the folder is empty")
+    root = folder
+    if os.path.isfile(os.path.join(folder, "model_index.json")):
+        if os.path.isdir(os.path.join(folder, "transformer_2")):
+            raise UserError(f"{folder} is a two-network teacher (transformer_2/): give one of its component folders")
+        folder = os.path.join(folder, "transformer")
+    elif os.path.isdir(os.path.join(folder, "student")):
+        folder = os.path.join(folder, "student")
+    net, config = load_network(folder, dtype)
+    schedule, prediction, timestep_shift = Flow(), net.prediction, net.default_shift
+    scheduler = next((s for s in (os.path.join(root, "scheduler"), os.path.join(os.path.dirname(os.path.abspath(folder)), "scheduler"))
+                      if os.path.isfile(os.path.join(s, "scheduler_config.json"))), None)
+    if scheduler:
+        schedule, prediction, own_shift = read_scheduler(scheduler)
+        timestep_shift = own_shift or timestep_shift
+    elif os.path.isfile(os.path.join(folder, "sampler.json")):
+        schedule, prediction, timestep_shift = read_sampler(folder)[1:]
+    return types.SimpleNamespace(net=net, config=config, folder=folder, schedule=schedule, prediction=prediction,
+                                 shift=timestep_shift, world_name=config.get("world"), label=name if name in worlds else
+                                 os.path.basename(os.path.abspath(root)))
+
+
+def is_small(name, worlds):
+    """Whether --teacher is a world or a folder with one of our own small networks: they share default flags."""
+    for folder in (name, os.path.join(name, "student")):
+        if os.path.isfile(os.path.join(folder, "config.json")):
+            return load_json(os.path.join(folder, "config.json")).get("_class_name") in ("DiT", "RingMLP")
+    return name in worlds
+
+
+def describe_schedule(schedule):
+    """A schedule as JSON, for sampler.json."""
+    if isinstance(schedule, Flow):
+        return {"type": "flow"}
+    return {"type": "vp", "betas": schedule.name, "n": schedule.n, "zero_snr": schedule.zero_snr,
+            "beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
+
+
+def read_sampler(folder):
+    """sampler.json of a student folder -> (dict, schedule, prediction, shift); raises UserError."""
+    path = os.path.join(folder, "sampler.json")
+    s = load_json(path)
+    try:
+        kind = s["schedule"]
+        schedule = Flow() if kind["type"] == "flow" else VP(kind["betas"], kind["beta_start"], kind["beta_end"], kind["n"], kind["zero_snr"])
+        if s["prediction"] not in PREDICTIONS:
+            raise ValueError(f"prediction {s['prediction']!r}")
+        times = [float(t) for t in s["times"]]
+        if not times or any(a <= b for a, b in zip(times, times[1:])) or not (0 < times[-1] and times[0] <= 1):
+            raise ValueError(f"times {times} do not descend within (0, 1]")
+        return s, schedule, s["prediction"], float(s["timestep_shift"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path} is not a sampler description of ours ({type(e).__name__}: {e})") from None
+
+
+# ---- conditioning and data -----------------------------------------------------------------------------------------
+
+
+class Prompts:
+    """--prompts FILE.safetensors: cond.NAME (N, ...) and uncond.NAME (1, ...), read row by row from disk."""
+
+    def __init__(self, path, names, widths):
+        """names: the conditioning inputs the network takes; widths: {name: required last dimension}."""
+        self.file, self.names = open_tensors(path), names
+        keys = set(self.file.keys())
+        for name in names:
+            for key in (f"cond.{name}", f"uncond.{name}"):
+                if key not in keys:
+                    raise UserError(f"{path} lacks {key!r}; it has {', '.join(sorted(keys)) or 'nothing'}")
+            shape, un = (self.file.get_slice(f"{p}.{name}").get_shape() for p in ("cond", "uncond"))
+            want = widths.get(name)
+            if want and (shape[-1] != want or un[-1] != want):
+                raise UserError(f"{path}: {name!r} embeddings are {shape[-1]} wide (unconditional {un[-1]}), the teacher takes {want}")
+            if not shape[0] or un[0] != 1 or shape[1:] != un[1:]:
+                raise UserError(f"{path}: cond.{name} is {shape} and uncond.{name} {un}; wanted (N, ...) with N >= 1 and (1, ...) alike")
+        counts = {self.file.get_slice(f"cond.{n}").get_shape()[0] for n in names}
+        if len(counts) != 1:
+            raise UserError(f"{path}: the cond.* tensors disagree on the number of prompts: {sorted(counts)}")
+        self.n = counts.pop()
+
+    def rows(self, index, device):
+        """index (B,) -> {name: (B, ...)}; float inputs as float32."""
+        return {name: Rows(self.file, f"cond.{name}")[index].to(device) for name in self.names}
+
+    def unconditional(self, n, device):
+        """The unconditional inputs repeated n times, {name: (n, ...)}."""
+        one = {k: as_float32(self.file.get_tensor(f"uncond.{k}")).to(device) for k in self.names}
+        return {k: v.expand(n, *v.shape[1:]) for k, v in one.items()}
+
+
+def as_float32(x):
+    return x.float() if x.is_floating_point() else x
+
+
+def read_image(path, size):
+    """Decode one image of any kind to RGB (3, size, size) uint8: first frame, EXIF turned, 16-bit scaled to 8,
+    transparency laid on white, shorter side resized to `size`, centre crop. Raises what Pillow raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", message=".*Palette images with Transparency.*")
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: Pillow's own convert() would clip it
+                values = np.asarray(image, np.float64)
+                image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def read_image_folder(folder, size):
+    """Images in class subfolders -> (x uint8 (N, 3, size, size), label int64 (N,), class names). Unreadable files are
+    named and skipped; a file reached twice through links counts once. Raises UserError when nothing is left."""
+    classes = sorted(d for d in os.listdir(folder) if os.path.isdir(os.path.join(folder, d)) and not d.startswith("."))
+    if not classes:
+        raise UserError(f"--data {folder}: no class subfolders; put images in {folder}/<class>/...")
+    x, label, names, seen, skipped = [], [], [], set(), []
+    for name in classes:
+        before = len(x)
+        for where, _, files in sorted(os.walk(os.path.join(folder, name))):
+            for file in sorted(files):
+                path = os.path.join(where, file)
+                real = os.path.realpath(path)
+                if real in seen:
+                    continue
+                seen.add(real)
+                try:
+                    x.append(read_image(path, size))
+                    label.append(len(names))
+                except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError,
+                        Image.DecompressionBombWarning) as e:
+                    skipped.append(path)
+                    print(f"skipped {path}: {type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr)
+        if len(x) > before:
+            names.append(name)
+    if not x:
+        raise UserError(f"--data {folder}: no readable image in {len(classes)} class subfolders ({len(skipped)} files skipped)")
+    return torch.stack(x), torch.tensor(label), names
+
+
+def load_data(source, worlds, size=None, pool=20000, seed=0):
+    """--data: a world's name, a folder of images in class subfolders, or FILE.safetensors with x0 (N, ...) and cond.label.
+
+    -> (x0 float32 (N, ...) or uint8 images, {"label": (N,)} or other cond, class names or None). Raises UserError.
+    """
+    if source in worlds:
+        from models.toy import load_world
+
+        world = load_world(source)
+        x0, label = world.data(pool, seed + 1000003)  # apart from every measuring set
+        return x0, {"label": label}, world.class_names
+    if os.path.isdir(source):
+        x0, label, names = read_image_folder(source, size or 32)
+        return x0, {"label": label}, names
+    if not source.endswith(".safetensors"):
+        raise UserError(f"--data {source}: neither an embedded world ({', '.join(worlds)}), a folder, nor a .safetensors file")
+    file = open_tensors(source)
+    if "x0" not in file.keys() or not file.get_slice("x0").get_shape()[0]:
+        raise UserError(f"--data {source}: no tensor called x0 with at least one row; it has {', '.join(sorted(file.keys())) or 'nothing'}")
+    x0 = Rows(file, "x0")
+    cond = {k[5:]: Rows(file, k) for k in file.keys() if k.startswith("cond.")}
+    for k, v in cond.items():
+        if len(v) != len(x0):
+            raise UserError(f"--data {source}: cond.{k} has {len(v)} rows, x0 has {len(x0)}")
+    if "label" in cond:
+        cond["label"] = cond["label"][torch.arange(len(x0))].long()
+    return x0, cond, None
+
+
+class Rows:
+    """A tensor of an open safetensors file, read row by row: rows[index (B,)] -> (B, ...), floats as float32."""
+
+    def __init__(self, file, key):
+        self.slice = file.get_slice(key)
+        self.shape = tuple(self.slice.get_shape())
+
+    def __len__(self):
+        return self.shape[0]
+
+    def dim(self):
+        return len(self.shape)
+
+    def __getitem__(self, index):
+        return as_float32(torch.cat([self.slice[i:i + 1] for i in index.tolist()]))
+
+
+def to_unit(x):
+    """uint8 images -> float32 in [-1, 1]; floats unchanged."""
+    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
+
+
+# ---- output folder, log, resume ------------------------------------------------------------------------------------
+
+
+def prepare_output_dir(path, resume):
+    """Create the folder; without --resume_from_checkpoint an existing one is renamed PATH.1, PATH.2, ..."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UserError(f"--output_dir {path} is a file")
+    if os.path.isdir(path) and os.listdir(path) and not resume:
+        n = 1
+        while os.path.exists(f"{path}.{n}"):
+            n += 1
+        os.rename(path, f"{path}.{n}")
+        print(f"{path} existed and is now {path}.{n}")
+    os.makedirs(os.path.join(path, "state"), exist_ok=True)
+
+
+def pack_optimizer(optimizer, prefix):
+    """AdamW state as named tensors for a safetensors file."""
+    return {f"{prefix}.{i}.{k}": torch.as_tensor(v) for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+
+
+def unpack_optimizer(optimizer, prefix, tensors):
+    """Inverse of pack_optimizer; parameter groups keep the values of this run's flags."""
+    state = {}
+    for key, value in tensors.items():
+        if key.startswith(prefix + "."):
+            i, name = key[len(prefix) + 1:].split(".")
+            state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def pack_module(module, prefix):
+    return {f"{prefix}.{k}": v for k, v in module.state_dict().items()}
+
+
+def unpack_module(module, prefix, tensors):
+    module.load_state_dict({k[len(prefix) + 1:]: v for k, v in tensors.items() if k.startswith(prefix + ".")})
+
+
+def save_state(output_dir, step, tensors, info, keep=2):
+    """state/step-NNNNNNN/ appears in one rename, complete or not at all; older ones beyond `keep` are removed after."""
+    root = os.path.join(output_dir, "state")
+    tmp, final = os.path.join(root, f".tmp-{step}"), os.path.join(root, f"step-{step:07d}")
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.makedirs(tmp)
+    save_tensors(tensors, os.path.join(tmp, "state.safetensors"))
+    save_json({"step": step, **info}, os.path.join(tmp, "state.json"))
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(tmp, final)
+    fsync_folder(root)
+    for old in sorted(n for n in os.listdir(root) if n.startswith("step-"))[:-keep]:
+        shutil.rmtree(os.path.join(root, old), ignore_errors=True)
+
+
+def find_state(output_dir, resume):
+    """--resume_from_checkpoint -> folder of a complete state, or None to start fresh. Raises UserError."""
+    if resume is None:
+        return None
+    if resume != "latest":
+        if not os.path.isfile(os.path.join(resume, "state.json")):
+            raise UserError(f"--resume_from_checkpoint {resume}: no state.json there")
+        return resume
+    root = os.path.join(output_dir, "state")
+    done = sorted(n for n in (os.listdir(root) if os.path.isdir(root) else []) if n.startswith("step-"))
+    if not done:
+        print(f"no complete checkpoint under {root}: starting fresh")
+        return None
+    return os.path.join(root, done[-1])
+
+
+FREE_TO_CHANGE = {"output_dir", "max_train_steps", "resume_from_checkpoint", "checkpointing_steps", "sample", "remeasure_teacher"}
+
+
+def check_same_flags(saved, args):
+    """Flags that alter the loss must be those of the interrupted run; each changed one is named. Raises UserError."""
+    now = {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE}
+    changed = [f"--{k} was {saved.get(k)!r} and is {now.get(k)!r}" for k in sorted(set(saved) | set(now)) if saved.get(k) != now.get(k)]
+    if changed:
+        raise UserError(f"cannot resume with other flags: {'; '.join(changed)}. Give the old values or another --output_dir")
+
+
+def flags_to_save(args):
+    return {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE}
+
+
+class Log:
+    """log.csv: one row a step, flushed; on resume it is cut back to the resumed step."""
+
+    def __init__(self, output_dir, step=0):
+        self.path, self.columns = os.path.join(output_dir, "log.csv"), None
+        kept = []
+        if step and os.path.isfile(self.path):
+            with open(self.path, newline="") as f:
+                rows = list(csv.reader(f))
+            if rows:
+                self.columns = rows[0]
+                kept = [r for r in rows[1:] if len(r) == len(self.columns) and r[0].isdigit() and int(r[0]) <= step]
+        text = io.StringIO()
+        if self.columns:
+            csv.writer(text).writerows([self.columns, *kept])
+        atomic_write(self.path, text.getvalue().encode())
+        self.file = open(self.path, "a", newline="")
+
+    def write(self, row):
+        """row: {"step": int, name: number, ...}, the same names every time."""
+        if self.columns is None:
+            self.columns = list(row)
+            csv.writer(self.file).writerow(self.columns)
+        csv.writer(self.file).writerow([f"{row[c]:.6g}" if isinstance(row[c], float) else row[c] for c in self.columns])
+        self.file.flush()
+
+
+def peak_memory_mb(device):
+    """Peak memory in MiB: of the GPU's allocator, or of the process on the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def picture(x, world=None, zoom=3):
+    """One row of samples as (H, W, 3) uint8. A world draws its own; (n, 3, H, W) is taken as RGB in [-1, 1]; other
+    latents are shown as their first three channels (of the middle frame), each scaled by its standard deviation."""
+    if world is not None:
+        return world.picture(x)
+    x = x.float().cpu()
+    if x.dim() == 5:  # (n, C, T, H, W): the middle frame
+        x = x[:, :, x.shape[2] // 2]
+    if x.shape[1] != 3:
+        x = x[:, :3] if x.shape[1] > 3 else x[:, :1].expand(-1, 3, -1, -1)
+        x = (x - x.mean((0, 2, 3), keepdim=True)) / (3 * x.std((0, 2, 3), keepdim=True) + 1e-6)
+    tiles = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy().repeat(zoom, 1).repeat(zoom, 2)
+    return np.concatenate(list(np.pad(tiles, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)), axis=1)
+
+
+def save_grid(path, rows):
+    """Labelled rows, [(text, (H, W, 3) uint8), ...] -> one PNG, the text above each row."""
+    font, bar = ImageFont.load_default(), 16
+    width = max(a.shape[1] for _, a in rows)
+    sheet = Image.new("RGB", (width, sum(a.shape[0] + bar for _, a in rows)), "white")
+    draw, y = ImageDraw.Draw(sheet), 0
+    for text, a in rows:
+        draw.text((4, y + 2), text, fill="black", font=font)
+        sheet.paste(Image.fromarray(a), (0, y + bar))
+        y += bar + a.shape[0]
+    data = io.BytesIO()
+    sheet.save(data, "PNG")
+    atomic_write(path, data.getvalue())
+
+
+def save_gif(path, frames, ms=120):
+    """frames: list of (H, W, 3) uint8 -> an endlessly looping GIF."""
+    images, data = [Image.fromarray(f) for f in frames], io.BytesIO()
+    images[0].save(data, "GIF", save_all=True, append_images=images[1:], duration=ms, loop=0)
+    atomic_write(path, data.getvalue())
+
+
+def print_table(results):
+    """The short table a run ends with: one line a row of report.json."""
+    columns = [c for c in ("name", "nfe", "fd", "fd_excess", "fd_teacher", "patch_swd", "accuracy", "diversity", "ms_per_sample")
+               if any(c in r for r in results)]
+    cells = [columns] + [["" if r.get(c) is None else f"{r[c]:.3g}" if isinstance(r.get(c), float) else str(r[c]) for c in columns]
+                         for r in results]
+    for row in cells:
+        print("  ".join(text.ljust(max(len(r[i]) for r in cells)) for i, text in enumerate(row)).rstrip())
