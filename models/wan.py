@@ -1,0 +1,478 @@
+"""Wan 2.1 text-to-video transformer (Wan team, 2503.20314), with diffusers' parameter names.
+
+A video latent (16 channels, 4x fewer frames, 8x smaller sides) is cut into patches of 1x2x2, and every token
+passes through blocks of: self-attention over all tokens of the clip with a 3-D rotary position,
+cross-attention to the prompt's 512 UMT5 tokens, and an MLP. Time enters only as shift, scale and gate of the
+norms (AdaLN).
+
+    net = WanTransformer3DModel(**WAN_1_3B)
+    v = net(x_t, t, text=prompts)      # t = 0 data, t = 1 noise; v = eps - x0
+
+    symbol   meaning                                                    shape
+    x        latent at time t, normalised as the VAE's config says      (B, 16, T, H, W)
+    t        time in [0, 1], after the shift                            (B,)
+    text     UMT5 features, padding set to zero (there is no mask)      (B, L, 4096)
+    h        tokens, N = T * (H / 2) * (W / 2), in order T, H, W        (B, N, D)
+
+State dicts load into `diffusers.WanTransformer3DModel`, and back, unconverted. diffusers' clock runs to 1000;
+`ConditionEmbedder` multiplies ours by 1000, the only place that does. The last part of the file is the two
+ends of a real pipeline, prompts to features and latents to pixels, the only code here that needs transformers
+and diffusers:
+
+    python -m models.wan encode --teacher FOLDER --prompts_txt prompts.txt --output prompts.safetensors
+    python -m models.wan decode --teacher FOLDER --latents samples.safetensors --output runs/videos
+"""
+import argparse
+import html
+import importlib
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# The released text-to-video sizes, Wan-AI/Wan2.1-T2V-{1.3B,14B}-Diffusers.
+WAN_1_3B = dict(
+    patch_size=[1, 2, 2], num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16,
+    text_dim=4096, freq_dim=256, ffn_dim=8960, num_layers=30, cross_attn_norm=True,
+    qk_norm="rms_norm_across_heads", eps=1e-6, image_dim=None, added_kv_proj_dim=None, rope_max_seq_len=1024,
+    pos_embed_seq_len=None,
+)
+WAN_14B = dict(WAN_1_3B, num_attention_heads=40, ffn_dim=13824, num_layers=40)
+
+
+# ---- pieces ------------------------------------------------------------------------------------------------
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(D)) v. q (B, N, H, D), k and v (B, M, H, D) -> (B, N, H, D)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, D)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (B, N, H, D)
+
+
+def rope_3d(frames, height, width, head_dim, device):
+    """cos and sin of every token's rotary angles, each (N, 1, head_dim / 2) float32, N = frames*height*width.
+
+    A head's channels are pairs (0, 1), (2, 3), ...; the first pairs turn with the frame index, the next with
+    the row, the last with the column. Row and column have 2 * (head_dim // 6) channels, the frame the rest.
+    Recomputed at every call, not a buffer: `.to(bfloat16)` would round a buffer's angles, and building on the
+    meta device would lose it.
+    """
+    real = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    side = 2 * (head_dim // 6)
+    angles = []
+    for axis, (n, dim) in enumerate([(frames, head_dim - 2 * side), (height, side), (width, side)]):
+        frequency = 10000.0 ** -(torch.arange(0, dim, 2, dtype=real, device=device) / dim)  # (dim/2,)
+        angle = torch.outer(torch.arange(n, dtype=real, device=device), frequency)  # (n, dim/2)
+        shape = [1, 1, 1, dim // 2]
+        shape[axis] = n
+        angles.append(angle.view(shape).expand(frames, height, width, dim // 2))
+    angle = torch.cat(angles, dim=-1).reshape(-1, 1, head_dim // 2)  # (N, 1, head_dim/2)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x, cos, sin):
+    """Turn each channel pair (2i, 2i+1) of x (B, N, H, D) by its token's angle; cos, sin (N, 1, D/2)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, H, D/2)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)  # (B, N, H, D)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm computed and returned in float32 whatever the input and the weights are."""
+
+    def forward(self, x):
+        w, b = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        return F.layer_norm(x.float(), self.normalized_shape, w, b, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm computed and returned in float32 whatever the input and the weights are."""
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with q and k normalised over all heads together ("rms_norm_across_heads").
+
+    `attend(q, k, v)` on (B, N, H, D) does the mixing and can be replaced per block, by a function or module:
+    `net.blocks[i].attn1.attend = linear_attention`. It sees q and k after norm and rotation.
+    """
+
+    def __init__(self, dim, heads, eps):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])  # a list because the checkpoint says "to_out.0"
+        self.norm_q, self.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)
+        self.attend = attention
+
+    def forward(self, h, context, rope=None):
+        """h (B, N, dim) asks, context (B, M, dim) answers -> (B, N, dim). rope = (cos, sin) or None."""
+        q, k, v = self.norm_q(self.to_q(h)), self.norm_k(self.to_k(context)), self.to_v(context)
+        q, k, v = (z.unflatten(-1, (self.heads, -1)) for z in (q, k, v))  # (B, N, H, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        out = self.attend(q.to(v.dtype), k.to(v.dtype), v)  # rounded once, after norm and rotation
+        return self.to_out[0](out.flatten(2))  # (B, N, dim)
+
+
+class GELU(nn.Module):
+    """Linear, then tanh-approximated GELU. (B, N, dim) -> (B, N, dim_out)."""
+
+    def __init__(self, dim, dim_out):
+        super().__init__()
+        self.proj = nn.Linear(dim, dim_out)
+
+    def forward(self, h):
+        return F.gelu(self.proj(h), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """(B, N, dim) -> (B, N, dim). net.1 is empty (dropout in diffusers): checkpoints say net.0 and net.2."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.net = nn.Sequential(GELU(dim, hidden), nn.Identity(), nn.Linear(hidden, dim))
+
+    def forward(self, h):
+        return self.net(h)
+
+
+class TwoLayers(nn.Module):
+    """linear_2(act(linear_1(x))). (..., dim_in) -> (..., dim)."""
+
+    def __init__(self, dim_in, dim, act):
+        super().__init__()
+        self.linear_1, self.act, self.linear_2 = nn.Linear(dim_in, dim), act, nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+class ConditionEmbedder(nn.Module):
+    """Time and prompt to the model's width."""
+
+    def __init__(self, dim, freq_dim, text_dim):
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.time_embedder = TwoLayers(freq_dim, dim, nn.SiLU())
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = TwoLayers(text_dim, dim, nn.GELU(approximate="tanh"))
+
+    def forward(self, t, text):
+        """t (B,) in [0, 1], text (B, L, text_dim) -> time (B, D), modulation (B, 6, D), context (B, L, D)."""
+        half = self.freq_dim // 2
+        index = torch.arange(half, dtype=torch.float32, device=t.device)
+        frequency = torch.exp(-math.log(10000) * index / half)  # (half,)
+        angle = 1000 * t.float()[:, None] * frequency  # (B, half) t in [0, 1] becomes Wan's 0..1000 here
+        waves = torch.cat([angle.cos(), angle.sin()], dim=-1)  # (B, freq_dim)
+        # Every block's scale and gate come from here, so autocast must not lower the precision: float32
+        # weights give float32. bfloat16 weights stay bfloat16, as in diffusers.
+        with torch.autocast(t.device.type, enabled=False):
+            time = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype))  # (B, D)
+            modulation = self.time_proj(F.silu(time.to(self.time_proj.weight.dtype)))  # (B, 6D)
+        context = self.text_embedder(text.to(self.text_embedder.linear_1.weight.dtype))  # (B, L, D)
+        return time.float(), modulation.float().unflatten(1, (6, -1)), context
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, MLP. Norms, modulation and residual sums are float32."""
+
+    def __init__(self, dim, ffn_dim, heads, cross_attn_norm, eps):
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps, elementwise_affine=False)
+        self.attn1 = Attention(dim, heads, eps)
+        self.attn2 = Attention(dim, heads, eps)
+        self.norm2 = LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(dim, ffn_dim)
+        self.norm3 = LayerNorm(dim, eps, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(self, h, context, modulation, rope):
+        """h (B, N, D), context (B, L, D), modulation (B, 6, D) float32, rope = (cos, sin) -> (B, N, D)."""
+        table = self.scale_shift_table.float() + modulation  # (B, 6, D)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table.chunk(6, dim=1)  # each (B, 1, D)
+
+        z = (self.norm1(h) * (1 + scale) + shift).to(h.dtype)
+        h = (h.float() + self.attn1(z, z, rope) * gate).to(h.dtype)
+
+        z = self.norm2(h).to(h.dtype)
+        h = h + self.attn2(z, context).to(h.dtype)  # neither gated nor modulated
+
+        z = (self.norm3(h) * (1 + mlp_scale) + mlp_shift).to(h.dtype)
+        return (h.float() + self.ffn(z) * mlp_gate).to(h.dtype)
+
+
+# ---- the model ---------------------------------------------------------------------------------------------
+
+
+class WanTransformer3DModel(nn.Module):
+    """Wan 2.1 text-to-video. Keyword arguments are the keys of diffusers' config.json, kept in `self.config`.
+
+    image_dim, added_kv_proj_dim and pos_embed_seq_len belong to image-to-video checkpoints and must be None.
+    Raises ValueError for a config this file does not implement. Source: Wan 2503.20314; names, epsilons and
+    what is float32 as in diffusers, against which tests compare it on the same random weights.
+    """
+
+    prediction = "flow_v"
+    # Wan's generate.py samples text-to-video at shift 5; its readme advises 8 to 12 for the 1.3B, diffusers 3
+    # at 480p and 5 at 720p. Only a fallback: a checkpoint's scheduler/ folder comes first.
+    default_shift = 5.0
+    latent_shape = (16, 21, 60, 104)  # 81 frames of 480 x 832
+    cond_names = ("text",)
+
+    def __init__(
+        self, patch_size=(1, 2, 2), num_attention_heads=40, attention_head_dim=128, in_channels=16,
+        out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=13824, num_layers=40, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", eps=1e-6, image_dim=None, added_kv_proj_dim=None,
+        rope_max_seq_len=1024, pos_embed_seq_len=None,
+    ):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config["patch_size"] = list(patch_size)  # what JSON gives back
+        for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+            if self.config[name] is not None:
+                raise ValueError(
+                    f"{name} = {self.config[name]} means image-to-video, which is not implemented; "
+                    f"use a text-to-video checkpoint ({name} null)"
+                )
+        if qk_norm != "rms_norm_across_heads":
+            raise ValueError(f"qk_norm = {qk_norm!r} is not implemented; Wan uses 'rms_norm_across_heads'")
+        if attention_head_dim % 2 or freq_dim % 2:
+            raise ValueError(f"attention_head_dim {attention_head_dim} and freq_dim {freq_dim} must be even")
+
+        dim = num_attention_heads * attention_head_dim
+        self.patch_size, self.out_channels = tuple(patch_size), out_channels or in_channels
+        self.patch_embedding = nn.Conv3d(in_channels, dim, self.patch_size, stride=self.patch_size)
+        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
+        self.blocks = nn.ModuleList(
+            [Block(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)]
+        )
+        self.norm_out = LayerNorm(dim, eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, self.out_channels * math.prod(self.patch_size))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.gradient_checkpointing = False
+
+    def forward(self, x, t, text, return_features=False):
+        """Flow velocity v = eps - x0.
+
+        x (B, in_channels, T, H, W); t (B,) float in [0, 1], t = 0 data, t = 1 noise; text (B, L, text_dim).
+        Returns v (B, out_channels, T, H, W) in x's dtype, computed in the weights' dtype or in autocast's.
+        With return_features=True returns (v, features): the output of block num_layers // 2, (B, N, D).
+        Raises ValueError, one line naming cause and remedy, for shapes that do not fit.
+        """
+        self._check(x, t, text)
+        grid = [size // p for size, p in zip(x.shape[2:], self.patch_size)]  # frames, rows, columns of tokens
+        rope = rope_3d(*grid, self.config["attention_head_dim"], x.device)
+        time, modulation, context = self.condition_embedder(t, text)
+
+        h = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))  # (B, D, T, H/2, W/2)
+        h = h.flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
+        for i, block in enumerate(self.blocks):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, context, modulation, rope, use_reentrant=False)
+            else:
+                h = block(h, context, modulation, rope)
+            if i == len(self.blocks) // 2:
+                features = h
+
+        shift, scale = (self.scale_shift_table.float() + time[:, None]).chunk(2, dim=1)  # each (B, 1, D)
+        h = self.proj_out((self.norm_out(h) * (1 + scale) + shift).to(h.dtype))  # (B, N, pt*ph*pw*C)
+        h = h.unflatten(2, (*self.patch_size, -1)).unflatten(1, grid)  # (B, T, H, W, pt, ph, pw, C), patches
+        h = h.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, T, pt, H, ph, W, pw)
+        v = h.reshape(x.shape[0], self.out_channels, *x.shape[2:]).to(x.dtype)  # (B, C, T, H, W), unpatched
+        return (v, features) if return_features else v
+
+    def _check(self, x, t, text):
+        c = self.config
+        if x.dim() != 5:
+            raise ValueError(f"x has shape {tuple(x.shape)}; pass a latent (B, {c['in_channels']}, T, H, W)")
+        if x.shape[1] != c["in_channels"]:
+            raise ValueError(f"x has {x.shape[1]} channels; pass (B, {c['in_channels']}, T, H, W)")
+        if any(size % p for size, p in zip(x.shape[2:], self.patch_size)):
+            raise ValueError(
+                f"T, H, W = {tuple(x.shape[2:])} do not divide into patches {self.patch_size}; crop or pad x"
+            )
+        if any(size // p > c["rope_max_seq_len"] for size, p in zip(x.shape[2:], self.patch_size)):
+            raise ValueError(
+                f"T, H, W = {tuple(x.shape[2:])} need more than rope_max_seq_len = {c['rope_max_seq_len']} "
+                "positions on one axis; pass a smaller x or raise rope_max_seq_len"
+            )
+        if t.shape != x.shape[:1] or not t.is_floating_point():
+            raise ValueError(
+                f"t is {t.dtype} {tuple(t.shape)}; pass floats in [0, 1] of shape ({x.shape[0]},)"
+            )
+        if text.dim() != 3 or text.shape[0] != x.shape[0] or text.shape[2] != c["text_dim"]:
+            raise ValueError(
+                f"text has shape {tuple(text.shape)}; pass ({x.shape[0]}, L, {c['text_dim']})"
+            )
+
+
+# ---- the ends of a real pipeline: prompts to features, latents to pixels -----------------------------------
+# Needs transformers and diffusers; imported here only, so that training never does.
+
+# The negative prompt that Wan samples with by default (wan/configs/shared_config.py).
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+def fail(message):
+    """One line on stderr, exit code 2."""
+    print("models.wan: " + " ".join(message.split()), file=sys.stderr)  # libraries' messages have many lines
+    raise SystemExit(2)
+
+
+def library(name):
+    """Import a library that only the ends of a pipeline need; one clear line where it is absent."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        fail(f"{name} is not installed; it is needed to encode prompts and decode videos: pip install {name}")
+
+
+def component(pipeline_folder, name):
+    """Path of one component of a diffusers pipeline folder; one clear line where it is absent."""
+    path = Path(pipeline_folder) / name
+    if not path.is_dir():
+        fail(f"no folder {path}; pass a diffusers pipeline folder such as Wan2.1-T2V-1.3B-Diffusers")
+    return str(path)
+
+
+def clean_prompt(text):
+    """What WanPipeline does to a prompt first: repair (ftfy, where installed), unescape, one line."""
+    try:
+        text = importlib.import_module("ftfy").fix_text(text)
+    except ImportError:
+        pass  # optional in diffusers too: only matters for text that was decoded wrongly
+    text = html.unescape(html.unescape(text))  # twice: "&amp;lt;" occurs in scraped captions
+    return re.sub(r"\s+", " ", text).strip()
+
+
+@torch.no_grad()
+def encode_prompts(pipeline_folder, prompts, negative_prompt=NEGATIVE_PROMPT, max_length=512):
+    """UMT5 features of prompts (list of N str), as WanPipeline computes them.
+
+    Returns {"cond.text": (N, max_length, D), "uncond.text": (1, max_length, D)} on the CPU in the encoder's
+    dtype, D = 4096 in Wan. Rows after a prompt's last token are zero: Wan has no mask and is trained so.
+    Longer prompts are cut. Runs on the GPU where there is one. Exits 2 if a library or folder is missing.
+    """
+    transformers = library("transformers")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        component(pipeline_folder, "tokenizer"), local_files_only=True
+    )
+    encoder = transformers.UMT5EncoderModel.from_pretrained(
+        component(pipeline_folder, "text_encoder"), dtype="auto", local_files_only=True
+    )
+    encoder = encoder.to(device).eval()
+    rows = []
+    for prompt in [*prompts, negative_prompt]:  # one at a time: 512 x 4096 activations through 24 layers
+        text = [clean_prompt(prompt)]
+        tokens = tokenizer(
+            text, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
+        ).to(device)
+        keep = tokens.attention_mask  # (1, L), 1 = a token of the prompt
+        features = encoder(tokens.input_ids, keep).last_hidden_state  # (1, L, D)
+        rows.append(features.masked_fill(keep[..., None] == 0, 0).cpu())
+    return {"cond.text": torch.cat(rows[:-1]), "uncond.text": rows[-1]}
+
+
+@torch.no_grad()
+def decode_latents(pipeline_folder, x0):
+    """Pixels of normalised latents x0 (B, 16, T, H, W) -> uint8 (B, 4T - 3, 3, 8H, 8W) on the CPU.
+
+    The VAE's own latents are x0 * latents_std + latents_mean per channel (its config). Decoded in float32,
+    one video at a time, on the GPU where there is one. Raises ValueError for wrong shapes; exits 2 if a
+    library or folder is missing.
+    """
+    diffusers = library("diffusers")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = diffusers.AutoencoderKLWan.from_pretrained(
+        component(pipeline_folder, "vae"), torch_dtype=torch.float32, local_files_only=True
+    )
+    vae = vae.to(device).eval()
+    if x0.dim() != 5 or x0.shape[1] != vae.config.z_dim:
+        raise ValueError(f"x0 has shape {tuple(x0.shape)}; this VAE needs (B, {vae.config.z_dim}, T, H, W)")
+    mean, std = (
+        torch.tensor(stat, device=device).view(1, -1, 1, 1, 1)
+        for stat in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    videos = []
+    for row in x0.split(1):
+        pixels = vae.decode(row.to(device, torch.float32) * std + mean).sample  # (1, 3, T', H', W'), [-1, 1]
+        videos.append(((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().transpose(1, 2).cpu())
+    return torch.cat(videos)  # (B, T', 3, H', W')
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m models.wan", description="Wan: prompts to text features, latents to GIFs."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    encode = commands.add_parser("encode", help="prompts to UMT5 features, for --prompts of the scripts")
+    decode = commands.add_parser("decode", help="latents to GIFs")
+    for p in (encode, decode):
+        p.add_argument("--teacher", required=True, help="pipeline folder: tokenizer/, text_encoder/, vae/")
+    encode.add_argument("--prompts_txt", required=True, help="UTF-8 text file, one prompt a line")
+    encode.add_argument("--output", required=True, help="safetensors file to write: cond.text, uncond.text")
+    encode.add_argument("--negative_prompt", default=NEGATIVE_PROMPT, help="of uncond.text (default: Wan's)")
+    encode.add_argument("--max_length", type=int, default=512, help="tokens per prompt (default: 512)")
+    decode.add_argument("--latents", required=True, help="safetensors file with x0 (B, 16, T, H, W)")
+    decode.add_argument("--output", required=True, help="folder for 000.gif, 001.gif, ...")
+    decode.add_argument("--fps", type=float, default=16, help="frames per second (default: 16)")
+    args = parser.parse_args(argv)
+    output = Path(args.output)
+
+    if args.command == "encode":
+        if args.max_length < 1:
+            fail(f"--max_length is {args.max_length}; pass at least 1 (Wan: 512)")
+        try:
+            lines = Path(args.prompts_txt).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            fail(f"cannot read --prompts_txt {args.prompts_txt} as UTF-8 text: {error}")
+        prompts = [line for line in lines if line.strip()]
+        if not prompts:
+            fail(f"--prompts_txt {args.prompts_txt} holds no prompt; write one prompt a line")
+        try:
+            tensors = encode_prompts(args.teacher, prompts, args.negative_prompt, args.max_length)
+        except (OSError, ValueError) as error:  # an incomplete tokenizer or text_encoder folder
+            fail(f"--teacher {args.teacher}: {error}")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = output.with_name(output.name + ".partial")  # renamed when complete: never half a file
+        library("safetensors.torch").save_file(tensors, partial)
+        os.replace(partial, output)
+        print(f"{output}: " + ", ".join(f"{k} {tuple(v.shape)} {v.dtype}" for k, v in tensors.items()))
+    else:
+        if args.fps <= 0:
+            fail(f"--fps is {args.fps}; pass a positive number (Wan: 16)")
+        safetensors = library("safetensors.torch")
+        try:
+            x0 = safetensors.load_file(args.latents).get("x0")
+        except Exception as error:  # safetensors' own error type, or the file system's
+            fail(f"cannot read --latents {args.latents} as safetensors: {error}")
+        if x0 is None:
+            fail(f"--latents {args.latents} has no tensor x0; write the latents under that key")
+        try:
+            videos = decode_latents(args.teacher, x0)
+        except (OSError, ValueError) as error:  # wrong shape of x0, incomplete vae folder
+            fail(f"--teacher {args.teacher}, --latents {args.latents}: {error}")
+        image = library("PIL.Image")
+        output.mkdir(parents=True, exist_ok=True)
+        for i, video in enumerate(videos):
+            frames = [image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video]  # each (H, W, 3)
+            path = output / f"{i:03d}.gif"
+            frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 / args.fps, loop=0)
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
