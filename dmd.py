@@ -168,9 +168,9 @@ def mean_over_ranks(*values):
     return v.tolist()
 
 
-def update(optimizer, max_grad_norm, what, loss):
+def update(optimizers, max_grad_norm, what, loss):
     """Average gradients over ranks, clip, check that all ranks are finite, step. -> gradient norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
     if dist.is_initialized():
         for p in parameters:  # every rank has the same parameters in the same order; FSDP2 does this in its backward
             dist.all_reduce(p.grad)
@@ -179,8 +179,9 @@ def update(optimizer, max_grad_norm, what, loss):
     if not all(abs(v) < float("inf") for v in mean_over_ranks(loss, norm)):  # NaN compares false; same verdict on all ranks
         raise io.TrainingError(f"{what} loss or gradient is not finite ({float(loss):.4g}, norm {float(norm):.4g}); the last "
                                "checkpoint under state/ is intact: lower the learning rate or max_grad_norm and resume from it")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return float(norm)
 
 
@@ -368,7 +369,7 @@ def train(args):
                 (loss * share).backward()
                 fake_loss += loss.detach() * share
                 sums["loss_fake"] += loss_f.item() * share / args.fake_update_ratio
-            norm_fake = update(optimizer_fake, args.max_grad_norm, "fake-score", fake_loss)
+            norm_fake = update([optimizer_fake], args.max_grad_norm, "fake-score", fake_loss)
             lap("fake")
 
         # ---- student: one update on its own samples; teacher, fake and head are constants
@@ -412,7 +413,7 @@ def train(args):
             for name, value in (("loss_dm", loss_dm * share), ("g_dm", g_dm.norm()), ("g_gan", (x.grad - g_dm).norm()),
                                 ("mean", x.mean() * share), ("std", x.std() * share)):
                 sums[name] += value.item()
-        norm = update(optimizer, args.max_grad_norm, "student", student_loss)
+        norm = update([optimizer], args.max_grad_norm, "student", student_loss)
         fake.requires_grad_(True), head.requires_grad_(True)
         if args.ema_decay:
             update_ema(ema, student, min(args.ema_decay, (1 + step) / (10 + step)))

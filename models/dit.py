@@ -133,7 +133,7 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         if self.label is not None:
-            nn.init.normal_(self.label.weight, std=0.02)
+            nn.init.normal_(self.label.weight, std=1.0)  # as loud as the time embedding from the start
         # adaLN-Zero: every block starts as the identity, the network starts at 0, and `steps` starts without effect
         zero = [b.modulation for b in self.blocks] + [self.final_modulation, self.final]
         for module in zero + ([self.steps] if steps_cond else []):

@@ -254,11 +254,11 @@ def render_glyphs(label, rng):
         dx, dy, size, slant, weight = u[i]
         canvas = Image.new("L", (side, side))
         ImageDraw.Draw(canvas).text(
-            (side / 2, side / 2), str(int(label[i])), fill=255, font=_font(int(round(54 + 10 * size))),
+            (side / 2, side / 2), str(int(label[i])), fill=255, font=_font(int(round(54 + 8 * size))),
             anchor="mm", stroke_width=int(round(1 + weight)))
-        shear = 0.35 * slant  # output (x, y) reads input (x + shear (y - c) - dx, y - dy)
+        shear = 0.25 * slant  # output (x, y) reads input (x + shear (y - c) - dx, y - dy)
         canvas = canvas.transform(
-            (side, side), Image.Transform.AFFINE, (1, shear, -shear * side / 2 - 9 * dx, 0, 1, -6 * dy),
+            (side, side), Image.Transform.AFFINE, (1, shear, -shear * side / 2 - 7 * dx, 0, 1, -5 * dy),
             resample=Image.Resampling.BILINEAR)
         coverage[i] = np.asarray(canvas.reduce(SUPERSAMPLE), np.float32) / 255
     c = coverage[:, None]  # (n, 1, 16, 16)
@@ -268,7 +268,7 @@ def render_glyphs(label, rng):
 
 
 class GlyphClassifier(nn.Module):
-    """Convolutional net whose 64 features feed a class head and a head for the 11 factors of variation.
+    """Convolutional net whose 128 features feed a class head and a head for the 11 factors of variation.
 
     The second head is why the features see colour, position and slant at all: a classifier alone learns to forget
     them, and `fd` and `diversity` would then miss a student that draws every digit in one colour.
@@ -278,15 +278,15 @@ class GlyphClassifier(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 48, 3, stride=2, padding=1)
         self.conv3, self.conv4 = nn.Conv2d(48, 64, 3, padding=1), nn.Conv2d(64, 64, 3, stride=2, padding=1)
-        self.features = nn.Linear(64 * 16, 64)
-        self.classes, self.factors = nn.Linear(64, num_classes), nn.Linear(64, FACTORS)
+        self.features = nn.Linear(64 * 16, 128)
+        self.classes, self.factors = nn.Linear(128, num_classes), nn.Linear(128, FACTORS)
 
     def forward(self, x):
-        """x (B, 3, 16, 16) in [-1, 1] -> features (B, 64), class logits (B, 10), factors (B, 11)."""
+        """x (B, 3, 16, 16) in [-1, 1] -> features (B, 128), class logits (B, 10), factors (B, 11)."""
         h = F.silu(self.conv2(F.silu(self.conv1(x))))  # (B, 48, 8, 8)
         h = F.silu(self.conv4(F.silu(self.conv3(h))))  # (B, 64, 4, 4)
-        f = self.features(h.flatten(1))
-        return f, self.classes(F.silu(f)), self.factors(F.silu(f))
+        f = F.silu(self.features(h.flatten(1)))
+        return f, self.classes(f), self.factors(f)
 
 
 def image_patches(x, size=4, per_image=8, seed=0):
@@ -321,16 +321,16 @@ class Glyphs:
 
     @functools.cached_property
     def reference(self):
-        """mean (64,), cov (64, 64) of 50,000 data items' features and within-class distance (10,), float64."""
+        """mean (128,), cov (128, 128) of 50,000 data items' features and within-class distance (10,), float64."""
         return load_file(os.path.join(GLYPHS_DIR, "reference.safetensors"))
 
     def moments(self, x, label):
-        """Mean and covariance of the features, one group.  -> (1, 64), (1, 64, 64) float64."""
+        """Mean and covariance of the features, one group.  -> (1, 128), (1, 128, 128) float64."""
         f = self.look(x)[0].double()
         return f.mean(0)[None], f.T.cov()[None]
 
     def look(self, x):
-        """x (n, 3, 16, 16) -> features (n, 64), logits (n, 10), in batches on the CPU; pixels clipped to [-1, 1]."""
+        """x (n, 3, 16, 16) -> features (n, 128), logits (n, 10), in batches on the CPU; pixels clipped to [-1, 1]."""
         out = [self.classifier(b.float().cpu().clamp(-1, 1))[:2] for b in x.split(500)]
         return torch.cat([f for f, _ in out]), torch.cat([c for _, c in out])
 
@@ -351,7 +351,7 @@ class Glyphs:
         return np.concatenate(list(np.pad(tiles, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)), axis=1)
 
 
-def build_glyph_reference(steps=4000, batch=128, seed=1):
+def build_glyph_reference(steps=3000, batch=128, seed=1):
     """Train the classifier and write classifier.safetensors (fp16) and reference.safetensors; about 4 minutes."""
     from models.io import save_tensors  # only the builder writes files
 

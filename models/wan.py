@@ -221,7 +221,7 @@ class WanTransformer3DModel(nn.Module):
     """
 
     prediction = "flow_v"
-    # Wan's generate.py samples text-to-video at shift 5; its readme advises 8 to 12 for the 1.3B, diffusers 3
+    # Wan's generate.py samples text-to-video at shift 5; diffusers advises 3
     # at 480p and 5 at 720p. Only a fallback: a checkpoint's scheduler/ folder comes first.
     default_shift = 5.0
     latent_shape = (16, 21, 60, 104)  # 81 frames of 480 x 832

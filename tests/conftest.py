@@ -1,0 +1,8 @@
+"""Tests run on one thread, from any folder."""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+torch.set_num_threads(1)
