@@ -70,7 +70,7 @@ def distribution_matching_loss(x, g):
 
 def fake_score_loss(fake, schedule, kind, x, eps, t, cond):
     """Denoising loss of the fake score on detached student samples (2311.18828, Eq. 6), in the space the network predicts, which is
-    the weighting its teacher was trained with.  x, eps (B, ...), t (B,) -> scalar, features (B, N, D) or None."""
+    the weighting its teacher was trained with.  x, eps (B, ...), t (B,) -> scalar."""
     x_t = add_noise(schedule, x, eps, t)
     target = from_x0_eps(kind, x, eps, schedule.alpha(t), schedule.sigma(t))
     return F.mse_loss(fake(x_t, t, **cond).float(), target)
@@ -312,17 +312,23 @@ def train(args):
               f"{schedule.describe()}, shift {teacher.shift:g}, guidance {args.guidance_scale:g}; {device} x {world_size}\n"
               f"student: {args.student_steps} step(s) at t = {', '.join(f'{t:.4g}' for t in times)}, {args.renoise}")
 
-    def student_input(draw, cond):
-        """x_t and t the student is trained at: one step k for all ranks, reached by the student's own rollout (2405.14867, Sec. 4.5)."""
+    def real_batch(draw, name):
+        """Data rows with their own conditions.  -> x0 (B, ...), cond."""
+        i = draw.integer(name, len(data))
+        return io.to_unit(data[i]).to(device), {k: v[i].to(device) for k, v in data_cond.items()}
+
+    def student_input(draw):
+        """x_t, t and condition the student is trained at: one step k for all ranks, reached by the student's own rollout
+        without gradient (2405.14867, Sec. 4.5).  -> x_t (B, ...), t (B,), cond, uncond."""
         k = draw.agreed("k", args.student_steps)
         z = draw.normal("z", shape)
+        t = z.new_full((B,), times[k])
+        cond, uncond = conditions.draw(draw, device)
+        if args.student_input == "real" and k > 0:  # ablation: noised data, which the student never meets at test time
+            x_real, cond = real_batch(draw, "real_input")
+            return add_noise(schedule, x_real, z, t), t, cond, uncond
         with torch.no_grad():
-            if args.student_input == "real" and k > 0:  # the ablation: noised data, which the student never meets at test time
-                i = draw.integer("real", len(data))
-                x_t = add_noise(schedule, io.to_unit(data[i]).to(device), z, z.new_full((B,), times[k]))
-            else:
-                x_t = rollout(student, schedule, kind, z, times[:k + 1], cond, args.renoise, lambda i: draw.normal(f"renoise{i}", shape))
-        return x_t, z.new_full((B,), times[k])
+            return rollout(student, schedule, kind, z, times[:k + 1], cond, args.renoise, lambda i: draw.normal(f"renoise{i}", shape)), t, cond, uncond
 
     def lap(part):
         """Charge the time since the last lap to one part of the step."""
@@ -348,18 +354,16 @@ def train(args):
             for micro in range(args.gradient_accumulation_steps):
                 row = (micro * world_size + rank) * B
                 draw = io.Draws(args.seed, step, inner, range(row, row + B), device)
-                cond, _ = conditions.draw(draw, device)
-                t, eps = draw.uniform("u"), draw.normal("eps", shape)
+                t, eps = shift(draw.uniform("u"), teacher.shift), draw.normal("eps", shape)
                 lap("data")
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-                    x_t, t_in = student_input(draw, cond)
+                    x_t, t_in, cond, _ = student_input(draw)
                     with torch.no_grad():  # no gradient into the student here
                         x = predict_x0(student, schedule, kind, x_t, t_in, **cond)
                     lap("student")
-                    loss = loss_f = fake_score_loss(fake, schedule, kind, x, eps, shift(t, teacher.shift), cond)
+                    loss = loss_f = fake_score_loss(fake, schedule, kind, x, eps, t, cond)
                     if args.gan_weight:
-                        i = draw.integer("real_item", len(data))
-                        x_real, cond_real = io.to_unit(data[i]).to(device), {k: v[i].to(device) for k, v in data_cond.items()}
+                        x_real, cond_real = real_batch(draw, "real_gan")
                         t_f, t_r = (shift(draw.uniform(n), teacher.shift) for n in ("u_gan_fake", "u_gan_real"))
                         logit_fake = gan_logit(fake, head, schedule, x, draw.normal("eps_gan_fake", shape), t_f, cond)
                         logit_real = gan_logit(fake, head, schedule, x_real, draw.normal("eps_gan_real", shape), t_r, cond_real)
@@ -378,11 +382,10 @@ def train(args):
         for micro in range(args.gradient_accumulation_steps):
             row = (micro * world_size + rank) * B
             draw = io.Draws(args.seed, step, "student", range(row, row + B), device)
-            cond, uncond = conditions.draw(draw, device)
             t, eps = shift(draw.uniform("u", *args.dm_range), teacher.shift), draw.normal("eps", shape)
             lap("data")
             with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-                x_t, t_in = student_input(draw, cond)
+                x_t, t_in, cond, uncond = student_input(draw)
                 x = predict_x0(student, schedule, kind, x_t, t_in, **cond)  # the one call with gradient
                 x.retain_grad()
                 lap("student")

@@ -397,3 +397,22 @@ def test_noise_has_the_stated_moments():
     x0, eps, t = normal(3, 2, 4, 4), normal(3, 2, 4, 4, seed=1), torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
     want = np.stack([(1 - u) * a + u * b for u, a, b in zip(t.numpy(), x0.numpy(), eps.numpy())])
     close(add_noise(Flow(), x0, eps, t), torch.from_numpy(want))
+
+
+# ---- corners that are wrong today --------------------------------------------------------------------------------
+
+
+@pytest.mark.xfail(strict=True, reason="1 + (s - 1) is not s in floating point for s < 0.5, so the grid starts at 1.0000000000000004")
+@pytest.mark.parametrize("s", [0.08, 0.01])
+def test_step_grid_starts_at_exactly_one_for_small_shifts(s):
+    """step_grid's first time is 1 itself for any shift, as sampler.json requires."""
+    assert step_grid(2, s)[0] == 1.0
+
+
+@pytest.mark.xfail(strict=True, reason="alpha_t / alpha_s is 0 / 0 where the signal is gone")
+@pytest.mark.parametrize("name", ["flow", "zero_snr"])
+def test_transition_at_pure_noise_is_finite(name):
+    """transition(1, 1) is the identity also where alpha(1) = 0."""
+    one = torch.ones(1)
+    a, b = transition(SCHEDULES[name], one, one)
+    assert torch.equal(a, one) and torch.equal(b, one * 0)

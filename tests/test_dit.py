@@ -1,0 +1,307 @@
+"""models/dit.py: patches, rotary positions, initialisation, conditioning, swaps; and latent_fm.py's three method functions."""
+import copy
+
+import pytest
+import torch
+
+import latent_fm
+from models.diffusion import Flow, ode_calls, predict_x0_eps, sample_ode, step_grid
+from models.dit import HEAD_DIM, DiT, attention, axial_rope, patchify, rotate, unpatchify
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def perturbed(net, seed=0, std=0.1):
+    """The network with noise on every weight, so that no zero-initialised layer hides anything."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += std * torch.randn(p.shape, generator=g)
+    return net
+
+
+def small(seed=0, **changes):
+    torch.manual_seed(seed)
+    return DiT(**{**dict(size=(6, 4), patch=(3, 2), channels=2, dim=64, depth=3, num_classes=3), **changes})
+
+
+def inputs(net, n=5):
+    label = torch.arange(n) % max(1, net.num_classes)
+    return normal(n, *net.latent_shape), torch.linspace(0.1, 1.0, n), label
+
+
+# ---- patches -----------------------------------------------------------------------------------------------------
+
+SIZES = [((8, 12), (2, 3), 3), ((4, 6, 10), (1, 3, 2), 2), ((4, 4), (4, 4), 1), ((9,), (3,), 2), ((2, 4, 4, 2), (1, 2, 4, 2), 2)]
+
+
+@pytest.mark.parametrize("size, patch, channels", SIZES)
+def test_unpatchify_inverts_patchify(size, patch, channels):
+    """Patches of images, video and other grids go back bit for bit, and there are prod(size) / prod(patch) of them."""
+    x = normal(2, channels, *size)
+    tokens = patchify(x, patch)
+    per_patch = int(torch.tensor(patch).prod())
+    assert tokens.shape == (2, int(torch.tensor(size).prod()) // per_patch, channels * per_patch)
+    assert torch.equal(unpatchify(tokens, channels, size, patch), x)
+
+
+def test_patches_are_the_picture_s_blocks_in_reading_order():
+    """Token i * columns + j is block (i, j), channels first: in 2-D and in 3-D."""
+    x = normal(1, 3, 4, 6)
+    tokens = patchify(x, (2, 3))
+    for i in range(2):
+        for j in range(2):
+            assert torch.equal(tokens[0, 2 * i + j], x[0, :, 2 * i:2 * i + 2, 3 * j:3 * j + 3].flatten())
+    x = normal(1, 2, 2, 4, 2)
+    tokens = patchify(x, (1, 2, 1))
+    assert torch.equal(tokens[0, 1 * 4 + 1 * 2 + 0], x[0, :, 1:2, 2:4, 0:1].flatten())
+
+
+# ---- rotary positions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [(7,), (3, 4), (2, 3, 4)])
+def test_rope_depends_on_the_difference_of_positions(grid):
+    """q . k after rotation is a function of the two patches' offset alone, axis by axis, and does depend on it."""
+    cos, sin = axial_rope(grid)
+    N = int(torch.tensor(grid).prod())
+    assert cos.shape == sin.shape == (N, 1, HEAD_DIM // 2)
+    q, k = (normal(1, 1, 1, HEAD_DIM, seed=s).expand(1, N, 1, -1) for s in (1, 2))
+    scores = torch.einsum("bnhd,bmhd->nm", rotate(q, cos, sin), rotate(k, cos, sin))
+    where = torch.stack(torch.meshgrid(*[torch.arange(g) for g in grid], indexing="ij"), -1).reshape(N, -1)
+    by_offset = {}
+    for n in range(N):
+        for m in range(N):
+            by_offset.setdefault(tuple((where[n] - where[m]).tolist()), []).append(scores[n, m].item())
+    assert all(max(v) - min(v) < 1e-4 for v in by_offset.values())
+    values = sorted(v[0] for v in by_offset.values())
+    assert min(b - a for a, b in zip(values, values[1:])) > 1e-5  # no two offsets are confused
+
+
+def test_rotation_keeps_norms_and_dtype():
+    """rotate is orthogonal, the identity at position 0, and returns the dtype it was given."""
+    cos, sin = axial_rope((3, 4))
+    x = normal(2, 12, 2, HEAD_DIM)
+    y = rotate(x, cos, sin)
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(y[:, 0], x[:, 0]) and not torch.allclose(y[:, 5], x[:, 5])
+    assert rotate(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+
+
+def test_attention_is_softmax_attention():
+    """The one attention function equals softmax(q k^T / sqrt(32)) v, head by head."""
+    q, k, v = (normal(2, 5, 3, HEAD_DIM, seed=s) for s in range(3))
+    weight = torch.einsum("bnhd,bmhd->bhnm", q, k).div(HEAD_DIM**0.5).softmax(-1)
+    torch.testing.assert_close(attention(q, k, v), torch.einsum("bhnm,bmhd->bnhd", weight, v))
+
+
+# ---- the network ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, patch", [((6, 4), (3, 2)), ((2, 4, 4), (1, 2, 2))])
+def test_a_new_network_outputs_zero(size, patch):
+    """adaLN-Zero: every block starts as the identity and the output is exactly 0, of the input's shape, in 2-D and 3-D."""
+    net = small(size=size, patch=patch)
+    x, t, label = inputs(net)
+    v, features = net(x, t, label, return_features=True)
+    assert v.shape == x.shape and not v.any()
+    torch.testing.assert_close(features, net.embed(patchify(x, patch)) + net.position)
+
+
+def test_every_weight_gets_a_gradient_once_perturbed():
+    """No dead parameters: with nothing at zero, each tensor of the network receives a gradient."""
+    net = perturbed(small(steps_cond=True))
+    x, t, label = inputs(net)
+    net(x, t, label, steps=torch.full((5,), 2)).square().mean().backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_output_depends_on_time_label_and_place():
+    """t, the label and the position of a patch all reach the output."""
+    net = perturbed(small())
+    x, t, label = inputs(net)
+    v = net(x, t, label)
+    assert (net(x, t * 0.9, label) != v).flatten(1).any(1).all()
+    assert (net(x, t, (label + 1) % 3) != v).flatten(1).any(1).all()
+    with torch.no_grad():  # the same content everywhere: a network without positions would answer alike in every patch
+        tokens = patchify(net(torch.ones_like(x), t, label), net.patch)
+    assert not torch.allclose(tokens[:, 0], tokens[:, 1], atol=1e-4)
+
+
+def test_samples_of_a_batch_do_not_mix():
+    """Row i of the output is the output for row i alone."""
+    net = perturbed(small())
+    x, t, label = inputs(net)
+    torch.testing.assert_close(net(x, t, label)[2:3], net(x[2:3], t[2:3], label[2:3]), rtol=1e-4, atol=1e-5)
+
+
+def test_no_label_is_the_null_label():
+    """label None and label K are the same network; without classes labels are ignored."""
+    net = perturbed(small())
+    x, t, label = inputs(net)
+    assert torch.equal(net(x, t), net(x, t, torch.full((5,), 3))) and not torch.equal(net(x, t), net(x, t, label))
+    net = perturbed(small(num_classes=0))
+    assert torch.equal(net(x, t), net(x, t, label))
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4])
+def test_features_are_the_middle_block_s_tokens(depth):
+    """return_features adds the output of block depth // 2, (B, N, D), and leaves v bit-equal."""
+    net = perturbed(small(depth=depth))
+    x, t, label = inputs(net)
+    kept = []
+    net.blocks[depth // 2].register_forward_hook(lambda module, args, output: kept.append(output))
+    v, features = net(x, t, label, return_features=True)
+    assert features.shape == (5, 4, 64) and torch.equal(features, kept[0]) and torch.equal(v, net(x, t, label))
+
+
+def test_steps_start_without_effect_but_with_a_gradient():
+    """`steps` is zero-initialised: it changes nothing in a network that already works, and can be learnt from there."""
+    net = small(steps_cond=True)
+    for name, module in net.named_children():
+        if name != "steps":
+            perturbed(module)
+    x, t, label = inputs(net)
+    v = net(x, t, label)
+    for n in (1, 4, 50):
+        assert torch.equal(net(x, t, label, steps=torch.full((5,), n)), v)
+    net(x, t, label, steps=torch.full((5,), 4)).square().mean().backward()
+    assert net.steps.weight.grad.any() and net.steps.bias.grad.any()
+    with torch.no_grad():
+        perturbed(net.steps)
+        one, four = (net(x, t, label, steps=torch.full((5,), n)) for n in (1, 4))
+    assert not torch.allclose(one, four)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    """Recomputing blocks gives the same output, gradients and features, also through a frozen network into its input."""
+    net = perturbed(small())
+    other = copy.deepcopy(net)
+    other.gradient_checkpointing = True
+    x, t, label = inputs(net)
+    grads = []
+    for n in (net, other):
+        y = x.clone().requires_grad_(True)
+        v, features = n(y, t, label, return_features=True)
+        (v.square().mean() + features.mean()).backward()
+        n_frozen = copy.deepcopy(n).requires_grad_(False)
+        n_frozen.gradient_checkpointing = n.gradient_checkpointing
+        z = x.clone().requires_grad_(True)
+        n_frozen(z, t, label).sum().backward()
+        grads.append([v, y.grad, z.grad, *(p.grad for p in n.parameters())])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_swapped_attention_is_used():
+    """Setting one block's `attend` changes that block: it is called with (B, N, H, 32) and its answer reaches the output."""
+    net = perturbed(small())
+    x, t, label = inputs(net)
+    v, shapes = net(x, t, label), []
+
+    def mean_attention(q, k, v):
+        shapes.append((q.shape, k.shape, v.shape))
+        return v.mean(1, keepdim=True).expand_as(v)
+
+    net.blocks[1].attend = mean_attention
+    assert not torch.allclose(net(x, t, label), v) and shapes == [((5, 4, 2, HEAD_DIM),) * 3]
+    net.blocks[1].attend = attention
+    assert torch.equal(net(x, t, label), v)
+
+
+@pytest.mark.parametrize("changes, word", [
+    (dict(dim=48), "multiple of 32"), (dict(size=(6, 5)), "divisible"), (dict(size=(6, 4, 2)), "divisible"), (dict(patch=(3,)), "divisible"),
+])
+def test_impossible_sizes_are_refused(changes, word):
+    """Widths and patches that do not fit raise ValueError when the network is built."""
+    with pytest.raises(ValueError, match=word):
+        small(**changes)
+
+
+def test_wrong_inputs_are_refused():
+    """An input of another shape, or `steps` for a network without them, raises ValueError and says what was expected."""
+    net = small()
+    x, t, label = inputs(net)
+    for wrong in (x[:, :1], x[:, :, :3], x[..., None], x.transpose(2, 3)):
+        with pytest.raises(ValueError, match=r"\(B, 2, 6, 4\)"):
+            net(wrong, t, label)
+    with pytest.raises(ValueError, match="steps_cond"):
+        net(x, t, label, steps=torch.ones(5))
+
+
+def test_config_rebuilds_the_network():
+    """DiT(**net.config) has the same parameters' names and shapes, and takes the same state."""
+    net = perturbed(small(steps_cond=True, cond_dim=24, world="glyphs", class_names=["a", "b", "c"]))
+    again = DiT(**net.config)
+    again.load_state_dict(net.state_dict())
+    x, t, label = inputs(net)
+    assert torch.equal(net(x, t, label), again(x, t, label)) and again.config == net.config
+
+
+# ---- flow matching -------------------------------------------------------------------------------------------------
+
+
+def test_flow_matching_loss_of_the_zero_network():
+    """A network that says 0 pays mean |eps - x0|^2, which is 2 on unit data; also sample by sample."""
+    net = small(size=(12, 12), patch=(4, 4))
+    x0, eps, t = normal(64, 2, 12, 12), normal(64, 2, 12, 12, seed=1), torch.rand(64, generator=torch.Generator().manual_seed(2))
+    loss, error = latent_fm.flow_matching_loss(net, x0, eps, t, {"label": torch.zeros(64, dtype=torch.long)})
+    torch.testing.assert_close(error, (eps - x0).square().mean((1, 2, 3)))
+    torch.testing.assert_close(loss.detach(), error.mean())
+    assert float(loss.detach()) == pytest.approx(2, abs=0.06) and not error.requires_grad
+
+
+def test_flow_matching_loss_noises_along_the_line():
+    """The network sees x_t = (1 - t) x0 + t eps with t and cond, and the right answer costs nothing."""
+    x0, eps, t = normal(6, 3), normal(6, 3, seed=1), torch.linspace(0, 1, 6)
+    seen = {}
+
+    def net(x, t, label):
+        seen.update(x=x, t=t, label=label)
+        return eps - x0
+
+    loss, error = latent_fm.flow_matching_loss(net, x0, eps, t, {"label": 7})
+    assert loss == 0 and not error.any() and seen["label"] == 7 and torch.equal(seen["t"], t)
+    torch.testing.assert_close(seen["x"], (1 - t[:, None]) * x0 + t[:, None] * eps)
+    assert torch.equal(seen["x"][0], x0[0]) and torch.equal(seen["x"][-1], eps[-1])
+
+
+@pytest.mark.parametrize("p_u", [0.0, 0.1, 0.5, 1.0])
+def test_labels_are_dropped_at_the_stated_rate(p_u):
+    """A share p_u becomes the null label, independent of the class; the rest stay; 0 and 1 mean never and always."""
+    n = 40000
+    label, coin = torch.arange(n) % 10, torch.rand(n, generator=torch.Generator().manual_seed(0))
+    got = latent_fm.drop_labels(label, coin, p_u, 10)
+    dropped = got == 10
+    assert torch.equal(got[~dropped], label[~dropped]) and got.dtype == torch.int64
+    assert float(dropped.double().mean()) == pytest.approx(p_u, abs=4 * (p_u * (1 - p_u) / n) ** 0.5)
+    for k in range(10):
+        assert float(dropped[label == k].double().mean()) == pytest.approx(p_u, abs=4.5 * (p_u * (1 - p_u) / n * 10) ** 0.5)
+
+
+def test_guided_velocity():
+    """v_u + gamma (v_c - v_u): gamma 1 is the conditional call itself, 0 the unconditional one, in between and beyond linear."""
+    net = perturbed(small())
+    x, t, label = inputs(net)
+    with torch.no_grad():
+        v_c, v_u = net(x, t, label), net(x, t)
+        assert torch.equal(latent_fm.guided_velocity(net, x, t, label, 3, 1), v_c) and not torch.allclose(v_c, v_u)
+        for gamma in (0.0, 0.5, 1.0001, 3.0):
+            torch.testing.assert_close(latent_fm.guided_velocity(net, x, t, label, 3, gamma), v_u + gamma * (v_c - v_u), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale, rows", [(1.0, 5), (2.0, 10)])
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_sampler_is_the_guided_ode(scale, rows, solver):
+    """sample integrates the guided velocity from noise over the shifted grid: ode_calls calls, on twice the batch when guided."""
+    net, sizes = perturbed(small()), []
+    net.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    z, _, label = inputs(net)
+    got = latent_fm.sample(net, z, label, 4, scale, solver, 3.0)
+    assert sizes == [rows] * ode_calls(4, solver) and not got.requires_grad
+    with torch.no_grad():
+        velocity = lambda x, t: net(x, t) + scale * (net(x, t, label) - net(x, t))  # noqa: E731
+        want = sample_ode(lambda x, t: predict_x0_eps(velocity, Flow(), "flow_v", x, t), Flow(), z, step_grid(4, 3.0), solver)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,664 @@
+"""dmd.py against the papers' formulas: gradient, normaliser, fake score, GAN, rollout, and who is updated when."""
+import copy
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import dmd
+from models import io
+from models.diffusion import VP, Flow, add_noise, from_x0_eps, predict_x0, predict_x0_eps, sample_ode, step_grid, to_x0_eps
+from models.dit import DiT
+from models.toy import RingMLP, RingTeacher
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("x0", "eps", "flow_v", "vp_v")
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def perturbed(net, seed=0, std=0.2):
+    """The network with noise on every weight, so that no zero-initialised layer hides anything."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += std * torch.randn(p.shape, generator=g)
+    return net
+
+
+def small_dit(seed=0, depth=4):
+    torch.manual_seed(seed)
+    return perturbed(DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=depth, num_classes=3), seed)
+
+
+def close(a, b, tolerance=1e-10):
+    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+
+
+def has_gradient(module):
+    return any(p.grad is not None for p in module.parameters())
+
+
+# ---- the matching loss -------------------------------------------------------------------------------------------
+
+
+def gradient_of(loss_function, x, g):
+    x = x.clone().requires_grad_(True)
+    loss = loss_function(x, g)
+    return torch.autograd.grad(loss, x)[0], float(loss.detach())
+
+
+def test_matching_loss_has_gradient_g_over_numel():
+    """d/dx of the pseudo-loss is g / numel(x) and its value 0.5 mean g^2 (2311.18828, Alg. 2)."""
+    x, g = normal(5, 3, 4), normal(5, 3, 4, seed=1)
+    got, value = gradient_of(dmd.distribution_matching_loss, x, g)
+    close(got, g / g.numel(), 1e-12)
+    assert value == pytest.approx(0.5 * float(g.square().mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda x, g: F.mse_loss(x, (x - g).detach()),  # no 0.5
+    lambda x, g: 0.5 * F.mse_loss(x, (x - g).detach(), reduction="sum"),
+    lambda x, g: 0.5 * F.mse_loss(x, x - g),  # no stop-gradient
+    lambda x, g: 0.5 * F.mse_loss(x, (x + g).detach()),  # wrong sign
+], ids=["no half", "sum", "no stop-gradient", "sign"])
+def test_matching_loss_identity_tells_wrong_variants(wrong):
+    """The identity above is sharp: the usual mistakes violate it."""
+    x, g = normal(5, 3, 4), normal(5, 3, 4, seed=1)
+    assert not torch.allclose(gradient_of(wrong, x, g)[0], g / g.numel(), rtol=1e-3)
+
+
+# ---- the gradient ------------------------------------------------------------------------------------------------
+
+
+def test_gradient_is_equation_7_with_equation_8():
+    """w_t a_t (s_fake - s_real), with w_t = (s^2 / a) C S / ||mu_real - x||_1, is a_t times our gradient (the dropped a_t)."""
+    x, mu_r, mu_f, x_t = (normal(4, 3, 5, seed=k) for k in range(4))
+    for schedule in (Flow(), VP()):
+        t = torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
+        a, s = schedule.alpha(t), schedule.sigma(t)
+        score = [from_x0_eps("score", *to_x0_eps(mu, "x0", x_t, a, s), a, s) for mu in (mu_f, mu_r)]
+        w = (s**2 / a) * 15 / (mu_r - x).abs().sum((1, 2))
+        want = (w * a)[:, None, None] * (score[0] - score[1])
+        close(a[:, None, None] * dmd.distribution_matching_gradient(x, mu_r, mu_f), want, 1e-9)
+
+
+def test_normaliser_is_per_sample():
+    """Changing sample i leaves the gradient of sample j bit-equal; a whole-batch mean does not pass."""
+    def whole_batch(x, x0_real, x0_fake):
+        return (x0_fake - x0_real) / (x - x0_real).abs().mean()
+
+    x, mu_r, mu_f = (normal(4, 3, 5, seed=k) for k in range(3))
+    others = [0, 2, 3]
+    moved = x.clone()
+    moved[1] *= 100
+    kept = dmd.distribution_matching_gradient(x, mu_r, mu_f)[others]
+    assert torch.equal(dmd.distribution_matching_gradient(moved, mu_r, mu_f)[others], kept)
+    assert torch.equal(dmd.distribution_matching_gradient(x[others], mu_r[others], mu_f[others]), kept)
+    assert not torch.allclose(whole_batch(moved, mu_r, mu_f)[others], whole_batch(x, mu_r, mu_f)[others])
+
+
+def test_gradient_is_dimensionless():
+    """Scaling x, mu_real and mu_fake together leaves the gradient unchanged, also per sample."""
+    x, mu_r, mu_f = (normal(4, 3, 5, seed=k) for k in range(3))
+    k = torch.tensor([0.01, 1.0, 7.0, 1000.0], dtype=torch.float64)[:, None, None]
+    close(dmd.distribution_matching_gradient(k * x, k * mu_r, k * mu_f), dmd.distribution_matching_gradient(x, mu_r, mu_f), 1e-12)
+
+
+def test_normaliser_is_the_distance_of_x_not_of_x_t():
+    """The L1 target is the clean student sample x: the mean of |g (x - mu_real) / (mu_fake - mu_real)| is 1 with x, not with x_t."""
+    x, mu_r, mu_f, eps = (normal(2, 3, 5, seed=k) for k in range(4))
+    g = dmd.distribution_matching_gradient(x, mu_r, mu_f)
+    weight = (g / (mu_f - mu_r)).flatten(1)[:, 0]
+    x_t = add_noise(Flow(), x, eps, torch.tensor([0.5, 0.9], dtype=torch.float64))
+    close(weight * (x - mu_r).abs().flatten(1).mean(1), torch.ones(2))
+    assert not torch.allclose(weight * (x_t - mu_r).abs().flatten(1).mean(1), torch.ones(2, dtype=torch.float64), rtol=0.05)
+
+
+def test_gradient_is_a_finite_constant():
+    """No graph is attached, and a teacher that agrees with x exactly does not divide by zero."""
+    x = normal(2, 3).requires_grad_(True)
+    assert not dmd.distribution_matching_gradient(x, x * 2, x * 3).requires_grad
+    assert torch.equal(dmd.distribution_matching_gradient(x, x, x), torch.zeros(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("guidance, zero", [(1, True), (1.5, False)])
+def test_no_gradient_when_fake_equals_teacher(guidance, zero):
+    """At initialisation fake == teacher: the student's gradient is exactly 0 without guidance, and is not with it."""
+    teacher = small_dit().requires_grad_(False)
+    student, fake = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher)
+    z, eps, t = normal(6, 1, 4, 4, dtype=torch.float32), normal(6, 1, 4, 4, seed=1, dtype=torch.float32), torch.linspace(0.1, 0.9, 6)
+    cond, uncond = {"label": torch.arange(6) % 3}, {"label": torch.full((6,), 3)}
+    x = predict_x0(student, Flow(), "flow_v", z, torch.ones(6), **cond)
+    x_t = add_noise(Flow(), x.detach(), eps, t)
+    mu_r = dmd.guided_x0(teacher, Flow(), "flow_v", x_t, t, cond, uncond, guidance)
+    g = dmd.distribution_matching_gradient(x, mu_r, predict_x0(fake, Flow(), "flow_v", x_t, t, **cond))
+    dmd.distribution_matching_loss(x, g).backward()
+    largest = max(float(p.grad.abs().max()) for p in student.parameters() if p.grad is not None)
+    assert (not g.any() and largest == 0) if zero else (g.abs().max() > 1e-3 and largest > 1e-6)
+
+
+def test_guided_x0_calls_and_values():
+    """Guidance 1 is the conditional prediction itself in one call; otherwise two calls, uncond + k (cond - uncond)."""
+    calls = []
+
+    def net(x, t, label):
+        calls.append(label[0].item())
+        return x * label[:, None]
+
+    x, t = normal(3, 2), torch.full((3,), 0.5, dtype=torch.float64)
+    cond, uncond = {"label": torch.ones(3)}, {"label": torch.zeros(3)}
+    plain = dmd.guided_x0(net, Flow(), "flow_v", x, t, cond, uncond, 1)
+    assert calls == [1.0] and torch.equal(plain, x - 0.5 * x)
+    guided = dmd.guided_x0(net, Flow(), "flow_v", x, t, cond, uncond, 4.0)
+    assert calls == [1.0, 1.0, 0.0]
+    close(guided, x + 4 * (plain - x))
+
+
+# ---- Gaussians, where everything is known --------------------------------------------------------------------------
+
+
+def posterior_mean(x_t, m, c, a, s):
+    """E[x0 | x_t] for data N(m, c^2)."""
+    return m + a * c**2 / (a**2 * c**2 + s**2) * (x_t - a * m)
+
+
+def test_score_difference_is_the_kl_gradient_of_gaussians():
+    """E[a (s_fake - s_real) dG/d(m, c)] is the gradient of KL(N(am, a^2c^2+s^2) || N(am0, a^2c0^2+s^2)): .56228, -.42448 here."""
+    m, c, m0, c0, a, s = (torch.tensor(v, dtype=torch.float64) for v in (0.7, 0.6, -0.2, 1.1, 0.8, 0.5))
+    nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(20))
+    weights = weights / weights.sum()
+    z, eps = torch.meshgrid(nodes, nodes, indexing="ij")
+    w = weights[:, None] * weights
+    x_t = a * (m + c * z) + s * eps
+    mu_f, mu_r = posterior_mean(x_t, m, c, a, s), posterior_mean(x_t, m0, c0, a, s)
+    a_rows, s_rows = a.expand(20), s.expand(20)
+    score_f, score_r = (from_x0_eps("score", *to_x0_eps(mu, "x0", x_t, a_rows, s_rows), a_rows, s_rows) for mu in (mu_f, mu_r))
+    close(score_f - score_r, a * (mu_f - mu_r) / s**2)
+    by_score = [float((w * a * (score_f - score_r) * dG).sum()) for dG in (1, z)]
+
+    mc = torch.stack([m, c]).requires_grad_(True)
+    v1, v2 = a**2 * mc[1] ** 2 + s**2, a**2 * c0**2 + s**2
+    kl = 0.5 * (torch.log(v2 / v1) + (v1 + (a * mc[0] - a * m0) ** 2) / v2 - 1)
+    close(by_score, torch.autograd.grad(kl, mc)[0])
+    assert by_score == pytest.approx([0.56228, -0.42448], abs=5e-6)
+
+
+def unit_nodes(n):
+    """n fixed equally weighted nodes with the normal's quantiles and exactly mean 0, variance 1."""
+    z = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    return z / z.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("with_fake_score", [True, False])
+def test_without_the_fake_score_the_student_collapses(with_fake_score):
+    """G(z) = m + c z descending our gradient: with the exact fake score c settles at the data's std, with mu_fake = x it decays to 0."""
+    m0, c0 = -0.2, 1.1
+    z, eps = (v.reshape(1, -1) for v in torch.meshgrid(unit_nodes(40), unit_nodes(40), indexing="ij"))
+    t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)  # three noise levels, each a row of 1600 nodes
+    a, s = (1 - t)[:, None], t[:, None]
+    mc = torch.tensor([0.7, 0.6], dtype=torch.float64, requires_grad=True)
+    for _ in range(400):
+        m, c = mc
+        x = (m + c * z).expand(3, -1)
+        x_t = (a * x + s * eps).detach()
+        mu_f = posterior_mean(x_t, m, c, a, s) if with_fake_score else x
+        g = dmd.distribution_matching_gradient(x, posterior_mean(x_t, m0, c0, a, s), mu_f)
+        mc.data -= 0.1 * torch.autograd.grad(dmd.distribution_matching_loss(x, g), mc)[0]
+    m, c = mc.tolist()
+    assert m == pytest.approx(m0, abs=1e-3)
+    assert c == pytest.approx(c0, abs=1e-2) if with_fake_score else abs(c) < 1e-3
+
+
+# ---- the fake score ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [Flow(), VP()], ids=["flow", "vp"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("t", [0.15, 0.6, 0.9])
+def test_fake_score_optimum_is_the_posterior_mean(schedule, kind, t):
+    """On N(m, c^2) the best network w x_t + b under fake_score_loss, read as x0, is E[x0 | x_t], whatever it predicts."""
+    m, c = 0.7, 0.6
+    z, eps = (v.reshape(-1, 1) for v in torch.meshgrid(unit_nodes(30), unit_nodes(30), indexing="ij"))
+    x, times = m + c * z, torch.full((900,), t, dtype=torch.float64)
+
+    def loss(wb):
+        net = lambda x_t, t: DoubleOutput.apply_to(wb[0] * x_t + wb[1])  # noqa: E731
+        return dmd.fake_score_loss(net, schedule, kind, x, eps, times, {})
+
+    zero = torch.zeros(2, dtype=torch.float64)
+    slope, curvature = torch.autograd.functional.jacobian(loss, zero), torch.autograd.functional.hessian(loss, zero)
+    w, b = -torch.linalg.solve(curvature, slope)  # the loss is quadratic in (w, b): one Newton step
+    a, s, x_t = schedule.alpha(times), schedule.sigma(times), add_noise(schedule, x, eps, times)
+    mu = to_x0_eps(w * x_t + b, kind, x_t, a, s)[0]
+    close(mu, posterior_mean(x_t, m, c, a[:, None], s[:, None]), 1e-9)
+
+
+class DoubleOutput(torch.Tensor):
+    """Output whose .float() keeps float64, so that identities can be checked beyond float32."""
+
+    @staticmethod
+    def apply_to(x):
+        return x.as_subclass(DoubleOutput)
+
+    def float(self):
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("kind, schedule, weight", [
+    ("x0", VP(), lambda a, s: 1 + 0 * a), ("eps", VP(), lambda a, s: (a / s) ** 2), ("vp_v", VP(), lambda a, s: 1 / s**2),
+    ("score", VP(), lambda a, s: a**2 / s**4), ("flow_v", Flow(), lambda a, s: 1 / s**2), ("eps", Flow(), lambda a, s: (a / s) ** 2),
+], ids=["x0", "eps", "vp_v", "score", "flow_v", "eps of flow"])
+def test_fake_score_loss_is_a_weighted_x0_loss(kind, schedule, weight):
+    """Regressing eps is the x0 loss times (a / s)^2, either velocity 1 / s^2, the score a^2 / s^4: the teacher's own weighting."""
+    x, eps, t = normal(6, 2, 3), normal(6, 2, 3, seed=1), torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
+    a, s, x_t = schedule.alpha(t), schedule.sigma(t), add_noise(schedule, x, eps, t)
+    output = normal(6, 2, 3, seed=2)
+    seen = {}
+
+    def net(x_t, t, label):
+        seen.update(x_t=x_t, t=t, label=label)
+        return DoubleOutput.apply_to(output)
+
+    loss = dmd.fake_score_loss(net, schedule, kind, x, eps, t, {"label": 5})
+    mu = to_x0_eps(output, kind, x_t, a, s)[0]
+    close(loss, (weight(a, s)[:, None, None] * (mu - x).square()).mean(), 1e-9)
+    assert torch.equal(seen["x_t"], x_t) and torch.equal(seen["t"], t) and seen["label"] == 5
+
+
+# ---- rollout and sampler -----------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """The exact ring velocity, or another network, with a diary of its inputs."""
+
+    def __init__(self, net=None):
+        super().__init__()
+        self.net, self.seen = net or RingTeacher(), []
+
+    def forward(self, x, t, label=None):
+        self.seen.append((x.detach().clone(), t.clone()))
+        return self.net(x, t, label)
+
+
+def setting(steps, dtype=torch.float64):
+    times, z = step_grid(steps, 3.0)[:-1], normal(5, 2, dtype=dtype)
+    return times, z, {"label": torch.arange(5) % 4}, lambda i: normal(5, 2, seed=100 + i, dtype=dtype)
+
+
+@pytest.mark.parametrize("renoise", ["sde", "ode"])
+@pytest.mark.parametrize("N", [1, 2, 4])
+def test_call_counts(N, renoise):
+    """A rollout to step k costs k calls, the sampler N, none of them guided; noise is drawn between calls only, never after the last."""
+    times, z, cond, _ = setting(N)
+    for k in range(N):
+        student = Counting()
+        dmd.rollout(student, Flow(), "flow_v", z, times[:k + 1], cond, renoise, lambda i: z)
+        assert len(student.seen) == k
+        predict_x0(student, Flow(), "flow_v", z, z.new_full((5,), times[k]), **cond)
+        assert len(student.seen) == k + 1  # a training sample at step k
+    student, drawn = Counting(), []
+    dmd.sample(student, Flow(), "flow_v", z, times, cond, renoise, lambda i: drawn.append(i) or z)
+    assert len(student.seen) == N and drawn == (list(range(N - 1)) if renoise == "sde" else [])
+    assert [float(t[0]) for _, t in student.seen] == times
+
+
+def test_rollout_of_no_step_is_the_noise_itself():
+    """k = 0 hands back z, bit for bit, also where the schedule's alpha(1) is not 0."""
+    z = normal(3, 2)
+    for schedule in (Flow(), VP()):
+        assert torch.equal(dmd.rollout(None, schedule, "eps", z, [1.0], {}, "sde", None), z)
+
+
+def test_one_step_sampler_is_one_call():
+    """N = 1: the sample is predict_x0 at t = 1, without any noise added."""
+    times, z, cond, fresh = setting(1)
+    got = dmd.sample(RingTeacher(), Flow(), "flow_v", z, times, cond, "sde", fresh)
+    assert torch.equal(got, predict_x0(RingTeacher(), Flow(), "flow_v", z, torch.ones(5, dtype=torch.float64), **cond))
+
+
+@pytest.mark.parametrize("renoise", ["sde", "ode"])
+def test_training_rollout_visits_the_sampler_s_states(renoise):
+    """Backward simulation: with the same noise, the training input at step k is bit-equal to the state the sampler is in."""
+    times, z, cond, fresh = setting(4, torch.float32)
+    student = Counting(perturbed(RingMLP(dim=32)))
+    x0 = dmd.sample(student, Flow(), "flow_v", z, times, cond, renoise, fresh)
+    visited = list(student.seen)
+    for k in range(4):
+        x_t = dmd.rollout(student, Flow(), "flow_v", z, times[:k + 1], cond, renoise, fresh)
+        assert torch.equal(x_t, visited[k][0]) and torch.equal(visited[k][1], z.new_full((5,), times[k]))
+    with torch.no_grad():
+        assert torch.equal(x0, predict_x0(student, Flow(), "flow_v", x_t, z.new_full((5,), times[3]), **cond))
+
+
+def test_sde_adds_fresh_noise_and_ode_keeps_the_implied_noise():
+    """"sde": x_{t'} = a' x0 + s' fresh; "ode" is the Euler solver on the same times, and DDIM under VP."""
+    times, z, cond, fresh = setting(2)
+    t0, t1 = (z.new_full((5,), t) for t in times)
+    x0, _ = predict_x0_eps(RingTeacher(), Flow(), "flow_v", z, t0, **cond)
+    close(dmd.rollout(RingTeacher(), Flow(), "flow_v", z, times, cond, "sde", fresh), add_noise(Flow(), x0, fresh(0), t1))
+    times, z, cond, fresh = setting(4)
+    for schedule in (Flow(), VP()):
+        predict = lambda x, t: predict_x0_eps(RingTeacher(), schedule, "vp_v", x, t, **cond)  # noqa: E731, B023
+        euler = sample_ode(predict, schedule, z, times + [0.0], "euler")
+        close(dmd.sample(RingTeacher(), schedule, "vp_v", z, times, cond, "ode", fresh), euler)
+
+
+def test_sampler_of_an_exact_student_has_the_data_s_law():
+    """With exact conditional sampling at each call, alpha x0 + sigma fresh is a draw of x_t: moments of the states agree with the data."""
+    m, c, n = 0.7, 0.4, 40000
+    times, g = [1.0, 0.8, 0.4], torch.Generator().manual_seed(3)
+
+    def student(x, t):  # draws x0 ~ p(x0 | x_t), the N-step optimum, and returns the velocity that says so
+        a, s = 1 - t[:, None], t[:, None]
+        std = c * s / (a**2 * c**2 + s**2).sqrt()
+        x0 = posterior_mean(x, m, c, a, s) + std * torch.randn(x.shape, generator=g, dtype=x.dtype)
+        return (x - x0) / s
+
+    x = dmd.sample(student, Flow(), "flow_v", normal(n, 1), times, {}, "sde", lambda i: normal(n, 1, seed=50 + i))
+    assert float(x.mean()) == pytest.approx(m, abs=0.01) and float(x.std()) == pytest.approx(c, abs=0.01)
+
+
+def test_gradient_stops_at_the_rollout():
+    """The student's gradient at step k is that of its k-th call with the input held constant, not that of the whole chain."""
+    times, z, cond, fresh = setting(3, torch.float32)
+    student = perturbed(RingMLP(dim=32))
+
+    def gradient(make_input):
+        student.zero_grad()
+        predict_x0(student, Flow(), "flow_v", make_input(), z.new_full((5,), times[2]), **cond).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]).clone()
+
+    roll = lambda: dmd.rollout(student, Flow(), "flow_v", z, times, cond, "sde", fresh)  # noqa: E731
+    constant = roll().detach()
+    with torch.no_grad():
+        simulated = roll()
+    assert not simulated.requires_grad
+    assert torch.equal(gradient(lambda: simulated), gradient(lambda: constant))
+    assert not torch.allclose(gradient(lambda: constant), gradient(roll))
+
+
+def test_sample_teacher_is_the_guided_ode():
+    """sample_teacher follows uncond + k (cond - uncond) in velocity space, Heun or Euler, at twice the calls."""
+    times, z, cond, _ = setting(6)
+    ring, uncond = Counting(), {"label": torch.full((5,), 4)}
+    got = dmd.sample_teacher(ring, Flow(), "flow_v", z, times + [0.0], cond, uncond, 2.0, "heun")
+    assert len(ring.seen) == 2 * (2 * 6 - 1)
+
+    def predict(x, t):
+        v_c, v_u = (RingTeacher()(x, t, c["label"]) for c in (cond, uncond))
+        return to_x0_eps(v_u + 2 * (v_c - v_u), "flow_v", x, 1 - t, t)
+
+    close(got, sample_ode(predict, Flow(), z, times + [0.0], "heun"), 1e-9)
+
+
+# ---- GAN ---------------------------------------------------------------------------------------------------------
+
+
+def test_gan_losses_at_zero_logits():
+    """Undecided logits cost 2 ln 2 and ln 2; each loss falls in the direction its player wants."""
+    zero, one = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    close(dmd.discriminator_loss(zero, zero), 2 * math.log(2), 1e-12)
+    close(dmd.generator_gan_loss(zero), math.log(2), 1e-12)
+    assert dmd.discriminator_loss(logit_real=one, logit_fake=-one) < dmd.discriminator_loss(zero, zero) < dmd.discriminator_loss(-one, one)
+    assert dmd.generator_gan_loss(one) < dmd.generator_gan_loss(zero)
+    r, f = normal(3), normal(3, seed=1)  # cross-entropy with real = 1, fake = 0
+    ce = F.binary_cross_entropy_with_logits
+    close(dmd.discriminator_loss(r, f), ce(r, one) + ce(f, zero)), close(dmd.generator_gan_loss(f), ce(f, one))
+
+
+def gan_setting():
+    student, fake = small_dit(1), small_dit(2)
+    torch.manual_seed(0)
+    head, cond = dmd.GanHead(32), {"label": torch.arange(4) % 3}
+    noise = [normal(4, 1, 4, 4, seed=k, dtype=torch.float32) for k in range(4)]
+    return student, fake, head, cond, noise, torch.linspace(0.2, 0.8, 4)
+
+
+def test_discriminator_turn_trains_head_and_encoder_only():
+    """L_D reaches the head and the fake's layers up to the middle block, nothing after it, and not the student."""
+    student, fake, head, cond, (z, real, e1, e2), t = gan_setting()
+    with torch.no_grad():
+        x = predict_x0(student, Flow(), "flow_v", z, torch.ones(4), **cond)
+    logits = [dmd.gan_logit(fake, head, Flow(), y, e, t, cond) for y, e in ((real, e1), (x, e2))]
+    assert logits[0].shape == (4,)
+    dmd.discriminator_loss(*logits).backward()
+    trained = {n for n, p in fake.named_parameters() if p.grad is not None and p.grad.any()}
+    after = tuple(f"blocks.{i}." for i in range(len(fake.blocks) // 2 + 1, len(fake.blocks))) + ("final",)
+    assert trained == {n for n, _ in fake.named_parameters() if not n.startswith(after)}
+    assert all(p.grad is None or not p.grad.any() for n, p in fake.named_parameters() if n.startswith(after))
+    assert all(p.grad.any() for p in head.parameters()) and not has_gradient(student)
+
+
+def test_generator_turn_passes_through_the_frozen_fake():
+    """With fake and head frozen the GAN loss still moves x, through the noising (a factor alpha), and leaves no gradient in either."""
+    _, fake, head, cond, (x, _, eps, _), t = gan_setting()
+    fake.requires_grad_(False), head.requires_grad_(False)
+    x.requires_grad_(True)
+    dmd.generator_gan_loss(dmd.gan_logit(fake, head, Flow(), x, eps, t, cond)).backward()
+    assert (x.grad.flatten(1).abs().amax(1) > 0).all() and not has_gradient(fake) and not has_gradient(head)
+    x_t = add_noise(Flow(), x.detach(), eps, t).requires_grad_(True)
+    dmd.generator_gan_loss(head(fake(x_t, t, return_features=True, **cond)[1])).backward()
+    torch.testing.assert_close(x.grad, (1 - t)[:, None, None, None] * x_t.grad)
+
+
+def test_gan_sees_noised_samples():
+    """The logit is of x_t, real or fake alike: at t = 1 under flow it depends on the noise only."""
+    _, fake, head, cond, (x, other, e1, _), _ = gan_setting()
+    with torch.no_grad():
+        one, half = torch.ones(4), torch.full((4,), 0.5)
+        assert torch.equal(*(dmd.gan_logit(fake, head, Flow(), y, e1, one, cond) for y in (x, other)))
+        assert not torch.allclose(*(dmd.gan_logit(fake, head, Flow(), y, e1, half, cond) for y in (x, other)))
+
+
+# ---- the training loop -------------------------------------------------------------------------------------------
+
+
+class Diary:
+    """What a run of dmd.main did: networks, updates in order with the networks' gradients at that moment, samples, rollouts."""
+
+    def __init__(self, monkeypatch):
+        self.updates, self.fake_samples, self.rollouts, self.grads, self.norms = [], [], [], [], []
+        self.wrap(monkeypatch, "load_networks", self.on_networks)
+        self.wrap(monkeypatch, "update", self.on_update)
+        self.wrap(monkeypatch, "fake_score_loss", self.on_fake_loss)
+        self.wrap(monkeypatch, "rollout", self.on_rollout)
+        monkeypatch.setattr(dmd, "finish", lambda *a: None)
+        monkeypatch.setattr(dmd, "fit_ring_network", lambda teacher, seed: self.start_network(seed))
+
+    @staticmethod
+    def start_network(seed):
+        torch.manual_seed(seed)
+        return RingMLP(dim=32)
+
+    @staticmethod
+    def wrap(monkeypatch, name, before):
+        real = getattr(dmd, name)
+
+        def wrapped(*args):
+            return before(real, *args)
+        monkeypatch.setattr(dmd, name, wrapped)
+
+    def on_networks(self, real, *args):
+        self.teacher, self.student, self.fake = real(*args)
+        return self.teacher, self.student, self.fake
+
+    def on_update(self, real, optimizers, max_norm, what, loss):
+        parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        ours = {net: {id(p) for p in getattr(self, net).parameters()} for net in ("student", "fake")}
+        owner = "student" if {id(p) for p in parameters} == ours["student"] else "fake"
+        if owner == "fake":
+            self.head = [p for p in parameters if id(p) not in ours["fake"]]
+            assert len(parameters) - len(self.head) == len(ours["fake"])
+        self.updates.append((what, owner))
+        self.grads.append({"student": has_gradient(self.student), "fake": has_gradient(self.fake), "teacher": has_gradient(self.teacher.net),
+                           "head": any(p.grad is not None for p in self.head),
+                           "student_all": all(p.grad is not None for p in self.student.parameters())})
+        self.norms.append(real(optimizers, max_norm, what, loss))
+        return self.norms[-1]
+
+    def on_fake_loss(self, real, fake, schedule, kind, x, *rest):
+        assert not x.requires_grad
+        self.fake_samples.append(x.clone())
+        return real(fake, schedule, kind, x, *rest)
+
+    def on_rollout(self, real, student, schedule, kind, z, times, *rest):
+        self.rollouts.append((len(times) - 1, torch.is_grad_enabled()))
+        return real(student, schedule, kind, z, times, *rest)
+
+    head = ()
+
+
+def ring_run(monkeypatch, folder, *flags, steps=3, batch=8):
+    diary = Diary(monkeypatch)
+    dmd.main(["--teacher", "ring", "--output_dir", str(folder), "--max_train_steps", str(steps), "--train_batch_size", str(batch),
+              "--checkpointing_steps", "1000", *flags])
+    return diary
+
+
+@pytest.mark.parametrize("R", [1, 4])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_fake_is_updated_R_times_per_student_update(monkeypatch, tmp_path, R, accumulation):
+    """Each step is R fake updates then one student update, whatever the accumulation, and every fake update sees fresh samples."""
+    diary = ring_run(monkeypatch, tmp_path, "--fake_update_ratio", str(R), "--gradient_accumulation_steps", str(accumulation))
+    assert diary.updates == ([("fake-score", "fake")] * R + [("student", "student")]) * 3
+    assert len(diary.fake_samples) == 3 * R * accumulation
+    assert len({tuple(x.flatten().tolist()) for x in diary.fake_samples}) == len(diary.fake_samples)
+
+
+def test_no_fake_score_never_updates_the_fake(monkeypatch, tmp_path):
+    """The ablation trains the student alone; the fake keeps its initial weights."""
+    diary = ring_run(monkeypatch, tmp_path, "--no_fake_score")
+    assert diary.updates == [("student", "student")] * 3
+    assert all(torch.equal(a, b) for a, b in zip(diary.fake.parameters(), Diary.start_network(0).parameters()))
+
+
+def test_accumulation_is_a_larger_batch(monkeypatch, tmp_path):
+    """Two micro-batches of 8 are one batch of 16: the same rows are drawn and the same weights result."""
+    one = ring_run(monkeypatch, tmp_path / "one", "--gan_weight", "0.1", batch=16)
+    monkeypatch.undo()
+    two = ring_run(monkeypatch, tmp_path / "two", "--gan_weight", "0.1", "--gradient_accumulation_steps", "2")
+    assert one.norms == pytest.approx(two.norms, rel=1e-3)  # before clipping: Adam alone would forgive a wrong scale
+    assert any(not torch.equal(a, b) for a, b in zip(one.student.parameters(), Diary.start_network(0).parameters()))
+    for a, b in zip([*one.student.parameters(), *one.fake.parameters()], [*two.student.parameters(), *two.fake.parameters()]):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_multi_step_training_simulates_the_student(monkeypatch, tmp_path, precision):
+    """N = 3: every training input is a rollout of 0 to 2 steps without gradient, one length for the batch, and the call after it
+    sends gradients to every weight (under autocast too, where weights cast during the rollout must not be reused)."""
+    diary = ring_run(monkeypatch, tmp_path, "--student_steps", "3", "--mixed_precision", precision, "--fake_update_ratio", "1", steps=6)
+    lengths, gradient_on = zip(*diary.rollouts)
+    assert len(lengths) == 12 and set(lengths) == {0, 1, 2} and not any(gradient_on)
+    assert all(g["student_all"] for (what, _), g in zip(diary.updates, diary.grads) if what == "student")
+
+
+def test_stop_gradients_in_the_real_loop(monkeypatch, tmp_path):
+    """With the GAN on, a fake turn leaves no gradient in the student, a student turn none in fake or head, and neither any in the
+    teacher, whose weights end bit-equal to the file."""
+    teacher = small_dit(depth=2)
+    io.save_network(teacher, io.network_config(teacher), str(tmp_path / "teacher"))
+    io.save_tensors({"x0": normal(20, 1, 4, 4, dtype=torch.float32), "cond.label": torch.arange(20) % 3}, str(tmp_path / "data.safetensors"))
+    diary = Diary(monkeypatch)
+    dmd.main(["--teacher", str(tmp_path / "teacher"), "--data", str(tmp_path / "data.safetensors"), "--output_dir", str(tmp_path / "run"),
+              "--max_train_steps", "2", "--train_batch_size", "4", "--gan_weight", "0.1", "--checkpointing_steps", "1000"])
+    assert len(diary.updates) == 6
+    for (what, _), has in zip(diary.updates, diary.grads):
+        fake_turn = what == "fake-score"
+        assert (has["fake"], has["head"], has["student"], has["teacher"]) == (fake_turn, fake_turn, not fake_turn, False)
+    assert not any(p.requires_grad for p in diary.teacher.net.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(diary.teacher.net.parameters(), teacher.parameters()))
+    for net in (diary.student, diary.fake):
+        assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), teacher.parameters()))
+
+
+def test_regression_pairs_are_teacher_samples(tmp_path):
+    """DMD v1's (z, y): y is the teacher's ODE sample from z, in whatever batches, and a second call reads the file."""
+    path = str(tmp_path / "pairs.safetensors")
+    args = dmd.parse_args(["--teacher", "ring", "--regression_pairs", "10", "--teacher_steps", "4", "--train_batch_size", "4"])
+    teacher = io.load_teacher("ring", dmd.WORLDS)
+    conditions = dmd.Conditions(args, RingMLP())
+    z, y, index = dmd.make_regression_pairs(args, teacher, conditions, (2,), torch.device("cpu"), path)
+    want = dmd.sample_teacher(teacher.net, Flow(), "flow_v", z, step_grid(4), *conditions.pick(index, "cpu"), 1.0, "heun")
+    torch.testing.assert_close(y, want)
+    again = dmd.make_regression_pairs(args, None, conditions, (2,), None, path)
+    assert all(torch.equal(a, b) for a, b in zip(again, (z, y, index)))
+
+
+def test_update_clips_and_refuses_what_is_not_finite():
+    """update clips to max_grad_norm, returns the norm before clipping, and stops on NaN before any weight moves."""
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    p.grad = torch.tensor([3.0, 4.0])
+    assert dmd.update([optimizer], 1.0, "student", torch.tensor(0.0)) == pytest.approx(5)
+    torch.testing.assert_close(p.data, torch.tensor([0.4, 1.2]))
+    assert p.grad is None
+    for loss, grad in ((float("nan"), 1.0), (0.0, float("inf"))):
+        p.grad = torch.tensor([grad, 0.0])
+        with pytest.raises(io.TrainingError, match="not finite"):
+            dmd.update([optimizer], 1.0, "student", torch.tensor(loss))
+        torch.testing.assert_close(p.data, torch.tensor([0.4, 1.2]))
+
+
+# ---- draws -------------------------------------------------------------------------------------------------------
+
+
+def test_draws_belong_to_rows():
+    """Row i's numbers depend on (seed, step, inner, name, i) alone: any split, order or number of ranks gives the same."""
+    whole = io.Draws(5, 3, 0, range(8))
+    for rows in ([3], [7, 0, 3], range(4, 8)):
+        part = io.Draws(5, 3, 0, rows)
+        i = torch.tensor(list(rows))
+        assert torch.equal(part.normal("z", (3, 7)), whole.normal("z", (3, 7))[i])
+        assert torch.equal(part.uniform("u", 0.2, 0.4), whole.uniform("u", 0.2, 0.4)[i])
+        assert torch.equal(part.integer("k", 1000), whole.integer("k", 1000)[i])
+    assert torch.equal(whole.normal("z", (2,)), whole.normal("z", (2,)))  # no hidden state
+
+
+def test_draws_differ_in_every_part_of_their_key():
+    """Another seed, step, inner update or name is another stream."""
+    base = io.Draws(5, 3, 0, range(4)).normal("z", (4,))
+    others = [io.Draws(6, 3, 0, range(4)), io.Draws(5, 4, 0, range(4)), io.Draws(5, 3, 1, range(4)), io.Draws(5, 3, "student", range(4))]
+    for x in [d.normal("z", (4,)) for d in others] + [io.Draws(5, 3, 0, range(4)).normal("eps", (4,))]:
+        assert (x != base).all()
+
+
+def test_draws_are_equal_across_processes():
+    """Another process with another PYTHONHASHSEED draws the same numbers."""
+    code = "from models.io import Draws; d = Draws(5, 'pairs', 0, range(3)); print(d.normal('z', (2,)).tolist(), d.agreed('k', 10**6))"
+    env = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    d = io.Draws(5, "pairs", 0, range(3))
+    assert out.strip() == f"{d.normal('z', (2,)).tolist()} {d.agreed('k', 10**6)}"
+
+
+def test_draws_have_the_right_law():
+    """Across 4,000 rows: normal moments, uniform quantiles, integers alike, and no correlation between neighbouring rows, names or steps."""
+    n = 4000
+    draw = io.Draws(0, 1, 0, range(n))
+    x, u, k = draw.normal("z", (3,)), draw.uniform("u"), draw.integer("k", 10)
+    assert x.mean(0).abs().max() < 4 / n**0.5 and (x.var(0) - 1).abs().max() < 4 * (2 / n) ** 0.5
+    assert (u.sort().values - (torch.arange(n) + 0.5) / n).abs().max() < 1.95 / n**0.5  # Kolmogorov-Smirnov at 0.1 %
+    assert 0 <= u.min() and u.max() < 1 and (k.bincount(minlength=10) - n / 10).abs().max() < 4 * (n * 0.09) ** 0.5
+    assert len(x[:, 0].unique()) > n - 5
+    neighbour = [x.roll(1, 0), io.Draws(0, 2, 0, range(n)).normal("z", (3,)), draw.normal("eps", (3,))]
+    for y in neighbour:
+        assert ((x.T @ y) / n).abs().max() < 4 / n**0.5
+    assert (x.T @ x / n - torch.eye(3)).triu(1).abs().max() < 4 / n**0.5
+
+
+def test_agreed_ignores_rows():
+    """One integer for all ranks: whatever the rows, and spread over its range across steps."""
+    assert len({io.Draws(0, 7, 0, rows).agreed("k", 1000) for rows in ([0], [5, 6], range(64))}) == 1
+    counts = torch.tensor([io.Draws(0, step, 0, [0]).agreed("k", 4) for step in range(2000)]).bincount(minlength=4)
+    assert (counts - 500).abs().max() < 4 * (2000 * 3 / 16) ** 0.5

@@ -1,0 +1,324 @@
+"""models/toy.py: the ring's closed forms against autograd and Monte Carlo, the measures against other formulas, the glyphs."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from models import toy
+from models.diffusion import VP, from_x0_eps, to_x0_eps
+from models.toy import (Glyphs, Ring, RingMLP, RingTeacher, balanced_labels, frechet_distance, image_patches, load_world, moments_distance,
+                        pairwise_diversity, render_glyphs, sliced_wasserstein)
+
+NULL = 4
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def full(n, value, dtype=torch.float64):
+    return torch.full((n,), value, dtype=dtype)
+
+
+def log_density(ring, x, alpha, sigma, label=None):
+    """log p_t(x) written out mode by mode, apart from the code under test."""
+    centres = [(math.cos(math.pi * k / 4), math.sin(math.pi * k / 4)) for k in range(8) if label is None or k % 4 == label]
+    S = (alpha * ring.std) ** 2 + sigma**2
+    parts = [torch.exp(-((x[:, 0] - alpha * cx) ** 2 + (x[:, 1] - alpha * cy) ** 2) / (2 * S)) / (2 * math.pi * S) for cx, cy in centres]
+    return torch.log(sum(parts) / len(parts))
+
+
+def gradient(f, x):
+    x = x.clone().requires_grad_(True)
+    return torch.autograd.grad(f(x).sum(), x)[0]
+
+
+# ---- ring --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", [None, 0, 3])
+@pytest.mark.parametrize("t", [0.05, 0.3, 0.7, 0.95])
+def test_ring_score_is_the_gradient_of_log_p(t, label):
+    """The score read from the ring's velocity equals autograd of log p_t, with and without a label; log p_t itself agrees."""
+    ring, x = RingTeacher(), normal(16, 2)
+    labels = None if label is None else torch.full((16,), label)
+    x0, eps = to_x0_eps(ring(x, full(16, t), labels), "flow_v", x, full(16, 1 - t), full(16, t))
+    score = from_x0_eps("score", x0, eps, full(16, 1 - t), full(16, t))
+    torch.testing.assert_close(score, gradient(lambda y: log_density(ring, y, 1 - t, t, label), x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ring.posterior(x, full(16, 1 - t), full(16, t), labels)[0], log_density(ring, x, 1 - t, t, label))
+
+
+def test_ring_posterior_serves_vp_schedules():
+    """posterior takes any alpha, sigma: Tweedie's formula score = (a E[x0 | x] - x) / s^2 holds under VP too."""
+    ring, x, t = RingTeacher(), normal(8, 2), full(8, 0.4)
+    a, s = VP().alpha(t), VP().sigma(t)
+    score = (a[:, None] * ring.posterior(x, a, s)[1] - x) / s[:, None] ** 2
+    torch.testing.assert_close(score, gradient(lambda y: log_density(ring, y, float(a[0]), float(s[0])), x), rtol=1e-9, atol=1e-9)
+
+
+def test_ring_null_label_is_no_label():
+    """label None and the null label K mean the same mixture; a label keeps two opposite modes."""
+    ring, x, t = RingTeacher(), normal(8, 2), full(8, 0.4)
+    assert torch.equal(ring(x, t), ring(x, t, torch.full((8,), NULL)))
+    members = ring.members(torch.arange(5))
+    assert members.sum(1).tolist() == [2, 2, 2, 2, 8]
+    torch.testing.assert_close(ring.means[members[1]].sum(0), torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("t", [0.4, 0.8])
+def test_ring_velocity_is_the_conditional_expectation(t):
+    """v(x_t, t) = E[eps - x0 | x_t]: self-normalised importance over 200,000 draws of x0 agrees within five standard errors."""
+    world, query = Ring(), normal(6, 2, seed=3) * 0.6
+    x0 = world.data(200000, 5)[0].double()
+    eps = (query[:, None] - (1 - t) * x0) / t  # (6, n, 2): the noise that joins x0 and the query
+    w = (-eps.square().sum(-1) / 2).softmax(1)[..., None]  # p(x_t | x0) is N((1 - t) x0, t^2)
+    v = ((eps - x0) * w).sum(1)
+    error = (w**2 * (eps - x0 - v[:, None]) ** 2).sum(1).sqrt()
+    assert error.max() < 0.06
+    assert ((world.exact(query, full(6, t)) - v).abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize("t", [0.2, 0.6])
+def test_guidance_adds_the_classifier_gradient(t):
+    """v_c - v_u = -(t / (1 - t)) grad log p_t(c | x): guidance follows an implied classifier."""
+    ring, x = RingTeacher(), normal(16, 2)
+    for c in range(4):
+        difference = ring(x, full(16, t), torch.full((16,), c)) - ring(x, full(16, t))
+        classifier = gradient(lambda y: log_density(ring, y, 1 - t, t, c) - log_density(ring, y, 1 - t, t), x)
+        torch.testing.assert_close(difference, -t / (1 - t) * classifier, rtol=1e-8, atol=1e-8)
+
+
+def test_ring_velocity_is_finite_at_both_ends():
+    """v stays finite at t = 0 and at t = 1, where it is x minus the class mean (the origin), in float32 as well."""
+    ring = RingTeacher()
+    for dtype in (torch.float32, torch.float64):
+        x = normal(8, 2).to(dtype)
+        assert ring(x, full(8, 0.0, dtype)).isfinite().all()
+        torch.testing.assert_close(ring(x, full(8, 1.0, dtype)), x)
+
+
+def test_ring_data_honours_labels_and_seed():
+    """Given labels come back unchanged and every point lies at a mode of its class; a seed repeats, another does not."""
+    world, label = Ring(), balanced_labels(400, 4)
+    x, got = world.data(400, 7, label)
+    assert torch.equal(got, label) and x.dtype == torch.float32
+    for points, classes in ((x, label), world.data(400, 7)):
+        nearest = torch.cdist(points.double(), world.exact.means).min(1)
+        assert torch.equal(nearest.indices % 4, classes) and nearest.values.max() < 0.5
+        assert len(nearest.indices.unique()) == 8
+    assert torch.equal(world.data(400, 7)[0], world.data(400, 7)[0]) and not torch.equal(world.data(400, 7)[0], world.data(400, 8)[0])
+
+
+def test_ring_measure_tells_data_from_failures():
+    """Fresh data scores near zero; a lost mode, a collapse and wrong labels each show in the number that should show them."""
+    world, label = Ring(), balanced_labels(1000, 4)
+    x, _ = world.data(1000, 21, label)
+    good = world.measure(x, label)
+    assert good["fd"] < 10 and good["accuracy"] > 0.99 and abs(good["diversity"] - 1) < 0.05
+    one_mode = world.exact.means[label].float() + 0.1 * torch.randn(1000, 2, generator=generator())  # never modes 4 to 7
+    lost = world.measure(one_mode, label)
+    assert lost["fd"] > 50 * good["fd"] and lost["accuracy"] > 0.99 and lost["diversity"] < 0.5 and lost["patch_swd"] > 3 * good["patch_swd"]
+    collapsed = world.measure(world.exact.means[label].float(), label)
+    assert collapsed["diversity"] < 1e-6 and collapsed["accuracy"] == 1.0
+    assert world.measure(x, (label + 1) % 4)["accuracy"] < 0.01
+
+
+# ---- measures ----------------------------------------------------------------------------------------------------
+
+
+def random_covariance(d, seed):
+    a = normal(d, d, seed=seed)
+    return a @ a.T / d + 0.1 * torch.eye(d, dtype=torch.float64)
+
+
+def test_frechet_distance_of_one_dimensional_gaussians():
+    """In one dimension it is (m1 - m2)^2 + (s1 - s2)^2."""
+    m1, s1, m2, s2 = 0.3, 1.7, -0.4, 0.6
+    got = frechet_distance(full(1, m1), full(1, s1**2)[None], full(1, m2), full(1, s2**2)[None])
+    assert got == pytest.approx((m1 - m2) ** 2 + (s1 - s2) ** 2, rel=1e-10)
+
+
+def test_frechet_distance_of_commuting_covariances():
+    """With a common eigenbasis it is |m1 - m2|^2 + sum (sqrt l1 - sqrt l2)^2; a singular covariance is allowed."""
+    q = torch.linalg.qr(normal(4, 4))[0]
+    l1, l2 = torch.tensor([1.0, 2.0, 0.5, 0.0]).double(), torch.tensor([0.3, 2.5, 4.0, 1.0]).double()
+    got = frechet_distance(normal(4), q @ l1.diag() @ q.T, normal(4, seed=1), q @ l2.diag() @ q.T)
+    assert got == pytest.approx(float((normal(4) - normal(4, seed=1)).square().sum() + (l1.sqrt() - l2.sqrt()).square().sum()), rel=1e-7)
+
+
+def test_frechet_distance_of_any_covariances():
+    """Without a common eigenbasis tr (C1^1/2 C2 C1^1/2)^1/2 is the sum of the roots of the eigenvalues of C1 C2; it is symmetric."""
+    c1, c2, m1, m2 = random_covariance(5, 1), random_covariance(5, 2), normal(5, seed=3), normal(5, seed=4)
+    assert (c1 @ c2 - c2 @ c1).abs().max() > 0.1
+    cross = torch.linalg.eigvals(c1 @ c2).real.sqrt().sum()
+    want = float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross)
+    assert frechet_distance(m1, c1, m2, c2) == pytest.approx(want, rel=1e-9)
+    assert frechet_distance(m2, c2, m1, c1) == pytest.approx(want, rel=1e-9)
+    assert frechet_distance(m1, c1, m1, c1) == pytest.approx(0, abs=1e-9)
+
+
+def test_moments_distance_is_the_mean_over_groups():
+    """Groups are compared one by one and averaged: equal groups in another order are not equal."""
+    means, covs = normal(3, 2), torch.stack([random_covariance(2, k) for k in range(3)])
+    a, b = (means, covs), (means.flip(0), covs.flip(0))
+    assert moments_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert moments_distance(a, b) == pytest.approx(np.mean([frechet_distance(means[k], covs[k], means[2 - k], covs[2 - k]) for k in range(3)]))
+
+
+def test_sliced_wasserstein_of_equal_and_shifted_sets():
+    """Equal sets in any order are at 0; a set shifted by d is at sqrt(mean (d . u)^2), which tends to |d| / sqrt(dimension)."""
+    a, d = normal(300, 3), torch.tensor([0.5, -1.0, 2.0]).double()
+    assert sliced_wasserstein(a, a.flip(0)) == 0
+    assert sliced_wasserstein(a, a + d, directions=5000) == pytest.approx(float(d.norm()) / 3**0.5, rel=0.02)
+    assert sliced_wasserstein(a, a + 2 * d) == pytest.approx(2 * sliced_wasserstein(a, a + d), rel=1e-9)
+
+
+def test_sliced_wasserstein_of_scaled_gaussians():
+    """N(0, 1) against N(0, 4) in any dimension is 1 along every direction, up to sampling."""
+    assert sliced_wasserstein(normal(20000, 2), 2 * normal(20000, 2, seed=1)) == pytest.approx(1, abs=0.05)
+
+
+def test_diversity_drops_when_samples_are_duplicated():
+    """Mean within-class distance: exact on a square, lower with duplicates, zero for one repeated sample or a lone one."""
+    square = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [9.0, 9.0]])
+    label = torch.tensor([0, 0, 0, 0, 1])
+    got = pairwise_diversity(square, label, 2)
+    assert got.tolist() == pytest.approx([(4 + 2 * 2**0.5) / 6, 0])
+    repeated = square[[0, 0, 1, 1, 4]]
+    assert pairwise_diversity(repeated, label, 2)[0] < got[0]
+    assert pairwise_diversity(square[[0, 0, 0, 0, 4]], label, 2)[0] == 0
+    far = square + 100.0 * label[:, None]  # classes apart from one another do not count as diversity
+    assert torch.equal(pairwise_diversity(far, label, 2), got)
+
+
+# ---- patches -----------------------------------------------------------------------------------------------------
+
+
+def patch_distance(a, b):
+    return sliced_wasserstein(image_patches(a, seed=1), image_patches(b, seed=2))
+
+
+def test_patches_see_grain_and_not_colour():
+    """Grain on a plain image raises the patch distance in proportion; another plain colour leaves it where it was."""
+    plain = torch.full((50, 3, 16, 16), -0.5)
+    recoloured = plain + torch.tensor([0.9, 0.2, 0.4])[:, None, None]
+    grain = torch.randn(plain.shape, generator=generator())
+    assert patch_distance(plain, recoloured) == pytest.approx(0, abs=1e-6)
+    weak, strong = (patch_distance(plain + k * grain, recoloured) for k in (0.05, 0.1))
+    assert weak > 0.03 and strong == pytest.approx(2 * weak, rel=1e-4)
+
+
+def test_patches_are_windows_of_the_image_without_their_mean():
+    """Every row is some window of its own image, channel by channel, minus that channel's mean."""
+    x = normal(2, 3, 6, 5)
+    patches = image_patches(x, size=4, per_image=3)
+    assert patches.shape == (6, 48)
+    for row, p in enumerate(patches.view(6, 3, 4, 4)):
+        windows = [x[row % 2, :, i:i + 4, j:j + 4] for i in range(3) for j in range(2)]
+        assert any(torch.allclose(p, w - w.mean((1, 2), keepdim=True)) for w in windows)
+
+
+def test_patches_of_glyphs_tell_grain_from_fresh_glyphs():
+    """Two fresh sets of glyphs are closer in patches than a set with grain is to either."""
+    world = Glyphs()
+    a, b = (world.data(300, seed, balanced_labels(300, 10))[0] for seed in (1, 2))
+    assert patch_distance(a, b) < 0.5 * patch_distance(a + 0.2 * torch.randn(a.shape, generator=generator()), b)
+
+
+# ---- glyphs ------------------------------------------------------------------------------------------------------
+
+
+def test_glyphs_repeat_for_a_seed_and_differ_for_another():
+    """Rendering is a function of label and seed; pixels are in [-1, 1] and labels that are given come back."""
+    world, label = Glyphs(), balanced_labels(40, 10)
+    x, got = world.data(40, 3, label)
+    again, other = world.data(40, 3, label)[0], world.data(40, 4, label)[0]
+    assert torch.equal(got, label) and got.dtype == torch.int64 and x.shape == (40, 3, 16, 16) and x.dtype == torch.float32
+    assert torch.equal(x, again) and ((x != other).flatten(1).any(1)).all()
+    assert x.min() >= -1 and x.max() <= 1
+    drawn = world.data(300, 3)[1]
+    assert set(drawn.tolist()) == set(range(10)) and world.data(300, 3)[1].equal(drawn)
+
+
+def test_every_factor_of_the_glyphs_varies():
+    """All eleven factors of variation spread over about [-1, 1] and are mutually uncorrelated where drawn apart."""
+    pixels, factors = render_glyphs(np.zeros(400, int), np.random.default_rng(0))
+    assert pixels.dtype == np.uint8 and factors.shape == (400, 11)
+    assert factors.min() >= -1.001 and factors.max() <= 1.001 and (factors.std(0) > 0.3).all()
+    off = np.corrcoef(factors[:, [0, 1, 2, 3, 4, 8, 9, 10]].T) - np.eye(8)
+    assert np.abs(off).max() < 0.2
+
+
+@pytest.mark.parametrize("factor, measure", [
+    (0, lambda ink: (ink * np.arange(16)).sum((1, 2)) / ink.sum((1, 2))),  # x: the ink's centre moves right
+    (1, lambda ink: (ink * np.arange(16)[:, None]).sum((1, 2)) / ink.sum((1, 2))),  # y: and down
+    (2, lambda ink: (ink.max(2) > 0.5).sum(1)),  # size: more rows inked
+    (4, lambda ink: ink.sum((1, 2))),  # weight: more ink
+])
+def test_factors_do_what_they_say(factor, measure):
+    """The recorded factor and the picture agree: position moves the ink, size and weight add to it."""
+    pixels, factors = render_glyphs(np.full(300, 8), np.random.default_rng(1))
+    colour, background = (factors[:, 5:8] + 1) / 2, (factors[:, 8:11] + 1) * 0.15
+    ink = ((pixels / 255 - background[:, :, None, None]) / (colour - background)[:, :, None, None]).mean(1)  # coverage again
+    assert np.corrcoef(measure(ink.clip(0, 1)), factors[:, factor])[0, 1] > 0.5
+
+
+def test_glyphs_stay_inside_the_picture():
+    """No digit is cut off: the outermost pixels carry almost no ink."""
+    pixels, factors = render_glyphs(np.arange(500) % 10, np.random.default_rng(2))
+    background = (factors[:, 8:11] + 1) * 0.15 * 255
+    excess = np.abs(pixels - background[:, :, None, None]).max(1) > 60
+    border = excess[:, 0].any(1) | excess[:, -1].any(1) | excess[:, :, 0].any(1) | excess[:, :, -1].any(1)
+    assert border.mean() < 0.03
+
+
+def test_pictures_are_eight_bit_rows():
+    """picture gives (H, W, 3) uint8 for both worlds, clipping what is out of range."""
+    x = Glyphs().data(4, 0)[0]
+    tiles = Glyphs().picture(torch.cat([x, 5 * x]))
+    assert tiles.shape == (50, 8 * 50, 3) and tiles.dtype == np.uint8
+    assert np.array_equal(tiles[1:-1:3, 1:49:3], ((x[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    plot = Ring().picture(3 * Ring().data(50, 0)[0])
+    assert plot.shape == (220, 220, 3) and plot.dtype == np.uint8 and plot.min() < 200
+
+
+# ---- the rest ----------------------------------------------------------------------------------------------------
+
+
+def test_unknown_world_is_refused():
+    """load_world names the worlds there are, and hands out one object per name."""
+    with pytest.raises(ValueError, match="ring, glyphs"):
+        load_world("moons")
+    assert load_world("ring") is load_world("ring")
+
+
+def test_fitted_ring_network_approaches_the_exact_velocity():
+    """fit_ring_network is reproducible, leaves the global generator alone, and moves towards the closed form."""
+    teacher = RingTeacher()
+    before = torch.get_rng_state()
+    net, again = (toy.fit_ring_network(teacher, seed=3, steps=80, batch=128) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters()))
+    x0, label = Ring().data(500, 9)
+    t = torch.rand(500, generator=generator())
+    x = (1 - t[:, None]) * x0 + t[:, None] * torch.randn(500, 2, generator=generator(1))
+    with torch.no_grad():
+        v = teacher(x, t, label)
+        assert (net(x, t, label=label) - v).square().mean() < 0.6 * v.square().mean()
+
+
+def test_ring_network_steps_and_features():
+    """`steps` starts without effect and is refused unless built in; features are (B, 1, dim) and do not change v."""
+    x, t, label = torch.randn(5, 2, generator=generator()), torch.rand(5, generator=generator()), torch.arange(5)
+    net = RingMLP(dim=32, steps_cond=True)
+    v, features = net(x, t, label=label, return_features=True)
+    assert features.shape == (5, 1, 32) and torch.equal(v, net(x, t, label=label))
+    assert torch.equal(net(x, t, label=label, steps=torch.full((5,), 4)), v)
+    assert torch.equal(net(x, t), net(x, t, label=torch.full((5,), NULL)))
+    with pytest.raises(ValueError, match="steps_cond"):
+        RingMLP(dim=32)(x, t, steps=torch.ones(5))
