@@ -97,7 +97,7 @@ def transition(schedule, s, t):
 
     a = alpha_t / alpha_s, b^2 = sigma_t^2 - a^2 sigma_s^2: noising x0 to s and then to t has the law of noising to t.
     """
-    a = schedule.alpha(t) / schedule.alpha(s)
+    a = torch.where(s == t, torch.ones_like(t), schedule.alpha(t) / schedule.alpha(s))  # 0 / 0 at s = t = 1
     return a, (schedule.sigma(t) ** 2 - a**2 * schedule.sigma(s) ** 2).clamp_min(0).sqrt()
 
 
@@ -165,7 +165,7 @@ def guide(cond, uncond, scale):
 
 def shift(u, s):
     """Timestep shift t = s u / (1 + (s - 1) u): s > 1 spends more of the grid near noise (SD3, Wan)."""
-    return s * u / (1 + (s - 1) * u)
+    return s * u / (s * u + (1 - u))  # written so that u = 1 gives exactly 1
 
 
 def unshift(t, s):

@@ -115,21 +115,25 @@ class Draws:
     def __init__(self, seed, step, inner, rows, device="cpu"):
         self.key, self.rows, self.device = (seed, step, inner), list(rows), device
 
-    def _rows(self, name, draw):
-        generator = torch.Generator()
-        return torch.stack([draw(generator.manual_seed(stable_hash(*self.key, name, row))) for row in self.rows]).to(self.device)
+    def _rows(self, name, shape, dtype, fill):
+        out, generator = torch.empty(len(self.rows), *shape, dtype=dtype), torch.Generator()
+        prefix = stable_hash(*self.key, name)
+        for row, view in zip(self.rows, out.unbind(0)):
+            generator.manual_seed(zlib.crc32(b"%d" % row, prefix))  # crc32 goes on where the prefix ended
+            fill(view, generator)
+        return out.to(self.device)
 
     def normal(self, name, shape):
         """(rows, *shape) standard normal, float32."""
-        return self._rows(name, lambda g: torch.randn(tuple(shape), generator=g))
+        return self._rows(name, shape, torch.float32, lambda v, g: v.normal_(generator=g))
 
     def uniform(self, name, low=0.0, high=1.0):
         """(rows,) float32."""
-        return low + (high - low) * self._rows(name, lambda g: torch.rand((), generator=g))
+        return self._rows(name, (), torch.float32, lambda v, g: v.uniform_(low, high, generator=g))
 
     def integer(self, name, high):
         """(rows,) int64 in [0, high)."""
-        return self._rows(name, lambda g: torch.randint(0, high, (), generator=g))
+        return self._rows(name, (), torch.int64, lambda v, g: v.random_(0, high, generator=g))
 
     def agreed(self, name, high):
         """One int in [0, high), the same for every row and on every rank."""

@@ -110,6 +110,19 @@ def test_a_new_network_outputs_zero(size, patch):
     torch.testing.assert_close(features, net.embed(patchify(x, patch)) + net.position)
 
 
+def test_skip_adds_a_gated_copy_of_the_input():
+    """skip(t) x_t joins the output per channel: alone in an otherwise new network, it is the output."""
+    net = small()
+    x, t, label = inputs(net)
+    with torch.no_grad():
+        net.skip.bias.copy_(torch.tensor([2.0, -0.5]))
+    torch.testing.assert_close(net(x, t, label), x * torch.tensor([2.0, -0.5])[:, None, None])
+    perturbed(net.skip)
+    gate = net(x, t, label) / x  # (B, C, H, W): one number per sample and channel
+    torch.testing.assert_close(gate, gate[:, :, :1, :1].expand_as(gate), rtol=1e-4, atol=1e-5)
+    assert (gate[:-1, :, 0, 0] != gate[1:, :, 0, 0]).all()
+
+
 def test_every_weight_gets_a_gradient_once_perturbed():
     """No dead parameters: with nothing at zero, each tensor of the network receives a gradient."""
     net = perturbed(small(steps_cond=True))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import dmd
 from models import io
-from models.diffusion import VP, Flow, add_noise, from_x0_eps, predict_x0, predict_x0_eps, sample_ode, step_grid, to_x0_eps
+from models.diffusion import VP, Flow, add_noise, from_x0_eps, predict_x0, predict_x0_eps, sample_ode, step_grid, to_x0_eps, unshift
 from models.dit import DiT
 from models.toy import RingMLP, RingTeacher
 
@@ -433,7 +433,7 @@ def test_discriminator_turn_trains_head_and_encoder_only():
     assert logits[0].shape == (4,)
     dmd.discriminator_loss(*logits).backward()
     trained = {n for n, p in fake.named_parameters() if p.grad is not None and p.grad.any()}
-    after = tuple(f"blocks.{i}." for i in range(len(fake.blocks) // 2 + 1, len(fake.blocks))) + ("final",)
+    after = tuple(f"blocks.{i}." for i in range(len(fake.blocks) // 2 + 1, len(fake.blocks))) + ("final", "skip")
     assert trained == {n for n, _ in fake.named_parameters() if not n.startswith(after)}
     assert all(p.grad is None or not p.grad.any() for n, p in fake.named_parameters() if n.startswith(after))
     assert all(p.grad.any() for p in head.parameters()) and not has_gradient(student)
@@ -533,6 +533,61 @@ def test_fake_is_updated_R_times_per_student_update(monkeypatch, tmp_path, R, ac
     assert diary.updates == ([("fake-score", "fake")] * R + [("student", "student")]) * 3
     assert len(diary.fake_samples) == 3 * R * accumulation
     assert len({tuple(x.flatten().tolist()) for x in diary.fake_samples}) == len(diary.fake_samples)
+
+
+def test_matching_step_in_the_loop(monkeypatch, tmp_path):
+    """Teacher and fake see the same x_t = a x + s eps at t in the shifted dm_range, the teacher guided, the fake not; the fake score
+    itself is trained over all of shifted [0, 1]."""
+    matched, teacher_calls, fake_times = [], [], []
+
+    def on_guided(real, net, schedule, kind, x_t, t, cond, uncond, scale):
+        teacher_calls.append((x_t, t, cond, uncond, scale))
+        return real(net, schedule, kind, x_t, t, cond, uncond, scale)
+
+    def on_gradient(real, x, x0_real, x0_fake):
+        x_t, t, cond, uncond, scale = teacher_calls[-1]
+        eps = (x_t - (1 - t)[:, None] * x) / t[:, None]
+        fake = predict_x0(diary.fake, Flow(), "flow_v", x_t, t, **cond)
+        velocity = [RingTeacher()(x_t, t, c["label"]) for c in (cond, uncond)]
+        want = x_t - t[:, None] * (velocity[1] + 2.0 * (velocity[0] - velocity[1]))
+        assert scale == 2.0 and (cond["label"] < 4).all() and (uncond["label"] == 4).all()
+        torch.testing.assert_close(x0_fake, fake), torch.testing.assert_close(x0_real, want)
+        matched.append((unshift(t, 3.0), eps.detach()))
+        return real(x, x0_real, x0_fake)
+
+    def on_fake_loss(real, fake, schedule, kind, x, eps, t, cond):
+        fake_times.append(unshift(t, 3.0))
+        return real(fake, schedule, kind, x, eps, t, cond)
+
+    diary = Diary(monkeypatch)
+    for name, spy in (("guided_x0", on_guided), ("distribution_matching_gradient", on_gradient), ("fake_score_loss", on_fake_loss)):
+        diary.wrap(monkeypatch, name, spy)
+    dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "20", "--train_batch_size", "64", "--guidance_scale", "2",
+              "--timestep_shift", "3", "--fake_update_ratio", "1", "--dm_range", "0.3", "0.6"])
+    u, eps = (torch.cat(v) for v in zip(*matched))
+    assert len(u) == 20 * 64 and 0.299 < u.min() < 0.31 and 0.59 < u.max() < 0.601
+    assert eps.mean().abs() < 0.1 and abs(eps.std() - 1) < 0.1
+    assert torch.cat(fake_times).min() < 0.02 and torch.cat(fake_times).max() > 0.98 and abs(torch.cat(fake_times).mean() - 0.5) < 0.04
+
+
+def test_real_input_is_noised_data_with_its_own_label(monkeypatch, tmp_path):
+    """The ablation --student_input real: past the first step the student starts from noised data, under that data's label."""
+    student_inputs = []
+
+    def on_predict(real, net, schedule, kind, x_t, t, label):
+        if net is diary.student and t[0] < 0.3:
+            student_inputs.append((x_t, label))
+        return real(net, schedule, kind, x_t, t, label=label)
+
+    diary = Diary(monkeypatch)
+    real_predict = dmd.predict_x0
+    monkeypatch.setattr(dmd, "predict_x0", lambda *args, **cond: on_predict(real_predict, *args, **cond))
+    dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "12", "--train_batch_size", "32", "--student_steps", "8",
+              "--student_input", "real", "--fake_update_ratio", "1"])
+    assert {length for length, _ in diary.rollouts} == {0}
+    x_t, label = (torch.cat(v) for v in zip(*student_inputs))
+    nearest = torch.cdist(x_t.double(), RingTeacher().means).argmin(1) % 4
+    assert (nearest == label).double().mean() > 0.7  # chance is 0.25
 
 
 def test_no_fake_score_never_updates_the_fake(monkeypatch, tmp_path):
