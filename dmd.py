@@ -343,9 +343,11 @@ def train(args):
     began, spent_before = time.time(), info["seconds"] if state else 0.0
     steps = tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, disable=not main_rank)
     for step in steps:
+        warmup = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
+        decay = min(1.0, (1 - step / args.max_train_steps) / max(args.lr_decay_share, 1e-9))
         for opt, lr in ((optimizer, args.learning_rate), (optimizer_fake, args.learning_rate_fake)):
             for group in opt.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
+                group["lr"] = lr * warmup * decay
         seconds = {"data": 0.0, "student": 0.0, "fake": 0.0, "teacher": 0.0, "last": time.perf_counter()}
         sums = dict.fromkeys(("loss_dm", "loss_fake", "loss_d", "loss_gan", "loss_regression", "g_dm", "g_gan", "mean", "std"), 0.0)
         share = 1 / args.gradient_accumulation_steps
@@ -574,6 +576,8 @@ def parse_args(argv=None):
     p.add_argument("--student_input", choices=["backsim", "real"], default="backsim", help="steps > 1 start from the student's own rollout (paper) "
                    "or from noised data (ablation)")
     p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=6e-4, help="AdamW learning rate of fake score and GAN head")
+    p.add_argument("--lr_decay_share", type=io.number(float, 0, 1), default=0.0, help="last share of the run with both rates falling linearly to 0 "
+                   "(paper: 0, constant)")
     p.add_argument("--fake_update_ratio", type=io.number(int, 1), default=2, help="R, fake updates per student update (paper: 5 to 10; v1: 1)")
     p.add_argument("--no_fake_score", action="store_true", help="ablation: mu_fake = x, the real score alone (collapses)")
     p.add_argument("--gan_weight", type=io.number(float, 0), default=0.0, help="w_G, student's GAN weight (paper: 1e-3 to 5e-3); 0 = off")

@@ -399,7 +399,7 @@ def test_noise_has_the_stated_moments():
     close(add_noise(Flow(), x0, eps, t), torch.from_numpy(want))
 
 
-# ---- corners that are wrong today --------------------------------------------------------------------------------
+# ---- corners ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("s", [0.08, 0.01])
