@@ -203,9 +203,11 @@ def load_networks(args, device):
         teacher.config = io.network_config(start)
     student, fake = copy.deepcopy(start), copy.deepcopy(start)
     if args.student_init:
-        student, config = io.load_network(args.student_init)
-        if type(student) is not type(start) or student.latent_shape != start.latent_shape:
-            raise io.UserError(f"--student_init {args.student_init}: a {type(student).__name__} does not fit the teacher's {type(start).__name__}")
+        student, _ = io.load_network(io.student_folder(args.student_init))
+        shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (student, start)]
+        if type(student) is not type(start) or shapes[0] != shapes[1]:
+            raise io.UserError(f"--student_init {args.student_init}: this {type(student).__name__} does not have the shapes of the teacher's "
+                               f"{type(start).__name__}; student and fake are copies of the teacher's network")
     if args.timestep_shift is not None:
         teacher.shift = args.timestep_shift
     teacher.net.to(device, torch.bfloat16 if args.mixed_precision == "bf16" and device.type == "cuda" else None)
@@ -299,7 +301,7 @@ def train(args):
         for net, name in ((student, "student"), (fake, "fake"), (head, "head")) + (((ema, "ema"),) if args.ema_decay else ()):
             io.unpack_module(net, name, tensors)
         io.unpack_optimizer(optimizer, "optimizer", tensors), io.unpack_optimizer(optimizer_fake, "optimizer_fake", tensors)
-    elif main_rank:
+    if main_rank:
         io.prepare_output_dir(args.output_dir, args.resume_from_checkpoint)
     mean_over_ranks(0.0)  # nobody goes on before the folder is ready
     log = io.Log(args.output_dir, start) if main_rank else None
@@ -418,7 +420,7 @@ def train(args):
             student_loss += loss.detach() * share
             g_dm = g / g.numel() * share  # what the DM term alone sends into x
             for name, value in (("loss_dm", loss_dm * share), ("g_dm", g_dm.norm()), ("g_gan", (x.grad - g_dm).norm()),
-                                ("mean", x.mean() * share), ("std", x.std() * share)):
+                                ("mean", x.mean() * share), ("std", x.square().mean() * share)):  # std below
                 sums[name] += value.item()
         norm = update([optimizer], args.max_grad_norm, "student", student_loss)
         fake.requires_grad_(True), head.requires_grad_(True)
@@ -428,6 +430,7 @@ def train(args):
 
         done = step + 1
         sums = dict(zip(sums, mean_over_ranks(*sums.values())))
+        sums["std"] = max(0.0, sums["std"] - sums["mean"] ** 2) ** 0.5  # of all ranks' samples together
         if main_rank:
             log.write({"step": done, **sums, "norm_student": norm, "norm_fake": 0.0 if args.no_fake_score else norm_fake,
                        **{f"{p}_s": seconds[p] for p in ("data", "student", "fake", "teacher")}, "peak_memory_mb": io.peak_memory_mb(device)})
@@ -536,8 +539,9 @@ def measured_teacher(args, teacher, world, label, draw_samples, row):
 def sample_only(args):
     """--sample FOLDER: load a saved student, read its sampler.json, write samples.png (and latents) to --output_dir."""
     _, _, device = start_ranks()
-    net, config = io.load_network(args.sample)
-    sampler, schedule, kind, _ = io.read_sampler(args.sample)
+    folder = io.student_folder(args.sample)
+    net, config = io.load_network(folder)
+    sampler, schedule, kind, _ = io.read_sampler(folder)
     if sampler["method"] != "dmd":
         raise io.UserError(f"{args.sample} was made by {sampler['method']}: sample it with python {sampler['method']}.py --sample")
     conditions, shape = Conditions(args, net), tuple(args.sample_shape or net.latent_shape)
@@ -597,7 +601,7 @@ def parse_args(argv=None):
     if args.dm_range[0] >= args.dm_range[1]:
         p.error(f"argument --dm_range: LO must be below HI, got {args.dm_range[0]} {args.dm_range[1]}")
     if args.output_dir is None:
-        args.output_dir = os.path.join("runs", "dmd-" + os.path.basename(os.path.abspath(args.sample or args.teacher)))
+        args.output_dir = io.default_output_dir("dmd", args.teacher, args.sample)
     return args
 
 

@@ -172,7 +172,7 @@ def train(args):
         io.unpack_module(net, "net", tensors), io.unpack_module(ema, "ema", tensors)
         for i, optimizer in enumerate(optimizers):
             io.unpack_optimizer(optimizer, f"optimizer{i}", tensors)
-    if main_rank and not state:
+    if main_rank:
         io.prepare_output_dir(args.output_dir, args.resume_from_checkpoint)
     mean_over_ranks(0.0)  # nobody writes before the folder is ready
     log = io.Log(args.output_dir, start) if main_rank else None
@@ -274,8 +274,9 @@ def finish(args, net, world, x0_all, label_all, folder, seconds):
 
 def sample_only(args):
     """--sample FOLDER: load a saved model, read its sampler.json, write samples beside it."""
-    net, config = io.load_network(args.sample)
-    sampler = io.read_sampler(args.sample)[0]
+    folder = io.student_folder(args.sample)
+    net, config = io.load_network(folder)
+    sampler = io.read_sampler(folder)[0]
     if sampler["method"] != "latent_fm":
         raise io.UserError(f"{args.sample} was made by {sampler['method']}: sample it with python {sampler['method']}.py --sample")
     world = load_world(config["world"]) if config.get("world") else None
@@ -308,7 +309,7 @@ def parse_args(argv=None):
     p.add_argument("--save_fp16", action="store_true", help="store student/ in float16 (what ships is)")
     args = p.parse_args(argv)
     if args.output_dir is None:
-        args.output_dir = os.path.join("runs", "latent_fm-" + os.path.basename(os.path.abspath(args.sample or args.data)))
+        args.output_dir = io.default_output_dir("latent_fm", args.data, args.sample)
     return args
 
 

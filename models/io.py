@@ -64,16 +64,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low=None, high=None, above=None):
-    """An argparse type: kind (int or float) within [low, high], or greater than `above`; NaN never passes."""
+    """An argparse type: kind (int or float) within [low, high], or greater than `above`; NaN and infinity never pass."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n integer' if kind is int else ' number'}") from None
-        if value != value or (low is not None and value < low) or (high is not None and value > high) or (
+        if value - value != 0 or (low is not None and value < low) or (high is not None and value > high) or (
                 above is not None and value <= above):
             bounds = [f">= {low}"] * (low is not None) + [f"> {above}"] * (above is not None) + [f"<= {high}"] * (high is not None)
-            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'a number'}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'finite'}, got {text}")
         return value
     return parse
 
@@ -168,13 +168,17 @@ def save_json(value, path):
 
 
 def load_json(path):
+    """One JSON object from a file -> dict; raises UserError."""
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            value = json.load(f)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as e:
         raise UserError(f"{path} is not readable JSON ({e}): restore it from the source of the checkpoint") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object: restore it from the source of the checkpoint")
+    return value
 
 
 def save_tensors(tensors, path, metadata=None):
@@ -295,6 +299,10 @@ def save_network(net, config, folder, state_dict=None, shard_bytes=SHARD_BYTES):
             weight_map.update(dict.fromkeys(shard, name))
         total = sum(v.numel() * v.element_size() for v in tensors.values())
         save_json({"metadata": {"total_size": total}, "weight_map": weight_map}, os.path.join(folder, INDEX))
+    written = set(weight_map.values()) | {INDEX} if len(shards) > 1 else {WEIGHTS}
+    for name in os.listdir(folder):  # an earlier save with another number of shards would win over this one
+        if name.startswith("diffusion_pytorch_model") and name not in written:
+            os.remove(os.path.join(folder, name))
     save_json(config, os.path.join(folder, "config.json"))
 
 
@@ -323,6 +331,11 @@ def read_scheduler(folder):
     return VP(c["beta_schedule"], c["beta_start"], c["beta_end"], c.get("num_train_timesteps", 1000), zero_snr), kind, None
 
 
+def student_folder(folder):
+    """A run folder of ours -> its student/; any other folder -> itself."""
+    return os.path.join(folder, "student") if os.path.isdir(os.path.join(folder, "student")) else folder
+
+
 def load_teacher(name, worlds, dtype=torch.float32):
     """Resolve --teacher: a world's name, a component folder, a pipeline root, or a run folder of ours.
 
@@ -348,8 +361,7 @@ def load_teacher(name, worlds, dtype=torch.float32):
         if os.path.isdir(os.path.join(folder, "transformer_2")):
             raise UserError(f"{folder} is a two-network teacher (transformer_2/): give one of its component folders")
         folder = os.path.join(folder, "transformer")
-    elif os.path.isdir(os.path.join(folder, "student")):
-        folder = os.path.join(folder, "student")
+    folder = student_folder(folder)
     net, config = load_network(folder, dtype)
     schedule, prediction, timestep_shift = Flow(), net.prediction, net.default_shift
     scheduler = next((s for s in (os.path.join(root, "scheduler"), os.path.join(os.path.dirname(os.path.abspath(folder)), "scheduler"))
@@ -366,10 +378,8 @@ def load_teacher(name, worlds, dtype=torch.float32):
 
 def is_small(name, worlds):
     """Whether --teacher is a world or a folder with one of our own small networks: they share default flags."""
-    for folder in (name, os.path.join(name, "student")):
-        if os.path.isfile(os.path.join(folder, "config.json")):
-            return load_json(os.path.join(folder, "config.json")).get("_class_name") in ("DiT", "RingMLP")
-    return name in worlds
+    config = os.path.join(student_folder(name), "config.json")
+    return name in worlds or os.path.isfile(config) and load_json(config).get("_class_name") in ("DiT", "RingMLP")
 
 
 def describe_schedule(schedule):
@@ -539,8 +549,18 @@ def to_unit(x):
 # ---- output folder, log, resume ------------------------------------------------------------------------------------
 
 
+def default_output_dir(method, source, sampled):
+    """runs/<method>-<teacher or data>; what --sample draws from a run's student goes to runs/<that run>-samples."""
+    if sampled is None:
+        return os.path.join("runs", f"{method}-{os.path.basename(os.path.abspath(source))}")
+    path = os.path.abspath(sampled)
+    run = os.path.dirname(path) if os.path.basename(path) == "student" else path  # runs/dmd-glyphs/student -> dmd-glyphs
+    return os.path.join("runs", os.path.basename(run) + "-samples")
+
+
 def prepare_output_dir(path, resume):
-    """Create the folder; without --resume_from_checkpoint an existing one is renamed PATH.1, PATH.2, ..."""
+    """Create the folder; without --resume_from_checkpoint an existing one is renamed PATH.1, PATH.2, ... With it, what a killed
+    run left half-written is removed."""
     if os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"--output_dir {path} is a file")
     if os.path.isdir(path) and os.listdir(path) and not resume:
@@ -550,6 +570,11 @@ def prepare_output_dir(path, resume):
         os.rename(path, f"{path}.{n}")
         print(f"{path} existed and is now {path}.{n}")
     os.makedirs(os.path.join(path, "state"), exist_ok=True)
+    for where, folders, files in os.walk(path):
+        for name in [f for f in files if ".tmp-" in f]:
+            os.remove(os.path.join(where, name))
+        for name in [d for d in folders if d.startswith(".tmp-")]:
+            shutil.rmtree(os.path.join(where, name))
 
 
 def pack_optimizer(optimizer, prefix):

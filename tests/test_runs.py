@@ -1,0 +1,450 @@
+"""Runs as a user starts them: wrong input, crashes, resume, ranks, and what a run leaves behind."""
+import csv
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dmd
+from models import io
+from models.dit import DiT
+from models.wan import WanTransformer3DModel
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+SHORT = ["--max_train_steps", "6", "--train_batch_size", "4", "--teacher_steps", "2", "--preview_samples", "3", "--checkpointing_steps", "2"]
+TINY_WAN = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2)
+
+
+def randomised(net, seed=0):
+    """Noise on every weight, so that nothing is zero."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=g)
+    return net
+
+
+def save_tiny_teacher(folder):
+    torch.manual_seed(0)
+    net = randomised(DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=2, num_classes=3))
+    io.save_network(net, io.network_config(net), str(folder))
+    return str(folder)
+
+
+def save_tiny_wan(root, width=16):
+    """A pipeline root as diffusers writes it, with a scheduler of shift 3, and a prompts file."""
+    torch.manual_seed(0)
+    net = randomised(WanTransformer3DModel(**TINY_WAN))
+    io.save_network(net, {"_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.0", **net.config}, str(root / "transformer"))
+    (root / "scheduler").mkdir()
+    io.save_json({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, str(root / "scheduler" / "scheduler_config.json"))
+    io.save_json({"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}, str(root / "model_index.json"))
+    g = torch.Generator().manual_seed(1)
+    prompts = root / "prompts.safetensors"
+    save_file({"cond.text": torch.randn(5, 6, width, generator=g), "uncond.text": torch.randn(1, 6, width, generator=g)}, str(prompts))
+    return ["--teacher", str(root), "--prompts", str(prompts), "--sample_shape", "4", "2", "4", "6", "--teacher_steps", "2",
+            "--preview_samples", "2", "--student_steps", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
+
+
+def read_log(folder):
+    with open(Path(folder) / "log.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def weights(folder):
+    """Every tensor a run left that must be the same again: student and full training state."""
+    last = sorted((Path(folder) / "state").glob("step-*"))[-1]
+    return {**load_file(Path(folder) / "student" / io.WEIGHTS), **{f"state.{k}": v for k, v in load_file(last / "state.safetensors").items()}}
+
+
+def assert_bit_equal(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- wrong input: one line, exit code 2, before any training ----------------------------------------------------------
+
+
+def refusal(capsys, out, *flags, code=2):
+    """Run dmd.py in this process; -> the one line it printed on stderr. Nothing may have been written to --output_dir."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        io.run(lambda: dmd.main([*SHORT, "--output_dir", str(out), *flags]))
+    error = capsys.readouterr().err
+    assert stop.value.code == code and error.startswith("error: ") and error.count("\n") == 1, error
+    assert not out.exists() or not any(out.rglob("*.safetensors"))
+    return error
+
+
+def break_teacher(folder, how):
+    """Damage a good teacher folder in one way."""
+    path, config = folder / io.WEIGHTS, folder / "config.json"
+    tensors = {k: v.clone() for k, v in load_file(path).items()}  # load_file maps the file that is about to be overwritten
+    name = "blocks.1.qkv.weight"
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "truncated header":
+        path.write_bytes(path.read_bytes()[:50])
+    elif how == "missing key":
+        save_file({k: v for k, v in tensors.items() if k != name}, path)
+    elif how == "extra key":
+        save_file({**tensors, "blocks.7.qkv.weight": torch.zeros(1)}, path)
+    elif how == "wrong shape":
+        save_file({**tensors, name: tensors[name][:-1].contiguous()}, path)
+    elif how == "pickle":
+        path.unlink()
+        torch.save(tensors, folder / "diffusion_pytorch_model.bin")
+    elif how == "pickle under the right name":
+        path.write_bytes(pickle.dumps({"a": 1}))
+    elif how == "zip pickle under the right name":
+        torch.save(tensors, path)
+    elif how == "no weights":
+        path.unlink()
+    elif how == "no config":
+        config.unlink()
+    elif how == "config is not JSON":
+        config.write_text("{")
+    elif how == "config is a list":
+        config.write_text("[]")
+    elif how == "unknown class":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "UNet2DModel"}))
+    elif how == "unknown argument":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "frobnicate": 3}))
+    elif how == "impossible width":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "dim": 33}))
+    elif how == "index without its shard":
+        path.unlink()
+        (folder / io.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {k: "model-00001-of-00001.safetensors" for k in tensors}}))
+    elif how == "index of another shard":
+        (folder / io.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"elsewhere": io.WEIGHTS}}))
+    elif how == "index is a list":
+        (folder / io.INDEX).write_text("[]")
+
+
+@pytest.mark.parametrize("how, says", [
+    ("truncated", "is truncated or not a safetensors file"), ("truncated header", "is truncated or not a safetensors file"),
+    ("missing key", "lacks 'blocks.1.qkv.weight'"), ("extra key", "has 'blocks.7.qkv.weight', which"), ("wrong shape", "has shape (95, 32), config.json asks for (96, 32)"),
+    ("pickle", "pickles can run code and are never loaded"), ("pickle under the right name", "is a pickle"),
+    ("zip pickle under the right name", "is a pickle"), ("no weights", f"has no {io.WEIGHTS}"), ("no config", "has no config.json"),
+    ("config is not JSON", "is not readable JSON"), ("config is a list", "is not a JSON object"), ("unknown class", "unknown network class 'UNet2DModel'"),
+    ("unknown argument", "frobnicate"), ("impossible width", "must be a multiple of 32"), ("index without its shard", "does not exist"),
+    ("index of another shard", "lacks 'elsewhere'"), ("index is a list", "is not a JSON object")])
+def test_broken_teacher_folders(tmp_path, capsys, how, says):
+    save_tiny_teacher(tmp_path / "teacher")
+    break_teacher(tmp_path / "teacher", how)
+    assert says in refusal(capsys, tmp_path / "run", "--teacher", str(tmp_path / "teacher"))
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--max_train_steps", "-3"], "--max_train_steps: must be >= 1, got -3"), (["--student_steps", "0"], "--student_steps"),
+    (["--frobnicate"], "unrecognized arguments: --frobnicate"), (["--max_train", "3"], "unrecognized arguments: --max_train 3"),
+    (["--learning_rate", "nan"], "--learning_rate"), (["--learning_rate", "fast"], "'fast' is not a number"),
+    (["--learning_rate", "inf"], "--learning_rate"), (["--train_batch_size", "2.5"], "'2.5' is not an integer"),
+    (["--dm_range", "0.9", "0.1"], "LO must be below HI"), (["--teacher", "nowhere"], "neither an embedded world"),
+    (["--teacher", "EMPTY"], "the folder is empty"), (["--resume_from_checkpoint", "nowhere"], "no state.json there"),
+    (["--gan_weight", "0.1"], "need data"), (["--gan_weight", "0.1", "--data", "ring"], "--data"),
+    (["--data", "nowhere", "--gan_weight", "0.1"], "--data nowhere"), (["--prompts", "x.safetensors"], "takes class labels, not prompts"),
+    (["--sample_shape", "1", "8", "8"], "DiT expects x of shape"), (["--regression_weight", "1", "--teacher_steps", "0"], "--teacher_steps"),
+    (["--regression_weight", "1", "--student_steps", "2"], "--student_steps 1"), (["--output_dir", "FILE"], "is a file"),
+    (["--sample", "TEACHER"], "sampler.json does not exist"), (["--student_init", "OTHER"], "does not have the shapes")])
+def test_wrong_flags(tmp_path, capsys, flags, says):
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    other = DiT(size=(8, 8), patch=(4, 4), channels=1, dim=32, depth=1, num_classes=3)
+    io.save_network(other, io.network_config(other), str(tmp_path / "other"))
+    (tmp_path / "empty").mkdir(), (tmp_path / "file").write_text("")
+    names = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file"), "TEACHER": teacher, "OTHER": str(tmp_path / "other")}
+    flags = [names.get(f, f) for f in flags]
+    assert says in refusal(capsys, tmp_path / "run", *([] if "--teacher" in flags else ["--teacher", teacher]), *flags)
+
+
+@pytest.mark.parametrize("how, says", [
+    ("absent", "needs --prompts"), ("missing file", "does not exist"), ("wrong width", "are 12 wide (unconditional 12), the teacher takes 16"),
+    ("no uncond", "lacks 'uncond.text'"), ("empty", "with N >= 1"), ("no features", "text has shape"), ("junk", "is truncated or not a safetensors file")])
+def test_wrong_prompts(tmp_path, capsys, how, says):
+    flags = save_tiny_wan(tmp_path, width=12 if how == "wrong width" else 16)
+    path = tmp_path / "prompts.safetensors"
+    tensors = {k: v.clone() for k, v in load_file(path).items()}  # load_file maps the file that is about to be overwritten
+    if how == "absent":
+        del flags[flags.index("--prompts"):flags.index("--prompts") + 2]
+    elif how == "missing file":
+        path.unlink()
+    elif how == "no uncond":
+        save_file({"cond.text": tensors["cond.text"]}, path)
+    elif how == "empty":
+        save_file({"cond.text": torch.zeros(0, 6, 16), "uncond.text": tensors["uncond.text"]}, path)
+    elif how == "no features":
+        save_file({"cond.text": torch.zeros(5, 16), "uncond.text": torch.zeros(1, 16)}, path)
+    elif how == "junk":
+        path.write_bytes(b"x" * 200)
+    assert says in refusal(capsys, tmp_path / "run", *flags)
+
+
+def test_wrong_scheduler_and_two_networks(tmp_path, capsys):
+    flags = save_tiny_wan(tmp_path)
+    scheduler = tmp_path / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon"}))
+    assert "'squaredcos_cap_v2' is not supported" in refusal(capsys, tmp_path / "run", *flags)
+    scheduler.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
+                                     "prediction_type": "epsilon", "rescale_betas_zero_snr": True}))
+    assert "zero terminal SNR" in refusal(capsys, tmp_path / "run", *flags)
+    (tmp_path / "transformer_2").mkdir()
+    assert "two-network teacher" in refusal(capsys, tmp_path / "run", *flags)
+
+
+def test_exit_code_from_the_shell(tmp_path):
+    """The same in a real process: code 2, one line on stderr, nothing written; --help works for every script."""
+    run = lambda *a: subprocess.run([sys.executable, *a], capture_output=True, text=True, cwd=tmp_path, env=ENV)  # noqa: E731
+    bad = run(str(ROOT / "dmd.py"), "--teacher", "nowhere")
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and bad.stderr.startswith("error: --teacher nowhere")
+    assert list(tmp_path.iterdir()) == []
+    for script in ("dmd.py", "latent_fm.py"):
+        text = run(str(ROOT / script), "--help")
+        assert text.returncode == 0 and "--max_train_steps" in text.stdout and "(default: " in text.stdout
+
+
+# ---- a loss that is not finite: exit code 1, the last checkpoint intact ------------------------------------------------
+
+
+def test_nan_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
+    teacher, out, calls = save_tiny_teacher(tmp_path / "teacher"), tmp_path / "run", []
+    real = dmd.distribution_matching_gradient
+
+    def poisoned(x, x0_real, x0_fake):
+        calls.append(0)
+        return real(x, x0_real, x0_fake) * (float("nan") if len(calls) == 5 else 1)
+    flags = [*SHORT, "--teacher", teacher, "--output_dir", str(out)]
+    with monkeypatch.context() as m:
+        m.setattr(dmd, "distribution_matching_gradient", poisoned)
+        with pytest.raises(SystemExit) as stop:
+            io.run(lambda: dmd.main(flags))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and error.startswith("error: student loss or gradient is not finite")
+    assert [p.name for p in sorted((out / "state").iterdir())] == ["step-0000002", "step-0000004"]
+    assert not (out / "report.json").exists()
+    dmd.main([*flags, "--resume_from_checkpoint", "latest"])  # the remedy that the line names
+    dmd.main([*SHORT, "--teacher", teacher, "--output_dir", str(tmp_path / "whole")])
+    assert_bit_equal(weights(out), weights(tmp_path / "whole"))
+
+
+# ---- crash and resume --------------------------------------------------------------------------------------------------
+
+# A run that kills itself with SIGKILL at the n-th call of os.fsync or os.replace, i.e. in the middle of some save.
+SUICIDAL = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+import dmd
+from models import io
+name, n, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+real = getattr(os, name)
+def counted(*args):
+    global n
+    n -= 1
+    if n == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+setattr(os, name, counted)
+io.run(lambda: dmd.main(flags))
+"""
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """-> flags of a short run with everything that has state (GAN, EMA, two steps, accumulation), and its final tensors."""
+    root = tmp_path_factory.mktemp("unbroken")
+    teacher = save_tiny_teacher(root / "teacher")
+    save_file({"x0": torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0)), "cond.label": torch.arange(20) % 3}, root / "data.safetensors")
+    flags = [*SHORT, "--teacher", teacher, "--data", str(root / "data.safetensors"), "--gan_weight", "0.1", "--student_steps", "2",
+             "--gradient_accumulation_steps", "2", "--lr_decay_share", "0"]
+    dmd.main([*flags, "--output_dir", str(root / "run")])
+    return flags, weights(root / "run"), read_log(root / "run")
+
+
+def without_time(rows):
+    return [{k: v for k, v in r.items() if not k.endswith("_s") and k != "peak_memory_mb"} for r in rows]
+
+
+@pytest.mark.parametrize("call, n", [("fsync", 2), ("fsync", 16), ("replace", 5), ("replace", 6), ("replace", 8), ("fsync", 20)])
+def test_kill_during_a_save(unbroken, tmp_path, call, n):
+    """SIGKILL between any two steps of a save; the next start finds the last whole checkpoint, or none, and ends bit-equal."""
+    flags, final, log = unbroken
+    flags = [*flags, "--output_dir", str(tmp_path / "run")]
+    dead = subprocess.run([sys.executable, "-c", SUICIDAL, call, str(n), *flags], capture_output=True, text=True, env=ENV)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr
+    dmd.main([*flags, "--resume_from_checkpoint", "latest"])
+    assert_bit_equal(weights(tmp_path / "run"), final)
+    assert without_time(read_log(tmp_path / "run")) == without_time(log)
+    assert not list((tmp_path / "run").rglob("*tmp*"))  # half-written files of the dead run are swept
+
+
+def test_kill_during_training(unbroken, tmp_path):
+    """SIGKILL from outside while steps go by, then resume, then a longer run: as if unbroken."""
+    flags, final, _ = unbroken
+    flags = [*flags, "--output_dir", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, str(ROOT / "dmd.py"), *flags, "--max_train_steps", "100000"], env=ENV, cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, end = tmp_path / "run" / "log.csv", time.time() + 120
+    while time.time() < end and not (log.is_file() and log.read_text().count("\n") > 4):
+        time.sleep(0.01)
+    process.kill(), process.wait()
+    assert log.read_text().count("\n") > 4
+    state = sorted((tmp_path / "run" / "state").glob("step-*"))
+    step = json.loads((state[-1] / "state.json").read_text())["step"]
+    dmd.main([*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", str(max(step, 6))])
+    if step <= 6:
+        assert_bit_equal(weights(tmp_path / "run"), final)
+    dmd.main([*flags, "--output_dir", str(tmp_path / "whole"), "--max_train_steps", str(max(step, 6) + 3)])
+    dmd.main([*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", str(max(step, 6) + 3)])
+    assert_bit_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_what_resume_refuses_and_repeats(unbroken, tmp_path, capsys):
+    flags, final, _ = unbroken
+    flags = [*flags, "--output_dir", str(tmp_path / "run")]
+    dmd.main([*flags, "--resume_from_checkpoint", "latest"])  # nothing there: starts fresh and says so
+    assert "starting fresh" in capsys.readouterr().out
+    (tmp_path / "run" / "samples.png").unlink()
+    dmd.main([*flags, "--resume_from_checkpoint", str(tmp_path / "run" / "state" / "step-0000006")])  # finished: writes its outputs again
+    assert (tmp_path / "run" / "samples.png").is_file()
+    assert_bit_equal(weights(tmp_path / "run"), final)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        io.run(lambda: dmd.main([*flags, "--resume_from_checkpoint", "latest", "--learning_rate", "1e-5", "--seed", "3"]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--learning_rate was 0.0003 and is 1e-05; --seed was 0 and is 3" in error
+    (tmp_path / "run" / "state" / "step-0000006" / "state.safetensors").write_bytes(b"junk")
+    with pytest.raises(SystemExit) as stop:
+        io.run(lambda: dmd.main([*flags, "--resume_from_checkpoint", "latest"]))
+    assert stop.value.code == 2 and "is truncated or not a safetensors file" in capsys.readouterr().err
+    dmd.main([*flags, "--max_train_steps", "1"])  # without the flag nothing is overwritten
+    assert (tmp_path / "run.1" / "report.json").is_file() and len(read_log(tmp_path / "run")) == 1
+
+
+# ---- what a run leaves -------------------------------------------------------------------------------------------------
+
+
+def test_outputs_of_a_run(tmp_path):
+    """student/ has the teacher's own config and layout, and --sample draws the same pictures in a new process."""
+    teacher, out = save_tiny_teacher(tmp_path / "teacher"), tmp_path / "run"
+    dmd.main([*SHORT, "--teacher", teacher, "--output_dir", str(out), "--student_steps", "2", "--renoise", "ode"])
+    assert {p.name for p in out.iterdir()} == {"student", "state", "samples.png", "samples.safetensors", "log.csv", "report.json"}
+    assert json.loads((out / "student" / "config.json").read_text()) == json.loads(Path(teacher, "config.json").read_text())
+    sampler = json.loads((out / "student" / "sampler.json").read_text())
+    assert sampler["times"] == [1.0, 0.5] and sampler["rule"] == "euler" and sampler["method"] == "dmd" and sampler["guidance_scale"] == 1.0
+    report = json.loads((out / "report.json").read_text())
+    assert report["steps"] == 6 and report["results"] == [] and report["params"] == sum(v.numel() for v in load_file(Path(teacher) / io.WEIGHTS).values())
+    rows = read_log(out)
+    assert [int(r["step"]) for r in rows] == list(range(1, 7)) and all(float(v) == float(v) for r in rows for v in r.values())
+    fresh = subprocess.run([sys.executable, str(ROOT / "dmd.py"), "--sample", "run/student", "--preview_samples", "3"],
+                           capture_output=True, text=True, env=ENV, cwd=tmp_path)
+    assert fresh.returncode == 0, fresh.stderr
+    x = load_file(tmp_path / "runs" / "run-samples" / "samples.safetensors")["x0"]
+    assert x.shape == (3, 1, 4, 4) and (tmp_path / "runs" / "run-samples" / "samples.png").is_file()
+    student = io.load_network(str(out / "student"))[0]
+    draw = io.Draws(0, "sample", 0, range(3))
+    want = dmd.sample(student, dmd.Flow(), "flow_v", draw.normal("z", (1, 4, 4)), [1.0, 0.5], {"label": torch.arange(3)}, "ode")
+    torch.testing.assert_close(x, want)
+
+
+def test_student_of_a_run_is_a_teacher_and_a_start(tmp_path):
+    """--teacher and --student_init take a run folder of ours."""
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    dmd.main([*SHORT, "--teacher", teacher, "--output_dir", str(tmp_path / "one")])
+    dmd.main([*SHORT, "--teacher", str(tmp_path / "one"), "--student_init", str(tmp_path / "one"), "--output_dir", str(tmp_path / "two"),
+              "--max_train_steps", "1"])
+    one, two = (load_file(tmp_path / d / "student" / io.WEIGHTS) for d in ("one", "two"))
+    assert one.keys() == two.keys()
+
+
+def test_sharded_checkpoints(tmp_path):
+    """Above the shard size weights are split with an index, as diffusers does, and read back equal; our index loads there too."""
+    torch.manual_seed(0)
+    net = randomised(WanTransformer3DModel(**TINY_WAN))
+    config = {"_class_name": "WanTransformer3DModel", **net.config}
+    io.save_network(net, config, str(tmp_path / "net"), shard_bytes=20000)
+    assert len(list((tmp_path / "net").glob("*-of-*.safetensors"))) > 2 and not (tmp_path / "net" / io.WEIGHTS).exists()
+    assert_bit_equal(io.load_network(str(tmp_path / "net"))[0].state_dict(), net.state_dict())
+    diffusers = pytest.importorskip("diffusers")
+    assert_bit_equal(dict(diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "net").state_dict()), dict(net.state_dict()))
+    io.save_network(net, config, str(tmp_path / "net"))  # one file now: the old index must not win
+    assert [p.name for p in sorted((tmp_path / "net").iterdir())] == ["config.json", io.WEIGHTS]
+
+
+# ---- Wan, one process and two ------------------------------------------------------------------------------------------
+
+
+def test_wan_student_loads_in_diffusers(tmp_path):
+    """A pipeline root as teacher: shift from its scheduler/, and the student is a diffusers component with the same output."""
+    diffusers = pytest.importorskip("diffusers")
+    (tmp_path / "wan").mkdir()
+    flags = save_tiny_wan(tmp_path / "wan")
+    dmd.main([*flags, "--train_batch_size", "2", "--max_train_steps", "2", "--output_dir", str(tmp_path / "run")])
+    folder = tmp_path / "run" / "student"
+    assert json.loads((folder / "config.json").read_text()) == json.loads((tmp_path / "wan" / "transformer" / "config.json").read_text())
+    assert json.loads((folder / "sampler.json").read_text())["times"] == pytest.approx([1.0, 0.75])  # shift(0.5, 3)
+    ours, theirs = io.load_network(str(folder))[0], diffusers.WanTransformer3DModel.from_pretrained(folder).eval()
+    g = torch.Generator().manual_seed(5)
+    x, text, t = torch.randn(2, 4, 2, 4, 6, generator=g), torch.randn(2, 6, 16, generator=g), torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        a, b = ours(x, t, text=text), theirs(x, 1000 * t, text, return_dict=False)[0]
+    assert (a - b).abs().max() < 1e-5 and a.std() > 0.01
+    start = load_file(tmp_path / "wan" / "transformer" / io.WEIGHTS)
+    assert any(not torch.equal(v, start[k]) for k, v in ours.state_dict().items())
+    assert load_file(tmp_path / "run" / "samples.safetensors")["x0"].shape == (2, 4, 2, 4, 6)
+
+
+# Saves the averaged gradients of the first student update and the first fake update, then goes on as dmd.py would.
+SPYING = """
+import os, sys
+import torch
+from safetensors.torch import save_file
+torch.set_num_threads(1)
+import dmd
+from models import io
+real, calls = torch.nn.utils.clip_grad_norm_, []
+def clip(parameters, *args):
+    calls.append(0)
+    if len(calls) <= 6 and os.environ.get("RANK", "0") == "0":
+        save_file({str(i): p.grad.clone() for i, p in enumerate(parameters)}, os.environ["GRADIENTS"] + f".{len(calls)}")
+    return real(parameters, *args)
+torch.nn.utils.clip_grad_norm_ = clip
+io.run(dmd.main)
+"""
+
+
+def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path):
+    (tmp_path / "wan").mkdir()
+    flags = [*save_tiny_wan(tmp_path / "wan"), "--max_train_steps", "4", "--fake_update_ratio", "5"]
+    (tmp_path / "spy.py").write_text(SPYING)
+    single = [sys.executable, str(tmp_path / "spy.py")]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "spy.py")]
+    for name, launch, batch in (("one", single, "4"), ("two", ranks, "2")):
+        done = subprocess.run([*launch, *flags, "--train_batch_size", batch, "--output_dir", str(tmp_path / name)], capture_output=True, text=True,
+                              env={**ENV, "GRADIENTS": str(tmp_path / name) + ".gradients"}, cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    for call in range(1, 7):  # five fake updates and the student's
+        one, two = (load_file(tmp_path / f"{name}.gradients.{call}") for name in ("one", "two"))
+        norm = torch.stack([v.norm() for v in one.values()]).norm()
+        difference = torch.stack([(one[k] - two[k]).norm() for k in one]).norm()
+        assert norm > 1e-4 and difference < (1e-5 if call in (1, 6) else 1e-4) * norm, (call, norm, difference)
+    for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two")):
+        for loss in ("loss_fake", "loss_dm", "mean", "std"):
+            assert float(a[loss]) == pytest.approx(float(b[loss]), rel=1e-4, abs=1e-6), (a["step"], loss)
+    assert len(read_log(tmp_path / "two")) == 4
+    assert (tmp_path / "two" / "samples.png").is_file() and (tmp_path / "two" / "student" / "sampler.json").is_file()
+
+
+def test_wrong_input_under_torchrun_is_one_line(tmp_path):
+    """Both ranks stop, one speaks."""
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "dmd.py")]
+    done = subprocess.run([*ranks, "--teacher", "nowhere"], capture_output=True, text=True, env=ENV, cwd=tmp_path, timeout=120)
+    assert done.returncode != 0 and sum("neither an embedded world" in line for line in done.stderr.splitlines()) == 1
