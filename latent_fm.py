@@ -189,7 +189,7 @@ def train(args):
                       "timestep_shift": args.timestep_shift or 1.0, "rule": "heun", "guidance_scale": args.guidance_scale},
                      os.path.join(folder, "sampler.json"))
 
-    began = time.time()
+    began, spent_before = time.time(), info["seconds"] if state else 0.0
     for step in tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, disable=not main_rank):
         warmup = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
         decay = min(1.0, (1 - step / args.max_train_steps) / max(args.lr_decay_share, 1e-9))
@@ -220,18 +220,18 @@ def train(args):
         if main_rank:
             quarters = (by_t[:, 0] / by_t[:, 1].clamp_min(1)).tolist()
             log.write({"step": done, "loss": mean_loss, "grad_norm": norm, "lr": args.learning_rate * warmup * decay,
-                       **{f"loss_t{q}": quarters[q] for q in range(4)}, "seconds": time.time() - began})
+                       **{f"loss_t{q}": quarters[q] for q in range(4)}, "seconds": spent_before + time.time() - began})
         if main_rank and (done % args.checkpointing_steps == 0 or done == args.max_train_steps):
             save_student()
             state = {**io.pack_module(net, "net"), **io.pack_module(ema, "ema")}
             for i, optimizer in enumerate(optimizers):
                 state |= io.pack_optimizer(optimizer, f"optimizer{i}")
-            io.save_state(args.output_dir, done, state, {"flags": io.flags_to_save(args)})
+            io.save_state(args.output_dir, done, state, {"flags": io.flags_to_save(args), "seconds": spent_before + time.time() - began})
     if main_rank:
         folder = os.path.join(args.output_dir, "student")
         if not os.path.isdir(folder):
             save_student()
-        finish(args, io.load_network(folder)[0].to(device), world, x0_all, label_all, args.output_dir, time.time() - began)
+        finish(args, io.load_network(folder)[0].to(device), world, x0_all, label_all, args.output_dir, spent_before + time.time() - began)
     mean_over_ranks(0.0)
 
 
