@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models import io
-from models.diffusion import (Flow, add_noise, expand, from_x0_eps, guide, ode_calls, predict_x0, predict_x0_eps, sample_ode, shift,
+from models.diffusion import (add_noise, expand, from_x0_eps, guide, ode_calls, predict_x0, predict_x0_eps, sample_ode, shift,
                               step_grid, to_x0_eps)
 from models.toy import WORLDS, balanced_labels, fit_ring_network, load_world, moments_distance
 

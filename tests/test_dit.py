@@ -1,35 +1,17 @@
-"""models/dit.py: patches, rotary positions, initialisation, conditioning, swaps; and latent_fm.py's three method functions."""
+"""models/dit.py: patches, rotary positions, initialisation, conditioning, swaps."""
 import copy
 
 import pytest
 import torch
 
-import latent_fm
-from models.diffusion import Flow, ode_calls, predict_x0_eps, sample_ode, step_grid
+from helpers import dit_inputs as inputs
+from helpers import perturbed
+from helpers import small_dit as small
 from models.dit import HEAD_DIM, DiT, attention, axial_rope, patchify, rotate, unpatchify
 
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def perturbed(net, seed=0, std=0.1):
-    """The network with noise on every weight, so that no zero-initialised layer hides anything."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            p += std * torch.randn(p.shape, generator=g)
-    return net
-
-
-def small(seed=0, **changes):
-    torch.manual_seed(seed)
-    return DiT(**{**dict(size=(6, 4), patch=(3, 2), channels=2, dim=64, depth=3, num_classes=3), **changes})
-
-
-def inputs(net, n=5):
-    label = torch.arange(n) % max(1, net.num_classes)
-    return normal(n, *net.latent_shape), torch.linspace(0.1, 1.0, n), label
 
 
 # ---- patches -----------------------------------------------------------------------------------------------------
@@ -251,70 +233,3 @@ def test_config_rebuilds_the_network():
     again.load_state_dict(net.state_dict())
     x, t, label = inputs(net)
     assert torch.equal(net(x, t, label), again(x, t, label)) and again.config == net.config
-
-
-# ---- flow matching -------------------------------------------------------------------------------------------------
-
-
-def test_flow_matching_loss_of_the_zero_network():
-    """A network that says 0 pays mean |eps - x0|^2, which is 2 on unit data; also sample by sample."""
-    net = small(size=(12, 12), patch=(4, 4))
-    x0, eps, t = normal(64, 2, 12, 12), normal(64, 2, 12, 12, seed=1), torch.rand(64, generator=torch.Generator().manual_seed(2))
-    loss, error = latent_fm.flow_matching_loss(net, x0, eps, t, {"label": torch.zeros(64, dtype=torch.long)})
-    torch.testing.assert_close(error, (eps - x0).square().mean((1, 2, 3)))
-    torch.testing.assert_close(loss.detach(), error.mean())
-    assert float(loss.detach()) == pytest.approx(2, abs=0.06) and not error.requires_grad
-
-
-def test_flow_matching_loss_noises_along_the_line():
-    """The network sees x_t = (1 - t) x0 + t eps with t and cond, and the right answer costs nothing."""
-    x0, eps, t = normal(6, 3), normal(6, 3, seed=1), torch.linspace(0, 1, 6)
-    seen = {}
-
-    def net(x, t, label):
-        seen.update(x=x, t=t, label=label)
-        return eps - x0
-
-    loss, error = latent_fm.flow_matching_loss(net, x0, eps, t, {"label": 7})
-    assert loss == 0 and not error.any() and seen["label"] == 7 and torch.equal(seen["t"], t)
-    torch.testing.assert_close(seen["x"], (1 - t[:, None]) * x0 + t[:, None] * eps)
-    assert torch.equal(seen["x"][0], x0[0]) and torch.equal(seen["x"][-1], eps[-1])
-
-
-@pytest.mark.parametrize("p_u", [0.0, 0.1, 0.5, 1.0])
-def test_labels_are_dropped_at_the_stated_rate(p_u):
-    """A share p_u becomes the null label, independent of the class; the rest stay; 0 and 1 mean never and always."""
-    n = 40000
-    label, coin = torch.arange(n) % 10, torch.rand(n, generator=torch.Generator().manual_seed(0))
-    got = latent_fm.drop_labels(label, coin, p_u, 10)
-    dropped = got == 10
-    assert torch.equal(got[~dropped], label[~dropped]) and got.dtype == torch.int64
-    assert float(dropped.double().mean()) == pytest.approx(p_u, abs=4 * (p_u * (1 - p_u) / n) ** 0.5)
-    for k in range(10):
-        assert float(dropped[label == k].double().mean()) == pytest.approx(p_u, abs=4.5 * (p_u * (1 - p_u) / n * 10) ** 0.5)
-
-
-def test_guided_velocity():
-    """v_u + gamma (v_c - v_u): gamma 1 is the conditional call itself, 0 the unconditional one, in between and beyond linear."""
-    net = perturbed(small())
-    x, t, label = inputs(net)
-    with torch.no_grad():
-        v_c, v_u = net(x, t, label), net(x, t)
-        assert torch.equal(latent_fm.guided_velocity(net, x, t, label, 3, 1), v_c) and not torch.allclose(v_c, v_u)
-        for gamma in (0.0, 0.5, 1.0001, 3.0):
-            torch.testing.assert_close(latent_fm.guided_velocity(net, x, t, label, 3, gamma), v_u + gamma * (v_c - v_u), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("scale, rows", [(1.0, 5), (2.0, 10)])
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_sampler_is_the_guided_ode(scale, rows, solver):
-    """sample integrates the guided velocity from noise over the shifted grid: ode_calls calls, on twice the batch when guided."""
-    net, sizes = perturbed(small()), []
-    net.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
-    z, _, label = inputs(net)
-    got = latent_fm.sample(net, z, label, 4, scale, solver, 3.0)
-    assert sizes == [rows] * ode_calls(4, solver) and not got.requires_grad
-    with torch.no_grad():
-        velocity = lambda x, t: net(x, t) + scale * (net(x, t, label) - net(x, t))  # noqa: E731
-        want = sample_ode(lambda x, t: predict_x0_eps(velocity, Flow(), "flow_v", x, t), Flow(), z, step_grid(4, 3.0), solver)
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)

@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +12,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import dmd
+from helpers import ROOT, perturbed
 from models import io
 from models.diffusion import VP, Flow, add_noise, from_x0_eps, predict_x0, predict_x0_eps, sample_ode, step_grid, to_x0_eps, unshift
 from models.dit import DiT
 from models.toy import RingMLP, RingTeacher
 
-ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("x0", "eps", "flow_v", "vp_v")
 
 
@@ -26,18 +25,9 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def perturbed(net, seed=0, std=0.2):
-    """The network with noise on every weight, so that no zero-initialised layer hides anything."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            p += std * torch.randn(p.shape, generator=g)
-    return net
-
-
 def small_dit(seed=0, depth=4):
     torch.manual_seed(seed)
-    return perturbed(DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=depth, num_classes=3), seed)
+    return perturbed(DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=depth, num_classes=3), seed, std=0.2)
 
 
 def close(a, b, tolerance=1e-10):
@@ -330,7 +320,7 @@ def test_one_step_sampler_is_one_call():
 def test_training_rollout_visits_the_sampler_s_states(renoise):
     """Backward simulation: with the same noise, the training input at step k is bit-equal to the state the sampler is in."""
     times, z, cond, fresh = setting(4, torch.float32)
-    student = Counting(perturbed(RingMLP(dim=32)))
+    student = Counting(perturbed(RingMLP(dim=32), std=0.2))
     x0 = dmd.sample(student, Flow(), "flow_v", z, times, cond, renoise, fresh)
     visited = list(student.seen)
     for k in range(4):
@@ -371,7 +361,7 @@ def test_sampler_of_an_exact_student_has_the_data_s_law():
 def test_gradient_stops_at_the_rollout():
     """The student's gradient at step k is that of its k-th call with the input held constant, not that of the whole chain."""
     times, z, cond, fresh = setting(3, torch.float32)
-    student = perturbed(RingMLP(dim=32))
+    student = perturbed(RingMLP(dim=32), std=0.2)
 
     def gradient(make_input):
         student.zero_grad()

@@ -1,7 +1,6 @@
 """Runs as a user starts them: wrong input, crashes, resume, ranks, and what a run leaves behind."""
 import csv
 import json
-import os
 import pickle
 import signal
 import subprocess
@@ -14,28 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dmd
+from helpers import ENV, ROOT, perturbed
 from models import io
+from models.diffusion import Flow
 from models.dit import DiT
 from models.wan import WanTransformer3DModel
 
-ROOT = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 SHORT = ["--max_train_steps", "6", "--train_batch_size", "4", "--teacher_steps", "2", "--preview_samples", "3", "--checkpointing_steps", "2"]
 TINY_WAN = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2)
 
 
-def randomised(net, seed=0):
-    """Noise on every weight, so that nothing is zero."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=g)
-    return net
-
-
 def save_tiny_teacher(folder):
     torch.manual_seed(0)
-    net = randomised(DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=2, num_classes=3))
+    net = perturbed(DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=2, num_classes=3))
     io.save_network(net, io.network_config(net), str(folder))
     return str(folder)
 
@@ -43,7 +33,7 @@ def save_tiny_teacher(folder):
 def save_tiny_wan(root, width=16):
     """A pipeline root as diffusers writes it, with a scheduler of shift 3, and a prompts file."""
     torch.manual_seed(0)
-    net = randomised(WanTransformer3DModel(**TINY_WAN))
+    net = perturbed(WanTransformer3DModel(**TINY_WAN))
     io.save_network(net, {"_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.0", **net.config}, str(root / "transformer"))
     (root / "scheduler").mkdir()
     io.save_json({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, str(root / "scheduler" / "scheduler_config.json"))
@@ -351,7 +341,7 @@ def test_outputs_of_a_run(tmp_path):
     assert x.shape == (3, 1, 4, 4) and (tmp_path / "runs" / "run-samples" / "samples.png").is_file()
     student = io.load_network(str(out / "student"))[0]
     draw = io.Draws(0, "sample", 0, range(3))
-    want = dmd.sample(student, dmd.Flow(), "flow_v", draw.normal("z", (1, 4, 4)), [1.0, 0.5], {"label": torch.arange(3)}, "ode")
+    want = dmd.sample(student, Flow(), "flow_v", draw.normal("z", (1, 4, 4)), [1.0, 0.5], {"label": torch.arange(3)}, "ode")
     torch.testing.assert_close(x, want)
 
 
@@ -368,7 +358,7 @@ def test_student_of_a_run_is_a_teacher_and_a_start(tmp_path):
 def test_sharded_checkpoints(tmp_path):
     """Above the shard size weights are split with an index, as diffusers does, and read back equal; our index loads there too."""
     torch.manual_seed(0)
-    net = randomised(WanTransformer3DModel(**TINY_WAN))
+    net = perturbed(WanTransformer3DModel(**TINY_WAN))
     config = {"_class_name": "WanTransformer3DModel", **net.config}
     io.save_network(net, config, str(tmp_path / "net"), shard_bytes=20000)
     assert len(list((tmp_path / "net").glob("*-of-*.safetensors"))) > 2 and not (tmp_path / "net" / io.WEIGHTS).exists()
