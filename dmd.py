@@ -436,6 +436,7 @@ def train(args):
                        **{f"{p}_s": seconds[p] for p in ("data", "student", "fake", "teacher")}, "peak_memory_mb": io.peak_memory_mb(device)})
             steps.set_postfix(fake=f"{sums['loss_fake']:.3f}", dm=f"{sums['loss_dm']:.3f}", std=f"{sums['std']:.3f}", refresh=False)
         if main_rank and (done % args.checkpointing_steps == 0 or done == args.max_train_steps):
+            io.save_grid(os.path.join(args.output_dir, "samples.png"), [student_row(args, ema, teacher, world, conditions, shape, times)[0]])
             save_student(args, ema, teacher, times)
             state = {**io.pack_module(student, "student"), **io.pack_module(fake, "fake"), **io.pack_module(head, "head"),
                      **(io.pack_module(ema, "ema") if args.ema_decay else {}),
@@ -465,6 +466,26 @@ def many(draw_samples, n, batch=500):
     return x, 1000 * (time.perf_counter() - began) / n
 
 
+def evaluation_noise(args, shape, device, first, last, name="z"):
+    """The noise that every row of samples.png and report.json starts from.  (last - first, ...)."""
+    return io.Draws(args.seed, "evaluation", 0, range(first, last), device).normal(name, shape)
+
+
+def student_sampler(args, student, teacher, conditions, shape, times, index):
+    """-> a function (first, last) -> those student samples, of the conditions in index (n,)."""
+    device = next(student.parameters()).device
+    return lambda a, b: sample(student, teacher.schedule, teacher.prediction, evaluation_noise(args, shape, device, a, b), times,
+                               conditions.pick(index[a:b], device)[0], args.renoise,
+                               lambda i: evaluation_noise(args, shape, device, a, b, f"renoise{i}"))
+
+
+def student_row(args, student, teacher, world, conditions, shape, times):
+    """The student's row of samples.png, which a running training shows alone.  -> text and picture, samples (n, ...)."""
+    index = conditions.preview(400 if world and world.name == "ring" else args.preview_samples)
+    x = many(student_sampler(args, student, teacher, conditions, shape, times, index), len(index), args.train_batch_size)[0]
+    return (f"student, {len(times)} call(s)", io.picture(x, world)), x
+
+
 @torch.no_grad()
 def finish(args, student, teacher, world, conditions, shape, times, seconds):
     """samples.png and report.json: data, many-step teacher, teacher at the student's steps, student, from the same noise."""
@@ -472,15 +493,9 @@ def finish(args, student, teacher, world, conditions, shape, times, seconds):
     schedule, kind, scale = teacher.schedule, teacher.prediction, args.guidance_scale
     guided = 1 if scale == 1 else 2
 
-    def noise(first, last, name):
-        return io.Draws(args.seed, "evaluation", 0, range(first, last), device).normal(name, shape)
-
-    def run_student(index):
-        return lambda a, b: sample(student, schedule, kind, noise(a, b, "z"), times, conditions.pick(index[a:b], device)[0], args.renoise,
-                                   lambda i: noise(a, b, f"renoise{i}"))
-
     def run_teacher(index, grid, solver):
-        return lambda a, b: sample_teacher(teacher.net, schedule, kind, noise(a, b, "z"), grid, *conditions.pick(index[a:b], device), scale, solver)
+        return lambda a, b: sample_teacher(teacher.net, schedule, kind, evaluation_noise(args, shape, device, a, b), grid,
+                                           *conditions.pick(index[a:b], device), scale, solver)
 
     fine, coarse = step_grid(max(1, args.teacher_steps), teacher.shift), times + [0.0]
     results = []
@@ -492,15 +507,16 @@ def finish(args, student, teacher, world, conditions, shape, times, seconds):
                                             {"name": "teacher", "nfe": guided * ode_calls(args.teacher_steps, "heun"), "guidance_scale": scale})
             results.append(row)
         for name, nfe, draw_samples in (("teacher_same_steps", guided * len(times), run_teacher(label, coarse, "euler")),
-                                        ("student", len(times), run_student(label))):
+                                        ("student", len(times), student_sampler(args, student, teacher, conditions, shape, times, label))):
             x, ms = many(draw_samples, 2000)
             results.append({"name": name, "nfe": nfe, "ms_per_sample": ms, **world.measure(x, label)})
             if args.teacher_steps:
                 results[-1]["fd_teacher"] = moments_distance(world.moments(x, label), moments)
         for r in results:
             r["fd_excess"] = r["fd"] - results[0]["fd"]
-    n = 400 if world and world.name == "ring" else args.preview_samples
-    index, rows = conditions.preview(n), []
+    last_row, x_student = student_row(args, student, teacher, world, conditions, shape, times)
+    n, rows = len(x_student), []
+    index = conditions.preview(n)
     if world:
         rows.append(("data", io.picture(world.data(n, 778, index)[0], world)))
     if args.teacher_steps:
@@ -508,11 +524,10 @@ def finish(args, student, teacher, world, conditions, shape, times, seconds):
         rows.append((f"teacher, {guided * ode_calls(args.teacher_steps, 'heun')} calls", io.picture(x, world)))
         x = many(run_teacher(index, coarse, "euler"), n, args.train_batch_size)[0]
         rows.append((f"teacher, {guided * len(times)} call(s)", io.picture(x, world)))
-    x = many(run_student(index), n, args.train_batch_size)[0]
-    rows.append((f"student, {len(times)} call(s)", io.picture(x, world)))
+    rows.append(last_row)
     io.save_grid(os.path.join(args.output_dir, "samples.png"), rows)
     if not world:
-        io.save_tensors({"x0": x}, os.path.join(args.output_dir, "samples.safetensors"))  # latents for a decoder
+        io.save_tensors({"x0": x_student}, os.path.join(args.output_dir, "samples.safetensors"))  # latents for a decoder
     io.save_json({"method": "dmd", "teacher": args.teacher, "seed": args.seed, "steps": args.max_train_steps, "seconds": seconds,
                   "peak_memory_mb": io.peak_memory_mb(device), "params": sum(p.numel() for p in student.parameters()), "results": results},
                  os.path.join(args.output_dir, "report.json"))

@@ -2,9 +2,9 @@
 
 adaLN-Zero conditioning, qk-norm (RMS, per head), axial RoPE plus a learned position per patch, head dimension 32,
 sinusoidal time on 1000 t. One addition: a gated copy of the input, skip(t) x_t per channel, joins the output. Near t = 1 the
-velocity is eps - x0, most of it noise that the network has just been given; carried through the LayerNorms instead, that
-noise comes back imperfectly, and a one-step sample shows the difference as grain. The network's input is x_t (B, C, *size), t (B,) in [0, 1] with 1 = noise; its output is
-the flow velocity v = eps - x0 of the same shape. Sizes in comments: N patches, D width, H heads.
+velocity is eps - x0, most of it noise that the network has just been given; carried through the LayerNorms instead, that noise
+comes back imperfectly, and a one-step sample shows the difference as grain. The network's input is x_t (B, C, *size), t (B,) in
+[0, 1] with 1 = noise; its output is the flow velocity v = eps - x0 of the same shape. In comments: N patches, D width, H heads.
 """
 import torch
 import torch.nn as nn

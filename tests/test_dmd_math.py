@@ -463,6 +463,7 @@ class Diary:
         self.wrap(monkeypatch, "fake_score_loss", self.on_fake_loss)
         self.wrap(monkeypatch, "rollout", self.on_rollout)
         monkeypatch.setattr(dmd, "finish", lambda *a: None)
+        monkeypatch.setattr(dmd, "student_row", lambda *a: (("", np.zeros((1, 1, 3), np.uint8)), None))
         monkeypatch.setattr(dmd, "fit_ring_network", lambda teacher, seed: self.start_network(seed))
 
     @staticmethod
