@@ -574,17 +574,17 @@ def sample_only(args):
 # ---- flags ---------------------------------------------------------------------------------------------------------
 
 # The flags' defaults suit the embedded glyphs and small DiTs. The ring wants a little less, released models far smaller rates.
-RING = dict(max_train_steps=300, learning_rate=5e-4, learning_rate_fake=1e-3, fake_update_ratio=5, train_batch_size=256, guidance_scale=1.0,
-            ema_decay=0.95)
+RING = dict(max_train_steps=300, learning_rate=5e-4, learning_rate_fake=1e-3, fake_update_ratio=5, train_batch_size=256, ema_decay=0.95,
+            adam_betas=[0.0, 0.99], lr_decay_share=0.0)
 RELEASED = dict(max_train_steps=4000, train_batch_size=1, learning_rate=2e-6, learning_rate_fake=4e-7, fake_update_ratio=5, guidance_scale=4.0,
-                ema_decay=0.99, preview_samples=2, lr_warmup_steps=0, gan_weight=0.0)
+                ema_decay=0.99, adam_betas=[0.0, 0.99], weight_decay=0.01, lr_warmup_steps=0, lr_decay_share=0.0, student_steps=4, preview_samples=2)
 
 
 def parse_args(argv=None):
     p = io.Parser(description="Distil a diffusion or flow teacher into a few-step student (DMD 2311.18828, DMD2 2405.14867). Defaults shown are those "
                   "of the embedded glyphs; ring and released models have their own (see the two dictionaries above parse_args).")
     io.add_run_flags(p)
-    p.set_defaults(max_train_steps=480, learning_rate=3e-4, lr_warmup_steps=20, ema_decay=0.98, guidance_scale=1.5)
+    p.set_defaults(max_train_steps=540, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.97)
     p.add_argument("--teacher", default="glyphs", help="ring, glyphs, a component folder, a pipeline root with model_index.json, or a run folder of ours")
     p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the student here instead of from the teacher")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
@@ -594,8 +594,8 @@ def parse_args(argv=None):
     p.add_argument("--renoise", choices=["sde", "ode"], default="sde", help="between student steps: fresh noise (paper), or Euler")
     p.add_argument("--student_input", choices=["backsim", "real"], default="backsim", help="steps > 1 start from the student's own rollout (paper) "
                    "or from noised data (ablation)")
-    p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=6e-4, help="AdamW learning rate of fake score and GAN head")
-    p.add_argument("--lr_decay_share", type=io.number(float, 0, 1), default=0.0, help="last share of the run with both rates falling linearly to 0 "
+    p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1.6e-3, help="AdamW learning rate of fake score and GAN head")
+    p.add_argument("--lr_decay_share", type=io.number(float, 0, 1), default=1.0, help="last share of the run with both rates falling linearly to 0 "
                    "(paper: 0, constant)")
     p.add_argument("--fake_update_ratio", type=io.number(int, 1), default=2, help="R, fake updates per student update (paper: 5 to 10; v1: 1)")
     p.add_argument("--no_fake_score", action="store_true", help="ablation: mu_fake = x, the real score alone (collapses)")
@@ -605,8 +605,8 @@ def parse_args(argv=None):
     p.add_argument("--regression_pairs", type=io.number(int, 1), default=1000, help="number of teacher ODE pairs for --regression_weight")
     p.add_argument("--dm_range", type=io.number(float, 0, 1), nargs=2, default=[0.02, 0.98], metavar=("LO", "HI"),
                    help="u ~ U[LO, HI] of the matching gradient, before the shift (paper: .02 .98)")
-    p.add_argument("--adam_betas", type=io.number(float, 0, 0.99999), nargs=2, default=[0.0, 0.99], help="AdamW betas (paper: .9 .999)")
-    p.add_argument("--weight_decay", type=io.number(float, 0), default=0.01, help="AdamW weight decay (paper: .01)")
+    p.add_argument("--adam_betas", type=io.number(float, 0, 0.99999), nargs=2, default=[0.8, 0.99], help="AdamW betas (paper: .9 .999)")
+    p.add_argument("--weight_decay", type=io.number(float, 0), default=0.0, help="AdamW weight decay (paper: .01)")
     p.add_argument("--teacher_steps", type=io.number(int, 0), default=32, help="Heun steps of the many-step teacher; 0 leaves it out")
     p.add_argument("--preview_samples", type=io.number(int, 1), default=20, help="columns of samples.png")
     p.add_argument("--remeasure_teacher", action="store_true", help="measure the many-step teacher again instead of copying its row")

@@ -289,7 +289,7 @@ def sample_only(args):
 def parse_args(argv=None):
     p = io.Parser(description="Train a flow-matching teacher (arXiv 2307.08698).")
     io.add_run_flags(p)
-    p.set_defaults(max_train_steps=15000, train_batch_size=64, learning_rate=2e-3, lr_warmup_steps=200, max_grad_norm=1.0,
+    p.set_defaults(max_train_steps=8000, train_batch_size=64, learning_rate=2e-3, lr_warmup_steps=200, max_grad_norm=1.0,
                    ema_decay=0.999, guidance_scale=1.5, checkpointing_steps=1000)
     p.add_argument("--data", default="glyphs", help="an embedded world (ring, glyphs), a folder of images in class subfolders, "
                    "or FILE.safetensors with x0 and cond.label")

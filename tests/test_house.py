@@ -121,23 +121,21 @@ def test_shipped_teacher_is_small_and_half_precision():
 
 
 def test_stored_teacher_row_is_of_the_shipped_weights():
-    """The row that default runs copy was measured from the weights in the repository, and holds what the issue of record asks:
-    unguided within twice the floor is in docs/latent_fm.md; here the guided row's accuracy."""
+    """The row that default runs copy was measured from the weights in the repository: within twice the data's own distance."""
     folder = ROOT / "models" / "glyphs" / "teacher"
-    path = folder / "measured" / f"{io.weights_hash(str(folder))}-heun32-shift1-guidance1.5.safetensors"
+    path = folder / "measured" / f"{io.weights_hash(str(folder))}-heun32-shift1-guidance1.safetensors"
     with io.open_tensors(str(path)) as f:
         row = json.loads(f.metadata()["row"])
         mean, cov = f.get_tensor("mean"), f.get_tensor("cov")
-    assert row["accuracy"] >= 0.93 and row["nfe"] == 126
+    world = load_world("glyphs")
+    floor = world.measure(*world.data(2000, 777, balanced_labels(2000, 10)))
+    assert row["fd"] <= 2 * floor["fd"] and row["accuracy"] >= 0.93 * floor["accuracy"] and row["nfe"] == 63
     # a fresh, smaller set of the teacher's samples has those moments' mean, up to the error of 200 samples
     import latent_fm
 
     net, label = io.load_network(str(folder))[0], balanced_labels(200, 10)
-    x = latent_fm.sample(net, torch.randn(200, 3, 16, 16, generator=torch.Generator().manual_seed(3)), label, 8, 1.5)
-    world = load_world("glyphs")
+    x = latent_fm.sample(net, torch.randn(200, 3, 16, 16, generator=torch.Generator().manual_seed(3)), label, 8)
     got = world.moments(x, label)[0][0]
     error = (got - mean[0]) / (cov[0].diagonal() / 200).sqrt()
     assert error.square().mean() < 2.5  # 1 in expectation for the same law, and 8 Heun steps are nearly 32
-    other = (world.moments(*world.data(200, 5, label))[0][0] - mean[0]) / (cov[0].diagonal() / 200).sqrt()
-    assert error.square().mean() < other.square().mean()  # nearer than data is, since guidance moves the mean
-    assert world.measure(x, label)["accuracy"] > 0.95
+    assert world.measure(x, label)["accuracy"] > 0.93
