@@ -289,7 +289,7 @@ def train(args):
     torch.manual_seed(io.stable_hash(args.seed, "head"))
     head = GanHead(features.shape[-1]).to(device)
     ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
-    adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay)
+    adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
     optimizer_fake = torch.optim.AdamW([*fake.parameters(), *head.parameters()], lr=args.learning_rate_fake, **adam)
 
@@ -584,7 +584,7 @@ def parse_args(argv=None):
     p = io.Parser(description="Distil a diffusion or flow teacher into a few-step student (DMD 2311.18828, DMD2 2405.14867). Defaults shown are those "
                   "of the embedded glyphs; ring and released models have their own (see the two dictionaries above parse_args).")
     io.add_run_flags(p)
-    p.set_defaults(max_train_steps=540, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.97)
+    p.set_defaults(max_train_steps=540, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.99)
     p.add_argument("--teacher", default="glyphs", help="ring, glyphs, a component folder, a pipeline root with model_index.json, or a run folder of ours")
     p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the student here instead of from the teacher")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
@@ -594,7 +594,7 @@ def parse_args(argv=None):
     p.add_argument("--renoise", choices=["sde", "ode"], default="sde", help="between student steps: fresh noise (paper), or Euler")
     p.add_argument("--student_input", choices=["backsim", "real"], default="backsim", help="steps > 1 start from the student's own rollout (paper) "
                    "or from noised data (ablation)")
-    p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1.6e-3, help="AdamW learning rate of fake score and GAN head")
+    p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1e-3, help="AdamW learning rate of fake score and GAN head")
     p.add_argument("--lr_decay_share", type=io.number(float, 0, 1), default=1.0, help="last share of the run with both rates falling linearly to 0 "
                    "(paper: 0, constant)")
     p.add_argument("--fake_update_ratio", type=io.number(int, 1), default=2, help="R, fake updates per student update (paper: 5 to 10; v1: 1)")

@@ -143,7 +143,7 @@ def build_optimizers(args, net):
     inside = [p for name, p in net.named_parameters() if name.startswith(("blocks.", "hidden.")) and p.ndim == 2 and "modulation" not in name]
     muon = {id(p) for p in inside} if args.optimizer == "muon" else set()
     rest = [p for p in net.parameters() if id(p) not in muon]
-    optimizers = [torch.optim.AdamW(rest, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay)]
+    optimizers = [torch.optim.AdamW(rest, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)]
     if muon:
         optimizers.append(torch.optim.Muon(inside, lr=args.learning_rate_muon, weight_decay=args.weight_decay))
     return optimizers, [args.learning_rate, args.learning_rate_muon]
