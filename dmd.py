@@ -30,8 +30,9 @@ Launch.
 
 Deviations, and why. The gradient drops the factor alpha_t of Eq. 7, as both papers' pseudo-code and code do. A step is a student
 update (official: a critic update), and every fake update sees fresh student samples. The regression loss is L2, not LPIPS (v1
-App. I: 2.78 against 2.66 FID; no feature network to download). EMA and betas (0, 0.99) are later practice (Self-Forcing).
-The GAN head is an MLP on tokens, for transformers (papers: convolutions on UNet features).
+App. I: 2.78 against 2.66 FID; no feature network to download). Noise levels are uniform as in the papers, but spread evenly over
+a batch. EMA, momentum below .9 and falling rates are not the papers' (flags): they buy the default run its two minutes. The GAN
+head is an MLP on tokens, for transformers (papers: convolutions on UNet features).
 """
 import copy
 import json
@@ -360,7 +361,7 @@ def train(args):
             for micro in range(args.gradient_accumulation_steps):
                 row = (micro * world_size + rank) * B
                 draw = io.Draws(args.seed, step, inner, range(row, row + B), device)
-                t, eps = shift(draw.uniform("u"), teacher.shift), draw.normal("eps", shape)
+                t, eps = shift(draw.spread("u"), teacher.shift), draw.normal("eps", shape)
                 lap("data")
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
                     x_t, t_in, cond, _ = student_input(draw)
@@ -370,7 +371,7 @@ def train(args):
                     loss = loss_f = fake_score_loss(fake, schedule, kind, x, eps, t, cond)
                     if args.gan_weight:
                         x_real, cond_real = real_batch(draw, "real_gan")
-                        t_f, t_r = (shift(draw.uniform(n), teacher.shift) for n in ("u_gan_fake", "u_gan_real"))
+                        t_f, t_r = (shift(draw.spread(n), teacher.shift) for n in ("u_gan_fake", "u_gan_real"))
                         logit_fake = gan_logit(fake, head, schedule, x, draw.normal("eps_gan_fake", shape), t_f, cond)
                         logit_real = gan_logit(fake, head, schedule, x_real, draw.normal("eps_gan_real", shape), t_r, cond_real)
                         loss_d = discriminator_loss(logit_real, logit_fake)
@@ -388,7 +389,7 @@ def train(args):
         for micro in range(args.gradient_accumulation_steps):
             row = (micro * world_size + rank) * B
             draw = io.Draws(args.seed, step, "student", range(row, row + B), device)
-            t, eps = shift(draw.uniform("u", *args.dm_range), teacher.shift), draw.normal("eps", shape)
+            t, eps = shift(draw.spread("u", *args.dm_range), teacher.shift), draw.normal("eps", shape)
             lap("data")
             with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
                 x_t, t_in, cond, uncond = student_input(draw)
@@ -405,7 +406,7 @@ def train(args):
                 loss_dm = distribution_matching_loss(x, g)
                 loss = loss_dm
                 if args.gan_weight:
-                    t_g, eps_g = shift(draw.uniform("u_gan"), teacher.shift), draw.normal("eps_gan", shape)
+                    t_g, eps_g = shift(draw.spread("u_gan"), teacher.shift), draw.normal("eps_gan", shape)
                     loss_gan = generator_gan_loss(gan_logit(fake, head, schedule, x, eps_g, t_g, cond))
                     loss = loss + args.gan_weight * loss_gan
                     sums["loss_gan"] += loss_gan.item() * share
@@ -425,7 +426,7 @@ def train(args):
         norm = update([optimizer], args.max_grad_norm, "student", student_loss)
         fake.requires_grad_(True), head.requires_grad_(True)
         if args.ema_decay:
-            update_ema(ema, student, min(args.ema_decay, (1 + step) / (10 + step)))
+            update_ema(ema, student, min(args.ema_decay, (1 + step) / (4 + step)))  # warm-up: a window of step / 3
         lap("student")
 
         done = step + 1
@@ -574,17 +575,18 @@ def sample_only(args):
 # ---- flags ---------------------------------------------------------------------------------------------------------
 
 # The flags' defaults suit the embedded glyphs and small DiTs. The ring wants a little less, released models far smaller rates.
-RING = dict(max_train_steps=300, learning_rate=5e-4, learning_rate_fake=1e-3, fake_update_ratio=5, train_batch_size=256, ema_decay=0.95,
-            adam_betas=[0.0, 0.99], lr_decay_share=0.0)
+RING = dict(max_train_steps=400, learning_rate=5e-4, learning_rate_fake=1e-3, fake_update_ratio=5, train_batch_size=256, ema_decay=0.95,
+            adam_betas=[0.0, 0.99], lr_decay_share=0.7, timestep_shift=None)
 RELEASED = dict(max_train_steps=4000, train_batch_size=1, learning_rate=2e-6, learning_rate_fake=4e-7, fake_update_ratio=5, guidance_scale=4.0,
-                ema_decay=0.99, adam_betas=[0.0, 0.99], weight_decay=0.01, lr_warmup_steps=0, lr_decay_share=0.0, student_steps=4, preview_samples=2)
+                ema_decay=0.99, adam_betas=[0.0, 0.99], weight_decay=0.01, lr_warmup_steps=0, lr_decay_share=0.0, timestep_shift=None, student_steps=4,
+                preview_samples=2)
 
 
 def parse_args(argv=None):
     p = io.Parser(description="Distil a diffusion or flow teacher into a few-step student (DMD 2311.18828, DMD2 2405.14867). Defaults shown are those "
                   "of the embedded glyphs; ring and released models have their own (see the two dictionaries above parse_args).")
     io.add_run_flags(p)
-    p.set_defaults(max_train_steps=540, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.99)
+    p.set_defaults(max_train_steps=680, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.995, timestep_shift=2.0)
     p.add_argument("--teacher", default="glyphs", help="ring, glyphs, a component folder, a pipeline root with model_index.json, or a run folder of ours")
     p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the student here instead of from the teacher")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
@@ -594,7 +596,7 @@ def parse_args(argv=None):
     p.add_argument("--renoise", choices=["sde", "ode"], default="sde", help="between student steps: fresh noise (paper), or Euler")
     p.add_argument("--student_input", choices=["backsim", "real"], default="backsim", help="steps > 1 start from the student's own rollout (paper) "
                    "or from noised data (ablation)")
-    p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1e-3, help="AdamW learning rate of fake score and GAN head")
+    p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1.6e-3, help="AdamW learning rate of fake score and GAN head")
     p.add_argument("--lr_decay_share", type=io.number(float, 0, 1), default=1.0, help="last share of the run with both rates falling linearly to 0 "
                    "(paper: 0, constant)")
     p.add_argument("--fake_update_ratio", type=io.number(int, 1), default=2, help="R, fake updates per student update (paper: 5 to 10; v1: 1)")

@@ -667,6 +667,7 @@ def test_draws_belong_to_rows():
         i = torch.tensor(list(rows))
         assert torch.equal(part.normal("z", (3, 7)), whole.normal("z", (3, 7))[i])
         assert torch.equal(part.uniform("u", 0.2, 0.4), whole.uniform("u", 0.2, 0.4)[i])
+        assert torch.equal(part.spread("t", 0.2, 0.4), whole.spread("t", 0.2, 0.4)[i])
         assert torch.equal(part.integer("k", 1000), whole.integer("k", 1000)[i])
     assert torch.equal(whole.normal("z", (2,)), whole.normal("z", (2,)))  # no hidden state
 
@@ -701,6 +702,22 @@ def test_draws_have_the_right_law():
     for y in neighbour:
         assert ((x.T @ y) / n).abs().max() < 4 / n**0.5
     assert (x.T @ x / n - torch.eye(3)).triu(1).abs().max() < 4 / n**0.5
+
+
+def test_spread_is_uniform_per_row_and_even_over_a_batch():
+    """Over 4,000 steps any one row is uniform, whatever the step before drew; within any batch no gap is wider than three times the mean."""
+    n = 4000
+    u = torch.stack([io.Draws(0, step, 0, [0, 5, 63]).spread("u", 0.02, 0.98) for step in range(n)])  # (n, 3)
+    assert u.min() >= 0.02 and u.max() <= 0.98
+    quantile = 0.02 + 0.96 * (torch.arange(n) + 0.5) / n
+    assert (u.sort(0).values - quantile[:, None]).abs().max() < 1.95 / n**0.5
+    steps = (u[1:, 0] - 0.5) * (u[:-1, 0] - 0.5)
+    assert steps.mean().abs() < 4 * (0.96**2 / 12) / n**0.5
+    for B in (4, 64, 96):
+        for step in range(20):
+            batch = io.Draws(1, step, "student", range(7 * B, 8 * B)).spread("u").sort().values
+            gaps = torch.cat([batch.diff(), batch[:1] + 1 - batch[-1:]])
+            assert gaps.max() < 3 / B, (B, step)
 
 
 def test_agreed_ignores_rows():
