@@ -19,7 +19,7 @@ N-step students on their own intermediate states.
     D                 head(features)     real or fake logit                                              (B,)
 
 Launch.
-    laptop      python dmd.py                                    # glyphs, one step, about two minutes on two cores
+    laptop      python dmd.py                                    # glyphs, one step, two to three minutes on two cores
                 python dmd.py --teacher ring                     # seconds
                 python dmd.py --teacher runs/latent_fm-FOLDER    # your own teacher, see latent_fm.py
     one GPU     python dmd.py --teacher Wan2.1-T2V-1.3B-Diffusers --prompts prompts.safetensors --student_steps 4 --mixed_precision bf16
@@ -31,7 +31,7 @@ Launch.
 Deviations, and why. The gradient drops the factor alpha_t of Eq. 7, as both papers' pseudo-code and code do. A step is a student
 update (official: a critic update), and every fake update sees fresh student samples. The regression loss is L2, not LPIPS (v1
 App. I: 2.78 against 2.66 FID; no feature network to download). Noise levels are uniform as in the papers, but spread evenly over
-a batch. EMA, momentum below .9 and falling rates are not the papers' (flags): they buy the default run its two minutes. The GAN
+a batch. EMA, momentum below .9 and falling rates are not the papers' (flags): they keep the default run short. The GAN
 head is an MLP on tokens, for transformers (papers: convolutions on UNet features).
 """
 import copy
@@ -586,7 +586,7 @@ def parse_args(argv=None):
     p = io.Parser(description="Distil a diffusion or flow teacher into a few-step student (DMD 2311.18828, DMD2 2405.14867). Defaults shown are those "
                   "of the embedded glyphs; ring and released models have their own (see the two dictionaries above parse_args).")
     io.add_run_flags(p)
-    p.set_defaults(max_train_steps=680, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.995, timestep_shift=2.0)
+    p.set_defaults(max_train_steps=760, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.995, timestep_shift=2.0)
     p.add_argument("--teacher", default="glyphs", help="ring, glyphs, a component folder, a pipeline root with model_index.json, or a run folder of ours")
     p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the student here instead of from the teacher")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
