@@ -35,9 +35,12 @@ a batch. EMA, momentum below .9 and falling rates are not the papers' (flags): t
 head is an MLP on tokens, for transformers (papers: convolutions on UNet features).
 """
 import copy
+import datetime
 import json
 import os
+import sys
 import time
+import types
 
 import torch
 import torch.distributed as dist
@@ -155,7 +158,7 @@ def start_ranks():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))  # rank 0 may sample for long
     return rank, world_size, device
 
 
@@ -211,8 +214,10 @@ def load_networks(args, device):
                                f"{type(start).__name__}; student and fake are copies of the teacher's network")
     if args.timestep_shift is not None:
         teacher.shift = args.timestep_shift
-    teacher.net.to(device, torch.bfloat16 if args.mixed_precision == "bf16" and device.type == "cuda" else None)
-    teacher.net.requires_grad_(False).eval()
+    teacher.net.to(device).requires_grad_(False).eval()
+    if args.mixed_precision == "bf16" and device.type == "cuda":
+        for p in teacher.net.parameters():  # the buffers (rotary angles) stay float32
+            p.data = p.data.bfloat16()
     for net in (student, fake):
         net.to(device).requires_grad_(True).train()
         net.gradient_checkpointing = args.gradient_checkpointing
@@ -271,14 +276,24 @@ def train(args):
     world = load_world(teacher.world_name) if teacher.world_name in WORLDS else None
     conditions = Conditions(args, student)
     times = step_grid(args.student_steps, teacher.shift)[:-1]  # the student's t_1 > ... > t_N, shifted
-    needs_data = args.gan_weight > 0 or args.student_input == "real"
+    needs_data = args.gan_weight > 0 or args.student_input == "real" and args.student_steps > 1
+    if args.data and not needs_data:
+        raise io.UserError("--data is for the GAN or --student_input real with several steps: set --gan_weight, or leave --data out")
+    if args.no_fake_score and args.gan_weight:
+        raise io.UserError("--no_fake_score leaves the GAN's head untrained, it sits on the fake score: use --gan_weight 0")
     if needs_data and not (args.data or world):
         raise io.UserError("--gan_weight and --student_input real need data: give --data FOLDER or FILE.safetensors, or --gan_weight 0")
     if args.regression_weight and not args.teacher_steps:
         raise io.UserError("--regression_weight needs teacher samples: give --teacher_steps of at least 1")
     if args.regression_weight and args.student_steps > 1:
         raise io.UserError("--regression_weight is DMD v1, a one-step method: use --student_steps 1")
-    data, data_cond, _ = io.load_data(args.data or world.name, WORLDS, shape[-1], seed=args.seed) if needs_data else (None, None, None)
+    data, data_cond, class_names = io.load_data(args.data or world.name, WORLDS, shape[-1], seed=args.seed) if needs_data else (None, None, None)
+    known = teacher.config.get("class_names") or getattr(world, "class_names", None)
+    if class_names and known and list(class_names) != list(known):
+        raise io.UserError(f"--data {args.data}: its classes are {', '.join(class_names)}, the teacher's {', '.join(known)}: labels would mean other things")
+    if needs_data and "label" in data_cond and not 0 <= data_cond["label"].min() <= data_cond["label"].max() < student.num_classes:
+        raise io.UserError(f"--data {args.data}: labels from {data_cond['label'].min()} to {data_cond['label'].max()}, the teacher has classes 0 to "
+                           f"{student.num_classes - 1}")
     if needs_data and (tuple(data.shape[1:]) != shape or set(data_cond) != set(student.cond_names)):
         raise io.UserError(f"--data: items are {tuple(data.shape[1:])} with {sorted(data_cond)}, the teacher takes {shape} with {list(student.cond_names)}")
     with torch.no_grad():  # wrong shapes and prompts show here, before any training
@@ -297,21 +312,23 @@ def train(args):
     start, state = 0, io.find_state(args.output_dir, args.resume_from_checkpoint)
     if state:
         info, tensors = io.load_json(os.path.join(state, "state.json")), io.load_tensors(os.path.join(state, "state.safetensors"))
-        io.check_same_flags(info["flags"], args)
+        io.check_same_flags(info, args)
         start = info["step"]
         for net, name in ((student, "student"), (fake, "fake"), (head, "head")) + (((ema, "ema"),) if args.ema_decay else ()):
             io.unpack_module(net, name, tensors)
         io.unpack_optimizer(optimizer, "optimizer", tensors), io.unpack_optimizer(optimizer_fake, "optimizer_fake", tensors)
     if main_rank:
         io.prepare_output_dir(args.output_dir, args.resume_from_checkpoint)
+    pairs_path = os.path.join(args.output_dir, "state", "pairs.safetensors")
+    if main_rank and not state and os.path.isfile(pairs_path):
+        os.remove(pairs_path)  # of a run that never saved, perhaps with other flags
     mean_over_ranks(0.0)  # nobody goes on before the folder is ready
     log = io.Log(args.output_dir, start) if main_rank else None
     if args.regression_weight:
         if main_rank:
-            make_regression_pairs(args, teacher, conditions, shape, device, os.path.join(args.output_dir, "state", "pairs.safetensors"))
+            make_regression_pairs(args, teacher, conditions, shape, device, pairs_path)
         mean_over_ranks(0.0)
-        z_ref, y_ref, index_ref = make_regression_pairs(args, teacher, conditions, shape, device,
-                                                        os.path.join(args.output_dir, "state", "pairs.safetensors"))
+        z_ref, y_ref, index_ref = make_regression_pairs(args, teacher, conditions, shape, device, pairs_path)
     if main_rank:
         print(f"teacher {args.teacher}: {type(student).__name__}, {sum(p.numel() for p in student.parameters()):,} parameters, predicts {kind}, "
               f"{schedule.describe()}, shift {teacher.shift:g}, guidance {args.guidance_scale:g}; {device} x {world_size}\n"
@@ -438,22 +455,26 @@ def train(args):
             steps.set_postfix(fake=f"{sums['loss_fake']:.3f}", dm=f"{sums['loss_dm']:.3f}", std=f"{sums['std']:.3f}", refresh=False)
         if main_rank and (done % args.checkpointing_steps == 0 or done == args.max_train_steps):
             io.save_grid(os.path.join(args.output_dir, "samples.png"), [student_row(args, ema, teacher, world, conditions, shape, times)[0]])
-            save_student(args, ema, teacher, times)
+            save_student(args, ema, teacher, times, shape)
             state = {**io.pack_module(student, "student"), **io.pack_module(fake, "fake"), **io.pack_module(head, "head"),
                      **(io.pack_module(ema, "ema") if args.ema_decay else {}),
                      **io.pack_optimizer(optimizer, "optimizer"), **io.pack_optimizer(optimizer_fake, "optimizer_fake")}
             io.save_state(args.output_dir, done, state, {"flags": io.flags_to_save(args), "seconds": spent_before + time.time() - began})
     if main_rank:
+        if start >= args.max_train_steps:  # a finished run is written out again, perhaps to another folder
+            save_student(args, ema, teacher, times, shape)
         finish(args, ema.eval(), teacher, world, conditions, shape, times, spent_before + time.time() - began)
     mean_over_ranks(0.0)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def save_student(args, net, teacher, times):
+def save_student(args, net, teacher, times, shape):
     """student/: the teacher's own config and layout, plus sampler.json."""
     folder = os.path.join(args.output_dir, "student")
     io.save_network(net, teacher.config, folder)
     io.save_json({"method": "dmd", "prediction": teacher.prediction, "schedule": io.describe_schedule(teacher.schedule), "times": times,
-                  "timestep_shift": teacher.shift, "rule": "renoise" if args.renoise == "sde" else "euler", "guidance_scale": 1.0},
+                  "timestep_shift": teacher.shift, "rule": "renoise" if args.renoise == "sde" else "euler", "guidance_scale": 1.0, "sample_shape": list(shape)},
                  os.path.join(folder, "sampler.json"))
 
 
@@ -527,6 +548,8 @@ def finish(args, student, teacher, world, conditions, shape, times, seconds):
         rows.append((f"teacher, {guided * len(times)} call(s)", io.picture(x, world)))
     rows.append(last_row)
     io.save_grid(os.path.join(args.output_dir, "samples.png"), rows)
+    if x_student.dim() == 5:
+        io.save_gif(os.path.join(args.output_dir, "samples.gif"), x_student, world)
     if not world:
         io.save_tensors({"x0": x_student}, os.path.join(args.output_dir, "samples.safetensors"))  # latents for a decoder
     io.save_json({"method": "dmd", "teacher": args.teacher, "seed": args.seed, "steps": args.max_train_steps, "seconds": seconds,
@@ -553,40 +576,48 @@ def measured_teacher(args, teacher, world, label, draw_samples, row):
 
 
 def sample_only(args):
-    """--sample FOLDER: load a saved student, read its sampler.json, write samples.png (and latents) to --output_dir."""
+    """--sample FOLDER: load a saved student, read its sampler.json, write samples.png (GIF for videos) and latents to --output_dir."""
     _, _, device = start_ranks()
     folder = io.student_folder(args.sample)
     net, config = io.load_network(folder)
     sampler, schedule, kind, _ = io.read_sampler(folder)
     if sampler["method"] != "dmd":
         raise io.UserError(f"{args.sample} was made by {sampler['method']}: sample it with python {sampler['method']}.py --sample")
-    conditions, shape = Conditions(args, net), tuple(args.sample_shape or net.latent_shape)
+    io.refuse_output_dir(args.output_dir, sampling=True)
+    conditions, shape = Conditions(args, net), tuple(args.sample_shape or sampler.get("sample_shape") or net.latent_shape)
     world = load_world(config["world"]) if config.get("world") in WORLDS else None
     n = 400 if world and world.name == "ring" else args.preview_samples
-    draw = io.Draws(args.seed, "sample", 0, range(n), device)
-    x = sample(net.to(device), schedule, kind, draw.normal("z", shape), sampler["times"], conditions.pick(conditions.preview(n), device)[0],
-               "sde" if sampler["rule"] == "renoise" else "ode", lambda i: draw.normal(f"renoise{i}", shape))
+    net.to(device).eval()
+    args.renoise = "sde" if sampler["rule"] == "renoise" else "ode"
+    teacher = types.SimpleNamespace(schedule=schedule, prediction=kind)
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+            x = many(student_sampler(args, net, teacher, conditions, shape, sampler["times"], conditions.preview(n)), n, args.train_batch_size)[0]
+    except ValueError as e:
+        raise io.UserError(f"--sample_shape {' '.join(map(str, shape))}: {e}") from None
     os.makedirs(args.output_dir, exist_ok=True)
     io.save_grid(os.path.join(args.output_dir, "samples.png"), [(f"student, {len(sampler['times'])} call(s)", io.picture(x, world))])
+    if x.dim() == 5:
+        io.save_gif(os.path.join(args.output_dir, "samples.gif"), x, world)
     io.save_tensors({"x0": x}, os.path.join(args.output_dir, "samples.safetensors"))
     print(f"samples: {os.path.join(args.output_dir, 'samples.png')}")
 
 
 # ---- flags ---------------------------------------------------------------------------------------------------------
 
-# The flags' defaults suit the embedded glyphs and small DiTs. The ring wants a little less, released models far smaller rates.
+# The flags' defaults suit small DiTs. What each kind of teacher changes of them; released models want far smaller rates.
+GLYPHS = dict(timestep_shift=2.0)  # other small teachers: their own shift
 RING = dict(max_train_steps=400, learning_rate=5e-4, learning_rate_fake=1e-3, fake_update_ratio=5, train_batch_size=256, ema_decay=0.95,
-            adam_betas=[0.0, 0.99], lr_decay_share=0.7, timestep_shift=None)
+            adam_betas=[0.0, 0.99], lr_decay_share=0.7)
 RELEASED = dict(max_train_steps=4000, train_batch_size=1, learning_rate=2e-6, learning_rate_fake=4e-7, fake_update_ratio=5, guidance_scale=4.0,
-                ema_decay=0.99, adam_betas=[0.0, 0.99], weight_decay=0.01, lr_warmup_steps=0, lr_decay_share=0.0, timestep_shift=None, student_steps=4,
-                preview_samples=2)
+                ema_decay=0.99, adam_betas=[0.0, 0.99], weight_decay=0.01, lr_warmup_steps=0, lr_decay_share=0.0, student_steps=4, preview_samples=2)
 
 
 def parse_args(argv=None):
     p = io.Parser(description="Distil a diffusion or flow teacher into a few-step student (DMD 2311.18828, DMD2 2405.14867). Defaults shown are those "
-                  "of the embedded glyphs; ring and released models have their own (see the two dictionaries above parse_args).")
+                  "of the given --teacher: glyphs, ring, other small networks of ours, or a released model.")
     io.add_run_flags(p)
-    p.set_defaults(max_train_steps=760, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.995, timestep_shift=2.0)
+    p.set_defaults(max_train_steps=760, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.995)
     p.add_argument("--teacher", default="glyphs", help="ring, glyphs, a component folder, a pipeline root with model_index.json, or a run folder of ours")
     p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the student here instead of from the teacher")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
@@ -612,8 +643,10 @@ def parse_args(argv=None):
     p.add_argument("--teacher_steps", type=io.number(int, 0), default=32, help="Heun steps of the many-step teacher; 0 leaves it out")
     p.add_argument("--preview_samples", type=io.number(int, 1), default=20, help="columns of samples.png")
     p.add_argument("--remeasure_teacher", action="store_true", help="measure the many-step teacher again instead of copying its row")
-    teacher = p.parse_known_args(argv)[0].teacher
-    p.set_defaults(**(RING if teacher == "ring" else {} if io.is_small(teacher, WORLDS) else RELEASED))
+    argv = sys.argv[1:] if argv is None else argv
+    known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+    start = known.sample or known.teacher
+    p.set_defaults(**(GLYPHS if start == "glyphs" else RING if start == "ring" else {} if io.is_small(start, WORLDS) else RELEASED))
     args = p.parse_args(argv)
     if args.dm_range[0] >= args.dm_range[1]:
         p.error(f"argument --dm_range: LO must be below HI, got {args.dm_range[0]} {args.dm_range[1]}")

@@ -13,7 +13,7 @@ dropped now and then, so that one network also knows the unconditional field and
     gamma          guidance_scale            v_u + gamma (v_c - v_u); 1 = off
 
 Launch.
-    laptop      python latent_fm.py --data glyphs                       # the command behind the shipped teacher: docs/latent_fm.md
+    laptop      python latent_fm.py --data glyphs --logit_normal --save_fp16    # the shipped teacher: docs/latent_fm.md
     own images  python latent_fm.py --data FOLDER --resolution 32       # FOLDER/<class>/*.png, then dmd.py --teacher <output_dir>
     one GPU     the same
     one node    torchrun --nproc-per-node 8 latent_fm.py --data FOLDER --mixed_precision bf16
@@ -23,6 +23,7 @@ the sinusoids are constant). EMA is on (the official scripts leave it off and th
 paper (code: 1e-5). The learning rate decays linearly over the last --lr_decay_share of the run, and Muon
 trains the blocks' matrices; --optimizer adamw --lr_decay_share 0 is the paper's choice.
 """
+import datetime
 import os
 import time
 
@@ -84,7 +85,7 @@ def start_ranks():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))  # rank 0 may sample for long
     return rank, world_size, device
 
 
@@ -158,6 +159,10 @@ def train(args):
     if label_all is None:
         raise io.UserError(f"--data {args.data}: no cond.label tensor; latent_fm.py trains class-conditional models")
     num_classes = world.num_classes if world else int(label_all.max()) + 1
+    if x0_all.dim() != 4 and not world:
+        raise io.UserError(f"--data {args.data}: x0 is {tuple(x0_all.shape)}; wanted images (N, C, H, W)")
+    if int(label_all.min()) < 0 or len(label_all.unique()) < num_classes:
+        raise io.UserError(f"--data {args.data}: cond.label must use every class from 0 to its largest, {num_classes - 1}; renumber the classes")
     net = build_network(args, x0_all, class_names, num_classes, args.data if world else None).to(device)
     net.gradient_checkpointing = args.gradient_checkpointing
     ema = build_network(args, x0_all, class_names, num_classes, args.data if world else None).to(device).requires_grad_(False)
@@ -167,7 +172,7 @@ def train(args):
     start, state = 0, io.find_state(args.output_dir, args.resume_from_checkpoint)
     if state:
         info, tensors = io.load_json(os.path.join(state, "state.json")), io.load_tensors(os.path.join(state, "state.safetensors"))
-        io.check_same_flags(info["flags"], args)
+        io.check_same_flags(info, args)
         start = info["step"]
         io.unpack_module(net, "net", tensors), io.unpack_module(ema, "ema", tensors)
         for i, optimizer in enumerate(optimizers):
@@ -233,6 +238,8 @@ def train(args):
             save_student()
         finish(args, io.load_network(folder)[0].to(device), world, x0_all, label_all, args.output_dir, spent_before + time.time() - began)
     mean_over_ranks(0.0)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @torch.no_grad()
@@ -258,22 +265,24 @@ def finish(args, net, world, x0_all, label_all, folder, seconds):
     label = balanced_labels(400 if world and world.name == "ring" else 20, net.num_classes)
     rows = []
     if x0_all is not None:
-        first = torch.stack([io.to_unit(x0_all[label_all == k][i // net.num_classes % (label_all == k).sum()]) for i, k in enumerate(label)])
-        rows.append(("data", io.picture(first, world)))
+        of_class = [(label_all == k).nonzero()[:, 0] for k in range(net.num_classes)]
+        index = torch.stack([of_class[k][i // net.num_classes % len(of_class[k])] for i, k in enumerate(label)])
+        rows.append(("data", io.picture(io.to_unit(x0_all[index]), world)))
     z = noise(len(label), args.seed + 1)
     for scale in dict.fromkeys((1.0, args.guidance_scale)):
         x = sample(net, z, label.to(device), args.sample_steps, scale, "heun", args.timestep_shift or 1.0)
         rows.append((f"{args.sample_steps} Heun steps, guidance {scale:g}", io.picture(x, world)))
     io.save_grid(os.path.join(folder, "samples.png"), rows)
-    io.save_json({"method": "latent_fm", "teacher": None, "data": args.data, "seed": args.seed, "steps": args.max_train_steps, "seconds": seconds,
-                  "peak_memory_mb": io.peak_memory_mb(device), "params": sum(p.numel() for p in net.parameters()),
-                  "results": results}, os.path.join(folder, "report.json"))
+    if x0_all is not None:  # a run, not --sample
+        io.save_json({"method": "latent_fm", "teacher": None, "data": args.data, "seed": args.seed, "steps": args.max_train_steps, "seconds": seconds,
+                      "peak_memory_mb": io.peak_memory_mb(device), "params": sum(p.numel() for p in net.parameters()),
+                      "results": results}, os.path.join(folder, "report.json"))
     io.print_table(results)
     print(f"samples: {os.path.join(folder, 'samples.png')}")
 
 
 def sample_only(args):
-    """--sample FOLDER: load a saved model, read its sampler.json, write samples beside it."""
+    """--sample FOLDER: load a saved model, read its sampler.json, print its measures, write samples.png to --output_dir."""
     folder = io.student_folder(args.sample)
     net, config = io.load_network(folder)
     sampler = io.read_sampler(folder)[0]
@@ -282,6 +291,7 @@ def sample_only(args):
     world = load_world(config["world"]) if config.get("world") else None
     args.sample_steps, args.guidance_scale, args.timestep_shift = len(sampler["times"]), sampler["guidance_scale"], sampler["timestep_shift"]
     _, _, device = start_ranks()
+    io.refuse_output_dir(args.output_dir, sampling=True)
     os.makedirs(args.output_dir, exist_ok=True)
     finish(args, net.to(device), world, None, None, args.output_dir, 0.0)
 

@@ -86,13 +86,13 @@ def add_run_flags(p):
     p.add_argument("--train_batch_size", type=number(int, 1), default=64, help="samples per rank and micro-batch")
     p.add_argument("--gradient_accumulation_steps", type=number(int, 1), default=1, help="micro-batches per update")
     p.add_argument("--learning_rate", type=number(float, above=0), default=1e-3, help="AdamW learning rate")
-    p.add_argument("--lr_warmup_steps", type=number(int, 0), default=0, help="updates of linear warm-up, then constant")
+    p.add_argument("--lr_warmup_steps", type=number(int, 0), default=0, help="updates of linear warm-up")
     p.add_argument("--max_grad_norm", type=number(float, above=0), default=10.0, help="gradient norm is clipped to this")
     p.add_argument("--ema_decay", type=number(float, 0, 0.999999), default=0.0, help="EMA of the student's weights; 0 = off")
     p.add_argument("--guidance_scale", type=number(float, 0), default=1.0, help="uncond + scale (cond - uncond); 1 = off")
     p.add_argument("--timestep_shift", type=number(float, above=0), default=None,
                    help="t = s u / (1 + (s-1) u) in training and grids; None: the teacher's own")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="seed of every draw")
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of every draw")
     p.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="bf16: networks under autocast")
     p.add_argument("--gradient_checkpointing", action="store_true", help="recompute blocks in backward: less memory")
     p.add_argument("--resume_from_checkpoint", default=None, metavar="latest|PATH", help="go on from OUTPUT_DIR/state")
@@ -333,6 +333,8 @@ def read_scheduler(folder):
     if kind is None or c.get("beta_schedule") not in ("linear", "scaled_linear"):
         raise UserError(f"{folder}: prediction_type {c.get('prediction_type')!r} with beta_schedule {c.get('beta_schedule')!r} "
                         "is not supported (linear or scaled_linear; epsilon, v_prediction or sample; or a flow scheduler)")
+    if not {"beta_start", "beta_end"} <= set(c):
+        raise UserError(f"{folder}: scheduler_config.json lacks beta_start or beta_end: restore it from the source of the checkpoint")
     zero_snr = bool(c.get("rescale_betas_zero_snr"))
     if zero_snr and kind == "eps":
         raise UserError(f"{folder}: an eps network says nothing about x0 at zero terminal SNR: use v_prediction or sample")
@@ -386,7 +388,8 @@ def load_teacher(name, worlds, dtype=torch.float32):
 
 def is_small(name, worlds):
     """Whether --teacher is a world or a folder with one of our own small networks: they share default flags."""
-    config = os.path.join(student_folder(name), "config.json")
+    folder = os.path.join(name, "transformer") if os.path.isfile(os.path.join(name, "model_index.json")) else student_folder(name)
+    config = os.path.join(folder, "config.json")
     return name in worlds or os.path.isfile(config) and load_json(config).get("_class_name") in ("DiT", "RingMLP")
 
 
@@ -492,8 +495,7 @@ def read_image_folder(folder, size):
                 try:
                     x.append(read_image(path, size))
                     label.append(len(names))
-                except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError,
-                        Image.DecompressionBombWarning) as e:
+                except Exception as e:  # Pillow's decoders raise many kinds; whatever the file does, the run goes on
                     skipped.append(path)
                     print(f"skipped {path}: {type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr)
         if len(x) > before:
@@ -566,11 +568,24 @@ def default_output_dir(method, source, sampled):
     return os.path.join("runs", os.path.basename(run) + "-samples")
 
 
+def refuse_output_dir(path, sampling=False):
+    """Raises UserError where nothing can be written, and for --sample where samples would replace a run's own."""
+    there = os.path.abspath(path)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK):
+        raise UserError(f"--output_dir {path}: {there} is not a folder that can be written to")
+    if os.path.commonpath([os.path.abspath(path), os.getcwd()]) == os.path.abspath(path):
+        raise UserError(f"--output_dir {path} holds the current folder: name a folder of its own")
+    if sampling and os.path.exists(os.path.join(path, "report.json")):
+        raise UserError(f"--output_dir {path} is a run with samples of its own: name another folder for those of --sample")
+
+
 def prepare_output_dir(path, resume):
     """Create the folder; without --resume_from_checkpoint an existing one is renamed PATH.1, PATH.2, ... With it, what a killed
     run left half-written is removed."""
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise UserError(f"--output_dir {path} is a file")
+    path = os.path.normpath(path)  # "runs/x/" could not be renamed to "runs/x/.1"
+    refuse_output_dir(path)
     if os.path.isdir(path) and os.listdir(path) and not resume:
         n = 1
         while os.path.exists(f"{path}.{n}"):
@@ -639,13 +654,17 @@ def find_state(output_dir, resume):
     return os.path.join(root, done[-1])
 
 
-FREE_TO_CHANGE = {"output_dir", "max_train_steps", "resume_from_checkpoint", "checkpointing_steps", "sample", "remeasure_teacher"}
+FREE_TO_CHANGE = {"output_dir", "max_train_steps", "resume_from_checkpoint", "checkpointing_steps", "sample", "remeasure_teacher",
+                  "preview_samples"}
 
 
-def check_same_flags(saved, args):
-    """Flags that alter the loss must be those of the interrupted run; each changed one is named. Raises UserError."""
+def check_same_flags(info, args):
+    """info: state.json. Flags that alter the loss must be those of the interrupted run; each changed one is named. Raises UserError."""
+    saved = info["flags"]
     now = {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE}
     changed = [f"--{k} was {saved.get(k)!r} and is {now.get(k)!r}" for k in sorted(set(saved) | set(now)) if saved.get(k) != now.get(k)]
+    if info["step"] > args.max_train_steps:
+        raise UserError(f"the checkpoint is at step {info['step']}, beyond --max_train_steps {args.max_train_steps}: give at least {info['step']}")
     if changed:
         raise UserError(f"cannot resume with other flags: {'; '.join(changed)}. Give the old values or another --output_dir")
 
@@ -693,12 +712,13 @@ def peak_memory_mb(device):
 
 def picture(x, world=None, zoom=3):
     """One row of samples as (H, W, 3) uint8. A world draws its own; (n, 3, H, W) is taken as RGB in [-1, 1]; other
-    latents are shown as their first three channels (of the middle frame), each scaled by its standard deviation."""
+    latents are shown as their first three channels, each scaled by its standard deviation. Videos (n, C, T, H, W) become
+    filmstrips of up to five frames."""
     if world is not None:
         return world.picture(x)
     x = x.float().cpu()
-    if x.dim() == 5:  # (n, C, T, H, W): the middle frame
-        x = x[:, :, x.shape[2] // 2]
+    if x.dim() == 5:  # (n, C, T, H, W) -> (n * up to 5, C, H, W)
+        x = x[:, :, torch.linspace(0, x.shape[2] - 1, min(5, x.shape[2])).round().long()].transpose(1, 2).flatten(0, 1)
     if x.shape[1] != 3:
         x = x[:, :3] if x.shape[1] > 3 else x[:, :1].expand(-1, 3, -1, -1)
         x = (x - x.mean((0, 2, 3), keepdim=True)) / (3 * x.std((0, 2, 3), keepdim=True) + 1e-6)
@@ -721,9 +741,9 @@ def save_grid(path, rows):
     atomic_write(path, data.getvalue())
 
 
-def save_gif(path, frames, ms=120):
-    """frames: list of (H, W, 3) uint8 -> an endlessly looping GIF."""
-    images, data = [Image.fromarray(f) for f in frames], io.BytesIO()
+def save_gif(path, x, world=None, ms=120):
+    """Videos (n, C, T, H, W) side by side -> an endlessly looping GIF."""
+    images, data = [Image.fromarray(picture(x[:, :, i:i + 1], world)) for i in range(x.shape[2])], io.BytesIO()
     images[0].save(data, "GIF", save_all=True, append_images=images[1:], duration=ms, loop=0)
     atomic_write(path, data.getvalue())
 

@@ -138,11 +138,12 @@ class RingMLP(nn.Module):
         """x (B, 2), t (B,), label (B,) -> velocity (B, 2); features are (B, 1, dim)."""
         if label is None:
             label = torch.full((x.shape[0],), self.num_classes, device=x.device)
-        h = self.embed(x) + self.time(sinusoid(t, 64, max_period=1000.0)) + self.label(label)
+        dtype = self.embed.weight.dtype
+        h = self.embed(x.to(dtype)) + self.time(sinusoid(t, 64, max_period=1000.0).to(dtype)) + self.label(label)
         if steps is not None:
             if self.steps is None:
                 raise ValueError("this RingMLP was built without steps_cond=True and cannot take `steps`")
-            h = h + self.steps(sinusoid(steps.float() / 1000, 64, max_period=1000.0))
+            h = h + self.steps(sinusoid(steps.float() / 1000, 64, max_period=1000.0).to(dtype))
         features = None
         for i, layer in enumerate(self.hidden):
             h = layer(F.silu(h))

@@ -16,7 +16,7 @@ from helpers import ROOT, perturbed
 from models import io
 from models.diffusion import VP, Flow, add_noise, from_x0_eps, predict_x0, predict_x0_eps, sample_ode, step_grid, to_x0_eps, unshift
 from models.dit import DiT
-from models.toy import RingMLP, RingTeacher
+from models.toy import RingMLP, RingTeacher, load_world
 
 KINDS = ("x0", "eps", "flow_v", "vp_v")
 
@@ -579,6 +579,123 @@ def test_real_input_is_noised_data_with_its_own_label(monkeypatch, tmp_path):
     x_t, label = (torch.cat(v) for v in zip(*student_inputs))
     nearest = torch.cdist(x_t.double(), RingTeacher().means).argmin(1) % 4
     assert (nearest == label).double().mean() > 0.7  # chance is 0.25
+
+
+def one_step(monkeypatch, folder, *flags):
+    """One step of the ring (batch 8, R = 1) -> diary with the networks as they were and the gradients at each update: {what: (nets, grads)}."""
+    diary, heads = Diary(monkeypatch), []
+    real_head, real_update = dmd.GanHead, dmd.update
+    monkeypatch.setattr(dmd, "GanHead", lambda dim: heads.append(real_head(dim)) or heads[0])
+    diary.at = {}
+
+    def on_update(optimizers, max_norm, what, loss):
+        nets = {"student": diary.student, "fake": diary.fake, "head": heads[0]}
+        diary.at[what] = (copy.deepcopy(nets), {n: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for n, net in nets.items()})
+        return real_update(optimizers, max_norm, what, loss)
+    monkeypatch.setattr(dmd, "update", on_update)
+    dmd.main(["--teacher", "ring", "--output_dir", str(folder), "--max_train_steps", "1", "--train_batch_size", "8", "--fake_update_ratio", "1",
+              "--max_grad_norm", "1e9", "--lr_warmup_steps", "0", *flags])
+    return diary
+
+
+def expected_student_loss(nets, gan=0.0, regression=0.0, no_fake=False, folder=None):
+    """The student's loss of step 0 written out once more from the draws (its gradient is what counts)."""
+    draw = io.Draws(0, 0, "student", range(8))
+    z, eps, label = draw.normal("z", (2,)), draw.normal("eps", (2,)), draw.integer("cond", 4)
+    t = draw.spread("u", 0.02, 0.98)
+    x = z - nets["student"](z, torch.ones(8), label)
+    x_t = (1 - t[:, None]) * x + t[:, None] * eps
+    real = x_t - t[:, None] * RingTeacher()(x_t, t, label)
+    fake = x if no_fake else x_t - t[:, None] * nets["fake"](x_t, t, label)
+    g = ((fake - real) / (x - real).abs().mean(1, keepdim=True)).detach()
+    loss = (g * x).sum() / x.numel()
+    if gan:
+        t, eps = draw.spread("u_gan")[:, None], draw.normal("eps_gan", (2,))
+        _, features = nets["fake"]((1 - t) * x + t * eps, t[:, 0], label, return_features=True)
+        loss = loss + gan * F.softplus(-nets["head"](features)).mean()
+    if regression:
+        pairs = io.load_tensors(str(folder / "state" / "pairs.safetensors"))
+        i = draw.integer("pair", 16)
+        y = pairs["z"][i] - nets["student"](pairs["z"][i], torch.ones(8), pairs["index"][i])
+        loss = loss + regression * (y - pairs["y"][i]).square().mean()
+    return loss
+
+
+@pytest.mark.parametrize("flags, terms", [
+    ([], {}), (["--gan_weight", "0.3"], {"gan": 0.3}), (["--no_fake_score"], {"no_fake": True}),
+    (["--regression_weight", "0.25", "--regression_pairs", "16", "--teacher_steps", "2"], {"regression": 0.25})])
+def test_student_gradient_in_the_loop(monkeypatch, tmp_path, flags, terms):
+    """What reaches the student's weights in a real step: matching, GAN, regression and the ablation, each with its own draws, labels and sign."""
+    diary = one_step(monkeypatch, tmp_path, *flags)
+    nets, grads = diary.at["student"]
+    want = torch.autograd.grad(expected_student_loss(nets, **terms, **({"folder": tmp_path} if "regression" in terms else {})), list(nets["student"].parameters()))
+    for a, b in zip(grads["student"], want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    if "regression" in terms:  # the pairs are the teacher's ODE: two Heun steps from z
+        pairs, teacher = io.load_tensors(str(tmp_path / "state" / "pairs.safetensors")), RingTeacher()
+        x = pairs["z"]
+        for t, s in ((1.0, 0.5), (0.5, 0.0)):
+            v = teacher(x, torch.full((16,), t), pairs["index"])
+            euler = x + (s - t) * v
+            x = euler if s == 0 else x + (s - t) / 2 * (v + teacher(euler, torch.full((16,), s), pairs["index"]))
+        torch.testing.assert_close(pairs["y"], x, rtol=1e-4, atol=1e-5)
+
+
+def test_fake_and_discriminator_gradient_in_the_loop(monkeypatch, tmp_path):
+    """The fake's turn: denoising of student samples plus w_D times the discriminator, real data under its own labels, three noise levels."""
+    diary = one_step(monkeypatch, tmp_path, "--gan_weight", "0.3", "--gan_weight_d", "0.2")
+    nets, grads = diary.at["fake-score"]
+    draw = io.Draws(0, 0, 0, range(8))
+    z, label = draw.normal("z", (2,)), draw.integer("cond", 4)
+    x = (z - nets["student"](z, torch.ones(8), label)).detach()
+    t, eps = draw.spread("u")[:, None], draw.normal("eps", (2,))
+    loss = (nets["fake"]((1 - t) * x + t * eps, t[:, 0], label) - (eps - x)).square().mean()
+    data, data_label = load_world("ring").data(20000, 1000003)
+    i = draw.integer("real_gan", 20000)
+    for name, x0, y, sign in (("fake", x, label, 1), ("real", data[i], data_label[i], -1)):
+        t, eps = draw.spread(f"u_gan_{name}")[:, None], draw.normal(f"eps_gan_{name}", (2,))
+        _, features = nets["fake"]((1 - t) * x0 + t * eps, t[:, 0], y, return_features=True)
+        loss = loss + 0.2 * F.softplus(sign * nets["head"](features)).mean()
+    parameters = [*nets["fake"].parameters(), *nets["head"].parameters()]
+    for a, b in zip([*grads["fake"], *grads["head"]], torch.autograd.grad(loss, parameters)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path):
+    """student/ holds the EMA, warmed up as (1 + n) / (4 + n); both rates warm up and fall, each its own."""
+    rates, weights = {"student": [], "fake-score": []}, []
+
+    def on_update(real, optimizers, max_norm, what, loss):
+        rates[what].append(optimizers[0].param_groups[0]["lr"])
+        norm = real(optimizers, max_norm, what, loss)
+        if what == "student":
+            weights.append([p.detach().clone() for p in diary.student.parameters()])
+        return norm
+    diary = Diary(monkeypatch)
+    diary.wrap(monkeypatch, "update", on_update)
+    dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "4", "--train_batch_size", "8", "--fake_update_ratio", "1",
+              "--lr_warmup_steps", "2", "--lr_decay_share", "0.5", "--learning_rate", "1e-2", "--learning_rate_fake", "3e-2", "--ema_decay", "0.45"])
+    assert rates["student"] == pytest.approx([5e-3, 1e-2, 1e-2, 5e-3]) and rates["fake-score"] == pytest.approx([1.5e-2, 3e-2, 3e-2, 1.5e-2])
+    ema = [p.detach().clone() for p in Diary.start_network(0).parameters()]
+    for decay, now in zip((0.25, 0.4, 0.45, 0.45), weights):
+        ema = [decay * a + (1 - decay) * b for a, b in zip(ema, now)]
+    saved = io.load_network(str(tmp_path / "student"))[0]
+    for a, b in zip(saved.parameters(), ema):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_report_of_a_world(monkeypatch, tmp_path):
+    """report.json's rows: calls counted with guidance, fd_excess against the data row, fd_teacher against the teacher's samples."""
+    monkeypatch.setattr(dmd, "fit_ring_network", lambda teacher, seed: Diary.start_network(seed))
+    dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "2", "--train_batch_size", "8", "--teacher_steps", "4",
+              "--guidance_scale", "2", "--student_steps", "2"])
+    report = io.load_json(str(tmp_path / "report.json"))
+    rows = {r["name"]: r for r in report["results"]}
+    assert {n: r["nfe"] for n, r in rows.items()} == {"data": 0, "teacher": 14, "teacher_same_steps": 4, "student": 2}
+    assert all(r["fd_excess"] == pytest.approx(r["fd"] - rows["data"]["fd"]) for r in rows.values()) and rows["data"]["fd_excess"] == 0
+    assert rows["student"]["fd_teacher"] > 10 and rows["teacher_same_steps"]["fd_teacher"] > 10  # untrained, and two Euler steps
+    assert rows["teacher"]["fd"] < rows["teacher_same_steps"]["fd"] and report["steps"] == 2 and report["seed"] == 0
+    assert {"patch_swd", "accuracy", "diversity"} <= set(rows["student"])
 
 
 def test_no_fake_score_never_updates_the_fake(monkeypatch, tmp_path):

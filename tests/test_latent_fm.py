@@ -192,11 +192,14 @@ def test_wrong_data(tmp_path, capsys, data):
     (tmp_path / "junk" / "a" / "x.png").write_bytes(b"not a picture")
     save_file({"x0": torch.zeros(3, 1, 8, 8)}, tmp_path / "unlabelled.safetensors")
     save_file({"y": torch.zeros(3)}, tmp_path / "nothing.safetensors")
+    save_file({"x0": torch.zeros(3, 1, 8, 8), "cond.label": torch.tensor([0, 2, 2])}, tmp_path / "gap.safetensors")
+    save_file({"x0": torch.zeros(3, 5), "cond.label": torch.tensor([0, 1, 2])}, tmp_path / "points.safetensors")
     save_file({"x0": torch.zeros(3, 1, 8, 8), "cond.label": torch.zeros(2)}, tmp_path / "short.safetensors")
     for flags, says in (
             (["--data", str(tmp_path / "empty")], "no class subfolders"), (["--data", str(tmp_path / "flat")], "no class subfolders"),
             (["--data", str(tmp_path / "junk")], "no readable image in 1 class subfolders (1 files skipped)"),
             (["--data", str(tmp_path / "unlabelled.safetensors")], "no cond.label"), (["--data", str(tmp_path / "nothing.safetensors")], "no tensor called x0"),
+            (["--data", str(tmp_path / "gap.safetensors")], "must use every class"), (["--data", str(tmp_path / "points.safetensors")], "wanted images"),
             (["--data", str(tmp_path / "short.safetensors")], "cond.label has 2 rows, x0 has 3"), (["--data", "nowhere"], "--data nowhere"),
             (["--data", data, "--patch_size", "3"], "not divisible into patches"), (["--data", data, "--width", "40"], "multiple of 32")):
         capsys.readouterr()
@@ -274,3 +277,16 @@ def test_a_folder_of_images_trains_end_to_end(tmp_path):
     with Image.open(tmp_path / "run" / "samples.png") as picture:
         assert picture.size[0] == 20 * (8 * 3 + 2)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["results"] == []
+
+
+def test_data_row_shows_items_of_each_class(tmp_path, monkeypatch):
+    """The data row of samples.png from a file read row by row: tile i is an item of class i % K, no item twice while there are others."""
+    x0 = torch.linspace(-1, 1, 12).reshape(12, 1, 1, 1).expand(12, 3, 8, 8).contiguous()
+    label = torch.tensor([0, 1, 1, 0] * 3)
+    save_file({"x0": x0, "cond.label": label}, tmp_path / "data.safetensors")
+    shown, real = [], io.picture
+    monkeypatch.setattr(io, "picture", lambda x, world=None: shown.append(x.clone()) or real(x, world))
+    latent_fm.main(["--data", str(tmp_path / "data.safetensors"), "--output_dir", str(tmp_path / "run"), "--max_train_steps", "1", "--train_batch_size", "2",
+                    "--width", "32", "--depth", "1", "--sample_steps", "1"])
+    index = [int((x0[:, 0, 0, 0] - v).abs().argmin()) for v in shown[0][:, 0, 0, 0]]
+    assert sorted(index[:12]) == list(range(12)) and all(label[j] == k for j, k in zip(index, balanced_labels(20, 2)))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dmd
@@ -145,7 +146,10 @@ def test_broken_teacher_folders(tmp_path, capsys, how, says):
     (["--gan_weight", "0.1"], "need data"), (["--gan_weight", "0.1", "--data", "ring"], "--data"),
     (["--data", "nowhere", "--gan_weight", "0.1"], "--data nowhere"), (["--prompts", "x.safetensors"], "takes class labels, not prompts"),
     (["--sample_shape", "1", "8", "8"], "DiT expects x of shape"), (["--regression_weight", "1", "--teacher_steps", "0"], "--teacher_steps"),
-    (["--regression_weight", "1", "--student_steps", "2"], "--student_steps 1"), (["--output_dir", "FILE"], "is a file"),
+    (["--regression_weight", "1", "--student_steps", "2"], "--student_steps 1"), (["--output_dir", "FILE"], "is not a folder"),
+    (["--output_dir", "FILE/run"], "is not a folder"),
+    (["--output_dir", "."], "holds the current folder"), (["--data", "nowhere"], "leave --data out"), (["--seed", "1" + 30 * "0"], "--seed"),
+    (["--no_fake_score", "--gan_weight", "0.1", "--data", "nowhere"], "use --gan_weight 0"),
     (["--sample", "TEACHER"], "sampler.json does not exist"), (["--student_init", "OTHER"], "does not have the shapes")])
 def test_wrong_flags(tmp_path, capsys, flags, says):
     teacher = save_tiny_teacher(tmp_path / "teacher")
@@ -153,7 +157,7 @@ def test_wrong_flags(tmp_path, capsys, flags, says):
     io.save_network(other, io.network_config(other), str(tmp_path / "other"))
     (tmp_path / "empty").mkdir(), (tmp_path / "file").write_text("")
     names = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file"), "TEACHER": teacher, "OTHER": str(tmp_path / "other")}
-    flags = [names.get(f, f) for f in flags]
+    flags = [f.replace("FILE", names["FILE"]) if f.startswith("FILE") else names.get(f, f) for f in flags]
     assert says in refusal(capsys, tmp_path / "run", *([] if "--teacher" in flags else ["--teacher", teacher]), *flags)
 
 
@@ -187,8 +191,45 @@ def test_wrong_scheduler_and_two_networks(tmp_path, capsys):
     scheduler.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
                                      "prediction_type": "epsilon", "rescale_betas_zero_snr": True}))
     assert "zero terminal SNR" in refusal(capsys, tmp_path / "run", *flags)
+    scheduler.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_schedule": "linear", "prediction_type": "epsilon"}))
+    assert "lacks beta_start or beta_end" in refusal(capsys, tmp_path / "run", *flags)
     (tmp_path / "transformer_2").mkdir()
     assert "two-network teacher" in refusal(capsys, tmp_path / "run", *flags)
+
+
+def test_schedulers_that_are_understood(tmp_path):
+    """What diffusers writes for Wan (UniPC with flow sigmas, flow match Euler) and for eps and v models."""
+    def read(**config):
+        io.save_json(config, str(tmp_path / "scheduler_config.json"))
+        return io.read_scheduler(str(tmp_path))
+    schedule, kind, own_shift = read(_class_name="UniPCMultistepScheduler", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    assert isinstance(schedule, Flow) and (kind, own_shift) == ("flow_v", 3.0)
+    assert read(_class_name="FlowMatchEulerDiscreteScheduler")[1:] == ("flow_v", 1.0)
+    betas = dict(_class_name="DDIMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    assert read(**betas, prediction_type="epsilon")[1:] == ("eps", None)
+    schedule, kind, _ = read(**betas, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert kind == "vp_v" and schedule.zero_snr and float(schedule.alpha(torch.tensor(1.0))) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("labels, says", [([0, 1, 3, 2], "labels from 0 to 3, the teacher has classes 0 to 2"), ([0, -1, 1, 2], "labels from -1")])
+def test_data_labels_beyond_the_teachers_classes(tmp_path, capsys, labels, says):
+    """Label K is the null label: GAN data under it, or beyond, would train without a word."""
+    teacher, path = save_tiny_teacher(tmp_path / "teacher"), tmp_path / "data.safetensors"
+    save_file({"x0": torch.randn(4, 1, 4, 4), "cond.label": torch.tensor(labels)}, path)
+    assert says in refusal(capsys, tmp_path / "run", "--teacher", teacher, "--gan_weight", "0.1", "--data", str(path))
+
+
+def test_image_folder_with_other_classes_than_the_teachers(tmp_path, capsys):
+    net = DiT(size=(4, 4), patch=(2, 2), channels=3, dim=32, depth=1, num_classes=2, class_names=["x", "y"])
+    io.save_network(net, io.network_config(net), str(tmp_path / "teacher"))
+    for name in ("w", "x", "y"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4), "red").save(tmp_path / "data" / name / "a.png")
+    flags = ["--teacher", str(tmp_path / "teacher"), "--gan_weight", "0.1", "--data", str(tmp_path / "data")]
+    assert "its classes are w, x, y, the teacher's x, y" in refusal(capsys, tmp_path / "run", *flags)
+    (tmp_path / "data" / "w" / "a.png").unlink()  # an empty class folder is no class
+    dmd.main([*SHORT, "--output_dir", str(tmp_path / "run"), *flags])
+    assert (tmp_path / "run" / "report.json").exists()
 
 
 def test_exit_code_from_the_shell(tmp_path):
@@ -342,7 +383,7 @@ def test_outputs_of_a_run(tmp_path):
     x = load_file(tmp_path / "runs" / "run-samples" / "samples.safetensors")["x0"]
     assert x.shape == (3, 1, 4, 4) and (tmp_path / "runs" / "run-samples" / "samples.png").is_file()
     student = io.load_network(str(out / "student"))[0]
-    draw = io.Draws(0, "sample", 0, range(3))
+    draw = io.Draws(0, "evaluation", 0, range(3))
     want = dmd.sample(student, Flow(), "flow_v", draw.normal("z", (1, 4, 4)), [1.0, 0.5], {"label": torch.arange(3)}, "ode")
     torch.testing.assert_close(x, want)
 
@@ -440,3 +481,45 @@ def test_wrong_input_under_torchrun_is_one_line(tmp_path):
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "dmd.py")]
     done = subprocess.run([*ranks, "--teacher", "nowhere"], capture_output=True, text=True, env=ENV, cwd=tmp_path, timeout=120)
     assert done.returncode != 0 and sum("neither an embedded world" in line for line in done.stderr.splitlines()) == 1
+
+
+def test_existing_folder_named_with_a_slash_is_renamed(tmp_path):
+    teacher, out = save_tiny_teacher(tmp_path / "teacher"), str(tmp_path / "run") + "/"
+    for _ in range(2):
+        dmd.main([*SHORT, "--teacher", teacher, "--output_dir", out])
+    assert (tmp_path / "run.1" / "report.json").exists() and (tmp_path / "run" / "report.json").exists()
+
+
+def test_resume_beyond_the_end_and_into_another_folder(tmp_path, capsys):
+    """A shorter run than the checkpoint is refused; a finished checkpoint given by path is written out whole elsewhere."""
+    flags, out = [*SHORT, "--teacher", save_tiny_teacher(tmp_path / "teacher")], tmp_path / "run"
+    dmd.main([*flags, "--output_dir", str(out)])
+    with pytest.raises(io.UserError, match="beyond --max_train_steps 5"):
+        dmd.main([*flags, "--output_dir", str(out), "--max_train_steps", "5", "--resume_from_checkpoint", "latest"])
+    dmd.main([*flags, "--output_dir", str(tmp_path / "new"), "--resume_from_checkpoint", str(out / "state" / "step-0000006")])
+    assert_bit_equal(load_file(out / "student" / io.WEIGHTS), load_file(tmp_path / "new" / "student" / io.WEIGHTS))
+
+
+def test_samples_of_another_shape(tmp_path, capsys):
+    """A student trained at --sample_shape is sampled at it, one batch at a time, as the run itself showed; videos also leave a GIF.
+    Samples never replace those of a run."""
+    flags = save_tiny_wan(tmp_path)
+    dmd.main([*SHORT, *flags, "--output_dir", str(tmp_path / "run")])
+    prompts = flags[flags.index("--prompts"):][:2]
+    sampling = ["--sample", str(tmp_path / "run"), *prompts, "--preview_samples", "2", "--train_batch_size", "1"]
+    dmd.main([*sampling, "--output_dir", str(tmp_path / "samples")])
+    ours, again = (load_file(tmp_path / d / "samples.safetensors")["x0"] for d in ("run", "samples"))
+    assert ours.shape == (2, 4, 2, 4, 6)
+    torch.testing.assert_close(ours, again, rtol=1e-4, atol=1e-5)
+    for folder in ("run", "samples"):
+        assert Image.open(tmp_path / folder / "samples.gif").n_frames == 2
+    assert "is a run with samples of its own" in refusal_of(capsys, *sampling, "--output_dir", str(tmp_path / "run"))
+    assert "channels" in refusal_of(capsys, *sampling, "--output_dir", str(tmp_path / "s2"), "--sample_shape", "3", "2", "4", "6")
+
+
+def refusal_of(capsys, *flags):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        io.run(lambda: dmd.main(list(flags)))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
