@@ -1,0 +1,593 @@
+"""Linear attention without a causal mask: a torch reference, and Triton kernels for the forward and the backward.
+
+Softmax attention weighs key j for query i by exp(q_i . k_j) and costs O(N^2). Linear attention weighs it by phi(q_i) . phi(k_j),
+with a positive feature map phi of f numbers; the keys and values then enter through two sums that all queries share:
+
+    S = 1/N sum_j phi(k_j)^T v_j     (f, D)        z = 1/N sum_j phi(k_j)     (f,)                                        (1)
+    d_i = phi(q_i) . z + eps                       o_i = phi(q_i) S / d_i                                                 (2)
+
+which costs O(N f D). Dividing both sums by the number of keys N changes nothing but the meaning of eps: it is relative to a
+denominator that does not grow with the sequence, so training short and sampling long keep the same eps. The gradient, with
+g_i = dL/do_i and delta_i = g_i . o_i (derived; the tests check it against autograd of the quadratic form):
+
+    dphi(q_i) = (S g_i - delta_i z) / d_i                                                                                 (3)
+    dS = 1/N sum_i phi(q_i)^T (g_i / d_i)          dz = -1/N sum_i phi(q_i) delta_i / d_i                                 (4)
+    dphi(k_j) = dS v_j + dz                        dv_j = dS^T phi(k_j)                                                   (5)
+
+(4) is (1) with queries for keys, g / d for v and -delta / d for 1: one kernel serves both. Likewise dW = sum_n x_n^T du_n.
+
+    feature_map   phi(x), x of D numbers                                        f     eps by default
+    "hedgehog"    softmax(x W) and softmax(-x W), two separate softmaxes        2D    0        LinVideo 2510.08318, Eq. 6; W (D, D) per head
+    "softmax"     softmax(x)                                                    D     0
+    "elu"         elu(x) + 1                                                    D     0        Katharopoulos 2006.16236, Eq. 7
+    "relu"        max(x, 0)                                                     D     1e-6
+    "none"        x: q and k already are features (B, N, H, f)                  f     1e-6
+
+Softmax and elu features are positive and are clamped at 1e-12, so d > 0 and eps may be 0: rows of the attention matrix sum to
+exactly one. relu and given features can vanish together, hence their eps; pass eps=0 with features that you know to be positive.
+
+Use.
+
+    from kernels.linear_attention import linear_attention
+    o = linear_attention(q, k, v, w_q=w_q, w_k=w_k)          # q, k, v (B, N, H, D); w_q, w_k (H, D, D); o (B, N, H, D)
+
+q, k and v may be views with any strides, such as those of a fused projection: nothing is copied. Triton runs on CUDA for float32,
+bfloat16 and float16 and sizes 16, 32, 64 and 128 (given features also 256); everything else runs the torch reference. Sums are in
+float32 on both paths (float64 for float64 inputs). The Triton path saves inputs, o, d, S and z, never the features, is bitwise
+reproducible (partial sums, no atomics) and is registered with torch.library, so that torch.compile(fullgraph=True) and activation
+checkpointing take it as one operator; it has first derivatives only. This file needs torch, and triton where there is one.
+
+Verified: the kernels against a float64 oracle under Triton's interpreter (TRITON_INTERPRET=1), and compiled for sm_90 without
+register spills. Not verified: a run on a GPU; speed; bfloat16 rounding on tensor cores. See docs/kernels.md.
+
+Symbols: B batch, N rows (tokens; queries and keys may differ in number), H heads, D head size, f features.
+"""
+import math
+from typing import Optional
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the torch path does without
+    triton = None
+
+FEATURE_MAPS = ("hedgehog", "softmax", "relu", "elu", "none")
+EPS = {"hedgehog": 0.0, "softmax": 0.0, "elu": 0.0, "relu": 1e-6, "none": 1e-6}
+TINY = 1e-12  # smallest feature of a positive map
+SIZES = (16, 32, 64, 128)  # head sizes of the kernels
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of the kernels
+
+
+# ---- torch reference --------------------------------------------------------------------------------------------------
+
+
+def features(x, feature_map, w=None):
+    """phi(x).  x (B, N, H, D), w (H, D, D) or None = identity, for "hedgehog" alone -> (B, N, H, f)."""
+    if feature_map == "hedgehog":  # Eq. 6 of LinVideo: the two halves are normalised separately
+        u = x if w is None else torch.einsum("bnhd,hde->bnhe", x, w)
+        return torch.cat([u.softmax(-1), (-u).softmax(-1)], dim=-1).clamp_min(TINY)  # (B, N, H, 2D)
+    if feature_map == "softmax":
+        return x.softmax(-1).clamp_min(TINY)
+    if feature_map == "elu":
+        return (torch.nn.functional.elu(x) + 1).clamp_min(TINY)
+    return x.relu() if feature_map == "relu" else x
+
+
+def linear_attention_reference(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=0.0, chunk=4096):
+    """Eqs. (1) and (2) in torch, `chunk` rows at a time, any device.  q (B, N_q, H, D), k, v (B, N, H, D) -> (B, N_q, H, D).
+
+    Computes in float32, or float64 for float64 inputs, also under autocast; returns the dtype of q. Differentiable by autograd.
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    w_q, w_k = (None if w is None else w.to(wide) for w in (w_q, w_k))
+    N = k.shape[1]
+    with torch.autocast(q.device.type, enabled=False):
+        S, z = 0, 0
+        for a in range(0, N, chunk):
+            phi = features(k[:, a:a + chunk].to(wide), feature_map, w_k)  # (B, n, H, f)
+            S = S + torch.einsum("bnhf,bnhd->bhfd", phi, v[:, a:a + chunk].to(wide)) / N
+            z = z + phi.sum(1) / N  # (B, H, f)
+        out = []
+        for a in range(0, q.shape[1], chunk):
+            phi = features(q[:, a:a + chunk].to(wide), feature_map, w_q)
+            d = torch.einsum("bnhf,bhf->bnh", phi, z) + eps
+            out.append((torch.einsum("bnhf,bhfd->bnhd", phi, S) / d[..., None]).to(q.dtype))
+    return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+
+def quadratic_oracle(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=0.0):
+    """The same through the (N_q, N) attention matrix, for tests: O(N^2) time and memory, in the dtype of the inputs."""
+    A = torch.einsum("bnhf,bmhf->bhnm", features(q, feature_map, w_q), features(k, feature_map, w_k)) / k.shape[1]
+    return torch.einsum("bhnm,bmhd->bnhd", A / (A.sum(-1, keepdim=True) + eps), v)
+
+
+# ---- Triton kernels -----------------------------------------------------------------------------------------------------
+#
+# A program owns a range of rows ("split") of one (batch, head), and walks through it ROWS at a time. Features come in blocks of F columns: one, or two for hedgehog (the halves of both
+# signs) and for 256 given features. DOT is the dtype of the operands of tl.dot and PRECISION how float32 operands are multiplied:
+#
+#     inputs      DOT         PRECISION
+#     bfloat16    bfloat16    (unused)
+#     float16     float32     "tf32": float16's mantissa with the range that features of 1e-12 and gradients over d need
+#     float32     float32     "ieee"
+#
+# Accumulators, softmaxes, z, d, delta are float32. Offsets that grow with batch or sequence are int64: 75,600 tokens of 40 heads
+# of 128 pass 2^31 elements at a batch of 6.
+
+if triton is not None:
+    _TINY = tl.constexpr(TINY)
+
+    @triton.jit
+    def _load(X, x_n, x_d, rows, cols, keep):
+        """A tile of rows; zeros where keep is false.  -> (rows, cols)."""
+        return tl.load(X + rows[:, None] * x_n + cols[None, :] * x_d, mask=keep[:, None], other=0.0)
+
+    @triton.jit
+    def _softmax(u):
+        e = tl.exp(u - tl.max(u, 1)[:, None])
+        return e / tl.sum(e, 1)[:, None]
+
+    @triton.jit
+    def _features(u, keep, MAP: tl.constexpr):
+        """phi of a tile u (rows, F) in float32, one half for hedgehog. Rows that do not exist give 0: softmax(0) would be 1 / F."""
+        if MAP == "hedgehog" or MAP == "softmax":
+            phi = tl.maximum(_softmax(u), _TINY)
+        elif MAP == "elu":
+            phi = tl.maximum(tl.where(u > 0, u + 1, tl.exp(tl.minimum(u, 0.0))), _TINY)
+        elif MAP == "relu":
+            phi = tl.maximum(u, 0.0)
+        else:
+            phi = u
+        return tl.where(keep[:, None], phi, 0.0)
+
+    @triton.jit
+    def _features_backward(u, dphi, MAP: tl.constexpr):
+        """dL/du from dL/dphi, both (rows, F); a clamped feature passes no gradient."""
+        if MAP == "hedgehog" or MAP == "softmax":
+            p = _softmax(u)
+            dphi = tl.where(p >= _TINY, dphi, 0.0)
+            du = p * (dphi - tl.sum(dphi * p, 1)[:, None])
+        elif MAP == "elu":
+            e = tl.exp(tl.minimum(u, 0.0))
+            du = tl.where(e >= _TINY, dphi * e, 0.0)  # e = 1 for u > 0
+        elif MAP == "relu":
+            du = tl.where(u > 0, dphi, 0.0)
+        else:
+            du = dphi
+        return du
+
+    @triton.jit
+    def _reduce_kernel(X, Y, W, DEN, DELTA, S, Z, N, H, splits, rows_per_split,
+                       x_b, x_n, x_h, x_d, y_b, y_n, y_h, y_d,
+                       MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, HAS_W: tl.constexpr,
+                       WEIGHTED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr):
+        """Eq. (1) without its 1/N, or (4): this split's share of sum phi(x)^T y and sum phi(x) c.
+
+        X (B, N, H, f), Y (B, N, H, D), W (H, F, F); S (B H, splits, f, D), Z (B H, splits, f) float32. c = 1, or with WEIGHTED
+        y / d for y and c = -delta / d, DEN and DELTA (B H, N). A split beyond the last row writes zeros.
+        """
+        split = tl.program_id(0) % splits
+        bh = (tl.program_id(0) // splits).to(tl.int64)
+        b, h = bh // H, bh % H
+        X += b * x_b + h * x_h
+        Y += b * y_b + h * y_h
+        rows, f, c = tl.arange(0, ROWS), tl.arange(0, F), tl.arange(0, D)
+        if HAS_W:
+            w = tl.load(W + h * F * F + f[:, None] * F + f[None, :])
+        acc0, z0 = tl.zeros((F, D), tl.float32), tl.zeros((F,), tl.float32)
+        if BLOCKS == 2:
+            acc1, z1 = tl.zeros((F, D), tl.float32), tl.zeros((F,), tl.float32)
+        start = split.to(tl.int64) * rows_per_split
+        stop = tl.minimum(start + rows_per_split, N)
+        for n in range(start, stop, ROWS):
+            keep = rows < stop - n
+            y = _load(Y + n * y_n, y_n, y_d, rows, c, keep)
+            if WEIGHTED:
+                over_d = 1 / tl.load(DEN + bh * N + n + rows, mask=keep, other=1.0)
+                weight = -tl.load(DELTA + bh * N + n + rows, mask=keep, other=0.0) * over_d
+                y = y.to(tl.float32) * over_d[:, None]
+            y = y.to(DOT)
+            x = _load(X + n * x_n, x_n, x_d, rows, f, keep).to(DOT)
+            if HAS_W:
+                u = tl.dot(x, w, input_precision=PRECISION)
+            else:
+                u = x.to(tl.float32)
+            phi = _features(u, keep, MAP).to(DOT)  # the same rounded features in S and z, so that weights sum to one
+            acc0 = tl.dot(tl.trans(phi), y, acc0, input_precision=PRECISION)
+            if WEIGHTED:
+                z0 += tl.sum(phi.to(tl.float32) * weight[:, None], 0)
+            else:
+                z0 += tl.sum(phi.to(tl.float32), 0)
+            if BLOCKS == 2:
+                if MAP == "hedgehog":
+                    u = -u
+                else:
+                    u = _load(X + n * x_n + F * x_d, x_n, x_d, rows, f, keep).to(tl.float32)
+                phi = _features(u, keep, MAP).to(DOT)
+                acc1 = tl.dot(tl.trans(phi), y, acc1, input_precision=PRECISION)
+                if WEIGHTED:
+                    z1 += tl.sum(phi.to(tl.float32) * weight[:, None], 0)
+                else:
+                    z1 += tl.sum(phi.to(tl.float32), 0)
+        S += (bh * splits + split) * (BLOCKS * F * D)
+        Z += (bh * splits + split) * (BLOCKS * F)
+        tl.store(S + f[:, None] * D + c[None, :], acc0)
+        tl.store(Z + f, z0)
+        if BLOCKS == 2:
+            tl.store(S + F * D + f[:, None] * D + c[None, :], acc1)
+            tl.store(Z + F + f, z1)
+
+    @triton.jit
+    def _apply_kernel(X, W, S, Z, O, DEN, eps, N, H, splits, rows_per_split, x_b, x_n, x_h, x_d, o_b, o_n, o_h, o_d,
+                      MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, HAS_W: tl.constexpr,
+                      RESIDENT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr):
+        """Eq. (2) for this split's queries.  X (B, N, H, f), S (B H, f, D) of dtype DOT, Z (B H, f); writes O and d, DEN (B H, N).
+
+        W and S are loaded once and stay in shared memory while the rows stream through.
+        """
+        split = tl.program_id(0) % splits
+        bh = (tl.program_id(0) // splits).to(tl.int64)
+        b, h = bh // H, bh % H
+        X += b * x_b + h * x_h
+        O += b * o_b + h * o_h
+        S += bh * (BLOCKS * F * D)
+        Z += bh * (BLOCKS * F)
+        rows, f, c = tl.arange(0, ROWS), tl.arange(0, F), tl.arange(0, D)
+        at_s = f[:, None] * D + c[None, :]
+        if RESIDENT:
+            s0 = tl.load(S + at_s)
+            if BLOCKS == 2:
+                s1 = tl.load(S + F * D + at_s)
+        W += h * F * F
+        at_w = f[:, None] * F + f[None, :]
+        if HAS_W and RESIDENT:
+            w = tl.load(W + at_w)
+        start = split.to(tl.int64) * rows_per_split
+        stop = tl.minimum(start + rows_per_split, N)
+        for n in range(start, stop, ROWS):
+            keep = rows < stop - n
+            x = _load(X + n * x_n, x_n, x_d, rows, f, keep).to(DOT)
+            if HAS_W:
+                if not RESIDENT:
+                    w = tl.load(W + at_w)
+                u = tl.dot(x, w, input_precision=PRECISION)
+            else:
+                u = x.to(tl.float32)
+            phi = _features(u, keep, MAP).to(DOT)
+            if not RESIDENT:
+                s0 = tl.load(S + at_s)
+            acc = tl.dot(phi, s0, input_precision=PRECISION)
+            d = tl.sum(phi.to(tl.float32) * tl.load(Z + f)[None, :], 1) + eps
+            if BLOCKS == 2:
+                if MAP == "hedgehog":
+                    u = -u
+                else:
+                    u = _load(X + n * x_n + F * x_d, x_n, x_d, rows, f, keep).to(tl.float32)
+                phi = _features(u, keep, MAP).to(DOT)
+                if not RESIDENT:
+                    s1 = tl.load(S + F * D + at_s)
+                acc = tl.dot(phi, s1, acc, input_precision=PRECISION)
+                d += tl.sum(phi.to(tl.float32) * tl.load(Z + F + f)[None, :], 1)
+            d = tl.where(keep, d, 1.0)  # no 0 / 0 in rows that do not exist
+            o = (acc / d[:, None]).to(O.dtype.element_ty)
+            tl.store(O + n * o_n + rows[:, None] * o_n + c[None, :] * o_d, o, mask=keep[:, None])
+            tl.store(DEN + bh * N + n + rows, d, mask=keep)
+
+    @triton.jit
+    def _backward_kernel(X, Y, O, W, S, Z, DEN, DELTA, DX, DU, DV, N, H, splits, rows_per_split,
+                         x_b, x_n, x_h, x_d, y_b, y_n, y_h, y_d, o_b, o_n, o_h, o_d,
+                         MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, HAS_W: tl.constexpr,
+                         QUERY: tl.constexpr, WRITE_U: tl.constexpr, RESIDENT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr):
+        """Eqs. (3) and (5) for this split's rows, then through the feature map: du, and dx = du W^T.
+
+        QUERY: X = q, Y = dL/do, O = o, (S, Z) = (S, z); writes delta. Otherwise X = k, Y = v, (S, Z) = (dS, dz); writes dv.
+        DX (B, N, H, f), DV (B, N, H, D) and DU (B, N, H, F), all contiguous; DU, of dtype DOT, is what dW needs.
+        """
+        split = tl.program_id(0) % splits
+        bh = (tl.program_id(0) // splits).to(tl.int64)
+        b, h = bh // H, bh % H
+        X += b * x_b + h * x_h
+        Y += b * y_b + h * y_h
+        O += b * o_b + h * o_h
+        S += bh * (BLOCKS * F * D)
+        Z += bh * (BLOCKS * F)
+        rows, f, c = tl.arange(0, ROWS), tl.arange(0, F), tl.arange(0, D)
+        at_s = f[:, None] * D + c[None, :]
+        if RESIDENT:
+            s0 = tl.load(S + at_s)
+            if BLOCKS == 2:
+                s1 = tl.load(S + F * D + at_s)
+        W += h * F * F
+        at_w = f[:, None] * F + f[None, :]
+        if HAS_W and RESIDENT:
+            w = tl.load(W + at_w)
+        start = split.to(tl.int64) * rows_per_split
+        stop = tl.minimum(start + rows_per_split, N)
+        for n in range(start, stop, ROWS):
+            keep = rows < stop - n
+            row = (b * N + n) * H + h  # of a contiguous (B, N, H, .) tensor, whose next row of this head is H further
+            y = _load(Y + n * y_n, y_n, y_d, rows, c, keep)
+            if QUERY:
+                o = _load(O + n * o_n, o_n, o_d, rows, c, keep)
+                delta = tl.sum(y.to(tl.float32) * o.to(tl.float32), 1)
+                tl.store(DELTA + bh * N + n + rows, delta, mask=keep)
+                over_d = 1 / tl.load(DEN + bh * N + n + rows, mask=keep, other=1.0)
+            y = y.to(DOT)
+            x = _load(X + n * x_n, x_n, x_d, rows, f, keep).to(DOT)
+            if HAS_W:
+                if not RESIDENT:
+                    w = tl.load(W + at_w)
+                u = tl.dot(x, w, input_precision=PRECISION)
+            else:
+                u = x.to(tl.float32)
+            for block in tl.static_range(BLOCKS):
+                if not RESIDENT:
+                    s = tl.load(S + block * F * D + at_s)
+                elif block == 0:
+                    s = s0
+                else:
+                    s = s1
+                if block == 1:
+                    if MAP == "hedgehog":
+                        u = -u
+                    else:
+                        u = _load(X + n * x_n + F * x_d, x_n, x_d, rows, f, keep).to(tl.float32)
+                if not QUERY:
+                    phi = _features(u, keep, MAP).to(DOT)
+                    if block == 0:
+                        dv = tl.dot(phi, s, input_precision=PRECISION)
+                    else:
+                        dv = tl.dot(phi, s, dv, input_precision=PRECISION)
+                z = tl.load(Z + block * F + f)  # here and not before the loop: there it would hold registers all along
+                dphi = tl.dot(y, tl.trans(s), input_precision=PRECISION)
+                if QUERY:
+                    dphi = (dphi - delta[:, None] * z[None, :]) * over_d[:, None]
+                else:
+                    dphi += z[None, :]
+                du_block = _features_backward(u, dphi, MAP)
+                if MAP == "none":
+                    tl.store(DX + row * (BLOCKS * F) + block * F + rows[:, None] * (H * BLOCKS * F) + f[None, :],
+                             du_block.to(DX.dtype.element_ty), mask=keep[:, None])
+                elif block == 0:
+                    du = du_block
+                else:
+                    du -= du_block  # the second half sees -u
+            if not QUERY:
+                tl.store(DV + row * D + rows[:, None] * (H * D) + c[None, :], dv.to(DV.dtype.element_ty), mask=keep[:, None])
+            if MAP != "none":
+                at = row * F + rows[:, None] * (H * F) + f[None, :]
+                if WRITE_U:
+                    tl.store(DU + at, du.to(DOT), mask=keep[:, None])
+                if HAS_W:
+                    if not RESIDENT:
+                        w = tl.load(W + at_w)
+                    du = tl.dot(du.to(DOT), tl.trans(w), input_precision=PRECISION)
+                tl.store(DX + at, du.to(DX.dtype.element_ty), mask=keep[:, None])
+
+
+INTERPRET = triton is not None and not isinstance(_reduce_kernel, triton.runtime.JITFunction)  # TRITON_INTERPRET=1: kernels run on CPU tensors
+
+
+def dot_dtype(dtype):
+    """Operands of tl.dot (table above). The interpreter multiplies bfloat16 wrongly (its raw bits), so there it is widened."""
+    return torch.bfloat16 if dtype == torch.bfloat16 and not INTERPRET else torch.float32
+
+
+def launch_config(kernel, F, D, blocks, dtype):
+    """Rows per tile, warps, pipeline stages, and whether W and S stay in shared memory (RESIDENT) while the rows stream through.
+
+    kernel: "reduce", "apply", "backward q" or "backward k". Chosen from figures compiled for sm_90: no register spills in bfloat16,
+    at most 227 KB of shared memory everywhere (docs/kernels.md). Not tuned on a GPU. Operands of 4 bytes at size 128 do not fit
+    beside each other, so there S is read again for every tile; float32 products at that size spill.
+    """
+    wide = max(F, D) == 128
+    if wide and dtype != torch.bfloat16:
+        config = dict(ROWS=16, num_warps=8, num_stages=2 if kernel == "reduce" else 1, RESIDENT=False)
+    elif wide and blocks == 2:
+        config = dict(ROWS=16 if kernel == "backward k" else 32, num_warps=8, num_stages=2, RESIDENT=True)
+    elif wide:
+        config = dict(ROWS=64, num_warps=8, num_stages=2, RESIDENT=True)
+    else:
+        config = dict(ROWS=32, num_warps=4, num_stages=2, RESIDENT=True)
+    if kernel == "reduce":
+        del config["RESIDENT"]
+    return config
+
+
+def split_rows(N, rows, programs, num_splits, device):
+    """Into how many splits the rows are cut, and the rows of one (a multiple of the tile): about two programs per multiprocessor."""
+    tiles = -(-N // rows)
+    if not num_splits:
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        num_splits = min(tiles, max(1, -(-2 * processors // programs)))
+    return num_splits, -(-tiles // num_splits) * rows
+
+
+def _blocks(feature_map, width):
+    """Feature columns of one block, and the number of blocks, for a q or k of this width."""
+    return (width, 2) if feature_map == "hedgehog" else (128, 2) if feature_map == "none" and width == 256 else (width, 1)
+
+
+def constants(kernel, feature_map, width, D, dtype, has_w):
+    """What a kernel is compiled for, besides its own flags: x of `width` columns, y or o of D.  -> dict of constexprs and options."""
+    F, blocks = _blocks(feature_map, width)
+    return dict(MAP=feature_map, F=F, D=D, BLOCKS=blocks, HAS_W=has_w, DOT=tl.bfloat16 if dot_dtype(dtype) == torch.bfloat16 else tl.float32,
+                PRECISION="ieee" if dtype == torch.float32 else "tf32", **launch_config(kernel, F, D, blocks, dtype))
+
+
+def _reduce(x, y, w, feature_map, num_splits, den=None, delta=None):
+    """sum_n phi(x_n)^T y_n (B, H, f, D) and sum_n phi(x_n) (B, H, f), or their weighted form, in float32, not yet over N."""
+    B, N, H, _ = x.shape
+    D = y.shape[3]
+    const = constants("reduce", feature_map, x.shape[3], D, x.dtype, w is not None)
+    f = const["F"] * const["BLOCKS"]
+    splits, rows_per_split = split_rows(N, const["ROWS"], B * H, num_splits, x.device)
+    S = torch.empty(B * H, splits, f, D, device=x.device, dtype=torch.float32)
+    Z = torch.empty(B * H, splits, f, device=x.device, dtype=torch.float32)
+    _reduce_kernel[(B * H * splits,)](x, y, x if w is None else w, Z if den is None else den, Z if delta is None else delta, S, Z, N, H,
+                                      splits, rows_per_split, *x.stride(), *y.stride(), WEIGHTED=den is not None, **const)
+    return S.sum(1).view(B, H, f, D), Z.sum(1).view(B, H, f)
+
+
+# ---- registered operators -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("linear_attention::forward", mutates_args=())
+def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w_q: Optional[torch.Tensor], w_k: Optional[torch.Tensor], feature_map: str,
+             eps: float, num_splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Eqs. (1) and (2) by the kernels -> o (B, N_q, H, D), d (B, H, N_q), S (B, H, f, D) of the dots' dtype, z (B, H, f).
+
+    num_splits 0 is the rule of split_rows; tests pass others.
+    """
+    B, N, H, _ = q.shape
+    D, dot = v.shape[3], dot_dtype(q.dtype)
+    w_q, w_k = (None if w is None else w.to(dot).contiguous() for w in (w_q, w_k))
+    with torch.cuda.device_of(q):
+        S, z = _reduce(k, v, w_k, feature_map, num_splits)
+        S, z = (S / k.shape[1]).to(dot), z / k.shape[1]
+        o, d = q.new_empty(B, N, H, D), torch.empty(B, H, N, device=q.device, dtype=torch.float32)
+        const = constants("apply", feature_map, q.shape[3], D, q.dtype, w_q is not None)
+        splits, rows_per_split = split_rows(N, const["ROWS"], B * H, num_splits, q.device)
+        _apply_kernel[(B * H * splits,)](q, q if w_q is None else w_q, S, z, o, d, eps, N, H, splits, rows_per_split,
+                                         *q.stride(), *o.stride(), **const)
+    return o, d, S, z
+
+
+@_forward.register_fake
+def _(q, k, v, w_q, w_k, feature_map, eps, num_splits):
+    B, N, H, width = q.shape
+    f, D = width * (2 if feature_map == "hedgehog" else 1), v.shape[3]
+    return (q.new_empty(B, N, H, D), q.new_empty(B, H, N, dtype=torch.float32), q.new_empty(B, H, f, D, dtype=dot_dtype(q.dtype)),
+            q.new_empty(B, H, f, dtype=torch.float32))
+
+
+@torch.library.custom_op("linear_attention::backward", mutates_args=())
+def _backward(g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w_q: Optional[torch.Tensor], w_k: Optional[torch.Tensor],
+              o: torch.Tensor, d: torch.Tensor, S: torch.Tensor, z: torch.Tensor, feature_map: str, num_splits: int, need_w_q: bool,
+              need_w_k: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Eqs. (3) to (5) by the kernels -> dq, dk, dv, dw_q, dw_k; the last two are empty where not needed."""
+    dot = dot_dtype(q.dtype)
+    cast_q, cast_k = (None if w is None else w.to(dot).contiguous() for w in (w_q, w_k))
+    delta = torch.empty_like(d)
+    dq, dk, dv = (torch.empty(x.shape, device=q.device, dtype=q.dtype) for x in (q, k, v))
+
+    def rows(query, x, y, w, S, z, dx, need_w):
+        """One launch of the backward kernel -> du (B, N, H, F), or None where W needs no gradient."""
+        B, N, H, _ = x.shape
+        const = constants("backward q" if query else "backward k", feature_map, x.shape[3], v.shape[3], x.dtype, w is not None)
+        splits, rows_per_split = split_rows(N, const["ROWS"], B * H, num_splits, q.device)
+        du = torch.empty(x.shape, device=q.device, dtype=dot) if need_w else None
+        _backward_kernel[(B * H * splits,)](x, y, o, x if w is None else w, S, z, d, delta, dx, dx if du is None else du, dv, N, H, splits,
+                                            rows_per_split, *x.stride(), *y.stride(), *o.stride(), QUERY=query, WRITE_U=need_w, **const)
+        return du
+
+    def weights(x, du, w):
+        """dW = sum_n x_n^T du_n over batch and rows: the reduction again, with the identity for phi."""
+        return q.new_empty(0) if du is None else _reduce(x, du, None, "none", num_splits)[0].sum(0).to(w.dtype)
+
+    with torch.cuda.device_of(q):
+        du_q = rows(True, q, g, cast_q, S, z, dq, need_w_q)  # first: it writes delta
+        dS, dz = _reduce(q, g, cast_q, feature_map, num_splits, d, delta)
+        du_k = rows(False, k, v, cast_k, (dS / k.shape[1]).to(dot), dz / k.shape[1], dk, need_w_k)
+        return dq, dk, dv, weights(q, du_q, w_q), weights(k, du_k, w_k)
+
+
+@_backward.register_fake
+def _(g, q, k, v, w_q, w_k, o, d, S, z, feature_map, num_splits, need_w_q, need_w_k):
+    dq, dk, dv = (torch.empty(x.shape, device=q.device, dtype=q.dtype) for x in (q, k, v))
+    return dq, dk, dv, *(torch.empty(w.shape, device=q.device, dtype=w.dtype) if need else q.new_empty(0) for w, need in ((w_q, need_w_q), (w_k, need_w_k)))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, w_q, w_k, ctx.feature_map, _, ctx.num_splits = inputs
+    ctx.save_for_backward(q, k, v, w_q, w_k, *output)
+
+
+def _autograd(ctx, g, *_):
+    """Gradients of the eight inputs of _forward; only o is ever differentiated."""
+    need = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
+    dq, dk, dv, *dw = _backward(g, *ctx.saved_tensors, ctx.feature_map, ctx.num_splits, *need)
+    return dq, dk, dv, *(x if n else None for x, n in zip(dw, need)), None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# ---- the public function --------------------------------------------------------------------------------------------------
+
+
+def _check(q, k, v, feature_map, w_q, w_k, eps):
+    """Raises ValueError, naming the argument, unless the equations make sense for these inputs."""
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map must be one of {FEATURE_MAPS}, got {feature_map!r}")
+    if not (isinstance(eps, (int, float)) and 0 <= eps < math.inf):
+        raise ValueError(f"eps must be a finite number >= 0, got {eps!r}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor) or x.dim() != 4:
+            raise ValueError(f"{name} must be a tensor (B, N, H, D), got {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} must have q's dtype and device ({q.dtype}, {q.device}), got {x.dtype}, {x.device}")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} has batch size {x.shape[0]}, q has {q.shape[0]}")
+        if x.shape[2] != q.shape[2]:
+            raise ValueError(f"{name} has {x.shape[2]} heads, q has {q.shape[2]}")
+        if 0 in x.shape:
+            raise ValueError(f"{name} is empty: shape {tuple(x.shape)}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k has head size {k.shape[3]}, q has {q.shape[3]}")
+    if v.shape[1] != k.shape[1]:
+        raise ValueError(f"v has {v.shape[1]} rows, k has {k.shape[1]}")
+    H, D = q.shape[2:]
+    for name, w in (("w_q", w_q), ("w_k", w_k)):
+        if w is None:
+            continue
+        if feature_map != "hedgehog":
+            raise ValueError(f"{name} was given, but feature_map {feature_map!r} has no projection")
+        if not isinstance(w, torch.Tensor) or w.shape != (H, D, D) or not w.is_floating_point() or w.device != q.device:
+            got = f"{tuple(w.shape)}, {w.dtype}, {w.device}" if isinstance(w, torch.Tensor) else type(w).__name__
+            raise ValueError(f"{name} must be a floating-point tensor (H, D, D) = {(H, D, D)} on {q.device}, got {got}")
+
+
+def _refusal(q, v, feature_map):
+    """Why the kernels cannot run these inputs, naming the argument, or None."""
+    widths = SIZES + (256,) if feature_map == "none" else SIZES
+    if triton is None:
+        return "triton is not installed"
+    if not (q.is_cuda or INTERPRET):
+        return f"q must be on a CUDA device (or set TRITON_INTERPRET=1 before triton is imported), got {q.device}"
+    if q.dtype not in DTYPES:
+        return f"q must be float32, bfloat16 or float16, got {q.dtype}"
+    if q.shape[3] not in widths:
+        return f"q must have a head size in {widths}, got {q.shape[3]}"
+    if v.shape[3] not in SIZES:
+        return f"v must have a head size in {SIZES}, got {v.shape[3]}"
+    return None
+
+
+def linear_attention(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=None, backend=None):
+    """o_i = phi(q_i) S / (phi(q_i) . z + eps), Eqs. (1) and (2) above, differentiable in q, k, v, w_q and w_k.
+
+    q (B, N_q, H, D), k (B, N, H, D), v (B, N, H, D_v) of one floating dtype and any strides -> (B, N_q, H, D_v) of that dtype.
+    feature_map  "hedgehog", "softmax", "relu", "elu" or "none" (q and k are features already).
+    w_q, w_k     (H, D, D), u = x W, for "hedgehog" alone; any floating dtype; None is the identity.
+    eps          added to the N-normalised denominator; None: 0 for positive maps, 1e-6 for "relu" and "none".
+    backend      "triton", "torch", or None: Triton where it can (a CUDA device and a supported size and dtype), else torch.
+
+    Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit, an unknown name, an empty tensor, a
+    projection for a map that has none, and for backend="triton" with inputs that the kernels do not take.
+    """
+    if eps is None:
+        eps = EPS.get(feature_map, 0.0) if isinstance(feature_map, str) else 0.0
+    _check(q, k, v, feature_map, w_q, w_k, eps)
+    if backend not in (None, "torch", "triton"):
+        raise ValueError(f"backend must be None, 'torch' or 'triton', got {backend!r}")
+    refusal = None if backend == "torch" else _refusal(q, v, feature_map)
+    if backend == "triton" and refusal:
+        raise ValueError(f"backend='triton': {refusal}")
+    if backend == "triton" or (backend is None and q.is_cuda and not refusal):
+        return _forward(q, k, v, w_q, w_k, feature_map, float(eps), 0)[0]
+    return linear_attention_reference(q, k, v, feature_map, w_q, w_k, eps)
