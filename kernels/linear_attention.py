@@ -72,7 +72,11 @@ def features(x, feature_map, w=None):
         return x.softmax(-1).clamp_min(TINY)
     if feature_map == "elu":
         return (torch.nn.functional.elu(x) + 1).clamp_min(TINY)
-    return x.relu() if feature_map == "relu" else x
+    if feature_map == "relu":
+        return x.relu()
+    if feature_map == "none":
+        return x
+    raise ValueError(f"feature_map must be one of {FEATURE_MAPS}, got {feature_map!r}")
 
 
 def linear_attention_reference(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=0.0, chunk=4096):

@@ -1,0 +1,434 @@
+"""kernels/linear_attention.py: the torch reference, and the Triton kernels under Triton's interpreter, against a float64 oracle.
+
+The interpreter must be chosen before triton is imported, so the kernel cases run in one process of their own, started by the fixture
+`interpreted` as `python tests/test_linear_attention.py`: it prints one JSON line per case, and each case is a test here. There every
+torch.empty is filled with NaN, so that a number a kernel forgets to write shows.
+"""
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":  # the interpreter's process
+    sys.path.insert(0, str(ROOT))
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from kernels import linear_attention as la  # noqa: E402
+from kernels.linear_attention import linear_attention, linear_attention_reference, quadratic_oracle  # noqa: E402
+
+EPS = la.EPS
+needs_triton = pytest.mark.skipif(la.triton is None, reason="triton is not installed")
+needs_compiler = pytest.mark.skipif(not shutil.which("gcc") and not os.environ.get("CC"), reason="torch.compile needs a C compiler")
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def inputs(feature_map="hedgehog", B=2, N=7, H=3, D=5, N_q=None, D_v=None, projections=True, dtype=torch.float64):
+    """-> [q, k, v] or, for hedgehog with projections, [q, k, v, w_q, w_k], W of unit gain."""
+    x = [normal(B, n, H, d, seed=s, dtype=dtype) for s, (n, d) in enumerate([(N_q or N, D), (N, D), (N, D_v or D)])]
+    if feature_map == "none":
+        x[:2] = [a.abs() for a in x[:2]]  # given features: positive here
+    if feature_map == "hedgehog" and projections:
+        x += [normal(H, D, D, seed=s, dtype=dtype) / D**0.5 for s in (3, 4)]
+    return x
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+# ---- the reference ----------------------------------------------------------------------------------------------------------
+
+MAPS = [("hedgehog", True), ("hedgehog", False), ("softmax", False), ("elu", False), ("relu", False), ("none", False)]
+
+
+@pytest.mark.parametrize("feature_map, projections", MAPS)
+@pytest.mark.parametrize("eps", [0.0, 0.3])
+def test_reference_is_the_quadratic_form(feature_map, projections, eps):
+    """O(N) sums equal the explicit attention matrix in float64, for any chunking, other numbers of queries and of value columns."""
+    x = inputs(feature_map, N=11, N_q=6, D_v=4, projections=projections)
+    q, k, v, *w = x
+    eps = eps or EPS[feature_map]
+    expected = quadratic_oracle(q, k, v, feature_map, *w, eps=eps)
+    for chunk in (1, 3, 4, 11, 4096):
+        got = linear_attention_reference(q, k, v, feature_map, *w, eps=eps, chunk=chunk)
+        assert got.shape == (2, 6, 3, 4)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("feature_map", la.FEATURE_MAPS)
+def test_oracle_is_the_double_sum(feature_map):
+    """The oracle itself, by loops over queries and keys: o_i = sum_j a_ij v_j / (sum_j a_ij + N eps), a_ij = phi(q_i) . phi(k_j)."""
+    q, k, v, *w = inputs(feature_map, B=1, N=4, H=2, D=3)
+    got = quadratic_oracle(q, k, v, feature_map, *w, eps=0.1)
+    phi = {"softmax": lambda u: u.exp() / u.exp().sum(), "relu": lambda u: u.clamp_min(0), "none": lambda u: u,
+           "elu": lambda u: torch.where(u > 0, u + 1, u.exp()), "hedgehog": lambda u: torch.cat([u.exp() / u.exp().sum(), (-u).exp() / (-u).exp().sum()])}
+    for h, i in itertools.product(range(2), range(4)):
+        up, down = torch.zeros(3, dtype=torch.float64), 4 * 0.1
+        for j in range(4):
+            x, y = (a @ m[h] if w else a for a, m in ((q[0, i, h], w[0] if w else q), (k[0, j, h], w[1] if w else q)))
+            a = phi[feature_map](x) @ phi[feature_map](y)
+            up, down = up + a * v[0, j, h], down + a
+        torch.testing.assert_close(got[0, i, h], up / down)
+
+
+@pytest.mark.parametrize("feature_map, projections", MAPS)
+def test_reference_gradients(feature_map, projections):
+    """gradcheck in float64, over several chunks, of q, k, v and both projections."""
+    x = [a.requires_grad_() for a in inputs(feature_map, B=1, N=5, H=2, D=3, N_q=4, projections=projections)]
+    call = lambda q, k, v, *w: linear_attention_reference(q, k, v, feature_map, *w, eps=0.05, chunk=2)
+    assert torch.autograd.gradcheck(call, x)
+
+
+def test_hedgehog_is_two_softmaxes():
+    """Eq. 6 of LinVideo: both halves sum to one each, the second is the softmax of -xW, and each head has its own W."""
+    x, w = normal(2, 5, 3, 4), normal(3, 4, 4, seed=1)
+    phi = la.features(x, "hedgehog", w)
+    assert phi.shape == (2, 5, 3, 8)
+    for h in range(3):
+        u = x[:, :, h] @ w[h]
+        torch.testing.assert_close(phi[:, :, h], torch.cat([u.softmax(-1), (-u).softmax(-1)], -1))
+    assert torch.equal(la.features(x, "hedgehog"), la.features(x, "hedgehog", torch.eye(4, dtype=torch.float64).expand(3, 4, 4)))
+
+
+@pytest.mark.parametrize("feature_map", ["hedgehog", "softmax", "elu"])
+def test_positive_features_are_clamped(feature_map):
+    """exp(-1000) is 0 in any dtype; features stay at 1e-12, and zero gradient passes through the clamp."""
+    x = torch.tensor([[-1000.0, 0.0, 500.0, -1000.0]], requires_grad=True)
+    phi = la.features(x[:, None, None], feature_map)
+    assert phi.min().item() == pytest.approx(1e-12)
+    phi.sum().backward()
+    assert x.grad[0, 0] == 0 and x.grad.isfinite().all()
+
+
+def test_eps_is_relative_to_the_mean_denominator():
+    """Every key twice is the same attention, whatever eps: it does not weigh less in longer sequences. And o (d + eps) = S-part."""
+    q, k, v, *w = inputs()
+    once, twice = (linear_attention(q, a, b, w_q=w[0], w_k=w[1], eps=0.2) for a, b in ((k, v), (torch.cat([k, k], 1), torch.cat([v, v], 1))))
+    torch.testing.assert_close(once, twice)
+    plain = linear_attention(q, k, v, w_q=w[0], w_k=w[1])
+    d = torch.einsum("bnhf,bhf->bnh", la.features(q, "hedgehog", w[0]), la.features(k, "hedgehog", w[1]).mean(1))[..., None]
+    torch.testing.assert_close(once * (d + 0.2), plain * d)
+
+
+def test_default_eps():
+    """0 for positive maps: constant values come back exactly. 1e-6 for relu: queries without any feature give 0, not NaN."""
+    for feature_map in ("hedgehog", "softmax", "elu"):
+        q, k, v = inputs(feature_map, projections=False)
+        torch.testing.assert_close(linear_attention(q, k, torch.ones_like(v), feature_map), torch.ones_like(v), rtol=0, atol=1e-14)
+    q, k, v = inputs("relu")
+    assert torch.equal(linear_attention(-q.abs(), k, v, "relu"), torch.zeros_like(v))
+    for feature_map in ("relu", "none"):
+        assert torch.equal(linear_attention(q.abs(), k.abs(), v, feature_map), linear_attention_reference(q.abs(), k.abs(), v, feature_map, eps=1e-6))
+        assert not torch.equal(linear_attention(q.abs(), k.abs(), v, feature_map), linear_attention(q.abs(), k.abs(), v, feature_map, eps=0))
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float16, 1e-3), (torch.bfloat16, 5e-3)])
+def test_reference_accumulates_in_float32(dtype, bound):
+    """Half precision in and out, float32 between, also under autocast: what is lost is the rounding of the output."""
+    x = inputs(N=300, D=16, dtype=torch.float32)
+    q, k, v, *w = [a.to(dtype) for a in x[:3]] + x[3:]
+    exact = quadratic_oracle(*[a.double() for a in (q, k, v)], "hedgehog", *[a.double() for a in w])
+    got = linear_attention(q, k, v, "hedgehog", *w)
+    assert got.dtype == dtype and relative(got, exact) < bound
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(linear_attention(q, k, v, "hedgehog", *w), got)
+    assert torch.equal(got, linear_attention(*[a.float() for a in (q, k, v)], "hedgehog", *w).to(dtype))
+
+
+def test_views_are_not_copied_and_float64_stays():
+    """A fused (B, N, 3, H, D) projection, a transposed (B, H, N, D) tensor and an expanded one give what their copies give."""
+    qkv = normal(2, 9, 3, 4, 5)
+    q, k, v = qkv.unbind(2)
+    k, v = k.transpose(1, 2).contiguous().transpose(1, 2), v[:, :1].expand(-1, 9, -1, -1)
+    got = linear_attention(q, k, v)
+    assert got.dtype == torch.float64 and torch.equal(got, linear_attention(q.clone(), k.clone(), v.clone()))
+
+
+# ---- properties, of the reference here and of the kernels below ---------------------------------------------------------------
+
+
+def properties(backend, N=33, D=16, dtype=torch.float32):
+    """-> {name: (value, bound)}: each value must be at most its bound. No oracle needed."""
+    q, k, v, w_q, w_k = (a.requires_grad_() for a in inputs(B=2, N=N, H=2, D=D, dtype=dtype))
+    call = lambda q, k, v, w_q=w_q, w_k=w_k: linear_attention(q, k, v, "hedgehog", w_q, w_k, backend=backend)
+    gradients = lambda o, *x: torch.autograd.grad(o, x, normal(*o.shape, seed=9, dtype=dtype))
+    largest = lambda a: a.detach().abs().max().item()
+    found = {}
+    o = call(q, k, v)
+    grads = gradients(o, q, k, v, w_q, w_k)
+    found["v = 1 gives 1"] = largest(call(q, k, torch.ones_like(v)) - 1), 2e-6
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
+    found["order of keys does not matter"] = largest(call(q, k[:, order], v[:, order]) - o), 2e-6
+    found["order of queries is kept"] = largest(call(q[:, order], k, v) - o[:, order]), 2e-6
+    found["W = 0 gives mean(v)"] = largest(call(q, k, v, 0 * w_q, 0 * w_k) - v.mean(1, keepdim=True)), 2e-6
+    found["(W_q, W_k) -> (-W_q, -W_k) changes nothing"] = largest(call(q, k, v, -w_q, -w_k) - o), 2e-6
+    found["-W_q alone does"] = -largest(call(q, k, v, -w_q) - o), -1e-3
+    big = (1000 * q).detach().requires_grad_()
+    o_big = call(big, k, v)
+    found["|q| = 1e3 stays in the hull of v"] = largest(o_big) - largest(v), 1e-5
+    found["and its gradients are finite"] = sum((~g.isfinite()).sum().item() for g in gradients(o_big, big, k, v, w_q, w_k)), 0
+    far = torch.eye(D, dtype=dtype)[0] * 1e3  # queries' and keys' features do not meet: all that is left of d is the clamp
+    o_far = linear_attention(far.expand_as(q), -far.roll(1).expand_as(k), v, "softmax", backend=backend)
+    found["disjoint features give a mean of v, not NaN"] = largest(o_far - v.mean(1, keepdim=True)), 1e-3
+    again = call(q, k, v)
+    found["bitwise equal twice"] = sum(0 if torch.equal(a, b) else 1 for a, b in
+                                       zip((o, *grads), (again, *gradients(again, q, k, v, w_q, w_k)))), 0
+    found["sum over keys of dv is the sum of dO"] = largest(grads[2].sum(1) - normal(*o.shape, seed=9, dtype=dtype).sum(1)), 1e-4
+    return found
+
+
+@pytest.mark.parametrize("name", list(properties("torch")))
+def test_property_of_the_reference(name):
+    value, bound = properties("torch")[name]
+    assert value <= bound, f"{name}: {value} > {bound}"
+
+
+# ---- torch.compile and checkpointing ------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_compiles_as_one_graph_on_the_cpu():
+    """torch.compile(fullgraph=True), forward and backward, equals eager."""
+    x = [a.requires_grad_() for a in inputs(N=40, D=16, dtype=torch.float32)]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: linear_attention(*x[:3], "hedgehog", *x[3:]), fullgraph=True)
+    got, expected = compiled(*x), linear_attention(*x[:3], "hedgehog", *x[3:])
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(torch.autograd.grad(got.square().sum(), x), torch.autograd.grad(expected.square().sum(), x)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def checkpointed(backend):
+    """Gradients with and without activation checkpointing -> largest difference."""
+    q, k, v, w_q, w_k = x = [a.requires_grad_() for a in inputs(N=20, D=16, dtype=torch.float32)]
+    call = lambda *x: linear_attention(*x[:3], "hedgehog", *x[3:], backend=backend)
+    plain = torch.autograd.grad(call(*x).square().sum(), x)
+    from torch.utils.checkpoint import checkpoint
+
+    again = torch.autograd.grad(checkpoint(call, *x, use_reentrant=False).square().sum(), x)
+    return max((a - b).abs().max().item() for a, b in zip(plain, again))
+
+
+def test_checkpointing_changes_nothing():
+    assert checkpointed("torch") == 0
+
+
+# ---- wrong input ----------------------------------------------------------------------------------------------------------------
+
+x, X64 = normal(2, 8, 3, 16, dtype=torch.float32), normal(2, 8, 3, 16)
+W = normal(3, 16, 16, dtype=torch.float32)
+WRONG = {
+    "v has 4 heads": dict(v=normal(2, 8, 4, 16, dtype=torch.float32)),
+    "k has 1 heads": dict(k=x[:, :, :1], v=x[:, :, :1]),
+    "k has batch size 1": dict(k=x[:1], v=x[:1]),
+    "v has batch size 3": dict(v=normal(3, 8, 3, 16, dtype=torch.float32)),
+    "k has head size 8": dict(k=x[..., :8]),
+    "v has 7 rows, k has 8": dict(v=x[:, :7]),
+    "q must be a floating-point tensor": dict(q=torch.ones(2, 8, 3, 16, dtype=torch.int64)),
+    "k must be a floating-point tensor": dict(k=torch.ones(2, 8, 3, 16, dtype=torch.int32)),
+    "v must have q's dtype": dict(v=X64),
+    "q must be a tensor": dict(q=x[0]),
+    "v must be a tensor (B, N, H, D), got list": dict(v=[1.0]),
+    "q is empty": dict(q=x[:, :0]),
+    "k is empty": dict(k=x[:, :0], v=x[:, :0]),
+    "feature_map must be one of": dict(feature_map="exp"),
+    "feature_map must be one of ('hedgehog', 'softmax', 'relu', 'elu', 'none'), got None": dict(feature_map=None),
+    "w_q must be a floating-point tensor (H, D, D) = (3, 16, 16)": dict(w_q=W[:2]),
+    "w_k must be a floating-point tensor (H, D, D) = (3, 16, 16)": dict(w_k=W[0]),
+    "w_q was given, but feature_map 'softmax'": dict(w_q=W, feature_map="softmax"),
+    "w_k was given, but feature_map 'none'": dict(w_k=W, feature_map="none"),
+    "eps must be a finite number >= 0": dict(eps=-1e-6),
+    "eps must be a finite number >= 0, got nan": dict(eps=float("nan")),
+    "backend must be None, 'torch' or 'triton'": dict(backend="cuda"),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_input_is_named(message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        linear_attention(**{**dict(q=x, k=x, v=x), **WRONG[message]})
+
+
+def test_triton_is_refused_on_the_cpu_and_not_needed():
+    """Asked for by name it says why not; not asked for, the reference runs, whatever the head size."""
+    if la.triton is not None:
+        with pytest.raises(ValueError, match="q must be on a CUDA device"):
+            linear_attention(x, x, x, backend="triton")
+    for D in (3, 24, 256):
+        y = normal(1, 4, 2, D)
+        torch.testing.assert_close(linear_attention(y, y, y), quadratic_oracle(y, y, y))
+
+
+def test_works_without_triton():
+    """The file needs only torch: with triton made unimportable the reference runs, and backend='triton' says what is missing."""
+    code = ("import sys; sys.modules['triton'] = None; import torch; from kernels.linear_attention import linear_attention as f\n"
+            "x = torch.randn(1, 5, 2, 16); f(x, x, x).sum()\n"
+            "try: f(x, x, x, backend='triton')\nexcept ValueError as e: print(e)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT)
+    assert "triton is not installed" in done.stdout, done.stderr[-2000:]
+
+
+# ---- the kernels, interpreted ------------------------------------------------------------------------------------------------------
+#
+# feature map, projections, N_q, N, D, D_v, splits (0: the rule), layout, eps (None: the default), dtype
+
+CASES = {
+    **{f"hedgehog N={N} D={D} splits={s}": ("hedgehog", True, N, N, D, D, s, layout, None, "float32") for N, D, s, layout in [
+        (1, 16, 1, "plain"), (1, 32, 7, "fused"), (15, 16, 2, "heads first"), (16, 32, 7, "padded"), (17, 16, 1, "fused"), (17, 64, 2, "strided"),
+        (197, 32, 1, "padded"), (197, 16, 7, "fused"), (300, 16, 2, "strided"), (300, 64, 7, "padded"), (300, 32, 0, "heads first")]},
+    **{f"{m} N={N} D={D} splits={s}": (m, False, N, N, D, D, s, layout, None, "float32") for m, N, D, s, layout in [
+        ("hedgehog", 197, 16, 2, "fused"), ("softmax", 1, 16, 7, "plain"), ("softmax", 197, 32, 7, "padded"), ("softmax", 300, 64, 2, "fused"),
+        ("relu", 17, 32, 1, "heads first"), ("relu", 300, 16, 7, "padded"), ("elu", 15, 16, 2, "padded"), ("elu", 197, 32, 2, "strided"),
+        ("none", 16, 16, 1, "fused"), ("none", 197, 16, 7, "padded")]},
+    "more keys than queries": ("hedgehog", True, 17, 70, 16, 16, 2, "padded", None, "float32"),
+    "more queries than keys": ("softmax", False, 70, 17, 16, 16, 2, "padded", None, "float32"),
+    "values wider than keys": ("hedgehog", True, 40, 33, 16, 32, 2, "padded", None, "float32"),
+    "large eps": ("hedgehog", True, 40, 33, 16, 16, 2, "fused", 0.5, "float32"),
+    "large eps, relu": ("relu", False, 40, 33, 16, 16, 1, "fused", 0.1, "float32"),
+    "size 128, S not resident": ("hedgehog", True, 17, 40, 128, 128, 2, "padded", None, "float32"),
+    "256 given features": ("none", False, 17, 33, 256, 16, 2, "padded", None, "float32"),
+    "float16": ("hedgehog", True, 70, 70, 32, 32, 2, "fused", None, "float16"),
+    "float16, softmax": ("softmax", False, 70, 70, 32, 32, 2, "fused", None, "float16"),
+    "bfloat16": ("hedgehog", True, 70, 70, 32, 32, 2, "fused", None, "bfloat16"),
+}
+BOUNDS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}  # the interpreter truncates to bfloat16 where a GPU rounds
+NAMES = ("o", "dq", "dk", "dv", "dw_q", "dw_k")
+
+
+def lay_out(x, layout):
+    """The same (B, N, H, D) numbers as a view with other strides, inside a larger tensor of NaN."""
+    B, N, H, D = x.shape
+    buffer, view = {
+        "plain": ((B, N, H, D), lambda a: a),
+        "fused": ((B, N, 3, H, D), lambda a: a[:, :, 1]),
+        "heads first": ((B, H, N, D), lambda a: a.transpose(1, 2)),
+        "padded": ((B + 1, N + 5, H + 1, D + 3), lambda a: a[:B, 2:2 + N, :H, 3:]),
+        "strided": ((B, 2 * N, H, 2 * D), lambda a: a[:, ::2, :, ::2]),
+    }[layout]
+    a = view(torch.full(buffer, float("nan"), dtype=x.dtype))
+    a.copy_(x)
+    return a
+
+
+def run_case(feature_map, projections, N_q, N, D, D_v, splits, layout, eps, dtype):
+    """-> {name: [error, bound]} in Frobenius norm, bound = tolerance |ref| + 1e-6 |dO| (float32)."""
+    dtype = getattr(torch, dtype)
+    eps = EPS[feature_map] if eps is None else eps
+    x = inputs(feature_map, 2, N, 2, D, N_q, D_v, projections)
+    x = [lay_out(a.to(dtype), layout).requires_grad_() for a in x[:3]] + [a.float().requires_grad_() for a in x[3:]]
+    w = x[3:] or [None, None]
+    o = la._forward(*x[:3], *w, feature_map, eps, splits)[0]
+    g = lay_out(normal(*o.shape, seed=8).to(dtype), layout)
+    got = [o, *torch.autograd.grad(o, x, g)]
+    y = [a.detach().double().requires_grad_() for a in x]
+    ref = quadratic_oracle(*y[:3], feature_map, *y[3:], eps=eps)
+    expected = [ref, *torch.autograd.grad(ref, y, g.double())]
+    tolerance = BOUNDS[str(dtype)[6:]]
+    found = {}
+    for name, a, b in zip(NAMES, got, expected):
+        assert a.shape == b.shape and a.dtype == (torch.float32 if name[:2] == "dw" else dtype), (name, a.shape, a.dtype)
+        found[name] = (a.double() - b).norm().item(), tolerance * b.norm().item() + tolerance / 10 * g.double().norm().item()
+    return found
+
+
+def registration():
+    """opcheck of both operators, torch.compile around them, checkpointing, and what they save.  -> {name: (value, bound)}."""
+    x = [a.requires_grad_() for a in inputs(N=9, H=2, D=16, dtype=torch.float32)]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    found = {}
+    for name, w in (("with W", x[3:]), ("without W", [None, None])):
+        result = torch.library.opcheck(la._forward, (*x[:3], *w, "hedgehog", 0.0, 2), test_utils=checks, raise_exception=False)
+        found[f"opcheck forward {name}"] = sum(v != "SUCCESS" for v in result.values()), 0
+        saved = la._forward(*[a.detach() for a in x[:3]], *w, "hedgehog", 0.0, 2)
+        args = (torch.randn(2, 9, 2, 16), *[a.detach() for a in x[:3]], *w, *saved, "hedgehog", 2, w[0] is not None, False)
+        result = torch.library.opcheck(la._backward, args, test_utils=("test_schema", "test_faketensor"), raise_exception=False)
+        found[f"opcheck backward {name}"] = sum(v != "SUCCESS" for v in result.values()), 0
+    call = lambda *x: linear_attention(*x[:3], "hedgehog", *x[3:], backend="triton")
+    expected = call(*x)
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(*x)
+    grads = [torch.autograd.grad(o.square().sum(), x) for o in (got, expected)]
+    found["torch.compile(fullgraph=True)"] = max((a - b).abs().max().item() for a, b in zip((got, *grads[0]), (expected, *grads[1]))), 1e-6
+    found["checkpoint"] = checkpointed("triton"), 0
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda a: (kept.append(a.numel()), a)[1], lambda a: a):
+        long = [a.requires_grad_() for a in inputs(B=1, N=300, H=1, D=16, dtype=torch.float32)]
+        call(*long)
+    found["no features are saved"] = max(kept), 300 * 16
+    frozen = torch.autograd.grad(call(*x[:3], *[a.detach() for a in x[3:]]).square().sum(), x[:3])
+    found["frozen W, same gradients"] = max((a - b).abs().max().item() for a, b in zip(frozen, grads[1])), 1e-6
+    return found
+
+
+def refusals():
+    """backend="triton" with what the kernels do not take -> {name: (0 if refused by name, 0)}."""
+    found = {}
+    for what, y, v, message in (("q of 24", normal(1, 4, 2, 24, dtype=torch.float32), None, "q must have a head size in (16, 32, 64, 128), got 24"),
+                                ("v of 24", x[:, :, :, :16], normal(2, 8, 3, 24, dtype=torch.float32), "v must have a head size in"),
+                                ("float64", X64, None, "q must be float32, bfloat16 or float16")):
+        try:
+            linear_attention(y, y, y if v is None else v, backend="triton")
+            said = "nothing"
+        except ValueError as e:
+            said = str(e)
+        found[f"refuses {what}"] = 0 if message in said else 1, 0
+    return found
+
+
+GROUPS = {"properties": lambda: properties("triton"), "registration": registration, "refusals": refusals}
+
+
+def interpreter_main():
+    """Prints one JSON line per case: {"case", "found": {name: [value, bound]} or "error", "seconds"}."""
+    import traceback
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
+    assert torch.empty(3).isnan().all() and la.INTERPRET
+    for name, run in {**{n: (lambda c=c: run_case(*c)) for n, c in CASES.items()}, **GROUPS}.items():
+        begin, line = time.time(), {"case": name}
+        try:
+            line["found"] = run()
+        except Exception:
+            line["error"] = traceback.format_exc()[-3000:]
+        print("RESULT " + json.dumps({**line, "seconds": round(time.time() - begin, 2)}), flush=True)
+
+
+def environment(**changes):
+    drop = {"TRITON_INTERPRET"}
+    return {**{k: v for k, v in os.environ.items() if k not in drop}, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **changes}
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """{case: its line} from one run of this file under the interpreter."""
+    done = subprocess.run([sys.executable, "-W", "ignore", str(Path(__file__).resolve())], capture_output=True, text=True, timeout=1200,
+                          env=environment(TRITON_INTERPRET="1"))
+    lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return {line["case"]: line for line in lines}
+
+
+@needs_triton
+@pytest.mark.parametrize("case", [*CASES, *GROUPS])
+def test_kernels(interpreted, case):
+    """Oracle agreement of o and all gradients, and the groups: the properties, registration and refusals of the Triton path."""
+    line = interpreted[case]
+    assert "error" not in line, line["error"]
+    wrong = {name: f"{value:.3g} > {bound:.3g}" for name, (value, bound) in line["found"].items() if not value <= bound}
+    assert not wrong, wrong
+
+
+if __name__ == "__main__":
+    interpreter_main()
