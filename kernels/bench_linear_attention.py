@@ -7,7 +7,9 @@
 Rows of the table: "triton" (the kernels), "torch" (the reference), "compile" (torch.compile of the reference), "sdpa NAME" (each backend
 of scaled_dot_product_attention that takes the input) and "fla" (flash-linear-attention's chunk_linear_attn, causal, on given features,
 where installed). GB/s counts what must move: forward q, k, v in and o out; forward + backward 4 tensors and then q, k, v, o, do in and
-dq, dk, dv out, 12 in all. Its share is of the bandwidth of a large device copy, measured first. Times are medians over repeats.
+dq, dk, dv out, 12 in all. Its share is of the bandwidth of a large device copy, measured first. Times are medians over repeats, on a
+GPU by events. On a CPU they are wall time, or with --clock cpu and one thread the processor time of this process, which other jobs on
+the machine disturb less.
 """
 import argparse
 import json
@@ -89,8 +91,9 @@ def compile_table(arch, dtype_name="bf16"):
 # ---- measured figures ---------------------------------------------------------------------------------------------------------
 
 
-def seconds(run, device, repeats, budget):
+def seconds(run, device, repeats, budget, clock="wall"):
     """Median seconds of run() after a first, unmeasured call; on CUDA by events, with the L2 cache overwritten before each."""
+    now = time.process_time if clock == "cpu" else time.perf_counter
     run()
     times, begin = [], time.time()
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device == "cuda" else None
@@ -104,17 +107,17 @@ def seconds(run, device, repeats, budget):
             torch.cuda.synchronize()
             times.append(a.elapsed_time(b) / 1000)
         else:
-            a = time.perf_counter()
+            a = now()
             run()
-            times.append(time.perf_counter() - a)
+            times.append(now() - a)
     return sorted(times)[len(times) // 2]
 
 
-def copy_bandwidth(device, repeats):
+def copy_bandwidth(device, repeats, clock):
     """Bytes read plus bytes written per second of a copy that no cache holds."""
     x = torch.empty((2**30 if device == "cuda" else 2**26) // 4, device=device).normal_()
     y = torch.empty_like(x)
-    return 2 * x.numel() * 4 / seconds(lambda: y.copy_(x), device, repeats, 2.0)
+    return 2 * x.numel() * 4 / seconds(lambda: y.copy_(x), device, repeats, 2.0, clock)
 
 
 def methods(args, device):
@@ -181,8 +184,8 @@ def measure(call, N, H, args, device, bandwidth):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
-        row = dict(forward_s=seconds(forward, device, args.repeats, args.seconds))
-        row["step_s"] = None if args.forward_only else seconds(step, device, args.repeats, args.seconds)
+        row = dict(forward_s=seconds(forward, device, args.repeats, args.seconds, args.clock))
+        row["step_s"] = None if args.forward_only else seconds(step, device, args.repeats, args.seconds, args.clock)
         row["peak_mb"] = (torch.cuda.max_memory_allocated() - held) / 2**20 if device == "cuda" else None
     except Exception as e:  # a backend that refuses the input, or memory that does not suffice
         if device == "cuda":
@@ -230,7 +233,7 @@ def listed(kind, allowed=None):
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(prog="bench_linear_attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--lengths", type=listed(positive), help="comma-separated numbers of tokens (default: 1024 to 75,600 on a GPU, to 8,192 on a CPU)")
+    p.add_argument("--lengths", type=listed(positive), help="comma-separated numbers of tokens (default: 1024 to 75,600 on a GPU, 256 to 4096 on a CPU)")
     p.add_argument("--heads", type=listed(positive), help="comma-separated numbers of heads (default: 12,40 on a GPU, 2 on a CPU)")
     p.add_argument("--head_dim", type=positive, default=128, help="head size (default 128)")
     p.add_argument("--batch", type=positive, default=1, help="batch size (default 1)")
@@ -238,10 +241,11 @@ def parse_args(argv=None):
     p.add_argument("--feature_map", choices=["hedgehog", "softmax", "relu", "elu"], default="hedgehog",
                    help="feature map; hedgehog has a projection per head (default hedgehog)")
     p.add_argument("--methods", type=listed(str, METHODS), default=list(METHODS), help=f"which rows (default {','.join(METHODS)}; compile not on a CPU)")
-    p.add_argument("--sdpa", type=listed(str, tuple(BACKENDS)), default=list(BACKENDS), help=f"SDPA backends to try (default {','.join(BACKENDS)})")
+    p.add_argument("--sdpa", type=listed(str, tuple(BACKENDS)), help=f"SDPA backends to try (default {','.join(BACKENDS)}; on a CPU math,flash)")
     p.add_argument("--forward_only", action="store_true", help="leave the backward out")
     p.add_argument("--repeats", type=positive, default=20, help="most measured calls of each kind; their median is shown (default 20)")
     p.add_argument("--seconds", type=float, default=1.0, help="seconds after which no further call of a kind is begun (default 1)")
+    p.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="on a CPU: wall time, or processor time (default wall)")
     p.add_argument("--device", choices=["cuda", "cpu"], help="where to run (default: cuda where there is one)")
     p.add_argument("--json", default="runs/bench_linear_attention.json", help="file for all figures (default %(default)s)")
     p.add_argument("--compile", choices=["sm_80", "sm_89", "sm_90", "sm_100"], help="compile the kernels for this architecture instead, without a GPU")
@@ -253,10 +257,13 @@ def parse_args(argv=None):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device == "cuda"
     args.device = device
-    args.lengths = args.lengths or ([1024, 2048, 4096, 8192, 16384, 32760, 75600] if gpu else [128, 256, 512, 1024, 2048, 4096])
+    args.lengths = args.lengths or ([1024, 2048, 4096, 8192, 16384, 32760, 75600] if gpu else [256, 512, 1024, 2048, 4096])
     args.heads = args.heads or ([12, 40] if gpu else [2])
     if args.dtype is None:
         args.dtype = "bf16" if gpu or args.compile else "fp32"
+    args.sdpa = args.sdpa or (list(BACKENDS) if gpu else ["math", "flash"])
+    if args.clock == "cpu" and (gpu or torch.get_num_threads() > 1):
+        p.error("--clock cpu is for one thread on a CPU (OMP_NUM_THREADS=1)")
     if not gpu and args.methods == list(METHODS):
         args.methods = ["torch", "sdpa"]
     return args
@@ -272,7 +279,8 @@ def save(args, result):
 
 def main(argv=None):
     args = parse_args(argv)
-    about = dict(torch=torch.__version__, triton=getattr(la.triton, "__version__", None), dtype=args.dtype, feature_map=args.feature_map)
+    about = dict(torch=torch.__version__, triton=getattr(la.triton, "__version__", None), dtype=args.dtype, feature_map=args.feature_map,
+                 clock=args.clock)
     if args.compile:
         print(f"compiled for {args.compile} by triton {la.triton.__version__}, {args.dtype}, D = 128; spills in bytes per thread, shared memory in KB")
         print("| feature map | launch | rows | warps | registers | spills | shared |\n|---|---|---|---|---|---|---|")
@@ -280,7 +288,7 @@ def main(argv=None):
         return
     device = args.device
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    bandwidth = copy_bandwidth(device, args.repeats)
+    bandwidth = copy_bandwidth(device, args.repeats, args.clock)
     print(f"{name}, torch {torch.__version__}, {args.feature_map}, {args.dtype}, B {args.batch}, D {args.head_dim}; copy {bandwidth / 1e9:.1f} GB/s")
     rows, crossings = [], []
     for H in args.heads:

@@ -263,7 +263,7 @@ def test_wrong_input_is_named(message):
 
 def test_triton_is_refused_on_the_cpu_and_not_needed():
     """Asked for by name it says why not; not asked for, the reference runs, whatever the head size."""
-    if la.triton is not None:
+    if la.triton is not None and not la.INTERPRET:
         with pytest.raises(ValueError, match="q must be on a CUDA device"):
             linear_attention(x, x, x, backend="triton")
     for D in (3, 24, 256):
@@ -428,6 +428,71 @@ def test_kernels(interpreted, case):
     assert "error" not in line, line["error"]
     wrong = {name: f"{value:.3g} > {bound:.3g}" for name, (value, bound) in line["found"].items() if not value <= bound}
     assert not wrong, wrong
+
+
+# ---- compiled without a GPU, and the benchmark ------------------------------------------------------------------------------------
+
+
+def bench(*flags):
+    return subprocess.run([sys.executable, str(ROOT / "kernels" / "bench_linear_attention.py"), *flags], capture_output=True, text=True,
+                          env=environment(), timeout=600)
+
+
+@pytest.mark.skipif(la.triton is None or not list((Path(la.triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*")),
+                    reason="no triton, or one without NVIDIA's assembler")
+def test_kernels_compile_for_sm_90_without_spills(tmp_path):
+    """Every launch of a training step in the default configuration, bf16, D = 128, hedgehog with W and softmax: registers suffice
+    (0 bytes of spills) and shared memory is at most the 227 KB that a program may have."""
+    done = bench("--compile", "sm_90", "--json", str(tmp_path / "c.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((tmp_path / "c.json").read_text())["compiled"]
+    launches = ["reduce k", "apply", "backward q", "reduce q", "backward k"]
+    assert [r["launch"] for r in rows] == launches + ["dW"] + launches
+    for r in rows:
+        assert r["spills"] == 0 and r["shared"] <= 227 * 1024 and 16 <= r["regs"] <= 255, r
+
+
+def test_benchmark_runs_on_the_cpu(tmp_path):
+    """A row for the reference and for SDPA at each length, times and bandwidths, the crossover, and the same in JSON."""
+    done = bench("--lengths", "32,64", "--heads", "1", "--head_dim", "16", "--repeats", "1", "--seconds", "0.01", "--json", str(tmp_path / "b" / "b.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "b" / "b.json").read_text())
+    assert [(r["N"], r["method"]) for r in result["rows"]] == [(N, m) for N in (32, 64) for m in ("torch", "sdpa math", "sdpa flash")]
+    for r in result["rows"]:
+        assert r["forward_gbs"] == pytest.approx(4 * r["N"] * 16 * 4 / r["forward_s"] / 1e9) and r["step_s"] > 0
+    assert [c["what"] for c in result["crossover"]] == ["forward", "forward + backward"] and "torch beats every SDPA backend" in done.stdout
+
+
+@pytest.mark.parametrize("flags", [["--lengths", "0"], ["--heads", "a"], ["--methods", "triton,magic"], ["--compile", "sm_12"], ["--dtype", "int8"], ["--n", "4"]])
+def test_benchmark_refuses_wrong_flags(flags, capsys):
+    from kernels import bench_linear_attention
+
+    with pytest.raises(SystemExit) as e:
+        bench_linear_attention.parse_args(flags)
+    assert e.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+def test_crossover_is_the_length_from_which_on_it_wins():
+    """Not the first win: 16 wins, 32 loses, from 64 on it wins against the best backend."""
+    from kernels.bench_linear_attention import crossover
+
+    rows = [dict(N=N, method=m, forward_s=t) for N, ts in {16: (1, 2, 3), 32: (4, 3, 9), 64: (5, 9, 6), 128: (6, 20, 30)}.items()
+            for m, t in zip(("torch", "sdpa math", "sdpa flash"), ts)]
+    assert crossover(rows, "torch") == 64
+    assert crossover(rows[:6], "torch") is None
+
+
+def test_reference_beats_softmax_attention_on_long_sequences():
+    """One thread, 8,192 tokens: O(N) against O(N^2), in processor time."""
+    q, k, v = inputs(B=1, N=8192, H=1, D=32, projections=False, dtype=torch.float32)
+    sdpa = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)))
+    took = []
+    for call in (linear_attention, sdpa):
+        call(q[:, :64], k[:, :64], v[:, :64])
+        begin = time.process_time()
+        call(q, k, v)
+        took.append(time.process_time() - begin)
+    assert took[0] < took[1], took
 
 
 if __name__ == "__main__":
