@@ -62,7 +62,7 @@ def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, 
     const.update({name: 1 for name in fn.arg_names if re.fullmatch("[xyo]_d", name)})
     words = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     dot = words[la.dot_dtype(dtype)]
-    types = {**dict.fromkeys(["X", "Y", "O", "DX", "DV"], "*" + words[dtype]), **dict.fromkeys(["W", "DU"], "*" + dot),
+    types = {**dict.fromkeys(["X", "Y", "OUT", "DX", "DV"], "*" + words[dtype]), **dict.fromkeys(["W", "DU"], "*" + dot),
              **dict.fromkeys(["Z", "DEN", "DELTA"], "*fp32"), "S": "*fp32" if kernel == "reduce" else "*" + dot, "eps": "fp32"}
     signature = {name: "constexpr" if name in const else types.get(name, "i32") for name in fn.arg_names}
     aligned = [i for i, name in enumerate(fn.arg_names) if signature[name][0] == "*" or re.fullmatch("[xyo]_[bnh]|rows_per_split", name)]

@@ -109,8 +109,9 @@ def quadratic_oracle(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=0.
 
 # ---- Triton kernels -----------------------------------------------------------------------------------------------------
 #
-# A program owns a range of rows ("split") of one (batch, head), and walks through it ROWS at a time. Features come in blocks of F columns: one, or two for hedgehog (the halves of both
-# signs) and for 256 given features. DOT is the dtype of the operands of tl.dot and PRECISION how float32 operands are multiplied:
+# A program owns a range of rows ("split") of one (batch, head), and walks through it ROWS at a time. Features come in blocks of F
+# columns: one, or two for hedgehog (the halves of both signs) and for 256 given features. DOT is the dtype of the operands of
+# tl.dot, PRECISION how float32 operands are multiplied:
 #
 #     inputs      DOT         PRECISION
 #     bfloat16    bfloat16    (unused)
@@ -224,10 +225,10 @@ if triton is not None:
             tl.store(Z + F + f, z1)
 
     @triton.jit
-    def _apply_kernel(X, W, S, Z, O, DEN, eps, N, H, splits, rows_per_split, x_b, x_n, x_h, x_d, o_b, o_n, o_h, o_d,
+    def _apply_kernel(X, W, S, Z, OUT, DEN, eps, N, H, splits, rows_per_split, x_b, x_n, x_h, x_d, o_b, o_n, o_h, o_d,
                       MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, HAS_W: tl.constexpr,
                       RESIDENT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr):
-        """Eq. (2) for this split's queries.  X (B, N, H, f), S (B H, f, D) of dtype DOT, Z (B H, f); writes O and d, DEN (B H, N).
+        """Eq. (2) for this split's queries.  X (B, N, H, f), S (B H, f, D) of dtype DOT, Z (B H, f); writes OUT and d, DEN (B H, N).
 
         W and S are loaded once and stay in shared memory while the rows stream through.
         """
@@ -235,7 +236,7 @@ if triton is not None:
         bh = (tl.program_id(0) // splits).to(tl.int64)
         b, h = bh // H, bh % H
         X += b * x_b + h * x_h
-        O += b * o_b + h * o_h
+        OUT += b * o_b + h * o_h
         S += bh * (BLOCKS * F * D)
         Z += bh * (BLOCKS * F)
         rows, f, c = tl.arange(0, ROWS), tl.arange(0, F), tl.arange(0, D)
@@ -275,18 +276,18 @@ if triton is not None:
                 acc = tl.dot(phi, s1, acc, input_precision=PRECISION)
                 d += tl.sum(phi.to(tl.float32) * tl.load(Z + F + f)[None, :], 1)
             d = tl.where(keep, d, 1.0)  # no 0 / 0 in rows that do not exist
-            o = (acc / d[:, None]).to(O.dtype.element_ty)
-            tl.store(O + n * o_n + rows[:, None] * o_n + c[None, :] * o_d, o, mask=keep[:, None])
+            o = (acc / d[:, None]).to(OUT.dtype.element_ty)
+            tl.store(OUT + n * o_n + rows[:, None] * o_n + c[None, :] * o_d, o, mask=keep[:, None])
             tl.store(DEN + bh * N + n + rows, d, mask=keep)
 
     @triton.jit
-    def _backward_kernel(X, Y, O, W, S, Z, DEN, DELTA, DX, DU, DV, N, H, splits, rows_per_split,
+    def _backward_kernel(X, Y, OUT, W, S, Z, DEN, DELTA, DX, DU, DV, N, H, splits, rows_per_split,
                          x_b, x_n, x_h, x_d, y_b, y_n, y_h, y_d, o_b, o_n, o_h, o_d,
                          MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, HAS_W: tl.constexpr,
                          QUERY: tl.constexpr, WRITE_U: tl.constexpr, RESIDENT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr):
         """Eqs. (3) and (5) for this split's rows, then through the feature map: du, and dx = du W^T.
 
-        QUERY: X = q, Y = dL/do, O = o, (S, Z) = (S, z); writes delta. Otherwise X = k, Y = v, (S, Z) = (dS, dz); writes dv.
+        QUERY: X = q, Y = dL/do, OUT = o, (S, Z) = (S, z); writes delta. Otherwise X = k, Y = v, (S, Z) = (dS, dz); writes dv.
         DX (B, N, H, f), DV (B, N, H, D) and DU (B, N, H, F), all contiguous; DU, of dtype DOT, is what dW needs.
         """
         split = tl.program_id(0) % splits
@@ -294,7 +295,7 @@ if triton is not None:
         b, h = bh // H, bh % H
         X += b * x_b + h * x_h
         Y += b * y_b + h * y_h
-        O += b * o_b + h * o_h
+        OUT += b * o_b + h * o_h
         S += bh * (BLOCKS * F * D)
         Z += bh * (BLOCKS * F)
         rows, f, c = tl.arange(0, ROWS), tl.arange(0, F), tl.arange(0, D)
@@ -314,7 +315,7 @@ if triton is not None:
             row = (b * N + n) * H + h  # of a contiguous (B, N, H, .) tensor, whose next row of this head is H further
             y = _load(Y + n * y_n, y_n, y_d, rows, c, keep)
             if QUERY:
-                o = _load(O + n * o_n, o_n, o_d, rows, c, keep)
+                o = _load(OUT + n * o_n, o_n, o_d, rows, c, keep)
                 delta = tl.sum(y.to(tl.float32) * o.to(tl.float32), 1)
                 tl.store(DELTA + bh * N + n + rows, delta, mask=keep)
                 over_d = 1 / tl.load(DEN + bh * N + n + rows, mask=keep, other=1.0)
