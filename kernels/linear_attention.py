@@ -580,7 +580,7 @@ def linear_attention(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=No
     feature_map  "hedgehog", "softmax", "relu", "elu" or "none" (q and k are features already).
     w_q, w_k     (H, D, D), u = x W, for "hedgehog" alone; any floating dtype; None is the identity.
     eps          added to the N-normalised denominator; None: 0 for positive maps, 1e-6 for "relu" and "none".
-    backend      "triton", "torch", or None: Triton where it can (a CUDA device and a supported size and dtype), else torch.
+    backend      "triton", "torch", or None: Triton where it can (a CUDA device, a supported size and dtype, sm_90 for size 128), else torch.
 
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit, an unknown name, an empty tensor, a
     projection for a map that has none, and for backend="triton" with inputs that the kernels do not take.
@@ -593,6 +593,8 @@ def linear_attention(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=No
     refusal = None if backend == "torch" else _refusal(q, v, feature_map)
     if backend == "triton" and refusal:
         raise ValueError(f"backend='triton': {refusal}")
-    if backend == "triton" or (backend is None and q.is_cuda and not refusal):
+    # before sm_90 a program has too little shared memory for size 128 (docs/kernels.md): there only backend="triton" tries
+    fits = q.is_cuda and (max(q.shape[3], v.shape[3]) < 128 or torch.cuda.get_device_capability(q.device) >= (9, 0))
+    if backend == "triton" or (backend is None and fits and not refusal):
         return _forward(q, k, v, w_q, w_k, feature_map, float(eps), 0)[0]
     return linear_attention_reference(q, k, v, feature_map, w_q, w_k, eps)
