@@ -31,8 +31,10 @@ Launch.
 Deviations, and why. The gradient drops the factor alpha_t of Eq. 7, as both papers' pseudo-code and code do. A step is a student
 update (official: a critic update), and every fake update sees fresh student samples. The regression loss is L2, not LPIPS (v1
 App. I: 2.78 against 2.66 FID; no feature network to download). Noise levels are uniform as in the papers, but spread evenly over
-a batch. EMA, momentum below .9 and falling rates are not the papers' (flags): they keep the default run short. The GAN
-head is an MLP on tokens, for transformers (papers: convolutions on UNet features).
+a batch. With several steps the fake is told which one made the sample, where the network has such an input: one fake for all only
+pins down the mixture of the steps (docs/dmd.md; --shared_fake is the papers'). EMA, momentum below .9 and falling rates are not
+the papers' (flags): they keep the default run short. The GAN head is an MLP on tokens, for transformers (papers: convolutions on
+UNet features).
 """
 import copy
 import datetime
@@ -212,6 +214,10 @@ def load_networks(args, device):
         if type(student) is not type(start) or shapes[0] != shapes[1]:
             raise io.UserError(f"--student_init {args.student_init}: this {type(student).__name__} does not have the shapes of the teacher's "
                                f"{type(start).__name__}; student and fake are copies of the teacher's network")
+    if args.student_steps > 1 and not args.shared_fake and "steps_cond" in fake.config:
+        told = type(fake)(**{**fake.config, "steps_cond": True})
+        told.load_state_dict(fake.state_dict(), strict=False)  # its new layer is zero: still the teacher's function
+        fake = told
     if args.timestep_shift is not None:
         teacher.shift = args.timestep_shift
     teacher.net.to(device).requires_grad_(False).eval()
@@ -276,6 +282,7 @@ def train(args):
     world = load_world(teacher.world_name) if teacher.world_name in WORLDS else None
     conditions = Conditions(args, student)
     times = step_grid(args.student_steps, teacher.shift)[:-1]  # the student's t_1 > ... > t_N, shifted
+    step_told = args.student_steps > 1 and getattr(fake, "steps", None) is not None
     needs_data = args.gan_weight > 0 or args.student_input == "real" and args.student_steps > 1
     if args.data and not needs_data:
         raise io.UserError("--data is for the GAN or --student_input real with several steps: set --gan_weight, or leave --data out")
@@ -341,16 +348,17 @@ def train(args):
 
     def student_input(draw):
         """x_t, t and condition the student is trained at: one step k for all ranks, reached by the student's own rollout
-        without gradient (2405.14867, Sec. 4.5).  -> x_t (B, ...), t (B,), cond, uncond."""
+        without gradient (2405.14867, Sec. 4.5).  -> x_t (B, ...), t (B,), cond, uncond, and what else the fake is told."""
         k = draw.agreed("k", args.student_steps)
         z = draw.normal("z", shape)
-        t = z.new_full((B,), times[k])
+        t, told = z.new_full((B,), times[k]), {"steps": z.new_full((B,), float(k))} if step_told else {}
         cond, uncond = conditions.draw(draw, device)
         if args.student_input == "real" and k > 0:  # ablation: noised data, which the student never meets at test time
             x_real, cond = real_batch(draw, "real_input")
-            return add_noise(schedule, x_real, z, t), t, cond, uncond
+            return add_noise(schedule, x_real, z, t), t, cond, uncond, told
         with torch.no_grad():
-            return rollout(student, schedule, kind, z, times[:k + 1], cond, args.renoise, lambda i: draw.normal(f"renoise{i}", shape)), t, cond, uncond
+            x_t = rollout(student, schedule, kind, z, times[:k + 1], cond, args.renoise, lambda i: draw.normal(f"renoise{i}", shape))
+        return x_t, t, cond, uncond, told
 
     def lap(part):
         """Charge the time since the last lap to one part of the step."""
@@ -381,16 +389,16 @@ def train(args):
                 t, eps = shift(draw.spread("u"), teacher.shift), draw.normal("eps", shape)
                 lap("data")
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-                    x_t, t_in, cond, _ = student_input(draw)
+                    x_t, t_in, cond, _, told = student_input(draw)
                     with torch.no_grad():  # no gradient into the student here
                         x = predict_x0(student, schedule, kind, x_t, t_in, **cond)
                     lap("student")
-                    loss = loss_f = fake_score_loss(fake, schedule, kind, x, eps, t, cond)
+                    loss = loss_f = fake_score_loss(fake, schedule, kind, x, eps, t, {**cond, **told})
                     if args.gan_weight:
                         x_real, cond_real = real_batch(draw, "real_gan")
                         t_f, t_r = (shift(draw.spread(n), teacher.shift) for n in ("u_gan_fake", "u_gan_real"))
-                        logit_fake = gan_logit(fake, head, schedule, x, draw.normal("eps_gan_fake", shape), t_f, cond)
-                        logit_real = gan_logit(fake, head, schedule, x_real, draw.normal("eps_gan_real", shape), t_r, cond_real)
+                        logit_fake = gan_logit(fake, head, schedule, x, draw.normal("eps_gan_fake", shape), t_f, {**cond, **told})
+                        logit_real = gan_logit(fake, head, schedule, x_real, draw.normal("eps_gan_real", shape), t_r, {**cond_real, **told})
                         loss_d = discriminator_loss(logit_real, logit_fake)
                         loss = loss_f + args.gan_weight_d * loss_d
                         sums["loss_d"] += loss_d.item() * share / args.fake_update_ratio
@@ -409,7 +417,7 @@ def train(args):
             t, eps = shift(draw.spread("u", *args.dm_range), teacher.shift), draw.normal("eps", shape)
             lap("data")
             with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-                x_t, t_in, cond, uncond = student_input(draw)
+                x_t, t_in, cond, uncond, told = student_input(draw)
                 x = predict_x0(student, schedule, kind, x_t, t_in, **cond)  # the one call with gradient
                 x.retain_grad()
                 lap("student")
@@ -417,14 +425,14 @@ def train(args):
                     noised = add_noise(schedule, x, eps, t)
                     x0_real = guided_x0(teacher.net, schedule, kind, noised, t, cond, uncond, args.guidance_scale)
                     lap("teacher")
-                    x0_fake = x if args.no_fake_score else predict_x0(fake, schedule, kind, noised, t, **cond)
+                    x0_fake = x if args.no_fake_score else predict_x0(fake, schedule, kind, noised, t, **cond, **told)
                     lap("fake")
                     g = distribution_matching_gradient(x, x0_real, x0_fake)
                 loss_dm = distribution_matching_loss(x, g)
                 loss = loss_dm
                 if args.gan_weight:
                     t_g, eps_g = shift(draw.spread("u_gan"), teacher.shift), draw.normal("eps_gan", shape)
-                    loss_gan = generator_gan_loss(gan_logit(fake, head, schedule, x, eps_g, t_g, cond))
+                    loss_gan = generator_gan_loss(gan_logit(fake, head, schedule, x, eps_g, t_g, {**cond, **told}))
                     loss = loss + args.gan_weight * loss_gan
                     sums["loss_gan"] += loss_gan.item() * share
                 if args.regression_weight:  # its own batch of pairs (2311.18828, Eq. 9)
@@ -627,6 +635,7 @@ def parse_args(argv=None):
     p.add_argument("--renoise", choices=["sde", "ode"], default="sde", help="between student steps: fresh noise (paper), or Euler")
     p.add_argument("--student_input", choices=["backsim", "real"], default="backsim", help="steps > 1 start from the student's own rollout (paper) "
                    "or from noised data (ablation)")
+    p.add_argument("--shared_fake", action="store_true", help="ablation for steps > 1: do not tell the fake which step a sample comes from (paper)")
     p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1.6e-3, help="AdamW learning rate of fake score and GAN head")
     p.add_argument("--lr_decay_share", type=io.number(float, 0, 1), default=1.0, help="last share of the run with both rates falling linearly to 0 "
                    "(paper: 0, constant)")

@@ -565,10 +565,10 @@ def test_real_input_is_noised_data_with_its_own_label(monkeypatch, tmp_path):
     """The ablation --student_input real: past the first step the student starts from noised data, under that data's label."""
     student_inputs = []
 
-    def on_predict(real, net, schedule, kind, x_t, t, label):
+    def on_predict(real, net, schedule, kind, x_t, t, label, **told):
         if net is diary.student and t[0] < 0.3:
             student_inputs.append((x_t, label))
-        return real(net, schedule, kind, x_t, t, label=label)
+        return real(net, schedule, kind, x_t, t, label=label, **told)
 
     diary = Diary(monkeypatch)
     real_predict = dmd.predict_x0
@@ -724,6 +724,39 @@ def test_multi_step_training_simulates_the_student(monkeypatch, tmp_path, precis
     lengths, gradient_on = zip(*diary.rollouts)
     assert len(lengths) == 12 and set(lengths) == {0, 1, 2} and not any(gradient_on)
     assert all(g["student_all"] for (what, _), g in zip(diary.updates, diary.grads) if what == "student")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_fake_is_told_the_step_of_its_samples(monkeypatch, tmp_path, shared):
+    """N = 3: the fake starts as the teacher's function whatever it is told, then gets the number of rollout steps behind its samples, in
+    all of its calls; with --shared_fake nothing. The student and what is saved of it know of no step."""
+    told, start = [], {}
+
+    def on_fake_loss(real, fake, schedule, kind, x, eps, t, cond):
+        if not start:
+            start.update(fake=copy.deepcopy(fake), student=copy.deepcopy(diary.student))
+        told.append((len(diary.rollouts) - 1, cond.get("steps")))
+        return real(fake, schedule, kind, x, eps, t, cond)
+
+    def on_predict(net, schedule, kind, x_t, t, **cond):
+        if net is diary.fake:
+            told.append((len(diary.rollouts) - 1, cond.get("steps")))
+        assert net is diary.fake or "steps" not in cond
+        return real_predict(net, schedule, kind, x_t, t, **cond)
+
+    diary, real_predict = Diary(monkeypatch), dmd.predict_x0
+    diary.wrap(monkeypatch, "fake_score_loss", on_fake_loss)
+    monkeypatch.setattr(dmd, "predict_x0", on_predict)
+    dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "8", "--train_batch_size", "4", "--student_steps", "3",
+              "--fake_update_ratio", "1", *(["--shared_fake"] if shared else [])])
+    assert len(told) == 16 and {length for length, _ in diary.rollouts} == {0, 1, 2}
+    for i, steps in told:
+        assert steps is None if shared else (steps == diary.rollouts[i][0]).all() and steps.shape == (4,)
+    x, t, label = normal(5, 2, dtype=torch.float32), torch.rand(5), torch.arange(5) % 4
+    extra = {} if shared else {"steps": torch.tensor([0.0, 1, 2, 0, 1])}
+    assert torch.equal(start["fake"](x, t, label, **extra), start["student"](x, t, label))
+    assert shared or diary.fake.steps.weight.abs().max() > 0
+    assert io.load_network(str(tmp_path / "student"))[1]["steps_cond"] is False
 
 
 def test_stop_gradients_in_the_real_loop(monkeypatch, tmp_path):
