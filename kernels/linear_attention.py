@@ -130,6 +130,23 @@ if triton is not None:
         return tl.load(X + rows[:, None] * x_n + cols[None, :] * x_d, mask=keep[:, None], other=0.0)
 
     @triton.jit
+    def _place(N, H, splits, rows_per_split):
+        """Where this program works.  -> split, batch * H + head, batch, head, first row, row after the last (none of a split beyond N)."""
+        split = tl.program_id(0) % splits
+        bh = (tl.program_id(0) // splits).to(tl.int64)
+        start = split.to(tl.int64) * rows_per_split
+        return split, bh, bh // H, bh % H, start, tl.minimum(start + rows_per_split, N)
+
+    @triton.jit
+    def _second_block(X, u, x_n, x_d, rows, f, keep, MAP: tl.constexpr, F: tl.constexpr):
+        """What the second block of features is made of: -u for hedgehog, else the next F columns of X.  -> (rows, F) float32."""
+        if MAP == "hedgehog":
+            u = -u
+        else:
+            u = _load(X + F * x_d, x_n, x_d, rows, f, keep).to(tl.float32)
+        return u
+
+    @triton.jit
     def _softmax(u):
         e = tl.exp(u - tl.max(u, 1)[:, None])
         return e / tl.sum(e, 1)[:, None]
@@ -173,9 +190,7 @@ if triton is not None:
         X (B, N, H, f), Y (B, N, H, D), W (H, F, F); S (B H, splits, f, D), Z (B H, splits, f) float32. c = 1, or with WEIGHTED
         y / d for y and c = -delta / d, DEN and DELTA (B H, N). A split beyond the last row writes zeros.
         """
-        split = tl.program_id(0) % splits
-        bh = (tl.program_id(0) // splits).to(tl.int64)
-        b, h = bh // H, bh % H
+        split, bh, b, h, start, stop = _place(N, H, splits, rows_per_split)
         X += b * x_b + h * x_h
         Y += b * y_b + h * y_h
         rows, f, c = tl.arange(0, ROWS), tl.arange(0, F), tl.arange(0, D)
@@ -184,8 +199,6 @@ if triton is not None:
         acc0, z0 = tl.zeros((F, D), tl.float32), tl.zeros((F,), tl.float32)
         if BLOCKS == 2:
             acc1, z1 = tl.zeros((F, D), tl.float32), tl.zeros((F,), tl.float32)
-        start = split.to(tl.int64) * rows_per_split
-        stop = tl.minimum(start + rows_per_split, N)
         for n in range(start, stop, ROWS):
             keep = rows < stop - n
             y = _load(Y + n * y_n, y_n, y_d, rows, c, keep)
@@ -206,10 +219,7 @@ if triton is not None:
             else:
                 z0 += tl.sum(phi.to(tl.float32), 0)
             if BLOCKS == 2:
-                if MAP == "hedgehog":
-                    u = -u
-                else:
-                    u = _load(X + n * x_n + F * x_d, x_n, x_d, rows, f, keep).to(tl.float32)
+                u = _second_block(X + n * x_n, u, x_n, x_d, rows, f, keep, MAP, F)
                 phi = _features(u, keep, MAP).to(DOT)
                 acc1 = tl.dot(tl.trans(phi), y, acc1, input_precision=PRECISION)
                 if WEIGHTED:
@@ -232,9 +242,7 @@ if triton is not None:
 
         W and S are loaded once and stay in shared memory while the rows stream through.
         """
-        split = tl.program_id(0) % splits
-        bh = (tl.program_id(0) // splits).to(tl.int64)
-        b, h = bh // H, bh % H
+        _, bh, b, h, start, stop = _place(N, H, splits, rows_per_split)
         X += b * x_b + h * x_h
         OUT += b * o_b + h * o_h
         S += bh * (BLOCKS * F * D)
@@ -249,8 +257,6 @@ if triton is not None:
         at_w = f[:, None] * F + f[None, :]
         if HAS_W and RESIDENT:
             w = tl.load(W + at_w)
-        start = split.to(tl.int64) * rows_per_split
-        stop = tl.minimum(start + rows_per_split, N)
         for n in range(start, stop, ROWS):
             keep = rows < stop - n
             x = _load(X + n * x_n, x_n, x_d, rows, f, keep).to(DOT)
@@ -266,10 +272,7 @@ if triton is not None:
             acc = tl.dot(phi, s0, input_precision=PRECISION)
             d = tl.sum(phi.to(tl.float32) * tl.load(Z + f)[None, :], 1) + eps
             if BLOCKS == 2:
-                if MAP == "hedgehog":
-                    u = -u
-                else:
-                    u = _load(X + n * x_n + F * x_d, x_n, x_d, rows, f, keep).to(tl.float32)
+                u = _second_block(X + n * x_n, u, x_n, x_d, rows, f, keep, MAP, F)
                 phi = _features(u, keep, MAP).to(DOT)
                 if not RESIDENT:
                     s1 = tl.load(S + F * D + at_s)
@@ -290,9 +293,7 @@ if triton is not None:
         QUERY: X = q, Y = dL/do, OUT = o, (S, Z) = (S, z); writes delta. Otherwise X = k, Y = v, (S, Z) = (dS, dz); writes dv.
         DX (B, N, H, f), DV (B, N, H, D) and DU (B, N, H, F), all contiguous; DU, of dtype DOT, is what dW needs.
         """
-        split = tl.program_id(0) % splits
-        bh = (tl.program_id(0) // splits).to(tl.int64)
-        b, h = bh // H, bh % H
+        _, bh, b, h, start, stop = _place(N, H, splits, rows_per_split)
         X += b * x_b + h * x_h
         Y += b * y_b + h * y_h
         OUT += b * o_b + h * o_h
@@ -308,8 +309,6 @@ if triton is not None:
         at_w = f[:, None] * F + f[None, :]
         if HAS_W and RESIDENT:
             w = tl.load(W + at_w)
-        start = split.to(tl.int64) * rows_per_split
-        stop = tl.minimum(start + rows_per_split, N)
         for n in range(start, stop, ROWS):
             keep = rows < stop - n
             row = (b * N + n) * H + h  # of a contiguous (B, N, H, .) tensor, whose next row of this head is H further
@@ -335,10 +334,7 @@ if triton is not None:
                 else:
                     s = s1
                 if block == 1:
-                    if MAP == "hedgehog":
-                        u = -u
-                    else:
-                        u = _load(X + n * x_n + F * x_d, x_n, x_d, rows, f, keep).to(tl.float32)
+                    u = _second_block(X + n * x_n, u, x_n, x_d, rows, f, keep, MAP, F)
                 if not QUERY:
                     phi = _features(u, keep, MAP).to(DOT)
                     if block == 0:
