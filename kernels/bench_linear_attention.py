@@ -12,7 +12,6 @@ GPU by events. On a CPU they are wall time, or with --clock cpu and one thread t
 the machine disturb less.
 """
 import argparse
-import json
 import os
 import platform
 import re
@@ -27,6 +26,7 @@ import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from kernels import linear_attention as la  # noqa: E402
+from models import io  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -213,10 +213,7 @@ def crossover(rows, ours, key="forward_s"):
     return best
 
 
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
+positive = io.number(int, 1)
 
 
 def listed(kind, allowed=None):
@@ -270,10 +267,8 @@ def parse_args(argv=None):
 
 
 def save(args, result):
-    if os.path.dirname(args.json):
-        os.makedirs(os.path.dirname(args.json), exist_ok=True)
-    with open(args.json, "w") as f:
-        json.dump(result, f, indent=1)
+    os.makedirs(os.path.dirname(args.json) or ".", exist_ok=True)
+    io.save_json(result, args.json)
     print(f"all figures: {args.json}")
 
 

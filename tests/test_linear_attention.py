@@ -4,6 +4,7 @@ The interpreter must be chosen before triton is imported, so the kernel cases ru
 `interpreted` as `python tests/test_linear_attention.py`: it prints one JSON line per case, and each case is a test here. There every
 torch.empty is filled with NaN, so that a number a kernel forgets to write shows.
 """
+import functools
 import itertools
 import json
 import os
@@ -159,6 +160,7 @@ def test_views_are_not_copied_and_float64_stays():
 # ---- properties, of the reference here and of the kernels below ---------------------------------------------------------------
 
 
+@functools.cache
 def properties(backend, N=33, D=16, dtype=torch.float32):
     """-> {name: (value, bound)}: each value must be at most its bound. No oracle needed."""
     q, k, v, w_q, w_k = (a.requires_grad_() for a in inputs(B=2, N=N, H=2, D=D, dtype=dtype))
