@@ -200,6 +200,11 @@ def update_ema(ema, net, decay):
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
+def tells_step(args, net):
+    """Whether the fake, a network like net, is told which of several steps made its samples."""
+    return args.student_steps > 1 and not args.shared_fake and "steps_cond" in net.config
+
+
 def load_networks(args, device):
     """-> teacher namespace, student, fake: three copies of one network, except that a closed-form teacher has no weights and
     student and fake start from a network fitted to it, and --student_init may start the student elsewhere."""
@@ -214,7 +219,7 @@ def load_networks(args, device):
         if type(student) is not type(start) or shapes[0] != shapes[1]:
             raise io.UserError(f"--student_init {args.student_init}: this {type(student).__name__} does not have the shapes of the teacher's "
                                f"{type(start).__name__}; student and fake are copies of the teacher's network")
-    if args.student_steps > 1 and not args.shared_fake and "steps_cond" in fake.config:
+    if tells_step(args, fake):
         told = type(fake)(**{**fake.config, "steps_cond": True})
         told.load_state_dict(fake.state_dict(), strict=False)  # its new layer is zero: still the teacher's function
         fake = told
@@ -282,7 +287,6 @@ def train(args):
     world = load_world(teacher.world_name) if teacher.world_name in WORLDS else None
     conditions = Conditions(args, student)
     times = step_grid(args.student_steps, teacher.shift)[:-1]  # the student's t_1 > ... > t_N, shifted
-    step_told = args.student_steps > 1 and getattr(fake, "steps", None) is not None
     needs_data = args.gan_weight > 0 or args.student_input == "real" and args.student_steps > 1
     if args.data and not needs_data:
         raise io.UserError("--data is for the GAN or --student_input real with several steps: set --gan_weight, or leave --data out")
@@ -351,7 +355,7 @@ def train(args):
         without gradient (2405.14867, Sec. 4.5).  -> x_t (B, ...), t (B,), cond, uncond, and what else the fake is told."""
         k = draw.agreed("k", args.student_steps)
         z = draw.normal("z", shape)
-        t, told = z.new_full((B,), times[k]), {"steps": z.new_full((B,), float(k))} if step_told else {}
+        t, told = z.new_full((B,), times[k]), {"steps": z.new_full((B,), float(k))} if tells_step(args, fake) else {}
         cond, uncond = conditions.draw(draw, device)
         if args.student_input == "real" and k > 0:  # ablation: noised data, which the student never meets at test time
             x_real, cond = real_batch(draw, "real_input")

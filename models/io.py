@@ -346,6 +346,11 @@ def student_folder(folder):
     return os.path.join(folder, "student") if os.path.isdir(os.path.join(folder, "student")) else folder
 
 
+def network_folder(folder):
+    """The component that a --teacher folder stands for: a pipeline root's transformer/, a run's student/, or the folder itself."""
+    return os.path.join(folder, "transformer") if os.path.isfile(os.path.join(folder, "model_index.json")) else student_folder(folder)
+
+
 def load_teacher(name, worlds, dtype=torch.float32):
     """Resolve --teacher: a world's name, a component folder, a pipeline root, or a run folder of ours.
 
@@ -367,11 +372,9 @@ def load_teacher(name, worlds, dtype=torch.float32):
         if not os.listdir(folder):
             raise UserError(f"--teacher {name}: the folder is empty")
     root = folder
-    if os.path.isfile(os.path.join(folder, "model_index.json")):
-        if os.path.isdir(os.path.join(folder, "transformer_2")):
-            raise UserError(f"{folder} is a two-network teacher (transformer_2/): give one of its component folders")
-        folder = os.path.join(folder, "transformer")
-    folder = student_folder(folder)
+    if os.path.isfile(os.path.join(root, "model_index.json")) and os.path.isdir(os.path.join(root, "transformer_2")):
+        raise UserError(f"{root} is a two-network teacher (transformer_2/): give one of its component folders")
+    folder = network_folder(root)
     net, config = load_network(folder, dtype)
     schedule, prediction, timestep_shift = Flow(), net.prediction, net.default_shift
     scheduler = next((s for s in (os.path.join(root, "scheduler"), os.path.join(os.path.dirname(os.path.abspath(folder)), "scheduler"))
@@ -388,8 +391,7 @@ def load_teacher(name, worlds, dtype=torch.float32):
 
 def is_small(name, worlds):
     """Whether --teacher is a world or a folder with one of our own small networks: they share default flags."""
-    folder = os.path.join(name, "transformer") if os.path.isfile(os.path.join(name, "model_index.json")) else student_folder(name)
-    config = os.path.join(folder, "config.json")
+    config = os.path.join(network_folder(name), "config.json")
     return name in worlds or os.path.isfile(config) and load_json(config).get("_class_name") in ("DiT", "RingMLP")
 
 

@@ -65,13 +65,19 @@ def assert_bit_equal(a, b):
 # ---- wrong input: one line, exit code 2, before any training ----------------------------------------------------------
 
 
-def refusal(capsys, out, *flags, code=2):
-    """Run dmd.py in this process; -> the one line it printed on stderr. Nothing may have been written to --output_dir."""
+def refusal_of(capsys, *flags):
+    """Run dmd.py in this process; -> the one line it printed on stderr before it ended with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        io.run(lambda: dmd.main([*SHORT, "--output_dir", str(out), *flags]))
+        io.run(lambda: dmd.main(list(flags)))
     error = capsys.readouterr().err
-    assert stop.value.code == code and error.startswith("error: ") and error.count("\n") == 1, error
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def refusal(capsys, out, *flags):
+    """The same for a short run; nothing may have been written to --output_dir."""
+    error = refusal_of(capsys, *SHORT, "--output_dir", str(out), *flags)
     assert not out.exists() or not any(out.rglob("*.safetensors"))
     return error
 
@@ -515,11 +521,3 @@ def test_samples_of_another_shape(tmp_path, capsys):
         assert Image.open(tmp_path / folder / "samples.gif").n_frames == 2
     assert "is a run with samples of its own" in refusal_of(capsys, *sampling, "--output_dir", str(tmp_path / "run"))
     assert "channels" in refusal_of(capsys, *sampling, "--output_dir", str(tmp_path / "s2"), "--sample_shape", "3", "2", "4", "6")
-
-
-def refusal_of(capsys, *flags):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        io.run(lambda: dmd.main(list(flags)))
-    assert stop.value.code == 2
-    return capsys.readouterr().err
