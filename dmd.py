@@ -477,8 +477,6 @@ def train(args):
             save_student(args, ema, teacher, times, shape)
         finish(args, ema.eval(), teacher, world, conditions, shape, times, spent_before + time.time() - began)
     mean_over_ranks(0.0)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def save_student(args, net, teacher, times, shape):

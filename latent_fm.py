@@ -238,8 +238,6 @@ def train(args):
             save_student()
         finish(args, io.load_network(folder)[0].to(device), world, x0_all, label_all, args.output_dir, spent_before + time.time() - began)
     mean_over_ranks(0.0)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @torch.no_grad()
