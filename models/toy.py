@@ -2,14 +2,16 @@
 
     ring     8 Gaussians on a circle, 4 classes of two opposite modes each; every score, x0 and velocity in closed form
     glyphs   3x16x16 colour digits drawn with Pillow's own font; position, size, slant, weight and both colours vary
+    clips    1x8x16x16 grey videos of one shape moving in a straight line; the class fixes the shape and the law of its speed
 
-A world has: name, shape (C, ...), num_classes, class_names, data(n, seed) -> (x0, label), teacher(device),
-measure(x, label) -> {"fd", "patch_swd", "accuracy", "diversity"}, and picture(x) -> (H, W, 3) uint8, one row.
-`python -m models.toy` retrains the glyph classifier and rewrites the reference statistics in models/glyphs/.
+A world has: name, shape (C, ...), num_classes, class_names, data(n, seed) -> (x0, label), a closed-form teacher() or a
+teacher_folder(), measure(x, label) -> {"fd", "patch_swd", "accuracy", "diversity", ...}, and picture(x) -> (H, W, 3) uint8, one row.
+`python -m models.toy glyphs` (or clips) retrains that world's classifier and rewrites its reference statistics in models/glyphs/.
 """
 import functools
 import math
 import os
+import sys
 
 import numpy as np
 import torch
@@ -20,8 +22,7 @@ from safetensors.torch import load_file
 
 from models.diffusion import expand, sinusoid
 
-GLYPHS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "glyphs")
-WORLDS = ("ring", "glyphs")
+WORLDS = ("ring", "glyphs", "clips")
 
 
 @functools.cache
@@ -29,7 +30,7 @@ def load_world(name):
     """-> the world called `name`; raises ValueError for another name."""
     if name not in WORLDS:
         raise ValueError(f"no embedded world is called {name!r}; there are {', '.join(WORLDS)}")
-    return Ring() if name == "ring" else Glyphs()
+    return {"ring": Ring, "glyphs": Glyphs, "clips": Clips}[name]()
 
 
 # ---- measures ----------------------------------------------------------------------------------------------------
@@ -231,7 +232,6 @@ class Ring:
 # ---- glyphs ------------------------------------------------------------------------------------------------------
 
 SUPERSAMPLE = 4  # glyphs are drawn at 64x64 and box-filtered to 16x16
-FACTORS = 11  # x, y, size, slant, weight, glyph colour (3), background (3)
 
 
 @functools.cache
@@ -243,7 +243,8 @@ def _font(size):
 
 
 def render_glyphs(label, rng):
-    """Draw digits.  label (n,) ints, rng numpy Generator -> uint8 (n, 3, 16, 16), factors float32 (n, 11) in about [-1, 1]."""
+    """Draw digits.  label (n,) ints, rng numpy Generator -> uint8 (n, 3, 16, 16), factors float32 (n, 11) in about [-1, 1]:
+    x, y, size, slant, weight, glyph colour (3), background (3)."""
     n, side = len(label), 16 * SUPERSAMPLE
     u = rng.uniform(-1, 1, (n, 5))  # x, y, size, slant, weight
     hue, saturation, value = rng.uniform(0, 1, n), rng.uniform(0.25, 1, n), rng.uniform(0.8, 1, n)
@@ -268,23 +269,23 @@ def render_glyphs(label, rng):
     return np.round(rgb * 255).astype(np.uint8), factors
 
 
-class GlyphClassifier(nn.Module):
-    """Convolutional net whose 128 features feed a class head and a head for the 11 factors of variation.
+class Classifier(nn.Module):
+    """Convolutional net whose 128 features feed a class head and a head for the world's factors of variation.
 
     The second head is why the features see colour, position and slant at all: a classifier alone learns to forget
     them, and `fd` and `diversity` would then miss a student that draws every digit in one colour.
     """
 
-    def __init__(self, num_classes=10):
+    def __init__(self, channels, num_classes, factors):
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 48, 3, stride=2, padding=1)
+        self.conv1, self.conv2 = nn.Conv2d(channels, 32, 3, padding=1), nn.Conv2d(32, 48, 3, stride=2, padding=1)
         self.conv3, self.conv4 = nn.Conv2d(48, 64, 3, padding=1), nn.Conv2d(64, 64, 3, stride=2, padding=1)
         self.features = nn.Linear(64 * 16, 128)
-        self.classes, self.factors = nn.Linear(128, num_classes), nn.Linear(128, FACTORS)
+        self.classes, self.factors = nn.Linear(128, num_classes), nn.Linear(128, factors)
 
     def forward(self, x):
-        """x (B, 3, 16, 16) in [-1, 1] -> features (B, 128), class logits (B, 10), factors (B, 11)."""
-        h = F.silu(self.conv2(F.silu(self.conv1(x))))  # (B, 48, 8, 8)
+        """x (B, C, [T,] 16, 16) in [-1, 1], frames taken as channels -> features (B, 128), class logits, factors."""
+        h = F.silu(self.conv2(F.silu(self.conv1(x.flatten(1, -3)))))  # (B, 48, 8, 8)
         h = F.silu(self.conv4(F.silu(self.conv3(h))))  # (B, 64, 4, 4)
         f = F.silu(self.features(h.flatten(1)))
         return f, self.classes(f), self.factors(f)
@@ -292,8 +293,9 @@ class GlyphClassifier(nn.Module):
 
 def image_patches(x, size=4, per_image=8, seed=0):
     """Random size x size patches with each channel's mean taken out, so that grain on plain areas is not drowned by
-    the colour of the area.  x (n, C, H, W) -> (n * per_image, C * size * size)."""
+    the colour of the area. Frames of a video count as channels.  x (n, C, [T,] H, W) -> (n * per_image, C * [T *] size * size)."""
     g = torch.Generator().manual_seed(seed)
+    x = x.flatten(1, -3)
     n, C, H, W = x.shape
     windows = x.unfold(2, size, 1).unfold(3, size, 1)  # (n, C, H', W', size, size)
     i, j = (torch.randint(0, L - size + 1, (per_image, n), generator=g) for L in (H, W))
@@ -301,29 +303,32 @@ def image_patches(x, size=4, per_image=8, seed=0):
     return (p - p.mean((2, 3), keepdim=True)).flatten(1)
 
 
-class Glyphs:
-    name, shape, num_classes = "glyphs", (3, 16, 16), 10
-    class_names = [str(i) for i in range(10)]
+class FeatureWorld:
+    """What the worlds with a shipped teacher share: a classifier's features as yardstick. A subclass has name, shape,
+    num_classes, class_names, factors (how many) and render(label, rng) -> x0 float32, factors (n, factors) in about [-1, 1]."""
 
     def data(self, n, seed, label=None):
-        """n images in [-1, 1] with labels drawn, or with the labels given.  -> (n, 3, 16, 16) float32, (n,) int64."""
+        """n items in [-1, 1] with labels drawn, or with the labels given.  -> (n, *shape) float32, (n,) int64."""
         rng = np.random.default_rng(seed)
-        label = rng.integers(0, 10, n) if label is None else np.asarray(label)
-        return torch.from_numpy(render_glyphs(label, rng)[0]).float() / 127.5 - 1, torch.from_numpy(label).long()
+        label = rng.integers(0, self.num_classes, n) if label is None else np.asarray(label)
+        return torch.from_numpy(self.render(label, rng)[0]), torch.from_numpy(label).long()
+
+    def folder(self, name):
+        return os.path.join(os.path.dirname(os.path.abspath(__file__)), self.name, name)
 
     def teacher_folder(self):
-        return os.path.join(GLYPHS_DIR, "teacher")
+        return self.folder("teacher")
 
     @functools.cached_property
     def classifier(self):
-        net = GlyphClassifier()
-        net.load_state_dict({k: v.float() for k, v in load_file(os.path.join(GLYPHS_DIR, "classifier.safetensors")).items()})
+        net = Classifier(math.prod(self.shape[:-2]), self.num_classes, self.factors)
+        net.load_state_dict({k: v.float() for k, v in load_file(self.folder("classifier.safetensors")).items()})
         return net.eval().requires_grad_(False)
 
     @functools.cached_property
     def reference(self):
-        """mean (128,), cov (128, 128) of 50,000 data items' features and within-class distance (10,), float64."""
-        return load_file(os.path.join(GLYPHS_DIR, "reference.safetensors"))
+        """mean (128,), cov (128, 128) of 50,000 data items' features and within-class distance (K,), float64."""
+        return load_file(self.folder("reference.safetensors"))
 
     def moments(self, x, label):
         """Mean and covariance of the features, one group.  -> (1, 128), (1, 128, 128) float64."""
@@ -331,45 +336,137 @@ class Glyphs:
         return f.mean(0)[None], f.T.cov()[None]
 
     def look(self, x):
-        """x (n, 3, 16, 16) -> features (n, 128), logits (n, 10), in batches on the CPU; pixels clipped to [-1, 1]."""
+        """x (n, *shape) -> features (n, 128), logits (n, K), in batches on the CPU; pixels clipped to [-1, 1]."""
         out = [self.classifier(b.float().cpu().clamp(-1, 1))[:2] for b in x.split(500)]
         return torch.cat([f for f, _ in out]), torch.cat([c for _, c in out])
 
     def measure(self, x, label):
-        """x (n, 3, 16, 16), label (n,) -> fd, patch_swd (x 1000, against n fresh data items), accuracy, diversity."""
+        """x (n, *shape), label (n,) -> fd, patch_swd (x 1000, against n fresh data items), accuracy, diversity."""
         label, (f, logits), ref = label.cpu(), self.look(x), self.reference
         fresh = self.data(len(x), 123456789, label)[0]
         swd = sliced_wasserstein(image_patches(x.float().cpu().clamp(-1, 1), seed=1), image_patches(fresh, seed=2))
         moments = f.double().mean(0)[None], f.double().T.cov()[None]
         return {"fd": moments_distance(moments, (ref["mean"][None], ref["cov"][None])),
                 "patch_swd": 1000 * swd, "accuracy": float((logits.argmax(1) == label).double().mean()),
-                "diversity": float((pairwise_diversity(f, label, 10) / ref["diversity"]).mean())}
-
-    def picture(self, x, zoom=3):
-        """(n, 3, 16, 16) in [-1, 1] -> one row of tiles, (48 + 2, n * 50, 3) uint8."""
-        tiles = ((x.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        tiles = tiles.repeat(zoom, 1).repeat(zoom, 2)
-        return np.concatenate(list(np.pad(tiles, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)), axis=1)
+                "diversity": float((pairwise_diversity(f, label, self.num_classes) / ref["diversity"]).mean())}
 
 
-def build_glyph_reference(steps=3000, batch=128, seed=1):
-    """Train the classifier and write classifier.safetensors (fp16) and reference.safetensors; about 4 minutes."""
+def tile(x, zoom=3):
+    """Images (n, 1 or 3, H, W) in [-1, 1] -> one row of tiles, (H zoom + 2, n (W zoom + 2), 3) uint8."""
+    tiles = ((x.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    tiles = tiles.repeat(zoom, 1).repeat(zoom, 2)
+    return np.concatenate(list(np.pad(tiles, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)), axis=1)
+
+
+class Glyphs(FeatureWorld):
+    name, shape, num_classes, factors = "glyphs", (3, 16, 16), 10, 11
+    class_names = [str(i) for i in range(10)]
+
+    def render(self, label, rng):
+        pixels, factors = render_glyphs(label, rng)
+        return pixels.astype(np.float32) / np.float32(127.5) - 1, factors
+
+    def picture(self, x):
+        return tile(x)
+
+
+# ---- clips -------------------------------------------------------------------------------------------------------
+
+# class -> share of clips that stand still, slowest and fastest speed of the others in pixels per frame
+SPEEDS = {"disc": (0.0, 0.8, 1.3), "ring": (0.0, 0.3, 0.7), "square": (0.5, 0.5, 1.1), "triangle": (0.25, 0.3, 1.3),
+          "plus": (0.5, 0.3, 0.7), "bar": (0.0, 0.5, 1.1)}
+MOVING = 0.2  # pixels per frame: a clip below counts as still
+
+
+def shape_distance(kind, x, y, r):
+    """Signed distance in pixels (negative inside) from (x, y), relative to the shape's centre, to its outline; r is its size."""
+    if kind == "disc":
+        return np.hypot(x, y) - r
+    if kind == "ring":
+        return np.abs(np.hypot(x, y) - 0.8 * r) - 0.25 * r
+    if kind == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.85 * r
+    if kind == "triangle":  # pointing up: the base, and both flanks
+        return np.maximum(y - 0.75 * r, 0.894 * np.abs(x) - 0.447 * (y + 1.1 * r))
+    if kind == "plus":
+        a, b = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
+        return np.maximum(a - 1.1 * r, b - 0.35 * r)
+    return np.maximum(np.abs(x) - 1.2 * r, np.abs(y) - 0.4 * r)  # bar
+
+
+class Clips(FeatureWorld):
+    """One grey shape on a plain darker background, 8 frames of 16x16, moving in a straight line at constant speed.
+
+    The class fixes the shape and the law of its speed (SPEEDS); the middle of its path, direction, size and both greys vary.
+    """
+
+    name, shape, num_classes, factors = "clips", (1, 8, 16, 16), len(SPEEDS), 7
+    class_names = list(SPEEDS)
+
+    def render(self, label, rng):
+        """label (n,) -> float32 (n, 1, 8, 16, 16), factors (n, 7): middle x, y, velocity x, y, size, both greys, each in about [-1, 1]."""
+        n = len(label)
+        still, low, high = np.array(list(SPEEDS.values()))[label].T
+        speed = np.where(rng.uniform(0, 1, n) < still, 0.0, rng.uniform(low, high))
+        angle = rng.uniform(0, 2 * np.pi, n)
+        v = speed[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)  # (n, 2) pixels per frame
+        r = rng.uniform(2.2, 3.2, n)
+        room = np.maximum(0.0, 7.5 - 1.2 * r[:, None] - 3.5 * np.abs(v))  # so that the whole path stays in the picture
+        where = rng.uniform(-1, 1, (n, 2))
+        ink, paper = rng.uniform(0.1, 1, n), rng.uniform(-1, -0.4, n)
+        middle = 7.5 + where * room
+        grid = np.arange(16.0)
+        x0 = np.empty((n, 8, 16, 16), np.float32)
+        for frame in range(8):
+            centre = middle + (frame - 3.5) * v  # (n, 2)
+            x, y = grid[None, None, :] - centre[:, 0, None, None], grid[None, :, None] - centre[:, 1, None, None]
+            for k, kind in enumerate(SPEEDS):
+                of = label == k
+                cover = np.clip(0.5 - shape_distance(kind, x[of], y[of], r[of, None, None]), 0, 1)  # (., 16, 16), edges one pixel soft
+                x0[of, frame] = paper[of, None, None] + cover * (ink - paper)[of, None, None]
+        factors = np.concatenate([(middle - 7.5) / 5, v / 1.3, (r - 2.7)[:, None] / 0.5, (ink - 0.55)[:, None] / 0.45,
+                                  (paper + 0.7)[:, None] / 0.3], 1)
+        return x0[:, None], factors.astype(np.float32)
+
+    def speed(self, x):
+        """Pixels per frame that the ink's centre of mass travels, seen from the corners' mean grey.  x (n, 1, 8, 16, 16) -> (n,)."""
+        x = x.float().cpu().clamp(-1, 1)[:, 0]  # (n, 8, 16, 16)
+        paper = torch.stack([x[..., 0, 0], x[..., 0, -1], x[..., -1, 0], x[..., -1, -1]], -1).median(-1).values.median(-1).values
+        ink = (x - paper[:, None, None, None] - 0.15).clamp_min(0)  # (n, 8, 16, 16); what is fainter is grain
+        total = ink.sum((2, 3)).clamp_min(1e-6)
+        grid = torch.arange(16.0)
+        centre = torch.stack([(ink * grid).sum((2, 3)), (ink * grid[:, None]).sum((2, 3))], -1) / total[..., None]  # (n, 8, 2)
+        return centre.diff(dim=1).norm(dim=-1).mean(1)
+
+    def measure(self, x, label):
+        """The measures of every world, and: motion, mean speed over data's; moving, share of clips faster than MOVING."""
+        speed = self.speed(x)
+        data = self.speed(self.data(len(x), 123456789, label.cpu())[0])
+        return {**super().measure(x, label), "motion": float(speed.mean() / data.mean()), "moving": float((speed > MOVING).double().mean())}
+
+    def picture(self, x):
+        """Clips (n, 1, T, 16, 16) -> one column per clip, up to four frames from top to bottom."""
+        T = x.shape[2]
+        return np.concatenate([tile(x[:, :, i]) for i in np.linspace(0, T - 1, min(4, T)).round().astype(int)])
+
+
+def build_reference(world, steps=3000, batch=128, seed=1):
+    """Train the world's classifier and write classifier.safetensors (fp16) and reference.safetensors; about 4 minutes."""
     from models.io import save_tensors  # only the builder writes files
 
     torch.manual_seed(seed)
-    os.makedirs(GLYPHS_DIR, exist_ok=True)
+    os.makedirs(world.folder(""), exist_ok=True)
     rng = np.random.default_rng(seed)
-    label = rng.integers(0, 10, 60000)
-    pixels, factors = render_glyphs(label, rng)
-    x, y, z = torch.from_numpy(pixels), torch.from_numpy(label), torch.from_numpy(factors)
-    net = GlyphClassifier()
+    label = rng.integers(0, world.num_classes, 60000)
+    x, z = (torch.from_numpy(a) for a in world.render(label, rng))
+    y = torch.from_numpy(label)
+    net = Classifier(math.prod(world.shape[:-2]), world.num_classes, world.factors)
     opt = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
     for step in range(steps):
         for group in opt.param_groups:
             group["lr"] = 2e-3 * (1 - step / steps)
         i = torch.randint(0, len(x), (batch,))
-        noisy = x[i].float() / 127.5 - 1
-        noisy = noisy + torch.randn_like(noisy) * torch.rand(batch, 1, 1, 1) * 0.1  # samples are never exactly clean
+        noisy = x[i] + torch.randn_like(x[i]) * torch.rand(batch, *[1] * len(world.shape)) * 0.1  # samples are never exactly clean
         _, logits, guess = net(noisy)
         loss = F.cross_entropy(logits, y[i]) + F.mse_loss(guess, z[i])
         opt.zero_grad()
@@ -378,14 +475,13 @@ def build_glyph_reference(steps=3000, batch=128, seed=1):
         if step % 500 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
     net.eval().requires_grad_(False)
-    save_tensors({k: v.half() for k, v in net.state_dict().items()}, os.path.join(GLYPHS_DIR, "classifier.safetensors"))
-    world = Glyphs()  # from here on with the fp16-rounded weights that ship
-    x, y = world.data(50000, seed + 1, np.arange(50000) % 10)
+    save_tensors({k: v.half() for k, v in net.state_dict().items()}, world.folder("classifier.safetensors"))
+    x, y = world.data(50000, seed + 1, np.arange(50000) % world.num_classes)  # from here on with the fp16-rounded weights that ship
     f = world.look(x)[0].double()
-    save_tensors({"mean": f.mean(0), "cov": f.T.cov(), "diversity": pairwise_diversity(f[:20000], y[:20000], 10)},
-                 os.path.join(GLYPHS_DIR, "reference.safetensors"))
-    print("2,000 further items:", world.measure(*world.data(2000, seed + 2, balanced_labels(2000, 10))))
+    save_tensors({"mean": f.mean(0), "cov": f.T.cov(), "diversity": pairwise_diversity(f[:20000], y[:20000], world.num_classes)},
+                 world.folder("reference.safetensors"))
+    print("2,000 further items:", world.measure(*world.data(2000, seed + 2, balanced_labels(2000, world.num_classes))))
 
 
 if __name__ == "__main__":
-    build_glyph_reference()
+    build_reference(load_world(sys.argv[1]))
