@@ -38,7 +38,6 @@ UNet features).
 """
 import copy
 import datetime
-import json
 import os
 import sys
 import time
@@ -50,10 +49,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from models import io
-from models.diffusion import (add_noise, expand, from_x0_eps, guide, ode_calls, predict_x0, predict_x0_eps, sample_ode, shift,
-                              step_grid, to_x0_eps)
-from models.toy import WORLDS, balanced_labels, fit_ring_network, load_world, moments_distance
+from models import io, report
+from models.diffusion import add_noise, expand, from_x0_eps, guided_x0, predict_x0, predict_x0_eps, sample_teacher, shift, step_grid
+from models.toy import WORLDS, fit_ring_network, load_world
 
 # ---- the method --------------------------------------------------------------------------------------------------
 
@@ -109,14 +107,6 @@ def generator_gan_loss(logit_fake):
     return F.softplus(-logit_fake).mean()
 
 
-def guided_x0(teacher, schedule, kind, x_t, t, cond, uncond, guidance_scale):
-    """Teacher's x0 under guidance: two calls, one when guidance is off.  (B, ...)."""
-    x0 = predict_x0(teacher, schedule, kind, x_t, t, **cond)
-    if guidance_scale == 1:
-        return x0
-    return guide(x0, predict_x0(teacher, schedule, kind, x_t, t, **uncond), guidance_scale)
-
-
 # ---- the sampler ---------------------------------------------------------------------------------------------------
 
 
@@ -139,15 +129,6 @@ def sample(student, schedule, kind, z, times, cond, renoise="sde", fresh=None):
     fresh = fresh or (lambda i: torch.randn_like(z))
     x_t = rollout(student, schedule, kind, z, times, cond, renoise, fresh)
     return predict_x0(student, schedule, kind, x_t, z.new_full((len(z),), times[-1]), **cond)
-
-
-@torch.no_grad()
-def sample_teacher(teacher, schedule, kind, z, grid, cond, uncond, guidance_scale, solver):
-    """Guided probability-flow ODE of the teacher over a grid 1 = t_0 > ... > 0.  z (B, ...) -> x0 (B, ...)."""
-    def predict(x_t, t):
-        x0 = guided_x0(teacher, schedule, kind, x_t, t, cond, uncond, guidance_scale)
-        return x0, to_x0_eps(x0, "x0", x_t, schedule.alpha(t), schedule.sigma(t))[1]
-    return sample_ode(predict, schedule, z, grid, solver)
 
 
 # ---- plumbing: identical in every script ---------------------------------------------------------------------------
@@ -235,35 +216,6 @@ def load_networks(args, device):
     return teacher, student, fake
 
 
-class Conditions:
-    """Where cond comes from: class labels drawn evenly, or rows of --prompts. Each has its unconditional twin."""
-
-    def __init__(self, args, net):
-        self.prompts = None
-        if "label" not in net.cond_names:
-            if not args.prompts:
-                raise io.UserError(f"a {type(net).__name__} teacher needs --prompts FILE.safetensors with "
-                                   + " and ".join(f"cond.{n}, uncond.{n}" for n in net.cond_names))
-            self.prompts = io.Prompts(args.prompts, net.cond_names, {"text": net.config.get("text_dim")})
-        elif args.prompts:
-            raise io.UserError(f"--prompts: the teacher is a {type(net).__name__} and takes class labels, not prompts")
-        self.classes = getattr(net, "num_classes", 0)
-
-    def draw(self, draw, device):
-        """A batch of conditions for these rows.  -> cond, uncond, dicts of (B, ...)."""
-        index = draw.integer("cond", self.prompts.n if self.prompts else max(1, self.classes))
-        return self.pick(index, device)
-
-    def pick(self, index, device):
-        if self.prompts:
-            return self.prompts.rows(index, device), self.prompts.unconditional(len(index), device)
-        return {"label": index.to(device)}, {"label": torch.full_like(index, self.classes).to(device)}
-
-    def preview(self, n):
-        """Balanced classes, or the first n prompts.  (n,) int64."""
-        return torch.arange(n) % (self.prompts.n if self.prompts else max(1, self.classes))
-
-
 def make_regression_pairs(args, teacher, conditions, shape, device, path):
     """DMD v1's (z_ref, y_ref): teacher ODE samples, made once, kept beside the run (2311.18828, Sec. 3.2).  -> z, y, cond index."""
     if os.path.isfile(path):
@@ -285,7 +237,7 @@ def train(args):
     teacher, student, fake = load_networks(args, device)
     schedule, kind, shape = teacher.schedule, teacher.prediction, tuple(args.sample_shape or student.latent_shape)
     world = load_world(teacher.world_name) if teacher.world_name in WORLDS else None
-    conditions = Conditions(args, student)
+    conditions = io.Conditions(args, student)
     times = step_grid(args.student_steps, teacher.shift)[:-1]  # the student's t_1 > ... > t_N, shifted
     needs_data = args.gan_weight > 0 or args.student_input == "real" and args.student_steps > 1
     if args.data and not needs_data:
@@ -466,7 +418,8 @@ def train(args):
                        **{f"{p}_s": seconds[p] for p in ("data", "student", "fake", "teacher")}, "peak_memory_mb": io.peak_memory_mb(device)})
             steps.set_postfix(fake=f"{sums['loss_fake']:.3f}", dm=f"{sums['loss_dm']:.3f}", std=f"{sums['std']:.3f}", refresh=False)
         if main_rank and (done % args.checkpointing_steps == 0 or done == args.max_train_steps):
-            io.save_grid(os.path.join(args.output_dir, "samples.png"), [student_row(args, ema, teacher, world, conditions, shape, times)[0]])
+            sampler = student_sampler(args, ema, teacher, conditions, shape, times, device)
+            report.save_samples(args.output_dir, [(f"student, step {done}", report.preview(args, world, conditions, sampler))], world)
             save_student(args, ema, teacher, times, shape)
             state = {**io.pack_module(student, "student"), **io.pack_module(fake, "fake"), **io.pack_module(head, "head"),
                      **(io.pack_module(ema, "ema") if args.ema_decay else {}),
@@ -475,7 +428,9 @@ def train(args):
     if main_rank:
         if start >= args.max_train_steps:  # a finished run is written out again, perhaps to another folder
             save_student(args, ema, teacher, times, shape)
-        finish(args, ema.eval(), teacher, world, conditions, shape, times, spent_before + time.time() - began)
+        sampler = student_sampler(args, ema.eval(), teacher, conditions, shape, times, device)
+        report.finish(args, "dmd", teacher, world, conditions, shape, times, {"student": (len(times), sampler)},
+                      sum(p.numel() for p in ema.parameters()), spent_before + time.time() - began, device)
     mean_over_ranks(0.0)
 
 
@@ -491,98 +446,11 @@ def save_student(args, net, teacher, times, shape):
 # ---- what the run leaves behind ------------------------------------------------------------------------------------
 
 
-def many(draw_samples, n, batch=500):
-    """Run draw_samples(first, last) over n samples in batches.  -> (n, ...) on the CPU, ms per sample."""
-    began = time.perf_counter()
-    x = torch.cat([draw_samples(i, min(n, i + batch)).float().cpu() for i in range(0, n, batch)])
-    return x, 1000 * (time.perf_counter() - began) / n
-
-
-def evaluation_noise(args, shape, device, first, last, name="z"):
-    """The noise that every row of samples.png and report.json starts from.  (last - first, ...)."""
-    return io.Draws(args.seed, "evaluation", 0, range(first, last), device).normal(name, shape)
-
-
-def student_sampler(args, student, teacher, conditions, shape, times, index):
-    """-> a function (first, last) -> those student samples, of the conditions in index (n,)."""
-    device = next(student.parameters()).device
-    return lambda a, b: sample(student, teacher.schedule, teacher.prediction, evaluation_noise(args, shape, device, a, b), times,
-                               conditions.pick(index[a:b], device)[0], args.renoise,
-                               lambda i: evaluation_noise(args, shape, device, a, b, f"renoise{i}"))
-
-
-def student_row(args, student, teacher, world, conditions, shape, times):
-    """The student's row of samples.png, which a running training shows alone.  -> text and picture, samples (n, ...)."""
-    index = conditions.preview(400 if world and world.name == "ring" else args.preview_samples)
-    x = many(student_sampler(args, student, teacher, conditions, shape, times, index), len(index), args.train_batch_size)[0]
-    return (f"student, {len(times)} call(s)", io.picture(x, world)), x
-
-
-@torch.no_grad()
-def finish(args, student, teacher, world, conditions, shape, times, seconds):
-    """samples.png and report.json: data, many-step teacher, teacher at the student's steps, student, from the same noise."""
-    device = next(student.parameters()).device
-    schedule, kind, scale = teacher.schedule, teacher.prediction, args.guidance_scale
-    guided = 1 if scale == 1 else 2
-
-    def run_teacher(index, grid, solver):
-        return lambda a, b: sample_teacher(teacher.net, schedule, kind, evaluation_noise(args, shape, device, a, b), grid,
-                                           *conditions.pick(index[a:b], device), scale, solver)
-
-    fine, coarse = step_grid(max(1, args.teacher_steps), teacher.shift), times + [0.0]
-    results = []
-    if world:
-        label = balanced_labels(2000, world.num_classes)
-        results.append({"name": "data", "nfe": 0, **world.measure(*world.data(2000, 777, label))})
-        if args.teacher_steps:
-            row, moments = measured_teacher(args, teacher, world, label, lambda: many(run_teacher(label, fine, "heun"), 2000),
-                                            {"name": "teacher", "nfe": guided * ode_calls(args.teacher_steps, "heun"), "guidance_scale": scale})
-            results.append(row)
-        for name, nfe, draw_samples in (("teacher_same_steps", guided * len(times), run_teacher(label, coarse, "euler")),
-                                        ("student", len(times), student_sampler(args, student, teacher, conditions, shape, times, label))):
-            x, ms = many(draw_samples, 2000)
-            results.append({"name": name, "nfe": nfe, "ms_per_sample": ms, **world.measure(x, label)})
-            if args.teacher_steps:
-                results[-1]["fd_teacher"] = moments_distance(world.moments(x, label), moments)
-        for r in results:
-            r["fd_excess"] = r["fd"] - results[0]["fd"]
-    last_row, x_student = student_row(args, student, teacher, world, conditions, shape, times)
-    n, rows = len(x_student), []
-    index = conditions.preview(n)
-    if world:
-        rows.append(("data", io.picture(world.data(n, 778, index)[0], world)))
-    if args.teacher_steps:
-        x = many(run_teacher(index, fine, "heun"), n, args.train_batch_size)[0]
-        rows.append((f"teacher, {guided * ode_calls(args.teacher_steps, 'heun')} calls", io.picture(x, world)))
-        x = many(run_teacher(index, coarse, "euler"), n, args.train_batch_size)[0]
-        rows.append((f"teacher, {guided * len(times)} call(s)", io.picture(x, world)))
-    rows.append(last_row)
-    io.save_grid(os.path.join(args.output_dir, "samples.png"), rows)
-    if x_student.dim() == 5:
-        io.save_gif(os.path.join(args.output_dir, "samples.gif"), x_student, world)
-    if not world:
-        io.save_tensors({"x0": x_student}, os.path.join(args.output_dir, "samples.safetensors"))  # latents for a decoder
-    io.save_json({"method": "dmd", "teacher": args.teacher, "seed": args.seed, "steps": args.max_train_steps, "seconds": seconds,
-                  "peak_memory_mb": io.peak_memory_mb(device), "params": sum(p.numel() for p in student.parameters()), "results": results},
-                 os.path.join(args.output_dir, "report.json"))
-    io.print_table(results)
-    print(f"samples: {os.path.join(args.output_dir, 'samples.png')}")
-
-
-def measured_teacher(args, teacher, world, label, draw_samples, row):
-    """The many-step teacher's row and sample moments: measured once, stored beside the teacher, copied afterwards."""
-    key = f"heun{args.teacher_steps}-shift{teacher.shift:g}-guidance{args.guidance_scale:g}"
-    path = teacher.folder and os.path.join(teacher.folder, "measured", f"{io.weights_hash(teacher.folder)}-{key}.safetensors")
-    if path and os.path.isfile(path) and not args.remeasure_teacher:
-        with io.open_tensors(path) as f:
-            return {**json.loads(f.metadata()["row"]), "copied": True}, (f.get_tensor("mean"), f.get_tensor("cov"))
-    x, ms = draw_samples()
-    mean, cov = world.moments(x, label)
-    row = {**row, "ms_per_sample": ms, **world.measure(x, label)}
-    if path and os.access(teacher.folder, os.W_OK):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        io.save_tensors({"mean": mean, "cov": cov}, path, {"row": json.dumps(row)})
-    return row, (mean, cov)
+def student_sampler(args, student, teacher, conditions, shape, times, device):
+    """-> a function (index, first, last) -> those student samples, of the conditions index[first:last]."""
+    return lambda index, a, b: sample(student, teacher.schedule, teacher.prediction, report.evaluation_noise(args, shape, device, a, b), times,
+                                      conditions.pick(index[a:b], device)[0], args.renoise,
+                                      lambda i: report.evaluation_noise(args, shape, device, a, b, f"renoise{i}"))
 
 
 def sample_only(args):
@@ -594,21 +462,18 @@ def sample_only(args):
     if sampler["method"] != "dmd":
         raise io.UserError(f"{args.sample} was made by {sampler['method']}: sample it with python {sampler['method']}.py --sample")
     io.refuse_output_dir(args.output_dir, sampling=True)
-    conditions, shape = Conditions(args, net), tuple(args.sample_shape or sampler.get("sample_shape") or net.latent_shape)
+    conditions, shape = io.Conditions(args, net), tuple(args.sample_shape or sampler.get("sample_shape") or net.latent_shape)
     world = load_world(config["world"]) if config.get("world") in WORLDS else None
-    n = 400 if world and world.name == "ring" else args.preview_samples
     net.to(device).eval()
     args.renoise = "sde" if sampler["rule"] == "renoise" else "ode"
     teacher = types.SimpleNamespace(schedule=schedule, prediction=kind)
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-            x = many(student_sampler(args, net, teacher, conditions, shape, sampler["times"], conditions.preview(n)), n, args.train_batch_size)[0]
+            x = report.preview(args, world, conditions, student_sampler(args, net, teacher, conditions, shape, sampler["times"], device))
     except ValueError as e:
         raise io.UserError(f"--sample_shape {' '.join(map(str, shape))}: {e}") from None
     os.makedirs(args.output_dir, exist_ok=True)
-    io.save_grid(os.path.join(args.output_dir, "samples.png"), [(f"student, {len(sampler['times'])} call(s)", io.picture(x, world))])
-    if x.dim() == 5:
-        io.save_gif(os.path.join(args.output_dir, "samples.gif"), x, world)
+    report.save_samples(args.output_dir, [(f"student, {len(sampler['times'])} call(s)", x)], world)
     io.save_tensors({"x0": x}, os.path.join(args.output_dir, "samples.safetensors"))
     print(f"samples: {os.path.join(args.output_dir, 'samples.png')}")
 

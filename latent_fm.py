@@ -13,7 +13,8 @@ dropped now and then, so that one network also knows the unconditional field and
     gamma          guidance_scale            v_u + gamma (v_c - v_u); 1 = off
 
 Launch.
-    laptop      python latent_fm.py --data glyphs --logit_normal --save_fp16    # the shipped teacher: docs/latent_fm.md
+    laptop      python latent_fm.py --data glyphs --logit_normal --save_fp16    # the shipped teachers: docs/latent_fm.md
+                python latent_fm.py --data clips --logit_normal --save_fp16
     own images  python latent_fm.py --data FOLDER --resolution 32       # FOLDER/<class>/*.png, then dmd.py --teacher <output_dir>
     one GPU     the same
     one node    torchrun --nproc-per-node 8 latent_fm.py --data FOLDER --mixed_precision bf16
@@ -25,6 +26,7 @@ trains the blocks' matrices; --optimizer adamw --lr_decay_share 0 is the paper's
 """
 import datetime
 import os
+import sys
 import time
 
 import torch
@@ -130,9 +132,11 @@ def build_network(args, x0, class_names, num_classes, world):
     torch.manual_seed(io.stable_hash(args.seed, "init"))
     if x0.dim() == 2:
         return RingMLP(num_classes=num_classes, world=world)
-    patch = args.patch_size or max(1, x0.shape[-1] // 4)
+    patch = args.patch_size or [max(1, x0.shape[-1] // 4)]
+    if len(patch) not in (1, x0.dim() - 2):
+        raise io.UserError(f"--patch_size {' '.join(map(str, patch))}: give one number, or one for each of the {x0.dim() - 2} axes of {tuple(x0.shape[1:])}")
     try:
-        return DiT(size=x0.shape[2:], patch=[patch] * (x0.dim() - 2), channels=x0.shape[1], dim=args.width, depth=args.depth,
+        return DiT(size=x0.shape[2:], patch=patch * (x0.dim() - 2) if len(patch) == 1 else patch, channels=x0.shape[1], dim=args.width, depth=args.depth,
                    num_classes=num_classes, cond_dim=args.cond_dim, world=world, class_names=class_names)
     except ValueError as e:
         raise io.UserError(f"{e}: change --patch_size, --resolution or --width") from None
@@ -294,16 +298,19 @@ def sample_only(args):
     finish(args, net.to(device), world, None, None, args.output_dir, 0.0)
 
 
+CLIPS = dict(patch_size=[2, 4, 4], width=64, depth=8, pool=40000)  # 64 tokens; what the world of that name changes of the defaults
+
+
 def parse_args(argv=None):
-    p = io.Parser(description="Train a flow-matching teacher (arXiv 2307.08698).")
+    p = io.Parser(description="Train a flow-matching teacher (arXiv 2307.08698). Defaults shown are those of the given --data: clips or any other.")
     io.add_run_flags(p)
     p.set_defaults(max_train_steps=8000, train_batch_size=64, learning_rate=2e-3, lr_warmup_steps=200, max_grad_norm=1.0,
                    ema_decay=0.999, guidance_scale=1.5, checkpointing_steps=1000)
-    p.add_argument("--data", default="glyphs", help="an embedded world (ring, glyphs), a folder of images in class subfolders, "
+    p.add_argument("--data", default="glyphs", help="an embedded world (ring, glyphs, clips), a folder of images in class subfolders, "
                    "or FILE.safetensors with x0 and cond.label")
     p.add_argument("--resolution", type=io.number(int, 4), default=32, help="pixels a side; only for image folders")
     p.add_argument("--pool", type=io.number(int, 100), default=100000, help="items drawn from a world to train on")
-    p.add_argument("--patch_size", type=io.number(int, 1), default=None, help="pixels a patch side (default: resolution / 4)")
+    p.add_argument("--patch_size", type=io.number(int, 1), nargs="+", default=None, help="pixels a patch side, or T H W (default: resolution / 4)")
     p.add_argument("--width", type=io.number(int, 32), default=128, help="DiT width, a multiple of 32")
     p.add_argument("--depth", type=io.number(int, 1), default=4, help="DiT blocks")
     p.add_argument("--cond_dim", type=io.number(int, 8), default=48, help="width of the time and class embedding")
@@ -315,6 +322,9 @@ def parse_args(argv=None):
     p.add_argument("--lr_decay_share", type=io.number(float, 0, 1), default=1.0, help="last share of the run with a linear decay to 0; 0 = constant")
     p.add_argument("--sample_steps", type=io.number(int, 1), default=32, help="Heun steps of the samples at the end")
     p.add_argument("--save_fp16", action="store_true", help="store student/ in float16 (what ships is)")
+    argv = sys.argv[1:] if argv is None else argv
+    known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+    p.set_defaults(**(CLIPS if known.data == "clips" else {}))
     args = p.parse_args(argv)
     if args.output_dir is None:
         args.output_dir = io.default_output_dir("latent_fm", args.data, args.sample)

@@ -223,6 +223,23 @@ def sample_ode(predict, schedule, noise, grid, solver="heun"):
     return x
 
 
+def guided_x0(teacher, schedule, kind, x_t, t, cond, uncond, guidance_scale):
+    """A network's x0 under guidance: two calls, one when guidance is off.  x_t (B, ...), t (B,) -> (B, ...)."""
+    x0 = predict_x0(teacher, schedule, kind, x_t, t, **cond)
+    if guidance_scale == 1:
+        return x0
+    return guide(x0, predict_x0(teacher, schedule, kind, x_t, t, **uncond), guidance_scale)
+
+
+@torch.no_grad()
+def sample_teacher(teacher, schedule, kind, z, grid, cond, uncond, guidance_scale, solver):
+    """Guided probability-flow ODE of the teacher over a grid 1 = t_0 > ... > 0.  z (B, ...) -> x0 (B, ...)."""
+    def predict(x_t, t):
+        x0 = guided_x0(teacher, schedule, kind, x_t, t, cond, uncond, guidance_scale)
+        return x0, to_x0_eps(x0, "x0", x_t, schedule.alpha(t), schedule.sigma(t))[1]
+    return sample_ode(predict, schedule, z, grid, solver)
+
+
 def ode_calls(steps, solver):
     """Network evaluations of sample_ode, before the doubling that guidance costs."""
     return steps if solver == "euler" else 2 * steps - 1

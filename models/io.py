@@ -455,6 +455,35 @@ class Prompts:
         return {k: v.expand(n, *v.shape[1:]) for k, v in one.items()}
 
 
+class Conditions:
+    """Where cond comes from: class labels drawn evenly, or rows of --prompts. Each has its unconditional twin."""
+
+    def __init__(self, args, net):
+        self.prompts = None
+        if "label" not in net.cond_names:
+            if not args.prompts:
+                raise UserError(f"a {type(net).__name__} teacher needs --prompts FILE.safetensors with "
+                                   + " and ".join(f"cond.{n}, uncond.{n}" for n in net.cond_names))
+            self.prompts = Prompts(args.prompts, net.cond_names, {"text": net.config.get("text_dim")})
+        elif args.prompts:
+            raise UserError(f"--prompts: the teacher is a {type(net).__name__} and takes class labels, not prompts")
+        self.classes = getattr(net, "num_classes", 0)
+
+    def draw(self, draw, device):
+        """A batch of conditions for these rows.  -> cond, uncond, dicts of (B, ...)."""
+        index = draw.integer("cond", self.prompts.n if self.prompts else max(1, self.classes))
+        return self.pick(index, device)
+
+    def pick(self, index, device):
+        if self.prompts:
+            return self.prompts.rows(index, device), self.prompts.unconditional(len(index), device)
+        return {"label": index.to(device)}, {"label": torch.full_like(index, self.classes).to(device)}
+
+    def preview(self, n):
+        """Balanced classes, or the first n prompts.  (n,) int64."""
+        return torch.arange(n) % (self.prompts.n if self.prompts else max(1, self.classes))
+
+
 def as_float32(x):
     return x.float() if x.is_floating_point() else x
 
@@ -728,24 +757,30 @@ def picture(x, world=None, zoom=3):
     return np.concatenate(list(np.pad(tiles, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)), axis=1)
 
 
-def save_grid(path, rows):
-    """Labelled rows, [(text, (H, W, 3) uint8), ...] -> one PNG, the text above each row."""
+def sheet(rows):
+    """Labelled rows, [(text, (H, W, 3) uint8), ...] -> one image, the text above each row."""
     font, bar = ImageFont.load_default(), 16
     width = max(a.shape[1] for _, a in rows)
-    sheet = Image.new("RGB", (width, sum(a.shape[0] + bar for _, a in rows)), "white")
-    draw, y = ImageDraw.Draw(sheet), 0
+    image = Image.new("RGB", (width, sum(a.shape[0] + bar for _, a in rows)), "white")
+    draw, y = ImageDraw.Draw(image), 0
     for text, a in rows:
         draw.text((4, y + 2), text, fill="black", font=font)
-        sheet.paste(Image.fromarray(a), (0, y + bar))
+        image.paste(Image.fromarray(a), (0, y + bar))
         y += bar + a.shape[0]
+    return image
+
+
+def save_grid(path, rows):
+    """The sheet of these rows as a PNG."""
     data = io.BytesIO()
-    sheet.save(data, "PNG")
+    sheet(rows).save(data, "PNG")
     atomic_write(path, data.getvalue())
 
 
-def save_gif(path, x, world=None, ms=120):
-    """Videos (n, C, T, H, W) side by side -> an endlessly looping GIF."""
-    images, data = [Image.fromarray(picture(x[:, :, i:i + 1], world)) for i in range(x.shape[2])], io.BytesIO()
+def save_gif(path, rows, world=None, ms=120):
+    """Labelled rows of videos, [(text, (n, C, T, H, W)), ...] -> an endlessly looping GIF of their sheet."""
+    images = [sheet([(text, picture(x[:, :, i:i + 1], world)) for text, x in rows]) for i in range(rows[0][1].shape[2])]
+    data = io.BytesIO()
     images[0].save(data, "GIF", save_all=True, append_images=images[1:], duration=ms, loop=0)
     atomic_write(path, data.getvalue())
 

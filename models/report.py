@@ -1,0 +1,98 @@
+"""What a distillation run shows at its end: samples.png (and .gif), report.json, and the table of its rows.
+
+All rows start from the same noise. Measures exist for the embedded worlds only; a folder without a world gets pictures and latents.
+"""
+import json
+import os
+import time
+
+import torch
+
+from models import io
+from models.diffusion import ode_calls, sample_teacher, step_grid
+from models.toy import balanced_labels, moments_distance
+
+
+def many(draw_samples, n, batch=500):
+    """Run draw_samples(first, last) over n samples in batches.  -> (n, ...) on the CPU, ms per sample."""
+    began = time.perf_counter()
+    x = torch.cat([draw_samples(i, min(n, i + batch)).float().cpu() for i in range(0, n, batch)])
+    return x, 1000 * (time.perf_counter() - began) / n
+
+
+def evaluation_noise(args, shape, device, first, last, name="z"):
+    """The noise that every row of samples.png and report.json starts from.  (last - first, *shape)."""
+    return io.Draws(args.seed, "evaluation", 0, range(first, last), device).normal(name, shape)
+
+
+def preview(args, world, conditions, sampler):
+    """The samples that samples.png shows, of sampler(index, first, last).  -> (n, ...) on the CPU."""
+    index = conditions.preview(400 if world and world.name == "ring" else args.preview_samples)
+    return many(lambda a, b: sampler(index, a, b), len(index), args.train_batch_size)[0]
+
+
+def save_samples(folder, rows, world):
+    """samples.png, and samples.gif for videos.  rows: [(text, samples (n, ...)), ...]."""
+    io.save_grid(os.path.join(folder, "samples.png"), [(text, io.picture(x, world)) for text, x in rows])
+    if rows[0][1].dim() == 5:
+        io.save_gif(os.path.join(folder, "samples.gif"), rows, world)
+
+
+@torch.no_grad()
+def finish(args, method, teacher, world, conditions, shape, times, students, params, seconds, device, extra=None):
+    """Write samples.png and report.json: data, many-step teacher, teacher at the student's steps, student.
+
+    times: the student's step grid without its final 0. students: {name: (network calls, sampler(index, first, last))}; the one
+    called "student" is pictured. extra: {row name: further entries of that row of the report}.
+    """
+    scale, guided = args.guidance_scale, 1 if args.guidance_scale == 1 else 2
+
+    def run_teacher(grid, solver):
+        return lambda index, a, b: sample_teacher(teacher.net, teacher.schedule, teacher.prediction, evaluation_noise(args, shape, device, a, b),
+                                                  grid, *conditions.pick(index[a:b], device), scale, solver)
+
+    fine, coarse = run_teacher(step_grid(max(1, args.teacher_steps), teacher.shift), "heun"), run_teacher(times + [0.0], "euler")
+    rows = {"teacher_same_steps": (guided * len(times), coarse), **students}
+    results = []
+    if world:
+        label = balanced_labels(2000, world.num_classes)
+        results.append({"name": "data", "nfe": 0, **world.measure(*world.data(2000, 777, label))})
+        if args.teacher_steps:
+            row, moments = measured_teacher(args, teacher, world, label, lambda: many(lambda a, b: fine(label, a, b), 2000),
+                                            {"name": "teacher", "nfe": guided * ode_calls(args.teacher_steps, "heun"), "guidance_scale": scale})
+            results.append(row)
+        for name, (nfe, sampler) in rows.items():
+            x, ms = many(lambda a, b: sampler(label, a, b), 2000)  # noqa: B023
+            results.append({"name": name, "nfe": nfe, "ms_per_sample": ms, **world.measure(x, label), **(extra or {}).get(name, {})})
+            if args.teacher_steps:
+                results[-1]["fd_teacher"] = moments_distance(world.moments(x, label), moments)
+        for r in results:
+            r["fd_excess"] = r["fd"] - results[0]["fd"]
+    x_student = preview(args, world, conditions, students["student"][1])
+    pictured = [("data", world.data(len(x_student), 778, conditions.preview(len(x_student)))[0])] if world else []
+    if args.teacher_steps:
+        pictured += [(f"teacher, {guided * ode_calls(args.teacher_steps, 'heun')} calls", preview(args, world, conditions, fine)),
+                     (f"teacher, {guided * len(times)} call(s)", preview(args, world, conditions, coarse))]
+    save_samples(args.output_dir, [*pictured, (f"student, {students['student'][0]} call(s)", x_student)], world)
+    if not world:
+        io.save_tensors({"x0": x_student}, os.path.join(args.output_dir, "samples.safetensors"))  # latents for a decoder
+    io.save_json({"method": method, "teacher": args.teacher, "seed": args.seed, "steps": args.max_train_steps, "seconds": seconds,
+                  "peak_memory_mb": io.peak_memory_mb(device), "params": params, "results": results}, os.path.join(args.output_dir, "report.json"))
+    io.print_table(results)
+    print(f"samples: {os.path.join(args.output_dir, 'samples.png')}")
+
+
+def measured_teacher(args, teacher, world, label, draw_samples, row):
+    """The many-step teacher's row and sample moments: measured once, stored beside the teacher, copied afterwards."""
+    key = f"heun{args.teacher_steps}-shift{teacher.shift:g}-guidance{args.guidance_scale:g}"
+    path = teacher.folder and os.path.join(teacher.folder, "measured", f"{io.weights_hash(teacher.folder)}-{key}.safetensors")
+    if path and os.path.isfile(path) and not args.remeasure_teacher:
+        with io.open_tensors(path) as f:
+            return {**json.loads(f.metadata()["row"]), "copied": True}, (f.get_tensor("mean"), f.get_tensor("cov"))
+    x, ms = draw_samples()
+    mean, cov = world.moments(x, label)
+    row = {**row, "ms_per_sample": ms, **world.measure(x, label)}
+    if path and os.access(teacher.folder, os.W_OK):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        io.save_tensors({"mean": mean, "cov": cov}, path, {"row": json.dumps(row)})
+    return row, (mean, cov)
