@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
+from models import lora
 from models.diffusion import PREDICTIONS, VP, Flow
 
 NETWORKS = {"DiT": "models.dit", "RingMLP": "models.toy", "WanTransformer3DModel": "models.wan"}
@@ -287,9 +288,9 @@ def network_config(net):
 
 
 def save_network(net, config, folder, state_dict=None, shard_bytes=SHARD_BYTES):
-    """Write config.json and safetensors (sharded with an index above shard_bytes), each file atomically."""
+    """Write config.json and safetensors (sharded with an index above shard_bytes), each file atomically. Without adapters."""
     os.makedirs(folder, exist_ok=True)
-    tensors = state_dict if state_dict is not None else net.state_dict()
+    tensors = state_dict if state_dict is not None else lora.base_state_dict(net)
     shards, size = [{}], 0
     for key, value in tensors.items():
         n = value.numel() * value.element_size()
