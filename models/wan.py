@@ -1,4 +1,4 @@
-"""Wan 2.1 text-to-video transformer (Wan team, 2503.20314), with diffusers' parameter names.
+"""Wan 2.1 and 2.2 text-to-video transformers (Wan team, 2503.20314), with diffusers' parameter names.
 
 A video latent (16 channels, 4x fewer frames, 8x smaller sides) is cut into patches of 1x2x2, and every token
 passes through blocks of: self-attention over all tokens of the clip with a 3-D rotary position,
@@ -7,6 +7,8 @@ norms (AdaLN).
 
     net = WanTransformer3DModel(**WAN_1_3B)
     v = net(x_t, t, text=prompts)      # t = 0 data, t = 1 noise; v = eps - x0
+
+Wan 2.2 A14B is two such networks, one for high noise and one for low: `WanTwoNetworks`, called alike.
 
     symbol   meaning                                                    shape
     x        latent at time t, normalised as the VAE's config says      (B, 16, T, H, W)
@@ -46,6 +48,10 @@ WAN_1_3B = dict(
     pos_embed_seq_len=None,
 )
 WAN_14B = dict(WAN_1_3B, num_attention_heads=40, ffn_dim=13824, num_layers=40)
+# Each of the two networks of Wan-AI/Wan2.2-T2V-A14B-Diffusers, which change at boundary_ratio 0.875. The
+# image-to-video A14B (boundary_ratio 0.9) differs in in_channels = 36, noise + 4 of mask + 16 of the first
+# frame; those extra inputs are not implemented here.
+WAN_A14B = dict(WAN_14B)
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------
@@ -340,6 +346,71 @@ class WanTransformer3DModel(nn.Module):
             raise ValueError(
                 f"text has shape {tuple(text.shape)}; pass ({x.shape[0]}, L, {c['text_dim']})"
             )
+
+
+class WanTwoNetworks(nn.Module):
+    """Wan 2.2 A14B: `high` (folder transformer/) where t >= boundary, `low` (transformer_2/) where t < boundary.
+
+    Called like one WanTransformer3DModel; `config` is that of each of the two. models/lora.py on this network
+    adapts both; `high` and `low` can be called, adapted and saved alone, and an adapter file is of one of them.
+    Raises ValueError for a boundary outside (0, 1), networks that differ, image-to-video.
+    """
+
+    prediction = "flow_v"
+    # sample_shift of wan/configs/wan_t2v_A14B.py. Only a fallback, as above.
+    default_shift = 12.0
+    latent_shape = WanTransformer3DModel.latent_shape
+    cond_names = WanTransformer3DModel.cond_names
+    lora_targets = WanTransformer3DModel.lora_targets
+
+    def __init__(self, high, low, boundary):
+        super().__init__()
+        if not 0 < boundary < 1:
+            raise ValueError(f"boundary = {boundary}; the networks change at a time within (0, 1)")
+        for net in (high, low):
+            if not isinstance(net, WanTransformer3DModel):
+                raise ValueError(f"a {type(net).__name__} cannot be one of Wan's two networks")
+        differ = [f"{k} = {v} and {low.config[k]}" for k, v in high.config.items() if v != low.config[k]]
+        if differ:
+            raise ValueError(f"the two networks differ: {', '.join(differ)}")
+        if high.config["in_channels"] != high.out_channels:
+            raise ValueError(
+                f"in_channels = {high.config['in_channels']} with {high.out_channels} out means image-to-video, "
+                "which is not implemented; use a text-to-video checkpoint"
+            )
+        self.high, self.low, self.boundary, self.config = high, low, float(boundary), high.config
+
+    @property
+    def gradient_checkpointing(self):
+        return self.high.gradient_checkpointing and self.low.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on):
+        self.high.gradient_checkpointing = self.low.gradient_checkpointing = on
+
+    def lora_key(self, name):
+        raise ValueError("an adapter file is of one network: save and load those of .high and .low one by one")
+
+    def forward(self, x, t, text, return_features=False, adapter=None):
+        """Flow velocity as WanTransformer3DModel gives it, each row from the network its t belongs to.
+
+        A network sees its own rows only, and does not run without any. An adapter must exist in every network
+        that runs: the bare network in its place would be another function. Raises ValueError as there.
+        """
+        self.high._check(x, t, text)
+        is_high = t >= self.boundary  # (B,)
+        if is_high.all():
+            return self.high(x, t, text, return_features, adapter)
+        if not is_high.any():
+            return self.low(x, t, text, return_features, adapter)
+        rows = [is_high.nonzero()[:, 0], (~is_high).nonzero()[:, 0]]  # of each network
+        parts = [
+            net(x[i], t[i], text[i], return_features=True, adapter=adapter)
+            for net, i in zip((self.high, self.low), rows)
+        ]
+        back = torch.cat(rows).argsort()  # where each row of the batch is among the parts
+        v, features = (torch.cat(part)[back] for part in zip(*parts))
+        return (v, features) if return_features else v
 
 
 # ---- the ends of a real pipeline: prompts to features, latents to pixels -----------------------------------
