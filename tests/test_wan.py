@@ -363,7 +363,7 @@ def test_two_networks_look_like_one():
     assert two.gradient_checkpointing and two.high.gradient_checkpointing and two.low.gradient_checkpointing
     two.gradient_checkpointing = False
     assert not two.high.gradient_checkpointing and not two.low.gradient_checkpointing
-    x, t, text = inputs(TINY, 2, (2, 4, 4), 3)
+    x, _, text = inputs(TINY, 2, (2, 4, 4), 3)
     with pytest.raises(ValueError, match=r"pass floats in \[0, 1\] of shape \(2,\)"):
         two(x, torch.tensor(0.5), text=text)
 
@@ -404,7 +404,7 @@ def test_a_root_with_two_networks_is_loaded(tmp_path):
     two = two_networks()
     root = save_root(tmp_path / "a14b", two, shift=3.0)
     teacher = io.load_teacher(root + "/", ("ring",), two_networks=True)
-    x, t, text = inputs(TINY, 5, (2, 4, 4), 3)
+    x, _, text = inputs(TINY, 5, (2, 4, 4), 3)
     t = torch.tensor([0.2, 1.0, 0.75, 0.0, 0.7])
     assert type(teacher.net) is WanTwoNetworks and not teacher.net.training and teacher.net.boundary == 0.75
     assert torch.equal(teacher.net(x, t, text=text), two(x, t, text=text))
@@ -441,7 +441,7 @@ def test_what_wan_pipeline_saves_is_loaded(theirs, tmp_path):
         getattr(pipe, component).save_pretrained(tmp_path / component)
     pipe.save_config(tmp_path)  # save_pretrained wants every component; this is its model_index.json
     teacher = io.load_teacher(str(tmp_path), (), two_networks=True)
-    x, t, text = inputs(TINY, 2, (2, 4, 4), 3)
+    x, _, text = inputs(TINY, 2, (2, 4, 4), 3)
     assert teacher.net.boundary == 0.75 and teacher.shift == 3.0
     for time, net in ((0.75, reference[0]), (0.7, reference[1])):
         t = torch.full((2,), time)
