@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models import lora
 from models.diffusion import sinusoid
 
 HEAD_DIM = 32
@@ -72,21 +73,22 @@ class Block(nn.Module):
         super().__init__()
         self.heads = dim // HEAD_DIM
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = lora.Linear(dim, 3 * dim)
         self.q_norm, self.k_norm = nn.RMSNorm(HEAD_DIM, eps=1e-6), nn.RMSNorm(HEAD_DIM, eps=1e-6)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = lora.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(lora.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), lora.Linear(4 * dim, dim))
         self.modulation = nn.Linear(cond_dim, 6 * dim)
         self.attend = attention  # swap this attribute to give one block another attention
 
-    def forward(self, x, c, cos, sin):  # x (B, N, D), c (B, cond_dim)
+    def forward(self, x, c, cos, sin, adapter=None):  # x (B, N, D), c (B, cond_dim)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)
-        qkv = self.qkv(modulate(self.norm1(x), shift1, scale1))  # (B, N, 3 D)
+        qkv = self.qkv(modulate(self.norm1(x), shift1, scale1), adapter)  # (B, N, 3 D)
         q, k, v = qkv.unflatten(-1, (3, self.heads, HEAD_DIM)).unbind(2)  # (B, N, H, 32)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        x = x + gate1[:, None] * self.proj(self.attend(q, k, v).flatten(2))
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + gate1[:, None] * self.proj(self.attend(q, k, v).flatten(2), adapter)
+        first, act, second = self.mlp  # called one by one: nn.Sequential hands no second argument down
+        return x + gate2[:, None] * second(act(first(modulate(self.norm2(x), shift2, scale2), adapter)), adapter)
 
 
 class DiT(nn.Module):
@@ -98,6 +100,7 @@ class DiT(nn.Module):
     prediction = "flow_v"
     default_shift = 1.0
     cond_names = ("label",)
+    lora_targets = ("qkv", "proj", "mlp.0", "mlp.2")  # of every block
 
     def __init__(self, size=(16, 16), patch=(4, 4), channels=3, dim=128, depth=4, num_classes=10, cond_dim=None,
                  steps_cond=False, world=None, class_names=None):
@@ -143,11 +146,13 @@ class DiT(nn.Module):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def forward(self, x, t, label=None, steps=None, return_features=False):
+    def forward(self, x, t, label=None, steps=None, return_features=False, adapter=None):
         """x (B, C, *size), t (B,), label (B,) int64 or None = null, steps (B,) -> velocity (B, C, *size).
 
-        return_features=True gives (velocity, middle block's tokens (B, N, D)).
+        return_features=True gives (velocity, middle block's tokens (B, N, D)); adapter names one of models/lora.py, None the
+        bare network. Raises ValueError for a wrong shape, an unknown adapter, and steps that the network does not take.
         """
+        lora.check(self, adapter)
         if x.shape[1:] != self.latent_shape:
             raise ValueError(f"DiT expects x of shape (B, {', '.join(map(str, self.latent_shape))}), got {tuple(x.shape)}")
         c = self.time(sinusoid(t, 128).to(self.embed.weight.dtype))  # (B, cond_dim)
@@ -165,9 +170,9 @@ class DiT(nn.Module):
         features = None
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, c, self.rope_cos, self.rope_sin, use_reentrant=False)
+                h = checkpoint(block, h, c, self.rope_cos, self.rope_sin, adapter, use_reentrant=False)
             else:
-                h = block(h, c, self.rope_cos, self.rope_sin)
+                h = block(h, c, self.rope_cos, self.rope_sin, adapter)
             if i == len(self.blocks) // 2:
                 features = h
         shift, scale = self.final_modulation(c).chunk(2, dim=1)

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
+from models import lora
 from models.diffusion import PREDICTIONS, VP, Flow
 
 NETWORKS = {"DiT": "models.dit", "RingMLP": "models.toy", "WanTransformer3DModel": "models.wan"}
@@ -287,9 +288,9 @@ def network_config(net):
 
 
 def save_network(net, config, folder, state_dict=None, shard_bytes=SHARD_BYTES):
-    """Write config.json and safetensors (sharded with an index above shard_bytes), each file atomically."""
+    """Write config.json and safetensors (sharded with an index above shard_bytes), each file atomically. Without adapters."""
     os.makedirs(folder, exist_ok=True)
-    tensors = state_dict if state_dict is not None else net.state_dict()
+    tensors = state_dict if state_dict is not None else lora.base_state_dict(net)
     shards, size = [{}], 0
     for key, value in tensors.items():
         n = value.numel() * value.element_size()
@@ -351,10 +352,30 @@ def network_folder(folder):
     return os.path.join(folder, "transformer") if os.path.isfile(os.path.join(folder, "model_index.json")) else student_folder(folder)
 
 
-def load_teacher(name, worlds, dtype=torch.float32):
+def load_two_networks(root, dtype=torch.float32):
+    """Read a pipeline root with transformer/ and transformer_2/ (Wan 2.2 A14B) -> (WanTwoNetworks, config of each). Raises UserError."""
+    from models.wan import WanTwoNetworks  # as network_from_config: only the class that is asked for
+
+    index = os.path.join(root, "model_index.json")
+    boundary = load_json(index).get("boundary_ratio")
+    if not isinstance(boundary, (int, float)) or not 0 < boundary < 1:
+        raise UserError(f"{index}: boundary_ratio is {boundary!r}, and a two-network teacher changes networks at one within (0, 1): "
+                        "restore it from the source of the checkpoint")
+    if not os.path.isdir(os.path.join(root, "transformer")):
+        raise UserError(f"{root} has transformer_2/ but no transformer/: a two-network teacher needs both")
+    (high, config), (low, config_2) = (load_network(os.path.join(root, name), dtype) for name in ("transformer", "transformer_2"))
+    try:
+        return WanTwoNetworks(high, low, boundary).eval(), config, config_2
+    except ValueError as e:
+        raise UserError(f"{root}: {e}") from None
+
+
+def load_teacher(name, worlds, dtype=torch.float32, two_networks=False):
     """Resolve --teacher: a world's name, a component folder, a pipeline root, or a run folder of ours.
 
-    -> namespace(net, config, folder or None, schedule, prediction, shift, world_name or None, label). Raises UserError.
+    two_networks: whether a root with transformer_2/ is welcome (its net is a WanTwoNetworks) or refused. Raises UserError.
+    -> namespace(net, config, config_2, folder or None, schedule, prediction, shift, world_name or None, label). Of two networks,
+    config is transformer/'s, config_2 transformer_2/'s (else None), and folder the root, which holds no weights itself.
     """
     if name in worlds:
         from models.toy import load_world  # the worlds use this file too
@@ -362,7 +383,7 @@ def load_teacher(name, worlds, dtype=torch.float32):
         world = load_world(name)
         if not hasattr(world, "teacher_folder"):  # a closed form, no checkpoint
             net = world.teacher()
-            return types.SimpleNamespace(net=net, config=None, folder=None, schedule=Flow(), prediction=net.prediction,
+            return types.SimpleNamespace(net=net, config=None, config_2=None, folder=None, schedule=Flow(), prediction=net.prediction,
                                          shift=net.default_shift, world_name=name, label=name)
         folder = world.teacher_folder()
     else:
@@ -371,11 +392,15 @@ def load_teacher(name, worlds, dtype=torch.float32):
             raise UserError(f"--teacher {name}: neither an embedded world ({', '.join(worlds)}) nor a folder")
         if not os.listdir(folder):
             raise UserError(f"--teacher {name}: the folder is empty")
-    root = folder
-    if os.path.isfile(os.path.join(root, "model_index.json")) and os.path.isdir(os.path.join(root, "transformer_2")):
+    root, config_2 = folder, None
+    two = os.path.isfile(os.path.join(root, "model_index.json")) and os.path.isdir(os.path.join(root, "transformer_2"))
+    if two and not two_networks:
         raise UserError(f"{root} is a two-network teacher (transformer_2/): give one of its component folders")
     folder = network_folder(root)
-    net, config = load_network(folder, dtype)
+    if two:
+        net, config, config_2 = load_two_networks(root, dtype)
+    else:
+        net, config = load_network(folder, dtype)
     schedule, prediction, timestep_shift = Flow(), net.prediction, net.default_shift
     scheduler = next((s for s in (os.path.join(root, "scheduler"), os.path.join(os.path.dirname(os.path.abspath(folder)), "scheduler"))
                       if os.path.isfile(os.path.join(s, "scheduler_config.json"))), None)
@@ -384,8 +409,8 @@ def load_teacher(name, worlds, dtype=torch.float32):
         timestep_shift = own_shift or timestep_shift
     elif os.path.isfile(os.path.join(folder, "sampler.json")):
         schedule, prediction, timestep_shift = read_sampler(folder)[1:]
-    return types.SimpleNamespace(net=net, config=config, folder=folder, schedule=schedule, prediction=prediction,
-                                 shift=timestep_shift, world_name=config.get("world"), label=name if name in worlds else
+    return types.SimpleNamespace(net=net, config=config, config_2=config_2, folder=root if two else folder, schedule=schedule,
+                                 prediction=prediction, shift=timestep_shift, world_name=config.get("world"), label=name if name in worlds else
                                  os.path.basename(os.path.abspath(root)))
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
+from models import lora
 from models.diffusion import expand, sinusoid
 
 WORLDS = ("ring", "glyphs", "clips")
@@ -128,15 +129,17 @@ class RingMLP(nn.Module):
         self.embed, self.time = nn.Linear(2, dim), nn.Linear(64, dim)
         self.label = nn.Embedding(num_classes + 1, dim)
         self.steps = nn.Linear(64, dim) if steps_cond else None
-        self.hidden = nn.ModuleList([nn.Linear(dim, dim) for _ in range(depth)])
+        self.hidden = nn.ModuleList([lora.Linear(dim, dim) for _ in range(depth)])
+        self.lora_targets = tuple(f"hidden.{i}" for i in range(depth))
         self.final = nn.Linear(dim, 2)
         self.gradient_checkpointing = False
         if steps_cond:
             nn.init.zeros_(self.steps.weight)
             nn.init.zeros_(self.steps.bias)
 
-    def forward(self, x, t, label=None, steps=None, return_features=False):
-        """x (B, 2), t (B,), label (B,) -> velocity (B, 2); features are (B, 1, dim)."""
+    def forward(self, x, t, label=None, steps=None, return_features=False, adapter=None):
+        """x (B, 2), t (B,), label (B,) -> velocity (B, 2); features are (B, 1, dim); adapter: a name of models/lora.py or None."""
+        lora.check(self, adapter)
         if label is None:
             label = torch.full((x.shape[0],), self.num_classes, device=x.device)
         dtype = self.embed.weight.dtype
@@ -147,7 +150,7 @@ class RingMLP(nn.Module):
             h = h + self.steps(sinusoid(steps.float() / 1000, 64, max_period=1000.0).to(dtype))
         features = None
         for i, layer in enumerate(self.hidden):
-            h = layer(F.silu(h))
+            h = layer(F.silu(h), adapter)
             if i == len(self.hidden) // 2:
                 features = h[:, None]
         v = self.final(F.silu(h))

@@ -1,4 +1,4 @@
-"""Wan 2.1 text-to-video transformer (Wan team, 2503.20314), with diffusers' parameter names.
+"""Wan 2.1 and 2.2 text-to-video transformers (Wan team, 2503.20314), with diffusers' parameter names.
 
 A video latent (16 channels, 4x fewer frames, 8x smaller sides) is cut into patches of 1x2x2, and every token
 passes through blocks of: self-attention over all tokens of the clip with a 3-D rotary position,
@@ -7,6 +7,8 @@ norms (AdaLN).
 
     net = WanTransformer3DModel(**WAN_1_3B)
     v = net(x_t, t, text=prompts)      # t = 0 data, t = 1 noise; v = eps - x0
+
+Wan 2.2 A14B is two such networks, one for high noise and one for low: `WanTwoNetworks`, called alike.
 
     symbol   meaning                                                    shape
     x        latent at time t, normalised as the VAE's config says      (B, 16, T, H, W)
@@ -36,6 +38,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from models import lora
+
 # The released text-to-video sizes, Wan-AI/Wan2.1-T2V-{1.3B,14B}-Diffusers.
 WAN_1_3B = dict(
     patch_size=[1, 2, 2], num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16,
@@ -44,6 +48,10 @@ WAN_1_3B = dict(
     pos_embed_seq_len=None,
 )
 WAN_14B = dict(WAN_1_3B, num_attention_heads=40, ffn_dim=13824, num_layers=40)
+# Each of the two networks of Wan-AI/Wan2.2-T2V-A14B-Diffusers, which change at boundary_ratio 0.875. The
+# image-to-video A14B (boundary_ratio 0.9) differs in in_channels = 36, noise + 4 of mask + 16 of the first
+# frame; those extra inputs are not implemented here.
+WAN_A14B = dict(WAN_14B)
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------
@@ -107,19 +115,20 @@ class Attention(nn.Module):
     def __init__(self, dim, heads, eps):
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])  # a list because the checkpoint says "to_out.0"
+        self.to_q, self.to_k, self.to_v = lora.Linear(dim, dim), lora.Linear(dim, dim), lora.Linear(dim, dim)
+        self.to_out = nn.ModuleList([lora.Linear(dim, dim)])  # a list because the checkpoint says "to_out.0"
         self.norm_q, self.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)
         self.attend = attention
 
-    def forward(self, h, context, rope=None):
+    def forward(self, h, context, rope=None, adapter=None):
         """h (B, N, dim) asks, context (B, M, dim) answers -> (B, N, dim). rope = (cos, sin) or None."""
-        q, k, v = self.norm_q(self.to_q(h)), self.norm_k(self.to_k(context)), self.to_v(context)
+        q, k = self.norm_q(self.to_q(h, adapter)), self.norm_k(self.to_k(context, adapter))
+        v = self.to_v(context, adapter)
         q, k, v = (z.unflatten(-1, (self.heads, -1)) for z in (q, k, v))  # (B, N, H, D)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         out = self.attend(q.to(v.dtype), k.to(v.dtype), v)  # rounded once, after norm and rotation
-        return self.to_out[0](out.flatten(2))  # (B, N, dim)
+        return self.to_out[0](out.flatten(2), adapter)  # (B, N, dim)
 
 
 class GELU(nn.Module):
@@ -127,10 +136,10 @@ class GELU(nn.Module):
 
     def __init__(self, dim, dim_out):
         super().__init__()
-        self.proj = nn.Linear(dim, dim_out)
+        self.proj = lora.Linear(dim, dim_out)
 
-    def forward(self, h):
-        return F.gelu(self.proj(h), approximate="tanh")
+    def forward(self, h, adapter=None):
+        return F.gelu(self.proj(h, adapter), approximate="tanh")
 
 
 class FeedForward(nn.Module):
@@ -138,10 +147,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim, hidden):
         super().__init__()
-        self.net = nn.Sequential(GELU(dim, hidden), nn.Identity(), nn.Linear(hidden, dim))
+        self.net = nn.Sequential(GELU(dim, hidden), nn.Identity(), lora.Linear(hidden, dim))
 
-    def forward(self, h):
-        return self.net(h)
+    def forward(self, h, adapter=None):
+        return self.net[2](self.net[0](h, adapter), adapter)  # nn.Sequential hands no second argument down
 
 
 class TwoLayers(nn.Module):
@@ -194,19 +203,40 @@ class Block(nn.Module):
         self.norm3 = LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, h, context, modulation, rope):
+    def forward(self, h, context, modulation, rope, adapter=None):
         """h (B, N, D), context (B, L, D), modulation (B, 6, D) float32, rope = (cos, sin) -> (B, N, D)."""
         table = self.scale_shift_table.float() + modulation  # (B, 6, D)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table.chunk(6, dim=1)  # each (B, 1, D)
 
         z = (self.norm1(h) * (1 + scale) + shift).to(h.dtype)
-        h = (h.float() + self.attn1(z, z, rope) * gate).to(h.dtype)
+        h = (h.float() + self.attn1(z, z, rope, adapter) * gate).to(h.dtype)
 
         z = self.norm2(h).to(h.dtype)
-        h = h + self.attn2(z, context).to(h.dtype)  # neither gated nor modulated
+        h = h + self.attn2(z, context, adapter=adapter).to(h.dtype)  # neither gated nor modulated
 
         z = (self.norm3(h) * (1 + mlp_scale) + mlp_shift).to(h.dtype)
-        return (h.float() + self.ffn(z) * mlp_gate).to(h.dtype)
+        return (h.float() + self.ffn(z, adapter) * mlp_gate).to(h.dtype)
+
+
+# Layers of a block that models/lora.py adapts, and their names in Wan's own checkpoints.
+NATIVE_NAMES = {
+    **{f"attn1.{ours}": f"self_attn.{o}" for ours, o in zip(("to_q", "to_k", "to_v", "to_out.0"), "qkvo")},
+    **{f"attn2.{ours}": f"cross_attn.{o}" for ours, o in zip(("to_q", "to_k", "to_v", "to_out.0"), "qkvo")},
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
+
+
+def lora_key(name):
+    """blocks.0.attn1.to_q -> diffusion_model.blocks.0.self_attn.q, a layer's name in an adapter file.
+
+    Both sides know this one: diffusers' WanPipeline.load_lora_weights converts keys that start with
+    diffusion_model. (loaders/lora_conversion_utils.py), and ComfyUI, whose Wan has these names, takes
+    diffusion_model.LAYER.lora_A.weight for any model (comfy/lora.py, comfy/weight_adapter/lora.py).
+    models/lora.py reads it back by asking for the key of each of the network's layers.
+    """
+    blocks, i, layer = name.split(".", 2)
+    return f"diffusion_model.{blocks}.{i}.{NATIVE_NAMES[layer]}"
 
 
 # ---- the model ---------------------------------------------------------------------------------------------
@@ -226,6 +256,8 @@ class WanTransformer3DModel(nn.Module):
     default_shift = 5.0
     latent_shape = (16, 21, 60, 104)  # 81 frames of 480 x 832
     cond_names = ("text",)
+    lora_targets = tuple(NATIVE_NAMES)
+    lora_key = staticmethod(lora_key)
 
     def __init__(
         self, patch_size=(1, 2, 2), num_attention_heads=40, attention_head_dim=128, in_channels=16,
@@ -259,15 +291,17 @@ class WanTransformer3DModel(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
 
-    def forward(self, x, t, text, return_features=False):
+    def forward(self, x, t, text, return_features=False, adapter=None):
         """Flow velocity v = eps - x0.
 
         x (B, in_channels, T, H, W); t (B,) float in [0, 1], t = 0 data, t = 1 noise; text (B, L, text_dim).
         Returns v (B, out_channels, T, H, W) in x's dtype, computed in the weights' dtype or in autocast's.
         With return_features=True returns (v, features): the output of block num_layers // 2, (B, N, D).
-        Raises ValueError, one line naming cause and remedy, for shapes that do not fit.
+        adapter names one of models/lora.py, None the bare network. Raises ValueError, one line naming cause
+        and remedy, for shapes that do not fit and for an unknown adapter.
         """
         self._check(x, t, text)
+        lora.check(self, adapter)
         grid = [size // p for size, p in zip(x.shape[2:], self.patch_size)]  # frames, rows, columns of tokens
         rope = rope_3d(*grid, self.config["attention_head_dim"], x.device)
         time, modulation, context = self.condition_embedder(t, text)
@@ -276,9 +310,9 @@ class WanTransformer3DModel(nn.Module):
         h = h.flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, context, modulation, rope, use_reentrant=False)
+                h = checkpoint(block, h, context, modulation, rope, adapter, use_reentrant=False)
             else:
-                h = block(h, context, modulation, rope)
+                h = block(h, context, modulation, rope, adapter)
             if i == len(self.blocks) // 2:
                 features = h
 
@@ -312,6 +346,71 @@ class WanTransformer3DModel(nn.Module):
             raise ValueError(
                 f"text has shape {tuple(text.shape)}; pass ({x.shape[0]}, L, {c['text_dim']})"
             )
+
+
+class WanTwoNetworks(nn.Module):
+    """Wan 2.2 A14B: `high` (folder transformer/) where t >= boundary, `low` (transformer_2/) where t < boundary.
+
+    Called like one WanTransformer3DModel; `config` is that of each of the two. models/lora.py on this network
+    adapts both; `high` and `low` can be called, adapted and saved alone, and an adapter file is of one of them.
+    Raises ValueError for a boundary outside (0, 1), networks that differ, image-to-video.
+    """
+
+    prediction = "flow_v"
+    # sample_shift of wan/configs/wan_t2v_A14B.py. Only a fallback, as above.
+    default_shift = 12.0
+    latent_shape = WanTransformer3DModel.latent_shape
+    cond_names = WanTransformer3DModel.cond_names
+    lora_targets = WanTransformer3DModel.lora_targets
+
+    def __init__(self, high, low, boundary):
+        super().__init__()
+        if not 0 < boundary < 1:
+            raise ValueError(f"boundary = {boundary}; the networks change at a time within (0, 1)")
+        for net in (high, low):
+            if not isinstance(net, WanTransformer3DModel):
+                raise ValueError(f"a {type(net).__name__} cannot be one of Wan's two networks")
+        differ = [f"{k} = {v} and {low.config[k]}" for k, v in high.config.items() if v != low.config[k]]
+        if differ:
+            raise ValueError(f"the two networks differ: {', '.join(differ)}")
+        if high.config["in_channels"] != high.out_channels:
+            raise ValueError(
+                f"in_channels = {high.config['in_channels']} with {high.out_channels} out means image-to-video, "
+                "which is not implemented; use a text-to-video checkpoint"
+            )
+        self.high, self.low, self.boundary, self.config = high, low, float(boundary), high.config
+
+    @property
+    def gradient_checkpointing(self):
+        return self.high.gradient_checkpointing and self.low.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on):
+        self.high.gradient_checkpointing = self.low.gradient_checkpointing = on
+
+    def lora_key(self, name):
+        raise ValueError("an adapter file is of one network: save and load those of .high and .low one by one")
+
+    def forward(self, x, t, text, return_features=False, adapter=None):
+        """Flow velocity as WanTransformer3DModel gives it, each row from the network its t belongs to.
+
+        A network sees its own rows only, and does not run without any. An adapter must exist in every network
+        that runs: the bare network in its place would be another function. Raises ValueError as there.
+        """
+        self.high._check(x, t, text)
+        is_high = t >= self.boundary  # (B,)
+        if is_high.all():
+            return self.high(x, t, text, return_features, adapter)
+        if not is_high.any():
+            return self.low(x, t, text, return_features, adapter)
+        rows = [is_high.nonzero()[:, 0], (~is_high).nonzero()[:, 0]]  # of each network
+        parts = [
+            net(x[i], t[i], text[i], return_features=True, adapter=adapter)
+            for net, i in zip((self.high, self.low), rows)
+        ]
+        back = torch.cat(rows).argsort()  # where each row of the batch is among the parts
+        v, features = (torch.cat(part)[back] for part in zip(*parts))
+        return (v, features) if return_features else v
 
 
 # ---- the ends of a real pipeline: prompts to features, latents to pixels -----------------------------------

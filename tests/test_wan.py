@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models import wan  # noqa: E402
-from models.wan import WAN_1_3B, WAN_14B, WanTransformer3DModel  # noqa: E402
+from models import io, wan  # noqa: E402
+from models.diffusion import Flow  # noqa: E402
+from models.wan import WAN_1_3B, WAN_14B, WAN_A14B, WanTransformer3DModel, WanTwoNetworks  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -128,7 +129,10 @@ def test_bfloat16_as_close_to_float32_as_diffusers(theirs):
     assert 0 < autocast < 0.02 and low < 1.5 * low_theirs + 1e-3 and low < 0.05
 
 
-@pytest.mark.parametrize("config, parameters", [(WAN_1_3B, 1_418_996_800), (WAN_14B, 14_288_491_584)])
+@pytest.mark.parametrize(
+    "config, parameters",
+    [(WAN_1_3B, 1_418_996_800), (WAN_14B, 14_288_491_584), (WAN_A14B, 14_288_491_584)],
+)
 def test_released_sizes_have_diffusers_names_and_shapes(theirs, config, parameters):
     with torch.device("meta"):
         ours, reference = WanTransformer3DModel(**config), theirs(**config)
@@ -270,6 +274,209 @@ def test_wrong_configs_are_named(change, message):
     with pytest.raises(ValueError, match=message) as error:
         WanTransformer3DModel(**dict(TINY, **change))
     assert "\n" not in str(error.value)
+
+
+# ---- two networks (Wan 2.2 A14B) ---------------------------------------------------------------------------
+
+
+def test_a14b_is_what_the_conversion_script_of_diffusers_says():
+    """Its entry for Wan2.2-T2V-A14B (scripts/convert_wan_to_diffusers.py), both networks alike."""
+    assert WAN_A14B == dict(
+        added_kv_proj_dim=None, attention_head_dim=128, cross_attn_norm=True, eps=1e-6, ffn_dim=13824,
+        freq_dim=256, in_channels=16, num_attention_heads=40, num_layers=40, out_channels=16,
+        patch_size=[1, 2, 2], qk_norm="rms_norm_across_heads", text_dim=4096,
+        image_dim=None, rope_max_seq_len=1024, pos_embed_seq_len=None,  # not in it: the class's defaults
+    )
+
+
+def two_networks(boundary=0.75, **changes):
+    config = dict(TINY, **changes)
+    high, low = (fill(WanTransformer3DModel(**config), seed=seed) for seed in (3, 4))
+    return WanTwoNetworks(high, low, boundary).eval()
+
+
+# Times of a batch of five, and the rows that the high-noise network must see at boundary 0.75.
+TIMES = [
+    ([0.2, 1.0, 0.75, 0.0, 0.7499], [1, 2]),  # mixed; the boundary itself is high
+    ([0.75, 0.8, 0.9, 1.0, 0.76], [0, 1, 2, 3, 4]),
+    ([0.0, 0.1, 0.5, 0.7, 0.7499], []),
+    ([0.9, 0.1, 0.1, 0.1, 0.1], [0]),
+    ([0.1, 0.9, 0.9, 0.9, 0.9], [1, 2, 3, 4]),
+]
+
+
+@pytest.mark.parametrize("times, high_rows", TIMES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_row_is_computed_by_its_own_network(times, high_rows, checkpointing):
+    two = two_networks()
+    two.gradient_checkpointing = checkpointing
+    x, _, text = inputs(TINY, 5, (2, 4, 4), 3)
+    x.requires_grad_()
+    t = torch.tensor(times)
+    seen = {"high": [], "low": []}
+    for name in seen:
+        getattr(two, name).register_forward_hook(lambda m, a, out, name=name: seen[name].append(len(a[0])))
+    v, features = two(x, t, text=text, return_features=True)
+    low_rows = [i for i in range(5) if i not in high_rows]
+    assert seen["high"] == [len(high_rows)] * bool(high_rows)  # one call with these rows, or none at all
+    assert seen["low"] == [len(low_rows)] * bool(low_rows)
+    assert torch.equal(v, two(x, t, text=text)) and v.shape == x.shape and features.shape[0] == 5
+
+    weight = torch.randn(v.shape, generator=torch.Generator().manual_seed(2))
+    (v * weight).sum().backward()
+    for net, rows in ((two.high, high_rows), (two.low, low_rows)):
+        gradients = [p.grad for p in net.parameters()]
+        if not rows:
+            assert all(g is None for g in gradients)
+            continue
+        alone = copy.deepcopy(net)
+        alone.zero_grad()
+        leaf = x.detach()[rows].requires_grad_()
+        want, middle = alone(leaf, t[rows], text=text[rows], return_features=True)
+        assert torch.equal(v[rows], want) and torch.equal(features[rows], middle)
+        (want * weight[rows]).sum().backward()
+        assert torch.equal(x.grad[rows], leaf.grad) and leaf.grad.any()
+        assert all(torch.equal(g, p.grad) for g, p in zip(gradients, alone.parameters()))
+
+
+def test_boundary_like_wan_pipeline(theirs):
+    """diffusers compares the scheduler's times with boundary_ratio * 1000; the same side for every time near it."""
+    for boundary in (0.875, 0.9):
+        two = two_networks(boundary)
+        used = []
+        two.high.register_forward_hook(lambda m, a, out: used.append(True))
+        x, _, text = inputs(TINY, 1, (1, 2, 2), 1)
+        for step in (0, 1, 874, 875, 876, 899, 900, 901, 1000):
+            used.clear()
+            two(x, torch.tensor([step / 1000]), text=text)
+            assert bool(used) == (step >= boundary * 1000), (boundary, step)
+
+
+def test_two_networks_look_like_one():
+    two = two_networks()
+    for name in ("prediction", "cond_names", "latent_shape", "lora_targets"):
+        assert getattr(two, name) == getattr(WanTransformer3DModel, name)
+    assert two.default_shift == 12.0 and two.boundary == 0.75
+    assert two.config["text_dim"] == 10 and two.config["in_channels"] == 4
+    assert not two.gradient_checkpointing
+    two.gradient_checkpointing = True
+    assert two.gradient_checkpointing and two.high.gradient_checkpointing and two.low.gradient_checkpointing
+    two.gradient_checkpointing = False
+    assert not two.high.gradient_checkpointing and not two.low.gradient_checkpointing
+    x, _, text = inputs(TINY, 2, (2, 4, 4), 3)
+    with pytest.raises(ValueError, match=r"pass floats in \[0, 1\] of shape \(2,\)"):
+        two(x, torch.tensor(0.5), text=text)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: two_networks(0.0), r"boundary = 0.0; .* within \(0, 1\)"),
+        (lambda: two_networks(1.0), r"boundary = 1.0; .* within \(0, 1\)"),
+        (lambda: two_networks(in_channels=36), "in_channels = 36 with 4 out means image-to-video"),
+        (lambda: WanTwoNetworks(two_networks().high, two_networks(ffn_dim=48).low, 0.5), "ffn_dim = 32 and 48"),
+        (lambda: WanTwoNetworks(torch.nn.Linear(1, 1), two_networks().low, 0.5), "a Linear cannot be one"),
+    ],
+)
+def test_wrong_pairs_are_named(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def save_root(root, two, boundary_ratio=0.75, shift=None):
+    """A pipeline root with two networks, as diffusers writes it."""
+    root.mkdir()
+    index = {"_class_name": "WanPipeline", "boundary_ratio": boundary_ratio}
+    for name, net in (("transformer", two.high), ("transformer_2", two.low)):
+        index[name] = ["diffusers", "WanTransformer3DModel"]
+        config = {**io.network_config(net), "_diffusers_version": "0.35.0"}
+        io.save_network(net, config, str(root / name))
+    io.save_json(index, str(root / "model_index.json"))
+    if shift is not None:
+        scheduler = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": shift}
+        (root / "scheduler").mkdir()
+        io.save_json(scheduler, str(root / "scheduler" / "scheduler_config.json"))
+    return str(root)
+
+
+def test_a_root_with_two_networks_is_loaded(tmp_path):
+    two = two_networks()
+    root = save_root(tmp_path / "a14b", two, shift=3.0)
+    teacher = io.load_teacher(root + "/", ("ring",), two_networks=True)
+    x, _, text = inputs(TINY, 5, (2, 4, 4), 3)
+    t = torch.tensor([0.2, 1.0, 0.75, 0.0, 0.7])
+    assert type(teacher.net) is WanTwoNetworks and not teacher.net.training and teacher.net.boundary == 0.75
+    assert torch.equal(teacher.net(x, t, text=text), two(x, t, text=text))
+    assert teacher.folder == root and teacher.label == "a14b" and teacher.world_name is None
+    assert teacher.config == teacher.config_2 == {**io.network_config(two.high), "_diffusers_version": "0.35.0"}
+    assert isinstance(teacher.schedule, Flow) and (teacher.prediction, teacher.shift) == ("flow_v", 3.0)
+    low = io.load_teacher(root, ("ring",), dtype=torch.bfloat16, two_networks=True).net
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    assert io.load_teacher(save_root(tmp_path / "b", two), ("ring",), two_networks=True).shift == 12.0
+    assert io.is_small(root, ("ring",)) is False
+
+    # one of its networks alone, and anything else that is one network, loads as before
+    one = io.load_teacher(root + "/transformer_2", ("ring",), two_networks=True)
+    assert type(one.net) is WanTransformer3DModel and one.config_2 is None and one.folder.endswith("transformer_2")
+    assert one.shift == 3.0 and torch.equal(one.net.proj_out.weight, two.low.proj_out.weight)
+    assert io.load_teacher("ring", ("ring",), two_networks=True).config_2 is None
+
+
+def test_what_wan_pipeline_saves_is_loaded(theirs, tmp_path):
+    """The same root written by diffusers itself, where the first network answers for t >= boundary."""
+    diffusers = pytest.importorskip("diffusers")
+    two = two_networks()
+    reference = [theirs(**TINY).eval() for _ in range(2)]
+    for net, ours in zip(reference, (two.high, two.low)):
+        net.load_state_dict(ours.state_dict())
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    pipe = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=reference[0],
+        transformer_2=reference[1], boundary_ratio=0.75,
+    )
+    for component in ("transformer", "transformer_2", "scheduler"):
+        getattr(pipe, component).save_pretrained(tmp_path / component)
+    pipe.save_config(tmp_path)  # save_pretrained wants every component; this is its model_index.json
+    teacher = io.load_teacher(str(tmp_path), (), two_networks=True)
+    x, _, text = inputs(TINY, 2, (2, 4, 4), 3)
+    assert teacher.net.boundary == 0.75 and teacher.shift == 3.0
+    for time, net in ((0.75, reference[0]), (0.7, reference[1])):
+        t = torch.full((2,), time)
+        with torch.no_grad():
+            difference = teacher.net(x, t, text=text) - net(x, 1000 * t, text).sample
+        assert difference.abs().max() <= 1e-5
+
+
+def test_wrong_roots_are_refused(tmp_path):
+    two = two_networks()
+    root = save_root(tmp_path / "root", two)
+
+    def refused(message, **keywords):
+        with pytest.raises(io.UserError, match=message) as error:
+            io.load_teacher(root, ("ring",), **{"two_networks": True, **keywords})
+        assert "\n" not in str(error.value) and root in str(error.value)
+
+    refused("two-network teacher .*give one of its component folders", two_networks=False)
+    index = tmp_path / "root" / "model_index.json"
+    good = json.loads(index.read_text())
+    for wrong in (None, 0, 1, 1.5, -0.1, "0.875", True, float("nan")):
+        io.save_json({**good, "boundary_ratio": wrong}, str(index))
+        refused("boundary_ratio is .* within \\(0, 1\\)")
+    io.save_json({k: v for k, v in good.items() if k != "boundary_ratio"}, str(index))
+    refused("boundary_ratio is None")
+    io.save_json(good, str(index))
+
+    other = two_networks(ffn_dim=48).low
+    io.save_network(other, io.network_config(other), root + "/transformer_2")
+    refused("the two networks differ: ffn_dim = 32 and 48")
+    (tmp_path / "root" / "transformer_2" / "config.json").unlink()
+    refused("transformer_2 has no config.json")
+    (tmp_path / "root" / "transformer").rename(tmp_path / "elsewhere")
+    refused("has transformer_2/ but no transformer/")
+    assert io.is_small(root, ("ring",)) is False
 
 
 # ---- the ends of a real pipeline ---------------------------------------------------------------------------
