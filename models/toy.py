@@ -58,6 +58,12 @@ def sliced_wasserstein(a, b, directions=128, seed=0):
     return float((pa.sort(0).values - pb.sort(0).values).square().mean().sqrt())
 
 
+def energy_distance(a, b):
+    """2 E|a - b| - E|a - a'| - E|b - b'|, zero on average for equal laws.  a, b (n, d) -> float."""
+    a, b = a.double(), b.double()
+    return float(2 * torch.cdist(a, b).mean() - torch.pdist(a).mean() - torch.pdist(b).mean())
+
+
 def pairwise_diversity(features, label, num_classes):
     """Mean pairwise feature distance within each class.  features (n, d), label (n,) -> (num_classes,)."""
     out = torch.zeros(num_classes, dtype=torch.float64)

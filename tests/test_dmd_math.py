@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import dmd
 from helpers import ROOT, perturbed
-from models import io
+from models import io, report
 from models.diffusion import VP, Flow, add_noise, from_x0_eps, predict_x0, predict_x0_eps, sample_ode, step_grid, to_x0_eps, unshift
 from models.dit import DiT
 from models.toy import RingMLP, RingTeacher, load_world
@@ -462,8 +462,9 @@ class Diary:
         self.wrap(monkeypatch, "update", self.on_update)
         self.wrap(monkeypatch, "fake_score_loss", self.on_fake_loss)
         self.wrap(monkeypatch, "rollout", self.on_rollout)
-        monkeypatch.setattr(dmd, "finish", lambda *a: None)
-        monkeypatch.setattr(dmd, "student_row", lambda *a: (("", np.zeros((1, 1, 3), np.uint8)), None))
+        monkeypatch.setattr(report, "finish", lambda *a: None)
+        monkeypatch.setattr(report, "preview", lambda *a: None)
+        monkeypatch.setattr(report, "save_samples", lambda *a: None)
         monkeypatch.setattr(dmd, "fit_ring_network", lambda teacher, seed: self.start_network(seed))
 
     @staticmethod
@@ -783,7 +784,7 @@ def test_regression_pairs_are_teacher_samples(tmp_path):
     path = str(tmp_path / "pairs.safetensors")
     args = dmd.parse_args(["--teacher", "ring", "--regression_pairs", "10", "--teacher_steps", "4", "--train_batch_size", "4"])
     teacher = io.load_teacher("ring", dmd.WORLDS)
-    conditions = dmd.Conditions(args, RingMLP())
+    conditions = io.Conditions(args, RingMLP())
     z, y, index = dmd.make_regression_pairs(args, teacher, conditions, (2,), torch.device("cpu"), path)
     want = dmd.sample_teacher(teacher.net, Flow(), "flow_v", z, step_grid(4), *conditions.pick(index, "cpu"), 1.0, "heun")
     torch.testing.assert_close(y, want)
