@@ -497,7 +497,7 @@ def student_sampler(args, experts, teacher, conditions, shape, times, device):
 
 
 @torch.no_grad()
-def marginals(args, experts, teacher, world, conditions, shape, grid, device, n=2000):
+def marginals(args, experts, teacher, world, conditions, shape, grid, device, n=1000):
     """How far the sampler's states are from the forward process: {t: energy distance of x_t to data noised to t}, coarse-grained to 4 cells an
     axis, for every step of the grid. For samples of the right law it is 0 on average."""
     def coarse(x):
@@ -586,7 +586,7 @@ def parse_args(argv=None):
     p = io.Parser(description="Distil a flow or diffusion teacher into few steps, one expert per interval of noise (Phased DMD, 2510.27684). Defaults shown "
                   "are those of the given --teacher: clips, ring, other small networks of ours, or a released model.")
     io.add_run_flags(p)
-    p.set_defaults(max_train_steps=600, train_batch_size=32, learning_rate=1e-3, lr_warmup_steps=20, ema_decay=0.99)
+    p.set_defaults(max_train_steps=500, train_batch_size=32, learning_rate=1e-3, lr_warmup_steps=20, ema_decay=0.99)
     p.add_argument("--teacher", default=None, help="clips, glyphs, ring, a component folder, a pipeline root with model_index.json (two networks as well: "
                    "Wan 2.2), or a run folder of ours")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")

@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("method", choices=["dmd"], help="which script")
+    p.add_argument("method", choices=["dmd", "phased_dmd"], help="which script")
     p.add_argument("--steps", type=int, default=30, help="student steps measured, after 5 that are not")
     p.add_argument("flags", nargs="*", help="further flags of the script, after --")
     args = p.parse_args()

@@ -88,7 +88,7 @@ def commands(path):
     return found
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/dmd.md", "docs/latent_fm.md", "dmd.py", "latent_fm.py"])
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{s}.md" for s in SCRIPTS), *(f"{s}.py" for s in SCRIPTS)])
 def test_documented_commands_parse(page):
     """Flags that a page shows exist, with values that are accepted."""
     found = commands(ROOT / page)

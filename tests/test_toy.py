@@ -7,8 +7,8 @@ import torch
 
 from models import toy
 from models.diffusion import VP, from_x0_eps, to_x0_eps
-from models.toy import (Glyphs, Ring, RingMLP, RingTeacher, balanced_labels, frechet_distance, image_patches, load_world, moments_distance,
-                        pairwise_diversity, render_glyphs, sliced_wasserstein)
+from models.toy import (MOVING, SPEEDS, Clips, Glyphs, Ring, RingMLP, RingTeacher, balanced_labels, energy_distance, frechet_distance, image_patches,
+                        load_world, moments_distance, pairwise_diversity, render_glyphs, sliced_wasserstein)
 
 NULL = 4
 
@@ -183,6 +183,17 @@ def test_sliced_wasserstein_of_scaled_gaussians():
     assert sliced_wasserstein(normal(20000, 2), 2 * normal(20000, 2, seed=1)) == pytest.approx(1, abs=0.05)
 
 
+def test_energy_distance():
+    """Zero on average for equal laws; for points a and b apart it is 2 |a - b|; written out over all pairs."""
+    a, b = normal(40, 3), normal(30, 3, seed=1) + 0.5
+    pairs = lambda x, y: sum(float((p - q).norm()) for p in x for q in y)  # noqa: E731
+    want = 2 * pairs(a, b) / 1200 - pairs(a, a) / (40 * 39) - pairs(b, b) / (30 * 29)
+    assert energy_distance(a, b) == pytest.approx(want, rel=1e-9)
+    assert energy_distance(torch.zeros(5, 1), torch.ones(4, 1)) == pytest.approx(2)
+    same = [energy_distance(normal(200, 2, seed=k), normal(200, 2, seed=100 + k)) for k in range(20)]
+    assert abs(sum(same) / 20) < 0.01 and energy_distance(normal(200, 2), normal(200, 2, seed=9) + 0.5) > 0.1
+
+
 def test_diversity_drops_when_samples_are_duplicated():
     """Mean within-class distance: exact on a square, lower with duplicates, zero for one repeated sample or a lone one."""
     square = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [9.0, 9.0]])
@@ -287,12 +298,92 @@ def test_pictures_are_eight_bit_rows():
     assert plot.shape == (220, 220, 3) and plot.dtype == np.uint8 and plot.min() < 200
 
 
+# ---- clips -------------------------------------------------------------------------------------------------------
+
+
+def clips(n, seed=0, label=None):
+    """-> x0 (n, 1, 8, 16, 16), label, and the path that rendering drew: middle (n, 2), velocity (n, 2), size, both greys (n,)."""
+    label = balanced_labels(n, 6) if label is None else label
+    x0, f = Clips().render(label.numpy(), np.random.default_rng(seed))
+    f = torch.from_numpy(f)
+    return torch.from_numpy(x0), label, 7.5 + 5 * f[:, :2], 1.3 * f[:, 2:4], 2.7 + 0.5 * f[:, 4], 0.55 + 0.45 * f[:, 5], -0.7 + 0.3 * f[:, 6]
+
+
+def test_clips_repeat_for_a_seed_and_stay_in_range():
+    """Rendering is a function of label and seed; the whole shape stays in every frame, and the two greys are the extreme values."""
+    world, label = Clips(), balanced_labels(60, 6)
+    x, got = world.data(60, 3, label)
+    assert torch.equal(got, label) and x.shape == (60, 1, 8, 16, 16) and x.dtype == torch.float32
+    assert torch.equal(x, world.data(60, 3, label)[0]) and ((x != world.data(60, 4, label)[0]).flatten(1).any(1)).all()
+    x, _, _, _, _, ink, paper = clips(600)
+    assert x.min() >= -1 and x.max() <= 1
+    torch.testing.assert_close(x.flatten(1).min(1).values, paper, rtol=1e-5, atol=1e-5)
+    assert (x.flatten(1).max(1).values <= ink + 1e-5).all() and (x.flatten(1).max(1).values > ink - 0.35 * (ink - paper)).all()
+    border = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1)[:, 0].amax((1, 2))
+    assert ((border - paper) < 0.5 * (ink - paper)).float().mean() > 0.97
+
+
+def test_ink_moves_as_the_factors_say():
+    """The ink's centre of mass, from the known greys, is middle + (frame - 3.5) velocity, up to the triangle's own offset."""
+    x, label, middle, v, _, ink, paper = clips(300)
+    cover = ((x[:, 0] - paper[:, None, None, None]) / (ink - paper)[:, None, None, None]).clamp(0, 1)  # (n, 8, 16, 16)
+    grid, total = torch.arange(16.0), cover.sum((2, 3))
+    centre = torch.stack([(cover * grid).sum((2, 3)) / total, (cover * grid[:, None]).sum((2, 3)) / total], -1)  # (n, 8, 2)
+    want = middle[:, None] + (torch.arange(8) - 3.5)[:, None] * v[:, None]
+    inside = label != list(SPEEDS).index("triangle")
+    assert (centre - want)[inside].abs().max() < 0.2
+    assert (centre.diff(dim=1) - v[:, None]).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize("kind", list(SPEEDS))
+def test_class_fixes_the_law_of_the_speed(kind):
+    """Share of still clips and range of the other speeds are the class's, and the measured speed agrees with the drawn one."""
+    still, low, high = SPEEDS[kind]
+    x, _, _, v, *_ = clips(400, seed=5, label=torch.full((400,), list(SPEEDS).index(kind)))
+    drawn, seen = v.norm(dim=1), Clips().speed(x)
+    assert abs(float((drawn == 0).double().mean()) - still) < 0.08
+    moving = drawn > 0
+    assert drawn[moving].min() >= low - 1e-5 and drawn[moving].max() <= high + 1e-5 and drawn[moving].std() > 0.2 * (high - low)
+    assert (seen - drawn).abs().mean() < 0.02 and float((seen > MOVING).double().mean()) == pytest.approx(1 - still, abs=0.08)
+
+
+def test_speed_is_steady_under_grain():
+    """Faint grain, as samples have it, moves the mean speed by less than 3 % and makes no still clip move."""
+    x, *_ = clips(600)
+    noisy = x + 0.05 * torch.randn(x.shape, generator=generator())
+    a, b = Clips().speed(x), Clips().speed(noisy)
+    assert b.mean() == pytest.approx(float(a.mean()), rel=0.03) and ((a > MOVING) == (b > MOVING)).float().mean() > 0.99
+
+
+def test_measure_of_clips_tells_failures():
+    """Fresh clips score at the floor; frozen clips lose motion, played twice as fast they gain it, wrong classes show, another speed law shows in fd."""
+    world, label = Clips(), balanced_labels(600, 6)
+    x, _ = world.data(600, 21, label)
+    good = world.measure(x, label)
+    assert good["accuracy"] > 0.99 and abs(good["motion"] - 1) < 0.1 and abs(good["moving"] - 0.79) < 0.05 and abs(good["diversity"] - 1) < 0.05
+    frozen = world.measure(x[:, :, 3:4].expand(-1, -1, 8, -1, -1), label)
+    assert frozen["motion"] < 0.05 and frozen["moving"] < 0.02 and frozen["fd"] > 3 * good["fd"]
+    slow = world.measure(x[:, :, [2, 2, 3, 3, 4, 4, 5, 5]], label)
+    assert 0.3 < slow["motion"] < 0.6 and slow["fd"] > 1.5 * good["fd"]
+    assert world.measure(x, (label + 1) % 6)["accuracy"] < 0.02
+    grainy = world.measure(x + 0.2 * torch.randn(x.shape, generator=generator()), label)
+    assert grainy["patch_swd"] > 2 * good["patch_swd"]
+
+
+def test_pictures_of_clips():
+    """Four frames from top to bottom, one column a clip; a single frame is a row of tiles."""
+    x = Clips().data(5, 0)[0]
+    strip = Clips().picture(x)
+    assert strip.shape == (4 * 50, 5 * 50, 3) and strip.dtype == np.uint8
+    assert np.array_equal(strip[150:], Clips().picture(x[:, :, 7:])) and not np.array_equal(strip[:50], strip[150:])
+
+
 # ---- the rest ----------------------------------------------------------------------------------------------------
 
 
 def test_unknown_world_is_refused():
     """load_world names the worlds there are, and hands out one object per name."""
-    with pytest.raises(ValueError, match="ring, glyphs"):
+    with pytest.raises(ValueError, match="ring, glyphs, clips"):
         load_world("moons")
     assert load_world("ring") is load_world("ring")
 
