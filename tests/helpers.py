@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import io
+from models import io, report
 from models.dit import DiT
+from models.toy import RingMLP
 from models.wan import WanTransformer3DModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +34,19 @@ def dit_inputs(net, n=5):
     """-> x (n, ...), t (n,) from 0.1 to 1, label (n,)."""
     x = torch.randn(n, *net.latent_shape, generator=torch.Generator().manual_seed(0))
     return x, torch.linspace(0.1, 1.0, n), torch.arange(n) % max(1, net.num_classes)
+
+
+def ring_network(seed=0):
+    """A network for the ring that is fitted to nothing and costs nothing."""
+    torch.manual_seed(seed)
+    return RingMLP(dim=32)
+
+
+def quiet(monkeypatch, script):
+    """Let a script's runs draw no samples and measure nothing, and start on the ring from ring_network."""
+    for name in ("finish", "preview", "save_samples"):
+        monkeypatch.setattr(report, name, lambda *a: None)
+    monkeypatch.setattr(script, "fit_ring_network", lambda teacher, seed: ring_network(seed))
 
 
 # ---- runs as a user starts them --------------------------------------------------------------------------------------
