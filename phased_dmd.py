@@ -544,10 +544,12 @@ def load_student(args, folder, device):
             teacher = load_base(args, device)
             args.seed = seed
             world_name = teacher.world_name
-        net = {None: teacher.base, "transformer": getattr(teacher.base, "high", None), "transformer_2": getattr(teacher.base, "low", None)}[e["network"]]
         try:
+            if (e["network"] is None) == hasattr(teacher.base, "boundary"):
+                raise ValueError(f"{args.teacher} is no teacher of {'one network' if e['network'] is None else 'two networks'}")
+            net = teacher.base if e["network"] is None else teacher.base.high if e["network"] == "transformer" else teacher.base.low
             lora.load(net, f"expert{k + 1}", path)
-        except (ValueError, AttributeError) as error:
+        except ValueError as error:
             raise io.UserError(f"{error}; the adapters belong on {sampler['base']}, name it with --teacher") from None
         experts += [Expert(net, f"expert{k + 1}")] * e["steps"]
     return experts, sampler, types.SimpleNamespace(schedule=schedule, prediction=kind), world_name
