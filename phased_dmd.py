@@ -305,7 +305,7 @@ def train(args):
         s, u_end, in_phase = grid[ends[k]], 1 - ends[k] / args.student_steps, ends[k] - starts[k]
         boundary = teacher.base.boundary if bases[k] is not teacher.base and bases[k] is teacher.base.high else 0.0
         expert = trainable_copy(args, bases[k], f"expert{k + 1}", args.lora_rank)
-        if args.expert_init == "previous" and experts and not hasattr(teacher.base, "boundary"):
+        if args.expert_init == "previous" and k and bases[k] is bases[k - 1]:
             expert.load_state_dict(experts[-1].state_dict())
         experts.append(expert)
         if state and k <= info["phase"]:
