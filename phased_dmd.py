@@ -476,8 +476,8 @@ def save_student(args, experts, teacher, bases, grid, ends, shape):
         name = f"expert{k + 1}" + (".safetensors" if args.lora_rank else "")
         side = None if bases[k] is teacher.base else "transformer" if bases[k] is teacher.base.high else "transformer_2"
         described.append({"weights": name, "steps": end - (ends[k - 1] if k else 0), "t": [grid[ends[k - 1] if k else 0], grid[end]], "network": side})
-        if k >= len(experts) or k < len(experts) - 1 and os.path.exists(os.path.join(folder, name)):
-            continue  # not trained yet, or frozen and written before
+        if k >= len(experts):
+            continue  # not trained yet
         if args.lora_rank:
             lora.save(experts[k].net, experts[k].adapter, os.path.join(folder, name),
                       {"method": "phased_dmd", "expert": f"{k + 1} of {len(ends)}", "times": " ".join(f"{t:.6g}" for t in grid)})
