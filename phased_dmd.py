@@ -285,6 +285,10 @@ def train(args):
         info, tensors = io.load_json(os.path.join(state, "state.json")), io.load_tensors(os.path.join(state, "state.safetensors"))
         io.check_same_flags(info, args)
         start = info["step"]
+        for k in range(info["phase"] + 1, args.phases):
+            if last_update[k] <= start:
+                raise io.UserError(f"the checkpoint is at step {start} in phase {info['phase'] + 1}, and with --max_train_steps {args.max_train_steps} phase {k + 1} "
+                                   f"would end at step {last_update[k]}, without an update: give more")
     if main_rank:
         io.prepare_output_dir(args.output_dir, args.resume_from_checkpoint)
     mean_over_ranks(0.0)  # nobody goes on before the folder is ready
