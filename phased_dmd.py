@@ -606,7 +606,8 @@ def parse_args(argv=None):
     p.add_argument("--dmd_weight", choices=["normalized", "paper"], default="normalized", help="weight of the matching gradient: DMD's in x0 space, or Eq. 10")
     p.add_argument("--dm_range", type=io.number(float, 0, 1), nargs=2, default=[0.02, 0.98], metavar=("LO", "HI"),
                    help="share of the raw interval (u of s, 1) that the matching gradient draws from (paper: not stated)")
-    p.add_argument("--expert_init", choices=["teacher", "previous"], default="teacher", help="where an expert starts (paper: teacher)")
+    p.add_argument("--expert_init", choices=["teacher", "previous"], default="teacher", help="where an expert starts (paper: teacher), or at the "
+                   "expert before it, if of the same network")
     p.add_argument("--shared_fake", action="store_true", help="do not tell the fake which step of the phase came last (paper)")
     p.add_argument("--lora_rank", type=io.number(int, 0), default=0, help="rank of the experts' adapters (paper: 64); 0 = full copies")
     p.add_argument("--lora_alpha", type=io.number(float, above=0), default=8.0, help="alpha of all adapters, scale alpha / rank (paper: 8)")
