@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import dmd
 import phased_dmd
@@ -19,7 +19,7 @@ from helpers import (ENV, SPYING, SUICIDAL, assert_bit_equal, perturbed, quiet, 
 from models import io, lora
 from models.diffusion import Flow, expand, shift, step_grid, unshift
 from models.toy import RingTeacher, energy_distance
-from models.wan import WanTransformer3DModel, WanTwoNetworks
+from models.wan import WanTwoNetworks
 
 
 # ---- the training loop -------------------------------------------------------------------------------------------
@@ -489,7 +489,7 @@ def test_report_and_marginals_of_a_world(monkeypatch, tmp_path):
     """report.json's rows: calls counted with guidance, and the student's has for every step of its grid how far its states are from noised data."""
     monkeypatch.setattr(phased_dmd, "fit_ring_network", lambda teacher, seed: ring_network(seed))
     phased_dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path / "run"), "--max_train_steps", "2", "--train_batch_size", "8", "--teacher_steps", "4",
-                     "--guidance_scale", "2", "--fake_update_ratio", "1", "--lora_rank", "2"])
+                     "--guidance_scale", "2", "--fake_update_ratio", "1", "--lora_rank", "2", "--seed", "3"])
     report = io.load_json(str(tmp_path / "run" / "report.json"))
     rows = {r["name"]: r for r in report["results"]}
     assert {n: r["nfe"] for n, r in rows.items()} == {"data": 0, "teacher": 14, "teacher_same_steps": 8, "student": 4}
@@ -497,6 +497,12 @@ def test_report_and_marginals_of_a_world(monkeypatch, tmp_path):
     assert list(rows["student"]["marginals"]) == ["0.9", "0.75", "0.5", "0"] and not any("marginals" in rows[n] for n in ("data", "teacher"))
     assert rows["student"]["marginals"]["0"] > 0.03 > rows["student"]["marginals"]["0.9"] > 0  # untrained, and nearly noise
     assert not (tmp_path / "run" / "samples.safetensors").exists()
+    # --sample fits the network that the adapters belong on again, from the run's seed, while --seed is that of the noise
+    phased_dmd.main(["--sample", str(tmp_path / "run"), "--output_dir", str(tmp_path / "samples"), "--seed", "4"])
+    one, two = saved_experts(tmp_path / "run", ring_network(3))
+    z = io.Draws(4, "evaluation", 0, range(400)).normal("z", (2,))
+    x = phased_dmd.sample([one, one, two, two], Flow(), "flow_v", z, step_grid(4, 3.0)[:-1], {"label": torch.arange(400) % 4})
+    torch.testing.assert_close(load_file(tmp_path / "samples" / "samples.safetensors")["x0"], x, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 8, 8), (1, 8, 8, 8)])
@@ -563,6 +569,7 @@ def test_unfinished_and_foreign_students_are_refused(finished, tmp_path, capsys,
         io.save_network(other, io.network_config(other), str(tmp_path / "other"))
         says = refusal(capsys, out, "--sample", str(run), "--teacher", str(tmp_path / "other"))
         assert "this network takes" in says and f"the adapters belong on {finished[kind].teacher}, name it with --teacher" in says
+        assert "neither an embedded world" in refusal(capsys, out, "--sample", str(run), "--teacher", str(tmp_path / "moved"))
     last = student / ("expert2" if kind == "full" else "expert2.safetensors")
     weights_file = last / io.WEIGHTS if kind == "full" else last
     weights_file.write_bytes(weights_file.read_bytes()[:-100])
@@ -624,7 +631,7 @@ def test_wrong_two_network_teachers(tmp_path, capsys, flags, damage, says):
 
 
 def test_text_teachers_need_prompts(tmp_path, capsys):
-    """Without --prompts, for training and for sampling."""
+    """Without --prompts there is nothing to train on."""
     assert "needs --prompts FILE.safetensors" in refusal(capsys, tmp_path / "run", *save_tiny_wan(tmp_path)[:2])
 
 
