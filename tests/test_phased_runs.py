@@ -645,12 +645,14 @@ def wan_flags(root, boundary=None):
             "--preview_samples", "2", "--learning_rate", "1e-2", "--learning_rate_fake", "1e-3", "--max_grad_norm", "1e9"]
 
 
+@pytest.mark.parametrize("batch", [4, 1])
 @pytest.mark.parametrize("flags", [["--lora_rank", "0"], ["--lora_rank", "2", "--fake_lora_rank", "2"]], ids=["full", "lora"])
-def test_each_phase_of_two_networks(monkeypatch, tmp_path, flags):
+def test_each_phase_of_two_networks(monkeypatch, tmp_path, flags, batch):
     """Phase 1 has the high-noise network alone as start of expert and fake, and its noise levels are clamped to the boundary, not drawn again.
-    Phase 2 starts from the low-noise network, its fake is both networks, each trained on the levels it is in charge of."""
+    Phase 2 starts from the low-noise network, its fake is both networks, each trained on the levels it is in charge of: where a batch has none
+    of them, its gradient is zero, not absent, for other ranks may have some."""
     diary = Diary(monkeypatch)
-    phased_dmd.main([*wan_flags(tmp_path / "wan", 0.875), "--output_dir", str(tmp_path / "run"), *flags])
+    phased_dmd.main([*wan_flags(tmp_path / "wan", 0.875), "--output_dir", str(tmp_path / "run"), "--train_batch_size", str(batch), *flags])
     high, low = (io.load_network(str(tmp_path / "wan" / name))[0] for name in ("transformer", "transformer_2"))
     first = [next(u for u in diary.updates if u.phase == k) for k in (1, 2)]
     base = diary.teacher.base
@@ -667,14 +669,14 @@ def test_each_phase_of_two_networks(monkeypatch, tmp_path, flags):
                                                            [("fake-score", "fake")] * 2 + [("student", "expert")]]
     grid, at_boundary, seen = step_grid(4, 5.0), 0, [[], []]
     for i, turn in enumerate(diary.turns):
-        draw = io.Draws(0, i // 3, "student" if turn.who == "student" else i % 3, range(4))
+        draw = io.Draws(0, i // 3, "student" if turn.who == "student" else i % 3, range(batch))
         s, u_end, clamp = (grid[2], 0.5, 0.875) if turn.phase == 1 else (0.0, 0.0, 0.0)
         u = draw.spread("u", 0.02, 0.98) if turn.who == "student" else draw.spread("u", 1e-3 if s else 0.0, 1.0)
-        assert torch.equal(turn.s, torch.full((4,), s))
+        assert torch.equal(turn.s, torch.full((batch,), s))
         torch.testing.assert_close(turn.t, shift(u_end + (1 - u_end) * u, 5.0).clamp_min(clamp), rtol=1e-6, atol=0)
         at_boundary += int((turn.t == 0.875).sum())
         seen[turn.phase - 1].append(turn.t)
-    assert 0 < at_boundary < 24 and torch.cat(seen[0]).min() == 0.875
+    assert batch == 1 or 0 < at_boundary < 24 and torch.cat(seen[0]).min() == 0.875
     for turns, update in zip([t for t in diary.turns if t.who == "fake"], [u for u in diary.updates if u.what == "fake-score"]):
         names = list(update.nets[update.trains])
         for side, trained in (("high.", bool((turns.t >= 0.875).any())), ("low.", bool((turns.t < 0.875).any()))):
@@ -729,10 +731,10 @@ def test_experts_of_wan_22_in_diffusers(tmp_path, rank):
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("boundary, rank", [(None, "4"), (0.875, "0")], ids=["one network, adapters", "two networks, full"])
-def test_two_ranks_are_one_process_with_twice_the_batch(monkeypatch, tmp_path, boundary, rank):
+@pytest.mark.parametrize("boundary, rank, batch", [(None, "4", 2), (0.875, "0", 1)], ids=["one network, adapters", "two networks, full"])
+def test_two_ranks_are_one_process_with_twice_the_batch(monkeypatch, tmp_path, boundary, rank, batch):
     """torchrun with two ranks: in both phases the same averaged gradients of fake and expert, the same log, one set of outputs, and a student
-    that --sample draws the run's own samples from."""
+    that --sample draws the run's own samples from. With one sample a rank, the ranks train different ones of two networks."""
     flags = [*wan_flags(tmp_path / "wan", boundary), "--lora_rank", rank]
     (tmp_path / "spy.py").write_text(SPYING.format(script="phased_dmd"))
     one, real = [], torch.nn.utils.clip_grad_norm_
@@ -741,10 +743,10 @@ def test_two_ranks_are_one_process_with_twice_the_batch(monkeypatch, tmp_path, b
         one.append({str(i): p.grad.clone() for i, p in enumerate(parameters)})
         return real(parameters, max_norm)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", on_clip)
-    phased_dmd.main([*flags, "--train_batch_size", "4", "--output_dir", str(tmp_path / "one")])
+    phased_dmd.main([*flags, "--train_batch_size", str(2 * batch), "--output_dir", str(tmp_path / "one")])
     monkeypatch.undo()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "spy.py"), *flags,
-                           "--train_batch_size", "2", "--output_dir", str(tmp_path / "two")], capture_output=True, text=True,
+                           "--train_batch_size", str(batch), "--output_dir", str(tmp_path / "two")], capture_output=True, text=True,
                           env={**ENV, "GRADIENTS": str(tmp_path / "gradients")}, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(one) == 12
@@ -759,7 +761,7 @@ def test_two_ranks_are_one_process_with_twice_the_batch(monkeypatch, tmp_path, b
             assert float(a[loss]) == pytest.approx(float(b[loss]), rel=1e-3, abs=1e-6), (a["step"], loss)
     assert (tmp_path / "two" / "samples.gif").is_file() and (tmp_path / "two" / "report.json").is_file()
     phased_dmd.main(["--sample", str(tmp_path / "two"), *flags[2:4], "--output_dir", str(tmp_path / "samples"), "--preview_samples", "2",
-                     "--train_batch_size", "2"])
+                     "--train_batch_size", str(batch)])
     ours, again, single = (load_file(tmp_path / name / "samples.safetensors")["x0"] for name in ("two", "samples", "one"))
     torch.testing.assert_close(ours, again, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours, single, rtol=0.05, atol=0.05)
