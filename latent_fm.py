@@ -286,10 +286,10 @@ def finish(args, net, world, x0_all, label_all, folder, seconds):
 def sample_only(args):
     """--sample FOLDER: load a saved model, read its sampler.json, print its measures, write samples.png to --output_dir."""
     folder = io.student_folder(args.sample)
-    net, config = io.load_network(folder)
     sampler = io.read_sampler(folder)[0]
     if sampler["method"] != "latent_fm":
         raise io.UserError(f"{args.sample} was made by {sampler['method']}: sample it with python {sampler['method']}.py --sample")
+    net, config = io.load_network(folder)
     world = load_world(config["world"]) if config.get("world") else None
     args.sample_steps, args.guidance_scale, args.timestep_shift = len(sampler["times"]), sampler["guidance_scale"], sampler["timestep_shift"]
     _, _, device = start_ranks()

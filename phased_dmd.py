@@ -285,6 +285,10 @@ def train(args):
         info, tensors = io.load_json(os.path.join(state, "state.json")), io.load_tensors(os.path.join(state, "state.safetensors"))
         io.check_same_flags(info, args)
         start = info["step"]
+        for k in range(info["phase"] + 1, args.phases):
+            if last_update[k] <= start:
+                raise io.UserError(f"the checkpoint is at step {start} in phase {info['phase'] + 1}, and with --max_train_steps {args.max_train_steps} phase {k + 1} "
+                                   f"would end at step {last_update[k]}, without an update: give more")
     if main_rank:
         io.prepare_output_dir(args.output_dir, args.resume_from_checkpoint)
     mean_over_ranks(0.0)  # nobody goes on before the folder is ready
@@ -305,7 +309,7 @@ def train(args):
         s, u_end, in_phase = grid[ends[k]], 1 - ends[k] / args.student_steps, ends[k] - starts[k]
         boundary = teacher.base.boundary if bases[k] is not teacher.base and bases[k] is teacher.base.high else 0.0
         expert = trainable_copy(args, bases[k], f"expert{k + 1}", args.lora_rank)
-        if args.expert_init == "previous" and experts and not hasattr(teacher.base, "boundary"):
+        if args.expert_init == "previous" and k and bases[k] is bases[k - 1]:
             expert.load_state_dict(experts[-1].state_dict())
         experts.append(expert)
         if state and k <= info["phase"]:
@@ -476,8 +480,8 @@ def save_student(args, experts, teacher, bases, grid, ends, shape):
         name = f"expert{k + 1}" + (".safetensors" if args.lora_rank else "")
         side = None if bases[k] is teacher.base else "transformer" if bases[k] is teacher.base.high else "transformer_2"
         described.append({"weights": name, "steps": end - (ends[k - 1] if k else 0), "t": [grid[ends[k - 1] if k else 0], grid[end]], "network": side})
-        if k >= len(experts) or k < len(experts) - 1 and os.path.exists(os.path.join(folder, name)):
-            continue  # not trained yet, or frozen and written before
+        if k >= len(experts):
+            continue  # not trained yet
         if args.lora_rank:
             lora.save(experts[k].net, experts[k].adapter, os.path.join(folder, name),
                       {"method": "phased_dmd", "expert": f"{k + 1} of {len(ends)}", "times": " ".join(f"{t:.6g}" for t in grid)})
@@ -544,10 +548,12 @@ def load_student(args, folder, device):
             teacher = load_base(args, device)
             args.seed = seed
             world_name = teacher.world_name
-        net = {None: teacher.base, "transformer": getattr(teacher.base, "high", None), "transformer_2": getattr(teacher.base, "low", None)}[e["network"]]
         try:
+            if (e["network"] is None) == hasattr(teacher.base, "boundary"):
+                raise ValueError(f"{args.teacher} is no teacher of {'one network' if e['network'] is None else 'two networks'}")
+            net = teacher.base if e["network"] is None else teacher.base.high if e["network"] == "transformer" else teacher.base.low
             lora.load(net, f"expert{k + 1}", path)
-        except (ValueError, AttributeError) as error:
+        except ValueError as error:
             raise io.UserError(f"{error}; the adapters belong on {sampler['base']}, name it with --teacher") from None
         experts += [Expert(net, f"expert{k + 1}")] * e["steps"]
     return experts, sampler, types.SimpleNamespace(schedule=schedule, prediction=kind), world_name
@@ -600,7 +606,8 @@ def parse_args(argv=None):
     p.add_argument("--dmd_weight", choices=["normalized", "paper"], default="normalized", help="weight of the matching gradient: DMD's in x0 space, or Eq. 10")
     p.add_argument("--dm_range", type=io.number(float, 0, 1), nargs=2, default=[0.02, 0.98], metavar=("LO", "HI"),
                    help="share of the raw interval (u of s, 1) that the matching gradient draws from (paper: not stated)")
-    p.add_argument("--expert_init", choices=["teacher", "previous"], default="teacher", help="where an expert starts (paper: teacher)")
+    p.add_argument("--expert_init", choices=["teacher", "previous"], default="teacher", help="where an expert starts (paper: teacher), or at the "
+                   "expert before it, if of the same network")
     p.add_argument("--shared_fake", action="store_true", help="do not tell the fake which step of the phase came last (paper)")
     p.add_argument("--lora_rank", type=io.number(int, 0), default=0, help="rank of the experts' adapters (paper: 64); 0 = full copies")
     p.add_argument("--lora_alpha", type=io.number(float, above=0), default=8.0, help="alpha of all adapters, scale alpha / rank (paper: 8)")

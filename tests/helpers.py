@@ -1,10 +1,16 @@
 """What several test files share."""
+import csv
 import os
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from models import io, report
 from models.dit import DiT
+from models.toy import RingMLP
+from models.wan import WanTransformer3DModel
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}  # of the processes that tests start
@@ -28,3 +34,115 @@ def dit_inputs(net, n=5):
     """-> x (n, ...), t (n,) from 0.1 to 1, label (n,)."""
     x = torch.randn(n, *net.latent_shape, generator=torch.Generator().manual_seed(0))
     return x, torch.linspace(0.1, 1.0, n), torch.arange(n) % max(1, net.num_classes)
+
+
+def ring_network(seed=0):
+    """A network for the ring that is fitted to nothing and costs nothing."""
+    torch.manual_seed(seed)
+    return RingMLP(dim=32)
+
+
+def quiet(monkeypatch, script):
+    """Let a script's runs draw no samples and measure nothing, and start on the ring from ring_network."""
+    for name in ("finish", "preview", "save_samples"):
+        monkeypatch.setattr(report, name, lambda *a: None)
+    monkeypatch.setattr(script, "fit_ring_network", lambda teacher, seed: ring_network(seed))
+
+
+# ---- runs as a user starts them --------------------------------------------------------------------------------------
+
+TINY_WAN = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2)
+
+
+def save_tiny_teacher(folder):
+    torch.manual_seed(0)
+    net = perturbed(DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=2, num_classes=3))
+    io.save_network(net, io.network_config(net), str(folder))
+    return str(folder)
+
+
+def save_tiny_wan(root, width=16, boundary=None):
+    """A pipeline root as diffusers writes it, with a scheduler of shift 3, and a prompts file. With a boundary it has two networks."""
+    names = ["transformer"] if boundary is None else ["transformer", "transformer_2"]
+    for seed, name in enumerate(names):
+        torch.manual_seed(0)
+        net = perturbed(WanTransformer3DModel(**TINY_WAN), seed)
+        io.save_network(net, {"_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.0", **net.config}, str(root / name))
+    (root / "scheduler").mkdir()
+    io.save_json({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, str(root / "scheduler" / "scheduler_config.json"))
+    io.save_json({"_class_name": "WanPipeline", **({} if boundary is None else {"boundary_ratio": boundary}),
+                  **{name: ["diffusers", "WanTransformer3DModel"] for name in names}}, str(root / "model_index.json"))
+    g = torch.Generator().manual_seed(1)
+    prompts = root / "prompts.safetensors"
+    save_file({"cond.text": torch.randn(5, 6, width, generator=g), "uncond.text": torch.randn(1, 6, width, generator=g)}, str(prompts))
+    return ["--teacher", str(root), "--prompts", str(prompts), "--sample_shape", "4", "2", "4", "6", "--teacher_steps", "2",
+            "--preview_samples", "2", "--student_steps", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
+
+
+def read_log(folder):
+    with open(Path(folder) / "log.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def weights(folder):
+    """Every tensor a run left that must be the same again: student and full training state."""
+    last = sorted((Path(folder) / "state").glob("step-*"))[-1]
+    files = {"state": last / "state.safetensors", **{str(p.relative_to(folder)): p for p in (Path(folder) / "student").rglob("*.safetensors")}}
+    return {f"{name} {k}": v for name, path in files.items() for k, v in load_file(path).items()}
+
+
+def without_time(rows):
+    return [{k: v for k, v in r.items() if not k.endswith("_s") and k != "peak_memory_mb"} for r in rows]
+
+
+def assert_bit_equal(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def refusal_of(capsys, main, *flags):
+    """Run a script's main in this process; -> the one line it printed on stderr before it ended with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        io.run(lambda: main(list(flags)))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+# A run that kills itself with SIGKILL at the n-th call of os.fsync or os.replace whose arguments contain a text, i.e. in the middle of some save.
+# Arguments: script, function of os, text, n, and the flags of the run.
+SUICIDAL = """
+import importlib, os, signal, sys
+import torch
+torch.set_num_threads(1)
+from models import io
+script, name, text, n, flags = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5:]
+real = getattr(os, name)
+def counted(*args):
+    global n
+    n -= text in repr(args)
+    if n == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+setattr(os, name, counted)
+io.run(lambda: importlib.import_module(script).main(flags))
+"""
+
+# Saves the averaged gradients of the first 24 updates as GRADIENTS.1, .2, ..., and otherwise runs the script.
+SPYING = """
+import os, sys
+import torch
+from safetensors.torch import save_file
+torch.set_num_threads(1)
+import {script}
+from models import io
+real, calls = torch.nn.utils.clip_grad_norm_, []
+def clip(parameters, *args):
+    calls.append(0)
+    if len(calls) <= 24 and os.environ.get("RANK", "0") == "0":
+        save_file(dict((str(i), p.grad.clone()) for i, p in enumerate(parameters)), os.environ["GRADIENTS"] + "." + str(len(calls)))
+    return real(parameters, *args)
+torch.nn.utils.clip_grad_norm_ = clip
+io.run({script}.main)
+"""

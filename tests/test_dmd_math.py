@@ -12,8 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import dmd
-from helpers import ROOT, perturbed
-from models import io, report
+from helpers import ROOT, perturbed, quiet, ring_network
+from models import io
 from models.diffusion import VP, Flow, add_noise, from_x0_eps, predict_x0, predict_x0_eps, sample_ode, step_grid, to_x0_eps, unshift
 from models.dit import DiT
 from models.toy import RingMLP, RingTeacher, load_world
@@ -462,15 +462,7 @@ class Diary:
         self.wrap(monkeypatch, "update", self.on_update)
         self.wrap(monkeypatch, "fake_score_loss", self.on_fake_loss)
         self.wrap(monkeypatch, "rollout", self.on_rollout)
-        monkeypatch.setattr(report, "finish", lambda *a: None)
-        monkeypatch.setattr(report, "preview", lambda *a: None)
-        monkeypatch.setattr(report, "save_samples", lambda *a: None)
-        monkeypatch.setattr(dmd, "fit_ring_network", lambda teacher, seed: self.start_network(seed))
-
-    @staticmethod
-    def start_network(seed):
-        torch.manual_seed(seed)
-        return RingMLP(dim=32)
+        quiet(monkeypatch, dmd)
 
     @staticmethod
     def wrap(monkeypatch, name, before):
@@ -677,7 +669,7 @@ def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path):
     dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "4", "--train_batch_size", "8", "--fake_update_ratio", "1",
               "--lr_warmup_steps", "2", "--lr_decay_share", "0.5", "--learning_rate", "1e-2", "--learning_rate_fake", "3e-2", "--ema_decay", "0.45"])
     assert rates["student"] == pytest.approx([5e-3, 1e-2, 1e-2, 5e-3]) and rates["fake-score"] == pytest.approx([1.5e-2, 3e-2, 3e-2, 1.5e-2])
-    ema = [p.detach().clone() for p in Diary.start_network(0).parameters()]
+    ema = [p.detach().clone() for p in ring_network(0).parameters()]
     for decay, now in zip((0.25, 0.4, 0.45, 0.45), weights):
         ema = [decay * a + (1 - decay) * b for a, b in zip(ema, now)]
     saved = io.load_network(str(tmp_path / "student"))[0]
@@ -687,7 +679,7 @@ def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path):
 
 def test_report_of_a_world(monkeypatch, tmp_path):
     """report.json's rows: calls counted with guidance, fd_excess against the data row, fd_teacher against the teacher's samples."""
-    monkeypatch.setattr(dmd, "fit_ring_network", lambda teacher, seed: Diary.start_network(seed))
+    monkeypatch.setattr(dmd, "fit_ring_network", lambda teacher, seed: ring_network(seed))
     dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "2", "--train_batch_size", "8", "--teacher_steps", "4",
               "--guidance_scale", "2", "--student_steps", "2"])
     report = io.load_json(str(tmp_path / "report.json"))
@@ -703,7 +695,7 @@ def test_no_fake_score_never_updates_the_fake(monkeypatch, tmp_path):
     """The ablation trains the student alone; the fake keeps its initial weights."""
     diary = ring_run(monkeypatch, tmp_path, "--no_fake_score")
     assert diary.updates == [("student", "student")] * 3
-    assert all(torch.equal(a, b) for a, b in zip(diary.fake.parameters(), Diary.start_network(0).parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(diary.fake.parameters(), ring_network(0).parameters()))
 
 
 def test_accumulation_is_a_larger_batch(monkeypatch, tmp_path):
@@ -712,7 +704,7 @@ def test_accumulation_is_a_larger_batch(monkeypatch, tmp_path):
     monkeypatch.undo()
     two = ring_run(monkeypatch, tmp_path / "two", "--gan_weight", "0.1", "--gradient_accumulation_steps", "2")
     assert one.norms == pytest.approx(two.norms, rel=1e-3)  # before clipping: Adam alone would forgive a wrong scale
-    assert any(not torch.equal(a, b) for a, b in zip(one.student.parameters(), Diary.start_network(0).parameters()))
+    assert any(not torch.equal(a, b) for a, b in zip(one.student.parameters(), ring_network(0).parameters()))
     for a, b in zip([*one.student.parameters(), *one.fake.parameters()], [*two.student.parameters(), *two.fake.parameters()]):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
 

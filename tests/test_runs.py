@@ -1,5 +1,4 @@
 """Runs as a user starts them: wrong input, crashes, resume, ranks, and what a run leaves behind."""
-import csv
 import json
 import pickle
 import signal
@@ -14,70 +13,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dmd
-from helpers import ENV, ROOT, perturbed
+from helpers import (ENV, ROOT, SPYING, SUICIDAL, TINY_WAN, assert_bit_equal, perturbed, read_log, refusal_of, save_tiny_teacher, save_tiny_wan,
+                     weights, without_time)
 from models import io
 from models.diffusion import Flow
 from models.dit import DiT
 from models.wan import WanTransformer3DModel
 
 SHORT = ["--max_train_steps", "6", "--train_batch_size", "4", "--teacher_steps", "2", "--preview_samples", "3", "--checkpointing_steps", "2"]
-TINY_WAN = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2)
-
-
-def save_tiny_teacher(folder):
-    torch.manual_seed(0)
-    net = perturbed(DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=2, num_classes=3))
-    io.save_network(net, io.network_config(net), str(folder))
-    return str(folder)
-
-
-def save_tiny_wan(root, width=16):
-    """A pipeline root as diffusers writes it, with a scheduler of shift 3, and a prompts file."""
-    torch.manual_seed(0)
-    net = perturbed(WanTransformer3DModel(**TINY_WAN))
-    io.save_network(net, {"_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.0", **net.config}, str(root / "transformer"))
-    (root / "scheduler").mkdir()
-    io.save_json({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, str(root / "scheduler" / "scheduler_config.json"))
-    io.save_json({"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}, str(root / "model_index.json"))
-    g = torch.Generator().manual_seed(1)
-    prompts = root / "prompts.safetensors"
-    save_file({"cond.text": torch.randn(5, 6, width, generator=g), "uncond.text": torch.randn(1, 6, width, generator=g)}, str(prompts))
-    return ["--teacher", str(root), "--prompts", str(prompts), "--sample_shape", "4", "2", "4", "6", "--teacher_steps", "2",
-            "--preview_samples", "2", "--student_steps", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
-
-
-def read_log(folder):
-    with open(Path(folder) / "log.csv", newline="") as f:
-        return list(csv.DictReader(f))
-
-
-def weights(folder):
-    """Every tensor a run left that must be the same again: student and full training state."""
-    last = sorted((Path(folder) / "state").glob("step-*"))[-1]
-    return {**load_file(Path(folder) / "student" / io.WEIGHTS), **{f"state.{k}": v for k, v in load_file(last / "state.safetensors").items()}}
-
-
-def assert_bit_equal(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 # ---- wrong input: one line, exit code 2, before any training ----------------------------------------------------------
 
 
-def refusal_of(capsys, *flags):
-    """Run dmd.py in this process; -> the one line it printed on stderr before it ended with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        io.run(lambda: dmd.main(list(flags)))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
 def refusal(capsys, out, *flags):
     """The same for a short run; nothing may have been written to --output_dir."""
-    error = refusal_of(capsys, *SHORT, "--output_dir", str(out), *flags)
+    error = refusal_of(capsys, dmd.main, *SHORT, "--output_dir", str(out), *flags)
     assert not out.exists() or not any(out.rglob("*.safetensors"))
     return error
 
@@ -275,26 +226,6 @@ def test_nan_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys, monke
 
 # ---- crash and resume --------------------------------------------------------------------------------------------------
 
-# A run that kills itself with SIGKILL at the n-th call of os.fsync or os.replace, i.e. in the middle of some save.
-SUICIDAL = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-import dmd
-from models import io
-name, n, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-real = getattr(os, name)
-def counted(*args):
-    global n
-    n -= 1
-    if n == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
-setattr(os, name, counted)
-io.run(lambda: dmd.main(flags))
-"""
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """-> flags of a short run with everything that has state (GAN, EMA, two steps, accumulation), and its final tensors."""
@@ -307,17 +238,13 @@ def unbroken(tmp_path_factory):
     return flags, weights(root / "run"), read_log(root / "run")
 
 
-def without_time(rows):
-    return [{k: v for k, v in r.items() if not k.endswith("_s") and k != "peak_memory_mb"} for r in rows]
-
-
 # The first save is 6 files and the rename that makes it count, replace 8; fsync 5 is inside its student/, 15 right after the rename, 24 in the second.
 @pytest.mark.parametrize("call, n", [("fsync", 2), ("fsync", 5), ("replace", 6), ("replace", 7), ("replace", 8), ("fsync", 15), ("fsync", 24)])
 def test_kill_during_a_save(unbroken, tmp_path, call, n):
     """SIGKILL between any two steps of a save; the next start finds the last whole checkpoint, or none, and ends bit-equal."""
     flags, final, log = unbroken
     flags = [*flags, "--output_dir", str(tmp_path / "run")]
-    dead = subprocess.run([sys.executable, "-c", SUICIDAL, call, str(n), *flags], capture_output=True, text=True, env=ENV)
+    dead = subprocess.run([sys.executable, "-c", SUICIDAL, "dmd", call, "", str(n), *flags], capture_output=True, text=True, env=ENV)
     assert dead.returncode == -signal.SIGKILL, dead.stderr
     dmd.main([*flags, "--resume_from_checkpoint", "latest"])
     assert_bit_equal(weights(tmp_path / "run"), final)
@@ -441,29 +368,10 @@ def test_wan_student_loads_in_diffusers(tmp_path):
     assert load_file(tmp_path / "run" / "samples.safetensors")["x0"].shape == (2, 4, 2, 4, 6)
 
 
-# Saves the averaged gradients of the first student update and the first fake update, then goes on as dmd.py would.
-SPYING = """
-import os, sys
-import torch
-from safetensors.torch import save_file
-torch.set_num_threads(1)
-import dmd
-from models import io
-real, calls = torch.nn.utils.clip_grad_norm_, []
-def clip(parameters, *args):
-    calls.append(0)
-    if len(calls) <= 6 and os.environ.get("RANK", "0") == "0":
-        save_file({str(i): p.grad.clone() for i, p in enumerate(parameters)}, os.environ["GRADIENTS"] + f".{len(calls)}")
-    return real(parameters, *args)
-torch.nn.utils.clip_grad_norm_ = clip
-io.run(dmd.main)
-"""
-
-
 def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path):
     (tmp_path / "wan").mkdir()
     flags = [*save_tiny_wan(tmp_path / "wan"), "--max_train_steps", "4", "--fake_update_ratio", "5"]
-    (tmp_path / "spy.py").write_text(SPYING)
+    (tmp_path / "spy.py").write_text(SPYING.format(script="dmd"))
     single = [sys.executable, str(tmp_path / "spy.py")]
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "spy.py")]
     for name, launch, batch in (("one", single, "4"), ("two", ranks, "2")):
@@ -519,5 +427,5 @@ def test_samples_of_another_shape(tmp_path, capsys):
     torch.testing.assert_close(ours, again, rtol=1e-4, atol=1e-5)
     for folder in ("run", "samples"):
         assert Image.open(tmp_path / folder / "samples.gif").n_frames == 2
-    assert "is a run with samples of its own" in refusal_of(capsys, *sampling, "--output_dir", str(tmp_path / "run"))
-    assert "channels" in refusal_of(capsys, *sampling, "--output_dir", str(tmp_path / "s2"), "--sample_shape", "3", "2", "4", "6")
+    assert "is a run with samples of its own" in refusal_of(capsys, dmd.main, *sampling, "--output_dir", str(tmp_path / "run"))
+    assert "channels" in refusal_of(capsys, dmd.main, *sampling, "--output_dir", str(tmp_path / "s2"), "--sample_shape", "3", "2", "4", "6")
