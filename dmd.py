@@ -195,11 +195,7 @@ def load_networks(args, device):
         teacher.config = io.network_config(start)
     student, fake = copy.deepcopy(start), copy.deepcopy(start)
     if args.student_init:
-        student, _ = io.load_network(io.student_folder(args.student_init))
-        shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (student, start)]
-        if type(student) is not type(start) or shapes[0] != shapes[1]:
-            raise io.UserError(f"--student_init {args.student_init}: this {type(student).__name__} does not have the shapes of the teacher's "
-                               f"{type(start).__name__}; student and fake are copies of the teacher's network")
+        student = io.load_student_init(args.student_init, start)
     if tells_step(args, fake):
         told = type(fake)(**{**fake.config, "steps_cond": True})
         told.load_state_dict(fake.state_dict(), strict=False)  # its new layer is zero: still the teacher's function

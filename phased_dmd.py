@@ -200,6 +200,10 @@ class Expert:
     def parameters(self):
         return lora.parameters(self.net, self.adapter) if self.adapter else list(self.net.parameters())
 
+    def requires_grad_(self, on):
+        for p in self.parameters():
+            p.requires_grad_(on)
+
     def state_dict(self):
         return lora.state_dict(self.net, self.adapter) if self.adapter else self.net.state_dict()
 
@@ -272,6 +276,11 @@ def train(args):
     times, starts = grid[:-1], [0] + ends[:-1]  # phase k takes the steps starts[k] ... ends[k] - 1
     phase_of = [k for k in range(args.phases) for _ in range(starts[k], ends[k])]  # of each step
     bases = [network_at(teacher, times[a:b]) for a, b in zip(starts, ends)]  # what expert k starts from
+    inits = bases
+    if args.student_init:
+        if args.lora_rank or hasattr(teacher.base, "boundary"):
+            raise io.UserError("--student_init starts full experts of a one-network teacher: leave it out, or --lora_rank")
+        inits = [io.load_student_init(args.student_init, teacher.base).to(device)] * args.phases
     last_update = [round(args.max_train_steps * (k + 1) / args.phases) for k in range(args.phases)]  # of each phase
     with torch.no_grad():  # wrong shapes and prompts show here, before any training
         cond, _ = conditions.pick(torch.zeros(1, dtype=torch.long), device)
@@ -301,6 +310,14 @@ def train(args):
               f"{args.phases} phase(s) ending at {', '.join(f'{grid[e]:.4g}' for e in ends)}; "
               + (f"experts are adapters of rank {args.lora_rank}" if args.lora_rank else "experts are full networks"))
 
+    def lap(part):
+        """Charge the time since the last lap to one part of the step."""
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        seconds[part] += now - seconds["last"]
+        seconds["last"] = now
+
     began, spent_before = time.time(), info["seconds"]
     steps = tqdm(initial=start, total=args.max_train_steps, disable=not main_rank)
     experts = []  # one per phase, trained in this order; frozen once their phase is over
@@ -308,14 +325,14 @@ def train(args):
         # ---- start of phase k: a new expert and a new fake, both from the teacher; the experts before it are constants
         s, u_end, in_phase = grid[ends[k]], 1 - ends[k] / args.student_steps, ends[k] - starts[k]
         boundary = teacher.base.boundary if bases[k] is not teacher.base and bases[k] is teacher.base.high else 0.0
-        expert = trainable_copy(args, bases[k], f"expert{k + 1}", args.lora_rank)
+        expert = trainable_copy(args, inits[k], f"expert{k + 1}", args.lora_rank)
         if args.expert_init == "previous" and k and bases[k] is bases[k - 1]:
             expert.load_state_dict(experts[-1].state_dict())
         experts.append(expert)
         if state and k <= info["phase"]:
             io.unpack_module(expert, f"expert{k + 1}", tensors)
         if state and k < info["phase"]:
-            [p.requires_grad_(False) for p in expert.parameters()]
+            expert.requires_grad_(False)
             continue
         fake_base = bases[k] if boundary else teacher.base  # all networks that are in charge somewhere on (s, 1)
         tells = tells_step(args, fake_base, in_phase)
@@ -324,7 +341,7 @@ def train(args):
         if args.ema_decay:
             ema = trainable_copy(args, bases[k], f"ema{k + 1}", args.lora_rank)
             ema.load_state_dict(expert.state_dict())
-            [p.requires_grad_(False) for p in ema.parameters()]
+            ema.requires_grad_(False)
         adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
         optimizer = torch.optim.AdamW(expert.parameters(), lr=args.learning_rate, **adam)
         optimizer_fake = torch.optim.AdamW(fake.parameters(), lr=args.learning_rate_fake, **adam)
@@ -355,14 +372,6 @@ def train(args):
             a high-noise teacher is in charge.  -> (B,)."""
             t = shift(u_end + (1 - u_end) * draw.spread("u", low, high), teacher.shift)
             return t.clamp_min(boundary)
-
-        def lap(part):
-            """Charge the time since the last lap to one part of the step."""
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            now = time.perf_counter()
-            seconds[part] += now - seconds["last"]
-            seconds["last"] = now
 
         for step in range(max(start, phase_start), last_update[k]):
             warmup = min(1.0, (step - phase_start + 1) / max(1, args.lr_warmup_steps))
@@ -398,7 +407,7 @@ def train(args):
                 lap("fake")
 
             # ---- student: one update of expert k on its own samples; all other networks are constants
-            [p.requires_grad_(False) for p in fake.parameters()]
+            fake.requires_grad_(False)
             student_loss = 0.0
             for micro in range(args.gradient_accumulation_steps):
                 row = (micro * world_size + rank) * B
@@ -423,7 +432,7 @@ def train(args):
                                     ("std", x_s.square().mean() * share)):  # std below
                     sums[name] += value.item()
             norm = update([optimizer], args.max_grad_norm, "student", student_loss)
-            [p.requires_grad_(True) for p in fake.parameters()]
+            fake.requires_grad_(True)
             if args.ema_decay:
                 n = step - phase_start
                 update_ema(ema, expert, min(args.ema_decay, (1 + n) / (4 + n)))  # warm-up: a window of n / 3
@@ -438,8 +447,8 @@ def train(args):
                            **{f"{p}_s": seconds[p] for p in ("data", "student", "fake", "teacher")}, "peak_memory_mb": io.peak_memory_mb(device)})
                 steps.set_postfix(phase=k + 1, fake=f"{sums['loss_fake']:.3f}", dm=f"{sums['loss_dm']:.3f}", std=f"{sums['std']:.3f}", refresh=False)
             if main_rank and (done % args.checkpointing_steps == 0 or done == last_update[k]):
-                so_far = experts[:k] + [ema]  # later phases are still the teacher's
-                by_all = [so_far[p] if p <= k else Expert(bases[p]) for p in phase_of]
+                so_far = experts[:k] + [ema]  # later phases are where they start
+                by_all = [so_far[p] if p <= k else Expert(inits[p]) for p in phase_of]
                 sampler = student_sampler(args, by_all, teacher, conditions, shape, times, device)
                 report.save_samples(args.output_dir, [(f"student, step {done}", report.preview(args, world, conditions, sampler))], world)
                 save_student(args, so_far, teacher, bases, grid, ends, shape)
@@ -452,7 +461,7 @@ def train(args):
         # ---- end of phase k: its expert is frozen, as its average; fake and average are dropped
         if args.ema_decay:
             expert.load_state_dict(ema.state_dict())
-        [p.requires_grad_(False) for p in expert.parameters()]
+        expert.requires_grad_(False)
         for other in (fake, ema):
             if other is not expert and other.adapter:
                 lora.remove(other.net, other.adapter)
@@ -595,6 +604,7 @@ def parse_args(argv=None):
     p.set_defaults(max_train_steps=500, train_batch_size=32, learning_rate=1e-3, lr_warmup_steps=20, ema_decay=0.99)
     p.add_argument("--teacher", default=None, help="clips, glyphs, ring, a component folder, a pipeline root with model_index.json (two networks as well: "
                    "Wan 2.2), or a run folder of ours")
+    p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the experts from this network instead of from the teacher")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
     p.add_argument("--sample_shape", type=io.number(int, 1), nargs="+", default=None, help="C H W or C T H W of a sample (default: the network's)")
     p.add_argument("--student_steps", type=io.number(int, 1), default=None, help="N, network calls of the student (paper: 4)")

@@ -414,6 +414,16 @@ def load_teacher(name, worlds, dtype=torch.float32, two_networks=False):
                                  os.path.basename(os.path.abspath(root)))
 
 
+def load_student_init(folder, like):
+    """--student_init: a network of the teacher's architecture to start from -> net. Raises UserError if it is not `like` the teacher's."""
+    net, _ = load_network(student_folder(folder))
+    shapes = [{k: v.shape for k, v in lora.base_state_dict(n).items()} for n in (net, like)]
+    if type(net) is not type(like) or shapes[0] != shapes[1]:
+        raise UserError(f"--student_init {folder}: this {type(net).__name__} does not have the shapes of the teacher's {type(like).__name__}; "
+                        "student and fake are copies of the teacher's network")
+    return net
+
+
 def is_small(name, worlds):
     """Whether --teacher is a world or a folder with one of our own small networks: they share default flags."""
     config = os.path.join(network_folder(name), "config.json")
