@@ -27,13 +27,13 @@ METHODS = {
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Flags after -- go to the script.")
     p.add_argument("world", choices=["ring", "glyphs", "clips"], help="the embedded teacher")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each method per seed")
     p.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="which rows of the table")
     p.add_argument("--output_dir", default="runs/phased_orderings", help="folder of the runs; those already finished there are read, not repeated")
-    p.add_argument("flags", nargs="*", help="further flags of phased_dmd.py, after --")
-    args = p.parse_args()
+    argv = sys.argv[1:] + ["--"]  # what comes after the first "--" is for the script
+    args, flags_given = p.parse_args(argv[:argv.index("--")]), argv[argv.index("--") + 1:-1]
     table = []
     for method in args.methods:
         title, flags = METHODS[method]
@@ -41,7 +41,7 @@ def main():
         for seed in args.seeds:
             out = os.path.join(args.output_dir, f"{args.world}-{method}-{seed}")
             if not os.path.isfile(os.path.join(out, "report.json")):
-                phased_dmd.main(["--teacher", args.world, "--seed", str(seed), "--output_dir", out, *flags, *args.flags])
+                phased_dmd.main(["--teacher", args.world, "--seed", str(seed), "--output_dir", out, *flags, *flags_given])
             report = io.load_json(os.path.join(out, "report.json"))
             row = next(r for r in report["results"] if r["name"] == "student")
             minutes.append(report["seconds"] / 60)
