@@ -104,9 +104,9 @@ class Diary:
         return net
 
 
-def run(monkeypatch, folder, *flags):
+def run(monkeypatch, folder, *flags, diary=None):
     """A short quiet run on the ring: 4 steps in 2 phases, shift 3, 2 updates a phase with 2 fake updates each, 8 samples a batch."""
-    diary = Diary(monkeypatch)
+    diary = diary or Diary(monkeypatch)
     phased_dmd.main(["--teacher", "ring", "--output_dir", str(folder), "--max_train_steps", "4", "--train_batch_size", "8", "--fake_update_ratio", "2",
                      "--checkpointing_steps", "1000", "--max_grad_norm", "1e9", *flags])
     return diary
@@ -305,9 +305,25 @@ def test_gradients_in_the_loop(monkeypatch, tmp_path, phases, flags):
 @pytest.mark.parametrize("flags", KINDS_OF_EXPERTS[:2], ids=" ".join)
 def test_rates_and_averages_start_again_in_every_phase(monkeypatch, tmp_path, flags):
     """Warm-up and decay of both rates, and the window of the average, are those of a phase of its own; each expert is frozen, and saved, as its
-    average, (1 + n) / (4 + n) wide at first."""
-    diary = run(monkeypatch, tmp_path, "--max_train_steps", "8", "--fake_update_ratio", "1", "--lr_warmup_steps", "2", "--lr_decay_share", "0.5",
-                "--learning_rate", "1e-2", "--learning_rate_fake", "3e-2", "--ema_decay", "0.3", *flags)
+    average, (1 + n) / (4 + n) wide at first. So is what is saved and shown on the way, where later phases are still the teacher's."""
+    saved, shown = [], []
+
+    def names(experts):
+        return [next((n for n, e in diary.made.items() if e is x), "teacher" if x.net is diary.teacher.base and not x.adapter else None) for x in experts]
+
+    def on_save(real, args, experts, *rest):
+        saved.append(names(experts))
+        return real(args, experts, *rest)
+
+    def on_sampler(real, args, experts, *rest):
+        shown.append(names(experts))
+        return real(args, experts, *rest)
+    diary = Diary(monkeypatch)
+    diary.wrap(monkeypatch, "save_student", on_save), diary.wrap(monkeypatch, "student_sampler", on_sampler)
+    run(monkeypatch, tmp_path, "--max_train_steps", "8", "--fake_update_ratio", "1", "--lr_warmup_steps", "2", "--lr_decay_share", "0.5",
+        "--learning_rate", "1e-2", "--learning_rate_fake", "3e-2", "--ema_decay", "0.3", *flags, diary=diary)
+    assert saved == [["ema1"], ["expert1", "ema2"], ["expert1", "expert2"]]
+    assert shown == [["ema1", "ema1", "teacher", "teacher"], ["expert1", "expert1", "ema2", "ema2"], ["expert1", "expert1", "expert2", "expert2"]]
     for what, rate in (("student", 1e-2), ("fake-score", 3e-2)):
         assert [u.rate for u in diary.updates if u.what == what] == pytest.approx([rate * f for f in (0.5, 1, 1, 0.5)] * 2)
     for k in (1, 2):
@@ -700,7 +716,8 @@ def test_previous_expert_of_the_same_network(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("rank", ["0", "4"])
 def test_experts_of_wan_22_in_diffusers(tmp_path, rank):
-    """Full experts are components of diffusers, adapters load into transformer and transformer_2 of its WanPipeline; the same velocities as ours."""
+    """Full experts are components of diffusers, adapters load into transformer and transformer_2 of its WanPipeline; the same velocities as ours.
+    --sample finds each adapter's network again."""
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     flags, root, folder = wan_flags(tmp_path / "wan", 0.875), tmp_path / "wan", tmp_path / "run"
@@ -726,6 +743,9 @@ def test_experts_of_wan_22_in_diffusers(tmp_path, rank):
         with torch.no_grad():
             a, b, bare = ours(x, t, text=text), other(x, 1000 * t, text, return_dict=False)[0], base(x, t, text=text)
         assert (a - b).abs().max() <= 1e-5 < 1e-3 < (a - bare).abs().max()
+    phased_dmd.main(["--sample", str(folder), *flags[2:4], "--output_dir", str(tmp_path / "samples"), "--preview_samples", "2", "--train_batch_size", "4"])
+    x, again = (load_file(path / "samples.safetensors")["x0"] for path in (folder, tmp_path / "samples"))
+    torch.testing.assert_close(x, again, rtol=1e-4, atol=1e-5)
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
@@ -805,6 +825,7 @@ def test_finished_runs_resume(finished, tmp_path, capsys, kind):
     assert "--lora_alpha was" in says and "--phases was 2 and is 4; --target was 'subinterval' and is 'naive'" in says
     assert "beyond --max_train_steps 5" in refusal_of(capsys, phased_dmd.main, *flags, "--max_train_steps", "5")
     phased_dmd.main([*flags, "--max_train_steps", "8"])
+    assert io.load_json(str(run / "state" / "step-0000008" / "state.json"))["phase_start"] == 3
     assert [(r["step"], r["phase"]) for r in read_log(run)] == [(str(i + 1), "1" if i < 3 else "2") for i in range(8)]
     after = weights(run)
     for key, v in before.items():
