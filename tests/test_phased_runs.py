@@ -184,6 +184,24 @@ def calls_of_a_turn(turn, first, steps, phases, no_truncation=False):
     last = [(grid[i], grid[i + 1]) for i in range(first, end)] if no_truncation else [(grid[first], grid[end])]
     return before + [(f"expert{turn.phase}", a, b, student) for a, b in last]
 
+def test_student_init(monkeypatch, tmp_path, capsys):
+    """--student_init: every expert starts at that network, the fakes at the teacher; refused for adapters and for other shapes."""
+    flags = save_dit(tmp_path / "teacher")
+    other = perturbed(small_dit(dim=32, depth=2), seed=7)
+    io.save_network(other, io.network_config(other), str(tmp_path / "other"))
+    diary = run(monkeypatch, tmp_path / "run", *flags, "--student_init", str(tmp_path / "other"))
+    for k in (1, 2):
+        first = next(u for u in diary.updates if u.phase == k)
+        assert_bit_equal(first.nets[f"expert{k}"], dict(other.state_dict()))
+        assert_bit_equal({n: v for n, v in first.nets[f"fake{k}"].items() if not n.startswith("steps.")}, diary.teacher_before)
+    monkeypatch.undo()
+    refuse = lambda *more: refusal_of(capsys, phased_dmd.main, *flags, "--output_dir", str(tmp_path / "no"), *more)  # noqa: E731
+    assert "starts full experts" in refuse("--student_init", str(tmp_path / "other"), "--lora_rank", "4")
+    wrong = small_dit(dim=64, depth=2)
+    io.save_network(wrong, io.network_config(wrong), str(tmp_path / "wrong"))
+    assert "does not have the shapes" in refuse("--student_init", str(tmp_path / "wrong"))
+    assert not (tmp_path / "no").exists()
+
 
 @pytest.mark.parametrize("steps, phases, flags", [
     (4, 2, []), (4, 4, []), (3, 2, []), (4, 1, []), (4, 1, ["--no_truncation"]), (4, 2, ["--no_truncation"])])
