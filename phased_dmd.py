@@ -345,7 +345,7 @@ def train(args):
         adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
         optimizer = torch.optim.AdamW(expert.parameters(), lr=args.learning_rate, **adam)
         optimizer_fake = torch.optim.AdamW(fake.parameters(), lr=args.learning_rate_fake, **adam)
-        phase_start = last_update[k - 1] if k else 0
+        phase_start = max(start, last_update[k - 1]) if k else 0
         if state and k == info["phase"]:
             phase_start = info["phase_start"]
             io.unpack_module(fake, "fake", tensors)
@@ -407,7 +407,6 @@ def train(args):
                 lap("fake")
 
             # ---- student: one update of expert k on its own samples; all other networks are constants
-            fake.requires_grad_(False)
             student_loss = 0.0
             for micro in range(args.gradient_accumulation_steps):
                 row = (micro * world_size + rank) * B
@@ -432,7 +431,6 @@ def train(args):
                                     ("std", x_s.square().mean() * share)):  # std below
                     sums[name] += value.item()
             norm = update([optimizer], args.max_grad_norm, "student", student_loss)
-            fake.requires_grad_(True)
             if args.ema_decay:
                 n = step - phase_start
                 update_ema(ema, expert, min(args.ema_decay, (1 + n) / (4 + n)))  # warm-up: a window of n / 3
