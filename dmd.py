@@ -165,7 +165,7 @@ def update(optimizers, max_grad_norm, what, loss):
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if not all(abs(v) < float("inf") for v in mean_over_ranks(loss, norm)):  # NaN compares false; same verdict on all ranks
         raise io.TrainingError(f"{what} loss or gradient is not finite ({float(loss):.4g}, norm {float(norm):.4g}); the last "
-                               "checkpoint under state/ is intact: lower the learning rate or max_grad_norm and resume from it")
+                               "checkpoint under state/ is intact; start again with a lower learning rate or max_grad_norm")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import io
+from models import io, report
 from models.diffusion import Flow, expand, guide, logit_normal, ode_calls, sample_ode, shift, step_grid, to_x0_eps
 from models.dit import DiT
 from models.toy import WORLDS, RingMLP, balanced_labels, load_world
@@ -111,7 +111,7 @@ def update(optimizers, max_grad_norm, what, loss):
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if not all(abs(v) < float("inf") for v in mean_over_ranks(loss, norm)):  # NaN compares false; same verdict on all ranks
         raise io.TrainingError(f"{what} loss or gradient is not finite ({float(loss):.4g}, norm {float(norm):.4g}); the last "
-                               "checkpoint under state/ is intact: lower the learning rate or max_grad_norm and resume from it")
+                               "checkpoint under state/ is intact; start again with a lower learning rate or max_grad_norm")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -269,12 +269,12 @@ def finish(args, net, world, x0_all, label_all, folder, seconds):
     if x0_all is not None:
         of_class = [(label_all == k).nonzero()[:, 0] for k in range(net.num_classes)]
         index = torch.stack([of_class[k][i // net.num_classes % len(of_class[k])] for i, k in enumerate(label)])
-        rows.append(("data", io.picture(io.to_unit(x0_all[index]), world)))
+        rows.append(("data", io.to_unit(x0_all[index])))
     z = noise(len(label), args.seed + 1)
     for scale in dict.fromkeys((1.0, args.guidance_scale)):
         x = sample(net, z, label.to(device), args.sample_steps, scale, "heun", args.timestep_shift or 1.0)
-        rows.append((f"{args.sample_steps} Heun steps, guidance {scale:g}", io.picture(x, world)))
-    io.save_grid(os.path.join(folder, "samples.png"), rows)
+        rows.append((f"{args.sample_steps} Heun steps, guidance {scale:g}", x))
+    report.save_samples(folder, rows, world)
     if x0_all is not None:  # a run, not --sample
         io.save_json({"method": "latent_fm", "teacher": None, "data": args.data, "seed": args.seed, "steps": args.max_train_steps, "seconds": seconds,
                       "peak_memory_mb": io.peak_memory_mb(device), "params": sum(p.numel() for p in net.parameters()),

@@ -26,7 +26,8 @@ Launch.
                 python phased_dmd.py --phases 1 --no_truncation  # vanilla few-step DMD, gradient through all steps (Fig. 1a)
                 python phased_dmd.py --target naive              # the biased fake score target (Fig. 2c)
     one GPU     python phased_dmd.py --teacher Wan2.1-T2V-1.3B-Diffusers --prompts prompts.safetensors --mixed_precision bf16
-    one node    torchrun --nproc-per-node 8 phased_dmd.py --teacher Wan2.2-T2V-A14B-Diffusers --prompts prompts.safetensors ...
+    one node    torchrun --nproc-per-node 8 phased_dmd.py --teacher Wan2.2-T2V-A14B-Diffusers --prompts prompts.safetensors \
+                    --mixed_precision bf16 --gradient_checkpointing --fake_lora_rank 64
     many nodes  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 phased_dmd.py ...
     sampling    python phased_dmd.py --sample runs/phased_dmd-clips/student
 
@@ -74,19 +75,25 @@ def naive_target(kind, schedule, x_s, eps, s, t):
     return from_x0_eps(kind, x_s, eps, schedule.alpha(t), schedule.sigma(t))
 
 
-def taper(schedule, s, t, low=0.0, high=10.0):
+def noise_on(schedule, x_s, eps, s, t):
+    """x_t = alpha_{t|s} x_s + sigma_{t|s} eps: a sample at level s carried on to level t (Eq. 2).  x_s, eps (B, ...), s, t (B,) -> (B, ...)."""
+    a, b = transition(schedule, s, t)
+    return expand(a, x_s) * x_s + expand(b, x_s) * eps
+
+
+def taper(schedule, s, t, high=10.0):
     """Eq. 13's weight: clamp(1 / b^2, 0, 10) |b F - b y|^2 = min(1, 10 b^2) |F - y|^2. y grows as 1 / b when t comes near s.  (B,)."""
     b2 = transition(schedule, s, t)[1] ** 2
-    return (1 / b2).clamp(low, high) * b2
+    return (1 / b2).clamp(max=high) * b2
 
 
 def fake_score_loss(fake, schedule, kind, x_s, eps, s, t, cond, target=subinterval_target, tapered=True):
     """Loss of the fake score on detached student samples x_s, noised on to t (Eq. 13; untapered and s = 0: Eq. 8).
 
-    Expect a floor near 1 + s^2 / (1-s)^2 for flow, not 1: the target is that noisy. x_s, eps (B, ...), s, t (B,) -> scalar.
+    The target is noisy: at t = 1 its variance is 1 + s^2 / (1-s)^2 for flow and data of variance 1, and more nearer to s.
+    x_s, eps (B, ...), s, t (B,) -> scalar.
     """
-    a, b = transition(schedule, s, t)
-    x_t = expand(a, x_s) * x_s + expand(b, x_s) * eps
+    x_t = noise_on(schedule, x_s, eps, s, t)
     error = (fake(x_t, t, **cond).float() - target(kind, schedule, x_s, eps, s, t)).square().flatten(1).mean(1)  # (B,)
     return (taper(schedule, s, t) * error).mean() if tapered else error.mean()
 
@@ -172,7 +179,7 @@ def update(optimizers, max_grad_norm, what, loss):
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if not all(abs(v) < float("inf") for v in mean_over_ranks(loss, norm)):  # NaN compares false; same verdict on all ranks
         raise io.TrainingError(f"{what} loss or gradient is not finite ({float(loss):.4g}, norm {float(norm):.4g}); the last "
-                               "checkpoint under state/ is intact: lower the learning rate or max_grad_norm and resume from it")
+                               "checkpoint under state/ is intact; start again with a lower learning rate or max_grad_norm")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -220,11 +227,11 @@ def load_base(args, device):
         teacher.config = io.network_config(teacher.base)
     if args.timestep_shift is not None:
         teacher.shift = args.timestep_shift
+    if args.mixed_precision == "bf16" and device.type == "cuda":
+        for p in teacher.net.parameters():  # before they are on the GPU; the buffers (rotary angles) stay float32
+            p.data = p.data.bfloat16()
     for net in (teacher.net, teacher.base):
         net.to(device).requires_grad_(False).eval()
-    if args.mixed_precision == "bf16" and device.type == "cuda":
-        for p in teacher.net.parameters():  # the buffers (rotary angles) stay float32
-            p.data = p.data.bfloat16()
     teacher.base.gradient_checkpointing = args.gradient_checkpointing
     return teacher
 
@@ -241,7 +248,8 @@ def network_at(teacher, times):
 
 
 def trainable_copy(args, net, name, rank, told=False):
-    """A full copy of net in float32, or an adapter of that name on it.  told: the copy also takes `steps`. -> Expert."""
+    """A full copy of net in float32 (of its bfloat16 weights, where it has those), or an adapter of that name on it.
+    told: the copy also takes `steps`.  -> Expert."""
     if rank:
         torch.manual_seed(io.stable_hash(args.seed, name))
         lora.add(net, name, rank, args.lora_alpha)
@@ -264,22 +272,27 @@ def tells_step(args, net, steps_in_phase):
 def train(args):
     rank, world_size, device = start_ranks()
     main_rank, B = rank == 0, args.train_batch_size
-    teacher = load_base(args, device)
-    schedule, kind, shape = teacher.schedule, teacher.prediction, tuple(args.sample_shape or teacher.base.latent_shape)
-    world = load_world(teacher.world_name) if teacher.world_name in WORLDS else None
-    conditions = io.Conditions(args, teacher.base)
     if args.phases > args.student_steps:
         raise io.UserError(f"--phases {args.phases}: every phase needs a step, and there are --student_steps {args.student_steps}")
     if args.max_train_steps < args.phases:
         raise io.UserError(f"--max_train_steps {args.max_train_steps} are shared out over --phases {args.phases}: give at least one step each")
+    teacher = load_base(args, device)
+    schedule, kind, shape = teacher.schedule, teacher.prediction, tuple(args.sample_shape or teacher.base.latent_shape)
+    world = load_world(teacher.world_name) if teacher.world_name in WORLDS else None
+    conditions = io.Conditions(args, teacher.base)
     grid, ends = step_grid(args.student_steps, teacher.shift), phase_ends(args.student_steps, args.phases)
     times, starts = grid[:-1], [0] + ends[:-1]  # phase k takes the steps starts[k] ... ends[k] - 1
     phase_of = [k for k in range(args.phases) for _ in range(starts[k], ends[k])]  # of each step
     bases = [network_at(teacher, times[a:b]) for a, b in zip(starts, ends)]  # what expert k starts from
+    if hasattr(teacher.base, "boundary") and bases[-1] is teacher.base.high:
+        raise io.UserError(f"all steps {', '.join(f'{t:.4g}' for t in times)} lie above the teacher's boundary {teacher.base.boundary:g}: its low-noise network "
+                           "would have none; use more --student_steps or a smaller --timestep_shift")
     inits = bases
     if args.student_init:
-        if args.lora_rank or hasattr(teacher.base, "boundary"):
-            raise io.UserError("--student_init starts full experts of a one-network teacher: leave it out, or --lora_rank")
+        if args.lora_rank:
+            raise io.UserError("--student_init starts full experts, not adapters: give --lora_rank 0 with it")
+        if hasattr(teacher.base, "boundary"):
+            raise io.UserError("--student_init is one network, and this teacher has two: leave it out")
         inits = [io.load_student_init(args.student_init, teacher.base).to(device)] * args.phases
     last_update = [round(args.max_train_steps * (k + 1) / args.phases) for k in range(args.phases)]  # of each phase
     with torch.no_grad():  # wrong shapes and prompts show here, before any training
@@ -318,6 +331,7 @@ def train(args):
         seconds[part] += now - seconds["last"]
         seconds["last"] = now
 
+    rates = args.learning_rate, args.learning_rate_fake
     began, spent_before = time.time(), info["seconds"]
     steps = tqdm(initial=start, total=args.max_train_steps, disable=not main_rank)
     experts = []  # one per phase, trained in this order; frozen once their phase is over
@@ -373,12 +387,24 @@ def train(args):
             t = shift(u_end + (1 - u_end) * draw.spread("u", low, high), teacher.shift)
             return t.clamp_min(boundary)
 
+        def save(done):  # noqa: B023
+            """Preview, student/ and state/. A function of its own, so that nothing here keeps the phase's networks alive."""
+            so_far = experts[:k] + [ema]
+            by_all = [so_far[p] if p <= k else Expert(inits[p]) for p in phase_of]  # not trained yet: where they start
+            sampler = student_sampler(args, by_all, teacher, conditions, shape, times, device)
+            report.save_samples(args.output_dir, [(f"student, step {done}", report.preview(args, world, conditions, sampler))], world)
+            save_student(args, so_far, teacher, bases, grid, ends, shape)
+            tensors = {**io.pack_module(fake, "fake"), **(io.pack_module(ema, "ema") if args.ema_decay else {}),
+                       **io.pack_optimizer(optimizer, "optimizer"), **io.pack_optimizer(optimizer_fake, "optimizer_fake")}
+            for i, e in enumerate(experts):
+                tensors |= io.pack_module(e, f"expert{i + 1}")
+            io.save_state(args.output_dir, done, tensors, {"flags": io.flags_to_save(args), "phase": k, "phase_start": phase_start,
+                                                           "seconds": spent_before + time.time() - began})
+
         for step in range(max(start, phase_start), last_update[k]):
             warmup = min(1.0, (step - phase_start + 1) / max(1, args.lr_warmup_steps))
             decay = min(1.0, (last_update[k] - step) / (last_update[k] - phase_start) / max(args.lr_decay_share, 1e-9))
-            for opt, lr in ((optimizer, args.learning_rate), (optimizer_fake, args.learning_rate_fake)):
-                for group in opt.param_groups:
-                    group["lr"] = lr * warmup * decay
+            optimizer.param_groups[0]["lr"], optimizer_fake.param_groups[0]["lr"] = (r * warmup * decay for r in rates)
             seconds = {"data": 0.0, "student": 0.0, "fake": 0.0, "teacher": 0.0, "last": time.perf_counter()}
             sums = dict.fromkeys(("loss_dm", "loss_fake", "g_dm", "mean", "std"), 0.0)
             share = 1 / args.gradient_accumulation_steps
@@ -417,8 +443,7 @@ def train(args):
                     x_s, x0, cond, uncond, told = student_sample(draw, gradient=True)
                     lap("student")
                     with torch.no_grad():
-                        a, b = transition(schedule, torch.full_like(t, s), t)
-                        x_t = expand(a, x_s) * x_s + expand(b, x_s) * eps
+                        x_t = noise_on(schedule, x_s, eps, torch.full_like(t, s), t)
                         x0_real = guided_x0(teacher.net, schedule, kind, x_t, t, cond, uncond, args.guidance_scale)
                         lap("teacher")
                         x0_fake = predict_x0(fake, schedule, kind, x_t, t, **cond, **told)
@@ -445,17 +470,7 @@ def train(args):
                            **{f"{p}_s": seconds[p] for p in ("data", "student", "fake", "teacher")}, "peak_memory_mb": io.peak_memory_mb(device)})
                 steps.set_postfix(phase=k + 1, fake=f"{sums['loss_fake']:.3f}", dm=f"{sums['loss_dm']:.3f}", std=f"{sums['std']:.3f}", refresh=False)
             if main_rank and (done % args.checkpointing_steps == 0 or done == last_update[k]):
-                so_far = experts[:k] + [ema]  # later phases are where they start
-                by_all = [so_far[p] if p <= k else Expert(inits[p]) for p in phase_of]
-                sampler = student_sampler(args, by_all, teacher, conditions, shape, times, device)
-                report.save_samples(args.output_dir, [(f"student, step {done}", report.preview(args, world, conditions, sampler))], world)
-                save_student(args, so_far, teacher, bases, grid, ends, shape)
-                state_now = {**io.pack_module(fake, "fake"), **(io.pack_module(ema, "ema") if args.ema_decay else {}),
-                             **io.pack_optimizer(optimizer, "optimizer"), **io.pack_optimizer(optimizer_fake, "optimizer_fake")}
-                for i, e in enumerate(experts):
-                    state_now |= io.pack_module(e, f"expert{i + 1}")
-                io.save_state(args.output_dir, done, state_now, {"flags": io.flags_to_save(args), "phase": k, "phase_start": phase_start,
-                                                                 "seconds": spent_before + time.time() - began})
+                save(done)
         # ---- end of phase k: its expert is frozen, as its average; fake and average are dropped
         if args.ema_decay:
             expert.load_state_dict(ema.state_dict())
@@ -463,7 +478,7 @@ def train(args):
         for other in (fake, ema):
             if other is not expert and other.adapter:
                 lora.remove(other.net, other.adapter)
-        del fake, ema, optimizer, optimizer_fake
+        fake = ema = optimizer = optimizer_fake = None
     steps.close()
     if main_rank:
         save_student(args, experts, teacher, bases, grid, ends, shape)
@@ -541,6 +556,10 @@ def load_student(args, folder, device):
     missing = [e["weights"] for e in described if not os.path.exists(os.path.join(folder, e["weights"]))]
     if missing:
         raise io.UserError(f"{folder} lacks {missing[0]}: its training ended before that phase; resume it")
+    if args.teacher and not sampler["lora_rank"]:
+        raise io.UserError(f"--teacher {args.teacher}: the experts of {folder} are full networks and need none; leave it out")
+    if sampler["lora_rank"] and not args.teacher and sampler["base"] not in WORLDS and not os.path.isdir(sampler["base"]):
+        raise io.UserError(f"the adapters of {folder} belong on {sampler['base']}, which is not there: name that teacher with --teacher")
     args.teacher = args.teacher or sampler["base"]
     teacher, experts = None, []
     for k, e in enumerate(described):
@@ -595,6 +614,13 @@ RELEASED = dict(max_train_steps=800, train_batch_size=1, learning_rate=5e-5, lea
                 preview_samples=2)
 
 
+def is_small_student(folder):
+    """Whether a saved student's experts are small networks of ours; a folder without a sampler.json is refused later."""
+    path = os.path.join(folder, "sampler.json")
+    base = io.load_json(path).get("base", "") if os.path.isfile(path) else ""
+    return io.is_small(base if os.path.exists(base) or base in WORLDS else os.path.join(folder, "expert1"), WORLDS)
+
+
 def parse_args(argv=None):
     p = io.Parser(description="Distil a flow or diffusion teacher into few steps, one expert per interval of noise (Phased DMD, 2510.27684). Defaults shown "
                   "are those of the given --teacher: clips, ring, other small networks of ours, or a released model.")
@@ -617,9 +643,11 @@ def parse_args(argv=None):
     p.add_argument("--expert_init", choices=["teacher", "previous"], default="teacher", help="where an expert starts (paper: teacher), or at the "
                    "expert before it, if of the same network")
     p.add_argument("--shared_fake", action="store_true", help="do not tell the fake which step of the phase came last (paper)")
-    p.add_argument("--lora_rank", type=io.number(int, 0), default=0, help="rank of the experts' adapters (paper: 64); 0 = full copies")
+    p.add_argument("--lora_rank", type=io.number(int, 0), default=0, help="rank of the experts' adapters (paper: 64); 0 = full copies, which want a "
+                   "far smaller learning rate")
     p.add_argument("--lora_alpha", type=io.number(float, above=0), default=8.0, help="alpha of all adapters, scale alpha / rank (paper: 8)")
-    p.add_argument("--fake_lora_rank", type=io.number(int, 0), default=0, help="rank of the fake's adapter, to save memory; 0 = a full copy (paper)")
+    p.add_argument("--fake_lora_rank", type=io.number(int, 0), default=0, help="rank of the fake's adapter, to save memory; it is not told the step "
+                   "and wants the adapters' learning rate; 0 = a full copy (paper)")
     p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1.5e-3, help="AdamW learning rate of the fake score (paper: 4e-7)")
     p.add_argument("--lr_decay_share", type=io.number(float, 0, 1), default=1.0, help="last share of each phase with both rates falling linearly to 0 "
                    "(paper: not stated; 0 = constant)")
@@ -631,10 +659,14 @@ def parse_args(argv=None):
     p.add_argument("--remeasure_teacher", action="store_true", help="measure the many-step teacher again instead of copying its row")
     argv = sys.argv[1:] if argv is None else argv
     known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
-    if not known.sample:  # --sample takes these from the student
+    if known.sample:  # steps, phases and teacher come from the student
+        p.set_defaults(**({} if is_small_student(io.student_folder(known.sample)) else dict(train_batch_size=1, preview_samples=2)))
+    else:
         p.set_defaults(teacher="clips", student_steps=4, phases=2)
         start = known.teacher or "clips"
         p.set_defaults(**(CLIPS if start == "clips" else RING if start == "ring" else {} if io.is_small(start, WORLDS) else RELEASED))
+        if known.fake_lora_rank and not io.is_small(start, WORLDS):
+            p.set_defaults(learning_rate_fake=RELEASED["learning_rate"])  # adapters move far less than full weights at one rate
     args = p.parse_args(argv)
     if args.dm_range[0] >= args.dm_range[1]:
         p.error(f"argument --dm_range: LO must be below HI, got {args.dm_range[0]} {args.dm_range[1]}")

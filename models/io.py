@@ -255,7 +255,9 @@ def load_network(folder, dtype=torch.float32):
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder")
     if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise UserError(f"{folder} has no config.json: give the folder of one network, or a pipeline root with model_index.json")
+        inside = [n for n in sorted(os.listdir(folder)) if os.path.isfile(os.path.join(folder, n, "config.json"))]
+        raise UserError(f"{folder} has no config.json: give the folder of one network" + (f" ({', '.join(inside)} in it are such)" if inside else "")
+                        + ", or a pipeline root with model_index.json")
     config = load_json(os.path.join(folder, "config.json"))
     files = weight_files(folder)
     net = network_from_config(config, os.path.join(folder, "config.json")).to(dtype)
@@ -788,7 +790,13 @@ def picture(x, world=None, zoom=3):
     if x.shape[1] != 3:
         x = x[:, :3] if x.shape[1] > 3 else x[:, :1].expand(-1, 3, -1, -1)
         x = (x - x.mean((0, 2, 3), keepdim=True)) / (3 * x.std((0, 2, 3), keepdim=True) + 1e-6)
-    tiles = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy().repeat(zoom, 1).repeat(zoom, 2)
+    return tile(x, zoom)
+
+
+def tile(x, zoom=3):
+    """Images (n, 1 or 3, H, W) in [-1, 1] -> one row of tiles, (H zoom + 2, n (W zoom + 2), 3) uint8."""
+    tiles = ((x.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    tiles = tiles.repeat(zoom, 1).repeat(zoom, 2)
     return np.concatenate(list(np.pad(tiles, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)), axis=1)
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
-from models import lora
+from models import io, lora
 from models.diffusion import expand, sinusoid
 
 WORLDS = ("ring", "glyphs", "clips")
@@ -146,6 +146,8 @@ class RingMLP(nn.Module):
     def forward(self, x, t, label=None, steps=None, return_features=False, adapter=None):
         """x (B, 2), t (B,), label (B,) -> velocity (B, 2); features are (B, 1, dim); adapter: a name of models/lora.py or None."""
         lora.check(self, adapter)
+        if x.shape[1:] != self.latent_shape:
+            raise ValueError(f"RingMLP expects points (B, 2), got {tuple(x.shape)}")
         if label is None:
             label = torch.full((x.shape[0],), self.num_classes, device=x.device)
         dtype = self.embed.weight.dtype
@@ -360,13 +362,6 @@ class FeatureWorld:
                 "diversity": float((pairwise_diversity(f, label, self.num_classes) / ref["diversity"]).mean())}
 
 
-def tile(x, zoom=3):
-    """Images (n, 1 or 3, H, W) in [-1, 1] -> one row of tiles, (H zoom + 2, n (W zoom + 2), 3) uint8."""
-    tiles = ((x.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-    tiles = tiles.repeat(zoom, 1).repeat(zoom, 2)
-    return np.concatenate(list(np.pad(tiles, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)), axis=1)
-
-
 class Glyphs(FeatureWorld):
     name, shape, num_classes, factors = "glyphs", (3, 16, 16), 10, 11
     class_names = [str(i) for i in range(10)]
@@ -376,7 +371,7 @@ class Glyphs(FeatureWorld):
         return pixels.astype(np.float32) / np.float32(127.5) - 1, factors
 
     def picture(self, x):
-        return tile(x)
+        return io.tile(x)
 
 
 # ---- clips -------------------------------------------------------------------------------------------------------
@@ -456,13 +451,11 @@ class Clips(FeatureWorld):
     def picture(self, x):
         """Clips (n, 1, T, 16, 16) -> one column per clip, up to four frames from top to bottom."""
         T = x.shape[2]
-        return np.concatenate([tile(x[:, :, i]) for i in np.linspace(0, T - 1, min(4, T)).round().astype(int)])
+        return np.concatenate([io.tile(x[:, :, i]) for i in np.linspace(0, T - 1, min(4, T)).round().astype(int)])
 
 
 def build_reference(world, steps=3000, batch=128, seed=1):
     """Train the world's classifier and write classifier.safetensors (fp16) and reference.safetensors; about 4 minutes."""
-    from models.io import save_tensors  # only the builder writes files
-
     torch.manual_seed(seed)
     os.makedirs(world.folder(""), exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -484,10 +477,10 @@ def build_reference(world, steps=3000, batch=128, seed=1):
         if step % 500 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
     net.eval().requires_grad_(False)
-    save_tensors({k: v.half() for k, v in net.state_dict().items()}, world.folder("classifier.safetensors"))
+    io.save_tensors({k: v.half() for k, v in net.state_dict().items()}, world.folder("classifier.safetensors"))
     x, y = world.data(50000, seed + 1, np.arange(50000) % world.num_classes)  # from here on with the fp16-rounded weights that ship
     f = world.look(x)[0].double()
-    save_tensors({"mean": f.mean(0), "cov": f.T.cov(), "diversity": pairwise_diversity(f[:20000], y[:20000], world.num_classes)},
+    io.save_tensors({"mean": f.mean(0), "cov": f.T.cov(), "diversity": pairwise_diversity(f[:20000], y[:20000], world.num_classes)},
                  world.folder("reference.safetensors"))
     print("2,000 further items:", world.measure(*world.data(2000, seed + 2, balanced_labels(2000, world.num_classes))))
 

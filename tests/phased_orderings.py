@@ -39,7 +39,7 @@ def main():
         title, flags = METHODS[method]
         rows, minutes = [], []
         for seed in args.seeds:
-            out = os.path.join(args.output_dir, f"{args.world}-{method}-{seed}")
+            out = os.path.join(args.output_dir, f"{args.world}-{method}-{seed}{''.join(flags_given).replace('--', '-')}")
             if not os.path.isfile(os.path.join(out, "report.json")):
                 phased_dmd.main(["--teacher", args.world, "--seed", str(seed), "--output_dir", out, *flags, *flags_given])
             report = io.load_json(os.path.join(out, "report.json"))
