@@ -475,9 +475,10 @@ def train(args):
         if args.ema_decay:
             expert.load_state_dict(ema.state_dict())
         expert.requires_grad_(False)
-        for other in (fake, ema):
-            if other is not expert and other.adapter:
-                lora.remove(other.net, other.adapter)
+        if fake.adapter:
+            lora.remove(fake.net, fake.adapter)
+        if ema is not expert and ema.adapter:
+            lora.remove(ema.net, ema.adapter)
         fake = ema = optimizer = optimizer_fake = None
     steps.close()
     if main_rank:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -196,7 +197,7 @@ def test_student_init(monkeypatch, tmp_path, capsys):
         assert_bit_equal({n: v for n, v in first.nets[f"fake{k}"].items() if not n.startswith("steps.")}, diary.teacher_before)
     monkeypatch.undo()
     refuse = lambda *more: refusal_of(capsys, phased_dmd.main, *flags, "--output_dir", str(tmp_path / "no"), *more)  # noqa: E731
-    assert "starts full experts" in refuse("--student_init", str(tmp_path / "other"), "--lora_rank", "4")
+    assert "starts full experts, not adapters: give --lora_rank 0" in refuse("--student_init", str(tmp_path / "other"), "--lora_rank", "4")
     wrong = small_dit(dim=64, depth=2)
     io.save_network(wrong, io.network_config(wrong), str(tmp_path / "wrong"))
     assert "does not have the shapes" in refuse("--student_init", str(tmp_path / "wrong"))
@@ -604,6 +605,8 @@ def test_unfinished_and_foreign_students_are_refused(finished, tmp_path, capsys,
         says = refusal(capsys, out, "--sample", str(run), "--teacher", str(tmp_path / "other"))
         assert "this network takes" in says and f"the adapters belong on {finished[kind].teacher}, name it with --teacher" in says
         assert "neither an embedded world" in refusal(capsys, out, "--sample", str(run), "--teacher", str(tmp_path / "moved"))
+    else:
+        assert "are full networks and need none" in refusal(capsys, out, "--sample", str(run), "--teacher", "ring")
     last = student / ("expert2" if kind == "full" else "expert2.safetensors")
     weights_file = last / io.WEIGHTS if kind == "full" else last
     weights_file.write_bytes(weights_file.read_bytes()[:-100])
@@ -633,6 +636,7 @@ def test_adapters_of_one_network_and_of_two(finished, tmp_path, capsys):
     (["--dm_range", "0.9", "0.1"], "LO must be below HI"), (["--target", "biased"], "--target"), (["--lora_rank", "-1"], "--lora_rank: must be >= 0"),
     (["--lora_alpha", "0"], "--lora_alpha: must be > 0"), (["--prompts", "x.safetensors"], "takes class labels, not prompts"),
     (["--sample_shape", "1", "8", "8"], "DiT expects x of shape"), (["--teacher", "nowhere"], "neither an embedded world"),
+    (["--teacher", "ring", "--sample_shape", "3"], "RingMLP expects points (B, 2)"),
     (["--resume_from_checkpoint", "nowhere"], "no state.json there"), (["--renoise", "ode"], "unrecognized arguments: --renoise ode"),
     (["--sample", "TEACHER"], "sampler.json does not exist"), (["--sample", "nowhere"], "sampler.json does not exist")])
 def test_wrong_flags(tmp_path, capsys, flags, says):
@@ -662,6 +666,73 @@ def test_wrong_two_network_teachers(tmp_path, capsys, flags, damage, says):
     if damage:
         damage(tmp_path)
     assert says in refusal(capsys, tmp_path / "run", *given, *SHORT, "--student_steps", "4", *flags)
+
+
+def test_a_network_without_steps_is_refused(tmp_path, capsys):
+    """With every step above the boundary the low-noise network would have no expert, and no level below it would ever be matched."""
+    given = save_tiny_wan(tmp_path, boundary=0.875)
+    says = refusal(capsys, tmp_path / "run", *given, *SHORT, "--student_steps", "2", "--timestep_shift", "8")
+    assert "all steps 1, 0.8889 lie above the teacher's boundary 0.875" in says
+    assert "this teacher has two" in refusal(capsys, tmp_path / "run", *given, *SHORT, "--student_steps", "4", "--lora_rank", "0",
+                                             "--student_init", str(tmp_path / "transformer"))
+
+
+def test_defaults_of_released_teachers(tmp_path):
+    """A released teacher has the paper's values; an adapter as fake the adapters' rate; sampling its student goes one video at a time."""
+    root = tmp_path / "wan"
+    args = phased_dmd.parse_args(wan_flags(root, 0.875)[:4])
+    assert (args.learning_rate, args.learning_rate_fake, args.lora_rank, args.lora_alpha, args.fake_update_ratio) == (5e-5, 4e-7, 64, 8, 5)
+    assert (args.adam_betas, args.timestep_shift, args.student_steps, args.phases, args.train_batch_size) == ([0.0, 0.999], 5.0, 4, 2, 1)
+    assert phased_dmd.parse_args(["--teacher", str(root), "--fake_lora_rank", "4"]).learning_rate_fake == 5e-5
+    assert phased_dmd.parse_args(["--fake_lora_rank", "4"]).learning_rate_fake == phased_dmd.parse_args([]).learning_rate_fake
+    for base, batch in ((str(root), 1), ("ring", phased_dmd.parse_args([]).train_batch_size)):
+        (tmp_path / "student").mkdir(exist_ok=True)
+        io.save_json({"base": base}, str(tmp_path / "student" / "sampler.json"))
+        assert phased_dmd.parse_args(["--sample", str(tmp_path)]).train_batch_size == batch
+
+
+@pytest.mark.parametrize("prediction, zero_snr", [("epsilon", False), ("v_prediction", True)])
+def test_vp_teachers(monkeypatch, tmp_path, prediction, zero_snr):
+    """A teacher with a VP schedule, up to t = 1 where alpha may be 0: the fake regresses the teacher's own prediction, and all stays finite."""
+    flags = save_dit(tmp_path / "teacher" / "student")
+    (tmp_path / "teacher" / "student" / "scheduler").mkdir()
+    io.save_json({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": prediction,
+                  "rescale_betas_zero_snr": zero_snr}, str(tmp_path / "teacher" / "student" / "scheduler" / "scheduler_config.json"))
+    diary = run(monkeypatch, tmp_path / "run", *flags, "--dm_range", "0", "1", "--dmd_weight", "paper")
+    assert diary.teacher.prediction == {"epsilon": "eps", "v_prediction": "vp_v"}[prediction] and diary.teacher.schedule.zero_snr == zero_snr
+    assert all(torch.isfinite(g).all() for u in diary.updates for g in u.gradients) and len(diary.updates) == 12
+    turn = next(t for t in diary.turns if t.who == "fake")
+    want = phased_dmd.subinterval_target(diary.teacher.prediction, diary.teacher.schedule, turn.x_s, turn.eps, turn.s, turn.t)
+    x_t = phased_dmd.noise_on(diary.teacher.schedule, turn.x_s, turn.eps, turn.s, turn.t)
+    weight = phased_dmd.taper(diary.teacher.schedule, turn.s, turn.t)
+    fake = diary.at(diary.updates[0], "fake1")
+    loss = (weight * (fake(x_t, turn.t, **turn.cond) - want).square().flatten(1).mean(1)).mean()
+    for a, b in zip(diary.updates[0].gradients, torch.autograd.grad(loss, list(fake.parameters()))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_of_a_phase_outlives_it(monkeypatch, tmp_path):
+    """In phase 2, also right after a save in phase 1, no tensor of the first fake, its optimizer or the first average is alive."""
+    quiet(monkeypatch, phased_dmd)
+    monkeypatch.setattr(phased_dmd, "marginals", lambda *a: None)
+    real_copy, real_update, watched, alive = phased_dmd.trainable_copy, phased_dmd.update, [], []
+
+    def on_copy(args, net, name, *rest):
+        new = real_copy(args, net, name, *rest)
+        if name in ("fake1", "ema1"):
+            watched.extend(weakref.ref(p) for p in new.parameters())
+        return new
+
+    def on_update(optimizers, *rest):
+        norm = real_update(optimizers, *rest)
+        if len(alive) < 6:  # phase 1
+            watched.extend(weakref.ref(s["exp_avg"]) for s in optimizers[0].state.values()) if len(alive) == 0 else None
+        alive.append(sum(r() is not None for r in watched))
+        return norm
+    monkeypatch.setattr(phased_dmd, "trainable_copy", on_copy), monkeypatch.setattr(phased_dmd, "update", on_update)
+    phased_dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "4", "--train_batch_size", "4", "--fake_update_ratio", "2",
+                     "--checkpointing_steps", "3"])
+    assert len(alive) == 12 and alive[0] > 0 and alive[5] > 0 and alive[6:] == [0] * 6, alive
 
 
 def test_text_teachers_need_prompts(tmp_path, capsys):
@@ -764,6 +835,27 @@ def test_experts_of_wan_22_in_diffusers(tmp_path, rank):
     phased_dmd.main(["--sample", str(folder), *flags[2:4], "--output_dir", str(tmp_path / "samples"), "--preview_samples", "2", "--train_batch_size", "4"])
     x, again = (load_file(path / "samples.safetensors")["x0"] for path in (folder, tmp_path / "samples"))
     torch.testing.assert_close(x, again, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_in_diffusers_pipeline(tmp_path):
+    """Which scheduler of diffusers takes our steps: DPMSolverMultistepScheduler of order 1 with flow sigmas (its clock is whole numbers, hence a few per
+    cent on random networks). FlowMatchEulerDiscreteScheduler, whose grid ends elsewhere, is the wrong one."""
+    diffusers = pytest.importorskip("diffusers")
+    save_tiny_wan(tmp_path, boundary=0.875)
+    names, g = ("transformer", "transformer_2"), torch.Generator().manual_seed(0)
+    z, text = torch.randn(2, 4, 2, 4, 6, generator=g), torch.randn(2, 6, 16, generator=g)
+    high, low = (io.load_network(str(tmp_path / n))[0] for n in names)
+    ours = phased_dmd.sample([high, high, low, low], Flow(), "flow_v", z, step_grid(4, 5.0)[:-1], {"text": text})
+
+    def error(scheduler):
+        pipe = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, boundary_ratio=0.875,
+                                     **{n: diffusers.WanTransformer3DModel.from_pretrained(tmp_path / n).eval() for n in names})
+        pipe.set_progress_bar_config(disable=True)
+        x = pipe(prompt_embeds=text, latents=z.clone(), num_inference_steps=4, guidance_scale=1.0, height=32, width=48, num_frames=5, output_type="latent")
+        return float((x.frames - ours).norm() / ours.norm())
+
+    right = diffusers.DPMSolverMultistepScheduler(solver_order=1, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5)
+    assert error(right) < 0.05 < 0.1 < error(diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0))
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
