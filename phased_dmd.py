@@ -607,7 +607,7 @@ def sample_only(args):
 # ---- flags ---------------------------------------------------------------------------------------------------------
 
 # The flags' defaults suit small DiTs. What each kind of teacher changes of them; released models have the paper's values where it gives any.
-CLIPS = dict(timestep_shift=3.0)  # other small teachers: their own shift
+CLIPS = dict(timestep_shift=2.0)  # other small teachers: their own shift
 RING = dict(max_train_steps=600, learning_rate=5e-4, learning_rate_fake=1e-3, fake_update_ratio=5, train_batch_size=256, ema_decay=0.95,
             adam_betas=[0.0, 0.99], lr_decay_share=0.7, timestep_shift=3.0)
 RELEASED = dict(max_train_steps=800, train_batch_size=1, learning_rate=5e-5, learning_rate_fake=4e-7, fake_update_ratio=5, guidance_scale=4.0,
@@ -626,7 +626,7 @@ def parse_args(argv=None):
     p = io.Parser(description="Distil a flow or diffusion teacher into few steps, one expert per interval of noise (Phased DMD, 2510.27684). Defaults shown "
                   "are those of the given --teacher: clips, ring, other small networks of ours, or a released model.")
     io.add_run_flags(p)
-    p.set_defaults(max_train_steps=500, train_batch_size=32, learning_rate=1e-3, lr_warmup_steps=20, ema_decay=0.99)
+    p.set_defaults(max_train_steps=500, train_batch_size=32, learning_rate=5e-4, lr_warmup_steps=20, ema_decay=0.99)
     p.add_argument("--teacher", default=None, help="clips, glyphs, ring, a component folder, a pipeline root with model_index.json (two networks as well: "
                    "Wan 2.2), or a run folder of ours")
     p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the experts from this network instead of from the teacher")
@@ -649,7 +649,7 @@ def parse_args(argv=None):
     p.add_argument("--lora_alpha", type=io.number(float, above=0), default=8.0, help="alpha of all adapters, scale alpha / rank (paper: 8)")
     p.add_argument("--fake_lora_rank", type=io.number(int, 0), default=0, help="rank of the fake's adapter, to save memory; it is not told the step "
                    "and wants the adapters' learning rate; 0 = a full copy (paper)")
-    p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1.5e-3, help="AdamW learning rate of the fake score (paper: 4e-7)")
+    p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=2e-3, help="AdamW learning rate of the fake score (paper: 4e-7)")
     p.add_argument("--lr_decay_share", type=io.number(float, 0, 1), default=1.0, help="last share of each phase with both rates falling linearly to 0 "
                    "(paper: not stated; 0 = constant)")
     p.add_argument("--fake_update_ratio", type=io.number(int, 1), default=2, help="R, fake updates per student update (paper: 5)")
