@@ -368,7 +368,7 @@ def train(args):
             io.unpack_optimizer(optimizer, "optimizer", tensors), io.unpack_optimizer(optimizer_fake, "optimizer_fake", tensors)
         by_step = [experts[p] for p in phase_of[:ends[k]]]  # who takes each step so far
 
-        def student_sample(draw, gradient):  # noqa: B023
+        def student_sample(draw, gradient):
             """The experts' sample at the end of phase k. With truncation a step j of the phase is drawn, the same on all ranks, and
             jumps from t_j to s; only this call has a gradient.  -> x_s, x0 of the last call (B, ...), cond, uncond, what the fake is told."""
             z, (cond, uncond) = draw.normal("z", shape), conditions.draw(draw, device)
@@ -381,13 +381,13 @@ def train(args):
                 x_s, x0 = student_step(expert, schedule, kind, x_t, path[-1], s, cond)
             return x_s, x0, cond, uncond, {"steps": z.new_full((B,), float(first - starts[k]))} if tells else {}
 
-        def noise_level(draw, low, high):  # noqa: B023
+        def noise_level(draw, low, high):
             """t in (s, 1): u uniform over that share [low, high] of the raw interval (u_end, 1), shifted, and clamped (not redrawn) to where
             a high-noise teacher is in charge.  -> (B,)."""
             t = shift(u_end + (1 - u_end) * draw.spread("u", low, high), teacher.shift)
             return t.clamp_min(boundary)
 
-        def save(done):  # noqa: B023
+        def save(done):
             """Preview, student/ and state/. A function of its own, so that nothing here keeps the phase's networks alive."""
             so_far = experts[:k] + [ema]
             by_all = [so_far[p] if p <= k else Expert(inits[p]) for p in phase_of]  # not trained yet: where they start
@@ -534,7 +534,7 @@ def marginals(args, experts, teacher, world, conditions, shape, grid, device, n=
     x = report.evaluation_noise(args, shape, device, 0, n)
     x0, _ = world.data(n, 779, index)
     for i, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
-        x, _ = report.many(lambda a, b: rollout(experts[i:i + 1], teacher.schedule, teacher.prediction, x[a:b].to(device), [t, t_next],  # noqa: B023
+        x, _ = report.many(lambda a, b: rollout(experts[i:i + 1], teacher.schedule, teacher.prediction, x[a:b].to(device), [t, t_next],
                                                 conditions.pick(index[a:b], device)[0]), n)
         eps = io.Draws(args.seed, "marginals", i, range(n)).normal("eps", shape)
         level = torch.full((n,), t_next)

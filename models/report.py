@@ -62,7 +62,7 @@ def finish(args, method, teacher, world, conditions, shape, times, students, par
                                             {"name": "teacher", "nfe": guided * ode_calls(args.teacher_steps, "heun"), "guidance_scale": scale})
             results.append(row)
         for name, (nfe, sampler) in rows.items():
-            x, ms = many(lambda a, b: sampler(label, a, b), 2000)  # noqa: B023
+            x, ms = many(lambda a, b: sampler(label, a, b), 2000)
             results.append({"name": name, "nfe": nfe, "ms_per_sample": ms, **world.measure(x, label), **(extra or {}).get(name, {})})
             if args.teacher_steps:
                 results[-1]["fd_teacher"] = moments_distance(world.moments(x, label), moments)
