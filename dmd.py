@@ -452,10 +452,7 @@ def student_sampler(args, student, teacher, conditions, shape, times, device):
 def sample_only(args):
     """--sample FOLDER: load a saved student, read its sampler.json, write samples.png (GIF for videos) and latents to --output_dir."""
     _, _, device = start_ranks()
-    folder = io.student_folder(args.sample)
-    sampler, schedule, kind, _ = io.read_sampler(folder)
-    if sampler["method"] != "dmd":
-        raise io.UserError(f"{args.sample} was made by {sampler['method']}: sample it with python {sampler['method']}.py --sample")
+    folder, sampler, schedule, kind, _ = io.read_own_sampler(args.sample, "dmd")
     net, config = io.load_network(folder)
     io.refuse_output_dir(args.output_dir, sampling=True)
     conditions, shape = io.Conditions(args, net), tuple(args.sample_shape or sampler.get("sample_shape") or net.latent_shape)

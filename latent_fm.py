@@ -257,11 +257,10 @@ def finish(args, net, world, x0_all, label_all, folder, seconds):
                                            ("euler_4", 1.0, "euler", 4), ("euler_1", 1.0, "euler", 1)):
             if name == "guided" and scale == 1:
                 continue
-            began = time.time()
-            x = torch.cat([sample(net, z, y.to(device), steps, scale, solver, args.timestep_shift or 1.0).cpu()
-                           for z, y in zip(noise(2000, args.seed).split(500), label.split(500))])
+            z = noise(2000, args.seed)
+            x, ms = report.many(lambda a, b: sample(net, z[a:b], label[a:b].to(device), steps, scale, solver, args.timestep_shift or 1.0), 2000)
             results.append({"name": name, "nfe": ode_calls(steps, solver) * (1 if scale == 1 else 2), "guidance_scale": scale,
-                            "ms_per_sample": (time.time() - began) / 2, **world.measure(x, label)})
+                            "ms_per_sample": ms, **world.measure(x, label)})
         for r in results:
             r["fd_excess"] = r["fd"] - results[0]["fd"]
     label = balanced_labels(400 if world and world.name == "ring" else 20, net.num_classes)
@@ -285,10 +284,7 @@ def finish(args, net, world, x0_all, label_all, folder, seconds):
 
 def sample_only(args):
     """--sample FOLDER: load a saved model, read its sampler.json, print its measures, write samples.png to --output_dir."""
-    folder = io.student_folder(args.sample)
-    sampler = io.read_sampler(folder)[0]
-    if sampler["method"] != "latent_fm":
-        raise io.UserError(f"{args.sample} was made by {sampler['method']}: sample it with python {sampler['method']}.py --sample")
+    folder, sampler, *_ = io.read_own_sampler(args.sample, "latent_fm")
     net, config = io.load_network(folder)
     world = load_world(config["world"]) if config.get("world") else None
     args.sample_steps, args.guidance_scale, args.timestep_shift = len(sampler["times"]), sampler["guidance_scale"], sampler["timestep_shift"]

@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models import io, lora, report
-from models.diffusion import expand, from_x0_eps, guided_x0, ode_step, predict_x0, predict_x0_eps, shift, step_grid, transition
+from models.diffusion import add_noise, expand, from_x0_eps, guided_x0, ode_step, predict_x0, predict_x0_eps, shift, step_grid, transition
 from models.toy import WORLDS, energy_distance, fit_ring_network, load_world
 
 # ---- the method --------------------------------------------------------------------------------------------------
@@ -538,16 +538,13 @@ def marginals(args, experts, teacher, world, conditions, shape, grid, device, n=
                                                 conditions.pick(index[a:b], device)[0]), n)
         eps = io.Draws(args.seed, "marginals", i, range(n)).normal("eps", shape)
         level = torch.full((n,), t_next)
-        noised = expand(teacher.schedule.alpha(level), x0) * x0 + expand(teacher.schedule.sigma(level), x0) * eps
-        out[f"{t_next:.4g}"] = energy_distance(coarse(x), coarse(noised))
+        out[f"{t_next:.4g}"] = energy_distance(coarse(x), coarse(add_noise(teacher.schedule, x0, eps, level)))
     return out
 
 
-def load_student(args, folder, device):
-    """A saved student -> its experts, one per step, and the teacher namespace they belong to.  Raises UserError."""
-    sampler, schedule, kind, timestep_shift = io.read_sampler(folder)
-    if sampler["method"] != "phased_dmd":
-        raise io.UserError(f"{args.sample} was made by {sampler['method']}: sample it with python {sampler['method']}.py --sample")
+def load_student(args, device):
+    """--sample -> the saved experts, one per step, their sampler.json, schedule and prediction, and the world's name.  Raises UserError."""
+    folder, sampler, schedule, kind, timestep_shift = io.read_own_sampler(args.sample, "phased_dmd")
     times, described = sampler["times"], sampler["experts"]
     for flag, asked, has in (("student_steps", args.student_steps, len(times)), ("phases", args.phases, len(described)),
                              ("timestep_shift", args.timestep_shift, timestep_shift)):
@@ -562,35 +559,31 @@ def load_student(args, folder, device):
     if sampler["lora_rank"] and not args.teacher and sampler["base"] not in WORLDS and not os.path.isdir(sampler["base"]):
         raise io.UserError(f"the adapters of {folder} belong on {sampler['base']}, which is not there: name that teacher with --teacher")
     args.teacher = args.teacher or sampler["base"]
-    teacher, experts = None, []
-    for k, e in enumerate(described):
-        path = os.path.join(folder, e["weights"])
-        if not sampler["lora_rank"]:
-            net, config = io.load_network(path)
+    experts = []
+    if not sampler["lora_rank"]:
+        for e in described:
+            net, config = io.load_network(os.path.join(folder, e["weights"]))
             experts += [Expert(net.to(device))] * e["steps"]
-            world_name = config.get("world")
-            continue
-        if teacher is None:
-            args.seed, seed = sampler["seed"], args.seed  # of the network that stands for a closed-form teacher
-            teacher = load_base(args, device)
-            args.seed = seed
-            world_name = teacher.world_name
+        return experts, sampler, types.SimpleNamespace(schedule=schedule, prediction=kind), config.get("world")
+    # the run's seed: it is that of the network that stands for a closed-form teacher
+    teacher = load_base(types.SimpleNamespace(**{**vars(args), "seed": sampler["seed"]}), device)
+    for k, e in enumerate(described):
         try:
             if (e["network"] is None) == hasattr(teacher.base, "boundary"):
                 raise ValueError(f"{args.teacher} is no teacher of {'one network' if e['network'] is None else 'two networks'}")
             net = teacher.base if e["network"] is None else teacher.base.high if e["network"] == "transformer" else teacher.base.low
-            lora.load(net, f"expert{k + 1}", path)
+            lora.load(net, f"expert{k + 1}", os.path.join(folder, e["weights"]))
         except ValueError as error:
             raise io.UserError(f"{error}; the adapters belong on {sampler['base']}, name it with --teacher") from None
         experts += [Expert(net, f"expert{k + 1}")] * e["steps"]
-    return experts, sampler, types.SimpleNamespace(schedule=schedule, prediction=kind), world_name
+    return experts, sampler, types.SimpleNamespace(schedule=schedule, prediction=kind), teacher.world_name
 
 
 def sample_only(args):
     """--sample FOLDER: load the saved experts, read their sampler.json, write samples.png (GIF for videos) and latents to --output_dir."""
     _, _, device = start_ranks()
     io.refuse_output_dir(args.output_dir, sampling=True)
-    experts, sampler, teacher, world_name = load_student(args, io.student_folder(args.sample), device)
+    experts, sampler, teacher, world_name = load_student(args, device)
     conditions, shape = io.Conditions(args, experts[0].net), tuple(args.sample_shape or sampler["sample_shape"])
     world = load_world(world_name) if world_name in WORLDS else None
     try:

@@ -457,6 +457,15 @@ def read_sampler(folder):
         raise UserError(f"{path} is not a sampler description of ours ({type(e).__name__}: {e})") from None
 
 
+def read_own_sampler(sample, method):
+    """--sample: a run or student folder -> its student folder and what read_sampler gives. Raises UserError also for another script's."""
+    folder = student_folder(sample)
+    sampler, *rest = read_sampler(folder)
+    if sampler["method"] != method:
+        raise UserError(f"{sample} was made by {sampler['method']}: sample it with python {sampler['method']}.py --sample")
+    return folder, sampler, *rest
+
+
 # ---- conditioning and data -----------------------------------------------------------------------------------------
 
 
