@@ -33,25 +33,23 @@ update (official: a critic update), and every fake update sees fresh student sam
 App. I: 2.78 against 2.66 FID; no feature network to download). Noise levels are uniform as in the papers, but spread evenly over
 a batch. With several steps the fake is told which one made the sample, where the network has such an input: one fake for all only
 pins down the mixture of the steps (docs/dmd.md; --shared_fake is the papers'). EMA, momentum below .9 and falling rates are not
-the papers' (flags): they keep the default run short. The GAN head is an MLP on tokens, for transformers (papers: convolutions on
-UNet features).
+the papers' (flags): they keep the default run short. models/gan.py says what differs in the GAN.
 """
 import copy
 import datetime
 import os
 import sys
 import time
-import types
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from models import io, report
 from models.diffusion import add_noise, expand, from_x0_eps, guided_x0, predict_x0, predict_x0_eps, sample_teacher, shift, step_grid
-from models.toy import WORLDS, fit_ring_network, load_world
+from models.gan import GanHead, discriminator_loss, gan_logit, generator_gan_loss
+from models.toy import WORLDS, load_world
 
 # ---- the method --------------------------------------------------------------------------------------------------
 
@@ -78,33 +76,6 @@ def fake_score_loss(fake, schedule, kind, x, eps, t, cond):
     x_t = add_noise(schedule, x, eps, t)
     target = from_x0_eps(kind, x, eps, schedule.alpha(t), schedule.sigma(t))
     return F.mse_loss(fake(x_t, t, **cond).float(), target)
-
-
-class GanHead(nn.Module):
-    """Real-or-fake logit from the fake score's middle features (2405.14867, Sec. 4.3): per-token MLP, mean over tokens."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.net = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 1))
-
-    def forward(self, features):  # (B, N, D) -> (B,)
-        return self.net(features).mean((1, 2))
-
-
-def gan_logit(fake, head, schedule, x, eps, t, cond):
-    """D(F(x_t, t)): the sample is noised first, real or fake alike.  x, eps (B, ...), t (B,) -> (B,)."""
-    _, features = fake(add_noise(schedule, x, eps, t), t, return_features=True, **cond)
-    return head(features.float())
-
-
-def discriminator_loss(logit_real, logit_fake):
-    """Non-saturating GAN (2405.14867, Eq. 4 as the code computes it); trains the head and the fake's encoder.  -> scalar."""
-    return F.softplus(logit_fake).mean() + F.softplus(-logit_real).mean()
-
-
-def generator_gan_loss(logit_fake):
-    """The student's side; the gradient passes through the frozen fake into x.  -> scalar."""
-    return F.softplus(-logit_fake).mean()
 
 
 # ---- the sampler ---------------------------------------------------------------------------------------------------
@@ -181,37 +152,6 @@ def update_ema(ema, net, decay):
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-def tells_step(args, net):
-    """Whether the fake, a network like net, is told which of several steps made its samples."""
-    return args.student_steps > 1 and not args.shared_fake and "steps_cond" in net.config
-
-
-def load_networks(args, device):
-    """-> teacher namespace, student, fake: three copies of one network, except that a closed-form teacher has no weights and
-    student and fake start from a network fitted to it, and --student_init may start the student elsewhere."""
-    teacher = io.load_teacher(args.teacher, WORLDS)
-    start = teacher.net if teacher.config else fit_ring_network(teacher.net, args.seed)
-    if not teacher.config:
-        teacher.config = io.network_config(start)
-    student, fake = copy.deepcopy(start), copy.deepcopy(start)
-    if args.student_init:
-        student = io.load_student_init(args.student_init, start)
-    if tells_step(args, fake):
-        told = type(fake)(**{**fake.config, "steps_cond": True})
-        told.load_state_dict(fake.state_dict(), strict=False)  # its new layer is zero: still the teacher's function
-        fake = told
-    if args.timestep_shift is not None:
-        teacher.shift = args.timestep_shift
-    teacher.net.to(device).requires_grad_(False).eval()
-    if args.mixed_precision == "bf16" and device.type == "cuda":
-        for p in teacher.net.parameters():  # the buffers (rotary angles) stay float32
-            p.data = p.data.bfloat16()
-    for net in (student, fake):
-        net.to(device).requires_grad_(True).train()
-        net.gradient_checkpointing = args.gradient_checkpointing
-    return teacher, student, fake
-
-
 def make_regression_pairs(args, teacher, conditions, shape, device, path):
     """DMD v1's (z_ref, y_ref): teacher ODE samples, made once, kept beside the run (2311.18828, Sec. 3.2).  -> z, y, cond index."""
     if os.path.isfile(path):
@@ -230,7 +170,7 @@ def make_regression_pairs(args, teacher, conditions, shape, device, path):
 def train(args):
     rank, world_size, device = start_ranks()
     main_rank, B = rank == 0, args.train_batch_size
-    teacher, student, fake = load_networks(args, device)
+    teacher, student, fake = io.load_networks(args, WORLDS, device)
     schedule, kind, shape = teacher.schedule, teacher.prediction, tuple(args.sample_shape or student.latent_shape)
     world = load_world(teacher.world_name) if teacher.world_name in WORLDS else None
     conditions = io.Conditions(args, student)
@@ -246,21 +186,8 @@ def train(args):
         raise io.UserError("--regression_weight needs teacher samples: give --teacher_steps of at least 1")
     if args.regression_weight and args.student_steps > 1:
         raise io.UserError("--regression_weight is DMD v1, a one-step method: use --student_steps 1")
-    data, data_cond, class_names = io.load_data(args.data or world.name, WORLDS, shape[-1], seed=args.seed) if needs_data else (None, None, None)
-    known = teacher.config.get("class_names") or getattr(world, "class_names", None)
-    if class_names and known and list(class_names) != list(known):
-        raise io.UserError(f"--data {args.data}: its classes are {', '.join(class_names)}, the teacher's {', '.join(known)}: labels would mean other things")
-    if needs_data and "label" in data_cond and not 0 <= data_cond["label"].min() <= data_cond["label"].max() < student.num_classes:
-        raise io.UserError(f"--data {args.data}: labels from {data_cond['label'].min()} to {data_cond['label'].max()}, the teacher has classes 0 to "
-                           f"{student.num_classes - 1}")
-    if needs_data and (tuple(data.shape[1:]) != shape or set(data_cond) != set(student.cond_names)):
-        raise io.UserError(f"--data: items are {tuple(data.shape[1:])} with {sorted(data_cond)}, the teacher takes {shape} with {list(student.cond_names)}")
-    with torch.no_grad():  # wrong shapes and prompts show here, before any training
-        cond, _ = conditions.pick(torch.zeros(1, dtype=torch.long), device)
-        try:
-            features = student(torch.zeros(1, *shape, device=device), torch.ones(1, device=device), return_features=True, **cond)[1]
-        except ValueError as e:
-            raise io.UserError(str(e)) from None
+    data, data_cond = io.load_real_data(args, WORLDS, world, teacher, shape) if needs_data else (None, None)
+    _, features = io.try_network(student, conditions, shape, device, return_features=True)
     torch.manual_seed(io.stable_hash(args.seed, "head"))
     head = GanHead(features.shape[-1]).to(device)
     ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
@@ -303,7 +230,7 @@ def train(args):
         without gradient (2405.14867, Sec. 4.5).  -> x_t (B, ...), t (B,), cond, uncond, and what else the fake is told."""
         k = draw.agreed("k", args.student_steps)
         z = draw.normal("z", shape)
-        t, told = z.new_full((B,), times[k]), {"steps": z.new_full((B,), float(k))} if tells_step(args, fake) else {}
+        t, told = z.new_full((B,), times[k]), {"steps": z.new_full((B,), float(k))} if io.tells_step(args, fake) else {}
         cond, uncond = conditions.draw(draw, device)
         if args.student_input == "real" and k > 0:  # ablation: noised data, which the student never meets at test time
             x_real, cond = real_batch(draw, "real_input")
@@ -312,23 +239,15 @@ def train(args):
             x_t = rollout(student, schedule, kind, z, times[:k + 1], cond, args.renoise, lambda i: draw.normal(f"renoise{i}", shape))
         return x_t, t, cond, uncond, told
 
-    def lap(part):
-        """Charge the time since the last lap to one part of the step."""
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        seconds[part] += now - seconds["last"]
-        seconds["last"] = now
-
     began, spent_before = time.time(), info["seconds"] if state else 0.0
-    steps = tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, disable=not main_rank)
+    lap, steps = io.Stopwatch(device), tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, disable=not main_rank)
     for step in steps:
         warmup = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
         decay = min(1.0, (1 - step / args.max_train_steps) / max(args.lr_decay_share, 1e-9))
         for opt, lr in ((optimizer, args.learning_rate), (optimizer_fake, args.learning_rate_fake)):
             for group in opt.param_groups:
                 group["lr"] = lr * warmup * decay
-        seconds = {"data": 0.0, "student": 0.0, "fake": 0.0, "teacher": 0.0, "last": time.perf_counter()}
+        lap.restart()
         sums = dict.fromkeys(("loss_dm", "loss_fake", "loss_d", "loss_gan", "loss_regression", "g_dm", "g_gan", "mean", "std"), 0.0)
         share = 1 / args.gradient_accumulation_steps
 
@@ -411,32 +330,23 @@ def train(args):
         sums["std"] = max(0.0, sums["std"] - sums["mean"] ** 2) ** 0.5  # of all ranks' samples together
         if main_rank:
             log.write({"step": done, **sums, "norm_student": norm, "norm_fake": 0.0 if args.no_fake_score else norm_fake,
-                       **{f"{p}_s": seconds[p] for p in ("data", "student", "fake", "teacher")}, "peak_memory_mb": io.peak_memory_mb(device)})
+                       **lap.columns(), "peak_memory_mb": io.peak_memory_mb(device)})
             steps.set_postfix(fake=f"{sums['loss_fake']:.3f}", dm=f"{sums['loss_dm']:.3f}", std=f"{sums['std']:.3f}", refresh=False)
         if main_rank and (done % args.checkpointing_steps == 0 or done == args.max_train_steps):
             sampler = student_sampler(args, ema, teacher, conditions, shape, times, device)
             report.save_samples(args.output_dir, [(f"student, step {done}", report.preview(args, world, conditions, sampler))], world)
-            save_student(args, ema, teacher, times, shape)
+            report.save_student(args, "dmd", ema, teacher, times, shape)
             state = {**io.pack_module(student, "student"), **io.pack_module(fake, "fake"), **io.pack_module(head, "head"),
                      **(io.pack_module(ema, "ema") if args.ema_decay else {}),
                      **io.pack_optimizer(optimizer, "optimizer"), **io.pack_optimizer(optimizer_fake, "optimizer_fake")}
             io.save_state(args.output_dir, done, state, {"flags": io.flags_to_save(args), "seconds": spent_before + time.time() - began})
     if main_rank:
         if start >= args.max_train_steps:  # a finished run is written out again, perhaps to another folder
-            save_student(args, ema, teacher, times, shape)
+            report.save_student(args, "dmd", ema, teacher, times, shape)
         sampler = student_sampler(args, ema.eval(), teacher, conditions, shape, times, device)
         report.finish(args, "dmd", teacher, world, conditions, shape, times, {"student": (len(times), sampler)},
                       sum(p.numel() for p in ema.parameters()), spent_before + time.time() - began, device)
     mean_over_ranks(0.0)
-
-
-def save_student(args, net, teacher, times, shape):
-    """student/: the teacher's own config and layout, plus sampler.json."""
-    folder = os.path.join(args.output_dir, "student")
-    io.save_network(net, teacher.config, folder)
-    io.save_json({"method": "dmd", "prediction": teacher.prediction, "schedule": io.describe_schedule(teacher.schedule), "times": times,
-                  "timestep_shift": teacher.shift, "rule": "renoise" if args.renoise == "sde" else "euler", "guidance_scale": 1.0, "sample_shape": list(shape)},
-                 os.path.join(folder, "sampler.json"))
 
 
 # ---- what the run leaves behind ------------------------------------------------------------------------------------
@@ -452,23 +362,10 @@ def student_sampler(args, student, teacher, conditions, shape, times, device):
 def sample_only(args):
     """--sample FOLDER: load a saved student, read its sampler.json, write samples.png (GIF for videos) and latents to --output_dir."""
     _, _, device = start_ranks()
-    folder, sampler, schedule, kind, _ = io.read_own_sampler(args.sample, "dmd")
-    net, config = io.load_network(folder)
-    io.refuse_output_dir(args.output_dir, sampling=True)
-    conditions, shape = io.Conditions(args, net), tuple(args.sample_shape or sampler.get("sample_shape") or net.latent_shape)
-    world = load_world(config["world"]) if config.get("world") in WORLDS else None
-    net.to(device).eval()
+    net, sampler, teacher, world, conditions, shape = report.load_student(args, "dmd", device)
     args.renoise = "sde" if sampler["rule"] == "renoise" else "ode"
-    teacher = types.SimpleNamespace(schedule=schedule, prediction=kind)
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-            x = report.preview(args, world, conditions, student_sampler(args, net, teacher, conditions, shape, sampler["times"], device))
-    except ValueError as e:
-        raise io.UserError(f"--sample_shape {' '.join(map(str, shape))}: {e}") from None
-    os.makedirs(args.output_dir, exist_ok=True)
-    report.save_samples(args.output_dir, [(f"student, {len(sampler['times'])} call(s)", x)], world)
-    io.save_tensors({"x0": x}, os.path.join(args.output_dir, "samples.safetensors"))
-    print(f"samples: {os.path.join(args.output_dir, 'samples.png')}")
+    draw = student_sampler(args, net, teacher, conditions, shape, sampler["times"], device)
+    report.write_samples(args, world, conditions, shape, draw, len(sampler["times"]), device)
 
 
 # ---- flags ---------------------------------------------------------------------------------------------------------

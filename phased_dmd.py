@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from models import io, lora, report
 from models.diffusion import add_noise, expand, from_x0_eps, guided_x0, ode_step, predict_x0, predict_x0_eps, shift, step_grid, transition
-from models.toy import WORLDS, energy_distance, fit_ring_network, load_world
+from models.toy import WORLDS, energy_distance, load_world
 
 # ---- the method --------------------------------------------------------------------------------------------------
 
@@ -219,19 +219,9 @@ class Expert:
 
 
 def load_base(args, device):
-    """-> teacher namespace; its .base is the network that experts and fakes are copies of, or adapters on: the teacher's own, except that a
-    closed-form teacher has no weights and .base is a network fitted to it."""
-    teacher = io.load_teacher(args.teacher, WORLDS, two_networks=True)
-    teacher.base = teacher.net if teacher.config else fit_ring_network(teacher.net, args.seed)
-    if not teacher.config:
-        teacher.config = io.network_config(teacher.base)
-    if args.timestep_shift is not None:
-        teacher.shift = args.timestep_shift
-    if args.mixed_precision == "bf16" and device.type == "cuda":
-        for p in teacher.net.parameters():  # before they are on the GPU; the buffers (rotary angles) stay float32
-            p.data = p.data.bfloat16()
-    for net in (teacher.net, teacher.base):
-        net.to(device).requires_grad_(False).eval()
+    """-> teacher namespace; its .base is the network that experts and fakes are copies of, or adapters on."""
+    teacher = io.start_teacher(args, WORLDS, two_networks=True)
+    io.freeze_teacher(args, teacher, device)
     teacher.base.gradient_checkpointing = args.gradient_checkpointing
     return teacher
 
@@ -258,8 +248,7 @@ def trainable_copy(args, net, name, rank, told=False):
     for adapter in lora.names(new):
         lora.remove(new, adapter)
     if told:
-        bare, new = new, type(new)(**{**new.config, "steps_cond": True}).to(next(new.parameters()).device)
-        new.load_state_dict(bare.state_dict(), strict=False)  # its new layer is zero: still the teacher's function
+        new = io.told_steps(new)
     new.requires_grad_(True).gradient_checkpointing = args.gradient_checkpointing
     return Expert(new)
 
@@ -295,12 +284,7 @@ def train(args):
             raise io.UserError("--student_init is one network, and this teacher has two: leave it out")
         inits = [io.load_student_init(args.student_init, teacher.base).to(device)] * args.phases
     last_update = [round(args.max_train_steps * (k + 1) / args.phases) for k in range(args.phases)]  # of each phase
-    with torch.no_grad():  # wrong shapes and prompts show here, before any training
-        cond, _ = conditions.pick(torch.zeros(1, dtype=torch.long), device)
-        try:
-            teacher.base(torch.zeros(1, *shape, device=device), torch.ones(1, device=device), **cond)
-        except ValueError as e:
-            raise io.UserError(str(e)) from None
+    io.try_network(teacher.base, conditions, shape, device)
 
     start, info, state = 0, {"phase": 0, "phase_start": 0, "seconds": 0.0}, io.find_state(args.output_dir, args.resume_from_checkpoint)
     if state:
@@ -323,17 +307,9 @@ def train(args):
               f"{args.phases} phase(s) ending at {', '.join(f'{grid[e]:.4g}' for e in ends)}; "
               + (f"experts are adapters of rank {args.lora_rank}" if args.lora_rank else "experts are full networks"))
 
-    def lap(part):
-        """Charge the time since the last lap to one part of the step."""
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        seconds[part] += now - seconds["last"]
-        seconds["last"] = now
-
     rates = args.learning_rate, args.learning_rate_fake
     began, spent_before = time.time(), info["seconds"]
-    steps = tqdm(initial=start, total=args.max_train_steps, disable=not main_rank)
+    lap, steps = io.Stopwatch(device), tqdm(initial=start, total=args.max_train_steps, disable=not main_rank)
     experts = []  # one per phase, trained in this order; frozen once their phase is over
     for k in range(args.phases):
         # ---- start of phase k: a new expert and a new fake, both from the teacher; the experts before it are constants
@@ -405,7 +381,7 @@ def train(args):
             warmup = min(1.0, (step - phase_start + 1) / max(1, args.lr_warmup_steps))
             decay = min(1.0, (last_update[k] - step) / (last_update[k] - phase_start) / max(args.lr_decay_share, 1e-9))
             optimizer.param_groups[0]["lr"], optimizer_fake.param_groups[0]["lr"] = (r * warmup * decay for r in rates)
-            seconds = {"data": 0.0, "student": 0.0, "fake": 0.0, "teacher": 0.0, "last": time.perf_counter()}
+            lap.restart()
             sums = dict.fromkeys(("loss_dm", "loss_fake", "g_dm", "mean", "std"), 0.0)
             share = 1 / args.gradient_accumulation_steps
 
@@ -467,7 +443,7 @@ def train(args):
             steps.update()
             if main_rank:
                 log.write({"step": done, "phase": k + 1, **sums, "norm_student": norm, "norm_fake": norm_fake,
-                           **{f"{p}_s": seconds[p] for p in ("data", "student", "fake", "teacher")}, "peak_memory_mb": io.peak_memory_mb(device)})
+                           **lap.columns(), "peak_memory_mb": io.peak_memory_mb(device)})
                 steps.set_postfix(phase=k + 1, fake=f"{sums['loss_fake']:.3f}", dm=f"{sums['loss_dm']:.3f}", std=f"{sums['std']:.3f}", refresh=False)
             if main_rank and (done % args.checkpointing_steps == 0 or done == last_update[k]):
                 save(done)
@@ -586,15 +562,8 @@ def sample_only(args):
     experts, sampler, teacher, world_name = load_student(args, device)
     conditions, shape = io.Conditions(args, experts[0].net), tuple(args.sample_shape or sampler["sample_shape"])
     world = load_world(world_name) if world_name in WORLDS else None
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-            x = report.preview(args, world, conditions, student_sampler(args, experts, teacher, conditions, shape, sampler["times"], device))
-    except ValueError as e:
-        raise io.UserError(f"--sample_shape {' '.join(map(str, shape))}: {e}") from None
-    os.makedirs(args.output_dir, exist_ok=True)
-    report.save_samples(args.output_dir, [(f"student, {len(experts)} call(s)", x)], world)
-    io.save_tensors({"x0": x}, os.path.join(args.output_dir, "samples.safetensors"))
-    print(f"samples: {os.path.join(args.output_dir, 'samples.png')}")
+    draw = student_sampler(args, experts, teacher, conditions, shape, sampler["times"], device)
+    report.write_samples(args, world, conditions, shape, draw, len(experts), device)
 
 
 # ---- flags ---------------------------------------------------------------------------------------------------------

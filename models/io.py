@@ -4,6 +4,7 @@ If deleting a call to this file changes a gradient, that call is in the wrong pl
 Wrong input raises UserError, which `run` turns into one line on stderr and exit code 2.
 """
 import argparse
+import copy
 import csv
 import hashlib
 import importlib
@@ -13,6 +14,7 @@ import os
 import resource
 import shutil
 import sys
+import time
 import types
 import warnings
 import zlib
@@ -41,9 +43,13 @@ class TrainingError(Exception):
 
 
 def run(main):
-    """Call main() and turn the two errors above into one line on stderr and the exit code."""
+    """Call main() and turn the two errors above into one line on stderr and the exit code. A rank that is done ends at once: the process
+    group's threads still run, and now and then one of them aborts a process whose interpreter is being torn down."""
     try:
         main()
+        if torch.distributed.is_initialized():
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(0)
     except (UserError, TrainingError) as e:
         if os.environ.get("RANK", "0") == "0":  # every rank stops, one speaks
             print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
@@ -426,6 +432,53 @@ def load_student_init(folder, like):
     return net
 
 
+def told_steps(net):
+    """-> a copy of net that also takes `steps`, through a new layer that is zero at first: still net's function."""
+    told = type(net)(**{**net.config, "steps_cond": True}).to(next(net.parameters()).device)
+    told.load_state_dict(net.state_dict(), strict=False)
+    return told
+
+
+def start_teacher(args, worlds, two_networks=False):
+    """--teacher, with --timestep_shift if given -> its namespace as load_teacher's, and .base: the network that student and
+    fake are copies of, or adapters on. That is the teacher's own, except that a closed-form teacher has no weights and .base is fitted to it."""
+    from models.toy import fit_ring_network
+
+    teacher = load_teacher(args.teacher, worlds, two_networks=two_networks)
+    teacher.base = teacher.net if teacher.config else fit_ring_network(teacher.net, args.seed)
+    if not teacher.config:
+        teacher.config = network_config(teacher.base)
+    if args.timestep_shift is not None:
+        teacher.shift = args.timestep_shift
+    return teacher
+
+
+def freeze_teacher(args, teacher, device):
+    """Nothing of the teacher is trained; in bf16 its weights are so too."""
+    if args.mixed_precision == "bf16" and device.type == "cuda":
+        for p in teacher.net.parameters():  # before they are on the GPU; the buffers (rotary angles) stay float32
+            p.data = p.data.bfloat16()
+    for net in (teacher.net, teacher.base):
+        net.to(device).requires_grad_(False).eval()
+
+
+def tells_step(args, net):
+    """Whether the fake, a network like net, is told which of several student steps made its samples."""
+    return args.student_steps > 1 and not args.shared_fake and "steps_cond" in net.config
+
+
+def load_networks(args, worlds, device):
+    """-> teacher namespace, student, fake: copies of teacher.base, except that --student_init may start the student elsewhere."""
+    teacher = start_teacher(args, worlds)
+    student = load_student_init(args.student_init, teacher.base) if args.student_init else copy.deepcopy(teacher.base)
+    fake = told_steps(teacher.base) if tells_step(args, teacher.base) else copy.deepcopy(teacher.base)
+    for net in (student, fake):
+        net.to(device).requires_grad_(True).train()
+        net.gradient_checkpointing = args.gradient_checkpointing
+    freeze_teacher(args, teacher, device)
+    return teacher, student, fake
+
+
 def is_small(name, worlds):
     """Whether --teacher is a world or a folder with one of our own small networks: they share default flags."""
     config = os.path.join(network_folder(name), "config.json")
@@ -530,6 +583,16 @@ class Conditions:
         return torch.arange(n) % (self.prompts.n if self.prompts else max(1, self.classes))
 
 
+@torch.no_grad()
+def try_network(net, conditions, shape, device, **more):
+    """One call before any training, where wrong shapes and prompts show -> what net returns for one sample.  Raises UserError."""
+    cond, _ = conditions.pick(torch.zeros(1, dtype=torch.long), device)
+    try:
+        return net(torch.zeros(1, *shape, device=device), torch.ones(1, device=device), **cond, **more)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
 def as_float32(x):
     return x.float() if x.is_floating_point() else x
 
@@ -626,6 +689,22 @@ class Rows:
 
     def __getitem__(self, index):
         return as_float32(torch.cat([self.slice[i:i + 1] for i in index.tolist()]))
+
+
+def load_real_data(args, worlds, world, teacher, shape):
+    """--data or the world's own data, for a GAN -> x0 (N, ...), cond of the teacher's names. Raises UserError where labels, classes or shapes are
+    not the teacher's."""
+    source = args.data or world.name
+    data, cond, class_names = load_data(source, worlds, shape[-1], seed=args.seed)
+    known = teacher.config.get("class_names") or getattr(world, "class_names", None)
+    if class_names and known and list(class_names) != list(known):
+        raise UserError(f"--data {source}: its classes are {', '.join(class_names)}, the teacher's {', '.join(known)}: labels would mean other things")
+    if "label" in cond and not 0 <= cond["label"].min() <= cond["label"].max() < teacher.base.num_classes:
+        raise UserError(f"--data {source}: labels from {cond['label'].min()} to {cond['label'].max()}, the teacher has classes 0 to "
+                        f"{teacher.base.num_classes - 1}")
+    if tuple(data.shape[1:]) != shape or set(cond) != set(teacher.base.cond_names):
+        raise UserError(f"--data: items are {tuple(data.shape[1:])} with {sorted(cond)}, the teacher takes {shape} with {list(teacher.base.cond_names)}")
+    return data, cond
 
 
 def to_unit(x):
@@ -775,6 +854,26 @@ class Log:
             csv.writer(self.file).writerow(self.columns)
         csv.writer(self.file).writerow([f"{row[c]:.6g}" if isinstance(row[c], float) else row[c] for c in self.columns])
         self.file.flush()
+
+
+class Stopwatch:
+    """Seconds of a step by network. watch(part) charges the time since the last call to that part; GPUs are waited for."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def restart(self):
+        self.seconds, self.last = dict.fromkeys(("data", "student", "fake", "teacher"), 0.0), time.perf_counter()
+
+    def __call__(self, part):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[part] += now - self.last
+        self.last = now
+
+    def columns(self):
+        return {f"{part}_s": seconds for part, seconds in self.seconds.items()}
 
 
 def peak_memory_mb(device):

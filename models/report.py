@@ -5,12 +5,13 @@ All rows start from the same noise. Measures exist for the embedded worlds only;
 import json
 import os
 import time
+import types
 
 import torch
 
 from models import io
 from models.diffusion import ode_calls, sample_teacher, step_grid
-from models.toy import balanced_labels, moments_distance
+from models.toy import WORLDS, balanced_labels, load_world, moments_distance
 
 
 def many(draw_samples, n, batch=500):
@@ -36,6 +37,39 @@ def save_samples(folder, rows, world):
     io.save_grid(os.path.join(folder, "samples.png"), [(text, io.picture(x, world)) for text, x in rows])
     if rows[0][1].dim() == 5:
         io.save_gif(os.path.join(folder, "samples.gif"), rows, world)
+
+
+def save_student(args, method, net, teacher, times, shape):
+    """student/: the teacher's own config and layout, plus sampler.json."""
+    folder = os.path.join(args.output_dir, "student")
+    io.save_network(net, teacher.config, folder)
+    io.save_json({"method": method, "prediction": teacher.prediction, "schedule": io.describe_schedule(teacher.schedule), "times": times,
+                  "timestep_shift": teacher.shift, "rule": "renoise" if args.renoise == "sde" else "euler", "guidance_scale": 1.0, "sample_shape": list(shape)},
+                 os.path.join(folder, "sampler.json"))
+
+
+def load_student(args, method, device):
+    """--sample FOLDER -> one saved network on the device, its sampler.json, a namespace with its schedule and prediction, and world, conditions
+    and sample shape.  Raises UserError."""
+    folder, sampler, schedule, kind, _ = io.read_own_sampler(args.sample, method)
+    net, config = io.load_network(folder)
+    io.refuse_output_dir(args.output_dir, sampling=True)
+    conditions, shape = io.Conditions(args, net), tuple(args.sample_shape or sampler.get("sample_shape") or net.latent_shape)
+    world = load_world(config["world"]) if config.get("world") in WORLDS else None
+    return net.to(device).eval(), sampler, types.SimpleNamespace(schedule=schedule, prediction=kind), world, conditions, shape
+
+
+def write_samples(args, world, conditions, shape, sampler, calls, device):
+    """What --sample leaves: samples.png (GIF for videos) and the latents, of sampler(index, first, last).  Raises UserError."""
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
+            x = preview(args, world, conditions, sampler)
+    except ValueError as e:
+        raise io.UserError(f"--sample_shape {' '.join(map(str, shape))}: {e}") from None
+    os.makedirs(args.output_dir, exist_ok=True)
+    save_samples(args.output_dir, [(f"student, {calls} call(s)", x)], world)
+    io.save_tensors({"x0": x}, os.path.join(args.output_dir, "samples.safetensors"))
+    print(f"samples: {os.path.join(args.output_dir, 'samples.png')}")
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import io, report
+from models import io, report, toy
 from models.dit import DiT
 from models.toy import RingMLP
 from models.wan import WanTransformer3DModel
@@ -42,11 +42,11 @@ def ring_network(seed=0):
     return RingMLP(dim=32)
 
 
-def quiet(monkeypatch, script):
-    """Let a script's runs draw no samples and measure nothing, and start on the ring from ring_network."""
+def quiet(monkeypatch):
+    """Let runs draw no samples and measure nothing, and start on the ring from ring_network."""
     for name in ("finish", "preview", "save_samples"):
         monkeypatch.setattr(report, name, lambda *a: None)
-    monkeypatch.setattr(script, "fit_ring_network", lambda teacher, seed: ring_network(seed))
+    monkeypatch.setattr(toy, "fit_ring_network", lambda teacher, seed: ring_network(seed))
 
 
 # ---- runs as a user starts them --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import dmd
 from helpers import ROOT, perturbed, quiet, ring_network
-from models import io
+from models import io, toy
 from models.diffusion import VP, Flow, add_noise, from_x0_eps, predict_x0, predict_x0_eps, sample_ode, step_grid, to_x0_eps, unshift
 from models.dit import DiT
 from models.toy import RingMLP, RingTeacher, load_world
@@ -458,19 +458,19 @@ class Diary:
 
     def __init__(self, monkeypatch):
         self.updates, self.fake_samples, self.rollouts, self.grads, self.norms = [], [], [], [], []
-        self.wrap(monkeypatch, "load_networks", self.on_networks)
-        self.wrap(monkeypatch, "update", self.on_update)
-        self.wrap(monkeypatch, "fake_score_loss", self.on_fake_loss)
-        self.wrap(monkeypatch, "rollout", self.on_rollout)
-        quiet(monkeypatch, dmd)
+        self.wrap(monkeypatch, io, "load_networks", self.on_networks)
+        self.wrap(monkeypatch, dmd, "update", self.on_update)
+        self.wrap(monkeypatch, dmd, "fake_score_loss", self.on_fake_loss)
+        self.wrap(monkeypatch, dmd, "rollout", self.on_rollout)
+        quiet(monkeypatch)
 
     @staticmethod
-    def wrap(monkeypatch, name, before):
-        real = getattr(dmd, name)
+    def wrap(monkeypatch, module, name, before):
+        real = getattr(module, name)
 
         def wrapped(*args):
             return before(real, *args)
-        monkeypatch.setattr(dmd, name, wrapped)
+        monkeypatch.setattr(module, name, wrapped)
 
     def on_networks(self, real, *args):
         self.teacher, self.student, self.fake = real(*args)
@@ -545,7 +545,7 @@ def test_matching_step_in_the_loop(monkeypatch, tmp_path):
 
     diary = Diary(monkeypatch)
     for name, spy in (("guided_x0", on_guided), ("distribution_matching_gradient", on_gradient), ("fake_score_loss", on_fake_loss)):
-        diary.wrap(monkeypatch, name, spy)
+        diary.wrap(monkeypatch, dmd, name, spy)
     dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "20", "--train_batch_size", "64", "--guidance_scale", "2",
               "--timestep_shift", "3", "--fake_update_ratio", "1", "--dm_range", "0.3", "0.6"])
     u, eps = (torch.cat(v) for v in zip(*matched))
@@ -665,7 +665,7 @@ def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path):
             weights.append([p.detach().clone() for p in diary.student.parameters()])
         return norm
     diary = Diary(monkeypatch)
-    diary.wrap(monkeypatch, "update", on_update)
+    diary.wrap(monkeypatch, dmd, "update", on_update)
     dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "4", "--train_batch_size", "8", "--fake_update_ratio", "1",
               "--lr_warmup_steps", "2", "--lr_decay_share", "0.5", "--learning_rate", "1e-2", "--learning_rate_fake", "3e-2", "--ema_decay", "0.45"])
     assert rates["student"] == pytest.approx([5e-3, 1e-2, 1e-2, 5e-3]) and rates["fake-score"] == pytest.approx([1.5e-2, 3e-2, 3e-2, 1.5e-2])
@@ -679,7 +679,7 @@ def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path):
 
 def test_report_of_a_world(monkeypatch, tmp_path):
     """report.json's rows: calls counted with guidance, fd_excess against the data row, fd_teacher against the teacher's samples."""
-    monkeypatch.setattr(dmd, "fit_ring_network", lambda teacher, seed: ring_network(seed))
+    monkeypatch.setattr(toy, "fit_ring_network", lambda teacher, seed: ring_network(seed))
     dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "2", "--train_batch_size", "8", "--teacher_steps", "4",
               "--guidance_scale", "2", "--student_steps", "2"])
     report = io.load_json(str(tmp_path / "report.json"))
@@ -738,7 +738,7 @@ def test_fake_is_told_the_step_of_its_samples(monkeypatch, tmp_path, shared):
         return real_predict(net, schedule, kind, x_t, t, **cond)
 
     diary, real_predict = Diary(monkeypatch), dmd.predict_x0
-    diary.wrap(monkeypatch, "fake_score_loss", on_fake_loss)
+    diary.wrap(monkeypatch, dmd, "fake_score_loss", on_fake_loss)
     monkeypatch.setattr(dmd, "predict_x0", on_predict)
     dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "8", "--train_batch_size", "4", "--student_steps", "3",
               "--fake_update_ratio", "1", *(["--shared_fake"] if shared else [])])

@@ -17,7 +17,7 @@ import dmd
 import phased_dmd
 from helpers import (ENV, SPYING, SUICIDAL, assert_bit_equal, perturbed, quiet, read_log, refusal_of, ring_network, save_tiny_wan, small_dit, weights,
                      without_time)
-from models import io, lora
+from models import io, lora, toy
 from models.diffusion import Flow, expand, shift, step_grid, unshift
 from models.toy import RingTeacher, energy_distance
 from models.wan import WanTwoNetworks
@@ -32,7 +32,7 @@ class Diary:
 
     def __init__(self, monkeypatch):
         self.made, self.calls, self.turns, self.updates = {}, [], [], []
-        quiet(monkeypatch, phased_dmd)
+        quiet(monkeypatch)
         monkeypatch.setattr(phased_dmd, "marginals", lambda *a: None)
         for name, spy in (("load_base", self.on_base), ("trainable_copy", self.on_copy), ("student_step", self.on_step), ("update", self.on_update),
                           ("fake_score_loss", self.on_fake_loss), ("guided_x0", self.on_guided), ("predict_x0", self.on_predict),
@@ -393,7 +393,7 @@ def test_low_precision(monkeypatch, tmp_path, flags):
 
 def first_gradients(monkeypatch, script, folder, *flags):
     """The gradients, before clipping, of a run's updates in order, each as one vector: R of the fake, then the student's, and so on."""
-    quiet(monkeypatch, script)
+    quiet(monkeypatch)
     if script is phased_dmd:
         monkeypatch.setattr(phased_dmd, "marginals", lambda *a: None)
     seen, real = [], torch.nn.utils.clip_grad_norm_
@@ -522,7 +522,7 @@ def test_sampling_in_a_new_process(finished, tmp_path):
 
 def test_report_and_marginals_of_a_world(monkeypatch, tmp_path):
     """report.json's rows: calls counted with guidance, and the student's has for every step of its grid how far its states are from noised data."""
-    monkeypatch.setattr(phased_dmd, "fit_ring_network", lambda teacher, seed: ring_network(seed))
+    monkeypatch.setattr(toy, "fit_ring_network", lambda teacher, seed: ring_network(seed))
     phased_dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path / "run"), "--max_train_steps", "2", "--train_batch_size", "8", "--teacher_steps", "4",
                      "--guidance_scale", "2", "--fake_update_ratio", "1", "--lora_rank", "2", "--seed", "3"])
     report = io.load_json(str(tmp_path / "run" / "report.json"))
@@ -713,7 +713,7 @@ def test_vp_teachers(monkeypatch, tmp_path, prediction, zero_snr):
 
 def test_nothing_of_a_phase_outlives_it(monkeypatch, tmp_path):
     """In phase 2, also right after a save in phase 1, no tensor of the first fake, its optimizer or the first average is alive."""
-    quiet(monkeypatch, phased_dmd)
+    quiet(monkeypatch)
     monkeypatch.setattr(phased_dmd, "marginals", lambda *a: None)
     real_copy, real_update, watched, alive = phased_dmd.trainable_copy, phased_dmd.update, [], []
 
