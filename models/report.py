@@ -72,6 +72,13 @@ def write_samples(args, world, conditions, shape, sampler, calls, device):
     print(f"samples: {os.path.join(args.output_dir, 'samples.png')}")
 
 
+def teacher_sampler(args, teacher, conditions, shape, device, grid=None, solver="heun"):
+    """-> a function (index, first, last) -> those samples of the guided teacher, over the many steps of --teacher_steps or another grid."""
+    grid = grid or step_grid(max(1, args.teacher_steps), teacher.shift)
+    return lambda index, a, b: sample_teacher(teacher.net, teacher.schedule, teacher.prediction, evaluation_noise(args, shape, device, a, b), grid,
+                                              *conditions.pick(index[a:b], device), args.guidance_scale, solver)
+
+
 @torch.no_grad()
 def finish(args, method, teacher, world, conditions, shape, times, students, params, seconds, device, extra=None):
     """Write samples.png and report.json: data, many-step teacher, teacher at the student's steps, student.
@@ -80,12 +87,8 @@ def finish(args, method, teacher, world, conditions, shape, times, students, par
     called "student" is pictured. extra: {row name: further entries of that row of the report}.
     """
     scale, guided = args.guidance_scale, 1 if args.guidance_scale == 1 else 2
-
-    def run_teacher(grid, solver):
-        return lambda index, a, b: sample_teacher(teacher.net, teacher.schedule, teacher.prediction, evaluation_noise(args, shape, device, a, b),
-                                                  grid, *conditions.pick(index[a:b], device), scale, solver)
-
-    fine, coarse = run_teacher(step_grid(max(1, args.teacher_steps), teacher.shift), "heun"), run_teacher(times + [0.0], "euler")
+    fine = teacher_sampler(args, teacher, conditions, shape, device)
+    coarse = teacher_sampler(args, teacher, conditions, shape, device, times + [0.0], "euler")
     rows = {"teacher_same_steps": (guided * len(times), coarse), **students}
     results = []
     if world:

@@ -5,7 +5,7 @@
     clips    1x8x16x16 grey videos of one shape moving in a straight line; the class fixes the shape and the law of its speed
 
 A world has: name, shape (C, ...), num_classes, class_names, data(n, seed) -> (x0, label), a closed-form teacher() or a
-teacher_folder(), measure(x, label) -> {"fd", "patch_swd", "accuracy", "diversity", ...}, and picture(x) -> (H, W, 3) uint8, one row.
+teacher_folder(), measure(x, label) -> {"fd", "patch_swd", "accuracy", "log_p", "diversity", ...}, and picture(x) -> (H, W, 3) uint8, one row.
 `python -m models.toy glyphs` (or clips) retrains that world's classifier and rewrites its reference statistics in models/glyphs/.
 """
 import functools
@@ -62,6 +62,14 @@ def energy_distance(a, b):
     """2 E|a - b| - E|a - a'| - E|b - b'|, zero on average for equal laws.  a, b (n, d) -> float."""
     a, b = a.double(), b.double()
     return float(2 * torch.cdist(a, b).mean() - torch.pdist(a).mean() - torch.pdist(b).mean())
+
+
+BLUR = 0.5  # clean classes do not overlap and log p(c | x) is 0 for all of them: how sharply a sample shows its class is read under noise
+
+
+def blurred(x):
+    """x + BLUR eps, the same eps for the same shape."""
+    return x + BLUR * torch.randn(x.shape, generator=torch.Generator().manual_seed(11)).to(x)
 
 
 def pairwise_diversity(features, label, num_classes):
@@ -220,14 +228,16 @@ class Ring:
         return self.moments(*self.data(50000, 987654321, balanced_labels(50000, self.num_classes)))
 
     def measure(self, x, label):
-        """x (n, 2), label (n,) -> fd and patch_swd (both x 1000; a point is its own patch), accuracy, diversity."""
+        """x (n, 2), label (n,) -> fd and patch_swd (both x 1000; a point is its own patch), accuracy, mean log p(c | x + BLUR eps), diversity."""
         x, label = x.double().cpu(), label.cpu()
         ref, ref_label = self.data(4000, 987654321, balanced_labels(4000, self.num_classes))
         nearest = torch.cdist(x, self.exact.means).argmin(1) % self.num_classes
         swd = sliced_wasserstein(x, self.data(len(x), 123456789, label)[0])
         diversity = pairwise_diversity(x, label, self.num_classes) / pairwise_diversity(ref, ref_label, self.num_classes)
+        noisy, level = blurred(x), (torch.ones(len(x)).to(x), torch.full((len(x),), BLUR).to(x))
+        log_p = self.exact.posterior(noisy, *level, label)[0] - self.exact.posterior(noisy, *level)[0] - math.log(self.num_classes)
         return {"fd": moments_distance(self.moments(x, label), self.reference()), "patch_swd": 1000 * swd,
-                "accuracy": float((nearest == label).double().mean()), "diversity": float(diversity.mean())}
+                "accuracy": float((nearest == label).double().mean()), "log_p": float(log_p.mean()), "diversity": float(diversity.mean())}
 
     def picture(self, x, side=220):
         """Scatter plot, colour = nearest mode's class.  (n, 2) -> (side, side, 3) uint8."""
@@ -354,11 +364,13 @@ class FeatureWorld:
     def measure(self, x, label):
         """x (n, *shape), label (n,) -> fd, patch_swd (x 1000, against n fresh data items), accuracy, diversity."""
         label, (f, logits), ref = label.cpu(), self.look(x), self.reference
+        x_blurred = blurred(x.float().cpu().clamp(-1, 1))
         fresh = self.data(len(x), 123456789, label)[0]
         swd = sliced_wasserstein(image_patches(x.float().cpu().clamp(-1, 1), seed=1), image_patches(fresh, seed=2))
         moments = f.double().mean(0)[None], f.double().T.cov()[None]
         return {"fd": moments_distance(moments, (ref["mean"][None], ref["cov"][None])),
                 "patch_swd": 1000 * swd, "accuracy": float((logits.argmax(1) == label).double().mean()),
+                "log_p": -float(F.cross_entropy(torch.cat([self.classifier(b)[1] for b in x_blurred.split(500)]), label)),
                 "diversity": float((pairwise_diversity(f, label, self.num_classes) / ref["diversity"]).mean())}
 
 
