@@ -33,8 +33,8 @@ Launch.
     many nodes  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 decoupled_dmd.py ...
     sampling    python decoupled_dmd.py --sample runs/decoupled_dmd-glyphs/student
 
-Deviations, and why. The paper writes scores and its Algorithm 1 adds them to an image: they are x0 predictions, here too. It has no normaliser;
-"branch", one for each term, is what ports report the authors to use. The fake is told which step made a sample, where the network has such an
+Deviations, and why. The paper writes scores and its Algorithm 1 adds them to an image: they are x0 predictions, here too. It has no normaliser,
+nor have the small teachers here; "branch", one for each term, which ports report the authors to use, is for released ones. The fake is told which step made a sample, where the network has such an
 input: CA of different strength at different steps otherwise lets early steps overshoot and late ones fall short, with a mixture that looks
 right (docs/decoupled_dmd.md; --shared_fake is the paper's). Noise levels keep 2 % off both ends in the student's turn, as DMD2's do, and are
 spread evenly over a batch. EMA, momentum and falling rates are flags that keep the default run short.
@@ -415,14 +415,14 @@ GLYPHS = dict(timestep_shift=2.0)  # other small teachers: their own shift
 RING = dict(max_train_steps=400, learning_rate=5e-4, learning_rate_fake=1e-3, fake_update_ratio=5, train_batch_size=256, ema_decay=0.95,
             adam_betas=[0.0, 0.99], lr_decay_share=0.7)
 RELEASED = dict(max_train_steps=1000, train_batch_size=1, learning_rate=1e-6, learning_rate_fake=1e-5, fake_update_ratio=5, guidance_scale=4.0,
-                ema_decay=0.0, adam_betas=[0.0, 0.99], weight_decay=0.01, lr_warmup_steps=0, lr_decay_share=0.0, student_steps=8, preview_samples=2)
+                ema_decay=0.0, adam_betas=[0.0, 0.99], weight_decay=0.01, lr_warmup_steps=0, lr_decay_share=0.0, student_steps=8, preview_samples=2, normalizer="branch")
 
 
 def parse_args(argv=None):
     p = io.Parser(description="Distil a guided teacher into few steps, CFG augmentation and distribution matching apart (Decoupled DMD, 2511.22677). Defaults "
                   "shown are those of the given --teacher: glyphs, ring, other small networks of ours, or a released model.")
     io.add_run_flags(p)
-    p.set_defaults(max_train_steps=600, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.995, guidance_scale=3.0)
+    p.set_defaults(max_train_steps=600, learning_rate=8e-4, lr_warmup_steps=20, ema_decay=0.995, guidance_scale=3.0)
     p.add_argument("--teacher", default="glyphs", help="ring, glyphs, a component folder, a pipeline root with model_index.json, or a run folder of ours")
     p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the student here instead of from the teacher")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
@@ -431,7 +431,7 @@ def parse_args(argv=None):
     p.add_argument("--student_steps", type=io.number(int, 1), default=4, help="N, network calls of the student (paper: 4; Z-Image-Turbo: 8)")
     p.add_argument("--schedule", choices=["shared", "full", "constrained", "hybrid"], default="hybrid", help="noise levels of DM and CA: one draw (DMD), two, both "
                    "below the student's input, or only CA below it (paper: hybrid)")
-    p.add_argument("--normalizer", choices=["none", "shared", "branch"], default="branch", help="gradients as they are (paper), over DMD's mean|x - guided x0|, "
+    p.add_argument("--normalizer", choices=["none", "shared", "branch"], default="none", help="gradients as they are (paper), over DMD's mean|x - guided x0|, "
                    "or each over its own mean|x - conditional x0| (as the authors are reported to)")
     p.add_argument("--no_ca", action="store_true", help="ablation: distribution matching alone")
     p.add_argument("--no_dm", action="store_true", help="ablation: CFG augmentation alone, or with one of the two regularisers below")
