@@ -28,7 +28,8 @@ from safetensors.torch import save as safetensors_bytes
 from models import lora
 from models.diffusion import PREDICTIONS, VP, Flow
 
-NETWORKS = {"DiT": "models.dit", "RingMLP": "models.toy", "WanTransformer3DModel": "models.wan"}
+NETWORKS = {"DiT": "models.dit", "RingMLP": "models.toy", "WanTransformer3DModel": "models.wan",
+            "ZImageTransformer2DModel": "models.z_image"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 SHARD_BYTES = 10 * 10**9  # diffusers' default shard size
@@ -563,7 +564,7 @@ class Conditions:
             if not args.prompts:
                 raise UserError(f"a {type(net).__name__} teacher needs --prompts FILE.safetensors with "
                                    + " and ".join(f"cond.{n}, uncond.{n}" for n in net.cond_names))
-            self.prompts = Prompts(args.prompts, net.cond_names, {"text": net.config.get("text_dim")})
+            self.prompts = Prompts(args.prompts, net.cond_names, {"text": getattr(net, "text_dim", None)})
         elif args.prompts:
             raise UserError(f"--prompts: the teacher is a {type(net).__name__} and takes class labels, not prompts")
         self.classes = getattr(net, "num_classes", 0)

@@ -2,7 +2,7 @@
 
     y = W x + b + (alpha / rank) B A x        A (rank, in) random, B (out, rank) zero at first: the adapter starts as nothing
 
-    lora.add(net, "student", rank=64, alpha=8)       # net: DiT, WanTransformer3DModel, RingMLP; net.lora_targets gets an A and a B
+    lora.add(net, "student", rank=64, alpha=8)       # net: any of models/; net.lora_targets gets an A and a B
     v = net(x, t, label=label, adapter="student")    # the adapted network
     v = net(x, t, label=label)                       # the bare one, whatever adapters there are
     optimizer = torch.optim.AdamW(lora.parameters(net, "student"))
@@ -13,8 +13,8 @@ a checkpointed block runs again during backward, when a switch would already sta
 function than the one it differentiates. W stays as it is, so `net.requires_grad_(False)` before `add` leaves only adapters to train.
 
 Files hold X.lora_A.weight and X.lora_B.weight with alpha / rank multiplied into lora_B, so that a program that knows nothing of
-alpha adds B A. X is net.lora_key(layer) where the network has that method (Wan: its original names, which both diffusers'
-WanPipeline.load_lora_weights and ComfyUI take), otherwise transformer.LAYER. Both ways of naming are read.
+alpha adds B A. X is net.lora_key(layer) where the network has that method (Wan, Z-Image: names that both ComfyUI and
+load_lora_weights of diffusers' pipelines take), otherwise transformer.LAYER. Both ways of naming are read.
 """
 import torch
 from torch import nn

@@ -17,28 +17,25 @@ Wan 2.2 A14B is two such networks, one for high noise and one for low: `WanTwoNe
     h        tokens, N = T * (H / 2) * (W / 2), in order T, H, W        (B, N, D)
 
 State dicts load into `diffusers.WanTransformer3DModel`, and back, unconverted. diffusers' clock runs to 1000;
-`ConditionEmbedder` multiplies ours by 1000, the only place that does. The last part of the file is the two
-ends of a real pipeline, prompts to features and latents to pixels, the only code here that needs transformers
-and diffusers:
+`sinusoid` multiplies ours by 1000, the only place that does. The last part of the file is the two ends of a
+real pipeline, prompts to features and latents to pixels, the only code here that needs transformers and
+diffusers:
 
     python -m models.wan encode --teacher FOLDER --prompts_txt prompts.txt --output prompts.safetensors
     python -m models.wan decode --teacher FOLDER --latents samples.safetensors --output runs/videos
 """
-import argparse
 import html
 import importlib
 import math
-import os
 import re
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models import lora
+from models import lora, pipeline
+from models.diffusion import sinusoid
 
 # The released text-to-video sizes, Wan-AI/Wan2.1-T2V-{1.3B,14B}-Diffusers.
 WAN_1_3B = dict(
@@ -57,35 +54,43 @@ WAN_A14B = dict(WAN_14B)
 # ---- pieces ------------------------------------------------------------------------------------------------
 
 
-def attention(q, k, v):
-    """softmax(q k^T / sqrt(D)) v. q (B, N, H, D), k and v (B, M, H, D) -> (B, N, H, D)."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, D)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # (B, N, H, D)
+def attention(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(D)) v. q (B, N, H, D), k and v (B, M, H, D) -> (B, N, H, D).
 
-
-def rope_3d(frames, height, width, head_dim, device):
-    """cos and sin of every token's rotary angles, each (N, 1, head_dim / 2) float32, N = frames*height*width.
-
-    A head's channels are pairs (0, 1), (2, 3), ...; the first pairs turn with the frame index, the next with
-    the row, the last with the column. Row and column have 2 * (head_dim // 6) channels, the frame the rest.
-    Recomputed at every call, not a buffer: `.to(bfloat16)` would round a buffer's angles, and building on the
-    meta device would lose it.
+    mask (B, 1, 1, M) bool: False for a key that nobody sees; None where all are seen.
     """
-    real = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    side = 2 * (head_dim // 6)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)  # (B, N, H, D)
+
+
+def rope(position, dims, theta):
+    """cos and sin of rotary angles, each (..., 1, sum(dims) / 2) float32; position (..., axes) int.
+
+    A head's channels are pairs (0, 1), (2, 3), ...; the first dims[0] / 2 pairs turn with position[..., 0],
+    the next dims[1] / 2 with position[..., 1], and so on. Recomputed at every call, not a buffer:
+    `.to(bfloat16)` would round a buffer's angles, and building on the meta device would lose it.
+    """
+    real = torch.float32 if position.device.type == "mps" else torch.float64  # MPS has no float64
     angles = []
-    for axis, (n, dim) in enumerate([(frames, head_dim - 2 * side), (height, side), (width, side)]):
-        frequency = 10000.0 ** -(torch.arange(0, dim, 2, dtype=real, device=device) / dim)  # (dim/2,)
-        angle = torch.outer(torch.arange(n, dtype=real, device=device), frequency)  # (n, dim/2)
-        shape = [1, 1, 1, dim // 2]
-        shape[axis] = n
-        angles.append(angle.view(shape).expand(frames, height, width, dim // 2))
-    angle = torch.cat(angles, dim=-1).reshape(-1, 1, head_dim // 2)  # (N, 1, head_dim/2)
+    for axis, dim in enumerate(dims):
+        frequency = theta ** -(torch.arange(0, dim, 2, dtype=real, device=position.device) / dim)  # (dim/2,)
+        angles.append(position[..., axis, None] * frequency)  # (..., dim/2)
+    angle = torch.cat(angles, dim=-1).unsqueeze(-2)  # (..., 1, sum(dims)/2)
     return angle.cos().float(), angle.sin().float()
 
 
+def rope_3d(frames, height, width, head_dim, device):
+    """rope of a clip's tokens, each (N, 1, head_dim / 2), N = frames*height*width, in the order T, H, W.
+
+    Row and column have 2 * (head_dim // 6) channels, the frame the rest.
+    """
+    side = 2 * (head_dim // 6)
+    axes = [torch.arange(n, device=device) for n in (frames, height, width)]
+    return rope(torch.cartesian_prod(*axes), (head_dim - 2 * side, side, side), 10000.0)
+
+
 def rotate(x, cos, sin):
-    """Turn each channel pair (2i, 2i+1) of x (B, N, H, D) by its token's angle; cos, sin (N, 1, D/2)."""
+    """Turn each channel pair (2i, 2i+1) of x (B, N, H, D) by its token's angle; cos, sin ([B,] N, 1, D/2)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, H, D/2)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)  # (B, N, H, D)
 
@@ -176,11 +181,7 @@ class ConditionEmbedder(nn.Module):
 
     def forward(self, t, text):
         """t (B,) in [0, 1], text (B, L, text_dim) -> time (B, D), modulation (B, 6, D), context (B, L, D)."""
-        half = self.freq_dim // 2
-        index = torch.arange(half, dtype=torch.float32, device=t.device)
-        frequency = torch.exp(-math.log(10000) * index / half)  # (half,)
-        angle = 1000 * t.float()[:, None] * frequency  # (B, half) t in [0, 1] becomes Wan's 0..1000 here
-        waves = torch.cat([angle.cos(), angle.sin()], dim=-1)  # (B, freq_dim)
+        waves = sinusoid(t, self.freq_dim)  # (B, freq_dim) t in [0, 1] becomes Wan's 0..1000 here
         # Every block's scale and gate come from here, so autocast must not lower the precision: float32
         # weights give float32. bfloat16 weights stay bfloat16, as in diffusers.
         with torch.autocast(t.device.type, enabled=False):
@@ -239,6 +240,12 @@ def lora_key(name):
     return f"diffusion_model.{blocks}.{i}.{NATIVE_NAMES[layer]}"
 
 
+def check_time(t, x):
+    """Raises ValueError unless t (B,) is floats, one for each row of x."""
+    if t.shape != x.shape[:1] or not t.is_floating_point():
+        raise ValueError(f"t is {t.dtype} {tuple(t.shape)}; pass floats in [0, 1] of shape ({x.shape[0]},)")
+
+
 # ---- the model ---------------------------------------------------------------------------------------------
 
 
@@ -280,7 +287,7 @@ class WanTransformer3DModel(nn.Module):
             raise ValueError(f"attention_head_dim {attention_head_dim} and freq_dim {freq_dim} must be even")
 
         dim = num_attention_heads * attention_head_dim
-        self.patch_size, self.out_channels = tuple(patch_size), out_channels or in_channels
+        self.patch_size, self.out_channels, self.text_dim = tuple(patch_size), out_channels or in_channels, text_dim
         self.patch_embedding = nn.Conv3d(in_channels, dim, self.patch_size, stride=self.patch_size)
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
         self.blocks = nn.ModuleList(
@@ -338,10 +345,7 @@ class WanTransformer3DModel(nn.Module):
                 f"T, H, W = {tuple(x.shape[2:])} need more than rope_max_seq_len = {c['rope_max_seq_len']} "
                 "positions on one axis; pass a smaller x or raise rope_max_seq_len"
             )
-        if t.shape != x.shape[:1] or not t.is_floating_point():
-            raise ValueError(
-                f"t is {t.dtype} {tuple(t.shape)}; pass floats in [0, 1] of shape ({x.shape[0]},)"
-            )
+        check_time(t, x)
         if text.dim() != 3 or text.shape[0] != x.shape[0] or text.shape[2] != c["text_dim"]:
             raise ValueError(
                 f"text has shape {tuple(text.shape)}; pass ({x.shape[0]}, L, {c['text_dim']})"
@@ -379,6 +383,7 @@ class WanTwoNetworks(nn.Module):
                 "which is not implemented; use a text-to-video checkpoint"
             )
         self.high, self.low, self.boundary, self.config = high, low, float(boundary), high.config
+        self.text_dim = high.text_dim
 
     @property
     def gradient_checkpointing(self):
@@ -414,7 +419,7 @@ class WanTwoNetworks(nn.Module):
 
 
 # ---- the ends of a real pipeline: prompts to features, latents to pixels -----------------------------------
-# Needs transformers and diffusers; imported here only, so that training never does.
+# Files, flags and the libraries these need, transformers and diffusers, are models/pipeline.py's business.
 
 # The negative prompt that Wan samples with by default (wan/configs/shared_config.py).
 NEGATIVE_PROMPT = (
@@ -422,28 +427,6 @@ NEGATIVE_PROMPT = (
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
     "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-
-
-def fail(message):
-    """One line on stderr, exit code 2."""
-    print("models.wan: " + " ".join(message.split()), file=sys.stderr)  # libraries' messages have many lines
-    raise SystemExit(2)
-
-
-def library(name):
-    """Import a library that only the ends of a pipeline need; one clear line where it is absent."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        fail(f"{name} is not installed; it is needed to encode prompts and decode videos: pip install {name}")
-
-
-def component(pipeline_folder, name):
-    """Path of one component of a diffusers pipeline folder; one clear line where it is absent."""
-    path = Path(pipeline_folder) / name
-    if not path.is_dir():
-        fail(f"no folder {path}; pass a diffusers pipeline folder such as Wan2.1-T2V-1.3B-Diffusers")
-    return str(path)
 
 
 def clean_prompt(text):
@@ -462,23 +445,16 @@ def encode_prompts(pipeline_folder, prompts, negative_prompt=NEGATIVE_PROMPT, ma
 
     Returns {"cond.text": (N, max_length, D), "uncond.text": (1, max_length, D)} on the CPU in the encoder's
     dtype, D = 4096 in Wan. Rows after a prompt's last token are zero: Wan has no mask and is trained so.
-    Longer prompts are cut. Runs on the GPU where there is one. Exits 2 if a library or folder is missing.
+    Longer prompts are cut. Runs on the GPU where there is one. Raises UserError if a library or folder is missing.
     """
-    transformers = library("transformers")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        component(pipeline_folder, "tokenizer"), local_files_only=True
-    )
-    encoder = transformers.UMT5EncoderModel.from_pretrained(
-        component(pipeline_folder, "text_encoder"), dtype="auto", local_files_only=True
-    )
-    encoder = encoder.to(device).eval()
+    tokenizer = pipeline.load("transformers", "AutoTokenizer", pipeline_folder, "tokenizer")
+    encoder = pipeline.load("transformers", "UMT5EncoderModel", pipeline_folder, "text_encoder", dtype="auto")
     rows = []
     for prompt in [*prompts, negative_prompt]:  # one at a time: 512 x 4096 activations through 24 layers
         text = [clean_prompt(prompt)]
         tokens = tokenizer(
             text, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
-        ).to(device)
+        ).to(encoder.device)
         keep = tokens.attention_mask  # (1, L), 1 = a token of the prompt
         features = encoder(tokens.input_ids, keep).last_hidden_state  # (1, L, D)
         rows.append(features.masked_fill(keep[..., None] == 0, 0).cpu())
@@ -490,87 +466,35 @@ def decode_latents(pipeline_folder, x0):
     """Pixels of normalised latents x0 (B, 16, T, H, W) -> uint8 (B, 4T - 3, 3, 8H, 8W) on the CPU.
 
     The VAE's own latents are x0 * latents_std + latents_mean per channel (its config). Decoded in float32,
-    one video at a time, on the GPU where there is one. Raises ValueError for wrong shapes; exits 2 if a
-    library or folder is missing.
+    one video at a time, on the GPU where there is one. Raises ValueError for wrong shapes, UserError if
+    a library or folder is missing.
     """
-    diffusers = library("diffusers")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae = diffusers.AutoencoderKLWan.from_pretrained(
-        component(pipeline_folder, "vae"), torch_dtype=torch.float32, local_files_only=True
-    )
-    vae = vae.to(device).eval()
+    vae = pipeline.load("diffusers", "AutoencoderKLWan", pipeline_folder, "vae", torch_dtype=torch.float32)
     if x0.dim() != 5 or x0.shape[1] != vae.config.z_dim:
         raise ValueError(f"x0 has shape {tuple(x0.shape)}; this VAE needs (B, {vae.config.z_dim}, T, H, W)")
     mean, std = (
-        torch.tensor(stat, device=device).view(1, -1, 1, 1, 1)
+        torch.tensor(stat, device=vae.device).view(1, -1, 1, 1, 1)
         for stat in (vae.config.latents_mean, vae.config.latents_std)
     )
     videos = []
     for row in x0.split(1):
-        pixels = vae.decode(row.to(device, torch.float32) * std + mean).sample  # (1, 3, T', H', W'), [-1, 1]
-        videos.append(((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().transpose(1, 2).cpu())
+        pixels = vae.decode(row.to(vae.device, torch.float32) * std + mean).sample  # (1, 3, T', H', W'), [-1, 1]
+        videos.append(pipeline.to_bytes(pixels).transpose(1, 2))
     return torch.cat(videos)  # (B, T', 3, H', W')
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m models.wan", description="Wan: prompts to text features, latents to GIFs."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    encode = commands.add_parser("encode", help="prompts to UMT5 features, for --prompts of the scripts")
-    decode = commands.add_parser("decode", help="latents to GIFs")
-    for p in (encode, decode):
-        p.add_argument("--teacher", required=True, help="pipeline folder: tokenizer/, text_encoder/, vae/")
-    encode.add_argument("--prompts_txt", required=True, help="UTF-8 text file, one prompt a line")
-    encode.add_argument("--output", required=True, help="safetensors file to write: cond.text, uncond.text")
-    encode.add_argument("--negative_prompt", default=NEGATIVE_PROMPT, help="of uncond.text (default: Wan's)")
-    encode.add_argument("--max_length", type=int, default=512, help="tokens per prompt (default: 512)")
-    decode.add_argument("--latents", required=True, help="safetensors file with x0 (B, 16, T, H, W)")
-    decode.add_argument("--output", required=True, help="folder for 000.gif, 001.gif, ...")
-    decode.add_argument("--fps", type=float, default=16, help="frames per second (default: 16)")
+    parser, decode = pipeline.parser("wan", "GIFs", "cond.text, uncond.text", "(B, 16, T, H, W)", NEGATIVE_PROMPT)
+    decode.add_argument("--fps", type=float, default=16, help="frames per second")
     args = parser.parse_args(argv)
-    output = Path(args.output)
+    if args.command == "decode" and args.fps <= 0:
+        decode.error(f"--fps is {args.fps}; pass a positive number (Wan: 16)")
 
-    if args.command == "encode":
-        if args.max_length < 1:
-            fail(f"--max_length is {args.max_length}; pass at least 1 (Wan: 512)")
-        try:
-            lines = Path(args.prompts_txt).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            fail(f"cannot read --prompts_txt {args.prompts_txt} as UTF-8 text: {error}")
-        prompts = [line for line in lines if line.strip()]
-        if not prompts:
-            fail(f"--prompts_txt {args.prompts_txt} holds no prompt; write one prompt a line")
-        try:
-            tensors = encode_prompts(args.teacher, prompts, args.negative_prompt, args.max_length)
-        except (OSError, ValueError) as error:  # an incomplete tokenizer or text_encoder folder
-            fail(f"--teacher {args.teacher}: {error}")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(output.name + ".partial")  # renamed when complete: never half a file
-        library("safetensors.torch").save_file(tensors, partial)
-        os.replace(partial, output)
-        print(f"{output}: " + ", ".join(f"{k} {tuple(v.shape)} {v.dtype}" for k, v in tensors.items()))
-    else:
-        if args.fps <= 0:
-            fail(f"--fps is {args.fps}; pass a positive number (Wan: 16)")
-        safetensors = library("safetensors.torch")
-        try:
-            x0 = safetensors.load_file(args.latents).get("x0")
-        except Exception as error:  # safetensors' own error type, or the file system's
-            fail(f"cannot read --latents {args.latents} as safetensors: {error}")
-        if x0 is None:
-            fail(f"--latents {args.latents} has no tensor x0; write the latents under that key")
-        try:
-            videos = decode_latents(args.teacher, x0)
-        except (OSError, ValueError) as error:  # wrong shape of x0, incomplete vae folder
-            fail(f"--teacher {args.teacher}, --latents {args.latents}: {error}")
-        image = library("PIL.Image")
-        output.mkdir(parents=True, exist_ok=True)
-        for i, video in enumerate(videos):
-            frames = [image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in video]  # each (H, W, 3)
-            path = output / f"{i:03d}.gif"
-            frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 / args.fps, loop=0)
-            print(path)
+    def save(video, path):
+        first, *rest = [pipeline.to_image(frame) for frame in video]
+        first.save(path, save_all=True, append_images=rest, duration=1000 / args.fps, loop=0)
+
+    pipeline.run(args, encode_prompts, decode_latents, "gif", save)
 
 
 if __name__ == "__main__":

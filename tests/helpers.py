@@ -11,6 +11,7 @@ from models import io, report, toy
 from models.dit import DiT
 from models.toy import RingMLP
 from models.wan import WanTransformer3DModel
+from models.z_image import ZImageTransformer2DModel
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}  # of the processes that tests start
@@ -23,6 +24,21 @@ def perturbed(net, seed=0, std=0.1):
         for p in net.parameters():
             p += std * torch.randn(p.shape, generator=g)
     return net
+
+
+def fill(net, seed=0):
+    """Weights that hide nothing: no zero bias, no norm exactly 1, modulation large enough to matter."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sorted(net.named_parameters()):
+            noise = torch.randn(p.shape, generator=g)
+            if "norm" in name and name.endswith("weight"):
+                p.copy_(1 + 0.3 * noise)
+            elif name.endswith("scale_shift_table"):
+                p.copy_(0.5 * noise)
+            else:
+                p.copy_(0.15 * noise)
+    return net.eval()
 
 
 def small_dit(seed=0, **changes):
@@ -53,6 +69,9 @@ def quiet(monkeypatch):
 
 TINY_WAN = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2)
 
+TINY_Z_IMAGE = dict(in_channels=4, dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 4, 4],
+                    axes_lens=[128, 16, 16])
+
 
 def save_tiny_teacher(folder):
     torch.manual_seed(0)
@@ -76,6 +95,22 @@ def save_tiny_wan(root, width=16, boundary=None):
     prompts = root / "prompts.safetensors"
     save_file({"cond.text": torch.randn(5, 6, width, generator=g), "uncond.text": torch.randn(1, 6, width, generator=g)}, str(prompts))
     return ["--teacher", str(root), "--prompts", str(prompts), "--sample_shape", "4", "2", "4", "6", "--teacher_steps", "2",
+            "--preview_samples", "2", "--student_steps", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
+
+
+def save_tiny_z_image(root, width=16):
+    """A pipeline root as diffusers writes it, with a scheduler of shift 3, and a prompts file whose rows fill one or two times 32 tokens."""
+    torch.manual_seed(0)
+    net = perturbed(ZImageTransformer2DModel(**TINY_Z_IMAGE))
+    io.save_network(net, {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0", **net.config}, str(root / "transformer"))
+    (root / "scheduler").mkdir()
+    io.save_json({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, str(root / "scheduler" / "scheduler_config.json"))
+    io.save_json({"_class_name": "ZImagePipeline", "transformer": ["diffusers", "ZImageTransformer2DModel"]}, str(root / "model_index.json"))
+    g, prompts = torch.Generator().manual_seed(1), root / "prompts.safetensors"
+    mask = torch.arange(36) < torch.tensor([4, 36, 32, 33, 7, 3])[:, None]  # the last is the unconditional one's
+    text = torch.randn(6, 36, width, generator=g) * mask[..., None]
+    save_file({"cond.text": text[:5], "cond.text_mask": mask[:5], "uncond.text": text[5:], "uncond.text_mask": mask[5:]}, str(prompts))
+    return ["--teacher", str(root), "--prompts", str(prompts), "--sample_shape", "4", "4", "6", "--teacher_steps", "2",
             "--preview_samples", "2", "--student_steps", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
 
 

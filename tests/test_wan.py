@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers import fill  # noqa: E402
 from models import io, wan  # noqa: E402
 from models.diffusion import Flow  # noqa: E402
 from models.wan import WAN_1_3B, WAN_14B, WAN_A14B, WanTransformer3DModel, WanTwoNetworks  # noqa: E402
@@ -30,21 +31,6 @@ CASES = {
     "big_eps": (dict(TINY, eps=0.05, attention_head_dim=20), 2, (2, 6, 4), 4),
     "patch_2_1_3": (dict(TINY, patch_size=[2, 1, 3]), 2, (4, 3, 6), 4),
 }
-
-
-def fill(net, seed=0):
-    """Weights that hide nothing: no zero bias, no norm exactly 1, modulation large enough to matter."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in sorted(net.named_parameters()):
-            noise = torch.randn(p.shape, generator=g)
-            if "norm" in name and name.endswith("weight"):
-                p.copy_(1 + 0.3 * noise)
-            elif name.endswith("scale_shift_table"):
-                p.copy_(0.5 * noise)
-            else:
-                p.copy_(0.15 * noise)
-    return net.eval()
 
 
 def inputs(config, B, size, L, seed=1):
@@ -600,5 +586,5 @@ def test_wrong_teacher_folder_is_one_line(pipeline, tmp_path, capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             wan.main([*command, "--teacher", str(teacher), "--output", str(tmp_path / "out")])
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("models.wan: ")]
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]

@@ -1,0 +1,373 @@
+"""Z-Image text-to-image transformer, a single-stream DiT (Z-Image 2511.22699), with diffusers' parameter names.
+
+An image latent (16 channels, 8x smaller sides) is cut into patches of 2x2, the prompt is Qwen3's features of its
+tokens. Two short stacks of blocks refine each alone (only the image's sees the time), then both pass as one
+sequence, image first, through the main blocks: self-attention over everything with a 3-D rotary position, and a
+gated MLP, with an RMSNorm before and after either. Time enters as scale and tanh gate, there is no shift.
+
+    net = ZImageTransformer2DModel(**Z_IMAGE_6B)
+    v = net(x_t, t, text=prompts, text_mask=mask)      # t = 0 data, t = 1 noise; v = eps - x0
+
+    symbol     meaning                                                             shape
+    x          latent at time t, (VAE's - shift_factor) * scaling_factor           (B, 16, H, W)
+    t          time in [0, 1], after the shift                                     (B,)
+    text       Qwen3 features, hidden_states[-2]                                   (B, L, 2560)
+    text_mask  true or 1 where text is a token of the prompt                       (B, L)
+    h          N image tokens, row by row, then M prompt tokens                    (B, N + M, D)
+
+Image and prompt are each filled up to a multiple of 32 tokens with a learned token, which takes part like any
+other. Beyond its own multiple of 32 a shorter prompt of the batch is masked: each row is computed as if alone.
+
+State dicts load into `diffusers.ZImageTransformer2DModel`, and back, unconverted. Its clock runs from 0 = noise
+to 1 = data and its output is x0 - eps; `ZImageTransformer2DModel.forward` turns both around, the only place that
+does. The last part of the file is the two ends of a real pipeline, prompts to features and latents to pixels,
+the only code here that needs transformers and diffusers:
+
+    python -m models.z_image encode --teacher FOLDER --prompts_txt prompts.txt --output prompts.safetensors
+    python -m models.z_image decode --teacher FOLDER --latents samples.safetensors --output runs/images
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from models import lora, pipeline
+from models.diffusion import sinusoid
+from models.wan import LayerNorm, RMSNorm, attention, check_time, rope, rotate
+
+# The released sizes, Tongyi-MAI/Z-Image-Turbo and Tongyi-MAI/Z-Image.
+Z_IMAGE_6B = dict(
+    all_patch_size=[2], all_f_patch_size=[1], in_channels=16, dim=3840, n_layers=30, n_refiner_layers=2, n_heads=30,
+    n_kv_heads=30, norm_eps=1e-5, qk_norm=True, cap_feat_dim=2560, siglip_feat_dim=None, rope_theta=256.0,
+    t_scale=1000.0, axes_dims=[32, 48, 48], axes_lens=[1536, 512, 512],
+)
+MULTIPLE = 32  # image and prompt are filled up to a multiple of this many tokens
+TIME_DIM = 256  # width of the time embedding, in a narrower model its own width
+QK_EPS = 1e-5  # of the norms of q and k, whatever norm_eps is
+
+
+# ---- pieces ------------------------------------------------------------------------------------------------
+
+
+def fill_up(n):
+    """The next multiple of 32 from n on; n int or tensor of int."""
+    return -(-n // MULTIPLE) * MULTIPLE
+
+
+def modulation(net, time, parts):
+    """net(time) in equal parts, each (B, 1, ...) float32; time (B, TIME_DIM) float32.
+
+    Autocast must not lower the precision of what scales every token: float32 weights give float32. bfloat16
+    weights compute in bfloat16, as in diffusers.
+    """
+    with torch.autocast(time.device.type, enabled=False):
+        return net(time.to(net[-1].weight.dtype)).float()[:, None].chunk(parts, dim=-1)
+
+
+class TimeEmbedder(nn.Module):
+    """t (B,) in [0, 1] -> (B, dim) float32."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, 1024), nn.SiLU(), nn.Linear(1024, dim))
+
+    def forward(self, t):
+        with torch.autocast(t.device.type, enabled=False):
+            return self.mlp(sinusoid(t, 256).to(self.mlp[0].weight.dtype)).float()  # sinusoid multiplies by 1000
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without biases, with q and k normalised in each head."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (lora.Linear(dim, dim, bias=False) for _ in range(3))
+        self.to_out = nn.ModuleList([lora.Linear(dim, dim, bias=False)])  # the checkpoint says "to_out.0"
+        self.norm_q, self.norm_k = RMSNorm(dim // heads, eps=QK_EPS), RMSNorm(dim // heads, eps=QK_EPS)
+
+    def forward(self, h, mask, rotary, adapter=None):
+        """h (B, N, dim) -> (B, N, dim); mask (B, 1, 1, N) or None, rotary = (cos, sin), each ([B,] N, 1, D/2)."""
+        q, k, v = (to(h, adapter).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))
+        q, k = rotate(self.norm_q(q), *rotary), rotate(self.norm_k(k), *rotary)  # (B, N, H, D)
+        out = attention(q.to(v.dtype), k.to(v.dtype), v, mask)  # rounded once, after norm and rotation
+        return self.to_out[0](out.flatten(2), adapter)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU without biases: w2(silu(w1 h) * w3 h). (B, N, dim) -> (B, N, dim)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        hidden = 8 * dim // 3
+        self.w1, self.w2 = lora.Linear(dim, hidden, bias=False), lora.Linear(hidden, dim, bias=False)
+        self.w3 = lora.Linear(dim, hidden, bias=False)
+
+    def forward(self, h, adapter=None):
+        return self.w2(F.silu(self.w1(h, adapter)) * self.w3(h, adapter), adapter)
+
+
+class Block(nn.Module):
+    """Self-attention and MLP, each between two norms. Norms, modulation and residual sums are float32.
+
+    modulated: whether the time scales what either sees and gates what it adds. Prompts are refined without.
+    """
+
+    def __init__(self, dim, heads, eps, modulated=True):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(dim, heads), FeedForward(dim)
+        self.attention_norm1, self.attention_norm2 = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)
+        self.ffn_norm1, self.ffn_norm2 = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)
+        self.adaLN_modulation = nn.Sequential(nn.Linear(min(dim, TIME_DIM), 4 * dim)) if modulated else None
+
+    def forward(self, h, mask, rotary, time, adapter=None):
+        """h (B, N, D) -> (B, N, D); mask and rotary as in Attention, time (B, TIME_DIM) float32."""
+        scale, gate, mlp_scale, mlp_gate = 0.0, 1.0, 0.0, 1.0
+        if self.adaLN_modulation is not None:
+            scale, gate, mlp_scale, mlp_gate = modulation(self.adaLN_modulation, time, 4)  # each (B, 1, D)
+            gate, mlp_gate = gate.tanh(), mlp_gate.tanh()
+
+        z = (self.attention_norm1(h) * (1 + scale)).to(h.dtype)
+        h = (h.float() + gate * self.attention_norm2(self.attention(z, mask, rotary, adapter))).to(h.dtype)
+
+        z = (self.ffn_norm1(h) * (1 + mlp_scale)).to(h.dtype)
+        return (h.float() + mlp_gate * self.ffn_norm2(self.feed_forward(z, adapter))).to(h.dtype)
+
+
+class FinalLayer(nn.Module):
+    """Tokens to patches. (B, N, dim) -> (B, N, dim_out)."""
+
+    def __init__(self, dim, dim_out):
+        super().__init__()
+        self.norm_final = LayerNorm(dim, 1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(dim, dim_out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(min(dim, TIME_DIM), dim))
+
+    def forward(self, h, time):
+        (scale,) = modulation(self.adaLN_modulation, time, 1)  # (B, 1, D)
+        return self.linear((self.norm_final(h) * (1 + scale)).to(h.dtype))
+
+
+# ---- the model ---------------------------------------------------------------------------------------------
+
+
+class ZImageTransformer2DModel(nn.Module):
+    """Z-Image. Keyword arguments are the keys of diffusers' config.json, kept in `self.config`.
+
+    nheads, which the released Turbo config has beside n_heads, is only checked: diffusers ignores it.
+    Raises ValueError for a config this file does not implement. Source: Z-Image 2511.22699; names, epsilons and
+    what is float32 as in diffusers, against which tests compare it on the same random weights.
+    """
+
+    prediction = "flow_v"
+    default_shift = 3.0  # Turbo's. Only a fallback: a checkpoint's scheduler/ folder comes first.
+    latent_shape = (16, 128, 128)  # 1024 x 1024
+    cond_names = ("text", "text_mask")
+    # in layers, noise_refiner and context_refiner
+    lora_targets = (
+        "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
+        "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
+    )
+
+    def __init__(
+        self, all_patch_size=(2,), all_f_patch_size=(1,), in_channels=16, dim=3840, n_layers=30, n_refiner_layers=2,
+        n_heads=30, n_kv_heads=30, norm_eps=1e-5, qk_norm=True, cap_feat_dim=2560, siglip_feat_dim=None,
+        rope_theta=256.0, t_scale=1000.0, axes_dims=(32, 48, 48), axes_lens=(1024, 512, 512), nheads=None,
+    ):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "nheads")}
+        for name in ("all_patch_size", "all_f_patch_size", "axes_dims", "axes_lens"):
+            self.config[name] = list(self.config[name])  # what JSON gives back
+        if len(all_patch_size) != 1 or list(all_f_patch_size) != [1]:
+            raise ValueError(
+                f"all_patch_size = {list(all_patch_size)} with all_f_patch_size = {list(all_f_patch_size)} is not "
+                "implemented; Z-Image has one patch size, [2] with [1]"
+            )
+        if siglip_feat_dim is not None:
+            raise ValueError(
+                f"siglip_feat_dim = {siglip_feat_dim} means the omni variant, which is not implemented; use a "
+                "text-to-image checkpoint (siglip_feat_dim null)"
+            )
+        if n_kv_heads != n_heads or nheads not in (None, n_heads):
+            raise ValueError(
+                f"n_heads = {n_heads} with n_kv_heads = {n_kv_heads}, nheads = {nheads} is not implemented; all are equal"
+            )
+        if not qk_norm or t_scale != 1000:
+            raise ValueError(f"qk_norm = {qk_norm} with t_scale = {t_scale} is not implemented; Z-Image has true and 1000")
+        if dim % n_heads or sum(axes_dims) != dim // n_heads or any(d % 2 for d in axes_dims):
+            raise ValueError(
+                f"axes_dims = {list(axes_dims)} must be even and sum to the width of a head, dim / n_heads = {dim} / {n_heads}"
+            )
+        if len(axes_dims) != 3 or len(axes_lens) != 3:
+            raise ValueError(f"axes_dims = {list(axes_dims)} and axes_lens = {list(axes_lens)} must have three entries")
+
+        self.patch_size, self.text_dim = all_patch_size[0], cap_feat_dim
+        key, patch_dim = f"{self.patch_size}-1", self.patch_size**2 * in_channels  # names of parameters have the key
+        self.all_x_embedder = nn.ModuleDict({key: nn.Linear(patch_dim, dim)})
+        self.all_final_layer = nn.ModuleDict({key: FinalLayer(dim, patch_dim)})
+        self.t_embedder = TimeEmbedder(min(dim, TIME_DIM))
+        self.cap_embedder = nn.Sequential(RMSNorm(cap_feat_dim, eps=norm_eps), nn.Linear(cap_feat_dim, dim))
+        self.x_pad_token, self.cap_pad_token = nn.Parameter(torch.zeros(1, dim)), nn.Parameter(torch.zeros(1, dim))
+
+        def blocks(n, modulated=True):
+            return nn.ModuleList([Block(dim, n_heads, norm_eps, modulated) for _ in range(n)])
+
+        self.noise_refiner, self.context_refiner = blocks(n_refiner_layers), blocks(n_refiner_layers, modulated=False)
+        self.layers = blocks(n_layers)
+        self.gradient_checkpointing = False
+
+    @staticmethod
+    def lora_key(name):
+        """layers.0.attention.to_q -> diffusion_model.layers.0.attention.to_q, a layer's name in an adapter file.
+
+        diffusers' ZImagePipeline.load_lora_weights takes keys that start with diffusion_model. off that prefix
+        (loaders/lora_conversion_utils.py), and ComfyUI, whose own q, k and v are one layer, knows these names
+        under it (comfy/lora.py, comfy/utils.py: z_image_to_diffusers).
+        """
+        return f"diffusion_model.{name}"
+
+    def forward(self, x, t, text, text_mask, return_features=False, adapter=None):
+        """Flow velocity v = eps - x0.
+
+        x (B, in_channels, H, W); t (B,) float in [0, 1], t = 0 data, t = 1 noise; text (B, L, cap_feat_dim);
+        text_mask (B, L) bool or integer, true for the tokens of each prompt, of which there must be one.
+        Returns v like x, in x's dtype, computed in the weights' dtype or in autocast's. With
+        return_features=True returns (v, features): the image's tokens after block n_layers // 2, (B, N, D).
+        adapter names one of models/lora.py, None the bare network. Raises ValueError, one line naming cause and
+        remedy, for shapes that do not fit and for an unknown adapter.
+        """
+        lengths = self._check(x, t, text, text_mask)
+        lora.check(self, adapter)
+        p, key = self.patch_size, f"{self.patch_size}-1"
+        rows, columns = (size // p for size in x.shape[2:])
+        N, M = rows * columns, fill_up(max(lengths))
+        P = fill_up(N)  # h is N image tokens, P - N that fill up, M of the prompts
+        n = torch.tensor(lengths, device=x.device)[:, None]  # (B, 1) tokens of each prompt
+        index = torch.arange(M, device=x.device)
+        time = self.t_embedder(1 - t.float())  # Z-Image's clock: 0 = noise, 1 = data
+
+        h = x.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 3, 5, 1)  # (B, H/p, W/p, p, p, C)
+        embed = self.all_x_embedder[key]
+        h = embed(h.flatten(3).flatten(1, 2).to(embed.weight.dtype))  # (B, N, D)
+        h = torch.cat([h, self.x_pad_token.to(h.dtype).expand(len(x), P - N, -1)], dim=1)  # (B, P, D)
+
+        first = (~text_mask.bool()).int().argsort(dim=1, stable=True)  # a prompt's tokens in their order, then padding
+        c = F.pad(text.take_along_dim(first[..., None], 1), (0, 0, 0, M - text.shape[1]))  # cut or filled to M
+        norm, embed = self.cap_embedder
+        c = embed(norm(c).to(embed.weight.dtype))  # (B, M, D)
+        c = torch.where((index < n)[..., None], c, self.cap_pad_token.to(c.dtype))
+
+        # The prompt, filled up, is at 1, 2, ... of the first axis; the image at the next place there and at its rows
+        # and columns of the others; what fills it up at 0, 0, 0.
+        position = torch.zeros(len(x), P + M, 3, dtype=torch.long, device=x.device)
+        position[:, :N, 0] = fill_up(n) + 1
+        position[:, :N, 1:] = torch.cartesian_prod(*(torch.arange(k, device=x.device) for k in (rows, columns)))
+        position[:, P:, 0] = index + 1
+        cos, sin = rope(position, self.config["axes_dims"], self.config["rope_theta"])  # each (B, P + M, 1, D/2)
+
+        mask = mask_c = None  # where all prompts fill up to M nothing is masked, and attention is faster without
+        if any(fill_up(k) < M for k in lengths):
+            mask_c = (index < fill_up(n))[:, None, None]  # (B, 1, 1, M)
+            mask = F.pad(mask_c, (P, 0), value=True)  # (B, 1, 1, P + M)
+
+        def run(block, *inputs):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                return checkpoint(block, *inputs, time, adapter, use_reentrant=False)
+            return block(*inputs, time, adapter)
+
+        for block in self.noise_refiner:
+            h = run(block, h, None, (cos[:, :P], sin[:, :P]))
+        for block in self.context_refiner:
+            c = run(block, c, mask_c, (cos[:, P:], sin[:, P:]))
+        h = torch.cat([h, c], dim=1)
+        for i, block in enumerate(self.layers):
+            h = run(block, h, mask, (cos, sin))
+            if i == len(self.layers) // 2:
+                features = h[:, :N]
+
+        out = self.all_final_layer[key](h[:, :N], time).unflatten(2, (p, p, -1)).unflatten(1, (rows, columns))
+        v = -out.permute(0, 5, 1, 3, 2, 4).reshape(x.shape).to(x.dtype)  # (B, C, H, W); Z-Image's is x0 - eps
+        return (v, features) if return_features else v
+
+    def _check(self, x, t, text, text_mask):
+        """-> the number of tokens of each prompt. Raises ValueError for what forward cannot take."""
+        c, p = self.config, self.patch_size
+        if x.dim() != 4 or x.shape[1] != c["in_channels"]:
+            raise ValueError(f"x has shape {tuple(x.shape)}; pass a latent (B, {c['in_channels']}, H, W)")
+        if any(size % p for size in x.shape[2:]):
+            raise ValueError(f"H, W = {tuple(x.shape[2:])} do not divide into patches of {p} x {p}; crop or pad x")
+        check_time(t, x)
+        if text.dim() != 3 or text.shape[0] != x.shape[0] or text.shape[2] != self.text_dim:
+            raise ValueError(f"text has shape {tuple(text.shape)}; pass ({x.shape[0]}, L, {self.text_dim})")
+        if text_mask.shape != text.shape[:2] or text_mask.is_floating_point():
+            raise ValueError(
+                f"text_mask is {text_mask.dtype} {tuple(text_mask.shape)}; pass bool or integers of shape {tuple(text.shape[:2])}"
+            )
+        lengths = text_mask.bool().sum(1).tolist()
+        if not all(lengths):
+            raise ValueError(f"text_mask has no token in row {lengths.index(0)}; an empty prompt has those of the chat template")
+        needs = [fill_up(max(lengths)) + 2, *(size // p for size in x.shape[2:])]
+        if any(need > most for need, most in zip(needs, c["axes_lens"])):
+            raise ValueError(
+                f"H, W = {tuple(x.shape[2:])} with {max(lengths)} prompt tokens need {needs} positions, axes_lens has "
+                f"{c['axes_lens']}; pass a smaller x or a shorter text"
+            )
+        return lengths
+
+
+# ---- the ends of a real pipeline: prompts to features, latents to pixels -----------------------------------
+# Files, flags and the libraries these need, transformers and diffusers, are models/pipeline.py's business.
+
+
+@torch.no_grad()
+def encode_prompts(pipeline_folder, prompts, negative_prompt="", max_length=512):
+    """Qwen3 features of prompts (list of N str), as ZImagePipeline computes them.
+
+    Returns {"cond.text": (N, L, D), "cond.text_mask": (N, L) bool, "uncond.text": (1, L, D), "uncond.text_mask":
+    (1, L) bool} on the CPU in the encoder's dtype; D = 2560 in Z-Image, L the longest prompt's tokens, chat
+    template included. Longer prompts than max_length are cut. Runs on the GPU where there is one. Raises
+    UserError if a library or folder is missing.
+    """
+    tokenizer = pipeline.load("transformers", "AutoTokenizer", pipeline_folder, "tokenizer")
+    encoder = pipeline.load("transformers", "AutoModel", pipeline_folder, "text_encoder", dtype="auto")
+    rows = []
+    for prompt in [*prompts, negative_prompt]:  # one at a time, so that there is no padding to mask
+        chat = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+        tokens = tokenizer([text], max_length=max_length, truncation=True, return_tensors="pt").to(encoder.device)
+        states = encoder(tokens.input_ids, tokens.attention_mask, output_hidden_states=True).hidden_states
+        rows.append(states[-2][0].cpu())  # (n, D), before the last layer
+    text = pad_sequence(rows, batch_first=True)  # (N + 1, L, D)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
+    return {"cond.text": text[:-1], "cond.text_mask": mask[:-1], "uncond.text": text[-1:], "uncond.text_mask": mask[-1:]}
+
+
+@torch.no_grad()
+def decode_latents(pipeline_folder, x0):
+    """Pixels of latents x0 (B, 16, H, W) -> uint8 (B, 3, 8H, 8W) on the CPU.
+
+    The VAE's own latents are x0 / scaling_factor + shift_factor (its config). Decoded in float32, one image at a
+    time, on the GPU where there is one. Raises ValueError for wrong shapes, UserError if a library or folder is
+    missing.
+    """
+    vae = pipeline.load("diffusers", "AutoencoderKL", pipeline_folder, "vae", torch_dtype=torch.float32)
+    c = vae.config
+    if x0.dim() != 4 or x0.shape[1] != c.latent_channels:
+        raise ValueError(f"x0 has shape {tuple(x0.shape)}; this VAE needs (B, {c.latent_channels}, H, W)")
+    rows = [row.to(vae.device, torch.float32) / c.scaling_factor + c.shift_factor for row in x0.split(1)]
+    return torch.cat([pipeline.to_bytes(vae.decode(row).sample) for row in rows])  # (B, 3, H', W')
+
+
+def main(argv=None):
+    tensors = "cond.text, cond.text_mask, uncond.text, uncond.text_mask"
+    parser, _ = pipeline.parser("z_image", "PNGs", tensors, "(B, 16, H, W)", "")
+
+    def save(pixels, path):
+        pipeline.to_image(pixels).save(path)
+
+    pipeline.run(parser.parse_args(argv), encode_prompts, decode_latents, "png", save)
+
+
+if __name__ == "__main__":
+    main()
