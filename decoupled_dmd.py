@@ -33,11 +33,12 @@ Launch.
     many nodes  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 decoupled_dmd.py ...
     sampling    python decoupled_dmd.py --sample runs/decoupled_dmd-glyphs/student
 
-Deviations, and why. The paper writes scores and its Algorithm 1 adds them to an image: they are x0 predictions, here too. It has no normaliser,
-nor have the small teachers here; "branch", one for each term, which ports report the authors to use, is for released ones. The fake is told which step made a sample, where the network has such an
-input: CA of different strength at different steps otherwise lets early steps overshoot and late ones fall short, with a mixture that looks
-right (docs/decoupled_dmd.md; --shared_fake is the paper's). Noise levels keep 2 % off both ends in the student's turn, as DMD2's do, and are
-spread evenly over a batch. EMA, momentum and falling rates are flags that keep the default run short.
+Deviations, and why. The paper writes scores and its Algorithm 1 adds them to an image: they are x0 predictions, here too. It has no
+normaliser, nor have the small teachers here; "branch", one for each term, which ports report the authors to use, is for released ones. The
+fake is told which step made a sample, where the network has such an input: CA of different strength at different steps otherwise lets early
+steps overshoot and late ones fall short, with a mixture that looks right (docs/decoupled_dmd.md; --shared_fake is the paper's). Noise levels
+keep 2 % off both ends in the student's turn, as DMD2's do, and are spread evenly over a batch. EMA, momentum and falling rates are flags that
+keep the default run short.
 """
 import copy
 import datetime
