@@ -64,7 +64,7 @@ def noise_ranges(schedule, u_k, dm_range, ca_range):
 
     The bound is set before the shift, as the authors do it: u <= u_k is "cleaner than the input", the paper's tau in [t, 1].
     "shared" draws once for both (DMD), "full" twice, "constrained" bounds both, "hybrid" (the proposal) only CA.
-    At the first step u_k = 1 and all but "shared" are the same.
+    At the first step u_k = 1 and all but "shared" are the same. A range wholly above u_k shrinks to that point.
     """
     below = lambda r: (min(r[0], u_k), min(r[1], u_k))  # noqa: E731
     return below(dm_range) if schedule == "constrained" else dm_range, below(ca_range) if schedule in ("constrained", "hybrid") else ca_range
@@ -100,10 +100,15 @@ def fake_score_loss(fake, schedule, kind, x, eps, t, cond):
     return F.mse_loss(fake(x_t, t, **cond).float(), target)
 
 
+def image_moments(x):
+    """Variance and mean over all values of each image. Points have no inside: for x (B, 2) the batch is the image.  x (B, ...) -> (B,), (B,)."""
+    return torch.var_mean(x.flatten(1) if x.dim() > 2 else x.flatten()[None], dim=1, correction=0)
+
+
 def mean_variance_loss(x, mean, variance):
-    """Mean over the batch of KL(N(m_i, v_i) || N(mean, variance)), m_i and v_i over all values of image i (Eq. 7): the shield without a network.
-    Points have no inside: for x (B, 2) the batch is the image.  x (B, ...); mean, variance floats -> scalar."""
-    v, m = torch.var_mean(x.flatten(1) if x.dim() > 2 else x.flatten()[None], dim=1, correction=0)  # (B,), (B,)
+    """Mean over images of KL(N(m_i, v_i) || N(mean, variance)), m_i and v_i those of image i (Eq. 7): the shield without a network.
+    x (B, ...); mean, variance floats -> scalar."""
+    v, m = image_moments(x)  # (B,), (B,)
     v = v.clamp_min(1e-8)
     return (0.5 * ((v + (m - mean) ** 2) / variance - 1 - torch.log(v / variance))).mean()
 
@@ -365,8 +370,7 @@ def train(args):
 
 def world_moments(world):
     """Eq. 7's targets where a world has data: mean over images of each image's mean and variance (paper, SDXL latents: .075, .81).  -> floats."""
-    x = world.data(2000, 776)[0]
-    v, m = torch.var_mean(x.flatten(1) if x.dim() > 2 else x.flatten()[None], dim=1, correction=0)
+    v, m = image_moments(world.data(2000, 776)[0])
     return m.mean().item(), v.mean().item()
 
 
