@@ -172,11 +172,13 @@ def test_schedulers_that_are_understood(tmp_path):
     assert kind == "vp_v" and schedule.zero_snr and float(schedule.alpha(torch.tensor(1.0))) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("labels, says", [([0, 1, 3, 2], "labels from 0 to 3, the teacher has classes 0 to 2"), ([0, -1, 1, 2], "labels from -1")])
-def test_data_labels_beyond_the_teachers_classes(tmp_path, capsys, labels, says):
-    """Label K is the null label: GAN data under it, or beyond, would train without a word."""
+@pytest.mark.parametrize("shape, cond, says", [
+    ((1, 4, 4), {"label": [0, 1, 3, 2]}, "labels from 0 to 3, the teacher has classes 0 to 2"), ((1, 4, 4), {"label": [0, -1, 1, 2]}, "labels from -1"),
+    ((1, 4, 5), {"label": [0, 1, 0, 2]}, "items are (1, 4, 5)"), ((1, 4, 4), {}, "with [], the teacher takes (1, 4, 4) with ['label']")])
+def test_data_that_is_not_the_teachers(tmp_path, capsys, shape, cond, says):
+    """Label K is the null label: GAN data under it, or beyond, would train without a word. Other shapes and conditions are refused too."""
     teacher, path = save_tiny_teacher(tmp_path / "teacher"), tmp_path / "data.safetensors"
-    save_file({"x0": torch.randn(4, 1, 4, 4), "cond.label": torch.tensor(labels)}, path)
+    save_file({"x0": torch.randn(4, *shape), **{f"cond.{name}": torch.tensor(v) for name, v in cond.items()}}, path)
     assert says in refusal(capsys, tmp_path / "run", "--teacher", teacher, "--gan_weight", "0.1", "--data", str(path))
 
 
@@ -260,6 +262,7 @@ def test_kill_during_a_save(unbroken, tmp_path, call, n):
     assert not list((tmp_path / "run").rglob("*.tmp-*"))  # half-written files of the dead run are swept
 
 
+@pytest.mark.parametrize("unbroken", [dmd], indirect=True)
 def test_kill_during_training(unbroken, tmp_path):
     """SIGKILL from outside while steps go by, then resume, then a longer run: as if unbroken."""
     script, flags, final, _ = unbroken
@@ -331,13 +334,17 @@ def test_outputs_of_a_run(tmp_path, script):
 
 
 def test_student_of_a_run_is_a_teacher_and_a_start(tmp_path):
-    """--teacher and --student_init take a run folder of ours."""
+    """--teacher and --student_init take a run folder of ours; the fake starts at the teacher all the same."""
     teacher = save_tiny_teacher(tmp_path / "teacher")
     dmd.main([*SHORT, "--teacher", teacher, "--output_dir", str(tmp_path / "one")])
     dmd.main([*SHORT, "--teacher", str(tmp_path / "one"), "--student_init", str(tmp_path / "one"), "--output_dir", str(tmp_path / "two"),
               "--max_train_steps", "1"])
     one, two = (load_file(tmp_path / d / "student" / io.WEIGHTS) for d in ("one", "two"))
     assert one.keys() == two.keys()
+    args = dmd.parse_args(["--teacher", teacher, "--student_init", str(tmp_path / "one"), "--gradient_checkpointing"])
+    _, student, fake = io.load_networks(args, dmd.WORLDS, torch.device("cpu"))
+    assert_bit_equal(student.state_dict(), one), assert_bit_equal(fake.state_dict(), load_file(Path(teacher) / io.WEIGHTS))
+    assert student.gradient_checkpointing and fake.gradient_checkpointing
 
 
 def test_sharded_checkpoints(tmp_path):
