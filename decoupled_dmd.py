@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models import io, report
-from models.diffusion import add_noise, expand, from_x0_eps, guide, guided_x0, predict_x0, predict_x0_eps, shift, step_grid
+from models.diffusion import add_noise, expand, from_x0_eps, guide, predict_x0, predict_x0_eps, shift, step_grid
 from models.gan import GanHead, discriminator_loss, gan_logit, generator_gan_loss
 from models.toy import WORLDS, load_world
 
@@ -305,18 +305,18 @@ def train(args):
                 lap("data")
                 with torch.no_grad():
                     x_dm, x_ca = add_noise(schedule, x, eps_dm, t_dm), add_noise(schedule, x, eps_ca, t_ca)
-                    x0_real = x0_fake = x0_cond = x0_uncond = x0_guided = x  # a term that is off has a gradient of zero
-                    if see_dm:
-                        x0_real = predict_x0(teacher.net, schedule, kind, x_dm, t_dm, **cond)
+                    x0_real = x0_cond = x0_uncond = x0_guided = x  # a term that is off has a gradient of zero
+                    need_real = see_dm or args.normalizer == "shared"
+                    if need_real:
+                        x0_real = x0_guided = predict_x0(teacher.net, schedule, kind, x_dm, t_dm, **cond)
                     if use_ca:
-                        x0_cond = x0_real if see_dm and args.schedule == "shared" else predict_x0(teacher.net, schedule, kind, x_ca, t_ca, **cond)
+                        x0_cond = x0_real if need_real and args.schedule == "shared" else predict_x0(teacher.net, schedule, kind, x_ca, t_ca, **cond)
                         x0_uncond = predict_x0(teacher.net, schedule, kind, x_ca, t_ca, **uncond)
-                    if args.normalizer == "shared":  # DMD's Eq. 8; costs a further call where DM has a level of its own
-                        x0_guided = guide(x0_cond, x0_uncond, args.guidance_scale) if use_ca and args.schedule == "shared" else guided_x0(
-                            teacher.net, schedule, kind, x_dm, t_dm, cond, uncond, args.guidance_scale)
+                    if args.normalizer == "shared" and args.guidance_scale != 1:  # DMD's Eq. 8; costs a further call where DM has a level of its own
+                        x0_null = x0_uncond if use_ca and args.schedule == "shared" else predict_x0(teacher.net, schedule, kind, x_dm, t_dm, **uncond)
+                        x0_guided = guide(x0_real, x0_null, args.guidance_scale)
                     lap("teacher")
-                    if see_dm:
-                        x0_fake = predict_x0(fake, schedule, kind, x_dm, t_dm, **cond, **told)
+                    x0_fake = predict_x0(fake, schedule, kind, x_dm, t_dm, **cond, **told) if see_dm else x0_real
                     lap("fake")
                     g_dm, g_ca = decoupled_gradients(x, x0_real, x0_fake, x0_cond, x0_uncond, args.guidance_scale, args.normalizer, x0_guided)
                     g = g_dm + g_ca if use_dm else g_ca
@@ -377,7 +377,7 @@ def world_moments(world):
 def refuse_flags(args, use_ca, world):
     """Flags that do not go together.  Raises UserError."""
     last = 1 / args.student_steps  # raw time of the student's last step
-    bounded = {"ca_range": use_ca and args.schedule in ("constrained", "hybrid"), "dm_range": not args.no_dm and args.schedule == "constrained"}
+    bounded = {"ca_range": use_ca and args.schedule in ("constrained", "hybrid"), "dm_range": (not args.no_dm or args.observer) and args.schedule == "constrained"}
     for flag, lo in (("ca_range", args.ca_range[0]), ("dm_range", args.dm_range[0])):
         if bounded[flag] and lo >= last:
             raise io.UserError(f"--{flag} starts at {lo:g}, and --schedule {args.schedule} keeps the last of {args.student_steps} steps below {last:g}: "
