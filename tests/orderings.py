@@ -113,7 +113,8 @@ def plot(path, curves, zoom=2):
             text(left - 4, y, f"{10**v if log else v:.3g}", anchor=anchor)
         for colour, seeds in zip(colours, curves.values()):
             for c in seeds:
-                at = [(zoom * (left + width * (i + 1) / len(c)), zoom * (24 + height * (high - min(high, max(low, scale(p[name])))) / (high - low))) for i, p in enumerate(c)]
+                heights = [(high - min(high, max(low, scale(p[name])))) / (high - low) for p in c]
+                at = [(zoom * (left + width * (i + 1) / len(c)), zoom * (24 + height * h)) for i, h in enumerate(heights)]
                 pen.line(at, colour, zoom)
     for row, (title, colour) in enumerate(zip(curves, colours)):
         pen.line([zoom * gap, zoom * (height + 50 + 16 * row), zoom * (gap + 30), zoom * (height + 50 + 16 * row)], colour, 2 * zoom)

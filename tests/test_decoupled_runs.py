@@ -18,7 +18,7 @@ from models.diffusion import VP, predict_x0, shift, unshift
 from models.toy import RingTeacher, load_world
 
 N, SHIFT = 3, 3.0
-BASE = ["--student_steps", str(N), "--timestep_shift", str(SHIFT), "--guidance_scale", "2.5"]
+BASE = ["--student_steps", str(N), "--timestep_shift", str(SHIFT), "--guidance_scale", "2.5", "--normalizer", "branch"]
 
 
 def k_of(seed, step=0, inner="student", steps=N):
