@@ -18,7 +18,7 @@ from models.diffusion import VP, predict_x0, shift, unshift
 from models.toy import RingTeacher, load_world
 
 N, SHIFT = 3, 3.0
-BASE = ["--student_steps", str(N), "--timestep_shift", str(SHIFT), "--guidance_scale", "2.5", "--normalizer", "branch"]
+BASE = ["--student_steps", str(N), "--timestep_shift", str(SHIFT), "--guidance_scale", "2.5"]
 
 
 def k_of(seed, step=0, inner="student", steps=N):
@@ -106,7 +106,7 @@ def test_student_gradient_by_term(monkeypatch, tmp_path, flags, means, real_call
     for k in range(N) if flags[0] == "--schedule" else [2]:
         folder = tmp_path / str(k)
         with monkeypatch.context() as m:
-            diary = one_step(m, decoupled_dmd, folder, *BASE, "--seed", str(seed_for(k)), *flags)
+            diary = one_step(m, decoupled_dmd, folder, *BASE, "--normalizer", "branch", "--seed", str(seed_for(k)), *flags)
         nets, grads = diary.at["student"]
         x, g_dm, g_ca, loss, rest = written_out(nets, k, **means)
         want = torch.autograd.grad(loss, list(nets["student"].parameters()), retain_graph=True)
