@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import decoupled_dmd
 import dmd
-from helpers import (ENV, ROOT, SPYING, SUICIDAL, TINY_WAN, assert_bit_equal, both, perturbed, read_log, refusal_of, save_tiny_teacher, save_tiny_wan,
+from helpers import (ENV, ROOT, SPYING, SUICIDAL, TINY_WAN, assert_bit_equal, both, perturbed, read_log, refusal_of, save_tiny_teacher, save_tiny_wan, save_tiny_z_image,
                      weights, without_time)
 from models import io
 from models.diffusion import Flow
@@ -387,8 +387,8 @@ def test_wan_student_loads_in_diffusers(tmp_path, script):
 
 @both
 def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path, script):
-    (tmp_path / "wan").mkdir()
-    flags = [*save_tiny_wan(tmp_path / "wan"), "--max_train_steps", "4", "--fake_update_ratio", "5"]
+    (tmp_path / "teacher").mkdir()
+    flags = [*(save_tiny_wan if script is dmd else save_tiny_z_image)(tmp_path / "teacher"), "--max_train_steps", "4", "--fake_update_ratio", "5"]
     (tmp_path / "spy.py").write_text(SPYING.format(script=script.__name__))
     single = [sys.executable, str(tmp_path / "spy.py")]
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "spy.py")]
