@@ -1,12 +1,16 @@
 """What several test files share."""
+import copy
 import csv
 import os
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import decoupled_dmd
+import dmd
 from models import io, report, toy
 from models.dit import DiT
 from models.pixart import PixArtTransformer2DModel
@@ -68,6 +72,91 @@ def quiet(monkeypatch):
     for name in ("finish", "preview", "save_samples"):
         monkeypatch.setattr(report, name, lambda *a: None)
     monkeypatch.setattr(toy, "fit_ring_network", lambda teacher, seed: ring_network(seed))
+
+
+def has_gradient(module):
+    return any(p.grad is not None for p in module.parameters())
+
+
+both = pytest.mark.parametrize("script", [dmd, decoupled_dmd], ids=lambda script: script.__name__)  # what holds for either
+
+
+class Diary:
+    """What a run of a script's main did: networks, updates in order with the networks' gradients at that moment, samples, rollouts, and the calls of
+    teacher, student and fake between two updates."""
+
+    def __init__(self, monkeypatch, script):
+        self.updates, self.fake_samples, self.rollouts, self.grads, self.norms, self.turns = [], [], [], [], [], [[]]
+        self.wrap(monkeypatch, io, "load_networks", self.on_networks)
+        self.wrap(monkeypatch, script, "update", self.on_update)
+        self.wrap(monkeypatch, script, "fake_score_loss", self.on_fake_loss)
+        self.wrap(monkeypatch, script, "rollout", self.on_rollout)
+        quiet(monkeypatch)
+
+    @staticmethod
+    def wrap(monkeypatch, module, name, before):
+        real = getattr(module, name)
+
+        def wrapped(*args):
+            return before(real, *args)
+        monkeypatch.setattr(module, name, wrapped)
+
+    def on_networks(self, real, *args):
+        self.teacher, self.student, self.fake = real(*args)
+        for who, net in (("teacher", self.teacher.net), ("student", self.student), ("fake", self.fake)):
+            net.register_forward_hook(lambda net, xt, cond, output, who=who: self.turns[-1].append(types.SimpleNamespace(
+                who=who, x_t=xt[0].detach(), t=xt[1], **{"label": None, "steps": None, **cond})), with_kwargs=True)
+        return self.teacher, self.student, self.fake
+
+    def on_update(self, real, optimizers, max_norm, what, loss):
+        parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        ours = {net: {id(p) for p in getattr(self, net).parameters()} for net in ("student", "fake")}
+        owner = "student" if {id(p) for p in parameters} == ours["student"] else "fake"
+        if owner == "fake":
+            self.head = [p for p in parameters if id(p) not in ours["fake"]]
+            assert len(parameters) - len(self.head) == len(ours["fake"])
+        self.updates.append((what, owner)), self.turns.append([])
+        self.grads.append({"student": has_gradient(self.student), "fake": has_gradient(self.fake), "teacher": has_gradient(self.teacher.net),
+                           "head": any(p.grad is not None for p in self.head),
+                           "student_all": all(p.grad is not None for p in self.student.parameters())})
+        self.norms.append(real(optimizers, max_norm, what, loss))
+        return self.norms[-1]
+
+    def on_fake_loss(self, real, fake, schedule, kind, x, *rest):
+        assert not x.requires_grad
+        self.fake_samples.append(x.clone())
+        return real(fake, schedule, kind, x, *rest)
+
+    def on_rollout(self, real, student, schedule, kind, z, times, *rest):
+        self.rollouts.append((len(times) - 1, torch.is_grad_enabled()))
+        return real(student, schedule, kind, z, times, *rest)
+
+    head = ()
+
+
+def ring_run(monkeypatch, script, folder, *flags, steps=3, batch=8):
+    """A quiet run on the ring -> its diary."""
+    diary = Diary(monkeypatch, script)
+    script.main(["--teacher", "ring", "--output_dir", str(folder), "--max_train_steps", str(steps), "--train_batch_size", str(batch),
+                 "--checkpointing_steps", "1000", *flags])
+    return diary
+
+
+def one_step(monkeypatch, script, folder, *flags):
+    """One step of the ring (batch 8, R = 1) -> diary with the networks as they were and the gradients at each update: {what: (nets, grads)}."""
+    diary, heads = Diary(monkeypatch, script), []
+    real_head, real_update = script.GanHead, script.update
+    monkeypatch.setattr(script, "GanHead", lambda dim: heads.append(real_head(dim)) or heads[0])
+    diary.at = {}
+
+    def on_update(optimizers, max_norm, what, loss):
+        nets = {"student": diary.student, "fake": diary.fake, "head": heads[0]}
+        diary.at[what] = (copy.deepcopy(nets), {n: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for n, net in nets.items()})
+        return real_update(optimizers, max_norm, what, loss)
+    monkeypatch.setattr(script, "update", on_update)
+    script.main(["--teacher", "ring", "--output_dir", str(folder), "--max_train_steps", "1", "--train_batch_size", "8", "--fake_update_ratio", "1",
+                 "--max_grad_norm", "1e9", "--lr_warmup_steps", "0", *flags])
+    return diary
 
 
 # ---- runs as a user starts them --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import dmd
+import decoupled_dmd
 from helpers import TINY_Z_IMAGE, fill, read_log, refusal_of, relative, save_tiny_z_image, word_tokenizer
 from models import io, lora, z_image
 from models.diffusion import step_grid
@@ -354,7 +354,7 @@ def test_student_of_a_run_loads_in_diffusers(theirs, tmp_path):
     """A pipeline root as teacher: shift from its scheduler/, masks from the prompts file, and the student is a diffusers component."""
     (tmp_path / "teacher").mkdir()
     flags = save_tiny_z_image(tmp_path / "teacher")
-    dmd.main([*flags, "--train_batch_size", "3", "--max_train_steps", "2", "--guidance_scale", "2", "--output_dir", str(tmp_path / "run")])
+    decoupled_dmd.main([*flags, "--train_batch_size", "3", "--max_train_steps", "2", "--guidance_scale", "2", "--output_dir", str(tmp_path / "run")])
     folder = tmp_path / "run" / "student"
     assert json.loads((folder / "config.json").read_text()) == json.loads((tmp_path / "teacher" / "transformer" / "config.json").read_text())
     assert json.loads((folder / "sampler.json").read_text())["times"] == pytest.approx([1.0, 0.75])  # shift(0.5, 3)
@@ -390,7 +390,7 @@ def test_wrong_prompts_are_refused_before_training(tmp_path, capsys, how, says):
     elif how == "odd shape":
         flags += ["--sample_shape", "4", "4", "5"]
     save_file(tensors, path)
-    assert says in refusal_of(capsys, dmd.main, *flags, "--max_train_steps", "2", "--output_dir", str(tmp_path / "run"))
+    assert says in refusal_of(capsys, decoupled_dmd.main, *flags, "--max_train_steps", "2", "--output_dir", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
