@@ -13,6 +13,7 @@ import decoupled_dmd
 import dmd
 from models import io, report, toy
 from models.dit import DiT
+from models.pixart import PixArtTransformer2DModel
 from models.toy import RingMLP
 from models.wan import WanTransformer3DModel
 from models.z_image import ZImageTransformer2DModel
@@ -43,6 +44,10 @@ def fill(net, seed=0):
             else:
                 p.copy_(0.15 * noise)
     return net.eval()
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def small_dit(seed=0, **changes):
@@ -162,6 +167,27 @@ TINY_Z_IMAGE = dict(in_channels=4, dim=24, n_layers=2, n_refiner_layers=1, n_hea
                     axes_lens=[128, 16, 16])
 
 
+TINY_PIXART = dict(num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24, caption_channels=16, num_layers=2)
+
+# scheduler/scheduler_config.json as PixArt was released with it.
+PIXART_SCHEDULER = dict(
+    _class_name="DPMSolverMultistepScheduler", _diffusers_version="0.22.0.dev0", algorithm_type="dpmsolver++", beta_end=0.02, beta_schedule="linear",
+    beta_start=0.0001, dynamic_thresholding_ratio=0.995, euler_at_final=False, lambda_min_clipped=float("-inf"), lower_order_final=True,
+    num_train_timesteps=1000, prediction_type="epsilon", sample_max_value=1.0, solver_order=2, solver_type="midpoint", steps_offset=0,
+    thresholding=False, timestep_spacing="linspace", trained_betas=None, use_karras_sigmas=False, use_lu_lambdas=False, variance_type=None)
+
+
+def word_tokenizer(special, end=None, **more):
+    """A tokenizer of transformers that knows a few words and writes `end` after them; special and more: its special tokens."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = {word: i for i, word in enumerate([*special, "a", "cat", "dog", "runs", "&", "fast"])}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    if end:
+        fast.post_processor = tokenizers.processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, words[end])])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", unk_token="<unk>", **more)
+
+
 def save_tiny_teacher(folder):
     torch.manual_seed(0)
     net = perturbed(DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=2, num_classes=3))
@@ -187,20 +213,36 @@ def save_tiny_wan(root, width=16, boundary=None):
             "--preview_samples", "2", "--student_steps", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
 
 
+def save_tiny_image_root(root, net, class_name, pipeline, scheduler, prompts):
+    """A pipeline root of an image network as diffusers writes it, and a prompts file -> flags of a run."""
+    io.save_network(net, {"_class_name": class_name, "_diffusers_version": "0.36.0", **net.config}, str(root / "transformer"))
+    (root / "scheduler").mkdir()
+    io.save_json(scheduler, str(root / "scheduler" / "scheduler_config.json"))
+    io.save_json({"_class_name": pipeline, "transformer": ["diffusers", class_name]}, str(root / "model_index.json"))
+    save_file(prompts, str(root / "prompts.safetensors"))
+    return ["--teacher", str(root), "--prompts", str(root / "prompts.safetensors"), "--sample_shape", "4", "4", "6", "--teacher_steps", "2",
+            "--preview_samples", "2", "--student_steps", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
+
+
 def save_tiny_z_image(root, width=16):
-    """A pipeline root as diffusers writes it, with a scheduler of shift 3, and a prompts file whose rows fill one or two times 32 tokens."""
+    """With a scheduler of shift 3, and prompts that fill one or two times 32 tokens."""
     torch.manual_seed(0)
     net = perturbed(ZImageTransformer2DModel(**TINY_Z_IMAGE))
-    io.save_network(net, {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0", **net.config}, str(root / "transformer"))
-    (root / "scheduler").mkdir()
-    io.save_json({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, str(root / "scheduler" / "scheduler_config.json"))
-    io.save_json({"_class_name": "ZImagePipeline", "transformer": ["diffusers", "ZImageTransformer2DModel"]}, str(root / "model_index.json"))
-    g, prompts = torch.Generator().manual_seed(1), root / "prompts.safetensors"
     mask = torch.arange(36) < torch.tensor([4, 36, 32, 33, 7, 3])[:, None]  # the last is the unconditional one's
-    text = torch.randn(6, 36, width, generator=g) * mask[..., None]
-    save_file({"cond.text": text[:5], "cond.text_mask": mask[:5], "uncond.text": text[5:], "uncond.text_mask": mask[5:]}, str(prompts))
-    return ["--teacher", str(root), "--prompts", str(prompts), "--sample_shape", "4", "4", "6", "--teacher_steps", "2",
-            "--preview_samples", "2", "--student_steps", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
+    text = torch.randn(6, 36, width, generator=torch.Generator().manual_seed(1)) * mask[..., None]
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    return save_tiny_image_root(root, net, "ZImageTransformer2DModel", "ZImagePipeline", scheduler,
+                                {"cond.text": text[:5], "cond.text_mask": mask[:5], "uncond.text": text[5:], "uncond.text_mask": mask[5:]})
+
+
+def save_tiny_pixart(root, variant, class_name="PixArtTransformer2DModel"):
+    """variant 512 or 1024, which is told the image's size; with the scheduler that PixArt was released with."""
+    torch.manual_seed(0)
+    net = perturbed(PixArtTransformer2DModel(**TINY_PIXART, sample_size=variant // 8))
+    mask = torch.arange(9) < torch.tensor([4, 9, 1, 6, 7, 1])[:, None]  # the last is the unconditional one's
+    text = torch.randn(6, 9, 16, generator=torch.Generator().manual_seed(1))
+    return save_tiny_image_root(root, net, class_name, "PixArtAlphaPipeline", PIXART_SCHEDULER,
+                                {"cond.text": text[:5], "cond.mask": mask[:5], "uncond.text": text[5:], "uncond.mask": mask[5:]})
 
 
 def read_log(folder):
