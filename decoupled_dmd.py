@@ -33,11 +33,12 @@ Launch.
     many nodes  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 decoupled_dmd.py ...
     sampling    python decoupled_dmd.py --sample runs/decoupled_dmd-glyphs/student
 
-Deviations, and why. The paper writes scores and its Algorithm 1 adds them to an image: they are x0 predictions, here too. It has no normaliser,
-nor have the small teachers here; "branch", one for each term, which ports report the authors to use, is for released ones. The fake is told which step made a sample, where the network has such an
-input: CA of different strength at different steps otherwise lets early steps overshoot and late ones fall short, with a mixture that looks
-right (docs/decoupled_dmd.md; --shared_fake is the paper's). Noise levels keep 2 % off both ends in the student's turn, as DMD2's do, and are
-spread evenly over a batch. EMA, momentum and falling rates are flags that keep the default run short.
+Deviations, and why. The paper writes scores and its Algorithm 1 adds them to an image: they are x0 predictions, here too. It has no
+normaliser, nor have the small teachers here; "branch", one for each term, which ports report the authors to use, is for released ones. The
+fake is told which step made a sample, where the network has such an input: CA of different strength at different steps otherwise lets early
+steps overshoot and late ones fall short, with a mixture that looks right (docs/decoupled_dmd.md; --shared_fake is the paper's). Noise levels
+keep 2 % off both ends in the student's turn, as DMD2's do, and are spread evenly over a batch. EMA, momentum and falling rates are flags that
+keep the default run short.
 """
 import copy
 import datetime
@@ -51,7 +52,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models import io, report
-from models.diffusion import add_noise, expand, from_x0_eps, guide, guided_x0, predict_x0, predict_x0_eps, shift, step_grid
+from models.diffusion import add_noise, expand, from_x0_eps, guide, predict_x0, predict_x0_eps, shift, step_grid
 from models.gan import GanHead, discriminator_loss, gan_logit, generator_gan_loss
 from models.toy import WORLDS, load_world
 
@@ -63,7 +64,7 @@ def noise_ranges(schedule, u_k, dm_range, ca_range):
 
     The bound is set before the shift, as the authors do it: u <= u_k is "cleaner than the input", the paper's tau in [t, 1].
     "shared" draws once for both (DMD), "full" twice, "constrained" bounds both, "hybrid" (the proposal) only CA.
-    At the first step u_k = 1 and all but "shared" are the same.
+    At the first step u_k = 1 and all but "shared" are the same. A range wholly above u_k shrinks to that point.
     """
     below = lambda r: (min(r[0], u_k), min(r[1], u_k))  # noqa: E731
     return below(dm_range) if schedule == "constrained" else dm_range, below(ca_range) if schedule in ("constrained", "hybrid") else ca_range
@@ -99,10 +100,15 @@ def fake_score_loss(fake, schedule, kind, x, eps, t, cond):
     return F.mse_loss(fake(x_t, t, **cond).float(), target)
 
 
+def image_moments(x):
+    """Variance and mean over all values of each image. Points have no inside: for x (B, 2) the batch is the image.  x (B, ...) -> (B,), (B,)."""
+    return torch.var_mean(x.flatten(1) if x.dim() > 2 else x.flatten()[None], dim=1, correction=0)
+
+
 def mean_variance_loss(x, mean, variance):
-    """Mean over the batch of KL(N(m_i, v_i) || N(mean, variance)), m_i and v_i over all values of image i (Eq. 7): the shield without a network.
-    Points have no inside: for x (B, 2) the batch is the image.  x (B, ...); mean, variance floats -> scalar."""
-    v, m = torch.var_mean(x.flatten(1) if x.dim() > 2 else x.flatten()[None], dim=1, correction=0)  # (B,), (B,)
+    """Mean over images of KL(N(m_i, v_i) || N(mean, variance)), m_i and v_i those of image i (Eq. 7): the shield without a network.
+    x (B, ...); mean, variance floats -> scalar."""
+    v, m = image_moments(x)  # (B,), (B,)
     v = v.clamp_min(1e-8)
     return (0.5 * ((v + (m - mean) ** 2) / variance - 1 - torch.log(v / variance))).mean()
 
@@ -299,18 +305,18 @@ def train(args):
                 lap("data")
                 with torch.no_grad():
                     x_dm, x_ca = add_noise(schedule, x, eps_dm, t_dm), add_noise(schedule, x, eps_ca, t_ca)
-                    x0_real = x0_fake = x0_cond = x0_uncond = x0_guided = x  # a term that is off has a gradient of zero
-                    if see_dm:
-                        x0_real = predict_x0(teacher.net, schedule, kind, x_dm, t_dm, **cond)
+                    x0_real = x0_cond = x0_uncond = x0_guided = x  # a term that is off has a gradient of zero
+                    need_real = see_dm or args.normalizer == "shared"
+                    if need_real:
+                        x0_real = x0_guided = predict_x0(teacher.net, schedule, kind, x_dm, t_dm, **cond)
                     if use_ca:
-                        x0_cond = x0_real if see_dm and args.schedule == "shared" else predict_x0(teacher.net, schedule, kind, x_ca, t_ca, **cond)
+                        x0_cond = x0_real if need_real and args.schedule == "shared" else predict_x0(teacher.net, schedule, kind, x_ca, t_ca, **cond)
                         x0_uncond = predict_x0(teacher.net, schedule, kind, x_ca, t_ca, **uncond)
-                    if args.normalizer == "shared":  # DMD's Eq. 8; costs a further call where DM has a level of its own
-                        x0_guided = guide(x0_cond, x0_uncond, args.guidance_scale) if use_ca and args.schedule == "shared" else guided_x0(
-                            teacher.net, schedule, kind, x_dm, t_dm, cond, uncond, args.guidance_scale)
+                    if args.normalizer == "shared" and args.guidance_scale != 1:  # DMD's Eq. 8; costs a further call where DM has a level of its own
+                        x0_null = x0_uncond if use_ca and args.schedule == "shared" else predict_x0(teacher.net, schedule, kind, x_dm, t_dm, **uncond)
+                        x0_guided = guide(x0_real, x0_null, args.guidance_scale)
                     lap("teacher")
-                    if see_dm:
-                        x0_fake = predict_x0(fake, schedule, kind, x_dm, t_dm, **cond, **told)
+                    x0_fake = predict_x0(fake, schedule, kind, x_dm, t_dm, **cond, **told) if see_dm else x0_real
                     lap("fake")
                     g_dm, g_ca = decoupled_gradients(x, x0_real, x0_fake, x0_cond, x0_uncond, args.guidance_scale, args.normalizer, x0_guided)
                     g = g_dm + g_ca if use_dm else g_ca
@@ -364,15 +370,14 @@ def train(args):
 
 def world_moments(world):
     """Eq. 7's targets where a world has data: mean over images of each image's mean and variance (paper, SDXL latents: .075, .81).  -> floats."""
-    x = world.data(2000, 776)[0]
-    v, m = torch.var_mean(x.flatten(1) if x.dim() > 2 else x.flatten()[None], dim=1, correction=0)
+    v, m = image_moments(world.data(2000, 776)[0])
     return m.mean().item(), v.mean().item()
 
 
 def refuse_flags(args, use_ca, world):
     """Flags that do not go together.  Raises UserError."""
     last = 1 / args.student_steps  # raw time of the student's last step
-    bounded = {"ca_range": use_ca and args.schedule in ("constrained", "hybrid"), "dm_range": not args.no_dm and args.schedule == "constrained"}
+    bounded = {"ca_range": use_ca and args.schedule in ("constrained", "hybrid"), "dm_range": (not args.no_dm or args.observer) and args.schedule == "constrained"}
     for flag, lo in (("ca_range", args.ca_range[0]), ("dm_range", args.dm_range[0])):
         if bounded[flag] and lo >= last:
             raise io.UserError(f"--{flag} starts at {lo:g}, and --schedule {args.schedule} keeps the last of {args.student_steps} steps below {last:g}: "

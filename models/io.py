@@ -29,7 +29,7 @@ from models import lora
 from models.diffusion import PREDICTIONS, VP, Flow
 
 NETWORKS = {"DiT": "models.dit", "RingMLP": "models.toy", "WanTransformer3DModel": "models.wan",
-            "ZImageTransformer2DModel": "models.z_image"}
+            "ZImageTransformer2DModel": "models.z_image", "PixArtTransformer2DModel": "models.pixart", "Transformer2DModel": "models.pixart"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 SHARD_BYTES = 10 * 10**9  # diffusers' default shard size
@@ -410,7 +410,7 @@ def load_teacher(name, worlds, dtype=torch.float32, two_networks=False):
         net, config, config_2 = load_two_networks(root, dtype)
     else:
         net, config = load_network(folder, dtype)
-    schedule, prediction, timestep_shift = Flow(), net.prediction, net.default_shift
+    schedule, prediction, timestep_shift = getattr(net, "default_schedule", Flow()), net.prediction, net.default_shift
     scheduler = next((s for s in (os.path.join(root, "scheduler"), os.path.join(os.path.dirname(os.path.abspath(folder)), "scheduler"))
                       if os.path.isfile(os.path.join(s, "scheduler_config.json"))), None)
     if scheduler:

@@ -14,7 +14,7 @@ function than the one it differentiates. W stays as it is, so `net.requires_grad
 
 Files hold X.lora_A.weight and X.lora_B.weight with alpha / rank multiplied into lora_B, so that a program that knows nothing of
 alpha adds B A. X is net.lora_key(layer) where the network has that method (Wan, Z-Image: names that both ComfyUI and
-load_lora_weights of diffusers' pipelines take), otherwise transformer.LAYER. Both ways of naming are read.
+load_lora_weights of diffusers' pipelines take; PixArt: ComfyUI and peft), otherwise transformer.LAYER. Both ways of naming are read.
 """
 import torch
 from torch import nn

@@ -57,7 +57,7 @@ WAN_A14B = dict(WAN_14B)
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D)) v. q (B, N, H, D), k and v (B, M, H, D) -> (B, N, H, D).
 
-    mask (B, 1, 1, M) bool: False for a key that nobody sees; None where all are seen.
+    mask (B, 1, 1, M) bool: False for a key that nobody sees; or of q's dtype, added to q k^T / sqrt(D); or None.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, D)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)  # (B, N, H, D)
@@ -111,28 +111,29 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with q and k normalised over all heads together ("rms_norm_across_heads").
+    """Multi-head attention with q and k normalised over all heads together ("rms_norm_across_heads"), eps None: not.
 
     `attend(q, k, v)` on (B, N, H, D) does the mixing and can be replaced per block, by a function or module:
-    `net.blocks[i].attn1.attend = linear_attention`. It sees q and k after norm and rotation.
+    `net.blocks[i].attn1.attend = linear_attention`. It sees q and k after norm and rotation, and a mask where there is one.
     """
 
-    def __init__(self, dim, heads, eps):
+    def __init__(self, dim, heads, eps=None):
         super().__init__()
         self.heads = heads
         self.to_q, self.to_k, self.to_v = lora.Linear(dim, dim), lora.Linear(dim, dim), lora.Linear(dim, dim)
         self.to_out = nn.ModuleList([lora.Linear(dim, dim)])  # a list because the checkpoint says "to_out.0"
-        self.norm_q, self.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)
+        self.norm_q, self.norm_k = (nn.Identity() if eps is None else RMSNorm(dim, eps=eps) for _ in range(2))
         self.attend = attention
 
-    def forward(self, h, context, rope=None, adapter=None):
-        """h (B, N, dim) asks, context (B, M, dim) answers -> (B, N, dim). rope = (cos, sin) or None."""
+    def forward(self, h, context, rope=None, adapter=None, mask=None):
+        """h (B, N, dim) asks, context (B, M, dim) answers -> (B, N, dim). rope = (cos, sin) or None, mask as in attention."""
         q, k = self.norm_q(self.to_q(h, adapter)), self.norm_k(self.to_k(context, adapter))
         v = self.to_v(context, adapter)
         q, k, v = (z.unflatten(-1, (self.heads, -1)) for z in (q, k, v))  # (B, N, H, D)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        out = self.attend(q.to(v.dtype), k.to(v.dtype), v)  # rounded once, after norm and rotation
+        more = () if mask is None else (mask,)
+        out = self.attend(q.to(v.dtype), k.to(v.dtype), v, *more)  # rounded once, after norm and rotation
         return self.to_out[0](out.flatten(2), adapter)  # (B, N, dim)
 
 
@@ -246,6 +247,34 @@ def check_time(t, x):
         raise ValueError(f"t is {t.dtype} {tuple(t.shape)}; pass floats in [0, 1] of shape ({x.shape[0]},)")
 
 
+def check_text(text, x, width):
+    """Raises ValueError unless text (B, L, width) has one row for each of x."""
+    if text.dim() != 3 or text.shape[0] != x.shape[0] or text.shape[2] != width:
+        raise ValueError(f"text has shape {tuple(text.shape)}; pass ({x.shape[0]}, L, {width})")
+
+
+def check_mask(name, mask, text):
+    """Raises ValueError unless mask (B, L) is bool or integers, one for each token of text (B, L, D)."""
+    if mask.shape != text.shape[:2] or mask.is_floating_point():
+        raise ValueError(f"{name} is {mask.dtype} {tuple(mask.shape)}; pass bool or integers of shape {tuple(text.shape[:2])}")
+
+
+def check_image(x, channels, patch):
+    """Raises ValueError unless x (B, channels, H, W) divides into patches of patch x patch."""
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"x has shape {tuple(x.shape)}; pass a latent (B, {channels}, H, W)")
+    if any(size % patch for size in x.shape[2:]):
+        raise ValueError(f"H, W = {tuple(x.shape[2:])} do not divide into patches of {patch} x {patch}; crop or pad x")
+
+
+def unpatchify(tokens, grid, patch):
+    """(B, prod(grid), prod(patch) * C), channels last in a patch -> (B, C, *sizes), size = grid * patch on each axis."""
+    n, sizes = len(grid), [g * p for g, p in zip(grid, patch)]
+    x = tokens.unflatten(2, (*patch, -1)).unflatten(1, grid)  # (B, *grid, *patch, C)
+    x = x.permute(0, 2 * n + 1, *(axis for i in range(n) for axis in (1 + i, 1 + n + i)))  # (B, C, g0, p0, g1, p1, ...)
+    return x.reshape(*x.shape[:2], *sizes)
+
+
 # ---- the model ---------------------------------------------------------------------------------------------
 
 
@@ -325,9 +354,7 @@ class WanTransformer3DModel(nn.Module):
 
         shift, scale = (self.scale_shift_table.float() + time[:, None]).chunk(2, dim=1)  # each (B, 1, D)
         h = self.proj_out((self.norm_out(h) * (1 + scale) + shift).to(h.dtype))  # (B, N, pt*ph*pw*C)
-        h = h.unflatten(2, (*self.patch_size, -1)).unflatten(1, grid)  # (B, T, H, W, pt, ph, pw, C), patches
-        h = h.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, T, pt, H, ph, W, pw)
-        v = h.reshape(x.shape[0], self.out_channels, *x.shape[2:]).to(x.dtype)  # (B, C, T, H, W), unpatched
+        v = unpatchify(h, grid, self.patch_size).to(x.dtype)  # (B, C, T, H, W)
         return (v, features) if return_features else v
 
     def _check(self, x, t, text):
@@ -346,10 +373,7 @@ class WanTransformer3DModel(nn.Module):
                 "positions on one axis; pass a smaller x or raise rope_max_seq_len"
             )
         check_time(t, x)
-        if text.dim() != 3 or text.shape[0] != x.shape[0] or text.shape[2] != c["text_dim"]:
-            raise ValueError(
-                f"text has shape {tuple(text.shape)}; pass ({x.shape[0]}, L, {c['text_dim']})"
-            )
+        check_text(text, x, c["text_dim"])
 
 
 class WanTwoNetworks(nn.Module):
@@ -439,7 +463,6 @@ def clean_prompt(text):
     return re.sub(r"\s+", " ", text).strip()
 
 
-@torch.no_grad()
 def encode_prompts(pipeline_folder, prompts, negative_prompt=NEGATIVE_PROMPT, max_length=512):
     """UMT5 features of prompts (list of N str), as WanPipeline computes them.
 
@@ -447,18 +470,10 @@ def encode_prompts(pipeline_folder, prompts, negative_prompt=NEGATIVE_PROMPT, ma
     dtype, D = 4096 in Wan. Rows after a prompt's last token are zero: Wan has no mask and is trained so.
     Longer prompts are cut. Runs on the GPU where there is one. Raises UserError if a library or folder is missing.
     """
-    tokenizer = pipeline.load("transformers", "AutoTokenizer", pipeline_folder, "tokenizer")
-    encoder = pipeline.load("transformers", "UMT5EncoderModel", pipeline_folder, "text_encoder", dtype="auto")
-    rows = []
-    for prompt in [*prompts, negative_prompt]:  # one at a time: 512 x 4096 activations through 24 layers
-        text = [clean_prompt(prompt)]
-        tokens = tokenizer(
-            text, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
-        ).to(encoder.device)
-        keep = tokens.attention_mask  # (1, L), 1 = a token of the prompt
-        features = encoder(tokens.input_ids, keep).last_hidden_state  # (1, L, D)
-        rows.append(features.masked_fill(keep[..., None] == 0, 0).cpu())
-    return {"cond.text": torch.cat(rows[:-1]), "uncond.text": rows[-1]}
+    cleaned = [clean_prompt(prompt) for prompt in [*prompts, negative_prompt]]
+    text, keep = pipeline.encode_t5("UMT5EncoderModel", pipeline_folder, cleaned, max_length)
+    text = text.masked_fill(~keep[..., None], 0)
+    return {"cond.text": text[:-1], "uncond.text": text[-1:]}
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ other. Beyond its own multiple of 32 a shorter prompt of the batch is masked: ea
 
 State dicts load into `diffusers.ZImageTransformer2DModel`, and back, unconverted. Its clock runs from 0 = noise
 to 1 = data and its output is x0 - eps; `ZImageTransformer2DModel.forward` turns both around, the only place that
-does. The last part of the file is the two ends of a real pipeline, prompts to features and latents to pixels,
-the only code here that needs transformers and diffusers:
+does. The last part of the file is the first end of a real pipeline, prompts to features; the other end, latents to
+pixels, is models/pipeline.py's. Only these need transformers and diffusers:
 
     python -m models.z_image encode --teacher FOLDER --prompts_txt prompts.txt --output prompts.safetensors
     python -m models.z_image decode --teacher FOLDER --latents samples.safetensors --output runs/images
@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models import lora, pipeline
 from models.diffusion import sinusoid
-from models.wan import LayerNorm, RMSNorm, attention, check_time, rope, rotate
+from models.wan import LayerNorm, RMSNorm, attention, check_image, check_mask, check_text, check_time, rope, rotate, unpatchify
 
 # The released sizes, Tongyi-MAI/Z-Image-Turbo and Tongyi-MAI/Z-Image.
 Z_IMAGE_6B = dict(
@@ -286,24 +286,17 @@ class ZImageTransformer2DModel(nn.Module):
             if i == len(self.layers) // 2:
                 features = h[:, :N]
 
-        out = self.all_final_layer[key](h[:, :N], time).unflatten(2, (p, p, -1)).unflatten(1, (rows, columns))
-        v = -out.permute(0, 5, 1, 3, 2, 4).reshape(x.shape).to(x.dtype)  # (B, C, H, W); Z-Image's is x0 - eps
+        out = self.all_final_layer[key](h[:, :N], time)  # (B, N, p*p*C)
+        v = -unpatchify(out, (rows, columns), (p, p)).to(x.dtype)  # (B, C, H, W); Z-Image's is x0 - eps
         return (v, features) if return_features else v
 
     def _check(self, x, t, text, text_mask):
         """-> the number of tokens of each prompt. Raises ValueError for what forward cannot take."""
         c, p = self.config, self.patch_size
-        if x.dim() != 4 or x.shape[1] != c["in_channels"]:
-            raise ValueError(f"x has shape {tuple(x.shape)}; pass a latent (B, {c['in_channels']}, H, W)")
-        if any(size % p for size in x.shape[2:]):
-            raise ValueError(f"H, W = {tuple(x.shape[2:])} do not divide into patches of {p} x {p}; crop or pad x")
+        check_image(x, c["in_channels"], p)
         check_time(t, x)
-        if text.dim() != 3 or text.shape[0] != x.shape[0] or text.shape[2] != self.text_dim:
-            raise ValueError(f"text has shape {tuple(text.shape)}; pass ({x.shape[0]}, L, {self.text_dim})")
-        if text_mask.shape != text.shape[:2] or text_mask.is_floating_point():
-            raise ValueError(
-                f"text_mask is {text_mask.dtype} {tuple(text_mask.shape)}; pass bool or integers of shape {tuple(text.shape[:2])}"
-            )
+        check_text(text, x, self.text_dim)
+        check_mask("text_mask", text_mask, text)
         lengths = text_mask.bool().sum(1).tolist()
         if not all(lengths):
             raise ValueError(f"text_mask has no token in row {lengths.index(0)}; an empty prompt has those of the chat template")
@@ -316,7 +309,7 @@ class ZImageTransformer2DModel(nn.Module):
         return lengths
 
 
-# ---- the ends of a real pipeline: prompts to features, latents to pixels -----------------------------------
+# ---- the first end of a real pipeline: prompts to features -------------------------------------------------
 # Files, flags and the libraries these need, transformers and diffusers, are models/pipeline.py's business.
 
 
@@ -343,30 +336,10 @@ def encode_prompts(pipeline_folder, prompts, negative_prompt="", max_length=512)
     return {"cond.text": text[:-1], "cond.text_mask": mask[:-1], "uncond.text": text[-1:], "uncond.text_mask": mask[-1:]}
 
 
-@torch.no_grad()
-def decode_latents(pipeline_folder, x0):
-    """Pixels of latents x0 (B, 16, H, W) -> uint8 (B, 3, 8H, 8W) on the CPU.
-
-    The VAE's own latents are x0 / scaling_factor + shift_factor (its config). Decoded in float32, one image at a
-    time, on the GPU where there is one. Raises ValueError for wrong shapes, UserError if a library or folder is
-    missing.
-    """
-    vae = pipeline.load("diffusers", "AutoencoderKL", pipeline_folder, "vae", torch_dtype=torch.float32)
-    c = vae.config
-    if x0.dim() != 4 or x0.shape[1] != c.latent_channels:
-        raise ValueError(f"x0 has shape {tuple(x0.shape)}; this VAE needs (B, {c.latent_channels}, H, W)")
-    rows = [row.to(vae.device, torch.float32) / c.scaling_factor + c.shift_factor for row in x0.split(1)]
-    return torch.cat([pipeline.to_bytes(vae.decode(row).sample) for row in rows])  # (B, 3, H', W')
-
-
 def main(argv=None):
     tensors = "cond.text, cond.text_mask, uncond.text, uncond.text_mask"
     parser, _ = pipeline.parser("z_image", "PNGs", tensors, "(B, 16, H, W)", "")
-
-    def save(pixels, path):
-        pipeline.to_image(pixels).save(path)
-
-    pipeline.run(parser.parse_args(argv), encode_prompts, decode_latents, "png", save)
+    pipeline.run(parser.parse_args(argv), encode_prompts, pipeline.decode_images, "png", pipeline.save_image)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """What several test files share."""
+import copy
 import csv
 import os
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import decoupled_dmd
+import dmd
 from models import io, report, toy
 from models.dit import DiT
+from models.pixart import PixArtTransformer2DModel
 from models.toy import RingMLP
 from models.wan import WanTransformer3DModel
 from models.z_image import ZImageTransformer2DModel
@@ -41,6 +46,10 @@ def fill(net, seed=0):
     return net.eval()
 
 
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
 def small_dit(seed=0, **changes):
     torch.manual_seed(seed)
     return DiT(**{**dict(size=(6, 4), patch=(3, 2), channels=2, dim=64, depth=3, num_classes=3), **changes})
@@ -65,12 +74,118 @@ def quiet(monkeypatch):
     monkeypatch.setattr(toy, "fit_ring_network", lambda teacher, seed: ring_network(seed))
 
 
+def has_gradient(module):
+    return any(p.grad is not None for p in module.parameters())
+
+
+both = pytest.mark.parametrize("script", [dmd, decoupled_dmd], ids=lambda script: script.__name__)  # what holds for either
+
+
+class Diary:
+    """What a run of a script's main did: networks, updates in order with the networks' gradients at that moment, samples, rollouts, and the calls of
+    teacher, student and fake between two updates."""
+
+    def __init__(self, monkeypatch, script):
+        self.updates, self.fake_samples, self.rollouts, self.grads, self.norms, self.turns = [], [], [], [], [], [[]]
+        self.wrap(monkeypatch, io, "load_networks", self.on_networks)
+        self.wrap(monkeypatch, script, "update", self.on_update)
+        self.wrap(monkeypatch, script, "fake_score_loss", self.on_fake_loss)
+        self.wrap(monkeypatch, script, "rollout", self.on_rollout)
+        quiet(monkeypatch)
+
+    @staticmethod
+    def wrap(monkeypatch, module, name, before):
+        real = getattr(module, name)
+
+        def wrapped(*args):
+            return before(real, *args)
+        monkeypatch.setattr(module, name, wrapped)
+
+    def on_networks(self, real, *args):
+        self.teacher, self.student, self.fake = real(*args)
+        for who, net in (("teacher", self.teacher.net), ("student", self.student), ("fake", self.fake)):
+            net.register_forward_hook(lambda net, xt, cond, output, who=who: self.turns[-1].append(types.SimpleNamespace(
+                who=who, x_t=xt[0].detach(), t=xt[1], **{"label": None, "steps": None, **cond})), with_kwargs=True)
+        return self.teacher, self.student, self.fake
+
+    def on_update(self, real, optimizers, max_norm, what, loss):
+        parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        ours = {net: {id(p) for p in getattr(self, net).parameters()} for net in ("student", "fake")}
+        owner = "student" if {id(p) for p in parameters} == ours["student"] else "fake"
+        if owner == "fake":
+            self.head = [p for p in parameters if id(p) not in ours["fake"]]
+            assert len(parameters) - len(self.head) == len(ours["fake"])
+        self.updates.append((what, owner)), self.turns.append([])
+        self.grads.append({"student": has_gradient(self.student), "fake": has_gradient(self.fake), "teacher": has_gradient(self.teacher.net),
+                           "head": any(p.grad is not None for p in self.head),
+                           "student_all": all(p.grad is not None for p in self.student.parameters())})
+        self.norms.append(real(optimizers, max_norm, what, loss))
+        return self.norms[-1]
+
+    def on_fake_loss(self, real, fake, schedule, kind, x, *rest):
+        assert not x.requires_grad
+        self.fake_samples.append(x.clone())
+        return real(fake, schedule, kind, x, *rest)
+
+    def on_rollout(self, real, student, schedule, kind, z, times, *rest):
+        self.rollouts.append((len(times) - 1, torch.is_grad_enabled()))
+        return real(student, schedule, kind, z, times, *rest)
+
+    head = ()
+
+
+def ring_run(monkeypatch, script, folder, *flags, steps=3, batch=8):
+    """A quiet run on the ring -> its diary."""
+    diary = Diary(monkeypatch, script)
+    script.main(["--teacher", "ring", "--output_dir", str(folder), "--max_train_steps", str(steps), "--train_batch_size", str(batch),
+                 "--checkpointing_steps", "1000", *flags])
+    return diary
+
+
+def one_step(monkeypatch, script, folder, *flags):
+    """One step of the ring (batch 8, R = 1) -> diary with the networks as they were and the gradients at each update: {what: (nets, grads)}."""
+    diary, heads = Diary(monkeypatch, script), []
+    real_head, real_update = script.GanHead, script.update
+    monkeypatch.setattr(script, "GanHead", lambda dim: heads.append(real_head(dim)) or heads[0])
+    diary.at = {}
+
+    def on_update(optimizers, max_norm, what, loss):
+        nets = {"student": diary.student, "fake": diary.fake, "head": heads[0]}
+        diary.at[what] = (copy.deepcopy(nets), {n: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for n, net in nets.items()})
+        return real_update(optimizers, max_norm, what, loss)
+    monkeypatch.setattr(script, "update", on_update)
+    script.main(["--teacher", "ring", "--output_dir", str(folder), "--max_train_steps", "1", "--train_batch_size", "8", "--fake_update_ratio", "1",
+                 "--max_grad_norm", "1e9", "--lr_warmup_steps", "0", *flags])
+    return diary
+
+
 # ---- runs as a user starts them --------------------------------------------------------------------------------------
 
 TINY_WAN = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2)
 
 TINY_Z_IMAGE = dict(in_channels=4, dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 4, 4],
                     axes_lens=[128, 16, 16])
+
+
+TINY_PIXART = dict(num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24, caption_channels=16, num_layers=2)
+
+# scheduler/scheduler_config.json as PixArt was released with it.
+PIXART_SCHEDULER = dict(
+    _class_name="DPMSolverMultistepScheduler", _diffusers_version="0.22.0.dev0", algorithm_type="dpmsolver++", beta_end=0.02, beta_schedule="linear",
+    beta_start=0.0001, dynamic_thresholding_ratio=0.995, euler_at_final=False, lambda_min_clipped=float("-inf"), lower_order_final=True,
+    num_train_timesteps=1000, prediction_type="epsilon", sample_max_value=1.0, solver_order=2, solver_type="midpoint", steps_offset=0,
+    thresholding=False, timestep_spacing="linspace", trained_betas=None, use_karras_sigmas=False, use_lu_lambdas=False, variance_type=None)
+
+
+def word_tokenizer(special, end=None, **more):
+    """A tokenizer of transformers that knows a few words and writes `end` after them; special and more: its special tokens."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = {word: i for i, word in enumerate([*special, "a", "cat", "dog", "runs", "&", "fast"])}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    if end:
+        fast.post_processor = tokenizers.processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, words[end])])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", unk_token="<unk>", **more)
 
 
 def save_tiny_teacher(folder):
@@ -98,20 +213,36 @@ def save_tiny_wan(root, width=16, boundary=None):
             "--preview_samples", "2", "--student_steps", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
 
 
+def save_tiny_image_root(root, net, class_name, pipeline, scheduler, prompts):
+    """A pipeline root of an image network as diffusers writes it, and a prompts file -> flags of a run."""
+    io.save_network(net, {"_class_name": class_name, "_diffusers_version": "0.36.0", **net.config}, str(root / "transformer"))
+    (root / "scheduler").mkdir()
+    io.save_json(scheduler, str(root / "scheduler" / "scheduler_config.json"))
+    io.save_json({"_class_name": pipeline, "transformer": ["diffusers", class_name]}, str(root / "model_index.json"))
+    save_file(prompts, str(root / "prompts.safetensors"))
+    return ["--teacher", str(root), "--prompts", str(root / "prompts.safetensors"), "--sample_shape", "4", "4", "6", "--teacher_steps", "2",
+            "--preview_samples", "2", "--student_steps", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
+
+
 def save_tiny_z_image(root, width=16):
-    """A pipeline root as diffusers writes it, with a scheduler of shift 3, and a prompts file whose rows fill one or two times 32 tokens."""
+    """With a scheduler of shift 3, and prompts that fill one or two times 32 tokens."""
     torch.manual_seed(0)
     net = perturbed(ZImageTransformer2DModel(**TINY_Z_IMAGE))
-    io.save_network(net, {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0", **net.config}, str(root / "transformer"))
-    (root / "scheduler").mkdir()
-    io.save_json({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, str(root / "scheduler" / "scheduler_config.json"))
-    io.save_json({"_class_name": "ZImagePipeline", "transformer": ["diffusers", "ZImageTransformer2DModel"]}, str(root / "model_index.json"))
-    g, prompts = torch.Generator().manual_seed(1), root / "prompts.safetensors"
     mask = torch.arange(36) < torch.tensor([4, 36, 32, 33, 7, 3])[:, None]  # the last is the unconditional one's
-    text = torch.randn(6, 36, width, generator=g) * mask[..., None]
-    save_file({"cond.text": text[:5], "cond.text_mask": mask[:5], "uncond.text": text[5:], "uncond.text_mask": mask[5:]}, str(prompts))
-    return ["--teacher", str(root), "--prompts", str(prompts), "--sample_shape", "4", "4", "6", "--teacher_steps", "2",
-            "--preview_samples", "2", "--student_steps", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
+    text = torch.randn(6, 36, width, generator=torch.Generator().manual_seed(1)) * mask[..., None]
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    return save_tiny_image_root(root, net, "ZImageTransformer2DModel", "ZImagePipeline", scheduler,
+                                {"cond.text": text[:5], "cond.text_mask": mask[:5], "uncond.text": text[5:], "uncond.text_mask": mask[5:]})
+
+
+def save_tiny_pixart(root, variant, class_name="PixArtTransformer2DModel"):
+    """variant 512 or 1024, which is told the image's size; with the scheduler that PixArt was released with."""
+    torch.manual_seed(0)
+    net = perturbed(PixArtTransformer2DModel(**TINY_PIXART, sample_size=variant // 8))
+    mask = torch.arange(9) < torch.tensor([4, 9, 1, 6, 7, 1])[:, None]  # the last is the unconditional one's
+    text = torch.randn(6, 9, 16, generator=torch.Generator().manual_seed(1))
+    return save_tiny_image_root(root, net, class_name, "PixArtAlphaPipeline", PIXART_SCHEDULER,
+                                {"cond.text": text[:5], "cond.mask": mask[:5], "uncond.text": text[5:], "uncond.mask": mask[5:]})
 
 
 def read_log(folder):

@@ -11,6 +11,7 @@ deviation of all values; the table has the last of them, and std(3/4), to show w
 """
 import argparse
 import importlib
+import math
 import os
 import statistics
 import sys
@@ -89,8 +90,8 @@ def run(script_name, world, flags, out):
 
 
 def plot(path, curves, zoom=2):
-    """curves: {title: [curve of a seed, ...]} -> PNG, one panel a measure, one colour a method, one line a seed; the vertical axes are cut
-    where nine tenths of all points lie below."""
+    """curves: {title: [curve of a seed, ...]} -> PNG, one panel a measure, one colour a method, one line a seed; the vertical axes end
+    one interquartile range beyond the quartiles of all points."""
     names, width, height, gap = ["log_p", "fd_teacher", "mean", "std"], 250, 230, 56
     image = Image.new("RGB", (zoom * (gap + len(names) * (width + gap)), zoom * (height + 60 + 16 * len(curves))), "white")
     pen, colours = ImageDraw.Draw(image), [(31, 119, 180), (214, 69, 65), (46, 139, 87), (150, 90, 160), (230, 150, 20), (90, 90, 90), (0, 170, 180), (200, 80, 160)]
@@ -99,16 +100,21 @@ def plot(path, curves, zoom=2):
         pen.text((zoom * x, zoom * y), words, fill, ImageFont.load_default(zoom * 12), anchor)
 
     for panel, name in enumerate(names):
-        values = torch.tensor([p[name] for seeds in curves.values() for c in seeds for p in c])
-        low, high = (values.quantile(q).item() for q in ((0.1, 1) if name == "log_p" else (0, 0.9)))
-        low, high = low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6
+        log = name in ("fd_teacher", "std")
+        scale = lambda v: math.log10(max(v, 1e-9)) if log else v  # noqa: E731, B023
+        values = torch.tensor([scale(p[name]) for seeds in curves.values() for c in seeds for p in c])
+        q1, q3 = (values.quantile(q).item() for q in (0.25, 0.75))
+        low, high = max(values.min().item(), 2 * q1 - q3) - 1e-3, min(values.max().item(), 2 * q3 - q1) + 1e-3  # what runs away leaves the panel
         left = gap + panel * (width + gap)
         pen.rectangle([zoom * left, zoom * 24, zoom * (left + width), zoom * (24 + height)], outline=(150, 150, 150))
-        text(left + width / 2, 6, {"log_p": "log p(c | x)", "fd_teacher": "fd to the guided teacher", "mean": "mean", "std": "standard deviation"}[name], anchor="ma")
-        text(left - 4, 24, f"{high:.3g}", anchor="ra"), text(left - 4, 24 + height, f"{low:.3g}", anchor="rd")
+        title = {"log_p": "log p(c | x)", "fd_teacher": "fd to the guided teacher (log)", "mean": "mean", "std": "standard deviation (log)"}[name]
+        text(left + width / 2, 6, title, anchor="ma")
+        for y, v, anchor in ((24, high, "ra"), (24 + height, low, "rd")):
+            text(left - 4, y, f"{10**v if log else v:.3g}", anchor=anchor)
         for colour, seeds in zip(colours, curves.values()):
             for c in seeds:
-                at = [(zoom * (left + width * (i + 1) / len(c)), zoom * (24 + height * (high - min(high, max(low, p[name]))) / (high - low))) for i, p in enumerate(c)]
+                heights = [(high - min(high, max(low, scale(p[name])))) / (high - low) for p in c]
+                at = [(zoom * (left + width * (i + 1) / len(c)), zoom * (24 + height * h)) for i, h in enumerate(heights)]
                 pen.line(at, colour, zoom)
     for row, (title, colour) in enumerate(zip(curves, colours)):
         pen.line([zoom * gap, zoom * (height + 50 + 16 * row), zoom * (gap + 30), zoom * (height + 50 + 16 * row)], colour, 2 * zoom)

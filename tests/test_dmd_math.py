@@ -1,4 +1,4 @@
-"""dmd.py against the papers' formulas: gradient, normaliser, fake score, GAN, rollout, and who is updated when."""
+"""dmd.py against the papers' formulas: gradient, normaliser, fake score, GAN, rollout, and who is updated when (as in decoupled_dmd.py)."""
 import copy
 import math
 import os
@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import dmd
-from helpers import ROOT, perturbed, quiet, ring_network
+from helpers import ROOT, Diary, both, has_gradient, one_step, perturbed, read_log, ring_network, ring_run
 from models import io, toy
 from models.diffusion import VP, Flow, add_noise, from_x0_eps, predict_x0, predict_x0_eps, sample_ode, step_grid, to_x0_eps, unshift
 from models.dit import DiT
@@ -32,10 +32,6 @@ def small_dit(seed=0, depth=4):
 
 def close(a, b, tolerance=1e-10):
     torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tolerance, atol=tolerance)
-
-
-def has_gradient(module):
-    return any(p.grad is not None for p in module.parameters())
 
 
 # ---- the matching loss -------------------------------------------------------------------------------------------
@@ -453,67 +449,12 @@ def test_gan_sees_noised_samples():
 # ---- the training loop -------------------------------------------------------------------------------------------
 
 
-class Diary:
-    """What a run of dmd.main did: networks, updates in order with the networks' gradients at that moment, samples, rollouts."""
-
-    def __init__(self, monkeypatch):
-        self.updates, self.fake_samples, self.rollouts, self.grads, self.norms = [], [], [], [], []
-        self.wrap(monkeypatch, io, "load_networks", self.on_networks)
-        self.wrap(monkeypatch, dmd, "update", self.on_update)
-        self.wrap(monkeypatch, dmd, "fake_score_loss", self.on_fake_loss)
-        self.wrap(monkeypatch, dmd, "rollout", self.on_rollout)
-        quiet(monkeypatch)
-
-    @staticmethod
-    def wrap(monkeypatch, module, name, before):
-        real = getattr(module, name)
-
-        def wrapped(*args):
-            return before(real, *args)
-        monkeypatch.setattr(module, name, wrapped)
-
-    def on_networks(self, real, *args):
-        self.teacher, self.student, self.fake = real(*args)
-        return self.teacher, self.student, self.fake
-
-    def on_update(self, real, optimizers, max_norm, what, loss):
-        parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        ours = {net: {id(p) for p in getattr(self, net).parameters()} for net in ("student", "fake")}
-        owner = "student" if {id(p) for p in parameters} == ours["student"] else "fake"
-        if owner == "fake":
-            self.head = [p for p in parameters if id(p) not in ours["fake"]]
-            assert len(parameters) - len(self.head) == len(ours["fake"])
-        self.updates.append((what, owner))
-        self.grads.append({"student": has_gradient(self.student), "fake": has_gradient(self.fake), "teacher": has_gradient(self.teacher.net),
-                           "head": any(p.grad is not None for p in self.head),
-                           "student_all": all(p.grad is not None for p in self.student.parameters())})
-        self.norms.append(real(optimizers, max_norm, what, loss))
-        return self.norms[-1]
-
-    def on_fake_loss(self, real, fake, schedule, kind, x, *rest):
-        assert not x.requires_grad
-        self.fake_samples.append(x.clone())
-        return real(fake, schedule, kind, x, *rest)
-
-    def on_rollout(self, real, student, schedule, kind, z, times, *rest):
-        self.rollouts.append((len(times) - 1, torch.is_grad_enabled()))
-        return real(student, schedule, kind, z, times, *rest)
-
-    head = ()
-
-
-def ring_run(monkeypatch, folder, *flags, steps=3, batch=8):
-    diary = Diary(monkeypatch)
-    dmd.main(["--teacher", "ring", "--output_dir", str(folder), "--max_train_steps", str(steps), "--train_batch_size", str(batch),
-              "--checkpointing_steps", "1000", *flags])
-    return diary
-
-
+@both
 @pytest.mark.parametrize("R", [1, 4])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_fake_is_updated_R_times_per_student_update(monkeypatch, tmp_path, R, accumulation):
+def test_fake_is_updated_R_times_per_student_update(monkeypatch, tmp_path, script, R, accumulation):
     """Each step is R fake updates then one student update, whatever the accumulation, and every fake update sees fresh samples."""
-    diary = ring_run(monkeypatch, tmp_path, "--fake_update_ratio", str(R), "--gradient_accumulation_steps", str(accumulation))
+    diary = ring_run(monkeypatch, script, tmp_path, "--fake_update_ratio", str(R), "--gradient_accumulation_steps", str(accumulation))
     assert diary.updates == ([("fake-score", "fake")] * R + [("student", "student")]) * 3
     assert len(diary.fake_samples) == 3 * R * accumulation
     assert len({tuple(x.flatten().tolist()) for x in diary.fake_samples}) == len(diary.fake_samples)
@@ -543,7 +484,7 @@ def test_matching_step_in_the_loop(monkeypatch, tmp_path):
         fake_times.append(unshift(t, 3.0))
         return real(fake, schedule, kind, x, eps, t, cond)
 
-    diary = Diary(monkeypatch)
+    diary = Diary(monkeypatch, dmd)
     for name, spy in (("guided_x0", on_guided), ("distribution_matching_gradient", on_gradient), ("fake_score_loss", on_fake_loss)):
         diary.wrap(monkeypatch, dmd, name, spy)
     dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "20", "--train_batch_size", "64", "--guidance_scale", "2",
@@ -563,7 +504,7 @@ def test_real_input_is_noised_data_with_its_own_label(monkeypatch, tmp_path):
             student_inputs.append((x_t, label))
         return real(net, schedule, kind, x_t, t, label=label, **told)
 
-    diary = Diary(monkeypatch)
+    diary = Diary(monkeypatch, dmd)
     real_predict = dmd.predict_x0
     monkeypatch.setattr(dmd, "predict_x0", lambda *args, **cond: on_predict(real_predict, *args, **cond))
     dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "12", "--train_batch_size", "32", "--student_steps", "8",
@@ -572,23 +513,6 @@ def test_real_input_is_noised_data_with_its_own_label(monkeypatch, tmp_path):
     x_t, label = (torch.cat(v) for v in zip(*student_inputs))
     nearest = torch.cdist(x_t.double(), RingTeacher().means).argmin(1) % 4
     assert (nearest == label).double().mean() > 0.7  # chance is 0.25
-
-
-def one_step(monkeypatch, folder, *flags):
-    """One step of the ring (batch 8, R = 1) -> diary with the networks as they were and the gradients at each update: {what: (nets, grads)}."""
-    diary, heads = Diary(monkeypatch), []
-    real_head, real_update = dmd.GanHead, dmd.update
-    monkeypatch.setattr(dmd, "GanHead", lambda dim: heads.append(real_head(dim)) or heads[0])
-    diary.at = {}
-
-    def on_update(optimizers, max_norm, what, loss):
-        nets = {"student": diary.student, "fake": diary.fake, "head": heads[0]}
-        diary.at[what] = (copy.deepcopy(nets), {n: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for n, net in nets.items()})
-        return real_update(optimizers, max_norm, what, loss)
-    monkeypatch.setattr(dmd, "update", on_update)
-    dmd.main(["--teacher", "ring", "--output_dir", str(folder), "--max_train_steps", "1", "--train_batch_size", "8", "--fake_update_ratio", "1",
-              "--max_grad_norm", "1e9", "--lr_warmup_steps", "0", *flags])
-    return diary
 
 
 def expected_student_loss(nets, gan=0.0, regression=0.0, no_fake=False, folder=None):
@@ -619,7 +543,7 @@ def expected_student_loss(nets, gan=0.0, regression=0.0, no_fake=False, folder=N
     (["--regression_weight", "0.25", "--regression_pairs", "16", "--teacher_steps", "2"], {"regression": 0.25})])
 def test_student_gradient_in_the_loop(monkeypatch, tmp_path, flags, terms):
     """What reaches the student's weights in a real step: matching, GAN, regression and the ablation, each with its own draws, labels and sign."""
-    diary = one_step(monkeypatch, tmp_path, *flags)
+    diary = one_step(monkeypatch, dmd, tmp_path, *flags)
     nets, grads = diary.at["student"]
     want = torch.autograd.grad(expected_student_loss(nets, folder=tmp_path, **terms), list(nets["student"].parameters()))
     for a, b in zip(grads["student"], want):
@@ -634,16 +558,17 @@ def test_student_gradient_in_the_loop(monkeypatch, tmp_path, flags, terms):
         torch.testing.assert_close(pairs["y"], x, rtol=1e-4, atol=1e-5)
 
 
-def test_fake_and_discriminator_gradient_in_the_loop(monkeypatch, tmp_path):
+@both
+def test_fake_and_discriminator_gradient_in_the_loop(monkeypatch, tmp_path, script):
     """The fake's turn: denoising of student samples plus w_D times the discriminator, real data under its own labels, three noise levels."""
-    diary = one_step(monkeypatch, tmp_path, "--gan_weight", "0.3", "--gan_weight_d", "0.2")
+    diary = one_step(monkeypatch, script, tmp_path, "--gan_weight", "0.3", "--gan_weight_d", "0.2", "--student_steps", "1", "--seed", "1")
     nets, grads = diary.at["fake-score"]
-    draw = io.Draws(0, 0, 0, range(8))
+    draw = io.Draws(1, 0, 0, range(8))
     z, label = draw.normal("z", (2,)), draw.integer("cond", 4)
     x = (z - nets["student"](z, torch.ones(8), label)).detach()
     t, eps = draw.spread("u")[:, None], draw.normal("eps", (2,))
     loss = (nets["fake"]((1 - t) * x + t * eps, t[:, 0], label) - (eps - x)).square().mean()
-    data, data_label = load_world("ring").data(20000, 1000003)
+    data, data_label = load_world("ring").data(20000, 1000004)
     i = draw.integer("real_gan", 20000)
     for name, x0, y, sign in (("fake", x, label, 1), ("real", data[i], data_label[i], -1)):
         t, eps = draw.spread(f"u_gan_{name}")[:, None], draw.normal(f"eps_gan_{name}", (2,))
@@ -654,7 +579,8 @@ def test_fake_and_discriminator_gradient_in_the_loop(monkeypatch, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
-def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path):
+@both
+def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path, script):
     """student/ holds the EMA, warmed up as (1 + n) / (4 + n); both rates warm up and fall, each its own."""
     rates, weights = {"student": [], "fake-score": []}, []
 
@@ -664,10 +590,10 @@ def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path):
         if what == "student":
             weights.append([p.detach().clone() for p in diary.student.parameters()])
         return norm
-    diary = Diary(monkeypatch)
-    diary.wrap(monkeypatch, dmd, "update", on_update)
-    dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "4", "--train_batch_size", "8", "--fake_update_ratio", "1",
-              "--lr_warmup_steps", "2", "--lr_decay_share", "0.5", "--learning_rate", "1e-2", "--learning_rate_fake", "3e-2", "--ema_decay", "0.45"])
+    diary = Diary(monkeypatch, script)
+    diary.wrap(monkeypatch, script, "update", on_update)
+    script.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "4", "--train_batch_size", "8", "--fake_update_ratio", "1",
+                 "--lr_warmup_steps", "2", "--lr_decay_share", "0.5", "--learning_rate", "1e-2", "--learning_rate_fake", "3e-2", "--ema_decay", "0.45"])
     assert rates["student"] == pytest.approx([5e-3, 1e-2, 1e-2, 5e-3]) and rates["fake-score"] == pytest.approx([1.5e-2, 3e-2, 3e-2, 1.5e-2])
     ema = [p.detach().clone() for p in ring_network(0).parameters()]
     for decay, now in zip((0.25, 0.4, 0.45, 0.45), weights):
@@ -677,11 +603,12 @@ def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_report_of_a_world(monkeypatch, tmp_path):
+@both
+def test_report_of_a_world(monkeypatch, tmp_path, script):
     """report.json's rows: calls counted with guidance, fd_excess against the data row, fd_teacher against the teacher's samples."""
     monkeypatch.setattr(toy, "fit_ring_network", lambda teacher, seed: ring_network(seed))
-    dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "2", "--train_batch_size", "8", "--teacher_steps", "4",
-              "--guidance_scale", "2", "--student_steps", "2"])
+    script.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "2", "--train_batch_size", "8", "--teacher_steps", "4",
+                 "--guidance_scale", "2", "--student_steps", "2"])
     report = io.load_json(str(tmp_path / "report.json"))
     rows = {r["name"]: r for r in report["results"]}
     assert {n: r["nfe"] for n, r in rows.items()} == {"data": 0, "teacher": 14, "teacher_same_steps": 4, "student": 2}
@@ -693,34 +620,41 @@ def test_report_of_a_world(monkeypatch, tmp_path):
 
 def test_no_fake_score_never_updates_the_fake(monkeypatch, tmp_path):
     """The ablation trains the student alone; the fake keeps its initial weights."""
-    diary = ring_run(monkeypatch, tmp_path, "--no_fake_score")
+    diary = ring_run(monkeypatch, dmd, tmp_path, "--no_fake_score")
     assert diary.updates == [("student", "student")] * 3
     assert all(torch.equal(a, b) for a, b in zip(diary.fake.parameters(), ring_network(0).parameters()))
 
 
-def test_accumulation_is_a_larger_batch(monkeypatch, tmp_path):
+@both
+def test_accumulation_is_a_larger_batch(monkeypatch, tmp_path, script):
     """Two micro-batches of 8 are one batch of 16: the same rows are drawn and the same weights result."""
-    one = ring_run(monkeypatch, tmp_path / "one", "--gan_weight", "0.1", batch=16)
+    one = ring_run(monkeypatch, script, tmp_path / "one", "--gan_weight", "0.1", batch=16)
     monkeypatch.undo()
-    two = ring_run(monkeypatch, tmp_path / "two", "--gan_weight", "0.1", "--gradient_accumulation_steps", "2")
+    two = ring_run(monkeypatch, script, tmp_path / "two", "--gan_weight", "0.1", "--gradient_accumulation_steps", "2")
     assert one.norms == pytest.approx(two.norms, rel=1e-3)  # before clipping: Adam alone would forgive a wrong scale
     assert any(not torch.equal(a, b) for a, b in zip(one.student.parameters(), ring_network(0).parameters()))
     for a, b in zip([*one.student.parameters(), *one.fake.parameters()], [*two.student.parameters(), *two.fake.parameters()]):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+    for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        for name in a:
+            if name.startswith(("loss", "cos")) or name in ("mean", "std"):
+                assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3, abs=1e-5), name
 
 
+@both
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_multi_step_training_simulates_the_student(monkeypatch, tmp_path, precision):
+def test_multi_step_training_simulates_the_student(monkeypatch, tmp_path, script, precision):
     """N = 3: every training input is a rollout of 0 to 2 steps without gradient, one length for the batch, and the call after it
     sends gradients to every weight (under autocast too, where weights cast during the rollout must not be reused)."""
-    diary = ring_run(monkeypatch, tmp_path, "--student_steps", "3", "--mixed_precision", precision, "--fake_update_ratio", "1", steps=6)
+    diary = ring_run(monkeypatch, script, tmp_path, "--student_steps", "3", "--mixed_precision", precision, "--fake_update_ratio", "1", steps=6)
     lengths, gradient_on = zip(*diary.rollouts)
     assert len(lengths) == 12 and set(lengths) == {0, 1, 2} and not any(gradient_on)
     assert all(g["student_all"] for (what, _), g in zip(diary.updates, diary.grads) if what == "student")
 
 
+@both
 @pytest.mark.parametrize("shared", [False, True])
-def test_fake_is_told_the_step_of_its_samples(monkeypatch, tmp_path, shared):
+def test_fake_is_told_the_step_of_its_samples(monkeypatch, tmp_path, script, shared):
     """N = 3: the fake starts as the teacher's function whatever it is told, then gets the number of rollout steps behind its samples, in
     all of its calls; with --shared_fake nothing. The student and what is saved of it know of no step."""
     told, start = [], {}
@@ -737,11 +671,11 @@ def test_fake_is_told_the_step_of_its_samples(monkeypatch, tmp_path, shared):
         assert net is diary.fake or "steps" not in cond
         return real_predict(net, schedule, kind, x_t, t, **cond)
 
-    diary, real_predict = Diary(monkeypatch), dmd.predict_x0
-    diary.wrap(monkeypatch, dmd, "fake_score_loss", on_fake_loss)
-    monkeypatch.setattr(dmd, "predict_x0", on_predict)
-    dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "8", "--train_batch_size", "4", "--student_steps", "3",
-              "--fake_update_ratio", "1", *(["--shared_fake"] if shared else [])])
+    diary, real_predict = Diary(monkeypatch, script), script.predict_x0
+    diary.wrap(monkeypatch, script, "fake_score_loss", on_fake_loss)
+    monkeypatch.setattr(script, "predict_x0", on_predict)
+    script.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "8", "--train_batch_size", "4", "--student_steps", "3",
+                 "--fake_update_ratio", "1", *(["--shared_fake"] if shared else [])])
     assert len(told) == 16 and {length for length, _ in diary.rollouts} == {0, 1, 2}
     for i, steps in told:
         assert steps is None if shared else (steps == diary.rollouts[i][0]).all() and steps.shape == (4,)
@@ -752,15 +686,16 @@ def test_fake_is_told_the_step_of_its_samples(monkeypatch, tmp_path, shared):
     assert io.load_network(str(tmp_path / "student"))[1]["steps_cond"] is False
 
 
-def test_stop_gradients_in_the_real_loop(monkeypatch, tmp_path):
+@both
+def test_stop_gradients_in_the_real_loop(monkeypatch, tmp_path, script):
     """With the GAN on, a fake turn leaves no gradient in the student, a student turn none in fake or head, and neither any in the
     teacher, whose weights end bit-equal to the file."""
     teacher = small_dit(depth=2)
     io.save_network(teacher, io.network_config(teacher), str(tmp_path / "teacher"))
     io.save_tensors({"x0": normal(20, 1, 4, 4, dtype=torch.float32), "cond.label": torch.arange(20) % 3}, str(tmp_path / "data.safetensors"))
-    diary = Diary(monkeypatch)
-    dmd.main(["--teacher", str(tmp_path / "teacher"), "--data", str(tmp_path / "data.safetensors"), "--output_dir", str(tmp_path / "run"),
-              "--max_train_steps", "2", "--train_batch_size", "4", "--gan_weight", "0.1", "--checkpointing_steps", "1000"])
+    diary = Diary(monkeypatch, script)
+    script.main(["--teacher", str(tmp_path / "teacher"), "--data", str(tmp_path / "data.safetensors"), "--output_dir", str(tmp_path / "run"),
+                 "--max_train_steps", "2", "--train_batch_size", "4", "--gan_weight", "0.1", "--checkpointing_steps", "1000"])
     assert len(diary.updates) == 6
     for (what, _), has in zip(diary.updates, diary.grads):
         fake_turn = what == "fake-score"

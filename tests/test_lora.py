@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import TINY_Z_IMAGE, dit_inputs, perturbed, small_dit
+from helpers import TINY_PIXART, TINY_Z_IMAGE, dit_inputs, perturbed, small_dit
 from models import io, lora
+from models.pixart import PixArtTransformer2DModel
 from models.toy import RingMLP
 from models.wan import WanTransformer3DModel, WanTwoNetworks, lora_key
 from models.z_image import ZImageTransformer2DModel
@@ -25,14 +26,16 @@ def networks():
     wan, ring = perturbed(WanTransformer3DModel(**TINY_WAN)), perturbed(RingMLP(dim=16))
     z_image, image = perturbed(ZImageTransformer2DModel(**TINY_Z_IMAGE)), torch.randn(2, 4, 4, 6, generator=g)
     caption, mask = torch.randn(2, 40, 16, generator=g), torch.arange(40) < torch.tensor([[5], [40]])
+    pixart = perturbed(PixArtTransformer2DModel(**TINY_PIXART))
     video, text = torch.randn(2, 4, 2, 4, 6, generator=g), torch.randn(2, 3, 10, generator=g)
     return {"dit": (dit.requires_grad_(False), dict(x=x, t=t, label=label)),
             "wan": (wan.requires_grad_(False), dict(x=video, t=torch.tensor([0.3, 0.95]), text=text)),
             "z_image": (z_image.requires_grad_(False), dict(x=image, t=torch.tensor([0.3, 0.95]), text=caption, text_mask=mask)),
+            "pixart": (pixart.requires_grad_(False), dict(x=image, t=torch.tensor([0.3, 0.95]), text=caption, mask=mask)),
             "ring": (ring.requires_grad_(False), dict(x=torch.randn(4, 2, generator=g), t=t, label=label))}
 
 
-@pytest.fixture(params=["dit", "wan", "z_image", "ring"])
+@pytest.fixture(params=["dit", "wan", "z_image", "pixart", "ring"])
 def frozen(request):
     return networks()[request.param]
 
@@ -98,6 +101,8 @@ def test_fresh_adapter_is_the_base_bit_for_bit(frozen):
     ("ring", {"hidden.0", "hidden.1", "hidden.2"}),
     ("wan", {f"blocks.{i}.{k}" for i in range(2) for k in (*(f"attn{n}.{q}" for n in "12" for q in ("to_q", "to_k", "to_v", "to_out.0")),
                                                           "ffn.net.0.proj", "ffn.net.2")}),
+    ("pixart", {f"transformer_blocks.{i}.{k}" for i in range(2)
+                for k in (*(f"attn{n}.{q}" for n in "12" for q in ("to_q", "to_k", "to_v", "to_out.0")), "ff.net.0.proj", "ff.net.2")}),
     ("z_image", {f"{stack}.{k}" for stack in ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0")
                  for k in (*(f"attention.{q}" for q in ("to_q", "to_k", "to_v", "to_out.0")), *(f"feed_forward.w{n}" for n in "123"))}),
 ])
@@ -162,7 +167,7 @@ def switched(net):
     return call
 
 
-@pytest.mark.parametrize("name", ["dit", "wan", "z_image"])
+@pytest.mark.parametrize("name", ["dit", "wan", "z_image", "pixart"])
 def test_two_adapters_in_one_backward_with_checkpointing(name):
     """Blocks are computed again in backward, after both calls: each must be given its own adapter then. A switched state is not."""
     def run(checkpointing, wrong=False):
@@ -285,7 +290,8 @@ def test_save_and_load(frozen, tmp_path):
     stored = load_file(path)
     first = next(iter(lora.adapters(net, "a")))
     prefix = {"blocks.0.attn1.to_q": "diffusion_model.blocks.0.self_attn.q", "noise_refiner.0.attention.to_q":
-              "diffusion_model.noise_refiner.0.attention.to_q"}.get(first, "transformer." + first)
+              "diffusion_model.noise_refiner.0.attention.to_q", "transformer_blocks.0.attn1.to_q":
+              "base_model.model.transformer_blocks.0.attn1.to_q"}.get(first, "transformer." + first)
     A, B = lora.parameters(net, "a")[:2]
     assert len(stored) == len(lora.parameters(net, "a")) and {v.dtype for v in stored.values()} == {torch.float32}
     assert torch.equal(stored[f"{prefix}.lora_A.weight"], A) and torch.equal(stored[f"{prefix}.lora_B.weight"], 2 * B)

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import decoupled_dmd
 import dmd
-from helpers import (ENV, ROOT, SPYING, SUICIDAL, TINY_WAN, assert_bit_equal, perturbed, read_log, refusal_of, save_tiny_teacher, save_tiny_wan,
+from helpers import (ENV, ROOT, SPYING, SUICIDAL, TINY_WAN, assert_bit_equal, both, perturbed, read_log, refusal_of, save_tiny_teacher, save_tiny_wan, save_tiny_z_image,
                      weights, without_time)
 from models import io
 from models.diffusion import Flow
@@ -26,9 +27,9 @@ SHORT = ["--max_train_steps", "6", "--train_batch_size", "4", "--teacher_steps",
 # ---- wrong input: one line, exit code 2, before any training ----------------------------------------------------------
 
 
-def refusal(capsys, out, *flags):
+def refusal(capsys, out, *flags, script=dmd):
     """The same for a short run; nothing may have been written to --output_dir."""
-    error = refusal_of(capsys, dmd.main, *SHORT, "--output_dir", str(out), *flags)
+    error = refusal_of(capsys, script.main, *SHORT, "--output_dir", str(out), *flags)
     assert not out.exists() or not any(out.rglob("*.safetensors"))
     return error
 
@@ -93,29 +94,32 @@ def test_broken_teacher_folders(tmp_path, capsys, how, says):
     assert says in refusal(capsys, tmp_path / "run", "--teacher", str(tmp_path / "teacher"))
 
 
-@pytest.mark.parametrize("flags, says", [
+WRONG = [
     (["--max_train_steps", "-3"], "--max_train_steps: must be >= 1, got -3"), (["--student_steps", "0"], "--student_steps"),
     (["--frobnicate"], "unrecognized arguments: --frobnicate"), (["--max_train", "3"], "unrecognized arguments: --max_train 3"),
     (["--learning_rate", "nan"], "--learning_rate"), (["--learning_rate", "fast"], "'fast' is not a number"),
     (["--learning_rate", "inf"], "--learning_rate"), (["--train_batch_size", "2.5"], "'2.5' is not an integer"),
     (["--dm_range", "0.9", "0.1"], "LO must be below HI"), (["--teacher", "nowhere"], "neither an embedded world"),
     (["--teacher", "EMPTY"], "the folder is empty"), (["--resume_from_checkpoint", "nowhere"], "no state.json there"),
-    (["--gan_weight", "0.1"], "need data"), (["--gan_weight", "0.1", "--data", "ring"], "--data"),
+    (["--gan_weight", "0.1"], "data: give --data FOLDER"), (["--gan_weight", "0.1", "--data", "ring"], "--data"),
     (["--data", "nowhere", "--gan_weight", "0.1"], "--data nowhere"), (["--prompts", "x.safetensors"], "takes class labels, not prompts"),
-    (["--sample_shape", "1", "8", "8"], "DiT expects x of shape"), (["--regression_weight", "1", "--teacher_steps", "0"], "--teacher_steps"),
-    (["--regression_weight", "1", "--student_steps", "2"], "--student_steps 1"), (["--output_dir", "FILE"], "is not a folder"),
-    (["--output_dir", "FILE/run"], "is not a folder"),
+    (["--sample_shape", "1", "8", "8"], "DiT expects x of shape"), (["--output_dir", "FILE"], "is not a folder"), (["--output_dir", "FILE/run"], "is not a folder"),
     (["--output_dir", "."], "holds the current folder"), (["--data", "nowhere"], "leave --data out"), (["--seed", "1" + 30 * "0"], "--seed"),
-    (["--no_fake_score", "--gan_weight", "0.1", "--data", "nowhere"], "use --gan_weight 0"),
-    (["--sample", "TEACHER"], "sampler.json does not exist"), (["--student_init", "OTHER"], "does not have the shapes")])
-def test_wrong_flags(tmp_path, capsys, flags, says):
+    (["--sample", "TEACHER"], "sampler.json does not exist"), (["--student_init", "OTHER"], "does not have the shapes")]
+WRONG_DMD = [
+    (["--regression_weight", "1", "--teacher_steps", "0"], "--teacher_steps"), (["--regression_weight", "1", "--student_steps", "2"], "--student_steps 1"),
+    (["--no_fake_score", "--gan_weight", "0.1", "--data", "nowhere"], "use --gan_weight 0")]
+
+
+@pytest.mark.parametrize("script, flags, says", [(script, *case) for script, cases in ((dmd, WRONG + WRONG_DMD), (decoupled_dmd, WRONG)) for case in cases])
+def test_wrong_flags(tmp_path, capsys, script, flags, says):
     teacher = save_tiny_teacher(tmp_path / "teacher")
     other = DiT(size=(8, 8), patch=(4, 4), channels=1, dim=32, depth=1, num_classes=3)
     io.save_network(other, io.network_config(other), str(tmp_path / "other"))
     (tmp_path / "empty").mkdir(), (tmp_path / "file").write_text("")
     names = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file"), "TEACHER": teacher, "OTHER": str(tmp_path / "other")}
     flags = [f.replace("FILE", names["FILE"]) if f.startswith("FILE") else names.get(f, f) for f in flags]
-    assert says in refusal(capsys, tmp_path / "run", *([] if "--teacher" in flags else ["--teacher", teacher]), *flags)
+    assert says in refusal(capsys, tmp_path / "run", *([] if "--teacher" in flags else ["--teacher", teacher]), *flags, script=script)
 
 
 @pytest.mark.parametrize("how, says", [
@@ -168,11 +172,13 @@ def test_schedulers_that_are_understood(tmp_path):
     assert kind == "vp_v" and schedule.zero_snr and float(schedule.alpha(torch.tensor(1.0))) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("labels, says", [([0, 1, 3, 2], "labels from 0 to 3, the teacher has classes 0 to 2"), ([0, -1, 1, 2], "labels from -1")])
-def test_data_labels_beyond_the_teachers_classes(tmp_path, capsys, labels, says):
-    """Label K is the null label: GAN data under it, or beyond, would train without a word."""
+@pytest.mark.parametrize("shape, cond, says", [
+    ((1, 4, 4), {"label": [0, 1, 3, 2]}, "labels from 0 to 3, the teacher has classes 0 to 2"), ((1, 4, 4), {"label": [0, -1, 1, 2]}, "labels from -1"),
+    ((1, 4, 5), {"label": [0, 1, 0, 2]}, "items are (1, 4, 5)"), ((1, 4, 4), {}, "with [], the teacher takes (1, 4, 4) with ['label']")])
+def test_data_that_is_not_the_teachers(tmp_path, capsys, shape, cond, says):
+    """Label K is the null label: GAN data under it, or beyond, would train without a word. Other shapes and conditions are refused too."""
     teacher, path = save_tiny_teacher(tmp_path / "teacher"), tmp_path / "data.safetensors"
-    save_file({"x0": torch.randn(4, 1, 4, 4), "cond.label": torch.tensor(labels)}, path)
+    save_file({"x0": torch.randn(4, *shape), **{f"cond.{name}": torch.tensor(v) for name, v in cond.items()}}, path)
     assert says in refusal(capsys, tmp_path / "run", "--teacher", teacher, "--gan_weight", "0.1", "--data", str(path))
 
 
@@ -203,60 +209,65 @@ def test_exit_code_from_the_shell(tmp_path):
 # ---- a loss that is not finite: exit code 1, the last checkpoint intact ------------------------------------------------
 
 
-def test_nan_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
+@both
+def test_nan_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch, script):
     teacher, out, calls = save_tiny_teacher(tmp_path / "teacher"), tmp_path / "run", []
-    real = dmd.distribution_matching_gradient
+    real = script.distribution_matching_loss
 
-    def poisoned(x, x0_real, x0_fake):
+    def poisoned(x, g):
         calls.append(0)
-        return real(x, x0_real, x0_fake) * (float("nan") if len(calls) == 5 else 1)
+        return real(x, g * (float("nan") if len(calls) == 5 else 1))
     flags = [*SHORT, "--teacher", teacher, "--output_dir", str(out)]
     with monkeypatch.context() as m:
-        m.setattr(dmd, "distribution_matching_gradient", poisoned)
+        m.setattr(script, "distribution_matching_loss", poisoned)
         with pytest.raises(SystemExit) as stop:
-            io.run(lambda: dmd.main(flags))
+            io.run(lambda: script.main(flags))
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 1 and error.startswith("error: student loss or gradient is not finite")
     assert [p.name for p in sorted((out / "state").iterdir())] == ["step-0000002", "step-0000004"]
     assert not (out / "report.json").exists()
-    dmd.main([*flags, "--resume_from_checkpoint", "latest"])  # the remedy that the line names
-    dmd.main([*SHORT, "--teacher", teacher, "--output_dir", str(tmp_path / "whole")])
+    script.main([*flags, "--resume_from_checkpoint", "latest"])  # the remedy that the line names
+    script.main([*SHORT, "--teacher", teacher, "--output_dir", str(tmp_path / "whole")])
     assert_bit_equal(weights(out), weights(tmp_path / "whole"))
 
 
 # ---- crash and resume --------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """-> flags of a short run with everything that has state (GAN, EMA, two steps, accumulation), and its final tensors."""
+@pytest.fixture(scope="module", params=[dmd, decoupled_dmd], ids=lambda script: script.__name__)
+def unbroken(request, tmp_path_factory):
+    """-> script, flags of a short run with everything that has state (GAN, EMA, two steps, accumulation), its final tensors and its log."""
+    script = request.param
     root = tmp_path_factory.mktemp("unbroken")
     teacher = save_tiny_teacher(root / "teacher")
     save_file({"x0": torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0)), "cond.label": torch.arange(20) % 3}, root / "data.safetensors")
     flags = [*SHORT, "--teacher", teacher, "--data", str(root / "data.safetensors"), "--gan_weight", "0.1", "--student_steps", "2",
              "--gradient_accumulation_steps", "2", "--lr_decay_share", "0"]
-    dmd.main([*flags, "--output_dir", str(root / "run")])
-    return flags, weights(root / "run"), read_log(root / "run")
+    script.main([*flags, "--output_dir", str(root / "run")])
+    return script, flags, weights(root / "run"), read_log(root / "run")
 
 
 # The first save is 6 files and the rename that makes it count, replace 8; fsync 5 is inside its student/, 15 right after the rename, 24 in the second.
-@pytest.mark.parametrize("call, n", [("fsync", 2), ("fsync", 5), ("replace", 6), ("replace", 7), ("replace", 8), ("fsync", 15), ("fsync", 24)])
+@pytest.mark.parametrize("unbroken, call, n", [
+    *((dmd, *at) for at in (("fsync", 2), ("fsync", 5), ("replace", 6), ("replace", 7), ("replace", 8), ("fsync", 15), ("fsync", 24))),
+    (decoupled_dmd, "fsync", 24)], indirect=["unbroken"])
 def test_kill_during_a_save(unbroken, tmp_path, call, n):
     """SIGKILL between any two steps of a save; the next start finds the last whole checkpoint, or none, and ends bit-equal."""
-    flags, final, log = unbroken
+    script, flags, final, log = unbroken
     flags = [*flags, "--output_dir", str(tmp_path / "run")]
-    dead = subprocess.run([sys.executable, "-c", SUICIDAL, "dmd", call, "", str(n), *flags], capture_output=True, text=True, env=ENV)
+    dead = subprocess.run([sys.executable, "-c", SUICIDAL, script.__name__, call, "", str(n), *flags], capture_output=True, text=True, env=ENV)
     assert dead.returncode == -signal.SIGKILL, dead.stderr
-    dmd.main([*flags, "--resume_from_checkpoint", "latest"])
+    script.main([*flags, "--resume_from_checkpoint", "latest"])
     assert_bit_equal(weights(tmp_path / "run"), final)
     assert without_time(read_log(tmp_path / "run")) == without_time(log)
     assert not list((tmp_path / "run").rglob("*.tmp-*"))  # half-written files of the dead run are swept
 
 
+@pytest.mark.parametrize("unbroken", [dmd], indirect=True)
 def test_kill_during_training(unbroken, tmp_path):
     """SIGKILL from outside while steps go by, then resume, then a longer run: as if unbroken."""
-    flags, final, _ = unbroken
+    script, flags, final, _ = unbroken
     flags = [*flags, "--output_dir", str(tmp_path / "run")]
-    process = subprocess.Popen([sys.executable, str(ROOT / "dmd.py"), *flags, "--max_train_steps", "100000"], env=ENV, cwd=tmp_path,
+    process = subprocess.Popen([sys.executable, str(ROOT / f"{script.__name__}.py"), *flags, "--max_train_steps", "100000"], env=ENV, cwd=tmp_path,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log, end = tmp_path / "run" / "log.csv", time.time() + 120
     while time.time() < end and not (log.is_file() and log.read_text().count("\n") > 4):
@@ -265,70 +276,76 @@ def test_kill_during_training(unbroken, tmp_path):
     assert log.read_text().count("\n") > 4
     state = sorted((tmp_path / "run" / "state").glob("step-*"))
     step = json.loads((state[-1] / "state.json").read_text())["step"]
-    dmd.main([*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", str(max(step, 6))])
+    script.main([*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", str(max(step, 6))])
     if step <= 6:
         assert_bit_equal(weights(tmp_path / "run"), final)
-    dmd.main([*flags, "--output_dir", str(tmp_path / "whole"), "--max_train_steps", str(max(step, 6) + 3)])
-    dmd.main([*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", str(max(step, 6) + 3)])
+    script.main([*flags, "--output_dir", str(tmp_path / "whole"), "--max_train_steps", str(max(step, 6) + 3)])
+    script.main([*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", str(max(step, 6) + 3)])
     assert_bit_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
 def test_what_resume_refuses_and_repeats(unbroken, tmp_path, capsys):
-    flags, final, _ = unbroken
+    script, flags, final, _ = unbroken
     flags = [*flags, "--output_dir", str(tmp_path / "run")]
-    dmd.main([*flags, "--resume_from_checkpoint", "latest"])  # nothing there: starts fresh and says so
+    script.main([*flags, "--resume_from_checkpoint", "latest"])  # nothing there: starts fresh and says so
     assert "starting fresh" in capsys.readouterr().out
     (tmp_path / "run" / "samples.png").unlink()
-    dmd.main([*flags, "--resume_from_checkpoint", str(tmp_path / "run" / "state" / "step-0000006")])  # finished: writes its outputs again
+    script.main([*flags, "--resume_from_checkpoint", str(tmp_path / "run" / "state" / "step-0000006")])  # finished: writes its outputs again
     assert (tmp_path / "run" / "samples.png").is_file()
     assert_bit_equal(weights(tmp_path / "run"), final)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        io.run(lambda: dmd.main([*flags, "--resume_from_checkpoint", "latest", "--learning_rate", "1e-5", "--seed", "3"]))
+        io.run(lambda: script.main([*flags, "--resume_from_checkpoint", "latest", "--learning_rate", "1e-5", "--seed", "3"]))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--learning_rate was 0.0012 and is 1e-05; --seed was 0 and is 3" in error
+    was = script.parse_args(flags).learning_rate
+    assert stop.value.code == 2 and f"--learning_rate was {was} and is 1e-05; --seed was 0 and is 3" in error
     (tmp_path / "run" / "state" / "step-0000006" / "state.safetensors").write_bytes(b"junk")
     with pytest.raises(SystemExit) as stop:
-        io.run(lambda: dmd.main([*flags, "--resume_from_checkpoint", "latest"]))
+        io.run(lambda: script.main([*flags, "--resume_from_checkpoint", "latest"]))
     assert stop.value.code == 2 and "is truncated or not a safetensors file" in capsys.readouterr().err
-    dmd.main([*flags, "--max_train_steps", "1"])  # without the flag nothing is overwritten
+    script.main([*flags, "--max_train_steps", "1"])  # without the flag nothing is overwritten
     assert (tmp_path / "run.1" / "report.json").is_file() and len(read_log(tmp_path / "run")) == 1
 
 
 # ---- what a run leaves -------------------------------------------------------------------------------------------------
 
 
-def test_outputs_of_a_run(tmp_path):
+@both
+def test_outputs_of_a_run(tmp_path, script):
     """student/ has the teacher's own config and layout, and --sample draws the same pictures in a new process."""
     teacher, out = save_tiny_teacher(tmp_path / "teacher"), tmp_path / "run"
-    dmd.main([*SHORT, "--teacher", teacher, "--output_dir", str(out), "--student_steps", "2", "--renoise", "ode"])
+    script.main([*SHORT, "--teacher", teacher, "--output_dir", str(out), "--student_steps", "2", "--renoise", "ode"])
     assert {p.name for p in out.iterdir()} == {"student", "state", "samples.png", "samples.safetensors", "log.csv", "report.json"}
     assert json.loads((out / "student" / "config.json").read_text()) == json.loads(Path(teacher, "config.json").read_text())
     sampler = json.loads((out / "student" / "sampler.json").read_text())
-    assert sampler["times"] == [1.0, 0.5] and sampler["rule"] == "euler" and sampler["method"] == "dmd" and sampler["guidance_scale"] == 1.0
+    assert sampler["times"] == [1.0, 0.5] and sampler["rule"] == "euler" and sampler["method"] == script.__name__ and sampler["guidance_scale"] == 1.0
     report = json.loads((out / "report.json").read_text())
     assert report["steps"] == 6 and report["results"] == [] and report["params"] == sum(v.numel() for v in load_file(Path(teacher) / io.WEIGHTS).values())
     rows = read_log(out)
     assert [int(r["step"]) for r in rows] == list(range(1, 7)) and all(float(v) == float(v) for r in rows for v in r.values())
-    fresh = subprocess.run([sys.executable, str(ROOT / "dmd.py"), "--sample", "run/student", "--preview_samples", "3"],
+    fresh = subprocess.run([sys.executable, str(ROOT / f"{script.__name__}.py"), "--sample", "run/student", "--preview_samples", "3"],
                            capture_output=True, text=True, env=ENV, cwd=tmp_path)
     assert fresh.returncode == 0, fresh.stderr
     x = load_file(tmp_path / "runs" / "run-samples" / "samples.safetensors")["x0"]
     assert x.shape == (3, 1, 4, 4) and (tmp_path / "runs" / "run-samples" / "samples.png").is_file()
     student = io.load_network(str(out / "student"))[0]
     draw = io.Draws(0, "evaluation", 0, range(3))
-    want = dmd.sample(student, Flow(), "flow_v", draw.normal("z", (1, 4, 4)), [1.0, 0.5], {"label": torch.arange(3)}, "ode")
+    want = script.sample(student, Flow(), "flow_v", draw.normal("z", (1, 4, 4)), [1.0, 0.5], {"label": torch.arange(3)}, "ode")
     torch.testing.assert_close(x, want)
 
 
 def test_student_of_a_run_is_a_teacher_and_a_start(tmp_path):
-    """--teacher and --student_init take a run folder of ours."""
+    """--teacher and --student_init take a run folder of ours; the fake starts at the teacher all the same."""
     teacher = save_tiny_teacher(tmp_path / "teacher")
     dmd.main([*SHORT, "--teacher", teacher, "--output_dir", str(tmp_path / "one")])
     dmd.main([*SHORT, "--teacher", str(tmp_path / "one"), "--student_init", str(tmp_path / "one"), "--output_dir", str(tmp_path / "two"),
               "--max_train_steps", "1"])
     one, two = (load_file(tmp_path / d / "student" / io.WEIGHTS) for d in ("one", "two"))
     assert one.keys() == two.keys()
+    args = dmd.parse_args(["--teacher", teacher, "--student_init", str(tmp_path / "one"), "--gradient_checkpointing"])
+    _, student, fake = io.load_networks(args, dmd.WORLDS, torch.device("cpu"))
+    assert_bit_equal(student.state_dict(), one), assert_bit_equal(fake.state_dict(), load_file(Path(teacher) / io.WEIGHTS))
+    assert student.gradient_checkpointing and fake.gradient_checkpointing
 
 
 def test_sharded_checkpoints(tmp_path):
@@ -348,12 +365,13 @@ def test_sharded_checkpoints(tmp_path):
 # ---- Wan, one process and two ------------------------------------------------------------------------------------------
 
 
-def test_wan_student_loads_in_diffusers(tmp_path):
+@both
+def test_wan_student_loads_in_diffusers(tmp_path, script):
     """A pipeline root as teacher: shift from its scheduler/, and the student is a diffusers component with the same output."""
     diffusers = pytest.importorskip("diffusers")
     (tmp_path / "wan").mkdir()
     flags = save_tiny_wan(tmp_path / "wan")
-    dmd.main([*flags, "--train_batch_size", "2", "--max_train_steps", "2", "--output_dir", str(tmp_path / "run")])
+    script.main([*flags, "--train_batch_size", "2", "--max_train_steps", "2", "--output_dir", str(tmp_path / "run")])
     folder = tmp_path / "run" / "student"
     assert json.loads((folder / "config.json").read_text()) == json.loads((tmp_path / "wan" / "transformer" / "config.json").read_text())
     assert json.loads((folder / "sampler.json").read_text())["times"] == pytest.approx([1.0, 0.75])  # shift(0.5, 3)
@@ -368,10 +386,11 @@ def test_wan_student_loads_in_diffusers(tmp_path):
     assert load_file(tmp_path / "run" / "samples.safetensors")["x0"].shape == (2, 4, 2, 4, 6)
 
 
-def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path):
-    (tmp_path / "wan").mkdir()
-    flags = [*save_tiny_wan(tmp_path / "wan"), "--max_train_steps", "4", "--fake_update_ratio", "5"]
-    (tmp_path / "spy.py").write_text(SPYING.format(script="dmd"))
+@both
+def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path, script):
+    (tmp_path / "teacher").mkdir()
+    flags = [*(save_tiny_wan if script is dmd else save_tiny_z_image)(tmp_path / "teacher"), "--max_train_steps", "4", "--fake_update_ratio", "5"]
+    (tmp_path / "spy.py").write_text(SPYING.format(script=script.__name__))
     single = [sys.executable, str(tmp_path / "spy.py")]
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "spy.py")]
     for name, launch, batch in (("one", single, "4"), ("two", ranks, "2")):
@@ -384,7 +403,7 @@ def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path):
         difference = torch.stack([(one[k] - two[k]).norm() for k in one]).norm()
         assert norm > 1e-4 and difference < (1e-5 if call in (1, 6) else 1e-4) * norm, (call, norm, difference)
     for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two")):
-        for loss in ("loss_fake", "loss_dm", "mean", "std"):
+        for loss in ("loss_fake", "mean", "std", *(name for name in a if name.startswith("loss_dm"))):
             assert float(a[loss]) == pytest.approx(float(b[loss]), rel=1e-4, abs=1e-6), (a["step"], loss)
     assert len(read_log(tmp_path / "two")) == 4
     assert (tmp_path / "two" / "samples.png").is_file() and (tmp_path / "two" / "student" / "sampler.json").is_file()
@@ -404,28 +423,30 @@ def test_existing_folder_named_with_a_slash_is_renamed(tmp_path):
     assert (tmp_path / "run.1" / "report.json").exists() and (tmp_path / "run" / "report.json").exists()
 
 
-def test_resume_beyond_the_end_and_into_another_folder(tmp_path, capsys):
+@both
+def test_resume_beyond_the_end_and_into_another_folder(tmp_path, capsys, script):
     """A shorter run than the checkpoint is refused; a finished checkpoint given by path is written out whole elsewhere."""
     flags, out = [*SHORT, "--teacher", save_tiny_teacher(tmp_path / "teacher")], tmp_path / "run"
-    dmd.main([*flags, "--output_dir", str(out)])
+    script.main([*flags, "--output_dir", str(out)])
     with pytest.raises(io.UserError, match="beyond --max_train_steps 5"):
-        dmd.main([*flags, "--output_dir", str(out), "--max_train_steps", "5", "--resume_from_checkpoint", "latest"])
-    dmd.main([*flags, "--output_dir", str(tmp_path / "new"), "--resume_from_checkpoint", str(out / "state" / "step-0000006")])
+        script.main([*flags, "--output_dir", str(out), "--max_train_steps", "5", "--resume_from_checkpoint", "latest"])
+    script.main([*flags, "--output_dir", str(tmp_path / "new"), "--resume_from_checkpoint", str(out / "state" / "step-0000006")])
     assert_bit_equal(load_file(out / "student" / io.WEIGHTS), load_file(tmp_path / "new" / "student" / io.WEIGHTS))
 
 
-def test_samples_of_another_shape(tmp_path, capsys):
+@both
+def test_samples_of_another_shape(tmp_path, capsys, script):
     """A student trained at --sample_shape is sampled at it, one batch at a time, as the run itself showed; videos also leave a GIF.
     Samples never replace those of a run."""
     flags = save_tiny_wan(tmp_path)
-    dmd.main([*SHORT, *flags, "--output_dir", str(tmp_path / "run")])
+    script.main([*SHORT, *flags, "--output_dir", str(tmp_path / "run")])
     prompts = flags[flags.index("--prompts"):][:2]
     sampling = ["--sample", str(tmp_path / "run"), *prompts, "--preview_samples", "2", "--train_batch_size", "1"]
-    dmd.main([*sampling, "--output_dir", str(tmp_path / "samples")])
+    script.main([*sampling, "--output_dir", str(tmp_path / "samples")])
     ours, again = (load_file(tmp_path / d / "samples.safetensors")["x0"] for d in ("run", "samples"))
     assert ours.shape == (2, 4, 2, 4, 6)
     torch.testing.assert_close(ours, again, rtol=1e-4, atol=1e-5)
     for folder in ("run", "samples"):
         assert Image.open(tmp_path / folder / "samples.gif").n_frames == 2
-    assert "is a run with samples of its own" in refusal_of(capsys, dmd.main, *sampling, "--output_dir", str(tmp_path / "run"))
-    assert "channels" in refusal_of(capsys, dmd.main, *sampling, "--output_dir", str(tmp_path / "s2"), "--sample_shape", "3", "2", "4", "6")
+    assert "is a run with samples of its own" in refusal_of(capsys, script.main, *sampling, "--output_dir", str(tmp_path / "run"))
+    assert "channels" in refusal_of(capsys, script.main, *sampling, "--output_dir", str(tmp_path / "s2"), "--sample_shape", "3", "2", "4", "6")

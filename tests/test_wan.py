@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from helpers import fill  # noqa: E402
+from helpers import fill, word_tokenizer  # noqa: E402
 from models import io, wan  # noqa: E402
 from models.diffusion import Flow  # noqa: E402
 from models.wan import WAN_1_3B, WAN_14B, WAN_A14B, WanTransformer3DModel, WanTwoNetworks  # noqa: E402
@@ -472,19 +472,10 @@ def test_wrong_roots_are_refused(tmp_path):
 def pipeline(tmp_path_factory):
     """A WanPipeline of tiny random networks and a word-level tokenizer, saved -> (pipeline, folder)."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    words = ["<pad>", "</s>", "<unk>", "a", "cat", "dog", "runs", "&", "fast"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    end = [("</s>", vocabulary["</s>"])]
-    fast.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=end)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    tokenizer = word_tokenizer(["<pad>", "</s>", "<unk>"], end="</s>", eos_token="</s>")
     torch.manual_seed(0)
     encoder = transformers.UMT5EncoderModel(
-        transformers.UMT5Config(vocab_size=len(words), d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
+        transformers.UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
     )
     vae = diffusers.AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import dmd
-from helpers import TINY_Z_IMAGE, fill, read_log, refusal_of, save_tiny_z_image
+import decoupled_dmd
+from helpers import TINY_Z_IMAGE, fill, read_log, refusal_of, relative, save_tiny_z_image, word_tokenizer
 from models import io, lora, z_image
 from models.diffusion import step_grid
+from models.pipeline import decode_images
 from models.z_image import Z_IMAGE_6B, ZImageTransformer2DModel
 
 TINY = dict(in_channels=4, dim=36, n_layers=3, n_refiner_layers=2, n_heads=3, n_kv_heads=3, cap_feat_dim=10, axes_dims=[4, 4, 4],
@@ -54,10 +55,6 @@ def velocity(reference, x, t, text, text_mask):
     p = reference.config.all_patch_size[0]
     out = reference(list(x.unsqueeze(2)), 1 - t, [row[keep] for row, keep in zip(text, text_mask)], patch_size=p).sample
     return -torch.stack(out).squeeze(2)
-
-
-def relative(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 # ---- the same function as diffusers ------------------------------------------------------------------------
@@ -357,7 +354,7 @@ def test_student_of_a_run_loads_in_diffusers(theirs, tmp_path):
     """A pipeline root as teacher: shift from its scheduler/, masks from the prompts file, and the student is a diffusers component."""
     (tmp_path / "teacher").mkdir()
     flags = save_tiny_z_image(tmp_path / "teacher")
-    dmd.main([*flags, "--train_batch_size", "3", "--max_train_steps", "2", "--guidance_scale", "2", "--output_dir", str(tmp_path / "run")])
+    decoupled_dmd.main([*flags, "--train_batch_size", "3", "--max_train_steps", "2", "--guidance_scale", "2", "--output_dir", str(tmp_path / "run")])
     folder = tmp_path / "run" / "student"
     assert json.loads((folder / "config.json").read_text()) == json.loads((tmp_path / "teacher" / "transformer" / "config.json").read_text())
     assert json.loads((folder / "sampler.json").read_text())["times"] == pytest.approx([1.0, 0.75])  # shift(0.5, 3)
@@ -393,7 +390,7 @@ def test_wrong_prompts_are_refused_before_training(tmp_path, capsys, how, says):
     elif how == "odd shape":
         flags += ["--sample_shape", "4", "4", "5"]
     save_file(tensors, path)
-    assert says in refusal_of(capsys, dmd.main, *flags, "--max_train_steps", "2", "--output_dir", str(tmp_path / "run"))
+    assert says in refusal_of(capsys, decoupled_dmd.main, *flags, "--max_train_steps", "2", "--output_dir", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -408,15 +405,12 @@ CHAT = ("{% for m in messages %}<start> {{ m.role }} {{ m.content }} <end> {% en
 def pipeline(tmp_path_factory):
     """A ZImagePipeline of tiny random networks and a word-level tokenizer, saved -> (pipeline, folder)."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    words = ["<pad>", "<unk>", "<start>", "<end>", "<think>", "user", "assistant", "a", "cat", "dog", "runs", "fast"]
-    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
+    tokenizer = word_tokenizer(["<pad>", "<unk>", "<start>", "<end>", "<think>", "user", "assistant"], eos_token="<end>")
     tokenizer.chat_template = CHAT
     torch.manual_seed(0)
     encoder = transformers.Qwen3Model(transformers.Qwen3Config(
-        vocab_size=len(words), hidden_size=10, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=6))
+        vocab_size=len(tokenizer), hidden_size=10, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=6))
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4,
         norm_num_groups=4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
@@ -451,7 +445,7 @@ def test_decode_latents_as_z_image_pipeline(pipeline):
     listed = [row[keep] for row, keep in zip(call["text"], call["text_mask"])]
     settings = dict(prompt_embeds=listed, latents=call["x"], height=8, width=12, num_inference_steps=1, guidance_scale=0.0)
     x0, images = (pipe(**settings, output_type=kind).images for kind in ("latent", "pt"))
-    ours = z_image.decode_latents(folder, x0)
+    ours = decode_images(folder, x0)
     assert ours.shape == (2, 3, 8, 12) and ours.dtype == torch.uint8 and ours.float().std() > 1
     assert (ours.float() - 255 * images).abs().max() <= 0.51
     with torch.no_grad():
@@ -459,7 +453,7 @@ def test_decode_latents_as_z_image_pipeline(pipeline):
     assert (ours.float() - 255 * plain).abs().max() > 2  # scale and shift are seen
     for wrong in (x0[:, :3], x0[:, :, None]):
         with pytest.raises(ValueError, match=r"this VAE needs \(B, 4, H, W\)"):
-            z_image.decode_latents(folder, wrong)
+            decode_images(folder, wrong)
 
 
 def test_command_line(pipeline, tmp_path):
