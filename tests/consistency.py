@@ -1,0 +1,81 @@
+"""Consistency distillation (2303.01469), the baseline that TDM is compared with: it takes tdm.py's flags and leaves the same report.json.
+
+Neighbouring points of one teacher trajectory shall be mapped to the same x0: f(x_t, t) is regressed onto f_ema(x_s, s), where x_t is noised data and
+x_s one teacher step from it. In x0 form f(x, 0) = x holds by itself for a flow network. Needs data, which TDM does not.
+"""
+import copy
+import os
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import tdm  # noqa: E402
+from models import io, report  # noqa: E402
+from models.diffusion import add_noise, guided_x0, ode_step, predict_x0, shift, to_x0_eps  # noqa: E402
+from models.toy import WORLDS, load_world  # noqa: E402
+
+LEVELS = 40  # of the teacher's trajectory
+
+
+def train(args):
+    device = torch.device("cpu")
+    teacher = io.start_teacher(args, WORLDS)
+    student = copy.deepcopy(teacher.base)
+    ema = copy.deepcopy(student).requires_grad_(False)
+    io.freeze_teacher(args, teacher, device)
+    schedule, kind, world, conditions = teacher.schedule, teacher.prediction, load_world(teacher.world_name), io.Conditions(args, teacher.base)
+    shape, grids = tuple(teacher.base.latent_shape), {n: tdm.step_grid(n, teacher.shift) for n in args.student_steps}
+    data, data_cond, _ = io.load_data(args.teacher, WORLDS, shape[-1], seed=args.seed)
+    student.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, betas=tuple(args.adam_betas), weight_decay=0.0, fused=True)
+    io.prepare_output_dir(args.output_dir, None)
+    began = time.time()
+    for step in tqdm(range(args.max_train_steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * min(1.0, (step + 1) / max(1, args.lr_warmup_steps)) * (1 - step / args.max_train_steps)
+        draw = io.Draws(args.seed, step, "student", range(args.train_batch_size))
+        i = draw.integer("data", len(data))
+        x0, cond = io.to_unit(data[i]), {k: v[i] for k, v in data_cond.items()}
+        _, uncond = conditions.pick(cond["label"], device)
+        n = draw.integer("level", LEVELS) + 1.0  # of 1 ... LEVELS
+        t, s = shift(n / LEVELS, teacher.shift), shift((n - 1) / LEVELS, teacher.shift)
+        x_t = add_noise(schedule, x0, draw.normal("eps", shape), t)
+        with torch.no_grad():
+            x0_real = guided_x0(teacher.net, schedule, kind, x_t, t, cond, uncond, args.guidance_scale)
+            x_s = ode_step(schedule, x0_real, to_x0_eps(x0_real, "x0", x_t, schedule.alpha(t), schedule.sigma(t))[1], s)
+            target = predict_x0(ema, schedule, kind, x_s, s, **cond)
+        r = predict_x0(student, schedule, kind, x_t, t, **cond) - target
+        c = 0.00054 * r[0].numel() ** 0.5
+        ((r.square().flatten(1).sum(1) + c**2).sqrt() - c).mean().backward()  # pseudo-Huber, as TDM's
+        tdm.update([optimizer], args.max_grad_norm, "consistency", r.square().mean())
+        tdm.update_ema(ema, student, min(args.ema_decay or 0.95, (1 + step) / (4 + step)))
+    students = {}
+    for rule in ("ode", "sde"):
+        args.renoise = rule
+        for k, f in tdm.student_samplers(args, ema, teacher, conditions, shape, grids, False, device).items():
+            students["student" if k == max(grids) and rule == "ode" else f"student_{k}" + ("_sde" if rule == "sde" else "")] = (k, late(args, rule, f))
+    report.finish(args, "consistency", teacher, world, conditions, shape, grids[max(grids)][:-1], students, sum(p.numel() for p in ema.parameters()),
+                  time.time() - began, device)
+
+
+def late(args, rule, sampler):
+    """The sampler, with its own --renoise at the time of the call."""
+    def draw(index, a, b):
+        args.renoise = rule
+        return sampler(index, a, b)
+    return draw
+
+
+def parse_args(argv):
+    return tdm.parse_args(argv)
+
+
+def main(argv=None):
+    train(parse_args(argv))
+
+
+if __name__ == "__main__":
+    io.run(main)
