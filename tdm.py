@@ -97,7 +97,7 @@ def trajectory_matching_loss(x0, x0_real, x0_fake, loss="pseudo_huber"):
     "demo": sqrt(r^2 + 1e-6) - 1e-3 per element, over mean|x0 - x0_real| per sample. "l2": r^2 / 2 (Tab. 5, without the surrogate).
     All (B, ...) -> scalar; the gradient reaches x0 alone.
     """
-    r = x0 - (x0 + x0_real - x0_fake).detach()
+    r = x0 - (x0 + (x0_real - x0_fake)).detach()  # exactly 0 where the two agree
     if loss == "l2":
         return 0.5 * r.square().mean()
     if loss == "demo":
