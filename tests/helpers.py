@@ -224,12 +224,12 @@ def save_tiny_image_root(root, net, class_name, pipeline, scheduler, prompts):
             "--preview_samples", "2", "--student_steps", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
 
 
-def save_tiny_z_image(root, width=16):
+def save_tiny_z_image(root):
     """With a scheduler of shift 3, and prompts that fill one or two times 32 tokens."""
     torch.manual_seed(0)
     net = perturbed(ZImageTransformer2DModel(**TINY_Z_IMAGE))
     mask = torch.arange(36) < torch.tensor([4, 36, 32, 33, 7, 3])[:, None]  # the last is the unconditional one's
-    text = torch.randn(6, 36, width, generator=torch.Generator().manual_seed(1)) * mask[..., None]
+    text = torch.randn(6, 36, 16, generator=torch.Generator().manual_seed(1)) * mask[..., None]
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
     return save_tiny_image_root(root, net, "ZImageTransformer2DModel", "ZImagePipeline", scheduler,
                                 {"cond.text": text[:5], "cond.text_mask": mask[:5], "uncond.text": text[5:], "uncond.text_mask": mask[5:]})

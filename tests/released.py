@@ -1,0 +1,87 @@
+"""The transformers with released weights, and how each is held against the class of diffusers that has its name."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+
+from helpers import fill, relative
+from models import pixart, wan, z_image
+
+
+def wan_velocity(net, x, t, text):
+    return net(x, 1000 * t, text).sample
+
+
+def z_image_velocity(net, x, t, text, text_mask):
+    """Lists instead of padding, one frame, its clock 1 - t, its sign x0 - eps."""
+    p = net.config.all_patch_size[0]
+    return -torch.stack(net(list(x.unsqueeze(2)), 1 - t, [row[keep] for row, keep in zip(text, text_mask)], patch_size=p).sample).squeeze(2)
+
+
+def pixart_noise(net, x, t, text, mask, index=None):
+    """As PixArtAlphaPipeline asks for it: its clock, the size in pixels, the first half of the channels."""
+    H, W = (8 * size for size in x.shape[2:])
+    sizes = {"resolution": torch.tensor([[H, W]] * len(x)).to(x.dtype), "aspect_ratio": torch.tensor([[H / W]] * len(x)).to(x.dtype)}
+    index = 1000 * t - 1 if index is None else index
+    out = net(x, text, index, added_cond_kwargs=sizes, encoder_attention_mask=mask).sample
+    return out.chunk(2, dim=1)[0] if out.shape[1] == 2 * x.shape[1] else out
+
+
+@dataclass(frozen=True, eq=False)
+class Released:
+    module: ModuleType
+    name: str  # of the class, here and in diffusers
+    tiny: dict  # a config with three (main) blocks
+    reference: Callable  # what a network of diffusers gives for the arguments of ours, in our convention
+    size: tuple  # of a small latent, without the channels
+    lengths: list  # tokens of two prompts
+    width: str  # key of the config
+    mask: str | None = None  # argument that tells the tokens of a prompt from its padding
+
+    def net(self, **config):
+        return getattr(self.module, self.name)(**config)
+
+    @property
+    def theirs(self):
+        return getattr(pytest.importorskip("diffusers"), self.name)
+
+    def inputs(self, config=None, size=None, lengths=None, seed=1):
+        """-> dict of x, t, text, mask; the padding of text is no zeros, so that whoever looks at it is seen. t is between indices."""
+        config, size, lengths = config or self.tiny, size or self.size, lengths or self.lengths
+        g, B, L = torch.Generator().manual_seed(seed), len(lengths), max(lengths) + (2 if self.mask else 0)
+        call = dict(x=torch.randn(B, config.get("in_channels", 4), *size, generator=g), t=torch.rand(B, generator=g),
+                    text=torch.randn(B, L, config[self.width], generator=g))
+        return {**call, self.mask: torch.arange(L) < torch.tensor(lengths)[:, None]} if self.mask else call
+
+    def pair(self, config=None):
+        """-> ours and diffusers', of the same weights."""
+        ours = fill(self.net(**config or self.tiny))
+        reference = self.theirs(**config or self.tiny).eval()
+        reference.load_state_dict(ours.state_dict())  # strict: same names, same shapes
+        return ours, reference
+
+    def error(self, out, want):
+        """Largest difference as a share of the largest value; Wan's is not that of small numbers, so it also counts as it is."""
+        return max(relative(out, want), (out - want).abs().max().item() if self is WAN else 0.0)
+
+    def refuses(self, message, config=None, **change):
+        """A small call with this change, or a network with this config, raises ValueError, one line that matches message."""
+        with pytest.raises(ValueError, match=message) as error:
+            net = self.net(**{**self.tiny, **(config or {})})
+            if config is None:
+                net(**{**self.inputs(), **change})
+        assert "\n" not in str(error.value)
+
+
+WAN = Released(wan, "WanTransformer3DModel", dict(
+    num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, freq_dim=16, ffn_dim=32, num_layers=3,
+    rope_max_seq_len=32), wan_velocity, (2, 4, 6), [5, 5], "text_dim")
+Z_IMAGE = Released(z_image, "ZImageTransformer2DModel", dict(
+    in_channels=4, dim=36, n_layers=3, n_refiner_layers=2, n_heads=3, n_kv_heads=3, cap_feat_dim=10, axes_dims=[4, 4, 4], axes_lens=[128, 16, 16]),
+    z_image_velocity, (4, 6), [5, 40], "cap_feat_dim", "text_mask")
+PIXART = Released(pixart, "PixArtTransformer2DModel", dict(
+    num_attention_heads=3, attention_head_dim=8, cross_attention_dim=24, caption_channels=10, num_layers=3, sample_size=64),
+    pixart_noise, (4, 6), [5, 4], "caption_channels", "mask")
+MODELS = {"wan": WAN, "z_image": Z_IMAGE, "pixart": PIXART}
