@@ -399,10 +399,11 @@ def parse_args(argv=None):
                    "min(SNR, 5) (demo)")
     p.add_argument("--fake_noise", choices=["bridge", "fresh"], default="bridge", help="what the fake sees: x_s noised on (paper), or x0 noised afresh (Tab. 5, without "
                    "importance sampling)")
-    p.add_argument("--loss", choices=["pseudo_huber", "demo", "l2"], default="pseudo_huber", help="Eq. 11 per sample (paper), per element over DMD's normaliser (demo), or "
-                   "squares (Tab. 5)")
+    p.add_argument("--loss", choices=["pseudo_huber", "demo", "l2"], default="pseudo_huber", help="Eq. 11 per sample (paper), per element over DMD's normaliser "
+                   "(demo), or squares (Tab. 5)")
     p.add_argument("--renoise", choices=["ode", "sde"], default="ode", help="between student steps: the noise it implies (paper), or fresh noise")
-    p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1.6e-3, help="AdamW learning rate of the fake score (paper: 2e-5, ten times the student's)")
+    p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1.6e-3, help="AdamW learning rate of the fake score (paper: 2e-5, ten times "
+                   "the student's)")
     p.add_argument("--lr_decay_share", type=io.number(float, 0, 1), default=1.0, help="last share of the run with both rates falling linearly to 0 "
                    "(paper: 0, constant)")
     p.add_argument("--fake_update_ratio", type=io.number(int, 1), default=2, help="R, fake updates per student update (paper: 1)")
