@@ -222,11 +222,11 @@ def train(args):
         """For every sample its K, one step of that trajectory, and that step's input, reached by the student's own steps without gradient.
         -> x_t (B, ...), t, s, lower and upper raw level of the step (B,), cond of student and fake, of teacher, uncond."""
         z, (cond, uncond) = draw.normal("z", shape), conditions.draw(draw, device)
-        steps = torch.tensor(counts, device=device)[(draw.spread("steps") * len(counts)).long().clamp_max(len(counts) - 1)]  # (B,)
+        of = (torch.tensor(draw.rows, device=device) + draw.agreed("steps", len(counts))) % len(counts)  # whose turn it is, in rotation
+        steps = torch.tensor(counts, device=device)[of]  # (B,)
         j = torch.minimum((draw.uniform("j") * steps).long(), steps - 1)  # which step, 0 = from noise
         told = {**cond, "steps": steps.float()} if tells else cond
         table = torch.tensor([grids[n] + [0.0] * (max(counts) - n) for n in counts], device=device)  # (counts, longest + 1)
-        of = (steps[:, None] == torch.tensor(counts, device=device)).long().argmax(1)  # its row of the table
         x_t = z.clone()
         with torch.no_grad():
             for i in range(int(j.max())):
