@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from models import io, lora, report
-from models.diffusion import add_noise, expand, from_x0_eps, guided_x0, ode_step, predict_x0, predict_x0_eps, shift, step_grid, transition
+from models.diffusion import add_noise, expand, from_x0_eps, guided_x0, noise_on, ode_step, predict_x0, predict_x0_eps, shift, step_grid, transition
 from models.toy import WORLDS, energy_distance, load_world
 
 # ---- the method --------------------------------------------------------------------------------------------------
@@ -73,12 +73,6 @@ def subinterval_target(kind, schedule, x_s, eps, s, t):
 def naive_target(kind, schedule, x_s, eps, s, t):
     """The biased ablation (Fig. 2c): x_s taken for clean, eps - x_s for flow. Same arguments and shapes as subinterval_target."""
     return from_x0_eps(kind, x_s, eps, schedule.alpha(t), schedule.sigma(t))
-
-
-def noise_on(schedule, x_s, eps, s, t):
-    """x_t = alpha_{t|s} x_s + sigma_{t|s} eps: a sample at level s carried on to level t (Eq. 2).  x_s, eps (B, ...), s, t (B,) -> (B, ...)."""
-    a, b = transition(schedule, s, t)
-    return expand(a, x_s) * x_s + expand(b, x_s) * eps
 
 
 def taper(schedule, s, t, high=10.0):

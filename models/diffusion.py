@@ -101,6 +101,12 @@ def transition(schedule, s, t):
     return a, (schedule.sigma(t) ** 2 - a**2 * schedule.sigma(s) ** 2).clamp_min(0).sqrt()
 
 
+def noise_on(schedule, x_s, eps, s, t):
+    """x_t = alpha_{t|s} x_s + sigma_{t|s} eps: a sample at level s carried on to level t >= s.  x_s, eps (B, ...), s, t (B,) -> (B, ...)."""
+    a, b = transition(schedule, s, t)
+    return expand(a, x_s) * x_s + expand(b, x_s) * eps
+
+
 # ---- what a network predicts -------------------------------------------------------------------------------------
 
 
