@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import decoupled_dmd
 import dmd
+import tdm
 from models import io, report, toy
 from models.dit import DiT
 from models.pixart import PixArtTransformer2DModel
@@ -79,6 +80,7 @@ def has_gradient(module):
 
 
 both = pytest.mark.parametrize("script", [dmd, decoupled_dmd], ids=lambda script: script.__name__)  # what holds for either
+each = pytest.mark.parametrize("script", [dmd, decoupled_dmd, tdm], ids=lambda script: script.__name__)
 
 
 class Diary:
