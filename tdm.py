@@ -301,8 +301,8 @@ def train(args):
                 loss = trajectory_matching_loss(x0, x0_real, x0_fake, args.loss)
             (loss * share).backward()
             student_loss += loss.detach() * share
-            for name, value in (("loss", loss * share), ("g", (x0_fake - x0_real).square().mean().sqrt() * share),
-                                ("mean", x0.mean() * share), ("std", x0.square().mean() * share)):  # std below
+            for name, value in (("loss", loss * share), ("g", (x0_fake - x0_real).square().mean() * share),
+                                ("mean", x0.mean() * share), ("std", x0.square().mean() * share)):  # g, std below
                 sums[name] += value.item()
         norm = update([optimizer], args.max_grad_norm, "student", student_loss)
         if args.ema_decay:
@@ -311,6 +311,7 @@ def train(args):
 
         done = step + 1
         sums = dict(zip(sums, mean_over_ranks(*sums.values())))
+        sums["g"] **= 0.5
         sums["std"] = max(0.0, sums["std"] - sums["mean"] ** 2) ** 0.5  # of all ranks' samples together
         if main_rank:
             log.write({"step": done, **sums, "norm_student": norm, "norm_fake": norm_fake, **lap.columns(), "peak_memory_mb": io.peak_memory_mb(device)})
