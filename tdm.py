@@ -301,8 +301,8 @@ def train(args):
                 loss = trajectory_matching_loss(x0, x0_real, x0_fake, args.loss)
             (loss * share).backward()
             student_loss += loss.detach() * share
-            for name, value in (("loss", loss * share), ("g", (x0_fake - x0_real).square().mean().sqrt() * share),
-                                ("mean", x0.mean() * share), ("std", x0.square().mean() * share)):  # std below
+            for name, value in (("loss", loss * share), ("g", (x0_fake - x0_real).square().mean() * share),
+                                ("mean", x0.mean() * share), ("std", x0.square().mean() * share)):  # g, std below
                 sums[name] += value.item()
         norm = update([optimizer], args.max_grad_norm, "student", student_loss)
         if args.ema_decay:
@@ -311,6 +311,7 @@ def train(args):
 
         done = step + 1
         sums = dict(zip(sums, mean_over_ranks(*sums.values())))
+        sums["g"] **= 0.5
         sums["std"] = max(0.0, sums["std"] - sums["mean"] ** 2) ** 0.5  # of all ranks' samples together
         if main_rank:
             log.write({"step": done, **sums, "norm_student": norm, "norm_fake": norm_fake, **lap.columns(), "peak_memory_mb": io.peak_memory_mb(device)})
@@ -389,7 +390,7 @@ def parse_args(argv=None):
     p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the student here instead of from the teacher")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
     p.add_argument("--sample_shape", type=io.number(int, 1), nargs="+", default=None, help="C H W or C T H W of a sample (default: the network's)")
-    p.add_argument("--student_steps", type=io.number(int, 1), nargs="+", default=None, help="K, the step counts of the student (paper: 4, or 1 2 4 in one)")
+    p.add_argument("--student_steps", type=io.number(int, 1), nargs="+", default=[1, 2, 4], help="K, the step counts of the student (paper: 4, or 1 2 4 in one)")
     p.add_argument("--untold", action="store_true", help="ablation: tell K neither to student nor to fake (Tab. 5)")
     p.add_argument("--tau_range", choices=["segment", "to_noise"], default="segment", help="noise levels of a step: its own interval (paper), or up to pure noise")
     p.add_argument("--match", choices=["noisy", "clean"], default="noisy", help="match x_s where the step lands (paper), or its x0 (Tab. 7)")
@@ -415,9 +416,9 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
     start = known.sample or known.teacher
-    if not known.sample:  # else from the student
-        p.set_defaults(student_steps=[1, 2, 4])
     p.set_defaults(**(GLYPHS if start == "glyphs" else RING if start == "ring" else {} if io.is_small(start, WORLDS) else RELEASED))
+    if known.sample:
+        p.set_defaults(student_steps=None)  # the saved student's own
     args = p.parse_args(argv)
     if args.student_steps and len(set(args.student_steps)) < len(args.student_steps):
         p.error(f"argument --student_steps: {' '.join(map(str, args.student_steps))} names a count twice")

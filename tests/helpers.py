@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import decoupled_dmd
 import dmd
+import tdm
 from models import io, report, toy
 from models.dit import DiT
 from models.pixart import PixArtTransformer2DModel
@@ -79,6 +80,7 @@ def has_gradient(module):
 
 
 both = pytest.mark.parametrize("script", [dmd, decoupled_dmd], ids=lambda script: script.__name__)  # what holds for either
+each = pytest.mark.parametrize("script", [dmd, decoupled_dmd, tdm], ids=lambda script: script.__name__)
 
 
 class Diary:
@@ -87,10 +89,17 @@ class Diary:
 
     def __init__(self, monkeypatch, script):
         self.updates, self.fake_samples, self.rollouts, self.grads, self.norms, self.turns = [], [], [], [], [], [[]]
-        self.wrap(monkeypatch, io, "load_networks", self.on_networks)
+        self.wrap(monkeypatch, io, "load_networks", lambda real, *args: self.watch(*real(*args)))
         self.wrap(monkeypatch, script, "update", self.on_update)
         self.wrap(monkeypatch, script, "fake_score_loss", self.on_fake_loss)
-        self.wrap(monkeypatch, script, "rollout", self.on_rollout)
+        if script is tdm:  # it makes student and fake itself, in this order, and then freezes the teacher
+            monkeypatch.setattr(tdm, "copy", types.SimpleNamespace(deepcopy=copy.deepcopy))
+            made = []
+            for module, name in ((tdm.copy, "deepcopy"), (io, "told_steps")):
+                self.wrap(monkeypatch, module, name, lambda real, net: made.append(real(net)) or made[-1])
+            self.wrap(monkeypatch, io, "freeze_teacher", lambda real, args, teacher, device: self.watch(teacher, *made) and real(args, teacher, device))
+        else:
+            self.wrap(monkeypatch, script, "rollout", self.on_rollout)
         quiet(monkeypatch)
 
     @staticmethod
@@ -101,12 +110,12 @@ class Diary:
             return before(real, *args)
         monkeypatch.setattr(module, name, wrapped)
 
-    def on_networks(self, real, *args):
-        self.teacher, self.student, self.fake = real(*args)
+    def watch(self, *networks):
+        self.teacher, self.student, self.fake = networks
         for who, net in (("teacher", self.teacher.net), ("student", self.student), ("fake", self.fake)):
             net.register_forward_hook(lambda net, xt, cond, output, who=who: self.turns[-1].append(types.SimpleNamespace(
-                who=who, x_t=xt[0].detach(), t=xt[1], **{"label": None, "steps": None, **cond})), with_kwargs=True)
-        return self.teacher, self.student, self.fake
+                who=who, x_t=xt[0].detach(), t=xt[1], graph=torch.is_grad_enabled(), **{"label": None, "steps": None, **cond})), with_kwargs=True)
+        return networks
 
     def on_update(self, real, optimizers, max_norm, what, loss):
         parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
@@ -144,13 +153,13 @@ def ring_run(monkeypatch, script, folder, *flags, steps=3, batch=8):
 
 def one_step(monkeypatch, script, folder, *flags):
     """One step of the ring (batch 8, R = 1) -> diary with the networks as they were and the gradients at each update: {what: (nets, grads)}."""
-    diary, heads = Diary(monkeypatch, script), []
-    real_head, real_update = script.GanHead, script.update
-    monkeypatch.setattr(script, "GanHead", lambda dim: heads.append(real_head(dim)) or heads[0])
+    diary, heads, real_update = Diary(monkeypatch, script), {}, script.update
+    if hasattr(script, "GanHead"):
+        diary.wrap(monkeypatch, script, "GanHead", lambda real, dim: heads.setdefault("head", real(dim)))
     diary.at = {}
 
     def on_update(optimizers, max_norm, what, loss):
-        nets = {"student": diary.student, "fake": diary.fake, "head": heads[0]}
+        nets = {"student": diary.student, "fake": diary.fake, **heads}
         diary.at[what] = (copy.deepcopy(nets), {n: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for n, net in nets.items()})
         return real_update(optimizers, max_norm, what, loss)
     monkeypatch.setattr(script, "update", on_update)
@@ -193,6 +202,14 @@ def save_tiny_teacher(folder):
     net = perturbed(DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=2, num_classes=3))
     io.save_network(net, io.network_config(net), str(folder))
     return str(folder)
+
+
+def save_tiny_vp_teacher(root):
+    """The same network with a scheduler that makes its output eps under VP."""
+    (root / "scheduler").mkdir(parents=True)
+    io.save_json({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"},
+                 str(root / "scheduler" / "scheduler_config.json"))
+    return save_tiny_teacher(root / "transformer")
 
 
 def save_tiny_wan(root, width=16, boundary=None):

@@ -12,7 +12,7 @@ from torch.distributions import Normal, kl_divergence
 
 import decoupled_dmd
 import dmd
-from helpers import Diary, assert_bit_equal, one_step, read_log, refusal_of, ring_network, ring_run, save_tiny_teacher
+from helpers import Diary, assert_bit_equal, one_step, read_log, refusal_of, ring_network, ring_run, save_tiny_teacher, save_tiny_vp_teacher
 from models import io
 from models.diffusion import VP, predict_x0, shift, unshift
 from models.toy import RingTeacher, load_world
@@ -267,12 +267,8 @@ def test_ranges_by_schedule():
 
 def test_vp_teacher_from_end_to_end(tmp_path, monkeypatch):
     """A teacher that predicts eps under VP: its schedule in the gradients, in student/sampler.json and in what --sample draws."""
-    folder = tmp_path / "vp" / "transformer"
-    save_tiny_teacher(folder)
-    (tmp_path / "vp" / "scheduler").mkdir()
-    io.save_json({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"},
-                 str(tmp_path / "vp" / "scheduler" / "scheduler_config.json"))
-    flags = ["--teacher", str(folder), "--output_dir", str(tmp_path / "run"), "--max_train_steps", "2", "--train_batch_size", "4", "--teacher_steps", "2",
+    folder = save_tiny_vp_teacher(tmp_path / "vp")
+    flags = ["--teacher", folder, "--output_dir", str(tmp_path / "run"), "--max_train_steps", "2", "--train_batch_size", "4", "--teacher_steps", "2",
              "--preview_samples", "3"]
     seen, real = [], decoupled_dmd.decoupled_gradients
 
@@ -281,7 +277,7 @@ def test_vp_teacher_from_end_to_end(tmp_path, monkeypatch):
         return real(x, x0_real, x0_fake, *rest)
     monkeypatch.setattr(decoupled_dmd, "decoupled_gradients", on_gradients)
     decoupled_dmd.main(flags)
-    schedule, net = VP("scaled_linear", 0.00085, 0.012), io.load_network(str(folder))[0]
+    schedule, net = VP("scaled_linear", 0.00085, 0.012), io.load_network(folder)[0]
     draw = io.Draws(0, 1, "student", range(4))
     t, eps = draw.spread("u", 0.02, 0.98), draw.normal("eps", (1, 4, 4))
     a, s = (v[:, None, None, None] for v in (schedule.alpha(t), schedule.sigma(t)))

@@ -12,7 +12,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import dmd
-from helpers import ROOT, Diary, both, has_gradient, one_step, perturbed, read_log, ring_network, ring_run
+import tdm
+from helpers import ROOT, Diary, both, each, has_gradient, one_step, perturbed, read_log, ring_network, ring_run
 from models import io, toy
 from models.diffusion import VP, Flow, add_noise, from_x0_eps, predict_x0, predict_x0_eps, sample_ode, step_grid, to_x0_eps, unshift
 from models.dit import DiT
@@ -449,7 +450,7 @@ def test_gan_sees_noised_samples():
 # ---- the training loop -------------------------------------------------------------------------------------------
 
 
-@both
+@each
 @pytest.mark.parametrize("R", [1, 4])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_fake_is_updated_R_times_per_student_update(monkeypatch, tmp_path, script, R, accumulation):
@@ -579,7 +580,7 @@ def test_fake_and_discriminator_gradient_in_the_loop(monkeypatch, tmp_path, scri
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
-@both
+@each
 def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path, script):
     """student/ holds the EMA, warmed up as (1 + n) / (4 + n); both rates warm up and fall, each its own."""
     rates, weights = {"student": [], "fake-score": []}, []
@@ -593,7 +594,8 @@ def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path, script):
     diary = Diary(monkeypatch, script)
     diary.wrap(monkeypatch, script, "update", on_update)
     script.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "4", "--train_batch_size", "8", "--fake_update_ratio", "1",
-                 "--lr_warmup_steps", "2", "--lr_decay_share", "0.5", "--learning_rate", "1e-2", "--learning_rate_fake", "3e-2", "--ema_decay", "0.45"])
+                 "--lr_warmup_steps", "2", "--lr_decay_share", "0.5", "--learning_rate", "1e-2", "--learning_rate_fake", "3e-2", "--ema_decay", "0.45",
+                 "--student_steps", "1"])
     assert rates["student"] == pytest.approx([5e-3, 1e-2, 1e-2, 5e-3]) and rates["fake-score"] == pytest.approx([1.5e-2, 3e-2, 3e-2, 1.5e-2])
     ema = [p.detach().clone() for p in ring_network(0).parameters()]
     for decay, now in zip((0.25, 0.4, 0.45, 0.45), weights):
@@ -603,7 +605,7 @@ def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path, script):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@both
+@each
 def test_report_of_a_world(monkeypatch, tmp_path, script):
     """report.json's rows: calls counted with guidance, fd_excess against the data row, fd_teacher against the teacher's samples."""
     monkeypatch.setattr(toy, "fit_ring_network", lambda teacher, seed: ring_network(seed))
@@ -625,19 +627,20 @@ def test_no_fake_score_never_updates_the_fake(monkeypatch, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(diary.fake.parameters(), ring_network(0).parameters()))
 
 
-@both
+@each
 def test_accumulation_is_a_larger_batch(monkeypatch, tmp_path, script):
     """Two micro-batches of 8 are one batch of 16: the same rows are drawn and the same weights result."""
-    one = ring_run(monkeypatch, script, tmp_path / "one", "--gan_weight", "0.1", batch=16)
+    flags = [] if script is tdm else ["--gan_weight", "0.1"]
+    one = ring_run(monkeypatch, script, tmp_path / "one", *flags, batch=16)
     monkeypatch.undo()
-    two = ring_run(monkeypatch, script, tmp_path / "two", "--gan_weight", "0.1", "--gradient_accumulation_steps", "2")
+    two = ring_run(monkeypatch, script, tmp_path / "two", *flags, "--gradient_accumulation_steps", "2")
     assert one.norms == pytest.approx(two.norms, rel=1e-3)  # before clipping: Adam alone would forgive a wrong scale
-    assert any(not torch.equal(a, b) for a, b in zip(one.student.parameters(), ring_network(0).parameters()))
+    assert any(not torch.equal(a, b) for a, b in zip(one.student.hidden.parameters(), ring_network(0).hidden.parameters()))
     for a, b in zip([*one.student.parameters(), *one.fake.parameters()], [*two.student.parameters(), *two.fake.parameters()]):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
     for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
         for name in a:
-            if name.startswith(("loss", "cos")) or name in ("mean", "std"):
+            if name.startswith(("loss", "cos")) or name in ("g", "mean", "std"):
                 assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3, abs=1e-5), name
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import decoupled_dmd
 import dmd
-from helpers import (ENV, ROOT, SPYING, SUICIDAL, TINY_WAN, assert_bit_equal, both, perturbed, read_log, refusal_of, save_tiny_teacher, save_tiny_wan, save_tiny_z_image,
-                     weights, without_time)
+import tdm
+from helpers import (ENV, ROOT, SPYING, SUICIDAL, TINY_WAN, assert_bit_equal, each, perturbed, read_log, refusal_of, save_tiny_pixart, save_tiny_teacher, save_tiny_wan,
+                     save_tiny_z_image, weights, without_time)
 from models import io
 from models.diffusion import Flow
 from models.dit import DiT
@@ -111,7 +112,13 @@ WRONG_DMD = [
     (["--no_fake_score", "--gan_weight", "0.1", "--data", "nowhere"], "use --gan_weight 0")]
 
 
-@pytest.mark.parametrize("script, flags, says", [(script, *case) for script, cases in ((dmd, WRONG + WRONG_DMD), (decoupled_dmd, WRONG)) for case in cases])
+WRONG_TDM = [case for case in WRONG if not {"--dm_range", "--data", "--gan_weight"} & set(case[0])] + [
+    (["--student_steps", "2", "4", "2"], "--student_steps: 2 4 2 names a count twice"),
+    (["--match", "clean", "--fake_noise", "fresh"], "--fake_noise: with --match clean")]
+
+
+@pytest.mark.parametrize("script, flags, says", [
+    (script, *case) for script, cases in ((dmd, WRONG + WRONG_DMD), (decoupled_dmd, WRONG), (tdm, WRONG_TDM)) for case in cases])
 def test_wrong_flags(tmp_path, capsys, script, flags, says):
     teacher = save_tiny_teacher(tmp_path / "teacher")
     other = DiT(size=(8, 8), patch=(4, 4), channels=1, dim=32, depth=1, num_classes=3)
@@ -209,17 +216,18 @@ def test_exit_code_from_the_shell(tmp_path):
 # ---- a loss that is not finite: exit code 1, the last checkpoint intact ------------------------------------------------
 
 
-@both
+@each
 def test_nan_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch, script):
     teacher, out, calls = save_tiny_teacher(tmp_path / "teacher"), tmp_path / "run", []
-    real = script.distribution_matching_loss
+    name = "trajectory_matching_loss" if script is tdm else "distribution_matching_loss"
+    real = getattr(script, name)
 
-    def poisoned(x, g):
+    def poisoned(x, g, *rest):
         calls.append(0)
-        return real(x, g * (float("nan") if len(calls) == 5 else 1))
+        return real(x, g * (float("nan") if len(calls) == 5 else 1), *rest)
     flags = [*SHORT, "--teacher", teacher, "--output_dir", str(out)]
     with monkeypatch.context() as m:
-        m.setattr(script, "distribution_matching_loss", poisoned)
+        m.setattr(script, name, poisoned)
         with pytest.raises(SystemExit) as stop:
             io.run(lambda: script.main(flags))
     error = capsys.readouterr().err.splitlines()[-1]
@@ -233,15 +241,15 @@ def test_nan_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys, monke
 
 # ---- crash and resume --------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module", params=[dmd, decoupled_dmd], ids=lambda script: script.__name__)
+@pytest.fixture(scope="module", params=[dmd, decoupled_dmd, tdm], ids=lambda script: script.__name__)
 def unbroken(request, tmp_path_factory):
     """-> script, flags of a short run with everything that has state (GAN, EMA, two steps, accumulation), its final tensors and its log."""
     script = request.param
     root = tmp_path_factory.mktemp("unbroken")
     teacher = save_tiny_teacher(root / "teacher")
     save_file({"x0": torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0)), "cond.label": torch.arange(20) % 3}, root / "data.safetensors")
-    flags = [*SHORT, "--teacher", teacher, "--data", str(root / "data.safetensors"), "--gan_weight", "0.1", "--student_steps", "2",
-             "--gradient_accumulation_steps", "2", "--lr_decay_share", "0"]
+    more = ["--student_steps", "1", "2"] if script is tdm else ["--student_steps", "2", "--data", str(root / "data.safetensors"), "--gan_weight", "0.1"]
+    flags = [*SHORT, "--teacher", teacher, *more, "--gradient_accumulation_steps", "2", "--lr_decay_share", "0"]
     script.main([*flags, "--output_dir", str(root / "run")])
     return script, flags, weights(root / "run"), read_log(root / "run")
 
@@ -249,7 +257,7 @@ def unbroken(request, tmp_path_factory):
 # The first save is 6 files and the rename that makes it count, replace 8; fsync 5 is inside its student/, 15 right after the rename, 24 in the second.
 @pytest.mark.parametrize("unbroken, call, n", [
     *((dmd, *at) for at in (("fsync", 2), ("fsync", 5), ("replace", 6), ("replace", 7), ("replace", 8), ("fsync", 15), ("fsync", 24))),
-    (decoupled_dmd, "fsync", 24)], indirect=["unbroken"])
+    (decoupled_dmd, "fsync", 24), (tdm, "fsync", 24)], indirect=["unbroken"])
 def test_kill_during_a_save(unbroken, tmp_path, call, n):
     """SIGKILL between any two steps of a save; the next start finds the last whole checkpoint, or none, and ends bit-equal."""
     script, flags, final, log = unbroken
@@ -310,7 +318,7 @@ def test_what_resume_refuses_and_repeats(unbroken, tmp_path, capsys):
 # ---- what a run leaves -------------------------------------------------------------------------------------------------
 
 
-@both
+@each
 def test_outputs_of_a_run(tmp_path, script):
     """student/ has the teacher's own config and layout, and --sample draws the same pictures in a new process."""
     teacher, out = save_tiny_teacher(tmp_path / "teacher"), tmp_path / "run"
@@ -330,7 +338,8 @@ def test_outputs_of_a_run(tmp_path, script):
     assert x.shape == (3, 1, 4, 4) and (tmp_path / "runs" / "run-samples" / "samples.png").is_file()
     student = io.load_network(str(out / "student"))[0]
     draw = io.Draws(0, "evaluation", 0, range(3))
-    want = script.sample(student, Flow(), "flow_v", draw.normal("z", (1, 4, 4)), [1.0, 0.5], {"label": torch.arange(3)}, "ode")
+    label = {"label": torch.arange(3)}
+    want = script.sample(student, Flow(), "flow_v", draw.normal("z", (1, 4, 4)), *(([1.0, 0.5, 0.0], label) if script is tdm else ([1.0, 0.5], label, "ode")))
     torch.testing.assert_close(x, want)
 
 
@@ -365,10 +374,11 @@ def test_sharded_checkpoints(tmp_path):
 # ---- Wan, one process and two ------------------------------------------------------------------------------------------
 
 
-@both
+@each
 def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path, script):
     (tmp_path / "teacher").mkdir()
-    flags = [*(save_tiny_wan if script is dmd else save_tiny_z_image)(tmp_path / "teacher"), "--max_train_steps", "4", "--fake_update_ratio", "5"]
+    teacher = {dmd: save_tiny_wan, decoupled_dmd: save_tiny_z_image, tdm: lambda root: [*save_tiny_pixart(root, 512), "--student_steps", "4"]}[script]
+    flags = [*teacher(tmp_path / "teacher"), "--max_train_steps", "4", "--fake_update_ratio", "5"]
     (tmp_path / "spy.py").write_text(SPYING.format(script=script.__name__))
     single = [sys.executable, str(tmp_path / "spy.py")]
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "spy.py")]
@@ -402,7 +412,7 @@ def test_existing_folder_named_with_a_slash_is_renamed(tmp_path):
     assert (tmp_path / "run.1" / "report.json").exists() and (tmp_path / "run" / "report.json").exists()
 
 
-@both
+@each
 def test_resume_beyond_the_end_and_into_another_folder(tmp_path, capsys, script):
     """A shorter run than the checkpoint is refused; a finished checkpoint given by path is written out whole elsewhere."""
     flags, out = [*SHORT, "--teacher", save_tiny_teacher(tmp_path / "teacher")], tmp_path / "run"
@@ -413,7 +423,7 @@ def test_resume_beyond_the_end_and_into_another_folder(tmp_path, capsys, script)
     assert_bit_equal(load_file(out / "student" / io.WEIGHTS), load_file(tmp_path / "new" / "student" / io.WEIGHTS))
 
 
-@both
+@each
 def test_samples_of_another_shape(tmp_path, capsys, script):
     """A student trained at --sample_shape is sampled at it, one batch at a time, as the run itself showed; videos also leave a GIF.
     Samples never replace those of a run."""
