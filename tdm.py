@@ -82,7 +82,10 @@ def fake_score_loss(fake, schedule, kind, x_s, x0, eps, s, tau, cond, target="im
     prediction = fake(x_tau, tau, **cond).to(x_tau.dtype)
     x0_fake, eps_fake = to_x0_eps(prediction, kind, x_tau, alpha, sigma)
     if target == "exact":
-        return (expand(transition(schedule, s, tau)[1] / sigma, eps) * eps_fake - eps).square().mean()  # b / sigma_tau <= 1
+        error = expand(transition(schedule, s, tau)[1] / sigma, eps) * eps_fake - eps  # b / sigma_tau <= 1
+        if weight == "network":  # what that error in eps is in the space of the prediction, at the same x_tau
+            error = from_x0_eps(kind, -expand(sigma / alpha, error) * error, error, alpha, sigma)
+        return error.square().mean()
     importance = importance_weight(schedule, x_tau, x0, eps, tau)  # (B,)
     if weight == "snr":
         return (importance * ((alpha / sigma) ** 2).clamp(max=max_snr) * (x0_fake - x0).square().flatten(1).mean(1)).mean()
