@@ -75,17 +75,20 @@ def fake_score_loss(fake, schedule, kind, x_s, x0, eps, s, tau, cond, target="im
 
     "importance" (Eq. 7 and the demo): denoise towards the student's own x0, weighted by importance_weight. Its optimum is E[x0 | x_tau],
     which is the score's only where s = 0. weight "network": in the space the network predicts, as its teacher was trained; "snr": in x0,
-    times min(SNR, 5), the demo's. "exact": denoising score matching of the bridge, |b / sigma_tau eps_psi - eps|^2, whose optimum is
-    the score of x_tau at every step.  x_s, x0, eps (B, ...), s, tau (B,) -> scalar.
+    times min(SNR, 5), the demo's. "exact": denoising score matching of the bridge, times (b / sigma_tau)^2 against its noise; the optimum is
+    the score of x_tau at every step. weight "snr": of eps, |b / sigma_tau eps_psi - eps|^2.  x_s, x0, eps (B, ...), s, tau (B,) -> scalar.
     """
     x_tau, alpha, sigma = noise_on(schedule, x_s, eps, s, tau), schedule.alpha(tau), schedule.sigma(tau)
     prediction = fake(x_tau, tau, **cond).to(x_tau.dtype)
     x0_fake, eps_fake = to_x0_eps(prediction, kind, x_tau, alpha, sigma)
-    if target == "exact":
-        error = expand(transition(schedule, s, tau)[1] / sigma, eps) * eps_fake - eps  # b / sigma_tau <= 1
-        if weight == "network":  # what that error in eps is in the space of the prediction, at the same x_tau
-            error = from_x0_eps(kind, -expand(sigma / alpha, error) * error, error, alpha, sigma)
-        return error.square().mean()
+    if target == "exact":  # eps and x0 that stand for the score -eps / b of q(x_tau | x_s); both grow as 1 / b, and b / sigma_tau <= 1
+        b = transition(schedule, s, tau)[1]
+        y_eps = expand(sigma / b, eps) * eps
+        if weight == "snr":
+            return (expand(b / sigma, eps) * (eps_fake - y_eps)).square().mean()
+        alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
+        y_x0 = x_s / expand(alpha_s, x_s) - expand(alpha * sigma_s**2 / (alpha_s**2 * b), eps) * eps
+        return (expand(b / sigma, eps) * (prediction - from_x0_eps(kind, y_x0, y_eps, alpha, sigma))).square().mean()
     importance = importance_weight(schedule, x_tau, x0, eps, tau)  # (B,)
     if weight == "snr":
         return (importance * ((alpha / sigma) ** 2).clamp(max=max_snr) * (x0_fake - x0).square().flatten(1).mean(1)).mean()
