@@ -32,8 +32,8 @@ def between(schedule, x, eps, s, t):
 
 
 def drawn(draw, counts):
-    """K and step of each row."""
-    K = torch.tensor(counts)[(draw.spread("steps") * len(counts)).long()]
+    """K, in turn over the rows, and step of each."""
+    K = torch.tensor([counts[(row + draw.agreed("steps", len(counts))) % len(counts)] for row in draw.rows])
     return K, (draw.uniform("j") * K).long()
 
 
@@ -66,7 +66,8 @@ def fake_loss(fake, schedule, at, exact, snr):
     x0, eps = split(fake, schedule, at.x_tau, at.tau, **at.cond)
     b = (s**2 - (a * expand(schedule.sigma(at.level) / schedule.alpha(at.level), s)) ** 2).sqrt()
     if exact:
-        return (b / s * eps - at.eps).square().mean()
+        error = b / s * eps - at.eps
+        return (error / a if isinstance(schedule, Flow) and not snr else error).square().mean()  # flow's velocity is off by 1 / alpha of that
     mix = (at.x_tau - a * at.x0.detach()) / s
     weight = ((at.eps.square().flatten(1).mean(1) - mix.square().flatten(1).mean(1)) / 2).exp()
     error = ((eps - x0) - (mix - at.x0.detach())) if isinstance(schedule, Flow) else eps - mix
@@ -81,6 +82,7 @@ CASES = [  # flags, what they mean for trajectories, for the loss
     (["--loss", "l2"], {}, dict(loss="l2")), (["--loss", "demo"], {}, dict(loss="demo")), (["--renoise", "sde"], dict(sde=True), {}),
     (["--match", "clean"], dict(clean=True), {}), (["--tau_range", "to_noise"], dict(to_noise=True), {}), (["--guidance_scale", "1"], {}, dict(scale=1)),
     (["--fake_noise", "fresh"], {}, dict(fresh=True)), (["--fake_target", "exact"], {}, dict(exact=True)), (["--fake_weight", "snr"], {}, dict(snr=True)),
+    (["--fake_target", "exact", "--fake_weight", "snr"], {}, dict(exact=True, snr=True)),
     (["--teacher", "VP"], {}, {}), (["--teacher", "VP", "--fake_target", "exact", "--match", "clean"], dict(clean=True), dict(exact=True)),
     (["--teacher", "VP", "--renoise", "sde"], dict(sde=True), {})]
 
@@ -113,9 +115,10 @@ def test_gradients_and_calls(monkeypatch, tmp_path, flags, path, means):
                 error = expand((at.x0 - real).abs().flatten(1).mean(1), g)
                 by = {"pseudo_huber": g / norm / 8, "l2": g / g.numel(), "demo": g / (g.square() + 1e-6).sqrt() / error / g.numel()}[means.get("loss", "pseudo_huber")]
             want = torch.autograd.grad((at.x0 * by).sum(), list(nets["student"].parameters()))
+        largest = max(v.abs().max().item() for v in want)
         for a, b in zip(grads[what.split("-")[0]], want, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-6)
-        assert max(v.abs().max() for v in want) > 1e-3
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5 * largest)
+        assert largest > 1e-3
     (row,) = [{name: float(v) for name, v in row.items()} for row in read_log(tmp_path / "run")]
     value = {"pseudo_huber": (norm - c).mean(), "l2": g.square().mean() / 2, "demo": (((g.square() + 1e-6).sqrt() - 1e-3) / error).mean()}
     columns = {"loss": value[means.get("loss", "pseudo_huber")], "loss_fake": loss.detach(), "g": g.square().mean().sqrt(), "mean": at.x0.detach().mean(),
