@@ -81,14 +81,13 @@ def fake_score_loss(fake, schedule, kind, x_s, x0, eps, s, tau, cond, target="im
     x_tau, alpha, sigma = noise_on(schedule, x_s, eps, s, tau), schedule.alpha(tau), schedule.sigma(tau)
     prediction = fake(x_tau, tau, **cond).to(x_tau.dtype)
     x0_fake, eps_fake = to_x0_eps(prediction, kind, x_tau, alpha, sigma)
-    if target == "exact":  # eps and x0 that stand for the score -eps / b of q(x_tau | x_s); both grow as 1 / b, and b / sigma_tau <= 1
-        b = transition(schedule, s, tau)[1]
-        y_eps = expand(sigma / b, eps) * eps
+    if target == "exact":  # the pair (x0, eps) that stands for the score -eps / b of q(x_tau | x_s), both times r = b / sigma_tau <= 1
+        r = expand(transition(schedule, s, tau)[1] / sigma, eps)
         if weight == "snr":
-            return (expand(b / sigma, eps) * (eps_fake - y_eps)).square().mean()
+            return (r * eps_fake - eps).square().mean()
         alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
-        y_x0 = x_s / expand(alpha_s, x_s) - expand(alpha * sigma_s**2 / (alpha_s**2 * b), eps) * eps
-        return (expand(b / sigma, eps) * (prediction - from_x0_eps(kind, y_x0, y_eps, alpha, sigma))).square().mean()
+        r_x0 = r * x_s / expand(alpha_s, x_s) - expand(alpha * sigma_s**2 / (alpha_s**2 * sigma), eps) * eps
+        return (r * prediction - from_x0_eps(kind, r_x0, eps, alpha, sigma)).square().mean()
     importance = importance_weight(schedule, x_tau, x0, eps, tau)  # (B,)
     if weight == "snr":
         return (importance * ((alpha / sigma) ** 2).clamp(max=max_snr) * (x0_fake - x0).square().flatten(1).mean(1)).mean()

@@ -222,7 +222,8 @@ def in_own_space(kind, x0, eps, alpha, sigma, output):
 @every_schedule
 @every_kind
 def test_fake_loss_is_equation_7(schedule, kind):
-    """The network's output against x0 in its own space, or in x0 times min(SNR, 5), weighted sample by sample; "exact": |b / sigma_tau eps_psi - eps|^2."""
+    """The network's output against x0 in its own space, or in x0 times min(SNR, 5), weighted sample by sample; "exact": against the
+    bridge's score, times (b / sigma_tau)^2, or |b / sigma_tau eps_psi - eps|^2."""
     t, s, tau, x_t, x0, eps = bridge(schedule)
     output = normal(6, 3, 2, seed=5)
     x_s = student_step(constant(x0), schedule, "x0", x_t, t, s, {})[0]
@@ -233,11 +234,14 @@ def test_fake_loss_is_equation_7(schedule, kind):
     weight, snr = log_weight(eps, eps_mix).exp(), (alpha / sigma) ** 2
     assert (snr > 5).any() and (snr < 5).any()
     got = {name: fake_score_loss(constant(output), schedule, kind, x_s, x0, eps, s, tau, {}, *name.split()) for name in
-           ("importance network", "importance snr", "exact network")}
+           ("importance network", "importance snr", "exact network", "exact snr")}
     error = (x0_fake - x0).square().flatten(1).mean(1)
     close(got["importance network"], (weight * in_own_space(kind, x0, eps_mix, alpha, sigma, output)).mean(), 1e-10)
     close(got["importance snr"], (weight * snr.clamp(max=5) * error).mean(), 1e-10)
-    close(got["exact network"], (expand(b / sigma, eps) * eps_fake - eps).square().mean(), 1e-10)
+    close(got["exact snr"], (expand(b / sigma, eps) * eps_fake - eps).square().mean(), 1e-10)
+    y_eps = expand(sigma / b, eps) * eps  # the score -eps / b as noise, and the x0 that goes with it at x_tau
+    y_x0 = (x_tau - expand(sigma, eps) * y_eps) / expand(alpha, eps)
+    close(got["exact network"], ((b / sigma) ** 2 * in_own_space(kind, y_x0, y_eps, alpha, sigma, output)).mean(), 1e-8)
     close(fake_score_loss(constant(output), schedule, kind, x_s, x0, eps, s, tau, {}, weight="snr", max_snr=1e9), (weight * snr * error).mean(), 1e-10)
     assert torch.equal(fake_score_loss(constant(output), schedule, kind, x_s, x0, eps, s, tau, {}), got["importance network"])  # the default
 
@@ -461,15 +465,16 @@ def test_pointwise_optima_of_a_bent_student(schedule):
 @every_schedule
 @every_kind
 def test_fake_loss_of_the_last_step_is_dmd_s(schedule, kind):
-    """s = 0: weight 1 and eps_mix = eps, so "importance" in the network's space is dmd.py's fake loss; "exact" is its loss in eps, up to what the
-    prediction weighs."""
+    """s = 0: weight 1 and eps_mix = eps, so both targets in the network's space are dmd.py's fake loss; "exact" with weight "snr" is its loss
+    in eps."""
     tau, x0, eps = times(0.1, 0.4, 0.7, 0.95), normal(4, 3), normal(4, 3, seed=1)
     net = lambda x_t, t: torch.sin(x_t) + expand(t, x_t) * x_t  # noqa: E731
     double = lambda x_t, t: DoubleOutput.apply_to(net(x_t, t))  # noqa: E731
     want = dmd.fake_score_loss(double, schedule, kind, x0, eps, tau, {})
     close(fake_score_loss(net, schedule, kind, x0, x0, eps, 0 * tau, tau, {}), want, 1e-10)
     as_eps = lambda x_t, t: DoubleOutput.apply_to(to_x0_eps(net(x_t, t), kind, x_t, schedule.alpha(t), schedule.sigma(t))[1])  # noqa: E731
-    close(fake_score_loss(net, schedule, kind, x0, x0, eps, 0 * tau, tau, {}, "exact"),
+    close(fake_score_loss(net, schedule, kind, x0, x0, eps, 0 * tau, tau, {}, "exact"), want, 1e-10)
+    close(fake_score_loss(net, schedule, kind, x0, x0, eps, 0 * tau, tau, {}, "exact", "snr"),
           dmd.fake_score_loss(as_eps, schedule, "eps", x0, eps, tau, {}), 1e-10)
 
 
@@ -755,9 +760,10 @@ def test_zero_terminal_snr():
     weight = importance_weight(schedule, x_tau, x0, eps, one)
     close(weight[:3], torch.ones(3), 1e-13)
     assert weight.isfinite().all()
-    for flags in ({}, {"weight": "snr"}, {"target": "exact"}):
+    for flags in ({}, {"weight": "snr"}, {"target": "exact"}, {"target": "exact", "weight": "snr"}):
         leaf = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
-        loss = fake_score_loss(lambda x_t, t: net(x_t, t) + leaf, schedule, "vp_v", x_s, x0, eps, s, one, {}, **flags)
+        level = s.clamp(max=0.999) if flags == {"target": "exact"} else s  # a step never lands at pure noise
+        loss = fake_score_loss(lambda x_t, t: net(x_t, t) + leaf, schedule, "vp_v", x_s, x0, eps, level, one, {}, **flags)
         assert loss.isfinite() and torch.autograd.grad(loss, leaf)[0].isfinite().all()
     for loss in LOSSES:
         assert pull(x0, predict_x0(net, schedule, "vp_v", x_tau, one), x0, loss).isfinite().all()
