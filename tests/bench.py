@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Flags after -- go to the script.")
-    p.add_argument("method", choices=["dmd", "phased_dmd", "decoupled_dmd"], help="which script")
+    p.add_argument("method", choices=["dmd", "phased_dmd", "decoupled_dmd", "tdm"], help="which script")
     p.add_argument("--steps", type=int, default=30, help="student steps measured, after 5 that are not")
     argv = sys.argv[1:] + ["--"]  # what comes after the first "--" is for the script
     args, flags_given = p.parse_args(argv[:argv.index("--")]), argv[argv.index("--") + 1:-1]
