@@ -383,7 +383,8 @@ def sample_only(args):
 GLYPHS = dict(timestep_shift=2.0)  # other small teachers: their own shift
 RING = dict(max_train_steps=600, learning_rate=5e-4, learning_rate_fake=1e-3, train_batch_size=256, ema_decay=0.95, adam_betas=[0.0, 0.99], lr_decay_share=0.7)
 RELEASED = dict(max_train_steps=500, train_batch_size=1, learning_rate=2e-6, learning_rate_fake=2e-5, fake_update_ratio=1, guidance_scale=3.5,
-                ema_decay=0.0, adam_betas=[0.0, 0.999], max_grad_norm=1.0, lr_warmup_steps=0, lr_decay_share=0.0, student_steps=[4], preview_samples=2, loss="pseudo_huber")
+                ema_decay=0.0, adam_betas=[0.0, 0.999], max_grad_norm=1.0, lr_warmup_steps=0, lr_decay_share=0.0, student_steps=[4], preview_samples=2,
+                loss="pseudo_huber")
 
 
 def parse_args(argv=None):

@@ -16,7 +16,7 @@ from models.diffusion import VP, Flow, expand, shift, step_grid, unshift
 from models.toy import RingTeacher
 
 SHIFT = 3.0
-BASE = ["--timestep_shift", str(SHIFT), "--guidance_scale", "2.5"]
+BASE = ["--timestep_shift", str(SHIFT), "--guidance_scale", "2.5", "--loss", "pseudo_huber"]
 
 
 def split(net, schedule, x_t, t, **cond):
