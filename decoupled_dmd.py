@@ -210,14 +210,9 @@ def train(args):
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
     optimizer_fake = torch.optim.AdamW([*fake.parameters(), *head.parameters()], lr=args.learning_rate_fake, **adam)
 
-    start, state = 0, io.find_state(args.output_dir, args.resume_from_checkpoint)
-    if state:
-        info, tensors = io.load_json(os.path.join(state, "state.json")), io.load_tensors(os.path.join(state, "state.safetensors"))
-        io.check_same_flags(info, args)
-        start = info["step"]
-        for net, name in ((student, "student"), (fake, "fake"), (head, "head")) + (((ema, "ema"),) if args.ema_decay else ()):
-            io.unpack_module(net, name, tensors)
-        io.unpack_optimizer(optimizer, "optimizer", tensors), io.unpack_optimizer(optimizer_fake, "optimizer_fake", tensors)
+    modules = {"student": student, "fake": fake, "head": head, **({"ema": ema} if args.ema_decay else {})}
+    optimizers = {"optimizer": optimizer, "optimizer_fake": optimizer_fake}
+    start, spent_before = io.resume(args, modules, optimizers)
     if main_rank:
         io.prepare_output_dir(args.output_dir, args.resume_from_checkpoint)
     mean_over_ranks(0.0)  # nobody goes on before the folder is ready
@@ -245,7 +240,7 @@ def train(args):
             x_in = rollout(student, schedule, kind, z, times[:k + 1], cond, args.renoise, lambda i: draw.normal(f"renoise{i}", shape))
         return k, x_in, t, cond, uncond, told
 
-    began, spent_before = time.time(), info["seconds"] if state else 0.0
+    began = time.time()
     lap, steps = io.Stopwatch(device), tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, disable=not main_rank)
     for step in steps:
         warmup = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
@@ -355,10 +350,7 @@ def train(args):
             sampler = student_sampler(args, ema, teacher, conditions, shape, times, device)
             report.save_samples(args.output_dir, [(f"student, step {done}", report.preview(args, world, conditions, sampler))], world)
             report.save_student(args, "decoupled_dmd", ema, teacher, times, shape)
-            state = {**io.pack_module(student, "student"), **io.pack_module(fake, "fake"), **io.pack_module(head, "head"),
-                     **(io.pack_module(ema, "ema") if args.ema_decay else {}),
-                     **io.pack_optimizer(optimizer, "optimizer"), **io.pack_optimizer(optimizer_fake, "optimizer_fake")}
-            io.save_state(args.output_dir, done, state, {"flags": io.flags_to_save(args), "seconds": spent_before + time.time() - began})
+            io.save_for_resume(args, done, modules, optimizers, spent_before + time.time() - began)
     if main_rank:
         if start >= args.max_train_steps:  # a finished run is written out again, perhaps to another folder
             report.save_student(args, "decoupled_dmd", ema, teacher, times, shape)

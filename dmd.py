@@ -195,18 +195,13 @@ def train(args):
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
     optimizer_fake = torch.optim.AdamW([*fake.parameters(), *head.parameters()], lr=args.learning_rate_fake, **adam)
 
-    start, state = 0, io.find_state(args.output_dir, args.resume_from_checkpoint)
-    if state:
-        info, tensors = io.load_json(os.path.join(state, "state.json")), io.load_tensors(os.path.join(state, "state.safetensors"))
-        io.check_same_flags(info, args)
-        start = info["step"]
-        for net, name in ((student, "student"), (fake, "fake"), (head, "head")) + (((ema, "ema"),) if args.ema_decay else ()):
-            io.unpack_module(net, name, tensors)
-        io.unpack_optimizer(optimizer, "optimizer", tensors), io.unpack_optimizer(optimizer_fake, "optimizer_fake", tensors)
+    modules = {"student": student, "fake": fake, "head": head, **({"ema": ema} if args.ema_decay else {})}
+    optimizers = {"optimizer": optimizer, "optimizer_fake": optimizer_fake}
+    start, spent_before = io.resume(args, modules, optimizers)
     if main_rank:
         io.prepare_output_dir(args.output_dir, args.resume_from_checkpoint)
     pairs_path = os.path.join(args.output_dir, "state", "pairs.safetensors")
-    if main_rank and not state and os.path.isfile(pairs_path):
+    if main_rank and not start and os.path.isfile(pairs_path):
         os.remove(pairs_path)  # of a run that never saved, perhaps with other flags
     mean_over_ranks(0.0)  # nobody goes on before the folder is ready
     log = io.Log(args.output_dir, start) if main_rank else None
@@ -239,7 +234,7 @@ def train(args):
             x_t = rollout(student, schedule, kind, z, times[:k + 1], cond, args.renoise, lambda i: draw.normal(f"renoise{i}", shape))
         return x_t, t, cond, uncond, told
 
-    began, spent_before = time.time(), info["seconds"] if state else 0.0
+    began = time.time()
     lap, steps = io.Stopwatch(device), tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, disable=not main_rank)
     for step in steps:
         warmup = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
@@ -336,10 +331,7 @@ def train(args):
             sampler = student_sampler(args, ema, teacher, conditions, shape, times, device)
             report.save_samples(args.output_dir, [(f"student, step {done}", report.preview(args, world, conditions, sampler))], world)
             report.save_student(args, "dmd", ema, teacher, times, shape)
-            state = {**io.pack_module(student, "student"), **io.pack_module(fake, "fake"), **io.pack_module(head, "head"),
-                     **(io.pack_module(ema, "ema") if args.ema_decay else {}),
-                     **io.pack_optimizer(optimizer, "optimizer"), **io.pack_optimizer(optimizer_fake, "optimizer_fake")}
-            io.save_state(args.output_dir, done, state, {"flags": io.flags_to_save(args), "seconds": spent_before + time.time() - began})
+            io.save_for_resume(args, done, modules, optimizers, spent_before + time.time() - began)
     if main_rank:
         if start >= args.max_train_steps:  # a finished run is written out again, perhaps to another folder
             report.save_student(args, "dmd", ema, teacher, times, shape)

@@ -66,7 +66,7 @@ def importance_weight(schedule, x_tau, x0, eps, tau):
     As the demo has it: the densities of the noise, per dimension, without their normalisers: exp((mean eps^2 - mean eps_mix^2) / 2) where
     x_tau = alpha x0 + sigma eps_mix. 1 where s = 0.  (B, ...), tau (B,) -> (B,).
     """
-    eps_mix = (x_tau - expand(schedule.alpha(tau), x0) * x0) / expand(schedule.sigma(tau), x0)
+    _, eps_mix = to_x0_eps(x0, "x0", x_tau, schedule.alpha(tau), schedule.sigma(tau))
     return torch.exp((eps.square().flatten(1).mean(1) - eps_mix.square().flatten(1).mean(1)) / 2)
 
 
@@ -205,14 +205,9 @@ def train(args):
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
     optimizer_fake = torch.optim.AdamW(fake.parameters(), lr=args.learning_rate_fake, **adam)
 
-    start, state = 0, io.find_state(args.output_dir, args.resume_from_checkpoint)
-    if state:
-        info, tensors = io.load_json(os.path.join(state, "state.json")), io.load_tensors(os.path.join(state, "state.safetensors"))
-        io.check_same_flags(info, args)
-        start = info["step"]
-        for net, name in ((student, "student"), (fake, "fake")) + (((ema, "ema"),) if args.ema_decay else ()):
-            io.unpack_module(net, name, tensors)
-        io.unpack_optimizer(optimizer, "optimizer", tensors), io.unpack_optimizer(optimizer_fake, "optimizer_fake", tensors)
+    modules = {"student": student, "fake": fake, **({"ema": ema} if args.ema_decay else {})}
+    optimizers = {"optimizer": optimizer, "optimizer_fake": optimizer_fake}
+    start, spent_before = io.resume(args, modules, optimizers)
     if main_rank:
         io.prepare_output_dir(args.output_dir, args.resume_from_checkpoint)
     mean_over_ranks(0.0)  # nobody goes on before the folder is ready
@@ -252,7 +247,7 @@ def train(args):
         x_s, x0 = student_step(student, schedule, kind, x_t, t, s, told, noise)
         return (x0, torch.zeros_like(s), x0) if args.match == "clean" else (x_s, s, x0)
 
-    began, spent_before = time.time(), info["seconds"] if state else 0.0
+    began = time.time()
     lap, progress = io.Stopwatch(device), tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, disable=not main_rank)
     for step in progress:
         warmup = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
@@ -325,9 +320,7 @@ def train(args):
             samplers = student_samplers(args, ema, teacher, conditions, shape, grids, tells, device)
             report.save_samples(args.output_dir, [(f"{n} step(s), update {done}", report.preview(args, world, conditions, f)) for n, f in samplers.items()], world)
             save_student(args, ema, teacher, grids, tells, shape)
-            state = {**io.pack_module(student, "student"), **io.pack_module(fake, "fake"), **(io.pack_module(ema, "ema") if args.ema_decay else {}),
-                     **io.pack_optimizer(optimizer, "optimizer"), **io.pack_optimizer(optimizer_fake, "optimizer_fake")}
-            io.save_state(args.output_dir, done, state, {"flags": io.flags_to_save(args), "seconds": spent_before + time.time() - began})
+            io.save_for_resume(args, done, modules, optimizers, spent_before + time.time() - began)
     if main_rank:
         if start >= args.max_train_steps:  # a finished run is written out again, perhaps to another folder
             save_student(args, ema, teacher, grids, tells, shape)
@@ -342,12 +335,9 @@ def train(args):
 
 
 def save_student(args, net, teacher, grids, tells, shape):
-    """student/: the teacher's own config and layout, for a student that is told K with that input, plus sampler.json."""
-    folder, longest = os.path.join(args.output_dir, "student"), max(grids)
-    io.save_network(net, {**teacher.config, **({"steps_cond": True} if tells else {})}, folder)
-    io.save_json({"method": "tdm", "prediction": teacher.prediction, "schedule": io.describe_schedule(teacher.schedule), "times": grids[longest][:-1],
-                  "timestep_shift": teacher.shift, "rule": "renoise" if args.renoise == "sde" else "euler", "guidance_scale": 1.0, "sample_shape": list(shape),
-                  "grids": {str(n): grid for n, grid in grids.items()}, "told_steps": tells}, os.path.join(folder, "sampler.json"))
+    """student/ as every script's; a student that is told K has that input in its config, and sampler.json has every K's grid."""
+    report.save_student(args, "tdm", net, teacher, grids[max(grids)][:-1], shape, {"steps_cond": True} if tells else {},
+                        grids={str(n): grid for n, grid in grids.items()}, told_steps=tells)
 
 
 def student_samplers(args, student, teacher, conditions, shape, grids, tells, device):

@@ -830,6 +830,31 @@ def flags_to_save(args):
     return {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE}
 
 
+def resume(args, modules, optimizers):
+    """--resume_from_checkpoint: fill modules {name: module} and optimizers {name: optimizer} from that state -> its step and the seconds spent so far,
+    0 and 0.0 for a fresh start.  Raises UserError."""
+    state = find_state(args.output_dir, args.resume_from_checkpoint)
+    if not state:
+        return 0, 0.0
+    info, tensors = load_json(os.path.join(state, "state.json")), load_tensors(os.path.join(state, "state.safetensors"))
+    check_same_flags(info, args)
+    for name, module in modules.items():
+        unpack_module(module, name, tensors)
+    for name, optimizer in optimizers.items():
+        unpack_optimizer(optimizer, name, tensors)
+    return info["step"], info["seconds"]
+
+
+def save_for_resume(args, step, modules, optimizers, seconds):
+    """The state that resume reads, for the same modules and optimizers."""
+    tensors = {}
+    for name, module in modules.items():
+        tensors |= pack_module(module, name)
+    for name, optimizer in optimizers.items():
+        tensors |= pack_optimizer(optimizer, name)
+    save_state(args.output_dir, step, tensors, {"flags": flags_to_save(args), "seconds": seconds})
+
+
 class Log:
     """log.csv: one row a step, flushed; on resume it is cut back to the resumed step."""
 

@@ -7,6 +7,7 @@ import copy
 import os
 import sys
 import time
+import types
 
 import torch
 from tqdm import tqdm
@@ -47,34 +48,22 @@ def train(args):
             x0_real = guided_x0(teacher.net, schedule, kind, x_t, t, cond, uncond, args.guidance_scale)
             x_s = ode_step(schedule, x0_real, to_x0_eps(x0_real, "x0", x_t, schedule.alpha(t), schedule.sigma(t))[1], s)
             target = predict_x0(ema, schedule, kind, x_s, s, **cond)
-        r = predict_x0(student, schedule, kind, x_t, t, **cond) - target
-        c = 0.00054 * r[0].numel() ** 0.5
-        ((r.square().flatten(1).sum(1) + c**2).sqrt() - c).mean().backward()  # pseudo-Huber, as TDM's
-        tdm.update([optimizer], args.max_grad_norm, "consistency", r.square().mean())
+        x0_student = predict_x0(student, schedule, kind, x_t, t, **cond)
+        loss = tdm.trajectory_matching_loss(x0_student, target, x0_student.detach(), "pseudo_huber")  # of x0_student - target
+        loss.backward()
+        tdm.update([optimizer], args.max_grad_norm, "consistency", loss)
         tdm.update_ema(ema, student, min(args.ema_decay or 0.95, (1 + step) / (4 + step)))
     students = {}
-    for rule in ("ode", "sde"):
-        args.renoise = rule
-        for k, f in tdm.student_samplers(args, ema, teacher, conditions, shape, grids, False, device).items():
-            students["student" if k == max(grids) and rule == "ode" else f"student_{k}" + ("_sde" if rule == "sde" else "")] = (k, late(args, rule, f))
+    for rule, suffix in (("ode", ""), ("sde", "_sde")):
+        with_rule = types.SimpleNamespace(**{**vars(args), "renoise": rule})
+        for k, f in tdm.student_samplers(with_rule, ema, teacher, conditions, shape, grids, False, device).items():
+            students["student" if k == max(grids) and rule == "ode" else f"student_{k}{suffix}"] = (k, f)
     report.finish(args, "consistency", teacher, world, conditions, shape, grids[max(grids)][:-1], students, sum(p.numel() for p in ema.parameters()),
                   time.time() - began, device)
 
 
-def late(args, rule, sampler):
-    """The sampler, with its own --renoise at the time of the call."""
-    def draw(index, a, b):
-        args.renoise = rule
-        return sampler(index, a, b)
-    return draw
-
-
-def parse_args(argv):
-    return tdm.parse_args(argv)
-
-
 def main(argv=None):
-    train(parse_args(argv))
+    train(tdm.parse_args(argv))
 
 
 if __name__ == "__main__":
