@@ -173,14 +173,8 @@ def train(args):
     ema.load_state_dict(net.state_dict())
     optimizers, rates = build_optimizers(args, net)
 
-    start, state = 0, io.find_state(args.output_dir, args.resume_from_checkpoint)
-    if state:
-        info, tensors = io.load_json(os.path.join(state, "state.json")), io.load_tensors(os.path.join(state, "state.safetensors"))
-        io.check_same_flags(info, args)
-        start = info["step"]
-        io.unpack_module(net, "net", tensors), io.unpack_module(ema, "ema", tensors)
-        for i, optimizer in enumerate(optimizers):
-            io.unpack_optimizer(optimizer, f"optimizer{i}", tensors)
+    modules, to_resume = {"net": net, "ema": ema}, {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
+    start, spent_before = io.resume(args, modules, to_resume)
     if main_rank:
         io.prepare_output_dir(args.output_dir, args.resume_from_checkpoint)
     mean_over_ranks(0.0)  # nobody writes before the folder is ready
@@ -198,7 +192,7 @@ def train(args):
                       "timestep_shift": args.timestep_shift or 1.0, "rule": "heun", "guidance_scale": args.guidance_scale},
                      os.path.join(folder, "sampler.json"))
 
-    began, spent_before = time.time(), info["seconds"] if state else 0.0
+    began = time.time()
     for step in tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, disable=not main_rank):
         warmup = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
         decay = min(1.0, (1 - step / args.max_train_steps) / max(args.lr_decay_share, 1e-9))
@@ -232,10 +226,7 @@ def train(args):
                        **{f"loss_t{q}": quarters[q] for q in range(4)}, "seconds": spent_before + time.time() - began})
         if main_rank and (done % args.checkpointing_steps == 0 or done == args.max_train_steps):
             save_student()
-            state = {**io.pack_module(net, "net"), **io.pack_module(ema, "ema")}
-            for i, optimizer in enumerate(optimizers):
-                state |= io.pack_optimizer(optimizer, f"optimizer{i}")
-            io.save_state(args.output_dir, done, state, {"flags": io.flags_to_save(args), "seconds": spent_before + time.time() - began})
+            io.save_for_resume(args, done, modules, to_resume, spent_before + time.time() - began)
     if main_rank:
         folder = os.path.join(args.output_dir, "student")
         if not os.path.isdir(folder):

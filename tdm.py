@@ -187,14 +187,8 @@ def tells_steps(args, net):
 def train(args):
     rank, world_size, device = start_ranks()
     main_rank, B, counts = rank == 0, args.train_batch_size, args.student_steps
-    teacher = io.start_teacher(args, WORLDS)
-    student = io.load_student_init(args.student_init, teacher.base) if args.student_init else teacher.base
+    teacher, student, fake = io.load_networks(args, WORLDS, device, lambda net: (tells_steps(args, net),) * 2)
     tells = tells_steps(args, teacher.base)
-    student, fake = (io.told_steps(net) if tells else copy.deepcopy(net) for net in (student, teacher.base))
-    for net in (student, fake):
-        net.to(device).requires_grad_(True).train()
-        net.gradient_checkpointing = args.gradient_checkpointing
-    io.freeze_teacher(args, teacher, device)
     schedule, kind, shape = teacher.schedule, teacher.prediction, tuple(args.sample_shape or teacher.base.latent_shape)
     world = load_world(teacher.world_name) if teacher.world_name in WORLDS else None
     conditions = io.Conditions(args, teacher.base)

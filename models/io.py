@@ -468,11 +468,13 @@ def tells_step(args, net):
     return args.student_steps > 1 and not args.shared_fake and "steps_cond" in net.config
 
 
-def load_networks(args, worlds, device):
-    """-> teacher namespace, student, fake: copies of teacher.base, except that --student_init may start the student elsewhere."""
+def load_networks(args, worlds, device, tells=None):
+    """-> teacher namespace, student, fake: copies of teacher.base, except that --student_init may start the student elsewhere.
+    tells(net) -> whether the student and whether the fake also take `steps`; if left out the student does not, and the fake by tells_step."""
     teacher = start_teacher(args, worlds)
-    student = load_student_init(args.student_init, teacher.base) if args.student_init else copy.deepcopy(teacher.base)
-    fake = told_steps(teacher.base) if tells_step(args, teacher.base) else copy.deepcopy(teacher.base)
+    told = tells(teacher.base) if tells else (False, tells_step(args, teacher.base))
+    starts = load_student_init(args.student_init, teacher.base) if args.student_init else teacher.base, teacher.base
+    student, fake = (told_steps(net) if takes else copy.deepcopy(net) for net, takes in zip(starts, told))
     for net in (student, fake):
         net.to(device).requires_grad_(True).train()
         net.gradient_checkpointing = args.gradient_checkpointing

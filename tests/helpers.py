@@ -92,13 +92,7 @@ class Diary:
         self.wrap(monkeypatch, io, "load_networks", lambda real, *args: self.watch(*real(*args)))
         self.wrap(monkeypatch, script, "update", self.on_update)
         self.wrap(monkeypatch, script, "fake_score_loss", self.on_fake_loss)
-        if script is tdm:  # it makes student and fake itself, in this order, and then freezes the teacher
-            monkeypatch.setattr(tdm, "copy", types.SimpleNamespace(deepcopy=copy.deepcopy))
-            made = []
-            for module, name in ((tdm.copy, "deepcopy"), (io, "told_steps")):
-                self.wrap(monkeypatch, module, name, lambda real, net: made.append(real(net)) or made[-1])
-            self.wrap(monkeypatch, io, "freeze_teacher", lambda real, args, teacher, device: self.watch(teacher, *made) and real(args, teacher, device))
-        else:
+        if script is not tdm:  # which rolls out inside its loop
             self.wrap(monkeypatch, script, "rollout", self.on_rollout)
         quiet(monkeypatch)
 
