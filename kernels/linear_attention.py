@@ -594,3 +594,39 @@ def linear_attention(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=No
     if backend == "triton" or (backend is None and fits and not refusal):
         return _forward(q, k, v, w_q, w_k, feature_map, float(eps), 0)[0]
     return linear_attention_reference(q, k, v, feature_map, w_q, w_k, eps)
+
+
+# ---- in a network ---------------------------------------------------------------------------------------------------------
+
+
+class LinearAttention(torch.nn.Module):
+    """linear_attention as a module, for the place of a softmax attention of q, k, v (B, N, H, D): (B, N, H, D).
+
+    With "hedgehog" it owns w_q and w_k (H, D, D), which start as the identity (all zeros would give mean(v) for every query).
+    """
+
+    def __init__(self, heads, head_dim, feature_map="hedgehog"):
+        super().__init__()
+        if feature_map not in FEATURE_MAPS[:-1]:
+            raise ValueError(f"feature_map must be one of {FEATURE_MAPS[:-1]}, got {feature_map!r}")
+        self.feature_map = feature_map
+        for name in ("w_q", "w_k"):
+            start = torch.eye(head_dim).repeat(heads, 1, 1)  # (H, D, D)
+            self.register_parameter(name, torch.nn.Parameter(start) if feature_map == "hedgehog" else None)
+
+    def forward(self, q, k, v):
+        return linear_attention(q, k, v, self.feature_map, self.w_q, self.w_k)
+
+
+def use_linear_attention(net, layers, feature_map="hedgehog"):
+    """Give these self-attention layers of net a new LinearAttention each, and say so in net.config, from which such a network is built again.
+
+    net has self_attentions (modules that call their attribute `attend` on q, k, v), heads and head_dim. layers: indices from 0.
+    Raises ValueError for an index out of range or named twice.
+    """
+    places = net.self_attentions
+    if len(set(layers)) < len(layers) or any(type(i) is not int or not 0 <= i < len(places) for i in layers):
+        raise ValueError(f"linear_layers {list(layers)} are not different layers of 0 to {len(places) - 1}")
+    for i in layers:
+        places[i].attend = LinearAttention(net.heads, net.head_dim, feature_map)
+    net.config |= {"linear_layers": sorted(layers), "feature_map": feature_map}

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from kernels.linear_attention import use_linear_attention
 from models import lora
 from models.diffusion import sinusoid
 
@@ -94,7 +95,8 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Args: size and patch (tuples of the same length), channels, width dim (a multiple of 32), depth, num_classes
     (0: no labels; row num_classes is the null label), cond_dim (width of the conditioning vector), steps_cond (adds
-    a zero-initialised embedding of `steps`). world and class_names are only recorded. Raises ValueError.
+    a zero-initialised embedding of `steps`), linear_layers (indices of blocks whose attention is linear, with this feature_map:
+    students of linvideo.py). world and class_names are only recorded. Raises ValueError.
     """
 
     prediction = "flow_v"
@@ -103,7 +105,7 @@ class DiT(nn.Module):
     lora_targets = ("qkv", "proj", "mlp.0", "mlp.2")  # of every block
 
     def __init__(self, size=(16, 16), patch=(4, 4), channels=3, dim=128, depth=4, num_classes=10, cond_dim=None,
-                 steps_cond=False, world=None, class_names=None):
+                 steps_cond=False, world=None, class_names=None, linear_layers=None, feature_map="hedgehog"):
         super().__init__()
         self.config = dict(size=list(size), patch=list(patch), channels=channels, dim=dim, depth=depth,
                            num_classes=num_classes, cond_dim=cond_dim, steps_cond=steps_cond, world=world,
@@ -113,7 +115,7 @@ class DiT(nn.Module):
         if len(size) != len(patch) or any(s % p for s, p in zip(size, patch)):
             raise ValueError(f"DiT size {tuple(size)} is not divisible into patches {tuple(patch)}")
         self.size, self.patch, self.channels, self.num_classes = tuple(size), tuple(patch), channels, num_classes
-        self.latent_shape = (channels, *self.size)
+        self.latent_shape, self.heads, self.head_dim = (channels, *self.size), dim // HEAD_DIM, HEAD_DIM
         cond_dim = cond_dim or dim
         grid = [s // p for s, p in zip(size, patch)]
         patch_dim = channels * int(torch.tensor(patch).prod())
@@ -133,6 +135,8 @@ class DiT(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.gradient_checkpointing = False
+        if linear_layers is not None:
+            use_linear_attention(self, linear_layers, feature_map)
 
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -145,6 +149,11 @@ class DiT(nn.Module):
         for module in zero + ([self.steps] if steps_cond else []):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+
+    @property
+    def self_attentions(self):
+        """The modules whose attribute `attend` is a layer's self-attention, in order."""
+        return list(self.blocks)
 
     def forward(self, x, t, label=None, steps=None, return_features=False, adapter=None):
         """x (B, C, *size), t (B,), label (B,) int64 or None = null, steps (B,) -> velocity (B, C, *size).

@@ -424,9 +424,10 @@ def load_teacher(name, worlds, dtype=torch.float32, two_networks=False):
 
 
 def load_student_init(folder, like):
-    """--student_init: a network of the teacher's architecture to start from -> net. Raises UserError if it is not `like` the teacher's."""
+    """--student_init: a network of the teacher's architecture to start from, or one that linvideo.py gave linear attention -> net.
+    Raises UserError if it is not `like` the teacher's."""
     net, _ = load_network(student_folder(folder))
-    shapes = [{k: v.shape for k, v in lora.base_state_dict(n).items()} for n in (net, like)]
+    shapes = [{k: v.shape for k, v in lora.base_state_dict(n).items() if ".attend." not in k} for n in (net, like)]  # linear attention's own
     if type(net) is not type(like) or shapes[0] != shapes[1]:
         raise UserError(f"--student_init {folder}: this {type(net).__name__} does not have the shapes of the teacher's {type(like).__name__}; "
                         "student and fake are copies of the teacher's network")
@@ -571,10 +572,13 @@ class Conditions:
             raise UserError(f"--prompts: the teacher is a {type(net).__name__} and takes class labels, not prompts")
         self.classes = getattr(net, "num_classes", 0)
 
+    def index(self, draw):
+        """Which class or prompt each of these rows gets.  (B,) int64."""
+        return draw.integer("cond", self.prompts.n if self.prompts else max(1, self.classes))
+
     def draw(self, draw, device):
         """A batch of conditions for these rows.  -> cond, uncond, dicts of (B, ...)."""
-        index = draw.integer("cond", self.prompts.n if self.prompts else max(1, self.classes))
-        return self.pick(index, device)
+        return self.pick(self.index(draw), device)
 
     def pick(self, index, device):
         if self.prompts:
@@ -692,6 +696,50 @@ class Rows:
 
     def __getitem__(self, index):
         return as_float32(torch.cat([self.slice[i:i + 1] for i in index.tolist()]))
+
+
+class Bank:
+    """A folder of files 00000.safetensors, ... with the same tensors (rows, K, ...) in each, written once and read state by state."""
+
+    def __init__(self, folder, about, size, batch, create):
+        """about: what the bank was made with, kept in bank.json: another one's is refused. size: rows of all files, batch: of one. Raises UserError."""
+        self.folder, self.size, self.batch = folder, size, batch
+        path, about = os.path.join(folder, "bank.json"), {**about, "batch": batch}
+        if os.path.isfile(path):
+            old = load_json(path)
+            changed = [k for k in about if old.get(k) != about[k]]
+            if changed:
+                raise UserError(f"--bank {folder} was made with another {', '.join(changed)}: name another folder, or remove this one")
+        elif create:
+            os.makedirs(folder, exist_ok=True)
+            save_json(about, path)
+
+    def path(self, part):
+        return os.path.join(self.folder, f"{part:05d}.safetensors")
+
+    def rows_of(self, part):
+        return range(part * self.batch, min(self.size, (part + 1) * self.batch))
+
+    def missing(self):
+        """Numbers of the files that are not there yet."""
+        return [part for part in range(-(-self.size // self.batch)) if not os.path.isfile(self.path(part))]
+
+    def write(self, part, tensors):
+        save_tensors(tensors, self.path(part))
+
+    def open(self):
+        """Raises UserError for a file that is not whole or lacks a tensor."""
+        self.files = [open_tensors(self.path(part)) for part in range(-(-self.size // self.batch))]
+        for part, file in enumerate(self.files):
+            if not {"index", "x", "v"} <= set(file.keys()) or file.get_slice("x").get_shape()[0] != len(self.rows_of(part)):
+                raise UserError(f"{self.path(part)} is not a whole part of a bank: remove it, and it is made again")
+        return self
+
+    def rows(self, row, state):
+        """row, state (B,) -> {"index": (B,) int64, "x", "v", ...: (B, ...) float32}."""
+        of = [(self.files[r // self.batch], r % self.batch, i) for r, i in zip(row.tolist(), state.tolist())]
+        return {"index": torch.stack([f.get_slice("index")[r] for f, r, _ in of]),
+                **{name: torch.stack([f.get_slice(name)[r, i] for f, r, i in of]).float() for name in self.files[0].keys() if name != "index"}}
 
 
 def load_real_data(args, worlds, world, teacher, shape):

@@ -42,9 +42,11 @@ def save_samples(folder, rows, world):
 def save_student(args, method, net, teacher, times, shape, changes=None, **more):
     """student/: the teacher's own layout and config, with what a student of ours changes of it, plus sampler.json, with more entries if given."""
     folder = os.path.join(args.output_dir, "student")
-    io.save_network(net, {**teacher.config, **(changes or {})}, folder)
+    linear = {k: net.config[k] for k in ("linear_layers", "feature_map") if k in net.config}
+    io.save_network(net, {**teacher.config, **linear, **(changes or {})}, folder)
     io.save_json({"method": method, "prediction": teacher.prediction, "schedule": io.describe_schedule(teacher.schedule), "times": times,
-                  "timestep_shift": teacher.shift, "rule": "renoise" if args.renoise == "sde" else "euler", "guidance_scale": 1.0, "sample_shape": list(shape), **more},
+                  "timestep_shift": teacher.shift, "rule": "renoise" if getattr(args, "renoise", "ode") == "sde" else "euler", "guidance_scale": 1.0,
+                  "sample_shape": list(shape), **more},
                  os.path.join(folder, "sampler.json"))
 
 

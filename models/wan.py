@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.linear_attention import use_linear_attention
 from models import lora, pipeline
 from models.diffusion import sinusoid
 
@@ -281,6 +282,7 @@ def unpatchify(tokens, grid, patch):
 class WanTransformer3DModel(nn.Module):
     """Wan 2.1 text-to-video. Keyword arguments are the keys of diffusers' config.json, kept in `self.config`.
 
+    One addition: linear_layers, indices of blocks whose self-attention is linear, with this feature_map (students of linvideo.py).
     image_dim, added_kv_proj_dim and pos_embed_seq_len belong to image-to-video checkpoints and must be None.
     Raises ValueError for a config this file does not implement. Source: Wan 2503.20314; names, epsilons and
     what is float32 as in diffusers, against which tests compare it on the same random weights.
@@ -299,10 +301,10 @@ class WanTransformer3DModel(nn.Module):
         self, patch_size=(1, 2, 2), num_attention_heads=40, attention_head_dim=128, in_channels=16,
         out_channels=16, text_dim=4096, freq_dim=256, ffn_dim=13824, num_layers=40, cross_attn_norm=True,
         qk_norm="rms_norm_across_heads", eps=1e-6, image_dim=None, added_kv_proj_dim=None,
-        rope_max_seq_len=1024, pos_embed_seq_len=None,
+        rope_max_seq_len=1024, pos_embed_seq_len=None, linear_layers=None, feature_map="hedgehog",
     ):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "linear_layers", "feature_map")}
         self.config["patch_size"] = list(patch_size)  # what JSON gives back
         for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
             if self.config[name] is not None:
@@ -326,6 +328,14 @@ class WanTransformer3DModel(nn.Module):
         self.proj_out = nn.Linear(dim, self.out_channels * math.prod(self.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
+        self.heads, self.head_dim = num_attention_heads, attention_head_dim
+        if linear_layers is not None:
+            use_linear_attention(self, linear_layers, feature_map)
+
+    @property
+    def self_attentions(self):
+        """The modules whose attribute `attend` is a layer's self-attention, in order."""
+        return [block.attn1 for block in self.blocks]
 
     def forward(self, x, t, text, return_features=False, adapter=None):
         """Flow velocity v = eps - x0.
