@@ -31,10 +31,9 @@ Launch.
     sampling    python tdm.py --sample runs/tdm-glyphs/student --student_steps 2
 
 Deviations, and why. (K, step) are drawn for each sample of a batch; its rollout ends at its own step. Fake updates see fresh samples (the demo
-reuses the student's). The regressed quantity is x0, as in the demo, not x_s: with x_t fixed dx_s/dx0 is a positive number, so the direction is
-the same. The default loss on small teachers is the demo's, which did better here than Eq. 11. The demo's importance weight is a tempered ratio
-and nearly 1; with it the fake is not the score of what it sees and only the last step is unbiased (docs/tdm.md); --fake_target exact is. Levels
-are uniform before the teacher's shift. EMA, momentum and falling rates are flags that keep the default run short.
+reuses the student's). The scores' difference enters as that of their x0. The demo's importance weight is a tempered ratio and nearly 1; with it the
+fake is not the score of what it sees and only the last step is unbiased (docs/tdm.md); --fake_target exact is. Levels are uniform before the
+teacher's shift. EMA, momentum and falling rates are flags that keep the default run short.
 """
 import copy
 import datetime
@@ -58,6 +57,11 @@ def student_step(student, schedule, kind, x_t, t, s, cond, noise=None):
     noise: stochastic instead, x_s = alpha_s x0 + sigma_s noise.  x_t (B, ...) -> x_s, x0 (B, ...)."""
     x0, eps = predict_x0_eps(student, schedule, kind, x_t, t, **cond)
     return ode_step(schedule, x0, eps if noise is None else noise, s), x0
+
+
+def step_slope(schedule, t, s, renoise="ode"):
+    """dx_s / dx0 of a step with x_t fixed, A = alpha_s - sigma_s alpha_t / sigma_t > 0 (flow: (t - s) / t); alpha_s with fresh noise.  (B,) -> (B,)."""
+    return schedule.alpha(s) - (schedule.sigma(s) * schedule.alpha(t) / schedule.sigma(t) if renoise == "ode" else 0)
 
 
 def importance_weight(schedule, x_tau, x0, eps, tau):
@@ -95,19 +99,21 @@ def fake_score_loss(fake, schedule, kind, x_s, x0, eps, s, tau, cond, target="im
     return (importance * (prediction - from_x0_eps(kind, x0, eps_mix, alpha, sigma)).square().flatten(1).mean(1)).mean()
 
 
-def trajectory_matching_loss(x0, x0_real, x0_fake, loss="pseudo_huber"):
-    """Pulls x0 towards sg(x0) + x0_real - x0_fake, the sample corrected by the difference of the scores (Eq. 6 and 11).
+def trajectory_matching_loss(x0, x0_real, x0_fake, loss="pseudo_huber", slope=None):
+    """Pulls x_s towards sg(x_s) + A (x0_real - x0_fake), the sample corrected by the difference of the scores (Eq. 6 and 11).
 
-    "pseudo_huber" (Eq. 11): sqrt(|r|^2 + c^2) - c per sample, c = .00054 sqrt(d): a gradient of norm at most 1, whatever the level.
-    "demo": sqrt(r^2 + 1e-6) - 1e-3 per element, over mean|x0 - x0_real| per sample. "l2": r^2 / 2 (Tab. 5, without the surrogate).
-    All (B, ...) -> scalar; the gradient reaches x0 alone.
+    slope (B,): A = dx_s / dx0, so that x_s minus its target is r = A (x0 - sg(x0 + x0_real - x0_fake)): steps that move x_s little weigh little. None: 1.
+    "pseudo_huber" (Eq. 11): sqrt(|r|^2 + c^2) - c per sample, c = .00054 sqrt(d): a gradient of norm at most A, whatever the level.
+    "l2": r^2 / 2 (Tab. 5, without the surrogate). "demo": of x0, that is A = 1; sqrt(r^2 + 1e-6) - 1e-3 per element, over mean|x0 - x0_real|.
+    x0, x0_real, x0_fake (B, ...) -> scalar; the gradient reaches x0 alone.
     """
     r = x0 - (x0 + (x0_real - x0_fake)).detach()  # exactly 0 where the two agree
-    if loss == "l2":
-        return 0.5 * r.square().mean()
     if loss == "demo":
         error = (x0 - x0_real).detach().abs().flatten(1).mean(1).clamp_min(1e-8)  # (B,)
         return (((r.square() + 1e-6).sqrt() - 1e-3) / expand(error, r)).mean()
+    r = r if slope is None else expand(slope, r) * r
+    if loss == "l2":
+        return 0.5 * r.square().mean()
     c = 0.00054 * r[0].numel() ** 0.5
     return ((r.square().flatten(1).sum(1) + c**2).sqrt() - c).mean()
 
@@ -292,7 +298,8 @@ def train(args):
                     lap("teacher")
                     x0_fake = predict_x0(fake, schedule, kind, x_tau, tau, **told)
                     lap("fake")
-                loss = trajectory_matching_loss(x0, x0_real, x0_fake, args.loss)
+                slope = None if args.match == "clean" else step_slope(schedule, t, s, args.renoise)
+                loss = trajectory_matching_loss(x0, x0_real, x0_fake, args.loss, slope)
             (loss * share).backward()
             student_loss += loss.detach() * share
             for name, value in (("loss", loss * share), ("g", (x0_fake - x0_real).square().mean() * share),
