@@ -27,6 +27,7 @@ from models.diffusion import step_grid  # noqa: E402
 from models.toy import balanced_labels, load_world, moments_distance  # noqa: E402
 
 FOUR, UNIFIED = ["--student_steps", "4"], ["--student_steps", "1", "2", "4"]
+FOUR_DMD = [*FOUR, "--timestep_shift", "2", "--max_train_steps", "300"]  # of a clips teacher
 # name: (title, flags, and for tdm: another script; the method whose run it reads; the row of its report, or how its student is sampled anew;
 # factor of the updates; early: a twentieth of the updates, rates constant)
 METHODS = {
@@ -80,6 +81,30 @@ METHODS = {
         "early-clean": ("the same, match x0", [*FOUR, "--match", "clean"], dict(early=True)),
         "early-dmd": ("DMD2, first 5 % (fake told the step)", ["--student_steps", "4"], dict(script="dmd", early=True)),
         "early-dmd-untold": ("DMD2, first 5 % (fake untold)", ["--student_steps", "4", "--shared_fake"], dict(script="dmd", early=True)),
+    },
+    "linvideo": {
+        "teacher": ("teacher", [], dict(of="learned", row="teacher_same_steps")),
+        "learned": ("learned (the paper's)", []),
+        "first": ("first layers", ["--select", "first"]),
+        "last": ("last layers", ["--select", "last"]),
+        "uniform": ("every other layer", ["--select", "uniform"]),
+        "random": ("random layers", ["--select", "random"]),
+        "fixed": ("the learned layers, fixed from the start", [], dict(layers_of="learned")),
+        "no-reg": ("learned, without the regulariser (Tab. 3)", ["--no_regularizer"]),
+        "mse": ("MSE (Eq. 7)", ["--objective", "mse"]),
+        "mse-time": ("MSE, equal time", ["--objective", "mse"], dict(longer=1.5)),
+        "adm": ("ADM (Eq. 11), a part of a step", ["--objective", "adm"]),
+        "adm-step": ("ADM, whole steps", ["--objective", "adm", "--state", "step"]),
+        "adm-jump": ("ADM, jumps", ["--objective", "adm", "--state", "jump"]),
+        "adm-rollout": ("ADM, the student's own trajectory", ["--objective", "adm", "--state", "rollout"]),
+        "adm-unit": ("ADM without the weight (1 - t) / t", ["--objective", "adm", "--weight", "unit"]),
+        "adm-critic": ("ADM with a trained critic", ["--objective", "adm_critic"]),
+        "dmd": ("few-step DMD loss (Tab. 4)", ["--objective", "dmd"]),
+        **{f"target-{n}": (f"{n} layers", ["--target_layers", str(n)]) for n in (2, 6, 8)},
+        **{f"map-{m}": (f"feature map {m}", ["--feature_map", m]) for m in ("softmax", "elu", "relu")},
+        "two-stage": ("two stages: learned, then dmd.py in 4 steps", FOUR_DMD, dict(script="dmd", init="learned")),
+        "dmd-only": ("dmd.py in 4 steps, softmax attention", FOUR_DMD, dict(script="dmd")),
+        "joint": ("one stage: the same with --objective dmd, in 4 steps", ["--objective", "dmd"], dict(of="dmd", row="student_4")),
     },
 }
 POINTS = 8  # of a curve
@@ -206,19 +231,24 @@ def main():
         title, flags, options = methods[method]
         rows, minutes = [], []
         for seed in args.seeds:
-            script = options.get("script", args.script)
-            if args.script == "tdm":
-                updates = importlib.import_module("tdm").parse_args(["--teacher", args.world, *flags_given]).max_train_steps
+            script, flags = options.get("script", args.script), [*methods[method][1], *flags_given]
+            folder = lambda name: os.path.join(args.output_dir, f"{args.script}-{args.world}-{name}-{seed}{''.join(flags_given).replace('--', '-')}")  # noqa: E731, B023
+            out = folder(options.get("of", method))
+            if args.script == "tdm" or "longer" in options:  # the same number of updates, whichever script's default that is
+                updates = importlib.import_module(args.script).parse_args(["--teacher", args.world, *flags_given]).max_train_steps
                 updates = updates // 20 if options.get("early") else int(updates * options.get("longer", 1))
-                flags = [*methods[method][1], *flags_given, "--max_train_steps", str(updates), *(["--lr_decay_share", "0"] if options.get("early") else [])]
-            else:
-                flags = [*methods[method][1], *flags_given]
-            out = os.path.join(args.output_dir, f"{args.script}-{args.world}-{options.get('of', method)}-{seed}{''.join(flags_given).replace('--', '-')}")
+                flags += ["--max_train_steps", str(updates), *(["--lr_decay_share", "0"] if options.get("early") else [])]
+            if "layers_of" in options:
+                flags += ["--select", *map(str, io.load_json(os.path.join(folder(options["layers_of"]), "student", "config.json"))["linear_layers"])]
+            if script == "dmd" and args.script == "linvideo":  # second stage: dmd.py's own flags
+                flags = methods[method][1] + (["--student_init", folder(options["init"])] if "init" in options else [])
             result, curve = run(script, args.world, ["--seed", str(seed), *flags], out)
-            row = tdm_row(result, out, args.world, seed, options) if args.script == "tdm" else next(r for r in result["results"] if r["name"] == "student")
+            row = (tdm_row(result, out, args.world, seed, options) if args.script == "tdm" else
+                   next(r for r in result["results"] if r["name"] == options.get("row", "student")))
             minutes.append(result["seconds"] / 60)
             rows.append({**{f"x_{t}": 1000 * v for t, v in row.get("marginals", {}).items()},
-                         **{k: row[k] for k in ("fd", "fd_teacher", "patch_swd", "accuracy", "log_p", "diversity", "motion", "moving", "hit") if k in row}})
+                         **{k: row[k] for k in ("fd", "fd_teacher", "patch_swd", "accuracy", "log_p", "diversity", "motion", "moving", "hit", "paired_mse", "undecided",
+                                                     "velocity_error_before", "velocity_error_after") if k in row}})
             if curve:
                 curves.setdefault(title, []).append(curve)
                 rows[-1] |= {"mean": curve[-1]["mean"], "std": curve[-1]["std"], "std(3/4)": curve[len(curve) * 3 // 4 - 1]["std"]}
