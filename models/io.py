@@ -30,7 +30,7 @@ from models.diffusion import PREDICTIONS, VP, Flow
 
 NETWORKS = {"DiT": "models.dit", "RingMLP": "models.toy", "WanTransformer3DModel": "models.wan",
             "ZImageTransformer2DModel": "models.z_image", "PixArtTransformer2DModel": "models.pixart", "Transformer2DModel": "models.pixart",
-            "AutoencoderKL": "models.vae"}
+            "DiTTransformer2DModel": "models.dit_imagenet", "AutoencoderKL": "models.vae"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 SHARD_BYTES = 10 * 10**9  # diffusers' default shard size
@@ -248,6 +248,8 @@ def network_from_config(config, where):
     name = config.get("_class_name")
     if name not in NETWORKS:
         raise UserError(f"{where}: unknown network class {name!r}; known are {', '.join(NETWORKS)}")
+    if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
+        name = "DiTTransformer2DModel"  # older versions of diffusers had one class for both
     kwargs = {k: v for k, v in config.items() if not k.startswith("_")}
     try:
         return getattr(importlib.import_module(NETWORKS[name]), name)(**kwargs)
