@@ -141,12 +141,14 @@ def test_bfloat16_as_close_to_float32_as_diffusers():
     low_call = {**call, "x": call["x"].bfloat16()}
     error = lambda out, exact: ((out.float() - exact).norm() / exact.norm()).item()  # noqa: E731
     with torch.no_grad():
-        exact = ours(**call)
+        exact, seen = ours(**call), []
+        ours.proj_out_1.register_forward_hook(lambda layer, args, out: seen.append((args[0].dtype, out.dtype)))
         features = dit_imagenet.time_features(call["t"], None)
         before = ours.transformer_blocks[0].norm1(features, call["label"])
         with torch.autocast("cpu", torch.bfloat16):
             autocast = error(ours(**call), exact)
             assert all(torch.equal(a, b) for a, b in zip(before, ours.transformer_blocks[0].norm1(features, call["label"]), strict=True))
+        assert seen == [(torch.float32, torch.float32)]
         for p in [*ours.parameters(), *reference.parameters()]:  # positions are float32 in diffusers too
             p.data = p.data.bfloat16()
         low, low_theirs = ours(**low_call), noise(reference, **low_call)
