@@ -171,7 +171,7 @@ def tdm_row(result, out, world, seed, options):
     if "steps" in options or "renoise" in options:
         x, label = sampled(out, world, seed, options.get("steps"), options.get("renoise", "ode"))
         row = load_world(world).measure(x, label)
-    elif world == "ring" and name == "student":
+    elif world == "ring" and name == "student" and os.path.isdir(os.path.join(out, "student")):
         x, _ = sampled(out, world, seed, renoise="sde" if result["method"] == "dmd" else "ode")
     else:
         x = None
