@@ -115,7 +115,8 @@ def test_gradients_and_calls(monkeypatch, tmp_path, flags, path, means):
                 c = 0.00054 * g[0].numel() ** 0.5
                 norm = expand(((A * g).square().flatten(1).sum(1) + c**2).sqrt(), g)
                 error = expand((at.x0 - real).abs().flatten(1).mean(1), g)
-                by = {"pseudo_huber": A**2 * g / norm / 8, "l2": A**2 * g / g.numel(), "demo": g / (g.square() + 1e-6).sqrt() / error / g.numel()}[means.get("loss", "pseudo_huber")]
+                by = {"pseudo_huber": A**2 * g / norm / 8, "l2": A**2 * g / g.numel(), "demo": g / (g.square() + 1e-6).sqrt() / error / g.numel()}
+                by = by[means.get("loss", "pseudo_huber")]
             want = torch.autograd.grad((at.x0 * by).sum(), list(nets["student"].parameters()))
         largest = max(v.abs().max().item() for v in want)
         for a, b in zip(grads[what.split("-")[0]], want, strict=True):
