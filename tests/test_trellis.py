@@ -728,7 +728,8 @@ def test_broken_sparse_data_ends_in_one_line(tmp_path, change, message):
 def test_noise_of_points_belongs_to_samples():
     both = io.Draws(0, 5, 0, [3, 4]).points("eps", [6, 2], 3)
     assert both.shape == (8, 3) and torch.equal(both[6:], io.Draws(0, 5, 0, [4]).points("eps", [2], 3))
-    assert not torch.equal(both[:2], both[6:])
+    same_size = io.Draws(0, 5, 0, [3, 4]).points("eps", [6, 6], 3)
+    assert torch.equal(same_size[:6], both[:6]) and not torch.equal(same_size[6:], both[:6])
     others = [io.Draws(0, 6, 0, [3]).points("eps", [6], 3), io.Draws(1, 5, 0, [3]).points("eps", [6], 3), io.Draws(0, 5, 0, [3]).points("z", [6], 3)]
     assert not any(torch.equal(both[:6], o) for o in others)
     many = io.Draws(0, 5, 0, [0, 1]).points("eps", [5000, 5000], 4)
