@@ -739,7 +739,7 @@ class Bank:
         """row, state (B,) -> {"index": (B,) int64, "x", "v", ...: (B, ...) float32}."""
         of = [(self.files[r // self.batch], r % self.batch, i) for r, i in zip(row.tolist(), state.tolist())]
         return {"index": torch.stack([f.get_slice("index")[r] for f, r, _ in of]),
-                **{name: torch.stack([f.get_slice(name)[r, i] for f, r, i in of]).float() for name in self.files[0].keys() if name != "index"}}
+                **{name: torch.stack([f.get_slice(name)[r, i].float() for f, r, i in of]) for name in self.files[0].keys() if name != "index"}}
 
 
 def load_real_data(args, worlds, world, teacher, shape):
