@@ -463,6 +463,7 @@ def train(args):
             save_student(args, net, teacher, grid, shape)
             io.save_for_resume(args, done, modules, optimizers, spent_before + time.time() - began)
     if main_rank:
+        fixed = smallest([r.item() for r in r_all], target)  # the same again, but for a run that was cut short while it selected
         net = convert(ema, fixed, args.feature_map).eval()
         if start >= args.max_train_steps:  # a finished run is written out again, perhaps to another folder
             save_student(args, net, teacher, grid, shape)
