@@ -501,7 +501,10 @@ def read_selection(args):
 def save_selection_picture(folder, layers, width=720, row=22):
     """r.png: one line of colour per layer over the updates of log.csv, red = softmax, white = one half, blue = linear."""
     with open(os.path.join(folder, "log.csv"), newline="") as f:
-        r = torch.tensor([[float(line[f"r_{i}"]) for i in range(layers)] for line in csv.DictReader(f)]).T  # (layers, updates)
+        lines = list(csv.DictReader(f))
+    if not lines:  # a finished run that is written out again elsewhere
+        return
+    r = torch.tensor([[float(line[f"r_{i}"]) for line in lines] for i in range(layers)])  # (layers, updates)
     updates = r.shape[1]
     r = r[:, (torch.arange(width) * updates / width).long()]  # (layers, width)
     softmax, linear = torch.tensor([200.0, 60, 50]), torch.tensor([40.0, 90, 190])
