@@ -361,8 +361,8 @@ def train(args):
     for step in progress:
         warmup = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
         decay = min(1.0, (1 - step / args.max_train_steps) / max(args.lr_decay_share, 1e-9))
-        for group, lr in zip(optimizer.param_groups, rates):
-            group["lr"] = lr * warmup * (1.0 if lr is args.learning_rate_r else decay)
+        for group, lr, falls in zip(optimizer.param_groups, rates, (decay, decay, 1.0)):
+            group["lr"] = lr * warmup * falls
         lap.restart()
         sums = dict.fromkeys(("loss", "loss_fake", "g"), 0.0)
         share = 1 / args.gradient_accumulation_steps
