@@ -239,7 +239,8 @@ def make_bank(args, teacher, conditions, shape, grid, rank, world_size, device):
              "seed": args.seed, "shape": list(shape)}
     bank = io.Bank(args.bank or os.path.join(args.output_dir, "bank"), about, args.bank_size, args.bank_batch, create=rank == 0)
     mean_over_ranks(0.0)  # nobody goes on before the folder is ready
-    for part in tqdm(bank.missing()[rank::world_size], desc="bank", disable=rank > 0 or not bank.missing()):
+    mine = [part for part in bank.missing() if part % world_size == rank]  # by number: others' files may appear while this rank looks
+    for part in tqdm(mine, desc="bank", disable=rank > 0 or not mine):
         rows = bank.rows_of(part)
         draw = io.Draws(args.seed, "bank", 0, rows, device)
         index = conditions.index(draw)
