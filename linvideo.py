@@ -219,7 +219,7 @@ def chosen_layers(args, count):
     """--target_layers and --select for a network of `count` layers -> number of linear layers, list of them or None: learned.  Raises UserError."""
     names, select = ("learned", "first", "last", "uniform", "random"), args.select
     listed = len(select) > 1 or select[0] not in names
-    if listed and (not all(s.isdigit() and int(s) < count for s in select) or len(set(map(int, select))) < len(select)):
+    if listed and (not all(s.isdecimal() and int(s) < count for s in select) or len(set(map(int, select))) < len(select)):
         raise io.UserError(f"--select {' '.join(select)}: give one of {', '.join(names)}, or different layers of 0 to {count - 1}")
     if listed and args.target_layers not in (None, len(select)):
         raise io.UserError(f"--select {' '.join(select)} names {len(select)} layer(s), --target_layers says {args.target_layers}: leave one of them out")
