@@ -236,7 +236,7 @@ def chosen_layers(args, count):
 def make_bank(args, teacher, conditions, shape, grid, rank, world_size, device):
     """The teacher's trajectories, written once: every rank makes its share, those already there are kept.  -> an open io.Bank."""
     about = {"teacher": io.weights_hash(teacher.folder), "trajectories": args.bank_size, "grid": grid, "guidance_scale": args.guidance_scale,
-             "seed": args.seed, "shape": list(shape)}
+             "seed": args.seed, "shape": list(shape), "prompts": conditions.prompts and conditions.prompts.fingerprint()}
     bank = io.Bank(args.bank or os.path.join(args.output_dir, "bank"), about, args.bank_size, args.bank_batch, create=rank == 0)
     mean_over_ranks(0.0)  # nobody goes on before the folder is ready
     mine = [part for part in bank.missing() if part % world_size == rank]  # by number: others' files may appear while this rank looks
