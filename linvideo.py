@@ -300,7 +300,7 @@ def train(args):
     hard_step = min(int(args.max_train_steps * args.selection_share), args.max_train_steps - 1)  # the selection ends before this update
     if fixed is not None or mixed[0].decided:
         fixed = fix_layers([i for i, r in enumerate(r_all) if r == 0] if fixed is None else fixed)
-    bank = make_bank(args, teacher, conditions, shape, grid, rank, world_size, device)
+    bank = make_bank(args, teacher, conditions, shape, grid, rank, world_size, device) if start < args.max_train_steps else None
     log = io.Log(args.output_dir, start) if main_rank else None
     if main_rank:
         print(f"teacher {args.teacher}: {type(student).__name__}, {sum(p.numel() for p in weights):,} parameters, shift {teacher.shift:g}, guidance "
