@@ -210,7 +210,7 @@ def assert_gradients(got, loss, net):
     return norm
 
 
-CASES = [[], ["--state", "step"], ["--state", "jump"], ["--state", "rollout"], ["--weight", "unit"], ["--weight", "dmd"], ["--objective", "mse"],
+CASES = [[], ["--state", "step"], ["--state", "jump"], ["--state", "rollout"], ["--weight", "unit"], ["--weight", "dmd"], ["--objective", "mse", "--state", "step"],
          ["--objective", "adm_critic", "--critic_steps", "3"], ["--objective", "dmd"], GUIDED, [*GUIDED, "--objective", "mse"],
          [*GUIDED, "--state", "rollout"], [*GUIDED, "--objective", "adm_critic", "--state", "step", "--critic_steps", "3"], [*GUIDED, "--objective", "dmd"],
          ["--no_regularizer", "--gradient_accumulation_steps", "2", "--seed", "3"],
