@@ -292,9 +292,8 @@ def train(args):
 
     def fix_layers(layers):
         """The end of the selection: from here on every layer has one branch, and its r is 0 or 1."""
-        for net in {id(n): n for n in (student, ema)}.values():
-            for i, place in enumerate(net.self_attentions):
-                place.attend.fix(linear=i in layers)
+        for i, m in enumerate(mixed):
+            m.fix(linear=i in layers)
         return layers
 
     hard_step = min(int(args.max_train_steps * args.selection_share), args.max_train_steps - 1)  # the selection ends before this update
