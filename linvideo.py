@@ -219,7 +219,7 @@ def chosen_layers(args, count):
     """--target_layers and --select for a network of `count` layers -> number of linear layers, list of them or None: learned.  Raises UserError."""
     names, select = ("learned", "first", "last", "uniform", "random"), args.select
     listed = len(select) > 1 or select[0] not in names
-    if listed and (not all(s.isdigit() and int(s) < count for s in select) or len(set(map(int, select))) < len(select)):
+    if listed and (not all(s.isdecimal() and int(s) < count for s in select) or len(set(map(int, select))) < len(select)):
         raise io.UserError(f"--select {' '.join(select)}: give one of {', '.join(names)}, or different layers of 0 to {count - 1}")
     if listed and args.target_layers not in (None, len(select)):
         raise io.UserError(f"--select {' '.join(select)} names {len(select)} layer(s), --target_layers says {args.target_layers}: leave one of them out")
@@ -236,10 +236,11 @@ def chosen_layers(args, count):
 def make_bank(args, teacher, conditions, shape, grid, rank, world_size, device):
     """The teacher's trajectories, written once: every rank makes its share, those already there are kept.  -> an open io.Bank."""
     about = {"teacher": io.weights_hash(teacher.folder), "trajectories": args.bank_size, "grid": grid, "guidance_scale": args.guidance_scale,
-             "seed": args.seed, "shape": list(shape)}
+             "seed": args.seed, "shape": list(shape), "prompts": conditions.prompts and conditions.prompts.fingerprint()}
     bank = io.Bank(args.bank or os.path.join(args.output_dir, "bank"), about, args.bank_size, args.bank_batch, create=rank == 0)
     mean_over_ranks(0.0)  # nobody goes on before the folder is ready
-    for part in tqdm(bank.missing()[rank::world_size], desc="bank", disable=rank > 0 or not bank.missing()):
+    mine = [part for part in bank.missing() if part % world_size == rank]  # by number: others' files may appear while this rank looks
+    for part in tqdm(mine, desc="bank", disable=rank > 0 or not mine):
         rows = bank.rows_of(part)
         draw = io.Draws(args.seed, "bank", 0, rows, device)
         index = conditions.index(draw)
@@ -291,15 +292,14 @@ def train(args):
 
     def fix_layers(layers):
         """The end of the selection: from here on every layer has one branch, and its r is 0 or 1."""
-        for net in {id(n): n for n in (student, ema)}.values():
-            for i, place in enumerate(net.self_attentions):
-                place.attend.fix(linear=i in layers)
+        for i, m in enumerate(mixed):
+            m.fix(linear=i in layers)
         return layers
 
     hard_step = min(int(args.max_train_steps * args.selection_share), args.max_train_steps - 1)  # the selection ends before this update
     if fixed is not None or mixed[0].decided:
         fixed = fix_layers([i for i, r in enumerate(r_all) if r == 0] if fixed is None else fixed)
-    bank = make_bank(args, teacher, conditions, shape, grid, rank, world_size, device)
+    bank = make_bank(args, teacher, conditions, shape, grid, rank, world_size, device) if start < args.max_train_steps else None
     log = io.Log(args.output_dir, start) if main_rank else None
     if main_rank:
         print(f"teacher {args.teacher}: {type(student).__name__}, {sum(p.numel() for p in weights):,} parameters, shift {teacher.shift:g}, guidance "
@@ -361,8 +361,8 @@ def train(args):
     for step in progress:
         warmup = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
         decay = min(1.0, (1 - step / args.max_train_steps) / max(args.lr_decay_share, 1e-9))
-        for group, lr in zip(optimizer.param_groups, rates):
-            group["lr"] = lr * warmup * (1.0 if lr is args.learning_rate_r else decay)
+        for group, lr, falls in zip(optimizer.param_groups, rates, (decay, decay, 1.0)):
+            group["lr"] = lr * warmup * falls
         lap.restart()
         sums = dict.fromkeys(("loss", "loss_fake", "g"), 0.0)
         share = 1 / args.gradient_accumulation_steps
@@ -463,15 +463,18 @@ def train(args):
             save_student(args, net, teacher, grid, shape)
             io.save_for_resume(args, done, modules, optimizers, spent_before + time.time() - began)
     if main_rank:
+        fixed = smallest([r.item() for r in r_all], target)  # the same again, but for a run that was cut short while it selected
         net = convert(ema, fixed, args.feature_map).eval()
         if start >= args.max_train_steps:  # a finished run is written out again, perhaps to another folder
             save_student(args, net, teacher, grid, shape)
         calls, short = 1 if args.guidance_scale == 1 else 2, step_grid(4, teacher.shift)
         own, few = (student_sampler(args, net, teacher, conditions, shape, levels, device) for levels in (grid, short))
         coarse = report.teacher_sampler(args, teacher, conditions, shape, device, grid, "euler")
-        index = conditions.preview(200)
-        pairs = [report.many(lambda a, b: f(index, a, b), len(index), B)[0] for f in (own, coarse)]
-        extra = {"linear_layers": fixed, "paired_mse": float((pairs[0] - pairs[1]).square().mean()), **read_selection(args)}
+        extra = {"linear_layers": fixed, **read_selection(args)}
+        if world:  # else there is no row to put it in, and 200 videos of a released model take hours
+            index = conditions.preview(200)
+            pairs = [report.many(lambda a, b: f(index, a, b), len(index), B)[0] for f in (own, coarse)]
+            extra["paired_mse"] = float((pairs[0] - pairs[1]).square().mean())
         save_selection_picture(args.output_dir, len(mixed))
         report.finish(args, "linvideo", teacher, world, conditions, shape, grid[:-1], {"student": (calls * K, own), "student_4": (calls * 4, few)},
                       sum(p.numel() for p in net.parameters()), spent_before + time.time() - began, device, {"student": extra})
@@ -500,7 +503,10 @@ def read_selection(args):
 def save_selection_picture(folder, layers, width=720, row=22):
     """r.png: one line of colour per layer over the updates of log.csv, red = softmax, white = one half, blue = linear."""
     with open(os.path.join(folder, "log.csv"), newline="") as f:
-        r = torch.tensor([[float(line[f"r_{i}"]) for i in range(layers)] for line in csv.DictReader(f)]).T  # (layers, updates)
+        lines = list(csv.DictReader(f))
+    if not lines:  # a finished run that is written out again elsewhere
+        return
+    r = torch.tensor([[float(line[f"r_{i}"]) for line in lines] for i in range(layers)])  # (layers, updates)
     updates = r.shape[1]
     r = r[:, (torch.arange(width) * updates / width).long()]  # (layers, width)
     softmax, linear = torch.tensor([200.0, 60, 50]), torch.tensor([40.0, 90, 190])

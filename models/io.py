@@ -610,6 +610,11 @@ class Prompts:
             raise UserError(f"{path}: the cond.* tensors disagree on the number of prompts: {sorted(counts)}")
         self.n = counts.pop()
 
+    def fingerprint(self):
+        """Short hash of number, first, last and unconditional prompt: tells two files apart without reading all."""
+        ends = [self.rows(torch.tensor([0, self.n - 1]), "cpu"), self.unconditional(1, "cpu")]
+        return f"{stable_hash(self.n, *(x.double().sum(-1).tolist() for end in ends for x in end.values())):08x}"
+
     def rows(self, index, device):
         """index (B,) -> {name: (B, ...)}; float inputs as float32."""
         return {name: Rows(self.file, f"cond.{name}")[index].to(device) for name in self.names}
@@ -845,7 +850,7 @@ class Bank:
         """row, state (B,) -> {"index": (B,) int64, "x", "v", ...: (B, ...) float32}."""
         of = [(self.files[r // self.batch], r % self.batch, i) for r, i in zip(row.tolist(), state.tolist())]
         return {"index": torch.stack([f.get_slice("index")[r] for f, r, _ in of]),
-                **{name: torch.stack([f.get_slice(name)[r, i] for f, r, i in of]).float() for name in self.files[0].keys() if name != "index"}}
+                **{name: torch.stack([f.get_slice(name)[r, i].float() for f, r, i in of]) for name in self.files[0].keys() if name != "index"}}
 
 
 def load_real_data(args, worlds, world, teacher, shape):
