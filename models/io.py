@@ -966,7 +966,8 @@ def save_gif(path, rows, world=None, ms=120):
 
 def print_table(results):
     """The short table a run ends with: one line a row of report.json."""
-    columns = [c for c in ("name", "nfe", "fd", "fd_excess", "fd_teacher", "patch_swd", "accuracy", "diversity", "motion", "moving", "ms_per_sample")
+    columns = [c for c in ("name", "nfe", "fd", "fd_excess", "fd_teacher", "patch_swd", "accuracy", "diversity", "motion", "moving", "iou", "connected",
+                            "ms_per_sample")
                if any(c in r for r in results)]
     cells = [columns] + [["" if r.get(c) is None else f"{r[c]:.3g}" if isinstance(r.get(c), float) else str(r[c]) for c in columns]
                          for r in results]

@@ -35,7 +35,7 @@ def preview(args, world, conditions, sampler):
 def save_samples(folder, rows, world):
     """samples.png, and samples.gif for videos.  rows: [(text, samples (n, ...)), ...]."""
     io.save_grid(os.path.join(folder, "samples.png"), [(text, io.picture(x, world)) for text, x in rows])
-    if rows[0][1].dim() == 5:
+    if rows[0][1].dim() == 5 and getattr(world, "video", True):
         io.save_gif(os.path.join(folder, "samples.gif"), rows, world)
 
 
