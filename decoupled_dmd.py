@@ -420,7 +420,7 @@ def parse_args(argv=None):
                   "shown are those of the given --teacher: glyphs, ring, other small networks of ours, or a released model.")
     io.add_run_flags(p)
     p.set_defaults(max_train_steps=600, learning_rate=8e-4, lr_warmup_steps=20, ema_decay=0.995, guidance_scale=3.0)
-    p.add_argument("--teacher", default="glyphs", help="ring, glyphs, a component folder, a pipeline root with model_index.json, or a run folder of ours")
+    p.add_argument("--teacher", default="glyphs", help="ring, glyphs, voxels, a component folder, a pipeline root with model_index.json, or a run folder of ours")
     p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the student here instead of from the teacher")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
     p.add_argument("--data", default=None, help="real samples for the GAN: a world, an image folder, or FILE.safetensors (x0, cond.*); default: the world's")

@@ -15,6 +15,7 @@ dropped now and then, so that one network also knows the unconditional field and
 Launch.
     laptop      python latent_fm.py --data glyphs --logit_normal --save_fp16    # the shipped teachers: docs/latent_fm.md
                 python latent_fm.py --data clips --logit_normal --save_fp16
+                python latent_fm.py --data voxels --logit_normal --save_fp16
     own images  python latent_fm.py --data FOLDER --resolution 32       # FOLDER/<class>/*.png, then dmd.py --teacher <output_dir>
     one GPU     the same
     one node    torchrun --nproc-per-node 8 latent_fm.py --data FOLDER --mixed_precision bf16
@@ -286,14 +287,15 @@ def sample_only(args):
 
 
 CLIPS = dict(patch_size=[2, 4, 4], width=64, depth=8, pool=40000)  # 64 tokens; what the world of that name changes of the defaults
+VOXELS = dict(max_train_steps=6000, width=96, depth=6, pool=40000)  # 64 tokens of 4x4x4 voxels
 
 
 def parse_args(argv=None):
-    p = io.Parser(description="Train a flow-matching teacher (arXiv 2307.08698). Defaults shown are those of the given --data: clips or any other.")
+    p = io.Parser(description="Train a flow-matching teacher (arXiv 2307.08698). Defaults shown are those of the given --data: clips, voxels or any other.")
     io.add_run_flags(p)
     p.set_defaults(max_train_steps=8000, train_batch_size=64, learning_rate=2e-3, lr_warmup_steps=200, max_grad_norm=1.0,
                    ema_decay=0.999, guidance_scale=1.5, checkpointing_steps=1000)
-    p.add_argument("--data", default="glyphs", help="an embedded world (ring, glyphs, clips), a folder of images in class subfolders, "
+    p.add_argument("--data", default="glyphs", help="an embedded world (ring, glyphs, clips, voxels), a folder of images in class subfolders, "
                    "or FILE.safetensors with x0 and cond.label")
     p.add_argument("--resolution", type=io.number(int, 4), default=32, help="pixels a side; only for image folders")
     p.add_argument("--pool", type=io.number(int, 100), default=100000, help="items drawn from a world to train on")
@@ -311,7 +313,7 @@ def parse_args(argv=None):
     p.add_argument("--save_fp16", action="store_true", help="store student/ in float16 (what ships is)")
     argv = sys.argv[1:] if argv is None else argv
     known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
-    p.set_defaults(**(CLIPS if known.data == "clips" else {}))
+    p.set_defaults(**{"clips": CLIPS, "voxels": VOXELS}.get(known.data, {}))
     args = p.parse_args(argv)
     if args.output_dir is None:
         args.output_dir = io.default_output_dir("latent_fm", args.data, args.sample)

@@ -583,7 +583,7 @@ def parse_args(argv=None):
                   "are those of the given --teacher: clips, ring, other small networks of ours, or a released model.")
     io.add_run_flags(p)
     p.set_defaults(max_train_steps=500, train_batch_size=32, learning_rate=5e-4, lr_warmup_steps=20, ema_decay=0.99)
-    p.add_argument("--teacher", default=None, help="clips, glyphs, ring, a component folder, a pipeline root with model_index.json (two networks as well: "
+    p.add_argument("--teacher", default=None, help="clips, glyphs, voxels, ring, a component folder, a pipeline root with model_index.json (two networks as well: "
                    "Wan 2.2), or a run folder of ours")
     p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the experts from this network instead of from the teacher")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")

@@ -384,7 +384,7 @@ def parse_args(argv=None):
                   "the given --teacher: glyphs, ring, other small networks of ours, or a released model.")
     io.add_run_flags(p)
     p.set_defaults(max_train_steps=900, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.995)
-    p.add_argument("--teacher", default="glyphs", help="ring, glyphs, a component folder, a pipeline root with model_index.json, or a run folder of ours")
+    p.add_argument("--teacher", default="glyphs", help="ring, glyphs, voxels, a component folder, a pipeline root with model_index.json, or a run folder of ours")
     p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the student here instead of from the teacher")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
     p.add_argument("--sample_shape", type=io.number(int, 1), nargs="+", default=None, help="C H W or C T H W of a sample (default: the network's)")

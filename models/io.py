@@ -657,12 +657,31 @@ class Conditions:
         return torch.arange(n) % (self.prompts.n if self.prompts else max(1, self.classes))
 
 
+class DataConditions:
+    """Conditions that come with the data: rows of --data's cond.*, and for sparse data the points of the same sample. Unconditional: zeros."""
+
+    prompts = None
+
+    def __init__(self, data, cond):
+        self.points, self.cond = data if isinstance(data, SparseRows) else None, cond
+
+    def pick(self, index, device):
+        cond = {k: v[index].to(device) for k, v in self.cond.items()}
+        at = {"coords": self.points[index][1].to(device)} if self.points else {}
+        return {**cond, **at}, {**{k: torch.zeros_like(v) for k, v in cond.items()}, **at}
+
+    def preview(self, n):
+        """The first n samples of the data.  (n,) int64."""
+        return torch.arange(n) % len(next(iter(self.cond.values())))
+
+
 @torch.no_grad()
 def try_network(net, conditions, shape, device, **more):
     """One call before any training, where wrong shapes and prompts show -> what net returns for one sample.  Raises UserError."""
     cond, _ = conditions.pick(torch.zeros(1, dtype=torch.long), device)
+    x = torch.zeros(len(cond["coords"]), shape[0], device=device) if "coords" in cond else torch.zeros(1, *shape, device=device)
     try:
-        return net(torch.zeros(1, *shape, device=device), torch.ones(1, device=device), **cond, **more)
+        return net(x, torch.ones(1, device=device), **cond, **more)
     except ValueError as e:
         raise UserError(str(e)) from None
 
@@ -867,6 +886,28 @@ def load_real_data(args, worlds, world, teacher, shape):
     if tuple(data.shape[1:]) != shape or set(cond) != set(teacher.base.cond_names):
         raise UserError(f"--data: items are {tuple(data.shape[1:])} with {sorted(cond)}, the teacher takes {shape} with {list(teacher.base.cond_names)}")
     return data, cond
+
+
+def load_paired_data(args, worlds, world, teacher, shape, sparse):
+    """--data or the world's own: what velocity matching noises -> x0 (N, ...) or, for a sparse network, SparseRows; cond. As load_real_data. Raises UserError."""
+    if not args.data and not world:
+        raise UserError(f"--data: a {type(teacher.base).__name__} teacher needs FILE.safetensors with {'coords, feats, offsets' if sparse else 'x0'} and "
+                        + " and ".join(f"cond.{n}" for n in teacher.base.cond_names))
+    if not sparse:
+        return load_real_data(args, worlds, world, teacher, shape)
+    data, cond, _ = load_data(args.data, worlds, shape[-1], sparse=True)
+    if not isinstance(data, SparseRows):
+        raise UserError(f"--data {args.data}: this {type(teacher.base).__name__} works on points: give coords, feats and offsets, not x0")
+    channels = data[torch.zeros(1, dtype=torch.long)][0].shape[1]
+    if channels != shape[0] or set(cond) != set(teacher.base.cond_names):
+        raise UserError(f"--data: points have {channels} channels, with {sorted(cond)}; the teacher takes {shape[0]}, with {list(teacher.base.cond_names)}")
+    return data, cond
+
+
+def ragged(x, coords):
+    """A sparse batch as the tensors of a file: coords (M, 3), feats (M, C), offsets (N + 1,), as --data has them."""
+    counts = coords[:, 0].bincount().cumsum(0)
+    return {"coords": coords[:, 1:].int(), "feats": x, "offsets": torch.cat([counts.new_zeros(1), counts])}
 
 
 def to_unit(x):
@@ -1125,7 +1166,8 @@ def save_gif(path, rows, world=None, ms=120):
 
 def print_table(results):
     """The short table a run ends with: one line a row of report.json."""
-    columns = [c for c in ("name", "nfe", "fd", "fd_excess", "fd_teacher", "patch_swd", "accuracy", "diversity", "motion", "moving", "ms_per_sample")
+    columns = [c for c in ("name", "nfe", "fd", "fd_excess", "fd_teacher", "patch_swd", "accuracy", "diversity", "motion", "moving", "iou", "connected",
+                            "ms_per_sample")
                if any(c in r for r in results)]
     cells = [columns] + [["" if r.get(c) is None else f"{r[c]:.3g}" if isinstance(r.get(c), float) else str(r[c]) for c in columns]
                          for r in results]

@@ -21,9 +21,10 @@ def many(draw_samples, n, batch=500):
     return x, 1000 * (time.perf_counter() - began) / n
 
 
-def evaluation_noise(args, shape, device, first, last, name="z"):
-    """The noise that every row of samples.png and report.json starts from.  (last - first, *shape)."""
-    return io.Draws(args.seed, "evaluation", 0, range(first, last), device).normal(name, shape)
+def evaluation_noise(args, shape, device, first, last, name="z", coords=None):
+    """The noise that every row of samples.png and report.json starts from.  (last - first, *shape), or for points (M, shape[0])."""
+    draw = io.Draws(args.seed, "evaluation", 0, range(first, last), device)
+    return draw.normal(name, shape) if coords is None else draw.points(name, coords[:, 0].bincount().tolist(), shape[0])
 
 
 def preview(args, world, conditions, sampler):
@@ -35,7 +36,7 @@ def preview(args, world, conditions, sampler):
 def save_samples(folder, rows, world):
     """samples.png, and samples.gif for videos.  rows: [(text, samples (n, ...)), ...]."""
     io.save_grid(os.path.join(folder, "samples.png"), [(text, io.picture(x, world)) for text, x in rows])
-    if rows[0][1].dim() == 5:
+    if rows[0][1].dim() == 5 and getattr(world, "video", True):
         io.save_gif(os.path.join(folder, "samples.gif"), rows, world)
 
 

@@ -3,10 +3,11 @@
     ring     8 Gaussians on a circle, 4 classes of two opposite modes each; every score, x0 and velocity in closed form
     glyphs   3x16x16 colour digits drawn with Pillow's own font; position, size, slant, weight and both colours vary
     clips    1x8x16x16 grey videos of one shape moving in a straight line; the class fixes the shape and the law of its speed
+    voxels   1x16x16x16 occupancy of ten parametric solids (models/voxels.py)
 
 A world has: name, shape (C, ...), num_classes, class_names, data(n, seed) -> (x0, label), a closed-form teacher() or a
 teacher_folder(), measure(x, label) -> {"fd", "patch_swd", "accuracy", "log_p", "diversity", ...}, and picture(x) -> (H, W, 3) uint8, one row.
-`python -m models.toy glyphs` (or clips) retrains that world's classifier and rewrites its reference statistics in models/glyphs/.
+`python -m models.toy glyphs` (or clips, voxels) retrains that world's classifier and rewrites its reference statistics in models/glyphs/.
 """
 import functools
 import math
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from models import io, lora
 from models.diffusion import expand, sinusoid
 
-WORLDS = ("ring", "glyphs", "clips")
+WORLDS = ("ring", "glyphs", "clips", "voxels")
 
 
 @functools.cache
@@ -31,6 +32,10 @@ def load_world(name):
     """-> the world called `name`; raises ValueError for another name."""
     if name not in WORLDS:
         raise ValueError(f"no embedded world is called {name!r}; there are {', '.join(WORLDS)}")
+    if name == "voxels":
+        from models.voxels import Voxels  # that file uses this one
+
+        return Voxels()
     return {"ring": Ring, "glyphs": Glyphs, "clips": Clips}[name]()
 
 
@@ -340,9 +345,17 @@ class FeatureWorld:
     def teacher_folder(self):
         return self.folder("teacher")
 
+    def network(self):
+        """The classifier, untrained."""
+        return Classifier(math.prod(self.shape[:-2]), self.num_classes, self.factors)
+
+    def patches(self, x, seed):
+        """x (n, *shape) -> (m, d), small patches that show grain."""
+        return image_patches(x, seed=seed)
+
     @functools.cached_property
     def classifier(self):
-        net = Classifier(math.prod(self.shape[:-2]), self.num_classes, self.factors)
+        net = self.network()
         net.load_state_dict({k: v.float() for k, v in load_file(self.folder("classifier.safetensors")).items()})
         return net.eval().requires_grad_(False)
 
@@ -366,7 +379,7 @@ class FeatureWorld:
         label, (f, logits), ref = label.cpu(), self.look(x), self.reference
         x_blurred = blurred(x.float().cpu().clamp(-1, 1))
         fresh = self.data(len(x), 123456789, label)[0]
-        swd = sliced_wasserstein(image_patches(x.float().cpu().clamp(-1, 1), seed=1), image_patches(fresh, seed=2))
+        swd = sliced_wasserstein(self.patches(x.float().cpu().clamp(-1, 1), seed=1), self.patches(fresh, seed=2))
         moments = f.double().mean(0)[None], f.double().T.cov()[None]
         return {"fd": moments_distance(moments, (ref["mean"][None], ref["cov"][None])),
                 "patch_swd": 1000 * swd, "accuracy": float((logits.argmax(1) == label).double().mean()),
@@ -474,7 +487,7 @@ def build_reference(world, steps=3000, batch=128, seed=1):
     label = rng.integers(0, world.num_classes, 60000)
     x, z = (torch.from_numpy(a) for a in world.render(label, rng))
     y = torch.from_numpy(label)
-    net = Classifier(math.prod(world.shape[:-2]), world.num_classes, world.factors)
+    net = world.network()
     opt = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
     for step in range(steps):
         for group in opt.param_groups:

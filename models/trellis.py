@@ -491,6 +491,7 @@ class SLatFlowModel(Transformer):
     """
 
     latent_shape = (8, 64, 64, 64)  # channels, and the grid in which the points lie
+    sparse = True  # x is points, with coords beside them
 
     def __init__(
         self, resolution, in_channels, model_channels, cond_channels, out_channels, num_blocks, num_heads=None, num_head_channels=64,

@@ -216,7 +216,7 @@ def plot(path, curves, zoom=2):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Flags after -- go to the script.")
     p.add_argument("script", choices=list(METHODS), help="whose orderings")
-    p.add_argument("world", choices=["ring", "glyphs", "clips"], help="the embedded teacher")
+    p.add_argument("world", choices=["ring", "glyphs", "clips", "voxels"], help="the embedded teacher")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run of each method per seed")
     p.add_argument("--methods", nargs="+", default=None, help="which rows of the table; default: all")
     p.add_argument("--output_dir", default="runs/orderings", help="folder of the runs; those already finished there are read, not repeated")

@@ -1,14 +1,16 @@
-"""models/toy.py: the ring's closed forms against autograd and Monte Carlo, the measures against other formulas, the glyphs."""
+"""models/toy.py: the ring's closed forms against autograd and Monte Carlo, the measures against other formulas, the worlds' data."""
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from models import toy
+from helpers import ROOT
+from models import report, toy, voxels
 from models.diffusion import VP, from_x0_eps, to_x0_eps
 from models.toy import (MOVING, SPEEDS, Clips, Glyphs, Ring, RingMLP, RingTeacher, balanced_labels, energy_distance, frechet_distance, image_patches,
                         load_world, moments_distance, pairwise_diversity, render_glyphs, sliced_wasserstein)
+from models.voxels import SOLIDS, Voxels
 
 NULL = 4
 
@@ -378,12 +380,263 @@ def test_pictures_of_clips():
     assert np.array_equal(strip[150:], Clips().picture(x[:, :, 7:])) and not np.array_equal(strip[:50], strip[150:])
 
 
+# ---- voxels ------------------------------------------------------------------------------------------------------
+
+
+def solids(kind, n, seed=0, **columns):
+    """u (n, 9) uniform in [-1, 1], with the given columns set: solids("box", 5, x=0)."""
+    names = ["x", "y", "z", "turn", "tilt_x", "tilt_y", "size", "p", "q"]
+    u = np.random.default_rng(seed).uniform(-1, 1, (n, voxels.PARAMETERS)).astype(np.float32)
+    for name, value in columns.items():
+        u[:, names.index(name)] = value
+    return u
+
+
+def grid(cover):
+    """(n, 4096) -> (n, 16, 16, 16): z, y, x."""
+    return cover.reshape(-1, 16, 16, 16)
+
+
+def along(kind, u, points):
+    """Occupancy at points given along the solid's own axes, at the nearest voxel.  points (m, 3) in half extents -> (n, m)."""
+    h, rotation, centre = voxels.pose(kind, u)
+    at = centre[:, None] + (points * h[:, None]) @ np.swapaxes(rotation, 1, 2)  # (n, m, 3)
+    i = np.rint(at + 7.5).astype(int)
+    return grid(voxels.occupancy(kind, u))[np.arange(len(u))[:, None], i[..., 2], i[..., 1], i[..., 0]]
+
+
+def test_solids_repeat_for_a_seed_and_are_drawn_evenly():
+    """Rendering is a function of label and seed; values are in [-1, 1], both ends are reached; labels drawn are balanced, labels given come back."""
+    world, label = load_world("voxels"), balanced_labels(40, 10)
+    x, got = world.data(40, 3, label)
+    assert torch.equal(got, label) and got.dtype == torch.int64 and x.shape == (40, 1, 16, 16, 16) and x.dtype == torch.float32
+    assert torch.equal(x, world.data(40, 3, label)[0]) and (x != world.data(40, 4, label)[0]).flatten(1).any(1).all()
+    assert (x.flatten(1).min(1).values == -1).all() and (x.flatten(1).max(1).values == 1).all()
+    share = world.data(1000, 3)[1].bincount(minlength=10) / 1000
+    assert len(share) == 10 and (share - 0.1).abs().max() < 4 * (0.1 * 0.9 / 1000) ** 0.5
+
+
+@pytest.mark.parametrize("kind", list(SOLIDS))
+def test_solids_stay_inside_the_grid(kind):
+    """Moved as far as it may go in each direction, no solid loses volume."""
+    still, corner = solids(kind, 60, x=0, y=0, z=0), solids(kind, 60)
+    corner[:, :3] = np.sign(corner[:, :3])
+    volume, moved = (voxels.occupancy(kind, u).sum(1) for u in (still, corner))
+    assert np.abs(moved / volume - 1).max() < 0.12 and abs((moved / volume).mean() - 1) < 0.01
+    h, rotation, centre = voxels.pose(kind, corner)
+    assert (np.abs(centre).max(0) > 0.5).all() and (np.abs(centre)[:, :, None] + np.abs(rotation) * h[:, None] < 8).all()
+
+
+def volume(kind, u):
+    """The solid's volume by school geometry, from its half extents.  -> (n,)."""
+    x, y, z = voxels.half_extents(kind, u).T
+    p, q = (u[:, 7] + 1) / 2, (u[:, 8] + 1) / 2
+    if kind == "ellipsoid":
+        return 4 / 3 * np.pi * x * y * z
+    if kind == "box":
+        return 8 * x * y * z
+    if kind == "torus":
+        tube = (0.21 + 0.09 * p) * x
+        return 2 * np.pi * (x - tube) * np.pi * tube * z
+    if kind == "cylinder":
+        return np.pi * x**2 * 2 * z
+    if kind == "cross":
+        bar = 1 + 0.8 * p
+        return 8 * bar**2 * (x + y + z - 2 * bar)
+    if kind == "stairs":
+        return 8 * x * y * z * 2 / 3
+    if kind == "table":
+        return 8 * x * y + 4 * 4 * (2 * z - 2)
+    if kind == "chair":
+        seat = (-0.25 + 0.35 * q) * z
+        return 8 * x * y + 4 * 4 * (seat - 1 + z) + 4 * y * (z - seat - 1)
+    if kind == "cone":
+        return np.pi / 3 * 2 * z * (x**2 + x + 1)
+    w = 0.55 * x
+    return 2 * y * (4 * x * z - 2 * w * (2 * z - w - 2) - np.pi / 2 * w**2)  # arch
+
+
+@pytest.mark.parametrize("kind", list(SOLIDS))
+def test_volumes_of_solids(kind):
+    """The sum of a solid's occupancy is its volume by school geometry, whatever its pose, and a little more along edges."""
+    u = solids(kind, 60)
+    ratio = voxels.occupancy(kind, u).sum(1) / volume(kind, u)
+    assert ratio.min() > 0.99 and ratio.max() < 1.13 and ratio.mean() < 1.07
+
+
+@pytest.mark.parametrize("kind, fold", list(SOLIDS.items()))
+def test_solids_look_the_same_after_their_part_of_a_turn(kind, fold):
+    """A class's fold is its symmetry about the vertical axis: that part of a turn changes nothing, half of it does; a solid of revolution has any."""
+    u = solids(kind, 20, p=-0.5)
+    turned = lambda by: voxels.occupancy(kind, u + by * np.eye(voxels.PARAMETERS)[voxels.TURN])  # noqa: E731
+    difference = lambda a, b: np.abs(a - b).sum(1) / b.sum(1)  # noqa: E731
+    now = turned(0)
+    if fold:
+        assert difference(turned(2 / fold), now).max() < 1e-3 and difference(turned(1 / fold), now).min() > 0.05
+        for smaller in range(fold + 1, 7):
+            assert difference(turned(2 / smaller), now).max() > 0.05
+    else:
+        u[:, :3] = 0  # in the middle of the grid: the room that a bounding box leaves does depend on its turn
+        assert difference(turned(0.37), turned(0)).max() < 1e-3
+
+
+@pytest.mark.parametrize("kind, empty, full", [
+    ("ellipsoid", [(0.8, 0.8, 0), (0, 0.8, 0.8)], [(0, 0, 0), (0.7, 0, 0), (0, 0.7, 0), (0, 0, 0.7)]),
+    ("box", [], [(0, 0, 0), (0.7, 0.7, 0.7), (-0.7, 0.7, -0.7)]),
+    ("torus", [(0, 0, z) for z in (-1, -0.5, 0, 0.5, 1)], [(0.75, 0, 0), (-0.75, 0, 0), (0, 0.75, 0), (0.53, -0.53, 0)]),  # the hole, and the tube round it
+    ("cylinder", [(0.85, 0.85, 0)], [(0, 0, 0.75), (0, 0, -0.75), (0.5, 0.5, 0.7), (0.75, 0, -0.7)]),
+    ("cross", [(0.7, 0.7, 0), (0.7, 0, 0.7), (0, -0.7, 0.7), (-0.7, -0.7, -0.7)], [(0.8, 0, 0), (-0.8, 0, 0), (0, 0.8, 0), (0, -0.8, 0), (0, 0, 0.8), (0, 0, -0.8)]),
+    ("stairs", [(-0.67, 0, 0.2), (-0.67, 0, 0.8), (0, 0, 0.9)], [(-0.67, 0, -0.75), (0, 0, -0.3), (0.67, 0, 0.6), (0.67, 0, -0.67)]),
+    ("table", [(0, 0, -0.7), (0, 0, 0), (0, -1, -0.5), (1, 0, -0.5)], [(0, 0, 0.8), (0.8, 0.75, -0.6), (-0.8, 0.75, -0.6), (0.8, -0.75, 0), (-0.8, -0.75, 0)]),
+    ("chair", [(0.2, 0, 0.6), (0.8, 0.7, 0.6), (0, 0, -0.8)], [(-0.75, 0, 0.7), (-0.75, 0.6, 0.5), (0.75, 0.7, -0.7), (0.75, -0.7, -0.7), (-0.75, -0.7, -0.7)]),
+    ("cone", [(0.7, 0, 0.6), (0, 0.7, 0.6), (0, -0.8, 0.5)], [(0, 0, 0.7), (0.6, 0, -0.7), (0, -0.6, -0.7), (0, 0, -0.7)]),
+    ("arch", [(0, y, z) for y in (-1, 0, 1) for z in (-1, -0.5, 0)], [(0, 0, 0.75), (0.8, 0, -0.8), (-0.8, 0, -0.8), (0.8, 0, 0.5), (-0.8, 0, 0.5)]),  # a way through
+])
+def test_every_solid_is_what_it_is_called(kind, empty, full):
+    """Places given in the solid's own half extents that are empty or full in all of 40 poses and proportions: holes, legs, arms, steps, backs."""
+    u = solids(kind, 40)
+    if empty:
+        assert along(kind, u, np.array(empty)).max() < 0.5
+    assert along(kind, u, np.array(full)).min() > 0.5
+
+
+def test_factors_of_solids_are_where_they_are():
+    """The first three factors are the centre of mass of the solids that have one there; all ten are of about unit size and vary."""
+    label = np.repeat([list(SOLIDS).index(k) for k in ("ellipsoid", "box", "torus", "cylinder", "cross")], 30)
+    x, factors = Voxels().render(label, np.random.default_rng(0))
+    cover = (x.reshape(len(x), -1) + 1) / 2
+    mass = (cover @ voxels.CENTRES.T) / cover.sum(1, keepdims=True)  # (n, 3)
+    assert np.abs(mass - 3 * factors[:, :3]).max() < 0.15
+    factors = Voxels().render(np.arange(500) % 10, np.random.default_rng(1))[1]
+    assert factors.shape == (500, 10) and np.abs(factors).max() < 2.2 and (factors.std(0) > 0.25).all()
+
+
+def test_connected_is_one_piece():
+    """One piece may touch by a corner and be as long as a snake; two pieces, a stray voxel and nothing at all are not one."""
+    full = np.zeros((7, 16, 16, 16), bool)
+    full[0, 2:5, 3, 3] = True
+    full[1, 2:5, 3, 3] = full[1, 5, 4, 4] = True  # by a corner
+    full[2, 2:5, 3, 3] = full[2, 6, 3, 3] = True  # one voxel of air between
+    full[3, ::2] = full[3, 1::4, 0, 0] = full[3, 3::4, 15, 15] = True  # floors joined in turn at either end
+    full[4] = True
+    full[5, 0, 0, 0] = full[5, 0, 0, 15] = full[5, 0, 15, 0] = True  # not round the edge of the grid
+    assert voxels.connected(full).tolist() == [True, True, False, True, True, False, False]
+    x = Voxels().data(300, 8)[0]
+    assert voxels.connected((x > 0)[:, 0].numpy()).mean() > 0.99
+
+
+def test_overlap_of_shifted_boxes():
+    """A 4x4x4 cube against itself one voxel on: 48 in common of 80; empty sets overlap with nothing."""
+    a, b = np.zeros((2, 1, 16, 16, 16), bool)
+    a[:, 2:6, 2:6, 2:6], b[:, 3:7, 2:6, 2:6] = True, True
+    flat = lambda s: s.reshape(1, -1)  # noqa: E731
+    assert voxels.overlap(flat(a), flat(b))[0] == pytest.approx(48 / 80) and voxels.overlap(flat(a), flat(a))[0] == 1
+    assert voxels.overlap(flat(a), flat(a & False))[0] == 0 and voxels.overlap(flat(a & False), flat(a & False))[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["box", "chair", "torus"])
+def test_fit_finds_a_solid_nearby(kind):
+    """From a start some way off the fit comes back to the target, never ends farther away than it began, and stays within the family."""
+    u = solids(kind, 20)
+    target, start = voxels.occupancy(kind, u), (u + np.random.default_rng(1).normal(0, 0.12, u.shape)).astype(np.float32)
+    fitted = voxels.fit(kind, target, start)
+    before, after = (((voxels.occupancy(kind, v) - target) ** 2).sum(1) for v in (start, fitted))
+    assert (after <= before).all() and np.median(after) < 0.02 * np.median(before)
+    moved = (fitted != start).any(1)
+    assert moved.all() and np.abs(np.delete(fitted, voxels.TURN, 1)).max() <= 1
+
+
+def test_iou_is_calibrated():
+    """Fresh solids meet their family almost fully; noise, other classes' solids and pieces cut off do not; order in the batch does not matter."""
+    world, label = load_world("voxels"), balanced_labels(100, 10)
+    x, _ = world.data(100, 31, label)
+    good = world.nearest(x, label)
+    assert good.mean() > 0.97 and good.min() > 0.5
+    assert np.allclose(world.nearest(x.flip(0), label.flip(0))[::-1], good)
+    assert world.nearest(torch.randn(x.shape, generator=generator()), label).mean() < 0.2
+    other = world.nearest(x, (label + 1) % 10)
+    assert other.mean() < 0.5 and (other < good).mean() > 0.95
+    half = x.clone()
+    half[..., 8:] = -1
+    assert world.nearest(half, label).mean() < good.mean() - 0.1
+    assert not world.nearest(-torch.ones_like(x[:10]), label[:10]).any()
+
+
+def test_measure_of_voxels_tells_failures():
+    """Fresh solids score at the floor; grain, blur, specks, wrong classes and a collapse each show in the numbers that should show them."""
+    world, label = load_world("voxels"), balanced_labels(150, 10)
+    x, _ = world.data(150, 21, label)
+    good = world.measure(x, label)
+    assert good["accuracy"] > 0.98 and good["iou"] > 0.97 and good["connected"] > 0.99 and abs(good["diversity"] - 1) < 0.1
+    grainy = world.measure(x + 0.3 * torch.randn(x.shape, generator=generator()), label)
+    assert grainy["patch_swd"] > 2 * good["patch_swd"]
+    blurred = world.measure(torch.nn.functional.avg_pool3d(x, 3, 1, 1), label)
+    assert blurred["patch_swd"] > 2 * good["patch_swd"] and blurred["fd"] > 2 * good["fd"] and blurred["iou"] < good["iou"] - 0.05
+    specks = x.clone()
+    specks[:, 0, 0, 0, 0] = specks[:, 0, 15, 15, 15] = 1.0
+    specks = world.measure(specks, label)
+    assert specks["connected"] < 0.02 and specks["iou"] > 0.93 and specks["accuracy"] > 0.9
+    wrong = world.measure(x, (label + 1) % 10)
+    assert wrong["accuracy"] < 0.02 and wrong["iou"] < 0.5 and wrong["log_p"] < good["log_p"] - 1
+    collapsed = world.measure(x[:10].repeat(15, 1, 1, 1, 1), label)
+    assert collapsed["diversity"] < 1e-6 and collapsed["fd"] > 5 * good["fd"] and collapsed["accuracy"] > 0.9
+
+
+def test_patches_of_voxels_are_windows_without_their_mean():
+    """Every row is some 4x4x4 window of its own item, minus its mean."""
+    x = normal(2, 1, 6, 6, 6)
+    patches = voxels.voxel_patches(x, per_item=3)
+    assert patches.shape == (6, 64)
+    for row, p in enumerate(patches.view(6, 4, 4, 4)):
+        windows = [x[row % 2, 0, i:i + 4, j:j + 4, k:k + 4] for i in range(3) for j in range(3) for k in range(3)]
+        assert any(torch.allclose(p, w - w.mean()) for w in windows)
+
+
+def test_pictures_of_voxels():
+    """One 96-pixel tile a solid; nothing gives white, a full grid its three lit faces; what is hidden does not matter, what is in front does."""
+    world, full = load_world("voxels"), torch.ones(1, 1, 16, 16, 16)
+    x = world.data(3, 0)[0]
+    tiles = world.picture(x)
+    assert tiles.shape == (96, 3 * 96, 3) and tiles.dtype == np.uint8 and np.array_equal(tiles[:, 96:192], world.picture(x[1:2]))
+    assert (world.picture(-full) == 255).all()
+    whole = world.picture(full)
+    assert 0.4 < (whole < 255).any(2).mean() < 0.9 and (whole[0] == 255).all()  # inside its tile
+    blues = [int(whole[y, x, 2]) for y, x in ((25, 48), (65, 25), (65, 70))]  # top, and the sides to the left and right of the edge
+    assert blues[0] > max(blues[1:]) + 40 and abs(blues[1] - blues[2]) > 25
+    hollow, chipped = full.clone(), full.clone()
+    hollow[:, :, 1:15, 1:15, 1:15] = -1
+    chipped[:, :, 15, 15, 15] = -1  # z, y, x: the corner nearest to the eye
+    assert np.array_equal(world.picture(hollow), whole) and not np.array_equal(world.picture(chipped), whole)
+    behind = full.clone()
+    behind[:, :, 0, 0, 0] = -1
+    assert np.array_equal(world.picture(behind), whole)
+    low, high = (-full.clone() for _ in range(2))
+    low[:, :, 2, 8, 8], high[:, :, 13, 8, 8] = 1, 1
+    row = lambda s: (world.picture(s) < 255).any(2).nonzero()[0].mean()  # noqa: E731
+    assert row(high) < row(low) - 30  # z is up
+
+
+def test_samples_of_voxels_are_no_video(tmp_path):
+    """Five axes, but no frames: only the clips get a GIF."""
+    for name, files in (("voxels", ["samples.png"]), ("clips", ["samples.gif", "samples.png"])):
+        world, folder = load_world(name), tmp_path / name
+        folder.mkdir()
+        report.save_samples(str(folder), [("data", world.data(3, 0)[0])], world)
+        assert sorted(p.name for p in folder.iterdir()) == files
+
+
+def test_shipped_classifier_of_voxels_is_small_and_right():
+    assert (ROOT / "models" / "voxels" / "classifier.safetensors").stat().st_size <= 300_000
+    x, label = load_world("voxels").data(500, 99)
+    assert (load_world("voxels").look(x)[1].argmax(1) == label).float().mean() > 0.98
+
+
 # ---- the rest ----------------------------------------------------------------------------------------------------
 
 
 def test_unknown_world_is_refused():
     """load_world names the worlds there are, and hands out one object per name."""
-    with pytest.raises(ValueError, match="ring, glyphs, clips"):
+    with pytest.raises(ValueError, match="ring, glyphs, clips, voxels"):
         load_world("moons")
     assert load_world("ring") is load_world("ring")
 
