@@ -31,10 +31,9 @@ Launch.
     sampling    python tdm.py --sample runs/tdm-glyphs/student --student_steps 2
 
 Deviations, and why. (K, step) are drawn for each sample of a batch; its rollout ends at its own step. Fake updates see fresh samples (the demo
-reuses the student's). The regressed quantity is x0, as in the demo, not x_s: with x_t fixed dx_s/dx0 is a positive number, so the direction is
-the same. The default loss on small teachers is the demo's, which did better here than Eq. 11. The demo's importance weight is a tempered ratio
-and nearly 1; with it the fake is not the score of what it sees and only the last step is unbiased (docs/tdm.md); --fake_target exact is. Levels
-are uniform before the teacher's shift. EMA, momentum and falling rates are flags that keep the default run short.
+reuses the student's). The scores' difference enters as that of their x0. The demo's importance weight is a tempered ratio and nearly 1; with it the
+fake is not the score of what it sees and only the last step is unbiased (docs/tdm.md); --fake_target exact is. Levels are uniform before the
+teacher's shift. EMA, momentum and falling rates are flags that keep the default run short.
 """
 import copy
 import datetime
@@ -58,6 +57,11 @@ def student_step(student, schedule, kind, x_t, t, s, cond, noise=None):
     noise: stochastic instead, x_s = alpha_s x0 + sigma_s noise.  x_t (B, ...) -> x_s, x0 (B, ...)."""
     x0, eps = predict_x0_eps(student, schedule, kind, x_t, t, **cond)
     return ode_step(schedule, x0, eps if noise is None else noise, s), x0
+
+
+def step_slope(schedule, t, s, renoise="ode"):
+    """dx_s / dx0 of a step with x_t fixed, A = alpha_s - sigma_s alpha_t / sigma_t > 0 (flow: (t - s) / t); alpha_s with fresh noise.  (B,) -> (B,)."""
+    return schedule.alpha(s) - (schedule.sigma(s) * schedule.alpha(t) / schedule.sigma(t) if renoise == "ode" else 0)
 
 
 def importance_weight(schedule, x_tau, x0, eps, tau):
@@ -95,19 +99,21 @@ def fake_score_loss(fake, schedule, kind, x_s, x0, eps, s, tau, cond, target="im
     return (importance * (prediction - from_x0_eps(kind, x0, eps_mix, alpha, sigma)).square().flatten(1).mean(1)).mean()
 
 
-def trajectory_matching_loss(x0, x0_real, x0_fake, loss="pseudo_huber"):
-    """Pulls x0 towards sg(x0) + x0_real - x0_fake, the sample corrected by the difference of the scores (Eq. 6 and 11).
+def trajectory_matching_loss(x0, x0_real, x0_fake, loss="pseudo_huber", slope=None):
+    """Pulls x_s towards sg(x_s) + A (x0_real - x0_fake), the sample corrected by the difference of the scores (Eq. 6 and 11).
 
-    "pseudo_huber" (Eq. 11): sqrt(|r|^2 + c^2) - c per sample, c = .00054 sqrt(d): a gradient of norm at most 1, whatever the level.
-    "demo": sqrt(r^2 + 1e-6) - 1e-3 per element, over mean|x0 - x0_real| per sample. "l2": r^2 / 2 (Tab. 5, without the surrogate).
-    All (B, ...) -> scalar; the gradient reaches x0 alone.
+    slope (B,): A = dx_s / dx0, so that x_s minus its target is r = A (x0 - sg(x0 + x0_real - x0_fake)): steps that move x_s little weigh little. None: 1.
+    "pseudo_huber" (Eq. 11): sqrt(|r|^2 + c^2) - c per sample, c = .00054 sqrt(d): a gradient of norm at most A, whatever the level.
+    "l2": r^2 / 2 (Tab. 5, without the surrogate). "demo": of x0, that is A = 1; sqrt(r^2 + 1e-6) - 1e-3 per element, over mean|x0 - x0_real|.
+    x0, x0_real, x0_fake (B, ...) -> scalar; the gradient reaches x0 alone.
     """
     r = x0 - (x0 + (x0_real - x0_fake)).detach()  # exactly 0 where the two agree
-    if loss == "l2":
-        return 0.5 * r.square().mean()
     if loss == "demo":
         error = (x0 - x0_real).detach().abs().flatten(1).mean(1).clamp_min(1e-8)  # (B,)
         return (((r.square() + 1e-6).sqrt() - 1e-3) / expand(error, r)).mean()
+    r = r if slope is None else expand(slope, r) * r
+    if loss == "l2":
+        return 0.5 * r.square().mean()
     c = 0.00054 * r[0].numel() ** 0.5
     return ((r.square().flatten(1).sum(1) + c**2).sqrt() - c).mean()
 
@@ -176,7 +182,7 @@ def update_ema(ema, net, decay):
 
 def tells_steps(args, net):
     """Whether student and fake, networks like net, are told K.  Raises UserError where several K need it and the network has no such input."""
-    if len(args.student_steps) == 1 or args.untold:
+    if len(set(args.student_steps)) == 1 or args.untold:
         return False
     if "steps_cond" not in net.config:
         raise io.UserError(f"--student_steps {' '.join(map(str, args.student_steps))}: a {type(net).__name__} has no input that could tell it their number: give "
@@ -186,13 +192,13 @@ def tells_steps(args, net):
 
 def train(args):
     rank, world_size, device = start_ranks()
-    main_rank, B, counts = rank == 0, args.train_batch_size, args.student_steps
+    main_rank, B, turns = rank == 0, args.train_batch_size, args.student_steps  # a count named twice has two turns
     teacher, student, fake = io.load_networks(args, WORLDS, device, lambda net: (tells_steps(args, net),) * 2)
     tells = tells_steps(args, teacher.base)
     schedule, kind, shape = teacher.schedule, teacher.prediction, tuple(args.sample_shape or teacher.base.latent_shape)
     world = load_world(teacher.world_name) if teacher.world_name in WORLDS else None
     conditions = io.Conditions(args, teacher.base)
-    grids = {n: step_grid(n, teacher.shift) for n in counts}  # 1 = grid[0] > ... > grid[n] = 0
+    grids = {n: step_grid(n, teacher.shift) for n in turns}  # 1 = grid[0] > ... > grid[n] = 0
     io.try_network(teacher.base, conditions, shape, device)
     ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
@@ -209,18 +215,18 @@ def train(args):
     if main_rank:
         print(f"teacher {args.teacher}: {type(student).__name__}, {sum(p.numel() for p in student.parameters()):,} parameters, predicts {kind}, "
               f"{schedule.describe()}, shift {teacher.shift:g}, guidance {args.guidance_scale:g}; {device} x {world_size}\n"
-              f"student: {' or '.join(map(str, counts))} step(s){', told which' if tells else ''}, {args.renoise}; the longest at t = "
-              + ", ".join(f"{t:.4g}" for t in grids[max(counts)][:-1]))
+              f"student: {' or '.join(map(str, grids))} step(s){', told which' if tells else ''}, {args.renoise}; the longest at t = "
+              + ", ".join(f"{t:.4g}" for t in grids[max(grids)][:-1]))
 
     def student_input(draw):
         """For every sample its K, one step of that trajectory, and that step's input, reached by the student's own steps without gradient.
         -> x_t (B, ...), t, s, lower and upper raw level of the step (B,), cond of student and fake, of teacher, uncond."""
         z, (cond, uncond) = draw.normal("z", shape), conditions.draw(draw, device)
-        of = (torch.tensor(draw.rows, device=device) + draw.agreed("steps", len(counts))) % len(counts)  # whose turn it is, in rotation
-        steps = torch.tensor(counts, device=device)[of]  # (B,)
+        of = (torch.tensor(draw.rows, device=device) + draw.agreed("steps", len(turns))) % len(turns)  # whose turn it is, in rotation
+        steps = torch.tensor(turns, device=device)[of]  # (B,)
         j = torch.minimum((draw.uniform("j") * steps).long(), steps - 1)  # which step, 0 = from noise
         told = {**cond, "steps": steps.float()} if tells else cond
-        table = torch.tensor([grids[n] + [0.0] * (max(counts) - n) for n in counts], device=device)  # (counts, longest + 1)
+        table = torch.tensor([grids[n] + [0.0] * (max(turns) - n) for n in turns], device=device)  # (turns, longest + 1)
         x_t = z.clone()
         with torch.no_grad():
             for i in range(int(j.max())):
@@ -292,7 +298,8 @@ def train(args):
                     lap("teacher")
                     x0_fake = predict_x0(fake, schedule, kind, x_tau, tau, **told)
                     lap("fake")
-                loss = trajectory_matching_loss(x0, x0_real, x0_fake, args.loss)
+                slope = None if args.match == "clean" else step_slope(schedule, t, s, args.renoise)
+                loss = trajectory_matching_loss(x0, x0_real, x0_fake, args.loss, slope)
             (loss * share).backward()
             student_loss += loss.detach() * share
             for name, value in (("loss", loss * share), ("g", (x0_fake - x0_real).square().mean() * share),
@@ -318,7 +325,7 @@ def train(args):
     if main_rank:
         if start >= args.max_train_steps:  # a finished run is written out again, perhaps to another folder
             save_student(args, ema, teacher, grids, tells, shape)
-        samplers, longest = student_samplers(args, ema.eval(), teacher, conditions, shape, grids, tells, device), max(counts)
+        samplers, longest = student_samplers(args, ema.eval(), teacher, conditions, shape, grids, tells, device), max(grids)
         students = {"student" if n == longest else f"student_{n}": (n, f) for n, f in samplers.items()}
         report.finish(args, "tdm", teacher, world, conditions, shape, grids[longest][:-1], students, sum(p.numel() for p in ema.parameters()),
                       spent_before + time.time() - began, device)
@@ -367,20 +374,20 @@ def sample_only(args):
 GLYPHS = dict(timestep_shift=2.0)  # other small teachers: their own shift
 RING = dict(max_train_steps=600, learning_rate=5e-4, learning_rate_fake=1e-3, train_batch_size=256, ema_decay=0.95, adam_betas=[0.0, 0.99], lr_decay_share=0.7)
 RELEASED = dict(max_train_steps=500, train_batch_size=1, learning_rate=2e-6, learning_rate_fake=2e-5, fake_update_ratio=1, guidance_scale=3.5,
-                ema_decay=0.0, adam_betas=[0.0, 0.999], max_grad_norm=1.0, lr_warmup_steps=0, lr_decay_share=0.0, student_steps=[4], preview_samples=2,
-                loss="pseudo_huber")
+                ema_decay=0.0, adam_betas=[0.0, 0.999], max_grad_norm=1.0, lr_warmup_steps=0, lr_decay_share=0.0, student_steps=[4], preview_samples=2)
 
 
 def parse_args(argv=None):
     p = io.Parser(description="Distil a flow or diffusion teacher into a student of 1, 2 and 4 deterministic steps (TDM, 2503.06674). Defaults shown are those of "
                   "the given --teacher: glyphs, ring, other small networks of ours, or a released model.")
     io.add_run_flags(p)
-    p.set_defaults(max_train_steps=700, learning_rate=8e-4, lr_warmup_steps=20, ema_decay=0.995)
+    p.set_defaults(max_train_steps=900, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.995)
     p.add_argument("--teacher", default="glyphs", help="ring, glyphs, a component folder, a pipeline root with model_index.json, or a run folder of ours")
     p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the student here instead of from the teacher")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
     p.add_argument("--sample_shape", type=io.number(int, 1), nargs="+", default=None, help="C H W or C T H W of a sample (default: the network's)")
-    p.add_argument("--student_steps", type=io.number(int, 1), nargs="+", default=[1, 2, 4], help="K, the step counts of the student (paper: 4, or 1 2 4 in one)")
+    p.add_argument("--student_steps", type=io.number(int, 1), nargs="+", default=[1, 1, 2, 4], help="K, the step counts of the student (paper: 4, or 1 2 4 in one); "
+                   "they take turns over a batch, one that is named twice has two")
     p.add_argument("--untold", action="store_true", help="ablation: tell K neither to student nor to fake (Tab. 5)")
     p.add_argument("--tau_range", choices=["segment", "to_noise"], default="segment", help="noise levels of a step: its own interval (paper), or up to pure noise")
     p.add_argument("--match", choices=["noisy", "clean"], default="noisy", help="match x_s where the step lands (paper), or its x0 (Tab. 7)")
@@ -390,8 +397,8 @@ def parse_args(argv=None):
                    "min(SNR, 5) (demo)")
     p.add_argument("--fake_noise", choices=["bridge", "fresh"], default="bridge", help="what the fake sees: x_s noised on (paper), or x0 noised afresh (Tab. 5, without "
                    "importance sampling)")
-    p.add_argument("--loss", choices=["pseudo_huber", "demo", "l2"], default="demo", help="Eq. 11 per sample (paper), per element over DMD's normaliser "
-                   "(demo), or squares (Tab. 5)")
+    p.add_argument("--loss", choices=["pseudo_huber", "demo", "l2"], default="pseudo_huber", help="of x_s: Eq. 11 per sample (paper) or squares (Tab. 5); "
+                   "of x0: per element over DMD's normaliser (demo)")
     p.add_argument("--renoise", choices=["ode", "sde"], default="ode", help="between student steps: the noise it implies (paper), or fresh noise")
     p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1.6e-3, help="AdamW learning rate of the fake score (paper: 2e-5, ten times "
                    "the student's)")
@@ -410,8 +417,6 @@ def parse_args(argv=None):
     if known.sample:
         p.set_defaults(student_steps=None)  # the saved student's own
     args = p.parse_args(argv)
-    if args.student_steps and len(set(args.student_steps)) < len(args.student_steps):
-        p.error(f"argument --student_steps: {' '.join(map(str, args.student_steps))} names a count twice")
     if args.match == "clean" and args.fake_noise == "fresh":
         p.error("argument --fake_noise: with --match clean the fake sees x0 noised afresh in any case; leave it out")
     if args.output_dir is None:

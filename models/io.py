@@ -29,7 +29,8 @@ from models import lora
 from models.diffusion import PREDICTIONS, VP, Flow
 
 NETWORKS = {"DiT": "models.dit", "RingMLP": "models.toy", "WanTransformer3DModel": "models.wan",
-            "ZImageTransformer2DModel": "models.z_image", "PixArtTransformer2DModel": "models.pixart", "Transformer2DModel": "models.pixart"}
+            "ZImageTransformer2DModel": "models.z_image", "PixArtTransformer2DModel": "models.pixart", "Transformer2DModel": "models.pixart",
+            "DiTTransformer2DModel": "models.dit_imagenet", "AutoencoderKL": "models.vae"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 SHARD_BYTES = 10 * 10**9  # diffusers' default shard size
@@ -247,6 +248,8 @@ def network_from_config(config, where):
     name = config.get("_class_name")
     if name not in NETWORKS:
         raise UserError(f"{where}: unknown network class {name!r}; known are {', '.join(NETWORKS)}")
+    if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
+        name = "DiTTransformer2DModel"  # older versions of diffusers had one class for both
     kwargs = {k: v for k, v in config.items() if not k.startswith("_")}
     try:
         return getattr(importlib.import_module(NETWORKS[name]), name)(**kwargs)
@@ -268,7 +271,7 @@ def load_network(folder, dtype=torch.float32):
     config = load_json(os.path.join(folder, "config.json"))
     files = weight_files(folder)
     net = network_from_config(config, os.path.join(folder, "config.json")).to(dtype)
-    expected, seen = net.state_dict(), set()
+    expected, seen, current_name = net.state_dict(), set(), getattr(net, "current_name", str)  # str: a name as it is
     for path, keys in files.items():
         with open_tensors(path) as f:
             stored = set(f.keys())
@@ -276,14 +279,15 @@ def load_network(folder, dtype=torch.float32):
             if missing:
                 raise UserError(f"{path} lacks {missing[0]!r}, which the index places there: copy the shard again")
             for key in sorted(stored):
-                if key not in expected:
+                name = current_name(key)
+                if name not in expected:
                     raise UserError(f"{path} has {key!r}, which a {config['_class_name']} of this config.json does not")
                 tensor = f.get_tensor(key)
-                if tensor.shape != expected[key].shape:
-                    raise UserError(f"{path}: {key!r} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[key].shape)}")
+                if tensor.shape != expected[name].shape:
+                    raise UserError(f"{path}: {key!r} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name].shape)}")
                 with torch.no_grad():
-                    expected[key].copy_(tensor)
-            seen |= stored
+                    expected[name].copy_(tensor)
+                seen.add(name)
     missing = sorted(set(expected) - seen)
     if missing:
         raise UserError(f"{folder} lacks {missing[0]!r}" + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
@@ -410,6 +414,8 @@ def load_teacher(name, worlds, dtype=torch.float32, two_networks=False):
         net, config, config_2 = load_two_networks(root, dtype)
     else:
         net, config = load_network(folder, dtype)
+    if not hasattr(net, "prediction"):
+        raise UserError(f"{folder} holds {config['_class_name']}, which generates nothing: give the folder of a generator")
     schedule, prediction, timestep_shift = getattr(net, "default_schedule", Flow()), net.prediction, net.default_shift
     scheduler = next((s for s in (os.path.join(root, "scheduler"), os.path.join(os.path.dirname(os.path.abspath(folder)), "scheduler"))
                       if os.path.isfile(os.path.join(s, "scheduler_config.json"))), None)

@@ -97,14 +97,19 @@ def finish(args, method, teacher, world, conditions, shape, times, students, par
         label = balanced_labels(2000, world.num_classes)
         results.append({"name": "data", "nfe": 0, **world.measure(*world.data(2000, 777, label))})
         if args.teacher_steps:
-            row, moments = measured_teacher(args, teacher, world, label, lambda: many(lambda a, b: fine(label, a, b), 2000),
+            row, moments = measured_teacher(args, teacher, world, label, lambda: many(lambda a, b: fine(label, a, b), 2000), f"heun{args.teacher_steps}",
                                             {"name": "teacher", "nfe": guided * ode_calls(args.teacher_steps, "heun"), "guidance_scale": scale})
             results.append(row)
         for name, (nfe, sampler) in rows.items():
-            x, ms = many(lambda a, b: sampler(label, a, b), 2000)
-            results.append({"name": name, "nfe": nfe, "ms_per_sample": ms, **world.measure(x, label), **(extra or {}).get(name, {})})
+            draw = lambda: many(lambda a, b: sampler(label, a, b), 2000)  # noqa: E731, B023
+            if name == "teacher_same_steps" and len(times) > 8:  # worth being stored as well
+                row, own = measured_teacher(args, teacher, world, label, draw, f"euler{len(times)}", {"name": name, "nfe": nfe})
+            else:
+                x, ms = draw()
+                row, own = {"name": name, "nfe": nfe, "ms_per_sample": ms, **world.measure(x, label)}, world.moments(x, label)
+            results.append({**row, **(extra or {}).get(name, {})})
             if args.teacher_steps:
-                results[-1]["fd_teacher"] = moments_distance(world.moments(x, label), moments)
+                results[-1]["fd_teacher"] = moments_distance(own, moments)
         for r in results:
             r["fd_excess"] = r["fd"] - results[0]["fd"]
     x_student = preview(args, world, conditions, students["student"][1])
@@ -121,9 +126,9 @@ def finish(args, method, teacher, world, conditions, shape, times, students, par
     print(f"samples: {os.path.join(args.output_dir, 'samples.png')}")
 
 
-def measured_teacher(args, teacher, world, label, draw_samples, row):
-    """The many-step teacher's row and sample moments: measured once, stored beside the teacher, copied afterwards."""
-    key = f"heun{args.teacher_steps}-shift{teacher.shift:g}-guidance{args.guidance_scale:g}"
+def measured_teacher(args, teacher, world, label, draw_samples, sampler, row):
+    """The row and sample moments of a teacher in many steps: measured once, stored beside the teacher, copied afterwards."""
+    key = f"{sampler}-shift{teacher.shift:g}-guidance{args.guidance_scale:g}"
     path = teacher.folder and os.path.join(teacher.folder, "measured", f"{io.weights_hash(teacher.folder)}-{key}.safetensors")
     if path and os.path.isfile(path) and not args.remeasure_teacher:
         with io.open_tensors(path) as f:

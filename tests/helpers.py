@@ -38,7 +38,7 @@ def fill(net, seed=0):
     with torch.no_grad():
         for name, p in sorted(net.named_parameters()):
             noise = torch.randn(p.shape, generator=g)
-            if "norm" in name and name.endswith("weight"):
+            if "norm" in name and name.endswith("weight") and p.dim() == 1:
                 p.copy_(1 + 0.3 * noise)
             elif name.endswith("scale_shift_table"):
                 p.copy_(0.5 * noise)

@@ -3,11 +3,13 @@
     python -m tests.orderings phased_dmd ring --seeds 0 1 2
     python -m tests.orderings phased_dmd clips --methods vanilla truncated phased-2 phased-4 -- --max_train_steps 300
     python -m tests.orderings decoupled_dmd glyphs --plot docs/decoupled-glyphs.png -- --max_train_steps 300
+    python -m tests.orderings tdm ring
 
 Runs the script for each method and seed, reads the report.json it leaves, and prints one Markdown table: mean and range over the seeds of
 every measure of the student's row, and minutes. phased_dmd: also the energy distances x 1000 of its intermediate samples x_t to noised data.
 decoupled_dmd: also, of 500 samples at eight points of the run, log p(c | x) ("sharpness"), distance to the guided teacher, mean and standard
 deviation of all values; the table has the last of them, and std(3/4), to show what still moves; --plot draws the curves.
+tdm: some rows are another script's runs, or another row's student sampled in another way; "hit" is the share within three standard deviations of a mode.
 """
 import argparse
 import importlib
@@ -21,8 +23,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from models import io, report  # noqa: E402
+from models.diffusion import step_grid  # noqa: E402
 from models.toy import balanced_labels, load_world, moments_distance  # noqa: E402
 
+FOUR, UNIFIED = ["--student_steps", "4"], ["--student_steps", "1", "2", "4"]
+FOUR_DMD = [*FOUR, "--timestep_shift", "2", "--max_train_steps", "300"]  # of a clips teacher
+# name: (title, flags, and for tdm: another script; the method whose run it reads; the row of its report, or how its student is sampled anew;
+# factor of the updates; early: a twentieth of the updates, rates constant)
 METHODS = {
     "phased_dmd": {
         "vanilla": ("vanilla DMD, gradient through all steps (Fig. 1a)", ["--phases", "1", "--no_truncation"]),
@@ -49,6 +56,55 @@ METHODS = {
         "ca-noisy": ("CA alone, u in (.95, 1)", ["--no_dm", "--schedule", "full", "--ca_range", "0.95", "1"]),
         "ca-half": ("CA alone, u in (.5, 1)", ["--no_dm", "--schedule", "full", "--ca_range", "0.5", "1"]),
         "ca-clean": ("CA alone, u in (0, .3)", ["--no_dm", "--schedule", "full", "--ca_range", "0", "0.3"]),
+    },
+    "tdm": {
+        "teacher-4": ("teacher, 4 Euler steps", FOUR, dict(of="tdm-4", row="teacher_same_steps")),
+        "tdm-4": ("TDM, 4 steps", FOUR),
+        "tdm-4-sto": ("the same student, sampled with fresh noise", FOUR, dict(of="tdm-4", renoise="sde")),
+        "dmd-4": ("DMD2, 4 steps (fake told the step)", ["--student_steps", "4"], dict(script="dmd")),
+        "dmd-4-untold": ("DMD2, 4 steps (fake untold, paper)", ["--student_steps", "4", "--shared_fake"], dict(script="dmd")),
+        "cd-4": ("consistency distillation, equal updates, deterministic", FOUR, dict(script="tests.consistency")),
+        "cd-4-sto": ("the same, sampled with fresh noise (its own way)", FOUR, dict(script="tests.consistency", of="cd-4", row="student_4_sde")),
+        "cd-4-calls": ("consistency distillation, equal network calls, deterministic", FOUR, dict(script="tests.consistency", longer=3.5)),
+        "cd-4-calls-sto": ("the same, sampled with fresh noise", FOUR, dict(script="tests.consistency", longer=3.5, of="cd-4-calls", row="student_4_sde")),
+        "clean": ("match x0 instead of x_s (Tab. 7)", [*FOUR, "--match", "clean"]),
+        "no-is": ("without importance sampling (Tab. 5)", [*FOUR, "--fake_noise", "fresh"]),
+        "exact": ("exact target of the fake", [*FOUR, "--fake_target", "exact"]),
+        "to-noise": ("levels of a step up to pure noise", [*FOUR, "--tau_range", "to_noise"]),
+        "huber": ("pseudo-Huber per sample (Eq. 11)", [*FOUR, "--loss", "pseudo_huber"]),
+        "l2": ("squares (Tab. 5)", [*FOUR, "--loss", "l2"]),
+        **{f"only4-at-{n}": (f"trained for 4 steps, sampled in {n}", FOUR, dict(of="tdm-4", steps=n)) for n in (2, 1)},
+        **{f"told-at-{n}": (f"K = 1, 2, 4, told (Eq. 8), in {n}", UNIFIED, dict(of="told", row=row)) for n, row in ((4, "student"), (2, "student_2"), (1, "student_1"))},
+        **{f"untold-at-{n}": (f"K = 1, 2, 4, untold (Tab. 5), in {n}", [*UNIFIED, "--untold"], dict(of="untold", row=row))
+           for n, row in ((4, "student"), (2, "student_2"), (1, "student_1"))},
+        "early-tdm": ("TDM, first 5 % of the updates (Fig. 9)", FOUR, dict(early=True)),
+        "early-clean": ("the same, match x0", [*FOUR, "--match", "clean"], dict(early=True)),
+        "early-dmd": ("DMD2, first 5 % (fake told the step)", ["--student_steps", "4"], dict(script="dmd", early=True)),
+        "early-dmd-untold": ("DMD2, first 5 % (fake untold)", ["--student_steps", "4", "--shared_fake"], dict(script="dmd", early=True)),
+    },
+    "linvideo": {
+        "teacher": ("teacher", [], dict(of="learned", row="teacher_same_steps")),
+        "learned": ("learned (the paper's)", []),
+        "first": ("first layers", ["--select", "first"]),
+        "last": ("last layers", ["--select", "last"]),
+        "uniform": ("every other layer", ["--select", "uniform"]),
+        "random": ("random layers", ["--select", "random"]),
+        "fixed": ("the learned layers, fixed from the start", [], dict(layers_of="learned")),
+        "no-reg": ("learned, without the regulariser (Tab. 3)", ["--no_regularizer"]),
+        "mse": ("MSE (Eq. 7)", ["--objective", "mse"]),
+        "mse-time": ("MSE, equal time", ["--objective", "mse"], dict(longer=1.5)),
+        "adm": ("ADM (Eq. 11), a part of a step", ["--objective", "adm"]),
+        "adm-step": ("ADM, whole steps", ["--objective", "adm", "--state", "step"]),
+        "adm-jump": ("ADM, jumps", ["--objective", "adm", "--state", "jump"]),
+        "adm-rollout": ("ADM, the student's own trajectory", ["--objective", "adm", "--state", "rollout"]),
+        "adm-unit": ("ADM without the weight (1 - t) / t", ["--objective", "adm", "--weight", "unit"]),
+        "adm-critic": ("ADM with a trained critic", ["--objective", "adm_critic"]),
+        "dmd": ("few-step DMD loss (Tab. 4)", ["--objective", "dmd"]),
+        **{f"target-{n}": (f"{n} layers", ["--target_layers", str(n)]) for n in (2, 6, 8)},
+        **{f"map-{m}": (f"feature map {m}", ["--feature_map", m]) for m in ("softmax", "elu", "relu")},
+        "two-stage": ("two stages: learned, then dmd.py in 4 steps", FOUR_DMD, dict(script="dmd", init="learned")),
+        "dmd-only": ("dmd.py in 4 steps, softmax attention", FOUR_DMD, dict(script="dmd")),
+        "joint": ("one stage: the same with --objective dmd, in 4 steps", ["--objective", "dmd"], dict(of="dmd", row="student_4")),
     },
 }
 POINTS = 8  # of a curve
@@ -87,6 +143,39 @@ def run(script_name, world, flags, out):
             undo()
         io.save_json({"points": curve}, os.path.join(out, "curve.json"))
     return io.load_json(os.path.join(out, "report.json")), io.load_json(os.path.join(out, "curve.json"))["points"][:POINTS]
+
+
+def hit(x):
+    """Share of ring samples within three standard deviations of a mode."""
+    exact = load_world("ring").exact
+    return float((torch.cdist(x.double(), exact.means).min(1).values <= 3 * exact.std).double().mean())
+
+
+def sampled(out, world, seed, steps=None, renoise="ode"):
+    """The student that a run of tdm.py (or dmd.py) left, sampled anew in `steps` steps by Euler or with fresh noise.  -> 2,000 samples, labels."""
+    tdm = importlib.import_module("tdm")
+    net, config = io.load_network(os.path.join(out, "student"))
+    sampler, schedule, kind, timestep_shift = io.read_sampler(os.path.join(out, "student"))
+    args = argparse.Namespace(seed=seed, renoise=renoise)
+    label, n = balanced_labels(2000, load_world(world).num_classes), steps or len(sampler["times"])
+    teacher = argparse.Namespace(schedule=schedule, prediction=kind)
+    draw = tdm.student_samplers(args, net, teacher, io.Conditions(argparse.Namespace(prompts=None), net), tuple(net.latent_shape), {n: step_grid(n, timestep_shift)},
+                                sampler.get("told_steps", False), torch.device("cpu"))[n]
+    return report.many(lambda a, b: draw(label, a, b), len(label))[0], label
+
+
+def tdm_row(result, out, world, seed, options):
+    """The row of one method: of the report, or of its student sampled anew; on the ring with "hit"."""
+    name = options.get("row", "student")
+    row = dict(next(r for r in result["results"] if r["name"] == name))
+    if "steps" in options or "renoise" in options:
+        x, label = sampled(out, world, seed, options.get("steps"), options.get("renoise", "ode"))
+        row = load_world(world).measure(x, label)
+    elif world == "ring" and name == "student" and os.path.isdir(os.path.join(out, "student")):
+        x, _ = sampled(out, world, seed, renoise="sde" if result["method"] == "dmd" else "ode")
+    else:
+        x = None
+    return row | ({"hit": hit(x)} if world == "ring" and x is not None else {})
 
 
 def plot(path, curves, zoom=2):
@@ -133,29 +222,41 @@ def main():
     p.add_argument("--plot", default=None, metavar="PNG", help="decoupled_dmd: the curves of the first eight methods asked for")
     argv = sys.argv[1:] + ["--"]  # what comes after the first "--" is for the script
     args, flags_given = p.parse_args(argv[:argv.index("--")]), argv[argv.index("--") + 1:-1]
-    methods = METHODS[args.script]
+    methods = {name: (*entry, {})[:3] for name, entry in METHODS[args.script].items()}
     for name in args.methods or ():
         if name not in methods:
             p.error(f"argument --methods: {name!r} is none of {', '.join(methods)}")
     table, curves = [], {}
     for method in args.methods or methods:
-        title, flags = methods[method]
+        title, flags, options = methods[method]
         rows, minutes = [], []
         for seed in args.seeds:
-            out = os.path.join(args.output_dir, f"{args.script}-{args.world}-{method}-{seed}{''.join(flags_given).replace('--', '-')}")
-            result, curve = run(args.script, args.world, ["--seed", str(seed), *flags, *flags_given], out)
-            row = next(r for r in result["results"] if r["name"] == "student")
+            script, flags = options.get("script", args.script), [*methods[method][1], *flags_given]
+            folder = lambda name: os.path.join(args.output_dir, f"{args.script}-{args.world}-{name}-{seed}{''.join(flags_given).replace('--', '-')}")  # noqa: E731, B023
+            out = folder(options.get("of", method))
+            if args.script == "tdm" or "longer" in options:  # the same number of updates, whichever script's default that is
+                updates = importlib.import_module(args.script).parse_args(["--teacher", args.world, *flags_given]).max_train_steps
+                updates = updates // 20 if options.get("early") else int(updates * options.get("longer", 1))
+                flags += ["--max_train_steps", str(updates), *(["--lr_decay_share", "0"] if options.get("early") else [])]
+            if "layers_of" in options:
+                flags += ["--select", *map(str, io.load_json(os.path.join(folder(options["layers_of"]), "student", "config.json"))["linear_layers"])]
+            if script == "dmd" and args.script == "linvideo":  # second stage: dmd.py's own flags
+                flags = methods[method][1] + (["--student_init", folder(options["init"])] if "init" in options else [])
+            result, curve = run(script, args.world, ["--seed", str(seed), *flags], out)
+            row = (tdm_row(result, out, args.world, seed, options) if args.script == "tdm" else
+                   next(r for r in result["results"] if r["name"] == options.get("row", "student")))
             minutes.append(result["seconds"] / 60)
             rows.append({**{f"x_{t}": 1000 * v for t, v in row.get("marginals", {}).items()},
-                         **{k: row[k] for k in ("fd", "fd_teacher", "patch_swd", "accuracy", "log_p", "diversity", "motion", "moving") if k in row}})
+                         **{k: row[k] for k in ("fd", "fd_teacher", "patch_swd", "accuracy", "log_p", "diversity", "motion", "moving", "hit", "paired_mse", "undecided",
+                                                     "velocity_error_before", "velocity_error_after") if k in row}})
             if curve:
                 curves.setdefault(title, []).append(curve)
                 rows[-1] |= {"mean": curve[-1]["mean"], "std": curve[-1]["std"], "std(3/4)": curve[len(curve) * 3 // 4 - 1]["std"]}
         table.append((title, rows, minutes))
-    columns = list(table[0][1][0])
+    columns = list(dict.fromkeys(c for _, rows, _ in table for c in rows[0]))
     print("\n| method | " + " | ".join(columns) + " | min |\n|" + "---|" * (len(columns) + 2))
     for title, rows, minutes in table:
-        cells = [f"{statistics.mean(r[c] for r in rows):.3g} ({min(r[c] for r in rows):.3g}-{max(r[c] for r in rows):.3g})" for c in columns]
+        cells = [f"{statistics.mean(r[c] for r in rows):.3g} ({min(r[c] for r in rows):.3g}-{max(r[c] for r in rows):.3g})" if c in rows[0] else "" for c in columns]
         print(f"| {title} | " + " | ".join(cells) + f" | {statistics.mean(minutes):.1f} |")
     if args.plot:
         plot(args.plot, dict(list(curves.items())[:8]))

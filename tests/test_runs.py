@@ -113,7 +113,6 @@ WRONG_DMD = [
 
 
 WRONG_TDM = [case for case in WRONG if not {"--dm_range", "--data", "--gan_weight"} & set(case[0])] + [
-    (["--student_steps", "2", "4", "2"], "--student_steps: 2 4 2 names a count twice"),
     (["--match", "clean", "--fake_noise", "fresh"], "--fake_noise: with --match clean")]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import dmd
-from tdm import fake_score_loss, importance_weight, sample, student_step, trajectory_matching_loss
+from tdm import fake_score_loss, importance_weight, sample, step_slope, student_step, trajectory_matching_loss
 from test_decoupled_math import draws, every_network, networks
 from test_dmd_math import DoubleOutput, close, has_gradient, normal
 from models.diffusion import (VP, Flow, add_noise, expand, from_x0_eps, guided_x0, noise_on, predict_x0, predict_x0_eps, step_grid, to_x0_eps,
@@ -531,6 +531,36 @@ def test_l2_gradient_is_the_score_difference(shape):
     close(trajectory_matching_loss(x0, real, fake, "l2"), (real - fake).square().mean() / 2, 1e-12)
     error = (x0 - real).abs().flatten(1).mean(1)
     close(pull(x0, real, fake, "l2") / expand(error, x0), dmd.distribution_matching_gradient(x0, real, fake) / x0.numel(), 1e-12)
+
+
+@every_setting
+@pytest.mark.parametrize("renoise", ["ode", "sde"])
+def test_slope_is_the_step_s_derivative(schedule, grid, renoise):
+    """A = dx_s / dx0 at fixed x_t, by autograd; positive, 1 for the last step to clean data, (t - s) / t for a deterministic flow step."""
+    t, s = times(*grid[:-1]), times(*grid[1:])
+    x_t, noise, x0 = normal(len(t), 3), normal(len(t), 3, seed=1), normal(len(t), 3, seed=2).requires_grad_(True)
+    x_s, _ = student_step(lambda x, t: x0, schedule, "x0", x_t, t, s, {}, noise if renoise == "sde" else None)
+    want = torch.autograd.grad(x_s.sum(), x0)[0][:, 0]
+    close(step_slope(schedule, t, s, renoise), want, 1e-10)
+    assert (want > 0).all() and abs(want[-1] - schedule.alpha(s[-1:])) < 1e-4
+    if isinstance(schedule, Flow) and renoise == "ode":
+        close(want, (t - s) / t, 1e-10)
+
+
+def test_loss_is_of_x_s():
+    """With the slope, Eq. 11 and squares are those of x_s minus sg(x_s + A (x0_real - x0_fake)), their gradient in x0 goes through x_s; the demo's is of x0."""
+    schedule, t, s = Flow(), times(1.0, 0.6, 0.3), times(0.7, 0.2, 0.0)
+    x_t, x0, real, fake = (normal(3, 4, seed=k) for k in range(4))
+    leaf, A = x0.clone().requires_grad_(True), step_slope(schedule, t, s)
+    x_s, _ = student_step(lambda x, t: leaf, schedule, "x0", x_t, t, s, {})
+    r = x_s - (x_s + A[:, None] * (real - fake)).detach()
+    c = 0.00054 * 2
+    for loss, want in (("l2", 0.5 * r.square().mean()), ("pseudo_huber", ((r.square().sum(1) + c**2).sqrt() - c).mean())):
+        other = x0.clone().requires_grad_(True)
+        got = trajectory_matching_loss(other, real, fake, loss, A)
+        close(got, want, 1e-10)
+        close(torch.autograd.grad(got, other)[0], torch.autograd.grad(want, leaf, retain_graph=True)[0], 1e-10)
+    assert torch.equal(trajectory_matching_loss(x0, real, fake, "demo", A), trajectory_matching_loss(x0, real, fake, "demo"))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -37,8 +37,8 @@ def drawn(draw, counts):
     return K, (draw.uniform("j") * K).long()
 
 
-def trajectories(student, schedule, draw, shape, classes, counts=(1, 2, 4), told=True, sde=False, clean=False, fresh=False, to_noise=False):
-    """One row at a time, from the draws: what is matched (x, at its level), x0, and x_tau, tau, eps, label, cond of student and fake."""
+def trajectories(student, schedule, draw, shape, classes, counts=(1, 1, 2, 4), told=True, sde=False, clean=False, fresh=False, to_noise=False):
+    """One row at a time, from the draws: what is matched (x, at its level), x0, dx/dx0, and x_tau, tau, eps, label, cond of student and fake."""
     K, j = drawn(draw, counts)
     z, eps, label, u = draw.normal("z", shape), draw.normal("eps", shape), draw.integer("cond", classes), draw.spread("u", 0.02, 0.98)
     rows = []
@@ -55,10 +55,12 @@ def trajectories(student, schedule, draw, shape, classes, counts=(1, 2, 4), told
         tau = shift(low + (high - low) * u[i:i + 1], SHIFT)
         assert grid[j[i] + 1] <= tau < (1.0 if to_noise else grid[j[i]])
         x, level = (x0, torch.zeros(1)) if clean or fresh else (x_s, grid[j[i] + 1])
-        rows.append([x, level, x0, between(schedule, x, eps[i:i + 1], level, tau).detach(), tau])
-    x, level, x0, x_tau, tau = (torch.cat(v) for v in zip(*rows))
+        t, s = grid[j[i]], grid[j[i] + 1]
+        slope = torch.ones(1) if clean else schedule.alpha(s) - (0 if sde else schedule.sigma(s) * schedule.alpha(t) / schedule.sigma(t))
+        rows.append([x, level, x0, between(schedule, x, eps[i:i + 1], level, tau).detach(), tau, slope])
+    x, level, x0, x_tau, tau, slope = (torch.cat(v) for v in zip(*rows))
     cond = {"label": label, **({"steps": K.float()} if told else {})}
-    return types.SimpleNamespace(K=K, j=j, x=x, level=level, x0=x0, x_tau=x_tau, tau=tau, eps=eps, label=label, cond=cond)
+    return types.SimpleNamespace(K=K, j=j, x=x, level=level, x0=x0, slope=slope, x_tau=x_tau, tau=tau, eps=eps, label=label, cond=cond)
 
 
 def fake_loss(fake, schedule, at, exact, snr):
@@ -109,18 +111,19 @@ def test_gradients_and_calls(monkeypatch, tmp_path, flags, path, means):
             with torch.no_grad():
                 real, uncond = (split(teacher, schedule, at.x_tau, at.tau, label=y)[0] for y in (at.label, torch.full_like(at.label, classes)))
                 real, fake = uncond + scale * (real - uncond), split(nets["fake"], schedule, at.x_tau, at.tau, **at.cond)[0]
-                g = fake - real
+                g, A = fake - real, expand(at.slope, fake)
                 c = 0.00054 * g[0].numel() ** 0.5
-                norm = expand((g.square().flatten(1).sum(1) + c**2).sqrt(), g)
+                norm = expand(((A * g).square().flatten(1).sum(1) + c**2).sqrt(), g)
                 error = expand((at.x0 - real).abs().flatten(1).mean(1), g)
-                by = {"pseudo_huber": g / norm / 8, "l2": g / g.numel(), "demo": g / (g.square() + 1e-6).sqrt() / error / g.numel()}[means.get("loss", "pseudo_huber")]
+                by = {"pseudo_huber": A**2 * g / norm / 8, "l2": A**2 * g / g.numel(), "demo": g / (g.square() + 1e-6).sqrt() / error / g.numel()}
+                by = by[means.get("loss", "pseudo_huber")]
             want = torch.autograd.grad((at.x0 * by).sum(), list(nets["student"].parameters()))
         largest = max(v.abs().max().item() for v in want)
         for a, b in zip(grads[what.split("-")[0]], want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5 * largest)
         assert largest > 1e-3
     (row,) = [{name: float(v) for name, v in row.items()} for row in read_log(tmp_path / "run")]
-    value = {"pseudo_huber": (norm - c).mean(), "l2": g.square().mean() / 2, "demo": (((g.square() + 1e-6).sqrt() - 1e-3) / error).mean()}
+    value = {"pseudo_huber": (norm - c).mean(), "l2": (A * g).square().mean() / 2, "demo": (((g.square() + 1e-6).sqrt() - 1e-3) / error).mean()}
     columns = {"loss": value[means.get("loss", "pseudo_huber")], "loss_fake": loss.detach(), "g": g.square().mean().sqrt(), "mean": at.x0.detach().mean(),
                "std": at.x0.detach().std(correction=0), "norm_student": torch.stack([v.norm() for v in want]).norm()}
     assert {name: row[name] for name in columns} == pytest.approx({name: float(v) for name, v in columns.items()}, rel=1e-3)
@@ -143,7 +146,7 @@ def test_gradients_and_calls(monkeypatch, tmp_path, flags, path, means):
 
 @pytest.mark.parametrize("tau_range", ["segment", "to_noise"])
 def test_every_step_of_every_count_and_its_levels(monkeypatch, tmp_path, tau_range):
-    """Over a run: all (K, step) occur, K evenly and steps alike; a step's levels lie in its own raw interval, or reach up to noise, and fill it;
+    """Over a run: all (K, step) occur, K as often as it is named and steps alike; a step's levels lie in its own raw interval, or reach up to noise, and fill it;
     no level is below where the step lands. Fake turns leave no gradient in the student, student turns none in the fake, neither any in the teacher."""
     diary = ring_run(monkeypatch, tdm, tmp_path, *BASE, "--tau_range", tau_range, "--fake_update_ratio", "2", steps=12, batch=24)
     assert diary.updates == ([("fake-score", "fake")] * 2 + [("student", "student")]) * 12
@@ -160,7 +163,7 @@ def test_every_step_of_every_count_and_its_levels(monkeypatch, tmp_path, tau_ran
     for (K, j), levels in u.items():
         low, high = 1 - (j + 1) / K, 1.0 if tau_range == "to_noise" else 1 - j / K
         assert low < min(levels) < low + 0.1 * (high - low) and high - 0.1 * (high - low) < max(levels) < high
-        assert abs(sum(levels) / len(levels) - (low + high) / 2) < 0.12 * (high - low) and len(levels) / n == pytest.approx(1 / 3 / K, abs=0.04)
+        assert abs(sum(levels) / len(levels) - (low + high) / 2) < 0.12 * (high - low) and len(levels) / n == pytest.approx({1: 2, 2: 1, 4: 1}[K] / 4 / K, abs=0.04)
 
 
 def test_start_of_a_student_that_is_told(monkeypatch, tmp_path):

@@ -369,7 +369,7 @@ def test_student_of_a_run_loads_in_diffusers(tmp_path, model, tiny, script, save
         ("float mask", f"{model.mask} is torch.float32"), ("no prompts", "needs --prompts"), ("odd shape", "do not divide into patches")]),
     (Z_IMAGE, "mask of another length", "pass bool or integers of shape (1, 36)"), (PIXART, "mask of another length", "pass bool or integers of shape (1, 9)"),
     (Z_IMAGE, "empty prompt", "no token in row 0"),
-    (PIXART, "another network", "does not describe a Transformer2DModel: norm_type = 'ada_norm_zero' is not implemented")]])
+    (PIXART, "another network", "does not describe a Transformer2DModel: norm_type = 'ada_norm' is not implemented")]])
 def test_wrong_input_is_refused_before_training(tmp_path, capsys, model, how, says):
     script, flags = (decoupled_dmd, save_tiny_z_image(tmp_path)) if model is Z_IMAGE else (dmd, save_tiny_pixart(tmp_path, 512, "Transformer2DModel"))
     path, config = tmp_path / "prompts.safetensors", tmp_path / "transformer" / "config.json"
@@ -389,7 +389,7 @@ def test_wrong_input_is_refused_before_training(tmp_path, capsys, model, how, sa
     elif how == "odd shape":
         flags += ["--sample_shape", "4", "4", "5"]
     elif how == "another network":
-        config.write_text(json.dumps({**json.loads(config.read_text()), "norm_type": "ada_norm_zero"}))
+        config.write_text(json.dumps({**json.loads(config.read_text()), "norm_type": "ada_norm"}))
     save_file(tensors, path)
     assert says in refusal_of(capsys, script.main, *flags, "--max_train_steps", "2", "--output_dir", str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
