@@ -336,7 +336,7 @@ def train(args):
             i, x_t, _, cond = from_bank(draw)
             t, s = times[i], times[i + 1]
             if args.state == "part":
-                s = t + draw.uniform("part") * (s - t)
+                s = t + args.part * draw.uniform("part") * (s - t)
             if args.state == "jump":
                 s = shift(draw.uniform("jump") * (1 - i / K), teacher.shift)  # uniform in raw time
             s = torch.maximum(s, torch.full_like(s, args.min_time))
@@ -556,6 +556,7 @@ def parse_args(argv=None):
                    "teacher's velocity (Eq. 7, stable here), few-step DMD with a critic, or adm with a trained critic instead of the student's own score (Tab. 4)")
     p.add_argument("--state", choices=["part", "step", "jump", "rollout"], default="part", help="how adm's state is reached: a random part of a sampler step from a "
                    "state of the bank, the whole step, a jump to any later time, or one step at the end of the student's own trajectory")
+    p.add_argument("--part", type=io.number(float, 0.001, 1), default=1.0, help="of --state part: the largest share of a sampler step")
     p.add_argument("--weight", choices=["eq13", "unit", "dmd"], default="eq13", help="of adm's gradient: (1 - t) / t (paper), 1, or of x0 over its mean size")
     p.add_argument("--min_time", type=io.number(float, 0.001, 0.5), default=0.02, help="smallest t of adm's states, where eq13 diverges")
     p.add_argument("--selection_weight", type=io.number(float, 0), default=0.001, help="lambda, of constraint and regulariser (paper: .01, of another reduction)")
