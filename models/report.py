@@ -86,8 +86,8 @@ def teacher_sampler(args, teacher, conditions, shape, device, grid=None, solver=
 def finish(args, method, teacher, world, conditions, shape, times, students, params, seconds, device, extra=None):
     """Write samples.png and report.json: data, many-step teacher, teacher at the student's steps, student.
 
-    times: the student's step grid without its final 0. students: {name: (network calls, sampler(index, first, last))}; the one
-    called "student" is pictured. extra: {row name: further entries of that row of the report}.
+    times: the student's step grid without its final 0. students: {name: (network calls, sampler(index, first, last))}, each a row, called "student"
+    and "student_...". extra: {row name: further entries of that row of the report}.
     """
     scale, guided = args.guidance_scale, 1 if args.guidance_scale == 1 else 2
     fine = teacher_sampler(args, teacher, conditions, shape, device)
@@ -118,7 +118,9 @@ def finish(args, method, teacher, world, conditions, shape, times, students, par
     if args.teacher_steps:
         pictured += [(f"teacher, {guided * ode_calls(args.teacher_steps, 'heun')} calls", preview(args, world, conditions, fine)),
                      (f"teacher, {guided * len(times)} call(s)", preview(args, world, conditions, coarse))]
-    save_samples(args.output_dir, [*pictured, (f"student, {students['student'][0]} call(s)", x_student)], world)
+    for name, (nfe, sampler) in students.items():
+        pictured.append((f"{name.split('_')[0]}, {nfe} call(s)", x_student if name == "student" else preview(args, world, conditions, sampler)))
+    save_samples(args.output_dir, pictured, world)
     if not world:
         io.save_tensors({"x0": x_student}, os.path.join(args.output_dir, "samples.safetensors"))  # latents for a decoder
     io.save_json({"method": method, "teacher": args.teacher, "seed": args.seed, "steps": args.max_train_steps, "seconds": seconds,

@@ -54,6 +54,11 @@ def test_one_student_of_several_counts_beats_a_four_step_student_at_other_counts
         assert factor * rows[f"student_{n}"]["fd"] < alone["fd"] and rows[f"student_{n}"]["patch_swd"] < alone["patch_swd"]
 
 
+def test_pseudo_huber_beats_squares(of):
+    """Tab. 5, which the pilot had not seen either."""
+    assert of("l2")[0]["student"]["fd"] > 1.4 * of("tdm-4")[0]["student"]["fd"]
+
+
 def test_several_counts_must_be_told_to_the_network(of):
     """Tab. 5 at one step, which the 2-D pilot of the dossier had not seen."""
     assert of("untold-at-1")[0]["student_1"]["fd"] > 1.4 * of("told-at-4")[0]["student_1"]["fd"]
@@ -61,5 +66,4 @@ def test_several_counts_must_be_told_to_the_network(of):
 
 def test_early_in_training_it_is_ahead_of_dmd(of):
     """Fig. 9: the first twentieth of the updates."""
-    early = of("early-tdm")[0]["student"]["fd"]
-    assert early < of("early-clean")[0]["student"]["fd"] and 1.5 * early < of("early-dmd")[0]["student"]["fd"]
+    assert 1.5 * of("early-tdm")[0]["student"]["fd"] < of("early-dmd")[0]["student"]["fd"]
