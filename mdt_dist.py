@@ -46,7 +46,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from models import io, report
-from models.diffusion import Flow, expand, guide, logit_normal, step_grid
+from models.diffusion import Flow, expand, guide, logit_normal, shift, step_grid
 from models.toy import WORLDS, load_world
 
 # ---- the method --------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def per_element(a, x, coords=None):
 def sample_norm(x, samples, coords=None):
     """Euclidean norm of every whole sample, and the number of its elements.  x (B, ...) or (M, C) -> (B,), (B,)."""
     if coords is None:
-        return x.flatten(1).norm(dim=1), torch.full((samples,), float(x[0].numel()), device=x.device)
+        return x.flatten(1).norm(dim=1), x.new_full((samples,), float(x[0].numel()))
     squares = torch.zeros(samples, device=x.device, dtype=x.dtype).index_add_(0, coords[:, 0], x.square().sum(1))
     return squares.sqrt(), coords[:, 0].bincount(minlength=samples).to(x) * x.shape[1]
 
@@ -213,9 +213,9 @@ def train(args):
     net_v = lambda *a: velocity(teacher.net, *a)  # noqa: E731
 
     def time_of(draw, name):
-        """t in [lowest, 1]: logit-normal with mean 1 and deviation 1 (code), or uniform (Alg. 1).  (B,)."""
+        """t in [lowest, 1]: logit-normal with mean 1 and deviation 1 (code), or uniform (Alg. 1), before the shift.  (B,)."""
         u = draw.spread(name) if args.t_law == "uniform" else logit_normal(draw.normal(name, ()), 1.0, 1.0)
-        return lowest + (1 - lowest) * u
+        return lowest + (1 - lowest) * shift(u, teacher.shift)
 
     def from_data(draw):
         """-> x0, one noise for each name, coords or None, cond, uncond."""
@@ -344,8 +344,8 @@ def student_samplers(args, net, conditions, shape, timestep_shift, device):
 
 
 def finish(args, teacher, net, world, conditions, shape, sparse, seconds, device):
-    """report.json and samples: the student's step counts, the teacher at the same and at 25 Euler steps; paired_mse is the distance to the latter's sample
-    from the same noise, which is the transport error (Eq. 10 at t = 1). Sparse samples are only written: no picture, no measures."""
+    """report.json and samples: the student's step counts, the teacher by Euler in the same and in --teacher_steps; paired_mse is the distance to the latter's
+    sample from the same noise, which is the transport error (Eq. 10 at t = 1). Sparse samples are only written: no picture, no measures."""
     calls, params, longest = 1 if args.student_guidance == 1 else 2, sum(p.numel() for p in net.parameters()), max(args.student_steps)
     samplers = student_samplers(args, net, conditions, shape, teacher.shift, device)
     if sparse:
@@ -356,16 +356,16 @@ def finish(args, teacher, net, world, conditions, shape, sparse, seconds, device
                       "peak_memory_mb": io.peak_memory_mb(device), "params": params, "results": []}, os.path.join(args.output_dir, "report.json"))
         return
     guided = 1 if args.guidance_scale == 1 else 2
-    euler = {n: report.teacher_sampler(args, teacher, conditions, shape, device, step_grid(n, teacher.shift), "euler") for n in {25, *args.student_steps}}
+    euler = {n: report.teacher_sampler(args, teacher, conditions, shape, device, step_grid(n, teacher.shift), "euler") for n in args.student_steps}
     students = {"student" if n == longest else f"student_{n}": (n * calls, f) for n, f in samplers.items()}
     students |= {f"teacher_{n}": (n * guided, f) for n, f in euler.items() if n != longest}
     extra = {}
-    if world:
-        index = conditions.preview(500)
-        ends = report.many(lambda a, b: euler[25](index, a, b), len(index))[0]
+    if world and args.teacher_steps:
+        index, fine = conditions.preview(200), report.teacher_sampler(args, teacher, conditions, shape, device, None, "euler")
+        ends = report.many(lambda a, b: fine(index, a, b), len(index))[0]
         for name, (_, f) in [*students.items(), ("teacher_same_steps", (0, euler[longest]))]:
             extra[name] = {"paired_mse": float((report.many(lambda a, b: f(index, a, b), len(index))[0] - ends).square().mean())}  # noqa: B023
-    report.finish(args, "mdt_dist", teacher, world, conditions, shape, step_grid(longest, teacher.shift)[:-1], students, params, seconds, device, extra)
+    report.finish(args, "mdt_dist", teacher, world, conditions, shape, step_grid(longest, teacher.shift)[:-1], students, params, seconds, device, extra, "euler")
 
 
 def sample_only(args):
@@ -421,7 +421,7 @@ def parse_args(argv=None):
     p.add_argument("--lr_decay_share", type=io.number(float, 0, 1), default=0.5, help="last share of the run with the rate falling linearly to 0 (paper: 0, constant)")
     p.add_argument("--adam_betas", type=io.number(float, 0, 0.99999), nargs=2, default=[0.9, 0.99], help="AdamW betas (paper: torch's .9 .999)")
     p.add_argument("--weight_decay", type=io.number(float, 0), default=0.0, help="AdamW weight decay (paper: 0)")
-    p.add_argument("--teacher_steps", type=io.number(int, 0), default=32, help="Heun steps of the many-step teacher; 0 leaves it out")
+    p.add_argument("--teacher_steps", type=io.number(int, 0), default=25, help="Euler steps of the many-step teacher; 0 leaves it out (paper: 25)")
     p.add_argument("--preview_samples", type=io.number(int, 1), default=20, help="columns of samples.png")
     p.add_argument("--remeasure_teacher", action="store_true", help="measure the many-step teacher again instead of copying its row")
     argv = sys.argv[1:] if argv is None else argv

@@ -83,14 +83,14 @@ def teacher_sampler(args, teacher, conditions, shape, device, grid=None, solver=
 
 
 @torch.no_grad()
-def finish(args, method, teacher, world, conditions, shape, times, students, params, seconds, device, extra=None):
-    """Write samples.png and report.json: data, many-step teacher, teacher at the student's steps, student.
+def finish(args, method, teacher, world, conditions, shape, times, students, params, seconds, device, extra=None, solver="heun"):
+    """Write samples.png and report.json: data, many-step teacher (by this solver), teacher at the student's steps (by Euler), student.
 
     times: the student's step grid without its final 0. students: {name: (network calls, sampler(index, first, last))}, each a row, called "student"
     and "student_...". extra: {row name: further entries of that row of the report}.
     """
     scale, guided = args.guidance_scale, 1 if args.guidance_scale == 1 else 2
-    fine = teacher_sampler(args, teacher, conditions, shape, device)
+    fine, fine_calls = teacher_sampler(args, teacher, conditions, shape, device, None, solver), guided * ode_calls(args.teacher_steps, solver)
     coarse = teacher_sampler(args, teacher, conditions, shape, device, times + [0.0], "euler")
     rows = {"teacher_same_steps": (guided * len(times), coarse), **students}
     results = []
@@ -98,8 +98,8 @@ def finish(args, method, teacher, world, conditions, shape, times, students, par
         label = balanced_labels(2000, world.num_classes)
         results.append({"name": "data", "nfe": 0, **world.measure(*world.data(2000, 777, label))})
         if args.teacher_steps:
-            row, moments = measured_teacher(args, teacher, world, label, lambda: many(lambda a, b: fine(label, a, b), 2000), f"heun{args.teacher_steps}",
-                                            {"name": "teacher", "nfe": guided * ode_calls(args.teacher_steps, "heun"), "guidance_scale": scale})
+            row, moments = measured_teacher(args, teacher, world, label, lambda: many(lambda a, b: fine(label, a, b), 2000), f"{solver}{args.teacher_steps}",
+                                            {"name": "teacher", "nfe": fine_calls, "guidance_scale": scale})
             results.append(row)
         for name, (nfe, sampler) in rows.items():
             draw = lambda: many(lambda a, b: sampler(label, a, b), 2000)  # noqa: E731, B023
@@ -116,7 +116,7 @@ def finish(args, method, teacher, world, conditions, shape, times, students, par
     x_student = preview(args, world, conditions, students["student"][1])
     pictured = [("data", world.data(len(x_student), 778, conditions.preview(len(x_student)))[0])] if world else []
     if args.teacher_steps:
-        pictured += [(f"teacher, {guided * ode_calls(args.teacher_steps, 'heun')} calls", preview(args, world, conditions, fine)),
+        pictured += [(f"teacher, {fine_calls} calls", preview(args, world, conditions, fine)),
                      (f"teacher, {guided * len(times)} call(s)", preview(args, world, conditions, coarse))]
     for name, (nfe, sampler) in students.items():
         pictured.append((f"{name.split('_')[0]}, {nfe} call(s)", x_student if name == "student" else preview(args, world, conditions, sampler)))
