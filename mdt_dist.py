@@ -39,6 +39,7 @@ import datetime
 import os
 import sys
 import time
+import types
 
 import torch
 import torch.distributed as dist
@@ -349,9 +350,7 @@ def finish(args, teacher, net, world, conditions, shape, sparse, seconds, device
     calls, params, longest = 1 if args.student_guidance == 1 else 2, sum(p.numel() for p in net.parameters()), max(args.student_steps)
     samplers = student_samplers(args, net, conditions, shape, teacher.shift, device)
     if sparse:
-        index = conditions.preview(args.preview_samples)
-        x = samplers[longest](index, 0, len(index)).cpu()
-        io.save_tensors(io.ragged(x, conditions.pick(index, "cpu")[0]["coords"]), os.path.join(args.output_dir, "samples.safetensors"))
+        save_points(args, conditions, samplers[longest])
         io.save_json({"method": "mdt_dist", "teacher": args.teacher, "seed": args.seed, "steps": args.max_train_steps, "seconds": seconds,
                       "peak_memory_mb": io.peak_memory_mb(device), "params": params, "results": []}, os.path.join(args.output_dir, "report.json"))
         return
@@ -368,21 +367,40 @@ def finish(args, teacher, net, world, conditions, shape, sparse, seconds, device
     report.finish(args, "mdt_dist", teacher, world, conditions, shape, step_grid(longest, teacher.shift)[:-1], students, params, seconds, device, extra, "euler")
 
 
+def save_points(args, conditions, sampler):
+    """samples.safetensors: coords, feats, offsets as in --data, of its first --preview_samples rows."""
+    index = conditions.preview(args.preview_samples)
+    x = sampler(index, 0, len(index)).cpu()
+    io.save_tensors(io.ragged(x, conditions.pick(index, "cpu")[0]["coords"]), os.path.join(args.output_dir, "samples.safetensors"))
+
+
+def what_to_sample(args, net):
+    """Conditions of --sample: classes, or for a network without them the rows of --data, with their points where it is sparse."""
+    if "label" in net.cond_names:
+        return io.Conditions(args, net)
+    like, shape = types.SimpleNamespace(base=net, config=net.config), tuple(args.sample_shape or net.latent_shape)
+    return io.DataConditions(*io.load_paired_data(args, WORLDS, None, like, shape, getattr(net, "sparse", False)))
+
+
 def sample_only(args):
     """--sample FOLDER: load a saved student, read its sampler.json, write samples.png and latents to --output_dir, in --student_steps steps."""
     _, _, device = start_ranks()
-    net, sampler, _, world, conditions, shape = report.load_student(args, "mdt_dist", device)
+    net, sampler, _, world, conditions, shape = report.load_student(args, "mdt_dist", device, what_to_sample)
     n = (args.student_steps or [len(sampler["times"])])[0]
     args.student_steps, args.student_guidance, args.renoise = [n], sampler["guidance_scale"], "sde" if sampler["rule"] == "renoise" else "ode"
     draw = student_samplers(args, net, conditions, shape, sampler["timestep_shift"], device)[n]
-    report.write_samples(args, world, conditions, shape, draw, n, device)
+    if getattr(net, "sparse", False):
+        os.makedirs(args.output_dir, exist_ok=True)
+        save_points(args, conditions, draw)
+    else:
+        report.write_samples(args, world, conditions, shape, draw, n * (1 if args.student_guidance == 1 else 2), device)
 
 
 # ---- flags ---------------------------------------------------------------------------------------------------------
 
 # The flags' defaults suit the voxels teacher. What released models change of them: the paper's values, and those of its published configuration.
 RELEASED = dict(max_train_steps=6000, train_batch_size=8, learning_rate=4e-8, guidance_vm=41.0, guidance_vd=101.0, ema_decay=0.9999, adam_betas=[0.9, 0.999],
-                max_grad_norm=1.0, lr_warmup_steps=0, lr_decay_share=0.0, student_guidance=5.0, guidance_scale=6.0, timestep_shift=1.0, preview_samples=4)
+                max_grad_norm=1.0, lr_warmup_steps=0, lr_decay_share=0.0, student_guidance=6.0, guidance_scale=6.0, timestep_shift=1.0, preview_samples=4)
 
 
 def norm_kind(text):
@@ -414,7 +432,7 @@ def parse_args(argv=None):
     p.add_argument("--shared_noise", action="store_true", help="both losses at the same t and noise (code) instead of fresh ones (Alg. 1)")
     p.add_argument("--guidance_vm", type=io.number(float, 0), default=1.0, help="teacher's guidance in velocity matching (paper: w = 40, here 41)")
     p.add_argument("--guidance_vd", type=io.number(float, 0), default=1.0, help="teacher's guidance in velocity distillation (paper: w = 100, here 101)")
-    p.add_argument("--student_guidance", type=io.number(float, 0), default=1.0, help="guidance of the student's samples (TRELLIS: w = 5, two calls a step)")
+    p.add_argument("--student_guidance", type=io.number(float, 0), default=1.0, help="guidance of the student's samples (TRELLIS: w = 5, here 6, two calls a step)")
     p.add_argument("--phases", type=io.number(int, 1), default=1, help="of vm and cm: the transport ends at the lower end of t's phase (multi-phase; paper: 1)")
     p.add_argument("--tangent_warmup", type=io.number(int, 0), default=100, help="of scm: updates over which the derivative's part grows to its weight")
     p.add_argument("--renoise", choices=["ode", "sde"], default="ode", help="between steps: Euler (paper), or the clean prediction noised afresh (ours)")

@@ -51,13 +51,13 @@ def save_student(args, method, net, teacher, times, shape, changes=None, **more)
                  os.path.join(folder, "sampler.json"))
 
 
-def load_student(args, method, device):
-    """--sample FOLDER -> one saved network on the device, its sampler.json, a namespace with its schedule and prediction, and world, conditions
-    and sample shape.  Raises UserError."""
+def load_student(args, method, device, conditions_of=io.Conditions):
+    """--sample FOLDER -> one saved network on the device, its sampler.json, a namespace with its schedule and prediction, and world, conditions,
+    which are conditions_of(args, network), and sample shape.  Raises UserError."""
     folder, sampler, schedule, kind, _ = io.read_own_sampler(args.sample, method)
     net, config = io.load_network(folder)
     io.refuse_output_dir(args.output_dir, sampling=True)
-    conditions, shape = io.Conditions(args, net), tuple(args.sample_shape or sampler.get("sample_shape") or net.latent_shape)
+    conditions, shape = conditions_of(args, net), tuple(args.sample_shape or sampler.get("sample_shape") or net.latent_shape)
     world = load_world(config["world"]) if config.get("world") in WORLDS else None
     return net.to(device).eval(), sampler, types.SimpleNamespace(schedule=schedule, prediction=kind), world, conditions, shape
 
