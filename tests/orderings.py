@@ -4,6 +4,7 @@
     python -m tests.orderings phased_dmd clips --methods vanilla truncated phased-2 phased-4 -- --max_train_steps 300
     python -m tests.orderings decoupled_dmd glyphs --plot docs/decoupled-glyphs.png -- --max_train_steps 300
     python -m tests.orderings tdm ring
+    python -m tests.orderings mdt_dist ring
 
 Runs the script for each method and seed, reads the report.json it leaves, and prints one Markdown table: mean and range over the seeds of
 every measure of the student's row, and minutes. phased_dmd: also the energy distances x 1000 of its intermediate samples x_t to noised data.
@@ -108,6 +109,22 @@ METHODS = {
         "joint": ("one stage: the same with --objective dmd, in 4 steps", ["--objective", "dmd"], dict(of="dmd", row="student_4")),
     },
 }
+MDT = {  # of mdt_dist.py: (title, flags, options as above); each is measured in two steps and in one. VM + VD makes 7 network calls an update, the others 3
+    "mdt": ("VM + VD", []),
+    "vm": ("VM", ["--arm", "vm"]),
+    "vd": ("VD", ["--arm", "vd"]),
+    "cm": ("consistency distillation, equal updates", ["--arm", "cm"]),
+    "cm-calls": ("consistency distillation, equal calls", ["--arm", "cm"], dict(longer=7 / 3)),
+    "scm": ("sCM, equal updates", ["--arm", "scm"]),
+    "scm-calls": ("sCM, equal calls", ["--arm", "scm"], dict(longer=7 / 3)),
+    **{f"{arm}-{c}": (f"{title}, d_norm {c}", ["--arm", arm, "--d_norm", c])
+       for arm, title in (("mdt", "VM + VD"), ("vm", "VM"), ("vd", "VD")) for c in ("0.1", "rms", "none")},
+}
+STEPS = {"": ("2 steps", "student"), "-at-1": ("1 step", "student_1")}
+METHODS["mdt_dist"] = {
+    "teacher": ("teacher, 2 steps", [], dict(of="mdt", row="teacher_same_steps")), "teacher-at-1": ("teacher, 1 step", [], dict(of="mdt", row="teacher_1")),
+    **{name + end: (f"{title}, {steps}", flags, {**dict(*options), "of": name, "row": row})
+       for name, (title, flags, *options) in MDT.items() for end, (steps, row) in STEPS.items()}}
 POINTS = 8  # of a curve
 
 
@@ -248,8 +265,8 @@ def main():
                    next(r for r in result["results"] if r["name"] == options.get("row", "student")))
             minutes.append(result["seconds"] / 60)
             rows.append({**{f"x_{t}": 1000 * v for t, v in row.get("marginals", {}).items()},
-                         **{k: row[k] for k in ("fd", "fd_teacher", "patch_swd", "accuracy", "log_p", "diversity", "motion", "moving", "hit", "paired_mse", "undecided",
-                                                     "velocity_error_before", "velocity_error_after") if k in row}})
+                         **{k: row[k] for k in ("fd", "fd_teacher", "patch_swd", "accuracy", "log_p", "diversity", "motion", "moving", "hit", "iou", "connected",
+                                                     "paired_mse", "undecided", "velocity_error_before", "velocity_error_after") if k in row}})
             if curve:
                 curves.setdefault(title, []).append(curve)
                 rows[-1] |= {"mean": curve[-1]["mean"], "std": curve[-1]["std"], "std(3/4)": curve[len(curve) * 3 // 4 - 1]["std"]}

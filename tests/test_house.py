@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from helpers import ROOT
 from models import io
+from models.diffusion import ode_calls
 from models.toy import balanced_labels, load_world
 
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
@@ -113,7 +114,7 @@ def test_readme_commands_are_the_ones_that_ci_runs():
 # ---- the shipped teacher -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["glyphs", "clips"])
+@pytest.mark.parametrize("name", ["glyphs", "clips", "voxels"])
 def test_shipped_teacher_is_small_and_half_precision(name):
     folder = ROOT / "models" / name / "teacher"
     assert (folder / io.WEIGHTS).stat().st_size <= 2 * 2**20
@@ -122,17 +123,18 @@ def test_shipped_teacher_is_small_and_half_precision(name):
     assert teacher.world_name == name and teacher.prediction == "flow_v" and teacher.shift == 1.0
 
 
-@pytest.mark.parametrize("name, script, fd_of_floor, accuracy", [("glyphs", "dmd", 2, 0.93), ("clips", "phased_dmd", 4, 0.93)])
-def test_stored_teacher_row_is_of_the_shipped_weights(name, script, fd_of_floor, accuracy):
+@pytest.mark.parametrize("name, script, solver, fd_of_floor, accuracy", [
+    ("glyphs", "dmd", "heun", 2, 0.93), ("clips", "phased_dmd", "heun", 4, 0.93), ("voxels", "mdt_dist", "euler", 12, 0.9)])
+def test_stored_teacher_row_is_of_the_shipped_weights(name, script, solver, fd_of_floor, accuracy):
     """The row that default runs copy was measured from the weights in the repository, with the default run's shift."""
     folder, world = ROOT / "models" / name / "teacher", load_world(name)
     args = importlib.import_module(script).parse_args([])
-    key = f"heun{args.teacher_steps}-shift{args.timestep_shift:g}-guidance{args.guidance_scale:g}"
+    key = f"{solver}{args.teacher_steps}-shift{args.timestep_shift or 1:g}-guidance{args.guidance_scale:g}"
     with io.open_tensors(str(folder / "measured" / f"{io.weights_hash(str(folder))}-{key}.safetensors")) as f:
         row = json.loads(f.metadata()["row"])
         mean, cov = f.get_tensor("mean"), f.get_tensor("cov")
     floor = world.measure(*world.data(2000, 777, balanced_labels(2000, world.num_classes)))
-    assert row["fd"] <= fd_of_floor * floor["fd"] and row["accuracy"] >= accuracy * floor["accuracy"] and row["nfe"] == 63
+    assert row["fd"] <= fd_of_floor * floor["fd"] and row["accuracy"] >= accuracy * floor["accuracy"] and row["nfe"] == ode_calls(args.teacher_steps, solver)
     assert name != "clips" or abs(row["motion"] - 1) < 0.1
     # a fresh, smaller set of the teacher's samples has those moments' mean, up to the error of 180 samples
     import latent_fm

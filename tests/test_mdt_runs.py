@@ -28,8 +28,9 @@ def tiny(tmp_path_factory):
     io.save_network(other, io.network_config(other), str(root / "other"))
     g = torch.Generator().manual_seed(3)
     save_file({"x0": torch.randn(N, 1, 4, 4, generator=g), "cond.label": torch.arange(N) % 3}, str(root / "data.safetensors"))
-    return root, ["--teacher", teacher, "--student_init", str(root / "other"), "--data", str(root / "data.safetensors"), "--train_batch_size", str(B), "--seed", str(SEED),
-                  "--max_train_steps", "1", "--teacher_steps", "3", "--preview_samples", "3", "--lr_warmup_steps", "0", "--max_grad_norm", "1e9", "--ema_decay", "0"]
+    return root, ["--teacher", teacher, "--student_init", str(root / "other"), "--data", str(root / "data.safetensors"), "--train_batch_size", str(B),
+                  "--seed", str(SEED), "--max_train_steps", "1", "--teacher_steps", "3", "--preview_samples", "3", "--lr_warmup_steps", "0", "--max_grad_norm",
+                  "1e9", "--ema_decay", "0"]
 
 
 # ---- the first gradient ------------------------------------------------------------------------------------------------
@@ -162,9 +163,10 @@ def ring(monkeypatch):
 def test_what_a_run_leaves(tmp_path, ring, flags):
     """Rows of both step counts and of the teacher; their samples are mdt_dist.sample's of the saved student, which --sample draws again in either count."""
     mdt_dist.main([*ring, *flags, "--max_train_steps", "3", "--output_dir", str(tmp_path / "run")])
-    calls, guided, r = 1, "--student_guidance" in flags, io.load_json(str(tmp_path / "run" / "report.json"))
+    guided, r = "--student_guidance" in flags, io.load_json(str(tmp_path / "run" / "report.json"))
     calls = 2 if guided else 1
-    assert {row["name"]: row["nfe"] for row in r["results"]} == {"data": 0, "teacher": 3, "teacher_same_steps": 2, "student": 2 * calls, "student_1": calls, "teacher_1": 1}
+    assert {row["name"]: row["nfe"] for row in r["results"]} == {"data": 0, "teacher": 3, "teacher_same_steps": 2, "student": 2 * calls, "student_1": calls,
+                                                                 "teacher_1": 1}
     assert r["method"] == "mdt_dist" and r["steps"] == 3 and all("fd" in row for row in r["results"])
     assert all(row["paired_mse"] > 0 for row in r["results"] if row["name"] not in ("data", "teacher"))
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.csv", "report.json", "samples.png", "state", "student"]
@@ -214,7 +216,8 @@ def test_wrong_input_is_one_line_before_any_training(tmp_path, capsys, tiny, fla
     save_file({"x0": torch.randn(4, 1, 4, 6), "cond.label": torch.arange(4) % 3}, str(tmp_path / "WIDE"))
     save_file({"x0": torch.randn(4, 1, 4, 4), "cond.label": torch.arange(4)}, str(tmp_path / "CLASSES"))
     save_file({"x0": torch.randn(2, 3, 8, 8, 8), "cond.tokens": tokens}, str(tmp_path / "DENSE"))
-    save_file({"coords": points((4, 6), 4)[:, 1:].contiguous(), "feats": torch.randn(10, 3), "offsets": torch.tensor([0, 4, 10]), "cond.tokens": tokens}, str(tmp_path / "POINTS"))
+    save_file({"coords": points((4, 6), 4)[:, 1:].contiguous(), "feats": torch.randn(10, 3), "offsets": torch.tensor([0, 4, 10]), "cond.tokens": tokens},
+              str(tmp_path / "POINTS"))
     for name in ("WIDE", "CLASSES", "DENSE", "POINTS"):
         (tmp_path / name).rename(tmp_path / f"{name}.safetensors")
     paths = {name: str(tmp_path / f"{name}.safetensors") for name in ("WIDE", "CLASSES", "DENSE", "POINTS")}
@@ -243,8 +246,8 @@ def test_both_stages_on_two_ranks(monkeypatch, tmp_path, cls):
         x0 = {"coords": points((6,) * 4, 8)[:, 1:].int().contiguous(), "feats": torch.randn(24, 3, generator=g), "offsets": torch.arange(0, 25, 6)}
     save_file({**x0, "cond.tokens": torch.randn(4, 5, 10, generator=g).half()}, str(tmp_path / "data.safetensors"))
     (tmp_path / "spy.py").write_text(SPYING.format(script="mdt_dist"))
-    flags = ["--teacher", teacher, "--data", str(tmp_path / "data.safetensors"), "--max_train_steps", "2", "--teacher_steps", "2", "--preview_samples", "3", "--learning_rate",
-             "1e-4", "--lr_warmup_steps", "0", "--guidance_vm", "3", "--guidance_vd", "4", "--max_grad_norm", "1e9"]
+    flags = ["--teacher", teacher, "--data", str(tmp_path / "data.safetensors"), "--max_train_steps", "2", "--teacher_steps", "2", "--preview_samples", "3",
+             "--learning_rate", "1e-4", "--lr_warmup_steps", "0", "--guidance_vm", "3", "--guidance_vd", "4", "--max_grad_norm", "1e9"]
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "spy.py")]
     done = subprocess.run([*ranks, *flags, "--train_batch_size", "2", "--output_dir", str(tmp_path / "two")], capture_output=True, text=True,
                           env={**ENV, "GRADIENTS": str(tmp_path / "two") + ".gradients"}, cwd=tmp_path, timeout=300)
