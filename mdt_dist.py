@@ -211,8 +211,7 @@ def train(args):
               f"{device} x {world_size}\nstudent: {args.arm}, d_norm {args.d_norm}, {args.derivative}, guidance {args.guidance_vm:g} and {args.guidance_vd:g}, "
               f"sampled in {' or '.join(map(str, args.student_steps))} step(s)")
     dt = args.dt if args.derivative == "difference" else None
-    lowest = args.dt if dt or args.arm == "cm" else 1e-3  # of t: the point below it must exist
-    net_v = lambda *a: velocity(teacher.net, *a)  # noqa: E731
+    lowest = dt or 1e-3  # of t: the point below it must exist
 
     def time_of(draw, name):
         """t in [lowest, 1]: logit-normal with mean 1 and deviation 1 (code), or uniform (Alg. 1), before the shift.  (B,)."""
@@ -233,14 +232,14 @@ def train(args):
 
     def edge_of(s):
         """Lower end of the phase that s is in, of --phases equal ones: what the transport leads to.  (B,) -> (B,)."""
-        return (s * args.phases).clamp(max=args.phases - 1e-6).floor() / args.phases
+        return (s * args.phases).clamp(0, args.phases - 1e-6).floor() / args.phases
 
     def matching(x0, z, coords, t, cond, uncond, ramp):
         """--arm's loss at noised data.  -> loss, residual u - v (B, ...) for the log."""
         at = lambda a: per_element(a, x0, coords)  # noqa: E731
         x_t = (1 - at(t)) * x0 + at(t) * z
         with torch.no_grad():
-            v = net_v(x_t, t, cond, uncond, args.guidance_vm)
+            v = velocity(teacher.net, x_t, t, cond, uncond, args.guidance_vm)
         lap("teacher")
         phi = student(x_t, t, **cond).to(x_t.dtype)  # the call with gradient
         edge = edge_of(t - args.dt)
@@ -263,7 +262,7 @@ def train(args):
         x_fake = (z1 - phi_z).detach()
         with torch.no_grad():
             x_t = (1 - at(t)) * x_fake + at(t) * z2
-            v = net_v(x_t, t, cond, uncond, args.guidance_vd)
+            v = velocity(teacher.net, x_t, t, cond, uncond, args.guidance_vd)
             lap("teacher")
             phi = student(x_t, t, **cond).to(x_t.dtype)
             d = normalised(time_derivative(student, x_t, t, v, cond, dt, phi), B, coords, args.d_norm)
