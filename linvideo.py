@@ -327,20 +327,22 @@ def train(args):
 
     def student_state(draw):
         """x_hat, a state that the student reaches by one step of its own with gradient, from where --state says (Eq. 12 needs dx_hat / dv_student).
-        -> x_hat (B, ...), its time s (B,), cond."""
+        -> x_hat (B, ...), its time s (B,), cond, and the regression (Eq. 7) of that step's velocity, 0 where the bank does not know it."""
         if args.state == "rollout":
             i = 1 + draw.agreed("i", K - 2)
             cond, uncond = conditions.draw(draw, device)
-            x_t, t, s = roll_out(draw, cond, uncond, grid[:i + 1]), times[i].expand(B), times[i + 1].expand(B)
+            x_t, t, s, v = roll_out(draw, cond, uncond, grid[:i + 1]), times[i].expand(B), times[i + 1].expand(B), None
         else:
-            i, x_t, _, cond = from_bank(draw)
+            i, x_t, v, cond = from_bank(draw)
             t, s = times[i], times[i + 1]
             if args.state == "part":
                 s = t + args.part * draw.uniform("part") * (s - t)
             if args.state == "jump":
                 s = shift(draw.uniform("jump") * (1 - i / K), teacher.shift)  # uniform in raw time
             s = torch.maximum(s, torch.full_like(s, args.min_time))
-        return x_t + expand(s - t, x_t) * student(x_t, t, **cond).to(x_t.dtype), s, cond
+        v_student = student(x_t, t, **cond).to(x_t.dtype)
+        regression = 0.0 if v is None else 0.5 * (v_student - v).square().mean()
+        return x_t + expand(s - t, x_t) * v_student, s, cond, regression
 
     def one_jump(draw):
         """x0 of the student from a state of the bank: what --objective dmd makes a sample.  -> x0 (B, ...), cond."""
@@ -421,14 +423,14 @@ def train(args):
                         g = expand(t / distance.clamp_min(1e-8), x_t) * (v_teacher - v_critic)
                     loss = matching_loss(x0, g)
                 else:  # Eq. 11 to 13
-                    x_hat, s, cond = student_state(draw)
+                    x_hat, s, cond, regression = student_state(draw)
                     lap("student")
                     with torch.no_grad():
                         v_teacher = teacher.net(x_hat, s, **cond).to(x_hat.dtype)
                         lap("teacher")
                         v_student = (critic or student)(x_hat, s, **cond).to(x_hat.dtype)  # the student is its own score
                     g = matching_gradient(x_hat, v_teacher, v_student, s, args.weight)
-                    loss = matching_loss(x_hat, g)
+                    loss = matching_loss(x_hat, g) + args.regression_weight * regression
             (loss * share).backward()
             student_loss += loss.detach() * share
             sums["loss"] += loss.item() * share
@@ -558,6 +560,7 @@ def parse_args(argv=None):
                    "state of the bank, the whole step, a jump to any later time, or one step at the end of the student's own trajectory")
     p.add_argument("--part", type=io.number(float, 0.001, 1), default=1.0, help="of --state part: the largest share of a sampler step")
     p.add_argument("--weight", choices=["eq13", "unit", "dmd"], default="eq13", help="of adm's gradient: (1 - t) / t (paper), 1, or of x0 over its mean size")
+    p.add_argument("--regression_weight", type=io.number(float, 0), default=0.0, help="of regression (Eq. 7) beside adm (paper: 0)")
     p.add_argument("--min_time", type=io.number(float, 0.001, 0.5), default=0.02, help="smallest t of adm's states, where eq13 diverges")
     p.add_argument("--selection_weight", type=io.number(float, 0), default=0.001, help="lambda, of constraint and regulariser (paper: .01, of another reduction)")
     p.add_argument("--alpha", type=io.number(float, above=1), nargs=2, default=[4.0, 2.0], metavar=("FIRST", "LAST"), help="exponent of the regulariser, falls linearly "
@@ -576,7 +579,7 @@ def parse_args(argv=None):
     p.add_argument("--sampling_steps", type=io.number(int, 2), default=20, help="K, Euler steps of teacher and student (Wan: 50)")
     p.add_argument("--uncond_share", type=io.number(float, 0, 1), default=0.1, help="share of samples without condition, where there is guidance")
     p.add_argument("--bank", default=None, metavar="FOLDER", help="the teacher's trajectories: made there once, read if they are there (default: OUTPUT_DIR/bank)")
-    p.add_argument("--bank_size", type=io.number(int, 1), default=512, help="trajectories of K states each (paper: 50,000 states)")
+    p.add_argument("--bank_size", type=io.number(int, 1), default=2560, help="trajectories of K states each (paper: 50,000 states)")
     p.add_argument("--bank_batch", type=io.number(int, 1), default=64, help="trajectories per file of the bank")
     p.add_argument("--teacher_steps", type=io.number(int, 0), default=32, help="Heun steps of the many-step teacher; 0 leaves it out")
     p.add_argument("--preview_samples", type=io.number(int, 1), default=12, help="columns of samples.png")
