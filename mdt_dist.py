@@ -26,12 +26,12 @@ Launch.
     many nodes  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 mdt_dist.py ...
     2nd stage   the same with ckpts/slat_flow_img_dit_L_64l8p2_fp16 and a --data file of coords, feats, offsets
     baselines   python mdt_dist.py --arm cm                      # consistency distillation; --arm scm: its continuous-time form; --arm vd
-    ablations   python mdt_dist.py --d_norm 0.1 --dt 0.01        # with the switch that the paper does not mention, as in the released code
+    ablations   python mdt_dist.py --d_norm 0.1                  # with the switch that the paper does not mention, as in the released code
                 python mdt_dist.py --derivative jvp              # exact derivative instead of Eq. 14
     sampling    python mdt_dist.py --sample runs/mdt_dist-voxels/student --student_steps 1
 
 Deviations, and why. The released code divides dphi/dt by its norm + .1 over a whole sample, which the paper does not say and which decides the result:
---d_norm, .1 for released models, none for small teachers, whose dt is .05 (docs/mdt_dist.md). Guidance is uncond + scale (cond - uncond); the paper's w
+--d_norm, .1 for released models, none for small teachers, which move far in few updates (docs/mdt_dist.md). Guidance is uncond + scale (cond - uncond); the paper's w
 of the form (1 + w) cond - w uncond is scale = 1 + w. VM and VD draw their own times and noises, as in Alg. 1 (the code shares them: --shared_noise).
 sigma_min (1e-5) is 0. --renoise between steps, and the rms norm, are extras.
 """
@@ -399,7 +399,7 @@ def sample_only(args):
 # ---- flags ---------------------------------------------------------------------------------------------------------
 
 # The flags' defaults suit the voxels teacher. What released models change of them: the paper's values, and those of its published configuration.
-RELEASED = dict(max_train_steps=6000, train_batch_size=8, learning_rate=4e-8, d_norm=0.1, dt=0.01, guidance_vm=41.0, guidance_vd=101.0, ema_decay=0.9999,
+RELEASED = dict(max_train_steps=6000, train_batch_size=8, learning_rate=4e-8, d_norm=0.1, guidance_vm=41.0, guidance_vd=101.0, ema_decay=0.9999,
                 adam_betas=[0.9, 0.999], max_grad_norm=1.0, lr_warmup_steps=0, lr_decay_share=0.0, student_guidance=6.0, guidance_scale=6.0,
                 timestep_shift=1.0, preview_samples=4)
 
@@ -413,7 +413,7 @@ def parse_args(argv=None):
     p = io.Parser(description="Distil a 3-D flow teacher into one that samples in one or two steps (MDT-dist, 2509.04406). Defaults shown are those of the given "
                   "--teacher: voxels and other small networks of ours, or a released model.")
     io.add_run_flags(p)
-    p.set_defaults(max_train_steps=240, train_batch_size=32, learning_rate=1e-4, lr_warmup_steps=20, ema_decay=0.99, prompts=None)
+    p.set_defaults(max_train_steps=120, train_batch_size=32, learning_rate=1e-4, lr_warmup_steps=20, ema_decay=0.99, prompts=None)
     p.add_argument("--teacher", default="voxels", help="voxels or another world, a component folder or TRELLIS's DIR/NAME, or a run folder of ours")
     p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the student here instead of from the teacher")
     p.add_argument("--data", default=None, help="x0 of velocity matching: a world, or FILE.safetensors (x0 or coords, feats, offsets; cond.*); default: "
@@ -425,7 +425,7 @@ def parse_args(argv=None):
     p.add_argument("--d_norm", type=norm_kind, default="none", metavar="C|rms|none", help="derivative over its norm + C per sample (code: .1), over its root mean "
                    "square + .1, or none: as it is (paper)")
     p.add_argument("--derivative", choices=["difference", "jvp"], default="difference", help="of phi along the trajectory: Eq. 14, or exact")
-    p.add_argument("--dt", type=io.number(float, 1e-5, 0.5), default=0.05, help="step of the difference, and of cm (paper: .01)")
+    p.add_argument("--dt", type=io.number(float, 1e-5, 0.5), default=0.01, help="step of the difference, and of cm (paper: .01)")
     p.add_argument("--vd_weight", choices=["code", "paper", "kl"], default="code", help="2 (released code), 1 - t (Eq. 17), or (1 - t)^2 / t (the KL of Eq. 15)")
     p.add_argument("--vm_weight", type=io.number(float, 0), default=1.0, help="of velocity matching, or of the baseline, in the sum (paper: 1)")
     p.add_argument("--vd_loss_weight", type=io.number(float, 0), default=1.0, help="lambda of velocity distillation in the sum, Eq. 18 (paper: 1)")

