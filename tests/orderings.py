@@ -120,7 +120,7 @@ MDT = {  # of mdt_dist.py: (title, flags, options as above); each is measured in
     "scm": ("sCM, equal updates", ["--arm", "scm"]),
     "scm-calls": ("sCM, equal calls", ["--arm", "scm"], dict(longer=7 / 3)),
     **{f"{arm}-{c}": (f"{title}, d_norm {c}", ["--arm", arm, "--d_norm", c])
-       for arm, title in (("mdt", "VM + VD"), ("vm", "VM"), ("vd", "VD")) for c in ("0.1", "rms", "none")},
+       for arm, title in (("mdt", "VM + VD"), ("vm", "VM")) for c in ("0.1", "rms")},
 }
 STEPS = {"": ("2 steps", "student"), "-at-1": ("1 step", "student_1")}
 METHODS["mdt_dist"] = {
