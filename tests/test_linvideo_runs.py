@@ -214,7 +214,8 @@ def assert_gradients(got, loss, net):
     return norm
 
 
-CASES = [[], ["--part", "0.3"], ["--state", "step", "--regression_weight", "0.5"], [*GUIDED, "--regression_weight", "2"], ["--state", "step"], ["--state", "jump"], ["--state", "rollout"], ["--weight", "unit"], ["--weight", "dmd"], ["--objective", "mse", "--state", "step"],
+CASES = [[], ["--part", "0.3"], ["--state", "step", "--regression_weight", "0.5"], [*GUIDED, "--regression_weight", "2"],
+         ["--state", "step"], ["--state", "jump"], ["--state", "rollout"], ["--weight", "unit"], ["--weight", "dmd"], ["--objective", "mse", "--state", "step"],
          ["--objective", "adm_critic", "--critic_steps", "3"], ["--objective", "dmd"], GUIDED, [*GUIDED, "--objective", "mse"],
          [*GUIDED, "--state", "rollout"], [*GUIDED, "--objective", "adm_critic", "--state", "step", "--critic_steps", "3"], [*GUIDED, "--objective", "dmd"],
          ["--no_regularizer", "--gradient_accumulation_steps", "2", "--seed", "3"],
@@ -579,7 +580,8 @@ def test_bank_of_other_prompts(monkeypatch, tmp_path, capsys):
     (["--select", "first", "1"], "--select first 1"), (["--select", "0", "1", "2", "--target_layers", "2"], "names 3 layer(s), --target_layers says 2"),
     (["--feature_map", "none"], "--feature_map"), (["--state", "rollout", "--sampling_steps", "2"], "rollout needs --sampling_steps of at least 3"),
     (["--objective", "mse", "--regression_weight", "1"], "--regression_weight: is for"), (["--state", "rollout", "--regression_weight", "1"], "not --state rollout"),
-    (["--part", "0"], "--part"), (["--alpha", "4"], "--alpha"), (["--alpha", "4", "1"], "must be > 1"), (["--min_time", "0"], "--min_time"), (["--r_init", "1.1"], "--r_init"),
+    (["--part", "0"], "--part"), (["--alpha", "4"], "--alpha"), (["--alpha", "4", "1"], "must be > 1"), (["--min_time", "0"], "--min_time"),
+    (["--r_init", "1.1"], "--r_init"),
     (["--objective", "gan"], "--objective"), (["--sample_shape", "1", "6", "6"], "DiT expects x of shape"), (["--prompts", "x.safetensors"], "takes class labels"),
     (["--teacher", "ring"], "a RingMLP has no self-attention that can be replaced"), (["--teacher", "VP"], "predicts eps; the score of Eq. 13 is a flow's"),
     (["--teacher", "LINEAR"], "has linear attention already"), (["--teacher", "nowhere"], "neither an embedded world"),
