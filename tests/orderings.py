@@ -105,7 +105,7 @@ METHODS = {
         "adm-critic": ("ADM with a trained critic", [*GIVEN, *ADM, *UNIT, "--objective", "adm_critic"]),
         "dmd": ("few-step DMD loss (Tab. 4)", [*GIVEN, *ADM, "--objective", "dmd"]),
         **{f"target-{n}": (f"{n} layers", ["--target_layers", str(n)]) for n in (2, 6, 8)},
-        **{f"map-{m}": (f"feature map {m}", ["--feature_map", m]) for m in ("softmax", "elu", "relu")},
+        **{f"map-{m}": (f"given layers, feature map {m}", [*GIVEN, "--feature_map", m]) for m in ("softmax", "elu", "relu")},
         "two-stage": ("two stages: learned, then dmd.py in 4 steps", FOUR_DMD, dict(script="dmd", init="learned")),
         "dmd-only": ("dmd.py in 4 steps, softmax attention", FOUR_DMD, dict(script="dmd")),
         "joint": ("one stage: the row of DMD's loss, sampled in 4 steps", [*GIVEN, *ADM, "--objective", "dmd"], dict(of="dmd", row="student_4")),
