@@ -104,7 +104,7 @@ CASES = [([], {}), (["--arm", "vm"], dict(arm="vm")), (["--arm", "vd"], dict(arm
          (["--derivative", "jvp", "--d_norm", "none"], dict(jvp=True, c=None)), (["--vd_weight", "paper"], dict(w="paper")), (["--vd_weight", "kl"], dict(w="kl")),
          (["--guidance_vm", "41", "--guidance_vd", "101"], dict(guidance=(41, 101))), (["--shared_noise"], dict(shared=True)),
          (["--t_law", "uniform", "--timestep_shift", "3"], dict(uniform=True, time_shift=3.0)), (["--arm", "vm", "--phases", "3"], dict(arm="vm", phases=3)),
-         (["--arm", "cm", "--phases", "2", "--dt", "0.1"], dict(arm="cm", phases=2, dt=0.1))]
+         (["--arm", "cm", "--phases", "2", "--dt", "0.4"], dict(arm="cm", phases=2, dt=0.4))]
 
 
 @pytest.mark.parametrize("flags, means", CASES, ids=[" ".join(flags) or "default" for flags, _ in CASES])
