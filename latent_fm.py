@@ -142,7 +142,7 @@ def dormand_prince(v, x, atol=1e-5, rtol=1e-5, start=1.0, end=0.0):
 @torch.no_grad()
 def sample(net, noise, label, steps=32, guidance_scale=1.0, solver="heun", timestep_shift=1.0, context=None, interval=(0.0, 1.0), atol=1e-5,
            rtol=1e-5, calls=None):
-    """Integrate dx/dt = v from noise to data (Alg. 2: Euler).  noise (B, ...), label (B,) or None -> x0 (B, ...) float32.
+    """Integrate dx/dt = v from noise to data (Alg. 2: Euler).  noise (B, ...), label (B,) or None -> x0 (B, ...), in noise's dtype: float32.
 
     solver: euler, heun (two calls a step but one in the last), or dopri5, which chooses its own steps. Guidance only acts at t within
     interval. calls: a list that the number of velocity evaluations is appended to; a guided one is two network calls.
@@ -151,10 +151,10 @@ def sample(net, noise, label, steps=32, guidance_scale=1.0, solver="heun", times
 
     def velocity(x, t):
         scale = guidance_scale if interval[0] <= float(t[0]) <= interval[1] else 1
-        return guided_velocity(field, x, t, label, net.num_classes, scale).float()
+        return guided_velocity(field, x, t, label, net.num_classes, scale).to(x.dtype)  # a bf16 network's output joins the float32 state
 
     if solver == "dopri5":
-        x, n = dormand_prince(lambda x, t: velocity(x, torch.full((len(x),), t, device=x.device)), noise.float(), atol, rtol)
+        x, n = dormand_prince(lambda x, t: velocity(x, torch.full((len(x),), t, device=x.device, dtype=x.dtype)), noise, atol, rtol)
     else:
         n = ode_calls(steps, solver)
         x = sample_ode(lambda x, t: to_x0_eps(velocity(x, t), "flow_v", x, flow.alpha(t), flow.sigma(t)), flow, noise,
@@ -577,7 +577,7 @@ def sample_only(args):
 
 # What each world changes of the defaults, and what the flags of the sampler are unless given (None so that --sample can tell).
 CLIPS = dict(patch_size=[2, 4, 4], width=64, depth=8, pool=40000)  # 64 tokens
-SHAPES = dict(max_train_steps=2000, pool=20000, logit_normal=True, autoencoder="pca", patch_size=[2], latent_norm="channel")
+SHAPES = dict(max_train_steps=2500, pool=20000, logit_normal=True, autoencoder="pca", patch_size=[2], latent_norm="channel")
 SAMPLER = dict(sample_steps=32, solver="heun", guidance_scale=1.5, guidance_interval=[0.0, 1.0], timestep_shift=1.0, atol=1e-5, rtol=1e-5)
 
 
