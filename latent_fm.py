@@ -49,6 +49,7 @@ from models.dit import DiT
 from models.dit_imagenet import DIT_B_2, DIT_L_2, DIT_XL_2, DiTTransformer2DModel
 from models.latent_space import Identity, LatentSpace, PatchPCA, load_space, space_beside
 from models.masks import draw_masks
+from models.shapes import overlap
 from models.toy import WORLDS, RingMLP, balanced_labels, load_world
 
 # ---- the method --------------------------------------------------------------------------------------------------
@@ -336,7 +337,8 @@ def task_context(args, data, space, device, x, maps, mask_seeds):
 def build_optimizers(args, net):
     """AdamW for everything (paper), or Muon (orthogonalised momentum) for the weight matrices inside the blocks and AdamW for the
     rest, which reaches a given loss in about half the steps here.  -> optimizers, their learning rates."""
-    inside = [p for name, p in net.named_parameters() if name.startswith(("blocks.", "hidden.")) and p.ndim == 2 and "modulation" not in name]
+    inside = [p for name, p in net.named_parameters() if name.startswith(("blocks.", "hidden.", "transformer_blocks.")) and p.ndim == 2
+              and "modulation" not in name and ".norm1." not in name]
     muon = {id(p) for p in inside} if args.optimizer == "muon" else set()
     rest = [p for p in net.parameters() if id(p) not in muon]
     optimizers = [torch.optim.AdamW(rest, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)]
@@ -542,8 +544,6 @@ def evaluate_context(args, net, world, data, space, draw):
     results = [row]
     if world and hasattr(world, "foreground"):
         if args.task == "semantic":
-            from models.shapes import overlap
-
             row |= {"iou": float(overlap(world.foreground(made), maps > 0).mean()), "iou_shuffled": float(overlap(world.foreground(other), maps > 0).mean())}
         ceiling = {"name": "data", "nfe": 0, **world.measure(x, label)}
         if args.task == "semantic":
@@ -565,7 +565,7 @@ def sample_only(args):
         if name not in given:
             setattr(args, name, saved.get(name, SAMPLER.get(name, "class")))
     args.data, args.maps, args.resolution = args.data or sampler.get("data"), args.maps or sampler.get("maps"), sampler.get("resolution", args.resolution)
-    name = config.get("world") or args.data
+    name, args.pool = config.get("world") or args.data, 1000  # of a world's training items only the number of map classes is wanted
     world = load_world(name) if name in WORLDS else None
     _, _, device = start_ranks()
     io.refuse_output_dir(args.output_dir, sampling=True)
@@ -577,15 +577,16 @@ def sample_only(args):
 
 # ---- flags ---------------------------------------------------------------------------------------------------------
 
-# What each world changes of the defaults, and what the flags of the sampler are unless given (None so that --sample can tell).
+# What each world and the paper's networks change of the defaults, and what the flags of the sampler are unless given (None: --sample can tell).
 CLIPS = dict(patch_size=[2, 4, 4], width=64, depth=8, pool=40000)  # 64 tokens
 SHAPES = dict(max_train_steps=2000, pool=20000, logit_normal=True, autoencoder="pca", patch_size=[2], latent_norm="channel")
+SIZED = dict(optimizer="adamw", learning_rate=1e-4, lr_warmup_steps=0, weight_decay=0.0, lr_decay_share=0.0, ema_decay=0.9999, max_train_steps=400000)
 SAMPLER = dict(sample_steps=32, solver="heun", guidance_scale=1.5, guidance_interval=[0.0, 1.0], timestep_shift=1.0, atol=1e-5, rtol=1e-5)
 
 
 def parse_args(argv=None):
     p = io.Parser(description="Train a flow-matching model in latent space (arXiv 2307.08698). Defaults shown are those of the given --data: "
-                  "shapes, clips or any other. Flags of the sampler have none here, so that --sample can read the saved model's.")
+                  "shapes, clips or any other, and --network: small or not. Flags of the sampler have none here, so that --sample can read the saved model's.")
     io.add_run_flags(p)
     p.set_defaults(max_train_steps=8000, train_batch_size=64, learning_rate=2e-3, lr_warmup_steps=200, max_grad_norm=1.0,
                    ema_decay=0.999, guidance_scale=None, checkpointing_steps=1000)
@@ -630,6 +631,8 @@ def parse_args(argv=None):
     known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
     world = known.data or ("shapes" if known.sample is None else None)
     p.set_defaults(**{"clips": CLIPS, "shapes": SHAPES}.get(world, {}))
+    if known.network != "small":
+        p.set_defaults(**SIZED)
     args = p.parse_args(argv)
     if args.guidance_interval and args.guidance_interval[0] > args.guidance_interval[1]:
         p.error(f"argument --guidance_interval: LO must not be above HI, got {args.guidance_interval[0]:g} {args.guidance_interval[1]:g}")

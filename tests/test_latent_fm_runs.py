@@ -225,6 +225,8 @@ def test_paper_networks_and_compile(tmp_path, folder, monkeypatch):
         assert isinstance(net, DiTTransformer2DModel) and net.prediction == "flow_v" and net.convention == convention and net.num_classes == 2
         assert net.proj_out_2.weight.abs().max() > 0
     assert len(compiled) == 2
+    args = latent_fm.parse_args(["--data", "x", "--network", "DiT-B/2"])
+    assert (args.optimizer, args.learning_rate, args.ema_decay, args.lr_decay_share) == ("adamw", 1e-4, 0.9999, 0)
     teacher = io.load_teacher(str(tmp_path / "1"), ())
     assert teacher.prediction == "flow_v" and teacher.net.latent_shape == (4, 4, 4)
 
