@@ -198,11 +198,13 @@ def test_direction():
 
 
 def test_guidance_identities():
-    """gamma 1 and 0 are the two fields to the bit; guiding v, eps, x0 or the score is the same; v_c - v_u = -t / (1 - t) grad log p(c | z)."""
+    """gamma 1 and 0 are the two fields to the bit, for one call; guiding v, eps, x0 or the score is the same; v_c - v_u = -t / (1 - t) grad log p(c | z)."""
     net, z, t, label = Mixture(), normal(9, 1).requires_grad_(True), torch.linspace(0.05, 0.95, 9, dtype=torch.float64), torch.arange(9) % 3
     v_c, v_u = (net(z.detach(), t, k) for k in (label, torch.full((9,), 3)))
     for gamma, want in ((1, v_c), (0, v_u)):
-        assert torch.equal(latent_fm.guided_velocity(net, z.detach(), t, label, 3, gamma), want)
+        sizes = []
+        counted = lambda x, t, label: sizes.append(len(x)) or net(x, t, label)  # noqa: E731, B023
+        assert torch.equal(latent_fm.guided_velocity(counted, z.detach(), t, label, 3, gamma), want) and sizes == [9]
     guided = latent_fm.guided_velocity(net, z.detach(), t, label, 3, 2.5)
     torch.testing.assert_close(guided, v_u + 2.5 * (v_c - v_u))
     for kind in ("x0", "eps", "score", "vp_v"):
