@@ -163,6 +163,7 @@ def fixed_step(f, x, t, h):
 
 def test_orders():
     """On the mixture, halving the step: Euler gains 2, Heun 4, Dormand-Prince's two solutions 2^5 and 2^4 (local errors 2^6, 2^5)."""
+    assert [sum(w) for w in latent_fm.STAGES] == pytest.approx(list(latent_fm.NODES), abs=1e-14) and abs(sum(latent_fm.DIFFERENCE)) < 1e-15
     net, z, null = Mixture(), normal(40, 1), torch.full((40,), 3)
     field = lambda x, t: net(x, torch.full((len(x),), t, dtype=torch.float64), null[:len(x)])  # noqa: E731
     exact, _ = dormand_prince(field, z, 1e-11, 1e-11)
