@@ -331,10 +331,17 @@ def test_posterior_is_sampled():
         def normalise(self, latent):
             return (latent - 0.1) * 3
 
+        def denormalise(self, latent):
+            return latent / 3 + 0.1
+
+        def decode(self, latent):
+            return latent / 2
+
     space = LatentSpace(Noisy(1), torch.tensor([0.2]), torch.tensor([4.0]))
     x, noise = normal(2, 1, 3, 3), normal(2, 1, 3, 3, seed=1)
     torch.testing.assert_close(space.to_latents(x, noise), ((2 * x + 0.5 * noise - 0.1) * 3 - 0.2) / 4)
     torch.testing.assert_close(space.to_latents(x), ((2 * x - 0.1) * 3 - 0.2) / 4)
+    torch.testing.assert_close(space.to_pixels(space.to_latents(x)), x)
 
 
 def test_world_reads_its_own_latents():

@@ -236,7 +236,7 @@ def test_maps_nobody_prepared(tmp_path, folder, capsys):
     images, maps = tmp_path / "images", tmp_path / "maps"
     images.mkdir(), maps.mkdir()
     plan = np.zeros((32, 40), np.uint8)
-    plan[:, 20:] = 3
+    plan[:, 14:] = 3
     for i in range(8):
         Image.new("RGB", (40, 32), (10 * i, 0, 0)).save(images / f"{i}.png")
     Image.fromarray(plan).save(maps / "0.png")
@@ -253,7 +253,7 @@ def test_maps_nobody_prepared(tmp_path, folder, capsys):
     assert [line.split(":")[0].rsplit("/", 1)[1] for line in error] == ["5.png", "6.png", "7.png"]
     assert "mode RGB" in error[0] and "32 x 32, its image 40 x 32" in error[1] and "FileNotFound" in error[2]
     assert len(x) == 5 and names == ["images"] and not cond["label"].any()
-    want = torch.tensor([0] * 8 + [3] * 8, dtype=torch.uint8).expand(16, 16)
+    want = torch.tensor([0] * 5 + [3] * 11, dtype=torch.uint8).expand(16, 16)
     for i in (0, 1, 3, 4):
         assert torch.equal(cond["map"][i], want), i
     assert torch.equal(cond["map"][2], want // 3)
