@@ -17,7 +17,7 @@ of states that the teacher's sampler passes through.
 
 Launch.
     laptop      python linvideo.py                               # clips, 4 of 8 layers linear, under eight minutes on two cores
-                python linvideo.py --objective mse               # regression onto the teacher's velocity, the better one here
+                python linvideo.py --objective adm --learning_rate 1e-4      # Eq. 11 to 13; the default is regression (Eq. 7), which is stable here
                 python dmd.py --teacher clips --student_init runs/linvideo-clips/student --student_steps 4
     one GPU     python linvideo.py --teacher Wan2.1-T2V-1.3B-Diffusers --prompts prompts.safetensors --mixed_precision bf16
     one node    torchrun --nproc-per-node 8 linvideo.py (the same flags; --train_batch_size is per rank, each rank makes its share of the bank)
@@ -30,7 +30,7 @@ Launch.
 
 Deviations, and why. No code of the authors exists; what the paper leaves open is chosen and measured in docs/linvideo.md: how x-hat is reached
 (--state), the sign of the constraint, the straight-through rounding, start and rate of r, and a last phase with exactly the wanted number of
-layers fixed.
+layers fixed. The default objective is regression: the paper's needs smaller rates than were found so far.
 """
 import copy
 import csv
@@ -219,7 +219,7 @@ def chosen_layers(args, count):
     """--target_layers and --select for a network of `count` layers -> number of linear layers, list of them or None: learned.  Raises UserError."""
     names, select = ("learned", "first", "last", "uniform", "random"), args.select
     listed = len(select) > 1 or select[0] not in names
-    if listed and (not all(s.isdigit() and int(s) < count for s in select) or len(set(map(int, select))) < len(select)):
+    if listed and (not all(s.isdecimal() and int(s) < count for s in select) or len(set(map(int, select))) < len(select)):
         raise io.UserError(f"--select {' '.join(select)}: give one of {', '.join(names)}, or different layers of 0 to {count - 1}")
     if listed and args.target_layers not in (None, len(select)):
         raise io.UserError(f"--select {' '.join(select)} names {len(select)} layer(s), --target_layers says {args.target_layers}: leave one of them out")
@@ -236,10 +236,11 @@ def chosen_layers(args, count):
 def make_bank(args, teacher, conditions, shape, grid, rank, world_size, device):
     """The teacher's trajectories, written once: every rank makes its share, those already there are kept.  -> an open io.Bank."""
     about = {"teacher": io.weights_hash(teacher.folder), "trajectories": args.bank_size, "grid": grid, "guidance_scale": args.guidance_scale,
-             "seed": args.seed, "shape": list(shape)}
+             "seed": args.seed, "shape": list(shape), "prompts": conditions.prompts and conditions.prompts.fingerprint()}
     bank = io.Bank(args.bank or os.path.join(args.output_dir, "bank"), about, args.bank_size, args.bank_batch, create=rank == 0)
     mean_over_ranks(0.0)  # nobody goes on before the folder is ready
-    for part in tqdm(bank.missing()[rank::world_size], desc="bank", disable=rank > 0 or not bank.missing()):
+    mine = [part for part in bank.missing() if part % world_size == rank]  # by number: others' files may appear while this rank looks
+    for part in tqdm(mine, desc="bank", disable=rank > 0 or not mine):
         rows = bank.rows_of(part)
         draw = io.Draws(args.seed, "bank", 0, rows, device)
         index = conditions.index(draw)
@@ -291,15 +292,14 @@ def train(args):
 
     def fix_layers(layers):
         """The end of the selection: from here on every layer has one branch, and its r is 0 or 1."""
-        for net in {id(n): n for n in (student, ema)}.values():
-            for i, place in enumerate(net.self_attentions):
-                place.attend.fix(linear=i in layers)
+        for i, m in enumerate(mixed):
+            m.fix(linear=i in layers)
         return layers
 
     hard_step = min(int(args.max_train_steps * args.selection_share), args.max_train_steps - 1)  # the selection ends before this update
     if fixed is not None or mixed[0].decided:
         fixed = fix_layers([i for i, r in enumerate(r_all) if r == 0] if fixed is None else fixed)
-    bank = make_bank(args, teacher, conditions, shape, grid, rank, world_size, device)
+    bank = make_bank(args, teacher, conditions, shape, grid, rank, world_size, device) if start < args.max_train_steps else None
     log = io.Log(args.output_dir, start) if main_rank else None
     if main_rank:
         print(f"teacher {args.teacher}: {type(student).__name__}, {sum(p.numel() for p in weights):,} parameters, shift {teacher.shift:g}, guidance "
@@ -336,7 +336,7 @@ def train(args):
             i, x_t, _, cond = from_bank(draw)
             t, s = times[i], times[i + 1]
             if args.state == "part":
-                s = t + draw.uniform("part") * (s - t)
+                s = t + args.part * draw.uniform("part") * (s - t)
             if args.state == "jump":
                 s = shift(draw.uniform("jump") * (1 - i / K), teacher.shift)  # uniform in raw time
             s = torch.maximum(s, torch.full_like(s, args.min_time))
@@ -361,8 +361,8 @@ def train(args):
     for step in progress:
         warmup = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
         decay = min(1.0, (1 - step / args.max_train_steps) / max(args.lr_decay_share, 1e-9))
-        for group, lr in zip(optimizer.param_groups, rates):
-            group["lr"] = lr * warmup * (1.0 if lr is args.learning_rate_r else decay)
+        for group, lr, falls in zip(optimizer.param_groups, rates, (decay, decay, 1.0)):
+            group["lr"] = lr * warmup * falls
         lap.restart()
         sums = dict.fromkeys(("loss", "loss_fake", "g"), 0.0)
         share = 1 / args.gradient_accumulation_steps
@@ -463,15 +463,18 @@ def train(args):
             save_student(args, net, teacher, grid, shape)
             io.save_for_resume(args, done, modules, optimizers, spent_before + time.time() - began)
     if main_rank:
+        fixed = smallest([r.item() for r in r_all], target)  # the same again, but for a run that was cut short while it selected
         net = convert(ema, fixed, args.feature_map).eval()
         if start >= args.max_train_steps:  # a finished run is written out again, perhaps to another folder
             save_student(args, net, teacher, grid, shape)
         calls, short = 1 if args.guidance_scale == 1 else 2, step_grid(4, teacher.shift)
         own, few = (student_sampler(args, net, teacher, conditions, shape, levels, device) for levels in (grid, short))
         coarse = report.teacher_sampler(args, teacher, conditions, shape, device, grid, "euler")
-        index = conditions.preview(200)
-        pairs = [report.many(lambda a, b: f(index, a, b), len(index), B)[0] for f in (own, coarse)]
-        extra = {"linear_layers": fixed, "paired_mse": float((pairs[0] - pairs[1]).square().mean()), **read_selection(args)}
+        extra = {"linear_layers": fixed, **read_selection(args)}
+        if world:  # else there is no row to put it in, and 200 videos of a released model take hours
+            index = conditions.preview(200)
+            pairs = [report.many(lambda a, b: f(index, a, b), len(index), B)[0] for f in (own, coarse)]
+            extra["paired_mse"] = float((pairs[0] - pairs[1]).square().mean())
         save_selection_picture(args.output_dir, len(mixed))
         report.finish(args, "linvideo", teacher, world, conditions, shape, grid[:-1], {"student": (calls * K, own), "student_4": (calls * 4, few)},
                       sum(p.numel() for p in net.parameters()), spent_before + time.time() - began, device, {"student": extra})
@@ -500,7 +503,10 @@ def read_selection(args):
 def save_selection_picture(folder, layers, width=720, row=22):
     """r.png: one line of colour per layer over the updates of log.csv, red = softmax, white = one half, blue = linear."""
     with open(os.path.join(folder, "log.csv"), newline="") as f:
-        r = torch.tensor([[float(line[f"r_{i}"]) for i in range(layers)] for line in csv.DictReader(f)]).T  # (layers, updates)
+        lines = list(csv.DictReader(f))
+    if not lines:  # a finished run that is written out again elsewhere
+        return
+    r = torch.tensor([[float(line[f"r_{i}"]) for line in lines] for i in range(layers)])  # (layers, updates)
     updates = r.shape[1]
     r = r[:, (torch.arange(width) * updates / width).long()]  # (layers, width)
     softmax, linear = torch.tensor([200.0, 60, 50]), torch.tensor([40.0, 90, 190])
@@ -532,32 +538,33 @@ def sample_only(args):
 CLIPS = dict(timestep_shift=2.0)  # other small teachers: their own shift
 RELEASED = dict(max_train_steps=3000, train_batch_size=1, learning_rate=1e-5, learning_rate_features=1e-4, guidance_scale=5.0, sampling_steps=50,
                 ema_decay=0.0, max_grad_norm=1.0, lr_warmup_steps=0, lr_decay_share=0.0, alpha=[20.0, 2.0], bank_size=1000, bank_batch=1, preview_samples=2,
-                gradient_checkpointing=True)
+                gradient_checkpointing=True, objective="adm", selection_weight=0.01)
 
 
 def parse_args(argv=None):
     p = io.Parser(description="Turn some of a video model's softmax self-attention layers into linear attention (LinVideo, 2510.08318), without data. Defaults "
                   "shown are those of the given --teacher: clips, other small networks of ours, or a released model.")
     io.add_run_flags(p)
-    p.set_defaults(max_train_steps=600, learning_rate=3e-4, lr_warmup_steps=20, ema_decay=0.98)
+    p.set_defaults(max_train_steps=1500, learning_rate=1e-3, lr_warmup_steps=20, ema_decay=0.98)
     p.add_argument("--teacher", default="clips", help="clips, glyphs, a component folder, a pipeline root with model_index.json, or a run folder of ours")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
     p.add_argument("--sample_shape", type=io.number(int, 1), nargs="+", default=None, help="C H W or C T H W of a sample (default: the network's)")
     p.add_argument("--target_layers", type=io.number(int, 1), default=None, help="how many layers become linear (default: half; paper: 16 of 30, 22 of 40)")
     p.add_argument("--select", nargs="+", default=["learned"], metavar="HOW", help="learned (paper), first, last, uniform, random, or a list of layers from 0")
     p.add_argument("--feature_map", choices=FEATURE_MAPS[:-1], default="hedgehog", help="phi of linear attention (paper: hedgehog, Eq. 6)")
-    p.add_argument("--objective", choices=["adm", "mse", "dmd", "adm_critic"], default="adm", help="anytime distribution matching (paper), regression onto the "
-                   "teacher's velocity (Eq. 7), few-step DMD with a critic, or adm with a trained critic instead of the student's own score (Tab. 4)")
+    p.add_argument("--objective", choices=["adm", "mse", "dmd", "adm_critic"], default="mse", help="anytime distribution matching (paper), regression onto the "
+                   "teacher's velocity (Eq. 7, stable here), few-step DMD with a critic, or adm with a trained critic instead of the student's own score (Tab. 4)")
     p.add_argument("--state", choices=["part", "step", "jump", "rollout"], default="part", help="how adm's state is reached: a random part of a sampler step from a "
                    "state of the bank, the whole step, a jump to any later time, or one step at the end of the student's own trajectory")
+    p.add_argument("--part", type=io.number(float, 0.001, 1), default=1.0, help="of --state part: the largest share of a sampler step")
     p.add_argument("--weight", choices=["eq13", "unit", "dmd"], default="eq13", help="of adm's gradient: (1 - t) / t (paper), 1, or of x0 over its mean size")
     p.add_argument("--min_time", type=io.number(float, 0.001, 0.5), default=0.02, help="smallest t of adm's states, where eq13 diverges")
-    p.add_argument("--selection_weight", type=io.number(float, 0), default=0.01, help="lambda, of constraint and regulariser (paper: .01)")
+    p.add_argument("--selection_weight", type=io.number(float, 0), default=0.001, help="lambda, of constraint and regulariser (paper: .01, of another reduction)")
     p.add_argument("--alpha", type=io.number(float, above=1), nargs=2, default=[4.0, 2.0], metavar=("FIRST", "LAST"), help="exponent of the regulariser, falls linearly "
                    "while layers are selected (paper: 20 to 2); where FIRST exceeds the number of linear layers, an r at 1 cannot leave")
     p.add_argument("--no_regularizer", action="store_true", help="ablation: the constraint alone (Tab. 3)")
     p.add_argument("--r_init", type=io.number(float, 0, 1), default=0.9, help="r of all layers at the start (paper: not stated)")
-    p.add_argument("--selection_share", type=io.number(float, 0, 1), default=0.6, help="share of the run in which r is trained; then the layers are fixed")
+    p.add_argument("--selection_share", type=io.number(float, 0, 1), default=0.5, help="share of the run in which r is trained; then the layers are fixed")
     p.add_argument("--learning_rate_features", type=io.number(float, above=0), default=1e-3, help="AdamW learning rate of phi's W")
     p.add_argument("--learning_rate_r", type=io.number(float, above=0), default=1e-2, help="AdamW learning rate of r, constant")
     p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1e-3, help="AdamW learning rate of the critic (adm_critic, dmd)")

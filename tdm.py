@@ -31,9 +31,10 @@ Launch.
     sampling    python tdm.py --sample runs/tdm-glyphs/student --student_steps 2
 
 Deviations, and why. (K, step) are drawn for each sample of a batch; its rollout ends at its own step. Fake updates see fresh samples (the demo
-reuses the student's). The scores' difference enters as that of their x0. The demo's importance weight is a tempered ratio and nearly 1; with it the
-fake is not the score of what it sees and only the last step is unbiased (docs/tdm.md); --fake_target exact is. Levels are uniform before the
-teacher's shift. EMA, momentum and falling rates are flags that keep the default run short.
+reuses the student's). The scores' difference enters as that of their x0, and x0 is regressed, as in the demo; --regress x_s is the paper's. The
+demo's importance weight is a tempered ratio and nearly 1; with it the fake is not the score of what it sees and only the last step is unbiased
+(docs/tdm.md); --fake_target exact is. Levels are uniform before the teacher's shift. One step, the furthest from the teacher, has two turns. EMA,
+momentum and falling rates are flags that keep the default run short.
 """
 import copy
 import datetime
@@ -100,11 +101,12 @@ def fake_score_loss(fake, schedule, kind, x_s, x0, eps, s, tau, cond, target="im
 
 
 def trajectory_matching_loss(x0, x0_real, x0_fake, loss="pseudo_huber", slope=None):
-    """Pulls x_s towards sg(x_s) + A (x0_real - x0_fake), the sample corrected by the difference of the scores (Eq. 6 and 11).
+    """Pulls x0 towards sg(x0) + x0_real - x0_fake, the sample corrected by the difference of the scores (Eq. 6 and 11).
 
-    slope (B,): A = dx_s / dx0, so that x_s minus its target is r = A (x0 - sg(x0 + x0_real - x0_fake)): steps that move x_s little weigh little. None: 1.
-    "pseudo_huber" (Eq. 11): sqrt(|r|^2 + c^2) - c per sample, c = .00054 sqrt(d): a gradient of norm at most A, whatever the level.
-    "l2": r^2 / 2 (Tab. 5, without the surrogate). "demo": of x0, that is A = 1; sqrt(r^2 + 1e-6) - 1e-3 per element, over mean|x0 - x0_real|.
+    slope (B,): A = dx_s / dx0, to regress x_s as the paper prints it: x_s minus sg(x_s + A (x0_real - x0_fake)) is A times the same residual r, so
+    steps that move x_s little weigh little. None: of x0, as the demo has it.
+    "pseudo_huber" (Eq. 11): sqrt(|r|^2 + c^2) - c per sample, c = .00054 sqrt(d): a gradient of norm at most 1 (or A), whatever the level.
+    "l2": r^2 / 2 (Tab. 5, without the surrogate). "demo": always of x0, sqrt(r^2 + 1e-6) - 1e-3 per element, over mean|x0 - x0_real|.
     x0, x0_real, x0_fake (B, ...) -> scalar; the gradient reaches x0 alone.
     """
     r = x0 - (x0 + (x0_real - x0_fake)).detach()  # exactly 0 where the two agree
@@ -298,7 +300,7 @@ def train(args):
                     lap("teacher")
                     x0_fake = predict_x0(fake, schedule, kind, x_tau, tau, **told)
                     lap("fake")
-                slope = None if args.match == "clean" else step_slope(schedule, t, s, args.renoise)
+                slope = step_slope(schedule, t, s, args.renoise) if args.regress == "x_s" and args.match == "noisy" else None
                 loss = trajectory_matching_loss(x0, x0_real, x0_fake, args.loss, slope)
             (loss * share).backward()
             student_loss += loss.detach() * share
@@ -397,8 +399,10 @@ def parse_args(argv=None):
                    "min(SNR, 5) (demo)")
     p.add_argument("--fake_noise", choices=["bridge", "fresh"], default="bridge", help="what the fake sees: x_s noised on (paper), or x0 noised afresh (Tab. 5, without "
                    "importance sampling)")
-    p.add_argument("--loss", choices=["pseudo_huber", "demo", "l2"], default="pseudo_huber", help="of x_s: Eq. 11 per sample (paper) or squares (Tab. 5); "
-                   "of x0: per element over DMD's normaliser (demo)")
+    p.add_argument("--loss", choices=["pseudo_huber", "demo", "l2"], default="pseudo_huber", help="Eq. 11 per sample (paper), squares (Tab. 5), or per "
+                   "element over DMD's normaliser (demo)")
+    p.add_argument("--regress", choices=["x0", "x_s"], default="x0", help="what the loss moves: the step's x0 (demo), or x_s where it lands (paper), which "
+                   "gives early steps less weight")
     p.add_argument("--renoise", choices=["ode", "sde"], default="ode", help="between student steps: the noise it implies (paper), or fresh noise")
     p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1.6e-3, help="AdamW learning rate of the fake score (paper: 2e-5, ten times "
                    "the student's)")

@@ -31,7 +31,9 @@ from models.diffusion import PREDICTIONS, VP, Flow
 NETWORKS = {"DiT": "models.dit", "RingMLP": "models.toy", "WanTransformer3DModel": "models.wan",
             "ZImageTransformer2DModel": "models.z_image", "PixArtTransformer2DModel": "models.pixart", "Transformer2DModel": "models.pixart",
             "DiTTransformer2DModel": "models.dit_imagenet", "AutoencoderKL": "models.vae",
-            "PatchPCA": "models.latent_space", "Identity": "models.latent_space"}
+            "PatchPCA": "models.latent_space", "Identity": "models.latent_space",
+            "SparseStructureFlowModel": "models.trellis", "SparseStructureEncoder": "models.trellis", "SparseStructureDecoder": "models.trellis",
+            "SLatFlowModel": "models.trellis", "ElasticSLatFlowModel": "models.trellis"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 SHARD_BYTES = 10 * 10**9  # diffusers' default shard size
@@ -137,6 +139,14 @@ class Draws:
         """(rows, *shape) standard normal, float32."""
         return self._rows(name, shape, torch.float32, lambda v, g: v.normal_(generator=g))
 
+    def points(self, name, counts, channels):
+        """(sum of counts, channels) standard normal, float32: counts[i] points of row i, one row after the other."""
+        generator, parts = torch.Generator(), []
+        for row, n in zip(self.rows, counts, strict=True):
+            generator.manual_seed(stable_hash(*self.key, name, row))
+            parts.append(torch.randn(n, channels, generator=generator))
+        return torch.cat(parts).to(self.device)
+
     def uniform(self, name, low=0.0, high=1.0):
         """(rows,) float32."""
         return self._rows(name, (), torch.float32, lambda v, g: v.uniform_(low, high, generator=g))
@@ -228,8 +238,30 @@ def load_tensors(path):
 # ---- networks in their own library's layout ------------------------------------------------------------------------
 
 
+def trellis_names(folder):
+    """Names of the networks in TRELLIS's layout, NAME.json + NAME.safetensors, that lie in a folder."""
+    names = [n.removesuffix(".json") for n in sorted(os.listdir(folder)) if n.endswith(".json")] if os.path.isdir(folder) else []
+    return [n for n in names if os.path.isfile(os.path.join(folder, n + ".safetensors"))]
+
+
+def trellis_path(source):
+    """DIR/NAME of a network in that layout. source: this path, one of its two files, or a folder with one such pair, which is what
+    save_network leaves; anything else: None."""
+    if os.path.isdir(source):
+        names = [] if os.path.isfile(os.path.join(source, "config.json")) else trellis_names(source)
+        return os.path.join(source, names[0]) if len(names) == 1 else None
+    path = source.removesuffix(".json").removesuffix(".safetensors")
+    return path if os.path.isfile(path + ".json") or os.path.isfile(path + ".safetensors") else None
+
+
 def weight_files(folder):
-    """The safetensors files of a component folder, {file: [keys] or None}; raises UserError."""
+    """The safetensors files of a component, {file: [keys] or None}; raises UserError."""
+    path = trellis_path(folder)
+    if path and not os.path.isfile(path + ".safetensors") and os.path.isfile(path + ".pt"):
+        raise UserError(f"{path}.safetensors does not exist, only a pickle ({os.path.basename(path)}.pt); pickles can run code and are never loaded: "
+                        "convert it")
+    if path:
+        return {path + ".safetensors": None}
     if os.path.isfile(os.path.join(folder, INDEX)):
         files = {}
         for key, name in load_json(os.path.join(folder, INDEX)).get("weight_map", {}).items():
@@ -244,14 +276,20 @@ def weight_files(folder):
     raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}")
 
 
+def config_class(config):
+    """The class of a network that a config is of."""
+    return config.get("name" if "args" in config else "_class_name")
+
+
 def network_from_config(config, where):
-    """Build the architecture that config["_class_name"] names; keys that start with _ are the library's own notes."""
-    name = config.get("_class_name")
+    """Build the architecture that a config names: diffusers' "_class_name" among its arguments (other keys that start with _ are the library's
+    own notes), or TRELLIS's "name" beside "args"."""
+    name = config_class(config)
     if name not in NETWORKS:
         raise UserError(f"{where}: unknown network class {name!r}; known are {', '.join(NETWORKS)}")
     if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
         name = "DiTTransformer2DModel"  # older versions of diffusers had one class for both
-    kwargs = {k: v for k, v in config.items() if not k.startswith("_")}
+    kwargs = config["args"] if "args" in config else {k: v for k, v in config.items() if not k.startswith("_")}
     try:
         return getattr(importlib.import_module(NETWORKS[name]), name)(**kwargs)
     except (TypeError, ValueError) as e:
@@ -259,19 +297,27 @@ def network_from_config(config, where):
 
 
 def load_network(folder, dtype=torch.float32):
-    """Read one component folder (config.json + safetensors, single or sharded) -> (net in eval mode, config).
+    """Read one component -> (net in eval mode, config). folder: a component folder of diffusers' (config.json + safetensors, single or
+    sharded), or what trellis_path takes. Parameters become dtype, buffers stay as they are.
 
     Raises UserError for a missing, truncated, mismatched or pickled checkpoint, before any weight is used.
     """
-    if not os.path.isdir(folder):
+    path = trellis_path(folder)
+    if not path and not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder")
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        inside = [n for n in sorted(os.listdir(folder)) if os.path.isfile(os.path.join(folder, n, "config.json"))]
+    described = path + ".json" if path else os.path.join(folder, "config.json")
+    if not path and os.path.isfile(os.path.join(folder, "pipeline.json")):
+        inside = [os.path.join("ckpts", n) for n in trellis_names(os.path.join(folder, "ckpts"))]
+        raise UserError(f"{folder} is a TRELLIS root of several networks: give the path of one" + (f" ({', '.join(inside)} in it are such)" if inside else ""))
+    if not path and not os.path.isfile(described):
+        inside = [n for n in sorted(os.listdir(folder)) if os.path.isfile(os.path.join(folder, n, "config.json"))] + trellis_names(folder)
         raise UserError(f"{folder} has no config.json: give the folder of one network" + (f" ({', '.join(inside)} in it are such)" if inside else "")
                         + ", or a pipeline root with model_index.json")
-    config = load_json(os.path.join(folder, "config.json"))
+    config = load_json(described)
     files = weight_files(folder)
-    net = network_from_config(config, os.path.join(folder, "config.json")).to(dtype)
+    net, what = network_from_config(config, described), os.path.basename(described)
+    for p in net.parameters():
+        p.data = p.data.to(dtype)
     expected, seen, current_name = net.state_dict(), set(), getattr(net, "current_name", str)  # str: a name as it is
     for path, keys in files.items():
         with open_tensors(path) as f:
@@ -282,29 +328,39 @@ def load_network(folder, dtype=torch.float32):
             for key in sorted(stored):
                 name = current_name(key)
                 if name not in expected:
-                    raise UserError(f"{path} has {key!r}, which a {config['_class_name']} of this config.json does not")
+                    raise UserError(f"{path} has {key!r}, which a {config_class(config)} of this {what} does not")
                 tensor = f.get_tensor(key)
                 if tensor.shape != expected[name].shape:
-                    raise UserError(f"{path}: {key!r} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name].shape)}")
+                    raise UserError(f"{path}: {key!r} has shape {tuple(tensor.shape)}, {what} asks for {tuple(expected[name].shape)}")
                 with torch.no_grad():
                     expected[name].copy_(tensor)
                 seen.add(name)
     missing = sorted(set(expected) - seen)
     if missing:
         raise UserError(f"{folder} lacks {missing[0]!r}" + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
-                        + ": the checkpoint does not match its config.json")
+                        + f": the checkpoint does not match its {what}")
     return net.eval(), config
 
 
 def network_config(net):
-    """The config.json of a network of ours: class name + constructor arguments."""
-    return {"_class_name": type(net).__name__, **net.config}
+    """The config.json of a network of ours, or TRELLIS's json: class name + constructor arguments."""
+    name = type(net).__name__
+    return {"name": name, "args": net.config} if NETWORKS[name] == "models.trellis" else {"_class_name": name, **net.config}
 
 
 def save_network(net, config, folder, state_dict=None, shard_bytes=SHARD_BYTES):
-    """Write config.json and safetensors (sharded with an index above shard_bytes), each file atomically. Without adapters."""
+    """Write config.json and safetensors (sharded with an index above shard_bytes), each file atomically. Without adapters.
+
+    With a config of TRELLIS's: CLASS.json and CLASS.safetensors, never sharded, in the network's own dtype (TRELLIS halves what it wants
+    halved as it loads; a student that a low learning rate moved little would lose that in float16).
+    """
     os.makedirs(folder, exist_ok=True)
     tensors = state_dict if state_dict is not None else lora.base_state_dict(net)
+    if "args" in config:
+        path = os.path.join(folder, config_class(config))
+        save_tensors(tensors, path + ".safetensors", {"format": "pt"})
+        save_json(config, path + ".json")
+        return
     shards, size = [{}], 0
     for key, value in tensors.items():
         n = value.numel() * value.element_size()
@@ -385,7 +441,7 @@ def load_two_networks(root, dtype=torch.float32):
 
 
 def load_teacher(name, worlds, dtype=torch.float32, two_networks=False):
-    """Resolve --teacher: a world's name, a component folder, a pipeline root, or a run folder of ours.
+    """Resolve --teacher: a world's name, a component folder, a pipeline root, a run folder of ours, or ckpts/NAME in a TRELLIS root.
 
     two_networks: whether a root with transformer_2/ is welcome (its net is a WanTwoNetworks) or refused. Raises UserError.
     -> namespace(net, config, config_2, folder or None, schedule, prediction, shift, world_name or None, label). Of two networks,
@@ -402,9 +458,9 @@ def load_teacher(name, worlds, dtype=torch.float32, two_networks=False):
         folder = world.teacher_folder()
     else:
         folder = name.rstrip("/")
-        if not os.path.isdir(folder):
+        if not os.path.isdir(folder) and not trellis_path(folder):
             raise UserError(f"--teacher {name}: neither an embedded world ({', '.join(worlds)}) nor a folder")
-        if not os.listdir(folder):
+        if os.path.isdir(folder) and not os.listdir(folder):
             raise UserError(f"--teacher {name}: the folder is empty")
     root, config_2 = folder, None
     two = os.path.isfile(os.path.join(root, "model_index.json")) and os.path.isdir(os.path.join(root, "transformer_2"))
@@ -416,7 +472,7 @@ def load_teacher(name, worlds, dtype=torch.float32, two_networks=False):
     else:
         net, config = load_network(folder, dtype)
     if not hasattr(net, "prediction"):
-        raise UserError(f"{folder} holds {config['_class_name']}, which generates nothing: give the folder of a generator")
+        raise UserError(f"{folder} is a {type(net).__name__}, which does not denoise: give a diffusion or flow network")
     schedule, prediction, timestep_shift = getattr(net, "default_schedule", Flow()), net.prediction, net.default_shift
     scheduler = next((s for s in (os.path.join(root, "scheduler"), os.path.join(os.path.dirname(os.path.abspath(folder)), "scheduler"))
                       if os.path.isfile(os.path.join(s, "scheduler_config.json"))), None)
@@ -555,6 +611,11 @@ class Prompts:
             raise UserError(f"{path}: the cond.* tensors disagree on the number of prompts: {sorted(counts)}")
         self.n = counts.pop()
 
+    def fingerprint(self):
+        """Short hash of number, first, last and unconditional prompt: tells two files apart without reading all."""
+        ends = [self.rows(torch.tensor([0, self.n - 1]), "cpu"), self.unconditional(1, "cpu")]
+        return f"{stable_hash(self.n, *(x.double().sum(-1).tolist() for end in ends for x in end.values())):08x}"
+
     def rows(self, index, device):
         """index (B,) -> {name: (B, ...)}; float inputs as float32."""
         return {name: Rows(self.file, f"cond.{name}")[index].to(device) for name in self.names}
@@ -685,11 +746,12 @@ def read_image_folder(folder, size, flat=False, maps=None):
     return torch.stack(x), torch.tensor(label), names, torch.stack(plans) if maps else None
 
 
-def load_data(source, worlds, size=None, pool=20000, seed=0, flat=False, maps=None):
-    """--data: a world's name, a folder of images in class subfolders, or FILE.safetensors with x0 (N, ...) and cond.label.
+def load_data(source, worlds, size=None, pool=20000, seed=0, flat=False, maps=None, sparse=False):
+    """--data: a world's name, a folder of images in class subfolders, or FILE.safetensors with x0 (N, ...) or, for points of a grid,
+    coords (M, 3), feats (M, C), offsets (N + 1,); beside either cond.NAME (N, ...). size: side of images, or of the grid; sparse: whether
+    points are welcome or refused. flat, maps: of folders, see read_image_folder; maps True asks a world for its own. They become cond["map"].
 
-    flat, maps: of folders, see read_image_folder; maps True asks a world for its own. The maps become cond["map"].
-    -> (x0 float32 (N, ...) or uint8 images, {"label": (N,)} or other cond, class names or None). Raises UserError.
+    -> (x0 float32 (N, ...), uint8 images or SparseRows, {"label": (N,)} or other cond, class names or None). Raises UserError.
     """
     if source in worlds:
         from models.toy import load_world
@@ -706,13 +768,19 @@ def load_data(source, worlds, size=None, pool=20000, seed=0, flat=False, maps=No
     if not source.endswith(".safetensors"):
         raise UserError(f"--data {source}: neither an embedded world ({', '.join(worlds)}), a folder, nor a .safetensors file")
     file = open_tensors(source)
-    if "x0" not in file.keys() or not file.get_slice("x0").get_shape()[0]:
-        raise UserError(f"--data {source}: no tensor called x0 with at least one row; it has {', '.join(sorted(file.keys())) or 'nothing'}")
-    x0 = Rows(file, "x0")
+    if {"coords", "feats", "offsets"} <= set(file.keys()) and "x0" not in file.keys():
+        if not sparse:
+            raise UserError(f"--data {source}: coords, feats and offsets are points of a grid, which are not welcome here: give a tensor x0 (N, ...)")
+        x0 = SparseRows(file, f"--data {source}", size)
+    elif "x0" in file.keys() and file.get_slice("x0").get_shape()[:1] not in ([], [0]):
+        x0 = Rows(file, "x0")
+    else:
+        raise UserError(f"--data {source}: no tensor called x0 with at least one row, nor coords, feats and offsets; "
+                        f"it has {', '.join(sorted(file.keys())) or 'nothing'}")
     cond = {k[5:]: Rows(file, k) for k in file.keys() if k.startswith("cond.")}
     for k, v in cond.items():
         if len(v) != len(x0):
-            raise UserError(f"--data {source}: cond.{k} has {len(v)} rows, x0 has {len(x0)}")
+            raise UserError(f"--data {source}: cond.{k} has {len(v)} rows, {'offsets' if isinstance(x0, SparseRows) else 'x0'} has {len(x0)}")
     if "label" in cond:
         cond["label"] = cond["label"][torch.arange(len(x0))].long()
     return x0, cond, None
@@ -733,6 +801,42 @@ class Rows:
 
     def __getitem__(self, index):
         return as_float32(torch.cat([self.slice[i:i + 1] for i in index.tolist()]))
+
+
+class SparseRows:
+    """Samples that are points of a grid: coords (M, 3) int and feats (M, C), sample i from row offsets[i] to offsets[i + 1].
+
+    rows[index (B,)] -> feats (n, C) float32 and coords (n, 4) int64 of these samples' points: place in index, then x, y, z. Features
+    are read when asked for; coords once as a whole, so that a broken file (UserError, one line) is seen before any training.
+    """
+
+    def __init__(self, file, where, size=None):
+        """where: what an error begins with; size: points must lie within 0..size-1 on each axis, None: within 0..infinity."""
+        self.feats, self.coords = file.get_slice("feats"), file.get_slice("coords")
+        self.offsets, shape, feats = file.get_tensor("offsets"), self.coords.get_shape(), self.feats.get_shape()
+        if len(shape) != 2 or shape[1] != 3 or self.coords.get_dtype()[0] not in "IU" or len(feats) != 2 or feats[0] != shape[0]:
+            raise UserError(f"{where}: coords is {self.coords.get_dtype()} {shape} and feats {feats}; wanted integers (M, 3) and (M, C)")
+        if self.offsets.dim() != 1 or len(self.offsets) < 2 or self.offsets.is_floating_point():
+            raise UserError(f"{where}: offsets is {self.offsets.dtype} {list(self.offsets.shape)}; wanted N + 1 integers, N >= 1")
+        self.offsets = self.offsets.long().tolist()
+        if self.offsets[0] != 0 or self.offsets[-1] != shape[0]:
+            raise UserError(f"{where}: offsets go from {self.offsets[0]} to {self.offsets[-1]}; wanted 0 to the {shape[0]} rows of coords")
+        empty = next((i for i in range(len(self)) if self.offsets[i] >= self.offsets[i + 1]), None)
+        if empty is not None:
+            raise UserError(f"{where}: offsets must grow, but {self.offsets[empty + 1]} follows {self.offsets[empty]} (sample {empty} has no points)")
+        for start in range(0, shape[0], 2**22):
+            part = self.coords[start:start + 2**22].long()
+            low, high = int(part.min()), int(part.max())
+            if low < 0 or size is not None and high >= size:
+                raise UserError(f"{where}: coords go from {low} to {high}; they must be within 0..{'' if size is None else size - 1}")
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index):
+        spans = [slice(self.offsets[i], self.offsets[i + 1]) for i in index.tolist()]
+        coords = [torch.nn.functional.pad(self.coords[span].long(), (1, 0), value=place) for place, span in enumerate(spans)]
+        return as_float32(torch.cat([self.feats[span] for span in spans])), torch.cat(coords)
 
 
 class Bank:
@@ -776,7 +880,7 @@ class Bank:
         """row, state (B,) -> {"index": (B,) int64, "x", "v", ...: (B, ...) float32}."""
         of = [(self.files[r // self.batch], r % self.batch, i) for r, i in zip(row.tolist(), state.tolist())]
         return {"index": torch.stack([f.get_slice("index")[r] for f, r, _ in of]),
-                **{name: torch.stack([f.get_slice(name)[r, i] for f, r, i in of]).float() for name in self.files[0].keys() if name != "index"}}
+                **{name: torch.stack([f.get_slice(name)[r, i].float() for f, r, i in of]) for name in self.files[0].keys() if name != "index"}}
 
 
 def load_real_data(args, worlds, world, teacher, shape):

@@ -97,8 +97,8 @@ def teacher_sampler(args, teacher, conditions, shape, device, grid=None, solver=
 def finish(args, method, teacher, world, conditions, shape, times, students, params, seconds, device, extra=None):
     """Write samples.png and report.json: data, many-step teacher, teacher at the student's steps, student.
 
-    times: the student's step grid without its final 0. students: {name: (network calls, sampler(index, first, last))}; the one
-    called "student" is pictured. extra: {row name: further entries of that row of the report}.
+    times: the student's step grid without its final 0. students: {name: (network calls, sampler(index, first, last))}, each a row, called "student"
+    and "student_...". extra: {row name: further entries of that row of the report}.
     """
     scale, guided = args.guidance_scale, 1 if args.guidance_scale == 1 else 2
     fine = teacher_sampler(args, teacher, conditions, shape, device)
@@ -129,7 +129,8 @@ def finish(args, method, teacher, world, conditions, shape, times, students, par
     if args.teacher_steps:
         pictured += [(f"teacher, {guided * ode_calls(args.teacher_steps, 'heun')} calls", preview(args, world, conditions, fine)),
                      (f"teacher, {guided * len(times)} call(s)", preview(args, world, conditions, coarse))]
-    pictured.append((f"student, {students['student'][0]} call(s)", x_student))
+    for name, (nfe, sampler) in students.items():
+        pictured.append((f"{name.split('_')[0]}, {nfe} call(s)", x_student if name == "student" else preview(args, world, conditions, sampler)))
     save_samples(args.output_dir, pictured if world else decoded(pictured, teacher.folder), world)
     if not world:
         io.save_tensors({"x0": x_student}, os.path.join(args.output_dir, "samples.safetensors"))  # latents for a decoder

@@ -32,12 +32,13 @@ def test_twin_blocks_are_identical():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_stand_alone(script):
-    """A script imports torch, numpy, tqdm, the standard library and models/, never another script; the method comes before line 150."""
+    """A script imports torch, numpy, tqdm, Pillow, the standard library and models/, never another script; the method comes before line 150."""
     text = (ROOT / f"{script}.py").read_text()
     for node in ast.walk(ast.parse(text)):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
         for name in names:
-            assert name.split(".")[0] in {"copy", "datetime", "json", "os", "sys", "time", "types", "math", "torch", "numpy", "tqdm", "models", "kernels"}, (script, name)
+            assert name.split(".")[0] in {"copy", "csv", "datetime", "json", "os", "sys", "time", "types", "math", "torch", "numpy", "tqdm", "PIL", "models",
+                                          "kernels"}, (script, name)
     lines = text.splitlines()
     assert next(i for i, line in enumerate(lines) if line.startswith("# ---- the method")) < 100
     assert "Deviations" in text and "Launch." in text and re.search(r"(Eq\.|Alg\.) ?\d", text)

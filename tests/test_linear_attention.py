@@ -319,20 +319,20 @@ def lay_out(x, layout):
         "padded": ((B + 1, N + 5, H + 1, D + 3), lambda a: a[:B, 2:2 + N, :H, 3:]),
         "strided": ((B, 2 * N, H, 2 * D), lambda a: a[:, ::2, :, ::2]),
     }[layout]
-    a = view(torch.full(buffer, float("nan"), dtype=x.dtype))
+    a = view(torch.full(buffer, float("nan"), dtype=x.dtype, device=x.device))
     a.copy_(x)
     return a
 
 
-def run_case(feature_map, projections, N_q, N, D, D_v, splits, layout, eps, dtype):
+def run_case(feature_map, projections, N_q, N, D, D_v, splits, layout, eps, dtype, device="cpu"):
     """-> {name: [error, bound]} in Frobenius norm, bound = tolerance |ref| + 1e-6 |dO| (float32)."""
     dtype = getattr(torch, dtype)
     eps = EPS[feature_map] if eps is None else eps
-    x = inputs(feature_map, 2, N, 2, D, N_q, D_v, projections)
+    x = [a.to(device) for a in inputs(feature_map, 2, N, 2, D, N_q, D_v, projections)]
     x = [lay_out(a.to(dtype), layout).requires_grad_() for a in x[:3]] + [a.float().requires_grad_() for a in x[3:]]
     w = x[3:] or [None, None]
     o = la._forward(*x[:3], *w, feature_map, eps, splits)[0]
-    g = lay_out(normal(*o.shape, seed=8).to(dtype), layout)
+    g = lay_out(normal(*o.shape, seed=8).to(device, dtype), layout)
     got = [o, *torch.autograd.grad(o, x, g)]
     y = [a.detach().double().requires_grad_() for a in x]
     ref = quadratic_oracle(*y[:3], feature_map, *y[3:], eps=eps)
@@ -430,6 +430,35 @@ def test_kernels(interpreted, case):
     assert "error" not in line, line["error"]
     wrong = {name: f"{value:.3g} > {bound:.3g}" for name, (value, bound) in line["found"].items() if not value <= bound}
     assert not wrong, wrong
+
+
+# ---- the kernels on a GPU ------------------------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(la.triton is None or la.INTERPRET or not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_on_a_gpu(case):
+    """The interpreter's cases, compiled."""
+    wrong = {name: f"{value:.3g} > {bound:.3g}" for name, (value, bound) in run_case(*CASES[case], device="cuda").items() if not value <= bound}
+    assert not wrong, wrong
+
+
+@needs_gpu
+@pytest.mark.parametrize("feature_map, D", [("hedgehog", 128), ("softmax", 128), ("hedgehog", 64), ("elu", 64)])
+def test_long_sequences_on_a_gpu(feature_map, D):
+    """bfloat16 at Wan's 32,760 tokens against the float32 reference of the same numbers: o and all gradients within 5e-3."""
+    x = [a.cuda() for a in inputs(feature_map, 1, 32760, 2, D, dtype=torch.float32)]
+    x = [a.bfloat16().requires_grad_() for a in x[:3]] + [a.bfloat16().float().requires_grad_() for a in x[3:]]  # W's numbers are those the kernels multiply
+    y = [a.detach().float().requires_grad_() for a in x]
+    g = normal(1, 32760, 2, D, seed=8).to("cuda", torch.bfloat16)
+    o, expected = linear_attention(*x[:3], feature_map, *x[3:], backend="triton"), linear_attention(*y[:3], feature_map, *y[3:], backend="torch")
+    found = {"o": relative(o, expected)}
+    for name, a, b in zip(NAMES[1:], torch.autograd.grad(o, x, g), torch.autograd.grad(expected, y, g.float())):
+        found[name] = relative(a, b)
+    print(feature_map, D, {name: f"{e:.2e}" for name, e in found.items()})
+    assert max(found.values()) <= 5e-3, found
 
 
 # ---- compiled without a GPU, and the benchmark ------------------------------------------------------------------------------------

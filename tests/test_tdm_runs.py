@@ -37,7 +37,7 @@ def drawn(draw, counts):
     return K, (draw.uniform("j") * K).long()
 
 
-def trajectories(student, schedule, draw, shape, classes, counts=(1, 1, 2, 4), told=True, sde=False, clean=False, fresh=False, to_noise=False):
+def trajectories(student, schedule, draw, shape, classes, counts=(1, 1, 2, 4), told=True, sde=False, clean=False, fresh=False, to_noise=False, by_x_s=False):
     """One row at a time, from the draws: what is matched (x, at its level), x0, dx/dx0, and x_tau, tau, eps, label, cond of student and fake."""
     K, j = drawn(draw, counts)
     z, eps, label, u = draw.normal("z", shape), draw.normal("eps", shape), draw.integer("cond", classes), draw.spread("u", 0.02, 0.98)
@@ -56,7 +56,7 @@ def trajectories(student, schedule, draw, shape, classes, counts=(1, 1, 2, 4), t
         assert grid[j[i] + 1] <= tau < (1.0 if to_noise else grid[j[i]])
         x, level = (x0, torch.zeros(1)) if clean or fresh else (x_s, grid[j[i] + 1])
         t, s = grid[j[i]], grid[j[i] + 1]
-        slope = torch.ones(1) if clean else schedule.alpha(s) - (0 if sde else schedule.sigma(s) * schedule.alpha(t) / schedule.sigma(t))
+        slope = torch.ones(1) if clean or not by_x_s else schedule.alpha(s) - (0 if sde else schedule.sigma(s) * schedule.alpha(t) / schedule.sigma(t))
         rows.append([x, level, x0, between(schedule, x, eps[i:i + 1], level, tau).detach(), tau, slope])
     x, level, x0, x_tau, tau, slope = (torch.cat(v) for v in zip(*rows))
     cond = {"label": label, **({"steps": K.float()} if told else {})}
@@ -80,7 +80,9 @@ def fake_loss(fake, schedule, at, exact, snr):
 
 CASES = [  # flags, what they mean for trajectories, for the loss
     ([], {}, {}), (["--student_steps", "4"], dict(counts=[4], told=False), {}), (["--student_steps", "3", "2"], dict(counts=[3, 2]), {}),
-    (["--untold"], dict(told=False), {}),
+    (["--untold"], dict(told=False), {}), (["--regress", "x_s"], dict(by_x_s=True), {}), (["--regress", "x_s", "--loss", "l2"], dict(by_x_s=True), dict(loss="l2")),
+    (["--regress", "x_s", "--loss", "demo"], {}, dict(loss="demo")), (["--regress", "x_s", "--renoise", "sde"], dict(by_x_s=True, sde=True), {}),
+    (["--regress", "x_s", "--match", "clean"], dict(clean=True), {}),
     (["--loss", "l2"], {}, dict(loss="l2")), (["--loss", "demo"], {}, dict(loss="demo")), (["--renoise", "sde"], dict(sde=True), {}),
     (["--match", "clean"], dict(clean=True), {}), (["--tau_range", "to_noise"], dict(to_noise=True), {}), (["--guidance_scale", "1"], {}, dict(scale=1)),
     (["--fake_noise", "fresh"], {}, dict(fresh=True)), (["--fake_target", "exact"], {}, dict(exact=True)), (["--fake_weight", "snr"], {}, dict(snr=True)),
@@ -216,9 +218,11 @@ def test_samples_and_report_by_step_count(monkeypatch, tmp_path, capsys, flags):
         for more in ([["--student_steps", str(n)]] + [[]] * (n == 4)):
             tdm.main(["--sample", str(tmp_path / "run"), *more, "--output_dir", str(tmp_path / "samples")])
             torch.testing.assert_close(load_file(tmp_path / "samples" / "samples.safetensors")["x0"], samples[n], rtol=1e-4, atol=1e-5)
-    for text, x in pictures[0] + [("4 step(s), update 4", pictures[1][-1][1])]:  # while training, and at the end the longest
+    at_end = [(text.removeprefix("student, "), x) for text, x in pictures[1] if text.startswith("student")]
+    assert [text for text, _ in at_end] == ["4 call(s)", "2 call(s)", "1 call(s)"]
+    for text, x in pictures[0] + at_end:  # while training, and at the end
         torch.testing.assert_close(x, samples[int(text[0])], rtol=1e-4, atol=1e-5)
-    assert [text for text, _ in pictures[0]] == [f"{n} step(s), update 4" for n in (4, 2, 1)] and pictures[1][-1][0] == "student, 4 call(s)"
+    assert [text for text, _ in pictures[0]] == [f"{n} step(s), update 4" for n in (4, 2, 1)]
     for n in (["3"], ["1", "2"]):
         assert f"--student_steps {' '.join(n)}: this student was trained for 1, 2, 4: name one" in refusal_of(
             capsys, tdm.main, "--sample", str(tmp_path / "run"), "--output_dir", str(tmp_path / "none"), "--student_steps", *n)

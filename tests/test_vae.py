@@ -240,7 +240,7 @@ def test_wrong_folders_are_refused(tmp_path, capsys):
     save_tiny_teacher(tmp_path / "net")
     with pytest.raises(io.UserError, match="is a DiT, not an AutoencoderKL"):
         load_vae(str(tmp_path / "net"))
-    assert "holds AutoencoderKL, which generates nothing" in refusal_of(
+    assert "is a AutoencoderKL, which does not denoise" in refusal_of(
         capsys, dmd.main, "--teacher", str(tmp_path / "root" / "vae"), "--output_dir", str(tmp_path / "run"))
     path = tmp_path / "root" / "vae" / io.WEIGHTS
     state = load_file(path)

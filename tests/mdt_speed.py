@@ -1,0 +1,59 @@
+"""Time of a sample of TRELLIS's structure flow at its real size, random weights: the 25-step teacher with guidance against a student in two and in one step.
+
+    python -m tests.mdt_speed                   # on a CPU some minutes; with a GPU seconds
+
+The teacher takes two calls a step where its guidance acts: at all 25 steps, or at those with t in TRELLIS's interval [.5, 1] of times shifted by 3, which are
+19 of 25. The student is called once a step; with guidance it would be twice. The paper's figures, on an A800, both stages and the decoders included: 9.0x in
+one step a stage and 6.5x in two.
+"""
+import argparse
+import os
+import statistics
+import sys
+import time
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from models.diffusion import step_grid  # noqa: E402
+from models.trellis import SS_FLOW_L, SparseStructureFlowModel  # noqa: E402
+
+
+@torch.no_grad()
+def main():
+    gpu = torch.cuda.is_available()
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--repeats", type=int, default=5 if gpu else 1, help="samples whose median counts")
+    p.add_argument("--tokens", type=int, default=1374, help="image tokens: DINOv2 of 518 x 518 pixels with registers gives 1,374")
+    args = p.parse_args()
+    device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
+    with torch.device(device):
+        net = SparseStructureFlowModel(**SS_FLOW_L).to(dtype).eval()
+        x, tokens = torch.randn(1, *net.latent_shape), torch.randn(1, args.tokens, SS_FLOW_L["cond_channels"], dtype=dtype)
+    interval = sum(0.5 <= t <= 1 for t in step_grid(25, 3.0)[:-1])
+    rows = {"teacher, 25 steps, guided at all": 50, f"teacher, 25 steps, guided at {interval}": 25 + interval, "student, 2 steps": 2, "student, 1 step": 1}
+    print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}; "
+          f"{sum(w.numel() for w in net.parameters()):,} parameters, {args.tokens} image tokens, batch 1")
+
+    def sample(calls):
+        for _ in range(calls):
+            net(x, torch.full((1,), 0.5, device=device), tokens)
+        if gpu:
+            torch.cuda.synchronize()
+
+    sample(1)
+    print("| sampler | network calls | ms per sample | teacher's over it |\n|---|---|---|---|")
+    slowest = None
+    for name, calls in rows.items():
+        took = []
+        for _ in range(args.repeats):
+            began = time.perf_counter()
+            sample(calls)
+            took.append(time.perf_counter() - began)
+        took = statistics.median(took)
+        slowest = slowest or took
+        print(f"| {name} | {calls} | {1000 * took:.1f} | {slowest / took:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
