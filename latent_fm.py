@@ -217,6 +217,12 @@ def update_ema(ema, net, decay):
 # ---- data, autoencoder, network ----------------------------------------------------------------------------------
 
 
+def refuse_guidance(args):
+    """Raises UserError for guidance without labels."""
+    if args.task != "class" and args.guidance_scale != 1:
+        raise io.UserError(f"--guidance_scale {args.guidance_scale:g}: --task {args.task} has no labels to guide by; leave it out")
+
+
 def load_training_data(args, world):
     """--data and --maps -> namespace x (N, ...) pixels, label (N,), maps (N, H, W) or None, class_names, num_classes (0: no labels), map_classes.
     Raises UserError for what this task cannot train on."""
@@ -275,7 +281,7 @@ def build_space(args, world, data):
 def own_space(args, world):
     """Whether the flags ask for exactly the space that the world ships, so that the world can read what the network makes."""
     c = world.space.autoencoder.config if hasattr(world, "space") and args.autoencoder == "pca" else {}
-    return (args.pca_patch, args.pca_channels, args.latent_norm) == (c.get("patch"), c.get("latent_channels"), "channel")
+    return (args.pca_patch, args.pca_channels, args.latent_norm) == (c.get("patch"), c.get("latent_channels"), "scale")
 
 
 def cache_latents(args, data, space, device):
@@ -351,8 +357,7 @@ def train(args):
     rank, world_size, device = start_ranks()
     main_rank, B = rank == 0, args.train_batch_size
     world = load_world(args.data) if args.data in WORLDS else None
-    if args.task != "class" and args.guidance_scale != 1:
-        raise io.UserError(f"--guidance_scale {args.guidance_scale:g}: --task {args.task} has no labels to guide by; leave it out")
+    refuse_guidance(args)
     if args.task == "inpaint" and args.data.endswith(".safetensors"):
         raise io.UserError("--task inpaint encodes images with holes at every step: give --data FOLDER of images or a world")
     data = load_training_data(args, world)
@@ -564,6 +569,7 @@ def sample_only(args):
     for name in (*SAMPLER, "task"):
         if name not in given:
             setattr(args, name, saved.get(name, SAMPLER.get(name, "class")))
+    refuse_guidance(args)
     args.data, args.maps, args.resolution = args.data or sampler.get("data"), args.maps or sampler.get("maps"), sampler.get("resolution", args.resolution)
     name, args.pool = config.get("world") or args.data, 1000  # of a world's training items only the number of map classes is wanted
     world = load_world(name) if name in WORLDS else None
@@ -579,7 +585,8 @@ def sample_only(args):
 
 # What each world and the paper's networks change of the defaults, and what the flags of the sampler are unless given (None: --sample can tell).
 CLIPS = dict(patch_size=[2, 4, 4], width=64, depth=8, pool=40000)  # 64 tokens
-SHAPES = dict(max_train_steps=2000, pool=20000, logit_normal=True, autoencoder="pca", patch_size=[2], latent_norm="channel")
+SHAPES = dict(max_train_steps=3500, learning_rate=3e-3, learning_rate_muon=0.06, pool=20000, logit_normal=True, autoencoder="pca", patch_size=[2], latent_norm="scale")
+SHAPES_CONTEXT = dict(SHAPES, max_train_steps=1200)  # an image with holes or a map says most of what there is to learn
 SIZED = dict(optimizer="adamw", learning_rate=1e-4, lr_warmup_steps=0, weight_decay=0.0, lr_decay_share=0.0, ema_decay=0.9999, max_train_steps=400000)
 SAMPLER = dict(sample_steps=32, solver="heun", guidance_scale=1.5, guidance_interval=[0.0, 1.0], timestep_shift=1.0, atol=1e-5, rtol=1e-5)
 
@@ -621,7 +628,7 @@ def parse_args(argv=None):
     p.add_argument("--weight_decay", type=io.number(float, 0), default=0.01, help="AdamW weight decay (paper: 0)")
     p.add_argument("--lr_decay_share", type=io.number(float, 0, 1), default=1.0, help="last share of the run with a linear decay to 0; 0 = constant")
     p.add_argument("--solver", choices=["euler", "heun", "dopri5"], default=None, help="of the samples at the end; heun unless given (paper: dopri5)")
-    p.add_argument("--sample_steps", type=io.number(int, 1), default=None, help="steps of euler and heun; 32 unless given, shapes 16")
+    p.add_argument("--sample_steps", type=io.number(int, 1), default=None, help="steps of euler and heun; 32 unless given, shapes 8")
     p.add_argument("--atol", type=io.number(float, 1e-8), default=None, help="absolute tolerance of dopri5; 1e-5 unless given (paper: 1e-5)")
     p.add_argument("--rtol", type=io.number(float, 1e-8), default=None, help="relative tolerance of dopri5; 1e-5 unless given (paper: 1e-5)")
     p.add_argument("--guidance_interval", type=io.number(float, 0, 1), nargs=2, default=None, metavar=("LO", "HI"), help="guidance acts at t in [LO, HI] only; "
@@ -630,7 +637,7 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
     world = known.data or ("shapes" if known.sample is None else None)
-    p.set_defaults(**{"clips": CLIPS, "shapes": SHAPES}.get(world, {}))
+    p.set_defaults(**{"clips": CLIPS, "shapes": SHAPES_CONTEXT if known.task in ("inpaint", "semantic") else SHAPES}.get(world, {}))
     if known.network != "small":
         p.set_defaults(**SIZED)
     args = p.parse_args(argv)
@@ -641,7 +648,7 @@ def parse_args(argv=None):
         args.output_dir = io.default_output_dir("latent_fm" + name, world or "", args.sample)
     if args.sample is None:
         args.data = world
-        own = dict(SAMPLER, **(dict(sample_steps=16) if world == "shapes" else {}), **({} if args.task == "class" else dict(guidance_scale=1.0)))
+        own = dict(SAMPLER, **(dict(sample_steps=8) if world == "shapes" else {}), **({} if args.task == "class" else dict(guidance_scale=1.0)))
         for k, v in {**SAMPLER, **own}.items():
             if getattr(args, k) is None:
                 setattr(args, k, v)

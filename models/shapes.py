@@ -21,7 +21,7 @@ def render_shapes(label, rng):
     """label (n,) ints -> x float32 (n, 3, 32, 32) in [-1, 1], factors (n, 9) in about [-1, 1]: x, y, size, colour (3), background (3);
     map uint8 (n, 32, 32)."""
     n = len(label)
-    r, where = rng.uniform(5, 9, n), rng.uniform(-1, 1, (n, 2))
+    r, where = rng.uniform(8, 11, n), rng.uniform(-1, 1, (n, 2))
     middle = (SIDE - 1) / 2 + where * ((SIDE - 1) / 2 - 1.2 * r)[:, None]  # the whole shape stays in the picture
     hue, saturation, value = rng.uniform(0, 1, n), rng.uniform(0.25, 1, n), rng.uniform(0.8, 1, n)
     spread = np.stack([np.abs((hue * 6 + k) % 6 - 3) - 1 for k in (0, 4, 2)], 1).clip(0, 1)  # HSV -> RGB
@@ -34,7 +34,7 @@ def render_shapes(label, rng):
         x, y = (grid[None, None, :] - middle[of, 0, None, None]).astype(np.float32), (grid[None, :, None] - middle[of, 1, None, None]).astype(np.float32)
         cover[of] = np.clip(0.5 - shape_distance(kind, x, y, r[of, None, None].astype(np.float32)), 0, 1)  # edges one pixel soft
     x = background[:, :, None, None] + cover[:, None] * (colour - background)[:, :, None, None]
-    factors = np.concatenate([where, (r - 7)[:, None] / 2, 2 * colour - 1, background / 0.15 - 1], 1).astype(np.float32)
+    factors = np.concatenate([where, (r - 9.5)[:, None] / 1.5, 2 * colour - 1, background / 0.15 - 1], 1).astype(np.float32)
     return (2 * x - 1).astype(np.float32), factors, np.where(cover > 0.5, 1 + np.asarray(label)[:, None, None], 0).astype(np.uint8)
 
 
@@ -62,7 +62,7 @@ class Shapes(FeatureWorld):
 
     @functools.cached_property
     def space(self):
-        """The shipped patch-PCA space, with channels of unit variance."""
+        """The shipped patch-PCA space, of unit mean square."""
         return load_space(self.folder("autoencoder"))
 
     @functools.cached_property
@@ -98,13 +98,13 @@ def overlap(a, b):
 
 
 def build_autoencoder(world, n=4000, seed=20):
-    """models/shapes/autoencoder/: patch-PCA of n items, and its channels' mean and std."""
+    """models/shapes/autoencoder/: patch-PCA of n items, and one scale for all channels."""
     x = world.data(n, seed)[0]
     space = LatentSpace(PatchPCA(3, PATCH, LATENT_CHANNELS).fit(x))
-    space.measure_norm([space.own_moments(x)], "channel")
+    space.measure_norm([space.own_moments(x)], "scale")
     space.save(world.folder("autoencoder"))
     error, variance = (space.to_pixels(space.to_latents(x)) - x).square().mean(), x.var()
-    print(f"autoencoder: mean squared error {error:.4f} of a variance of {variance:.4f}; channel std {space.std.tolist()}")
+    print(f"autoencoder: mean squared error {error:.4f} of a variance of {variance:.4f}; channel std {float(space.std[0]):.4f}")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_measures_of_tasks_know_right_from_wrong(tmp_path, world_small, monkeypa
 def test_pixel_and_other_spaces_on_the_world(tmp_path, world_small):
     """identity: pixels at equal network; another PCA: measured through its own decoder, and not taken for the world's latents."""
     for name, flags, shape, reads in (("pixels", ["--autoencoder", "identity", "--latent_norm", "none"], (3, 32, 32), "shapes"),
-                                      ("pca8", ["--pca_channels", "8"], (8, 8, 8), None), ("scale", ["--latent_norm", "scale"], (12, 8, 8), None)):
+                                      ("pca8", ["--pca_channels", "8"], (8, 8, 8), None), ("channel", ["--latent_norm", "channel"], (12, 8, 8), None)):
         latent_fm.main([*TINY, *world_small, *flags, "--patch_size", "8" if name == "pixels" else "2", "--output_dir", str(tmp_path / name)])
         net, config = io.load_network(str(tmp_path / name / "student"))
         assert net.latent_shape == shape and config["world"] == reads
@@ -295,7 +295,7 @@ def test_wrong_input(tmp_path, folder, capsys):
 def test_sampler_flags(tmp_path, world_small):
     """Flags given to --sample win over the saved ones, which win over the defaults; training has the defaults of its data."""
     args = latent_fm.parse_args([])
-    assert (args.data, args.sample_steps, args.solver, args.guidance_scale, args.logit_normal, args.autoencoder) == ("shapes", 16, "heun", 1.5, True, "pca")
+    assert (args.data, args.sample_steps, args.solver, args.guidance_scale, args.logit_normal, args.autoencoder) == ("shapes", 8, "heun", 1.5, True, "pca")
     assert latent_fm.parse_args(["--no-logit_normal"]).logit_normal is False
     args = latent_fm.parse_args(["--data", "glyphs"])
     assert (args.sample_steps, args.logit_normal, args.autoencoder, args.max_train_steps, args.t_scale) == (32, False, "identity", 8000, 1000.0)
