@@ -649,7 +649,7 @@ def parse_args(argv=None):
     if args.sample is None:
         args.data = world
         own = dict(SAMPLER, **(dict(sample_steps=8) if world == "shapes" else {}), **({} if args.task == "class" else dict(guidance_scale=1.0)))
-        for k, v in {**SAMPLER, **own}.items():
+        for k, v in own.items():
             if getattr(args, k) is None:
                 setattr(args, k, v)
     return args

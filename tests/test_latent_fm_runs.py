@@ -114,6 +114,8 @@ def test_tasks_on_the_world(tmp_path, world_small, task, capsys):
     assert (tmp_path / "again" / "samples.png").is_file() and not (tmp_path / "again" / "report.json").exists()
     nfe = float(out.splitlines()[-2].split()[1] if task != "uncond" else [line for line in out.splitlines() if line.startswith("teacher")][0].split()[1])
     assert (nfe - 2) % 6 == 0 and nfe > 3
+    assert "no labels to guide by" in refusal_of(capsys, latent_fm.main, "--sample", str(tmp_path / "run"), "--guidance_scale", "2",
+                                                 "--output_dir", str(tmp_path / "no"))
     if task != "uncond":
         assert "takes context" in refusal_of(capsys, dmd.main, "--teacher", str(tmp_path / "run"), "--output_dir", str(tmp_path / "no"))
 
