@@ -262,6 +262,7 @@ def train(args):
     if "linear_layers" in teacher.base.config:
         raise io.UserError(f"--teacher {args.teacher} has linear attention already: give the network that it was made from")
     target, fixed = chosen_layers(args, len(teacher.base.self_attentions))
+    alpha_first, alpha_last = args.alpha or (min(4.0, max(2.0, target)), 2.0)
     shape, grid = tuple(args.sample_shape or teacher.base.latent_shape), step_grid(K, teacher.shift)
     world = load_world(teacher.world_name) if teacher.world_name in WORLDS else None
     student = copy.deepcopy(teacher.base)
@@ -280,7 +281,6 @@ def train(args):
     adam = dict(betas=tuple(args.adam_betas), fused=True)
     optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": args.weight_decay}, {"params": features, "weight_decay": 0.0},
                                    {"params": r_all, "weight_decay": 0.0}], lr=args.learning_rate, **adam)
-    rates = args.learning_rate, args.learning_rate_features, args.learning_rate_r
     modules, optimizers = {"student": student, **({"ema": ema} if args.ema_decay else {})}, {"optimizer": optimizer}
     if critic:
         optimizer_fake = torch.optim.AdamW(critic.parameters(), lr=args.learning_rate_fake, weight_decay=args.weight_decay, **adam)
@@ -305,6 +305,9 @@ def train(args):
         print(f"teacher {args.teacher}: {type(student).__name__}, {sum(p.numel() for p in weights):,} parameters, shift {teacher.shift:g}, guidance "
               f"{args.guidance_scale:g}; {device} x {world_size}\nstudent: {target} of {len(mixed)} layers linear ({args.feature_map}), {' '.join(args.select)}; "
               f"{args.objective}; bank of {args.bank_size} trajectories of {K} states")
+        up = 0.0 if args.no_regularizer or args.r_init <= 0.5 else alpha_first * (2 * args.r_init - 1) ** (alpha_first - 1)  # half the pulls on r at the start
+        if fixed is None and up >= target:
+            print(f"note: with {target} linear layer(s), --r_init {args.r_init:g} and --alpha {alpha_first:g} the regulariser holds every r at 1; lower one of the two")
     times = torch.tensor(grid, device=device)
 
     def from_bank(draw):
@@ -327,20 +330,22 @@ def train(args):
 
     def student_state(draw):
         """x_hat, a state that the student reaches by one step of its own with gradient, from where --state says (Eq. 12 needs dx_hat / dv_student).
-        -> x_hat (B, ...), its time s (B,), cond."""
+        -> x_hat (B, ...), its time s (B,), cond, and the regression (Eq. 7) of that step's velocity, 0 where the bank does not know it."""
         if args.state == "rollout":
             i = 1 + draw.agreed("i", K - 2)
             cond, uncond = conditions.draw(draw, device)
-            x_t, t, s = roll_out(draw, cond, uncond, grid[:i + 1]), times[i].expand(B), times[i + 1].expand(B)
+            x_t, t, s, v = roll_out(draw, cond, uncond, grid[:i + 1]), times[i].expand(B), times[i + 1].expand(B), None
         else:
-            i, x_t, _, cond = from_bank(draw)
+            i, x_t, v, cond = from_bank(draw)
             t, s = times[i], times[i + 1]
             if args.state == "part":
                 s = t + args.part * draw.uniform("part") * (s - t)
             if args.state == "jump":
                 s = shift(draw.uniform("jump") * (1 - i / K), teacher.shift)  # uniform in raw time
             s = torch.maximum(s, torch.full_like(s, args.min_time))
-        return x_t + expand(s - t, x_t) * student(x_t, t, **cond).to(x_t.dtype), s, cond
+        v_student = student(x_t, t, **cond).to(x_t.dtype)
+        regression = 0.0 if v is None else 0.5 * (v_student - v).square().mean()
+        return x_t + expand(s - t, x_t) * v_student, s, cond, regression
 
     def one_jump(draw):
         """x0 of the student from a state of the bank: what --objective dmd makes a sample.  -> x0 (B, ...), cond."""
@@ -348,12 +353,12 @@ def train(args):
         return x_t - expand(times[i], x_t) * student(x_t, times[i], **cond).to(x_t.dtype), cond
 
     @torch.no_grad()
-    def velocity_error(net):
-        """Mean squared error of the velocity on 256 fixed states of the bank."""
+    def velocity_error():
+        """Mean squared error of the student's velocity on 256 fixed states of the bank."""
         errors = []
         for first in range(0, 256, B):
             i, x_t, v, cond = from_bank(io.Draws(args.seed, "check", 0, range(first, first + B), device))
-            errors.append((net(x_t, times[i], **cond).float() - v).square().flatten(1).mean(1))
+            errors.append((student(x_t, times[i], **cond).float() - v).square().flatten(1).mean(1))
         return float(torch.cat(errors).mean())
 
     began = time.time()
@@ -361,7 +366,8 @@ def train(args):
     for step in progress:
         warmup = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
         decay = min(1.0, (1 - step / args.max_train_steps) / max(args.lr_decay_share, 1e-9))
-        for group, lr, falls in zip(optimizer.param_groups, rates, (decay, decay, 1.0)):
+        rate_features = args.learning_rate if fixed is None and step < hard_step else args.learning_rate_features  # mixed: small gradients, which Adam would magnify
+        for group, lr, falls in zip(optimizer.param_groups, (args.learning_rate, rate_features, args.learning_rate_r), (decay, decay, 1.0)):
             group["lr"] = lr * warmup * falls
         lap.restart()
         sums = dict.fromkeys(("loss", "loss_fake", "g"), 0.0)
@@ -370,10 +376,10 @@ def train(args):
         # ---- the selection ends: exactly `target` layers become linear
         if fixed is None and step >= hard_step:
             r = [x.item() for x in r_all]
-            before = velocity_error(student)
+            before = velocity_error()
             fixed = fix_layers(smallest(r, target))
             found = {"linear_layers": fixed, "update": step, "r": r, "linear_by_rounding": sum(x < 0.5 for x in r), "undecided": sum(0.1 < x < 0.9 for x in r),
-                     "velocity_error_before": before, "velocity_error_after": velocity_error(student)}
+                     "velocity_error_before": before, "velocity_error_after": velocity_error()}
             if main_rank:
                 io.save_json(found, os.path.join(args.output_dir, "selection.json"))
 
@@ -421,14 +427,14 @@ def train(args):
                         g = expand(t / distance.clamp_min(1e-8), x_t) * (v_teacher - v_critic)
                     loss = matching_loss(x0, g)
                 else:  # Eq. 11 to 13
-                    x_hat, s, cond = student_state(draw)
+                    x_hat, s, cond, regression = student_state(draw)
                     lap("student")
                     with torch.no_grad():
                         v_teacher = teacher.net(x_hat, s, **cond).to(x_hat.dtype)
                         lap("teacher")
                         v_student = (critic or student)(x_hat, s, **cond).to(x_hat.dtype)  # the student is its own score
                     g = matching_gradient(x_hat, v_teacher, v_student, s, args.weight)
-                    loss = matching_loss(x_hat, g)
+                    loss = matching_loss(x_hat, g) + args.regression_weight * regression
             (loss * share).backward()
             student_loss += loss.detach() * share
             sums["loss"] += loss.item() * share
@@ -436,7 +442,7 @@ def train(args):
         pull = dict.fromkeys(("r_objective", "r_constraint", "r_regularizer"), 0.0)  # norms of the three gradients on r
         if fixed is None:
             r = torch.stack(r_all)
-            alpha = args.alpha[0] + (args.alpha[1] - args.alpha[0]) * step / max(1, hard_step - 1)
+            alpha = alpha_first + (alpha_last - alpha_first) * step / max(1, hard_step - 1)
             count, spread = constraint(r, target), regularizer(r, alpha)
             parts = [torch.stack([p.grad for p in r_all]), *(args.selection_weight * torch.autograd.grad(c, r, retain_graph=True)[0] for c in (count, spread))]
             pull = {name: part.norm().item() for name, part in zip(pull, parts)}
@@ -545,7 +551,7 @@ def parse_args(argv=None):
     p = io.Parser(description="Turn some of a video model's softmax self-attention layers into linear attention (LinVideo, 2510.08318), without data. Defaults "
                   "shown are those of the given --teacher: clips, other small networks of ours, or a released model.")
     io.add_run_flags(p)
-    p.set_defaults(max_train_steps=1500, learning_rate=1e-3, lr_warmup_steps=20, ema_decay=0.98)
+    p.set_defaults(max_train_steps=1200, learning_rate=1e-3, lr_warmup_steps=20, ema_decay=0.98)
     p.add_argument("--teacher", default="clips", help="clips, glyphs, a component folder, a pipeline root with model_index.json, or a run folder of ours")
     p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
     p.add_argument("--sample_shape", type=io.number(int, 1), nargs="+", default=None, help="C H W or C T H W of a sample (default: the network's)")
@@ -558,14 +564,17 @@ def parse_args(argv=None):
                    "state of the bank, the whole step, a jump to any later time, or one step at the end of the student's own trajectory")
     p.add_argument("--part", type=io.number(float, 0.001, 1), default=1.0, help="of --state part: the largest share of a sampler step")
     p.add_argument("--weight", choices=["eq13", "unit", "dmd"], default="eq13", help="of adm's gradient: (1 - t) / t (paper), 1, or of x0 over its mean size")
+    p.add_argument("--regression_weight", type=io.number(float, 0), default=0.0, help="of regression (Eq. 7) beside adm (paper: 0)")
     p.add_argument("--min_time", type=io.number(float, 0.001, 0.5), default=0.02, help="smallest t of adm's states, where eq13 diverges")
     p.add_argument("--selection_weight", type=io.number(float, 0), default=0.001, help="lambda, of constraint and regulariser (paper: .01, of another reduction)")
-    p.add_argument("--alpha", type=io.number(float, above=1), nargs=2, default=[4.0, 2.0], metavar=("FIRST", "LAST"), help="exponent of the regulariser, falls linearly "
-                   "while layers are selected (paper: 20 to 2); where FIRST exceeds the number of linear layers, an r at 1 cannot leave")
+    p.add_argument("--alpha", type=io.number(float, above=1), nargs=2, default=None, metavar=("FIRST", "LAST"), help="exponent of the regulariser, falls linearly "
+                   "while layers are selected (paper: 20 to 2; default: the number of linear layers, at least 2 and at most 4, to 2; with "
+                   "a larger FIRST an r at 1 cannot leave)")
     p.add_argument("--no_regularizer", action="store_true", help="ablation: the constraint alone (Tab. 3)")
     p.add_argument("--r_init", type=io.number(float, 0, 1), default=0.9, help="r of all layers at the start (paper: not stated)")
-    p.add_argument("--selection_share", type=io.number(float, 0, 1), default=0.5, help="share of the run in which r is trained; then the layers are fixed")
-    p.add_argument("--learning_rate_features", type=io.number(float, above=0), default=1e-3, help="AdamW learning rate of phi's W")
+    p.add_argument("--selection_share", type=io.number(float, 0, 1), default=0.3, help="share of the run in which r is trained; then the layers are fixed")
+    p.add_argument("--learning_rate_features", type=io.number(float, above=0), default=1e-2, help="AdamW learning rate of phi's W once the layers are fixed; "
+                   "before, W has --learning_rate (paper: not stated)")
     p.add_argument("--learning_rate_r", type=io.number(float, above=0), default=1e-2, help="AdamW learning rate of r, constant")
     p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1e-3, help="AdamW learning rate of the critic (adm_critic, dmd)")
     p.add_argument("--fake_update_ratio", type=io.number(int, 1), default=1, help="R, critic updates per student update (adm_critic, dmd)")
@@ -576,7 +585,7 @@ def parse_args(argv=None):
     p.add_argument("--sampling_steps", type=io.number(int, 2), default=20, help="K, Euler steps of teacher and student (Wan: 50)")
     p.add_argument("--uncond_share", type=io.number(float, 0, 1), default=0.1, help="share of samples without condition, where there is guidance")
     p.add_argument("--bank", default=None, metavar="FOLDER", help="the teacher's trajectories: made there once, read if they are there (default: OUTPUT_DIR/bank)")
-    p.add_argument("--bank_size", type=io.number(int, 1), default=512, help="trajectories of K states each (paper: 50,000 states)")
+    p.add_argument("--bank_size", type=io.number(int, 1), default=2560, help="trajectories of K states each (paper: 50,000 states)")
     p.add_argument("--bank_batch", type=io.number(int, 1), default=64, help="trajectories per file of the bank")
     p.add_argument("--teacher_steps", type=io.number(int, 0), default=32, help="Heun steps of the many-step teacher; 0 leaves it out")
     p.add_argument("--preview_samples", type=io.number(int, 1), default=12, help="columns of samples.png")
@@ -588,6 +597,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.state == "rollout" and args.sampling_steps < 3:
         p.error("argument --state: rollout needs --sampling_steps of at least 3")
+    if args.regression_weight and (args.state == "rollout" or not args.objective.startswith("adm")):
+        p.error("argument --regression_weight: is for --objective adm or adm_critic with states of the bank, not --state rollout; leave it out")
     if args.output_dir is None:
         args.output_dir = io.default_output_dir("linvideo", args.teacher, args.sample)
     return args

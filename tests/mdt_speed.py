@@ -1,6 +1,6 @@
 """Time of a sample of TRELLIS's structure flow at its real size, random weights: the 25-step teacher with guidance against a student in two and in one step.
 
-    python -m tests.mdt_speed                   # on a CPU some minutes; with a GPU seconds
+    python -m tests.mdt_speed                   # seconds on a GPU; an hour or more on two cores
 
 The teacher takes two calls a step where its guidance acts: at all 25 steps, or at those with t in TRELLIS's interval [.5, 1] of times shifted by 3, which are
 19 of 25. The student is called once a step; with guidance it would be twice. The paper's figures, on an A800, both stages and the decoders included: 9.0x in

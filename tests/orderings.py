@@ -27,6 +27,7 @@ from models.diffusion import step_grid  # noqa: E402
 from models.toy import balanced_labels, load_world, moments_distance  # noqa: E402
 
 FOUR, UNIFIED = ["--student_steps", "4"], ["--student_steps", "1", "2", "4"]
+GIVEN, ADM, UNIT = ["--select", "0", "2", "6", "7"], ["--objective", "adm", "--learning_rate", "1e-4"], ["--weight", "unit"]  # linvideo
 FOUR_DMD = [*FOUR, "--timestep_shift", "2", "--max_train_steps", "300"]  # of a clips teacher
 # name: (title, flags, and for tdm: another script; the method whose run it reads; the row of its report, or how its student is sampled anew;
 # factor of the updates; early: a twentieth of the updates, rates constant)
@@ -92,20 +93,21 @@ METHODS = {
         "random": ("random layers", ["--select", "random"]),
         "fixed": ("the learned layers, fixed from the start", [], dict(layers_of="learned")),
         "no-reg": ("learned, without the regulariser (Tab. 3)", ["--no_regularizer"]),
-        "mse": ("MSE (Eq. 7)", ["--objective", "mse"]),
-        "mse-time": ("MSE, equal time", ["--objective", "mse"], dict(longer=1.5)),
-        "adm": ("ADM (Eq. 11), a part of a step", ["--objective", "adm"]),
-        "adm-step": ("ADM, whole steps", ["--objective", "adm", "--state", "step"]),
-        "adm-jump": ("ADM, jumps", ["--objective", "adm", "--state", "jump"]),
-        "adm-rollout": ("ADM, the student's own trajectory", ["--objective", "adm", "--state", "rollout"]),
-        "adm-unit": ("ADM without the weight (1 - t) / t", ["--objective", "adm", "--weight", "unit"]),
-        "adm-critic": ("ADM with a trained critic", ["--objective", "adm_critic"]),
-        "dmd": ("few-step DMD loss (Tab. 4)", ["--objective", "dmd"]),
+        "mse": ("MSE (Eq. 7), given layers as in the next rows", GIVEN),
+        "mse-time": ("MSE, 1.7 times the updates: ADM's time", GIVEN, dict(longer=1.7)),
+        "adm": ("ADM (Eq. 11 to 13), part of a step", [*GIVEN, *ADM]),
+        "adm-unit": ("ADM without the weight (1 - t) / t", [*GIVEN, *ADM, *UNIT]),
+        "adm-step": ("ADM, whole steps", [*GIVEN, *ADM, *UNIT, "--state", "step"]),
+        "adm-jump": ("ADM, jumps", [*GIVEN, *ADM, *UNIT, "--state", "jump"]),
+        "adm-rollout": ("ADM, the student's own trajectory", [*GIVEN, *ADM, *UNIT, "--state", "rollout"]),
+        "adm-mse": ("ADM with MSE beside it, the rate of MSE", [*GIVEN, "--objective", "adm", *UNIT, "--regression_weight", "1"]),
+        "adm-critic": ("ADM with a trained critic", [*GIVEN, *ADM, *UNIT, "--objective", "adm_critic"]),
+        "dmd": ("few-step DMD loss (Tab. 4)", [*GIVEN, *ADM, "--objective", "dmd"]),
         **{f"target-{n}": (f"{n} layers", ["--target_layers", str(n)]) for n in (2, 6, 8)},
-        **{f"map-{m}": (f"feature map {m}", ["--feature_map", m]) for m in ("softmax", "elu", "relu")},
+        **{f"map-{m}": (f"given layers, feature map {m}", [*GIVEN, "--feature_map", m]) for m in ("softmax", "elu", "relu")},
         "two-stage": ("two stages: learned, then dmd.py in 4 steps", FOUR_DMD, dict(script="dmd", init="learned")),
         "dmd-only": ("dmd.py in 4 steps, softmax attention", FOUR_DMD, dict(script="dmd")),
-        "joint": ("one stage: the same with --objective dmd, in 4 steps", ["--objective", "dmd"], dict(of="dmd", row="student_4")),
+        "joint": ("one stage: the row of DMD's loss, sampled in 4 steps", [*GIVEN, *ADM, "--objective", "dmd"], dict(of="dmd", row="student_4")),
     },
 }
 POINTS = 8  # of a curve

@@ -147,7 +147,7 @@ class Update:
             i, x, _, label = self.state()
         t, s = self.grid[i], self.grid[i + 1]
         if self.args.state == "part":
-            s = t - self.draw.uniform("part") * (t - s)
+            s = t - self.args.part * self.draw.uniform("part") * (t - s)
         if self.args.state == "jump":
             s = shift((1 - i / K) * self.draw.uniform("jump"), SHIFT)
         s = s if self.args.state == "rollout" else s.clamp(min=self.args.min_time)
@@ -177,7 +177,11 @@ class Update:
             g = {"eq13": (-(x + (1 - at) * own) + (x + (1 - at) * v)) / at, "unit": v - own}.get(a.weight)
             if a.weight == "dmd":
                 g = at * (v - own) / (at * (v - own)).abs().mean((1, 2, 3), keepdim=True)
-        return self.surrogate(x, g)
+        loss, square = self.surrogate(x, g)
+        if a.regression_weight:
+            i, x, v, label = self.state()
+            loss = loss + a.regression_weight * (student(x, self.grid[i], label=label) - v).square().mean() / 2
+        return loss, square
 
     @staticmethod
     def surrogate(x, g):
@@ -210,7 +214,8 @@ def assert_gradients(got, loss, net):
     return norm
 
 
-CASES = [[], ["--state", "step"], ["--state", "jump"], ["--state", "rollout"], ["--weight", "unit"], ["--weight", "dmd"], ["--objective", "mse", "--state", "step"],
+CASES = [[], ["--part", "0.3"], ["--state", "step", "--regression_weight", "0.5"], [*GUIDED, "--regression_weight", "2"],
+         ["--state", "step"], ["--state", "jump"], ["--state", "rollout"], ["--weight", "unit"], ["--weight", "dmd"], ["--objective", "mse", "--state", "step"],
          ["--objective", "adm_critic", "--critic_steps", "3"], ["--objective", "dmd"], GUIDED, [*GUIDED, "--objective", "mse"],
          [*GUIDED, "--state", "rollout"], [*GUIDED, "--objective", "adm_critic", "--state", "step", "--critic_steps", "3"], [*GUIDED, "--objective", "dmd"],
          ["--no_regularizer", "--gradient_accumulation_steps", "2", "--seed", "3"],
@@ -315,13 +320,18 @@ def selection_run(monkeypatch, folder, *flags):
                "--learning_rate_r", "0.05", *flags)
 
 
-def test_r_moves_before_the_layers_are_fixed(monkeypatch, tmp_path):
+def test_r_moves_before_the_layers_are_fixed(monkeypatch, tmp_path, capsys):
     """From 0.9 with alpha's start at the number of linear layers: by then layers crossed one half; exactly `target` with the smallest r end linear; selection.json
-    has what was before. The same with a start at one where the target is above alpha; where it is below, none ever leaves."""
+    has what was before. The same with a start at one where the target is above alpha; where it is below, none ever leaves, which is said. Alpha's own start is 2 to 4."""
     teacher = save_dit(tmp_path / "teacher", depth=6)
-    for init, alpha, target, moves in (("0.9", ["4", "2"], 4, True), ("1", ["3.5", "2"], 4, True), ("1", ["20", "8"], 4, False)):
+    for init, alpha, target, moves in (("0.9", ["4", "2"], 4, True), ("1", ["3.5", "2"], 4, True), ("1", ["20", "8"], 4, False),
+                                       ("0.9", None, 2, True), ("0.9", None, 5, True), ("0.9", None, 1, False), ("0.7", None, 1, True)):
+        capsys.readouterr()
         with monkeypatch.context() as m:
-            diary = selection_run(m, tmp_path / "run", "--teacher", teacher, "--r_init", init, "--alpha", *alpha, "--target_layers", str(target))
+            if alpha is None:  # the default
+                m.setattr(sys.modules[__name__], "FEW", [f for i, f in enumerate(FEW) if not FEW.index("--alpha") <= i <= FEW.index("--alpha") + 2])
+            diary = selection_run(m, tmp_path / "run", "--teacher", teacher, "--r_init", init, *(["--alpha", *alpha] if alpha else []), "--target_layers", str(target))
+        assert ("the regulariser holds every r at 1" in capsys.readouterr().out) == (not moves)
         rows = [[float(row[f"r_{i}"]) for i in range(6)] for row in read_log(tmp_path / "run")]
         found = io.load_json(str(tmp_path / "run" / "selection.json"))
         assert found["update"] == 22 and found["r"] == pytest.approx(rows[21], abs=1e-5)
@@ -365,7 +375,8 @@ def test_end_of_the_selection(monkeypatch, tmp_path):
 
 
 def test_rates_and_groups(monkeypatch, tmp_path):
-    """Warm-up for all; the last share of the run falls to 0, but r's; decay of weights for the network's alone."""
+    """Warm-up for all; the last share of the run falls to 0, but r's; features have the network's rate while layers are selected (5 updates of 8); decay of weights
+    for the network's alone."""
     flags = ["--max_train_steps", "8", "--lr_warmup_steps", "2", "--lr_decay_share", "0.5", "--learning_rate", "1e-3", "--learning_rate_features", "2e-3",
              "--learning_rate_r", "2e-3", "--learning_rate_fake", "4e-3", "--weight_decay", "0.1", "--objective", "adm_critic", "--critic_steps", "1",
              "--train_batch_size", "2"]
@@ -373,7 +384,7 @@ def test_rates_and_groups(monkeypatch, tmp_path):
     names = {id(p): k for k, p in diary.student.named_parameters()}
     for step, (u, c) in enumerate(zip(diary.of("student"), diary.of("critic"))):
         warm, fall = min(1, (step + 1) / 2), min(1, (8 - step) / 4)
-        assert [g[0] for g in u.groups] == pytest.approx([1e-3 * warm * fall, 2e-3 * warm * fall, 2e-3 * warm])
+        assert [g[0] for g in u.groups] == pytest.approx([1e-3 * warm * fall, (1e-3 if step < 5 else 2e-3) * warm * fall, 2e-3 * warm])
         assert [g[1] for g in u.groups] == [0.1, 0, 0] and [g[1] for g in c.groups] == [0.1] and [g[0] for g in c.groups] == pytest.approx([4e-3 * warm * fall])
         groups = [{names[id(p)] for p in g[2]} for g in u.groups]
         assert groups[2] == {f"blocks.{i}.attend.r" for i in range(4)} and groups[1] == {f"blocks.{i}.attend.linear.w_{x}" for i in range(4) for x in "qk"}
@@ -568,7 +579,9 @@ def test_bank_of_other_prompts(monkeypatch, tmp_path, capsys):
     (["--select", "4"], "different layers of 0 to 3"), (["--select", "1", "1"], "different layers of 0 to 3"), (["--select", "deepest"], "--select deepest: give one of"),
     (["--select", "first", "1"], "--select first 1"), (["--select", "0", "1", "2", "--target_layers", "2"], "names 3 layer(s), --target_layers says 2"),
     (["--feature_map", "none"], "--feature_map"), (["--state", "rollout", "--sampling_steps", "2"], "rollout needs --sampling_steps of at least 3"),
-    (["--alpha", "4"], "--alpha"), (["--alpha", "4", "1"], "must be > 1"), (["--min_time", "0"], "--min_time"), (["--r_init", "1.1"], "--r_init"),
+    (["--objective", "mse", "--regression_weight", "1"], "--regression_weight: is for"), (["--state", "rollout", "--regression_weight", "1"], "not --state rollout"),
+    (["--part", "0"], "--part"), (["--alpha", "4"], "--alpha"), (["--alpha", "4", "1"], "must be > 1"), (["--min_time", "0"], "--min_time"),
+    (["--r_init", "1.1"], "--r_init"),
     (["--objective", "gan"], "--objective"), (["--sample_shape", "1", "6", "6"], "DiT expects x of shape"), (["--prompts", "x.safetensors"], "takes class labels"),
     (["--teacher", "ring"], "a RingMLP has no self-attention that can be replaced"), (["--teacher", "VP"], "predicts eps; the score of Eq. 13 is a flow's"),
     (["--teacher", "LINEAR"], "has linear attention already"), (["--teacher", "nowhere"], "neither an embedded world"),
