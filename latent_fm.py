@@ -586,7 +586,7 @@ def sample_only(args):
 # What each world and the paper's networks change of the defaults, and what the flags of the sampler are unless given (None: --sample can tell).
 CLIPS = dict(patch_size=[2, 4, 4], width=64, depth=8, pool=40000)  # 64 tokens
 SHAPES = dict(max_train_steps=3500, learning_rate=3e-3, learning_rate_muon=0.06, pool=20000, logit_normal=True, autoencoder="pca", patch_size=[2], latent_norm="scale")
-SHAPES_CONTEXT = dict(SHAPES, max_train_steps=1200)  # an image with holes or a map says most of what there is to learn
+SHAPES_MAPS = dict(SHAPES, max_train_steps=1200)  # --task semantic: a map says most of what there is to learn
 SIZED = dict(optimizer="adamw", learning_rate=1e-4, lr_warmup_steps=0, weight_decay=0.0, lr_decay_share=0.0, ema_decay=0.9999, max_train_steps=400000)
 SAMPLER = dict(sample_steps=32, solver="heun", guidance_scale=1.5, guidance_interval=[0.0, 1.0], timestep_shift=1.0, atol=1e-5, rtol=1e-5)
 
@@ -637,7 +637,7 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
     world = known.data or ("shapes" if known.sample is None else None)
-    p.set_defaults(**{"clips": CLIPS, "shapes": SHAPES_CONTEXT if known.task in ("inpaint", "semantic") else SHAPES}.get(world, {}))
+    p.set_defaults(**{"clips": CLIPS, "shapes": SHAPES_MAPS if known.task == "semantic" else SHAPES}.get(world, {}))
     if known.network != "small":
         p.set_defaults(**SIZED)
     args = p.parse_args(argv)
