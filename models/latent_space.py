@@ -190,7 +190,12 @@ def load_space(folder):
     where = about["autoencoder"]
     if where and not os.path.isdir(where):
         raise io.UserError(f"{path} wants the autoencoder of {where}, which is not there: put it back, or name its new place in that file")
-    return LatentSpace(load_vae(where) if where else io.load_network(folder)[0], mean, std, where)
+    autoencoder = load_vae(where) if where else io.load_network(folder)[0]
+    channels = autoencoder.config.get("latent_channels", autoencoder.config.get("channels"))
+    for v in (mean, std):
+        if v is not None and len(v) != channels:
+            raise io.UserError(f"{path} has numbers for {len(v)} channels, its autoencoder has {channels}: restore it, or train again")
+    return LatentSpace(autoencoder, mean, std, where)
 
 
 def space_beside(student):

@@ -292,6 +292,8 @@ def test_wrong_input(tmp_path, folder, capsys):
     about = json.loads((moved / "autoencoder" / "latents.json").read_text())
     io.save_json({**about, "autoencoder": str(tmp_path / "gone")}, str(moved / "autoencoder" / "latents.json"))
     assert "put it back" in refusal_of(capsys, latent_fm.main, "--sample", str(moved), "--output_dir", str(tmp_path / "s"))
+    io.save_json({**about, "mean": [0.0, 1.0], "std": [1.0, 1.0]}, str(moved / "autoencoder" / "latents.json"))
+    assert "has numbers for 2 channels" in refusal_of(capsys, latent_fm.main, "--sample", str(moved), "--output_dir", str(tmp_path / "s"))
 
 
 def test_sampler_flags(tmp_path, world_small):
