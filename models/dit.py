@@ -4,7 +4,8 @@ adaLN-Zero conditioning, qk-norm (RMS, per head), axial RoPE plus a learned posi
 sinusoidal time on 1000 t. One addition: a gated copy of the input, skip(t) x_t per channel, joins the output. Near t = 1 the
 velocity is eps - x0, most of it noise that the network has just been given; carried through the LayerNorms instead, that noise
 comes back imperfectly, and a one-step sample shows the difference as grain. The network's input is x_t (B, C, *size), t (B,) in
-[0, 1] with 1 = noise; its output is the flow velocity v = eps - x0 of the same shape. In comments: N patches, D width, H heads.
+[0, 1] with 1 = noise; its output is the flow velocity v = eps - x0 of the same shape. A network with context_channels also sees a
+picture's worth of them beside x_t (LFM 2307.08698: a masked image, a segmentation map). In comments: N patches, D width, H heads.
 """
 import torch
 import torch.nn as nn
@@ -96,7 +97,9 @@ class DiT(nn.Module):
     """Args: size and patch (tuples of the same length), channels, width dim (a multiple of 32), depth, num_classes
     (0: no labels; row num_classes is the null label), cond_dim (width of the conditioning vector), steps_cond (adds
     a zero-initialised embedding of `steps`), linear_layers (indices of blocks whose attention is linear, with this feature_map:
-    students of linvideo.py). world and class_names are only recorded. Raises ValueError.
+    students of linvideo.py), context_channels (0: takes no context), context_width (a learnt 1x1 convolution without bias first
+    brings the context to so many channels; None: as it is), t_scale (what the sinusoids multiply t by). world and class_names are
+    only recorded. Raises ValueError.
     """
 
     prediction = "flow_v"
@@ -105,11 +108,17 @@ class DiT(nn.Module):
     lora_targets = ("qkv", "proj", "mlp.0", "mlp.2")  # of every block
 
     def __init__(self, size=(16, 16), patch=(4, 4), channels=3, dim=128, depth=4, num_classes=10, cond_dim=None,
-                 steps_cond=False, world=None, class_names=None, linear_layers=None, feature_map="hedgehog"):
+                 steps_cond=False, world=None, class_names=None, linear_layers=None, feature_map="hedgehog", context_channels=0, context_width=None,
+                 t_scale=1000.0):
         super().__init__()
         self.config = dict(size=list(size), patch=list(patch), channels=channels, dim=dim, depth=depth,
                            num_classes=num_classes, cond_dim=cond_dim, steps_cond=steps_cond, world=world,
                            class_names=class_names)
+        if context_channels:
+            self.config |= dict(context_channels=context_channels, context_width=context_width)
+            self.cond_names = ("label", "context")
+        if t_scale != 1000:
+            self.config["t_scale"] = t_scale
         if dim % HEAD_DIM:
             raise ValueError(f"DiT width must be a multiple of {HEAD_DIM}, got {dim}")
         if len(size) != len(patch) or any(s % p for s, p in zip(size, patch)):
@@ -119,9 +128,12 @@ class DiT(nn.Module):
         cond_dim = cond_dim or dim
         grid = [s // p for s, p in zip(size, patch)]
         patch_dim = channels * int(torch.tensor(patch).prod())
+        context_dim = (context_width or context_channels) * int(torch.tensor(patch).prod())
         N = int(torch.tensor(grid).prod())
 
-        self.embed = nn.Linear(patch_dim, dim)
+        self.t_scale, self.context_channels = t_scale, context_channels
+        self.project = nn.Conv2d(context_channels, context_width, 1, bias=False) if context_channels and context_width else nn.Identity()
+        self.embed = nn.Linear(patch_dim + context_dim, dim)
         self.position = nn.Parameter(torch.randn(1, N, dim) * 0.02)
         self.time = nn.Sequential(nn.Linear(128, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
         self.label = nn.Embedding(num_classes + 1, cond_dim) if num_classes else None
@@ -155,16 +167,20 @@ class DiT(nn.Module):
         """The modules whose attribute `attend` is a layer's self-attention, in order."""
         return list(self.blocks)
 
-    def forward(self, x, t, label=None, steps=None, return_features=False, adapter=None):
-        """x (B, C, *size), t (B,), label (B,) int64 or None = null, steps (B,) -> velocity (B, C, *size).
+    def forward(self, x, t, label=None, steps=None, return_features=False, adapter=None, context=None):
+        """x (B, C, *size), t (B,), label (B,) int64 or None = null, steps (B,), context (B, context_channels, *size) -> velocity (B, C, *size).
 
         return_features=True gives (velocity, middle block's tokens (B, N, D)); adapter names one of models/lora.py, None the
-        bare network. Raises ValueError for a wrong shape, an unknown adapter, and steps that the network does not take.
+        bare network. Raises ValueError for a wrong shape, an unknown adapter, and steps or context that the network does not take or lacks.
         """
         lora.check(self, adapter)
         if x.shape[1:] != self.latent_shape:
             raise ValueError(f"DiT expects x of shape (B, {', '.join(map(str, self.latent_shape))}), got {tuple(x.shape)}")
-        c = self.time(sinusoid(t, 128).to(self.embed.weight.dtype))  # (B, cond_dim)
+        want = (len(x), self.context_channels, *self.size) if self.context_channels else None
+        if (None if context is None else tuple(context.shape)) != want:
+            raise ValueError(f"this DiT takes {'no context' if want is None else f'context of shape {want}'}, got "
+                             f"{'none' if context is None else tuple(context.shape)}")
+        c = self.time(sinusoid(t * (self.t_scale / 1000), 128).to(self.embed.weight.dtype))  # (B, cond_dim)
         if self.label is not None:
             if label is None:
                 label = torch.full((x.shape[0],), self.num_classes, device=x.device)
@@ -175,7 +191,8 @@ class DiT(nn.Module):
             c = c + self.steps(sinusoid(steps.float() / 1000, 128).to(c.dtype))  # sinusoid multiplies by 1000
         c = F.silu(c)
 
-        h = self.embed(patchify(x, self.patch).to(c.dtype)) + self.position  # (B, N, D)
+        seen = x if context is None else torch.cat([x, self.project(context.to(self.embed.weight.dtype)).to(x.dtype)], 1)
+        h = self.embed(patchify(seen, self.patch).to(c.dtype)) + self.position  # (B, N, D)
         features = None
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -17,7 +17,7 @@ State dicts load into `diffusers.DiTTransformer2DModel`, and back, unconverted. 
 class of its own, which are equal in what is released; the final layer uses those of block 0. DiT and SiT have 8 output
 channels, of which nothing here uses the last 4; `forward` drops them. Label dropout is the training script's business.
 
-Four kinds of checkpoint have this shape. They differ in the clock that the sines of time see, in the sines' frequencies
+Five kinds of checkpoint have this shape. They differ in the clock that the sines of time see, in the sines' frequencies
 10000^(-i / last), i = 0 .. 127, and in what comes out. `convention` says whose they are; the two edges of `forward` turn
 ours into theirs, so that everything between and outside is in this repository's time and sign:
 
@@ -26,6 +26,7 @@ ours into theirs, so that everything between and outside is in this repository's
     "dit"        official DiT         1000 t - 1    128    eps             eps
     "sit"        official SiT         1 - t         128    x0 - eps        v = -output; its t = 0 is noise
     "lfm"        official LFM         t             128    eps - x0        v = output; its t = 1 is noise, as here
+    "flow"       latent_fm.py's own   1000 t        128    eps - x0        v = output
 
 diffusers' frequencies are not those that DiT was trained with: 127 for 128 moves some of its sines by up to 3 rad at t = 1.
 A folder of diffusers is therefore computed as diffusers does, and `convert` writes official weights with their own convention,
@@ -73,6 +74,7 @@ CONVENTIONS = {
     "dit": (1000.0, -1.0, 128, 1, "eps"),
     "sit": (-1.0, 1.0, 128, -1, "flow_v"),
     "lfm": (1.0, 0.0, 128, 1, "flow_v"),
+    "flow": (1000.0, 0.0, 128, 1, "flow_v"),
 }
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the official widths S, B, L, XL, which the weights do not tell
 

@@ -31,6 +31,7 @@ from models.diffusion import PREDICTIONS, VP, Flow
 NETWORKS = {"DiT": "models.dit", "RingMLP": "models.toy", "WanTransformer3DModel": "models.wan",
             "ZImageTransformer2DModel": "models.z_image", "PixArtTransformer2DModel": "models.pixart", "Transformer2DModel": "models.pixart",
             "DiTTransformer2DModel": "models.dit_imagenet", "AutoencoderKL": "models.vae",
+            "PatchPCA": "models.latent_space", "Identity": "models.latent_space",
             "SparseStructureFlowModel": "models.trellis", "SparseStructureEncoder": "models.trellis", "SparseStructureDecoder": "models.trellis",
             "SLatFlowModel": "models.trellis", "ElasticSLatFlowModel": "models.trellis"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -709,14 +710,35 @@ def read_image(path, size):
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def read_image_folder(folder, size):
-    """Images in class subfolders -> (x uint8 (N, 3, size, size), label int64 (N,), class names). Unreadable files are
-    named and skipped; a file reached twice through links counts once. Raises UserError when nothing is left."""
+def read_map(path, size, image):
+    """Decode one segmentation map, a grey, palette or one-bit PNG whose values are class numbers -> uint8 (size, size), cropped as
+    read_image crops `image`. Raises ValueError for colours, classes above 255, and another shape than the image's, and what Pillow raises."""
+    with Image.open(image) as picture:
+        want = picture.size[::-1] if picture.getexif().get(0x0112, 1) >= 5 else picture.size  # as seen, turned by EXIF
+    with Image.open(path) as plan:
+        plan.load()
+        if plan.mode not in ("L", "P", "1") and not plan.mode.startswith("I"):
+            raise ValueError(f"a map of mode {plan.mode}: save class numbers as a grey or palette PNG")
+        if abs(plan.width * want[1] - plan.height * want[0]) > max(*want, *plan.size):
+            raise ValueError(f"the map is {plan.width} x {plan.height}, its image {want[0]} x {want[1]}")
+        values = np.asarray(plan).astype(np.int64)
+        if values.min() < 0 or values.max() > 255:
+            raise ValueError(f"a map with class {values.max() if values.max() > 255 else values.min()}: classes are 0 to 254, 255 is none")
+        plan = Image.fromarray(values.astype(np.uint8))
+        return torch.from_numpy(np.array(ImageOps.fit(plan, (size, size), Image.Resampling.NEAREST)))
+
+
+def read_image_folder(folder, size, flat=False, maps=None):
+    """Images in class subfolders -> (x uint8 (N, 3, size, size), label int64 (N,), class names, maps uint8 (N, size, size) or None).
+
+    Unreadable files are named and skipped; a file reached twice through links counts once. flat: a folder without subfolders is one
+    class. maps: a folder with a PNG of the same relative name for each image. Raises UserError when nothing is left.
+    """
     classes = sorted(d for d in os.listdir(folder) if os.path.isdir(os.path.join(folder, d)) and not d.startswith("."))
-    if not classes:
+    if not classes and not flat:
         raise UserError(f"--data {folder}: no class subfolders; put images in {folder}/<class>/...")
-    x, label, names, seen, skipped = [], [], [], set(), []
-    for name in classes:
+    x, label, names, plans, seen, skipped = [], [], [], [], set(), []
+    for name in classes or [""]:
         before = len(x)
         for where, _, files in sorted(os.walk(os.path.join(folder, name))):
             for file in sorted(files):
@@ -726,22 +748,27 @@ def read_image_folder(folder, size):
                     continue
                 seen.add(real)
                 try:
-                    x.append(read_image(path, size))
+                    image = read_image(path, size)
+                    if maps:
+                        plans.append(read_map(os.path.join(maps, os.path.splitext(os.path.relpath(path, folder))[0] + ".png"), size, path))
+                    x.append(image)
                     label.append(len(names))
                 except Exception as e:  # Pillow's decoders raise many kinds; whatever the file does, the run goes on
                     skipped.append(path)
                     print(f"skipped {path}: {type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr)
         if len(x) > before:
-            names.append(name)
+            names.append(name or os.path.basename(os.path.abspath(folder)))
     if not x:
-        raise UserError(f"--data {folder}: no readable image in {len(classes)} class subfolders ({len(skipped)} files skipped)")
-    return torch.stack(x), torch.tensor(label), names
+        with_map = f" with a map in {maps}" if maps else ""
+        where = f"{len(classes)} class subfolders" if classes else "it"
+        raise UserError(f"--data {folder}: no readable image{with_map} in {where} ({len(skipped)} files skipped)")
+    return torch.stack(x), torch.tensor(label), names, torch.stack(plans) if maps else None
 
 
-def load_data(source, worlds, size=None, pool=20000, seed=0, sparse=False):
+def load_data(source, worlds, size=None, pool=20000, seed=0, flat=False, maps=None, sparse=False):
     """--data: a world's name, a folder of images in class subfolders, or FILE.safetensors with x0 (N, ...) or, for points of a grid,
     coords (M, 3), feats (M, C), offsets (N + 1,); beside either cond.NAME (N, ...). size: side of images, or of the grid; sparse: whether
-    points are welcome or refused.
+    points are welcome or refused. flat, maps: of folders, see read_image_folder; maps True asks a world for its own. They become cond["map"].
 
     -> (x0 float32 (N, ...), uint8 images or SparseRows, {"label": (N,)} or other cond, class names or None). Raises UserError.
     """
@@ -749,11 +776,14 @@ def load_data(source, worlds, size=None, pool=20000, seed=0, sparse=False):
         from models.toy import load_world
 
         world = load_world(source)
+        if maps:
+            x0, label, plans = world.scenes(pool, seed + 1000003)
+            return x0, {"label": label, "map": plans}, world.class_names
         x0, label = world.data(pool, seed + 1000003)  # apart from every measuring set
         return x0, {"label": label}, world.class_names
     if os.path.isdir(source):
-        x0, label, names = read_image_folder(source, size or 32)
-        return x0, {"label": label}, names
+        x0, label, names, plans = read_image_folder(source, size or 32, flat, maps)
+        return x0, {"label": label, **({} if plans is None else {"map": plans})}, names
     if not source.endswith(".safetensors"):
         raise UserError(f"--data {source}: neither an embedded world ({', '.join(worlds)}), a folder, nor a .safetensors file")
     file = open_tensors(source)
@@ -877,6 +907,8 @@ def load_real_data(args, worlds, world, teacher, shape):
     not the teacher's."""
     source = args.data or world.name
     data, cond, class_names = load_data(source, worlds, shape[-1], seed=args.seed)
+    if source in worlds and shape == getattr(world, "latent_shape", None):  # a latent teacher of that world
+        data = world.space.to_latents(data)
     known = teacher.config.get("class_names") or getattr(world, "class_names", None)
     if class_names and known and list(class_names) != list(known):
         raise UserError(f"--data {source}: its classes are {', '.join(class_names)}, the teacher's {', '.join(known)}: labels would mean other things")
@@ -1166,8 +1198,8 @@ def save_gif(path, rows, world=None, ms=120):
 
 def print_table(results):
     """The short table a run ends with: one line a row of report.json."""
-    columns = [c for c in ("name", "nfe", "fd", "fd_excess", "fd_teacher", "patch_swd", "accuracy", "diversity", "motion", "moving", "iou", "connected",
-                            "ms_per_sample")
+    columns = [c for c in ("name", "nfe", "fd", "fd_excess", "fd_teacher", "patch_swd", "accuracy", "diversity", "motion", "moving", "hole_mse", "mean_fill",
+                               "shuffled", "known_error", "iou", "iou_shuffled", "connected", "ms_per_sample")
                if any(c in r for r in results)]
     cells = [columns] + [["" if r.get(c) is None else f"{r[c]:.3g}" if isinstance(r.get(c), float) else str(r[c]) for c in columns]
                          for r in results]

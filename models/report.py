@@ -11,6 +11,7 @@ import torch
 
 from models import io
 from models.diffusion import ode_calls, sample_teacher, step_grid
+from models.latent_space import space_beside
 from models.toy import WORLDS, balanced_labels, load_world, moments_distance
 
 
@@ -40,9 +41,19 @@ def save_samples(folder, rows, world):
         io.save_gif(os.path.join(folder, "samples.gif"), rows, world)
 
 
+def decoded(rows, student):
+    """Rows of latents, [(text, (n, ...)), ...], as pixels where the network of folder `student` (None: a closed form) has an autoencoder beside it."""
+    space = space_beside(student) if student else None
+    return [(text, torch.cat([space.to_pixels(z) for z in x.float().split(8)])) for text, x in rows] if space else rows
+
+
 def save_student(args, method, net, teacher, times, shape, changes=None, **more):
-    """student/: the teacher's own layout and config, with what a student of ours changes of it, plus sampler.json, with more entries if given."""
+    """student/: the teacher's own layout and config, with what a student of ours changes of it, plus sampler.json, with more entries if given.
+    A latent teacher's autoencoder/ comes along."""
     folder = os.path.join(args.output_dir, "student")
+    space = space_beside(teacher.folder) if teacher.folder else None
+    if space:
+        space.save(os.path.join(args.output_dir, "autoencoder"))
     linear = {k: net.config[k] for k in ("linear_layers", "feature_map") if k in net.config}
     io.save_network(net, {**teacher.config, **linear, **(changes or {})}, folder)
     io.save_json({"method": method, "prediction": teacher.prediction, "schedule": io.describe_schedule(teacher.schedule), "times": times,
@@ -70,7 +81,8 @@ def write_samples(args, world, conditions, shape, sampler, calls, device):
     except ValueError as e:
         raise io.UserError(f"--sample_shape {' '.join(map(str, shape))}: {e}") from None
     os.makedirs(args.output_dir, exist_ok=True)
-    save_samples(args.output_dir, [(f"student, {calls} call(s)", x)], world)
+    rows = [(f"student, {calls} call(s)", x)]
+    save_samples(args.output_dir, rows if world else decoded(rows, io.student_folder(args.sample)), world)
     io.save_tensors({"x0": x}, os.path.join(args.output_dir, "samples.safetensors"))
     print(f"samples: {os.path.join(args.output_dir, 'samples.png')}")
 
@@ -120,7 +132,7 @@ def finish(args, method, teacher, world, conditions, shape, times, students, par
                      (f"teacher, {guided * len(times)} call(s)", preview(args, world, conditions, coarse))]
     for name, (nfe, sampler) in students.items():
         pictured.append((f"{name.split('_')[0]}, {nfe} call(s)", x_student if name == "student" else preview(args, world, conditions, sampler)))
-    save_samples(args.output_dir, pictured, world)
+    save_samples(args.output_dir, pictured if world else decoded(pictured, teacher.folder), world)
     if not world:
         io.save_tensors({"x0": x_student}, os.path.join(args.output_dir, "samples.safetensors"))  # latents for a decoder
     io.save_json({"method": method, "teacher": args.teacher, "seed": args.seed, "steps": args.max_train_steps, "seconds": seconds,

@@ -3,6 +3,7 @@
     ring     8 Gaussians on a circle, 4 classes of two opposite modes each; every score, x0 and velocity in closed form
     glyphs   3x16x16 colour digits drawn with Pillow's own font; position, size, slant, weight and both colours vary
     clips    1x8x16x16 grey videos of one shape moving in a straight line; the class fixes the shape and the law of its speed
+    shapes   3x32x32 pictures of one coloured shape, with segmentation maps and an autoencoder (models/shapes.py)
     voxels   1x16x16x16 occupancy of ten parametric solids (models/voxels.py)
 
 A world has: name, shape (C, ...), num_classes, class_names, data(n, seed) -> (x0, label), a closed-form teacher() or a
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from models import io, lora
 from models.diffusion import expand, sinusoid
 
-WORLDS = ("ring", "glyphs", "clips", "voxels")
+WORLDS = ("ring", "glyphs", "clips", "shapes", "voxels")
 
 
 @functools.cache
@@ -32,6 +33,10 @@ def load_world(name):
     """-> the world called `name`; raises ValueError for another name."""
     if name not in WORLDS:
         raise ValueError(f"no embedded world is called {name!r}; there are {', '.join(WORLDS)}")
+    if name == "shapes":
+        from models.shapes import Shapes  # which uses this file
+
+        return Shapes()
     if name == "voxels":
         from models.voxels import Voxels  # that file uses this one
 
@@ -345,7 +350,7 @@ class FeatureWorld:
     def teacher_folder(self):
         return self.folder("teacher")
 
-    def network(self):
+    def new_classifier(self):
         """The classifier, untrained."""
         return Classifier(math.prod(self.shape[:-2]), self.num_classes, self.factors)
 
@@ -355,7 +360,7 @@ class FeatureWorld:
 
     @functools.cached_property
     def classifier(self):
-        net = self.network()
+        net = self.new_classifier()
         net.load_state_dict({k: v.float() for k, v in load_file(self.folder("classifier.safetensors")).items()})
         return net.eval().requires_grad_(False)
 
@@ -479,15 +484,15 @@ class Clips(FeatureWorld):
         return np.concatenate([io.tile(x[:, :, i]) for i in np.linspace(0, T - 1, min(4, T)).round().astype(int)])
 
 
-def build_reference(world, steps=3000, batch=128, seed=1):
+def build_reference(world, steps=3000, batch=128, seed=1, items=60000):
     """Train the world's classifier and write classifier.safetensors (fp16) and reference.safetensors; about 4 minutes."""
     torch.manual_seed(seed)
     os.makedirs(world.folder(""), exist_ok=True)
     rng = np.random.default_rng(seed)
-    label = rng.integers(0, world.num_classes, 60000)
+    label = rng.integers(0, world.num_classes, items)
     x, z = (torch.from_numpy(a) for a in world.render(label, rng))
     y = torch.from_numpy(label)
-    net = world.network()
+    net = world.new_classifier()
     opt = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
     for step in range(steps):
         for group in opt.param_groups:
@@ -504,6 +509,7 @@ def build_reference(world, steps=3000, batch=128, seed=1):
     net.eval().requires_grad_(False)
     io.save_tensors({k: v.half() for k, v in net.state_dict().items()}, world.folder("classifier.safetensors"))
     x, y = world.data(50000, seed + 1, np.arange(50000) % world.num_classes)  # from here on with the fp16-rounded weights that ship
+    vars(world).pop("classifier", None)  # of an earlier file
     f = world.look(x)[0].double()
     io.save_tensors({"mean": f.mean(0), "cov": f.T.cov(), "diversity": pairwise_diversity(f[:20000], y[:20000], world.num_classes)},
                  world.folder("reference.safetensors"))

@@ -234,7 +234,7 @@ class Voxels(FeatureWorld):
     class_names = list(SOLIDS)
     video = False  # five axes, and yet no frames
 
-    def network(self):
+    def new_classifier(self):
         return Classifier(self.num_classes, self.factors)
 
     def render(self, label, rng):

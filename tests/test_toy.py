@@ -636,7 +636,7 @@ def test_shipped_classifier_of_voxels_is_small_and_right():
 
 def test_unknown_world_is_refused():
     """load_world names the worlds there are, and hands out one object per name."""
-    with pytest.raises(ValueError, match="ring, glyphs, clips, voxels"):
+    with pytest.raises(ValueError, match="ring, glyphs, clips, shapes, voxels"):
         load_world("moons")
     assert load_world("ring") is load_world("ring")
 
