@@ -331,11 +331,11 @@ def train(args):
 
     def student_state(draw):
         """x_hat, a state that the student reaches by one step of its own with gradient, from where --state says (Eq. 12 needs dx_hat / dv_student).
-        -> x_hat (B, ...), its time s (B,), cond, and the regression (Eq. 7) of that step's velocity, 0 where the bank does not know it."""
+        -> x_hat (B, ...), its time s (B,), cond, and, where it is asked for, the regression (Eq. 7) of that step's velocity, which needs the bank."""
         if args.state == "rollout":
             i = 1 + draw.agreed("i", K - 2)
             cond, uncond = conditions.draw(draw, device)
-            x_t, t, s, v = roll_out(draw, cond, uncond, grid[:i + 1]), times[i].expand(B), times[i + 1].expand(B), None
+            x_t, t, s = roll_out(draw, cond, uncond, grid[:i + 1]), times[i].expand(B), times[i + 1].expand(B)
         else:
             i, x_t, v, cond = from_bank(draw)
             t, s = times[i], times[i + 1]
@@ -345,7 +345,7 @@ def train(args):
                 s = shift(draw.uniform("jump") * (1 - i / K), teacher.shift)  # uniform in raw time
             s = torch.maximum(s, torch.full_like(s, args.min_time))
         v_student = student(x_t, t, **cond).to(x_t.dtype)
-        regression = 0.0 if v is None else 0.5 * (v_student - v).square().mean()
+        regression = 0.5 * (v_student - v).square().mean() if args.regression_weight else 0.0
         return x_t + expand(s - t, x_t) * v_student, s, cond, regression
 
     def one_jump(draw):

@@ -34,7 +34,7 @@ def load_world(name):
     if name not in WORLDS:
         raise ValueError(f"no embedded world is called {name!r}; there are {', '.join(WORLDS)}")
     if name == "shapes":
-        from models.shapes import Shapes  # which uses this file
+        from models.shapes import Shapes  # that file uses this one
 
         return Shapes()
     if name == "voxels":

@@ -2,15 +2,13 @@
 two ranks. The formulas themselves are tested in test_mdt_math.py.
 """
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import mdt_dist
-from helpers import ENV, SPYING, assert_bit_equal, perturbed, read_log, refusal_of, ring_network, save_tiny_teacher, save_tiny_vp_teacher, weights
+from helpers import assert_bit_equal, assert_two_ranks_are_one_process, perturbed, read_log, refusal_of, ring_network, save_tiny_teacher, save_tiny_vp_teacher, weights
 from models import io, toy
 from models.diffusion import expand, shift, step_grid
 from models.trellis import SLatFlowModel, SparseStructureFlowModel
@@ -245,21 +243,10 @@ def test_both_stages_on_two_ranks(monkeypatch, tmp_path, cls):
     if sparse:
         x0 = {"coords": points((6,) * 4, 8)[:, 1:].int().contiguous(), "feats": torch.randn(24, 3, generator=g), "offsets": torch.arange(0, 25, 6)}
     save_file({**x0, "cond.tokens": torch.randn(4, 5, 10, generator=g).half()}, str(tmp_path / "data.safetensors"))
-    (tmp_path / "spy.py").write_text(SPYING.format(script="mdt_dist"))
     flags = ["--teacher", teacher, "--data", str(tmp_path / "data.safetensors"), "--max_train_steps", "2", "--teacher_steps", "2", "--preview_samples", "3",
              "--learning_rate", "1e-4", "--lr_warmup_steps", "0", "--guidance_vm", "3", "--guidance_vd", "4", "--max_grad_norm", "1e9"]
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "spy.py")]
-    done = subprocess.run([*ranks, *flags, "--train_batch_size", "2", "--output_dir", str(tmp_path / "two")], capture_output=True, text=True,
-                          env={**ENV, "GRADIENTS": str(tmp_path / "two") + ".gradients"}, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    gradients, real = [], torch.nn.utils.clip_grad_norm_
     with monkeypatch.context() as m:
-        m.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, *args: gradients.append([p.grad.clone() for p in parameters]) or real(parameters, *args))
-        mdt_dist.main([*flags, "--train_batch_size", "4", "--output_dir", str(tmp_path / "one")])
-    for call, one in enumerate(gradients, start=1):
-        two = load_file(f"{tmp_path / 'two'}.gradients.{call}")
-        norm = torch.stack([v.norm() for v in one]).norm()
-        assert norm > 1e-3 and torch.stack([(v - two[str(i)]).norm() for i, v in enumerate(one)]).norm() < 1e-3 * norm, call
+        assert_two_ranks_are_one_process(m, tmp_path, mdt_dist, flags, least=1e-3)
     folder, config = tmp_path / "two" / "student", json.loads(open(teacher + ".json").read())
     name = config["name"]
     assert sorted(p.name for p in folder.iterdir()) == [f"{name}.json", f"{name}.safetensors", "sampler.json"]
