@@ -9,7 +9,7 @@ of scaled_dot_product_attention that takes the input) and "fla" (flash-linear-at
 where installed). GB/s counts what must move: forward q, k, v in and o out; forward + backward 4 tensors and then q, k, v, o, do in and
 dq, dk, dv out, 12 in all. Its share is of the bandwidth of a large device copy, measured first. Times are medians over repeats, on a
 GPU by events. On a CPU they are wall time, or with --clock cpu and one thread the processor time of this process, which other jobs on
-the machine disturb less.
+the machine disturb less. --graph times replays of a CUDA graph: the device's time alone, as in a network whose launches run ahead of it.
 """
 import argparse
 import os
@@ -63,7 +63,7 @@ def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, 
     words = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     dot = words[la.dot_dtype(dtype)]
     types = {**dict.fromkeys(["X", "Y", "OUT", "DX", "DV"], "*" + words[dtype]), **dict.fromkeys(["W", "DU"], "*" + dot),
-             **dict.fromkeys(["Z", "DEN", "DELTA"], "*fp32"), "S": "*fp32" if kernel == "reduce" else "*" + dot, "eps": "fp32"}
+             **dict.fromkeys(["SUMS", "DEN", "DELTA"], "*fp32"), "scale": "fp32", "eps": "fp32"}
     signature = {name: "constexpr" if name in const else types.get(name, "i32") for name in fn.arg_names}
     aligned = [i for i, name in enumerate(fn.arg_names) if signature[name][0] == "*" or re.fullmatch("[xyo]_[bnh]|rows_per_split", name)]
     source = triton.compiler.ASTSource(fn, signature, constexprs=const, attrs={(i,): [["tt.divisibility", 16]] for i in aligned})
@@ -91,9 +91,24 @@ def compile_table(arch, dtype_name="bf16"):
 # ---- measured figures ---------------------------------------------------------------------------------------------------------
 
 
-def seconds(run, device, repeats, budget, clock="wall"):
+def captured(run):
+    """run() as a CUDA graph -> a function that replays it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # capturing wants a stream of its own, warmed up
+        run()
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def seconds(run, device, repeats, budget, clock="wall", graph=False):
     """Median seconds of run() after a first, unmeasured call; on CUDA by events, with the L2 cache overwritten before each."""
     now = time.process_time if clock == "cpu" else time.perf_counter
+    run = captured(run) if graph else run
     run()
     times, begin = [], time.time()
     flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device) if device == "cuda" else None
@@ -184,8 +199,8 @@ def measure(call, N, H, args, device, bandwidth):
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
-        row = dict(forward_s=seconds(forward, device, args.repeats, args.seconds, args.clock))
-        row["step_s"] = None if args.forward_only else seconds(step, device, args.repeats, args.seconds, args.clock)
+        row = dict(forward_s=seconds(forward, device, args.repeats, args.seconds, args.clock, args.graph))
+        row["step_s"] = None if args.forward_only else seconds(step, device, args.repeats, args.seconds, args.clock, args.graph)
         row["peak_mb"] = (torch.cuda.max_memory_allocated() - held) / 2**20 if device == "cuda" else None
     except Exception as e:  # a backend that refuses the input, or memory that does not suffice
         if device == "cuda":
@@ -243,6 +258,7 @@ def parse_args(argv=None):
     p.add_argument("--repeats", type=positive, default=20, help="most measured calls of each kind; their median is shown (default 20)")
     p.add_argument("--seconds", type=float, default=1.0, help="seconds after which no further call of a kind is begun (default 1)")
     p.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="on a CPU: wall time, or processor time (default wall)")
+    p.add_argument("--graph", action="store_true", help="on a GPU: time replays of a CUDA graph, without what the launches cost the CPU")
     p.add_argument("--device", choices=["cuda", "cpu"], help="where to run (default: cuda where there is one)")
     p.add_argument("--json", default="runs/bench_linear_attention.json", help="file for all figures (default %(default)s)")
     p.add_argument("--compile", choices=["sm_80", "sm_89", "sm_90", "sm_100"], help="compile the kernels for this architecture instead, without a GPU")
@@ -259,6 +275,8 @@ def parse_args(argv=None):
     if args.dtype is None:
         args.dtype = "bf16" if gpu or args.compile else "fp32"
     args.sdpa = args.sdpa or (list(BACKENDS) if gpu else ["math", "flash"])
+    if args.graph and not gpu:
+        p.error("--graph is for a GPU")
     if args.clock == "cpu" and (gpu or torch.get_num_threads() > 1):
         p.error("--clock cpu is for one thread on a CPU (OMP_NUM_THREADS=1)")
     if not gpu and args.methods == list(METHODS):
@@ -275,7 +293,7 @@ def save(args, result):
 def main(argv=None):
     args = parse_args(argv)
     about = dict(torch=torch.__version__, triton=getattr(la.triton, "__version__", None), dtype=args.dtype, feature_map=args.feature_map,
-                 clock=args.clock)
+                 clock=args.clock, graph=args.graph)
     if args.compile:
         print(f"compiled for {args.compile} by triton {la.triton.__version__}, {args.dtype}, D = 128; spills in bytes per thread, shared memory in KB")
         print("| feature map | launch | rows | warps | registers | spills | shared |\n|---|---|---|---|---|---|---|")

@@ -37,8 +37,8 @@ float32 on both paths (float64 for float64 inputs). The Triton path saves inputs
 reproducible (partial sums, no atomics) and is registered with torch.library, so that torch.compile(fullgraph=True) and activation
 checkpointing take it as one operator; it has first derivatives only. This file needs torch, and triton where there is one.
 
-Verified: the kernels against a float64 oracle under Triton's interpreter (TRITON_INTERPRET=1), and compiled for sm_90 without
-register spills. Not verified: a run on a GPU; speed; bfloat16 rounding on tensor cores. See docs/kernels.md.
+Verified: the kernels against a float64 oracle, under Triton's interpreter (TRITON_INTERPRET=1) and compiled on an H100, where their
+tiles were chosen; figures in docs/kernels.md. Not verified: any other GPU.
 
 Symbols: B batch, N rows (tokens; queries and keys may differ in number), H heads, D head size, f features.
 """
@@ -58,6 +58,7 @@ EPS = {"hedgehog": 0.0, "softmax": 0.0, "elu": 0.0, "relu": 1e-6, "none": 1e-6}
 TINY = 1e-12  # smallest feature of a positive map
 SIZES = (16, 32, 64, 128)  # head sizes of the kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of the kernels
+SHARED = 227 * 1024  # bytes of shared memory that a program of size 128 may need: what sm_90 and sm_100 have
 
 
 # ---- torch reference --------------------------------------------------------------------------------------------------
@@ -110,7 +111,8 @@ def quadratic_oracle(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=0.
 # ---- Triton kernels -----------------------------------------------------------------------------------------------------
 #
 # A program owns a range of rows ("split") of one (batch, head), and walks through it ROWS at a time. Features come in blocks of F
-# columns: one, or two for hedgehog (the halves of both signs) and for 256 given features. DOT is the dtype of the operands of
+# columns: one, or two for hedgehog (the halves of both signs) and for 256 given features. S (f, D) and z (f,) lie behind each other in
+# one float32 tensor, "sums" (B, H, f D + f). DOT is the dtype of the operands of
 # tl.dot, PRECISION how float32 operands are multiplied:
 #
 #     inputs      DOT         PRECISION
@@ -130,10 +132,10 @@ if triton is not None:
         return tl.load(X + rows[:, None] * x_n + cols[None, :] * x_d, mask=keep[:, None], other=0.0)
 
     @triton.jit
-    def _place(N, H, splits, rows_per_split):
+    def _place(program, N, H, splits, rows_per_split):
         """Where this program works.  -> split, batch * H + head, batch, head, first row, row after the last (none of a split beyond N)."""
-        split = tl.program_id(0) % splits
-        bh = (tl.program_id(0) // splits).to(tl.int64)
+        split = program % splits
+        bh = (program // splits).to(tl.int64)
         start = split.to(tl.int64) * rows_per_split
         return split, bh, bh // H, bh % H, start, tl.minimum(start + rows_per_split, N)
 
@@ -152,8 +154,8 @@ if triton is not None:
         return e / tl.sum(e, 1)[:, None]
 
     @triton.jit
-    def _features(u, keep, MAP: tl.constexpr):
-        """phi of a tile u (rows, F) in float32, one half for hedgehog. Rows that do not exist give 0: softmax(0) would be 1 / F."""
+    def _features(u, MAP: tl.constexpr):
+        """phi of a tile u (rows, F) in float32, one half for hedgehog. Rows that do not exist give something too, such as 1 / F."""
         if MAP == "hedgehog" or MAP == "softmax":
             phi = tl.maximum(_softmax(u), _TINY)
         elif MAP == "elu":
@@ -162,7 +164,7 @@ if triton is not None:
             phi = tl.maximum(u, 0.0)
         else:
             phi = u
-        return tl.where(keep[:, None], phi, 0.0)
+        return phi
 
     @triton.jit
     def _features_backward(u, dphi, MAP: tl.constexpr):
@@ -181,78 +183,66 @@ if triton is not None:
         return du
 
     @triton.jit
-    def _reduce_kernel(X, Y, W, DEN, DELTA, S, Z, N, H, splits, rows_per_split,
+    def _reduce_kernel(X, Y, W, DEN, DELTA, SUMS, scale, N, H, splits, rows_per_split,
                        x_b, x_n, x_h, x_d, y_b, y_n, y_h, y_d,
                        MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, HAS_W: tl.constexpr,
                        WEIGHTED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr):
-        """Eq. (1) without its 1/N, or (4): this split's share of sum phi(x)^T y and sum phi(x) c.
+        """Eq. (1) or (4): this split's share of scale sum phi(x)^T y and scale sum phi(x) c, for one of the blocks of features.
 
-        X (B, N, H, f), Y (B, N, H, D), W (H, F, F); S (B H, splits, f, D), Z (B H, splits, f) float32. c = 1, or with WEIGHTED
+        X (B, N, H, f), Y (B, N, H, D), W (H, F, F); SUMS (B H, splits, f D + f) float32. c = 1, or with WEIGHTED
         y / d for y and c = -delta / d, DEN and DELTA (B H, N). A split beyond the last row writes zeros.
         """
-        split, bh, b, h, start, stop = _place(N, H, splits, rows_per_split)
+        block = tl.program_id(0) % BLOCKS  # each block its own program: the second finds X and Y in the cache, and two sums S would fill the registers
+        split, bh, b, h, start, stop = _place(tl.program_id(0) // BLOCKS, N, H, splits, rows_per_split)
         X += b * x_b + h * x_h
         Y += b * y_b + h * y_h
+        if MAP == "none":
+            X += block * F * x_d
         rows, f, c = tl.arange(0, ROWS), tl.arange(0, F), tl.arange(0, D)
         if HAS_W:
             w = tl.load(W + h * F * F + f[:, None] * F + f[None, :])
-        acc0, z0 = tl.zeros((F, D), tl.float32), tl.zeros((F,), tl.float32)
-        if BLOCKS == 2:
-            acc1, z1 = tl.zeros((F, D), tl.float32), tl.zeros((F,), tl.float32)
+        acc, z = tl.zeros((F, D), tl.float32), tl.zeros((F,), tl.float32)
         for n in range(start, stop, ROWS):
             keep = rows < stop - n
             y = _load(Y + n * y_n, y_n, y_d, rows, c, keep)
+            weight = keep.to(tl.float32)  # rows that do not exist: 0 here, and y = 0
             if WEIGHTED:
                 over_d = 1 / tl.load(DEN + bh * N + n + rows, mask=keep, other=1.0)
                 weight = -tl.load(DELTA + bh * N + n + rows, mask=keep, other=0.0) * over_d
                 y = y.to(tl.float32) * over_d[:, None]
-            y = y.to(DOT)
             x = _load(X + n * x_n, x_n, x_d, rows, f, keep).to(DOT)
             if HAS_W:
                 u = tl.dot(x, w, input_precision=PRECISION)
             else:
                 u = x.to(tl.float32)
-            phi = _features(u, keep, MAP).to(DOT)  # the same rounded features in S and z, so that weights sum to one
-            acc0 = tl.dot(tl.trans(phi), y, acc0, input_precision=PRECISION)
-            if WEIGHTED:
-                z0 += tl.sum(phi.to(tl.float32) * weight[:, None], 0)
-            else:
-                z0 += tl.sum(phi.to(tl.float32), 0)
-            if BLOCKS == 2:
-                u = _second_block(X + n * x_n, u, x_n, x_d, rows, f, keep, MAP, F)
-                phi = _features(u, keep, MAP).to(DOT)
-                acc1 = tl.dot(tl.trans(phi), y, acc1, input_precision=PRECISION)
-                if WEIGHTED:
-                    z1 += tl.sum(phi.to(tl.float32) * weight[:, None], 0)
-                else:
-                    z1 += tl.sum(phi.to(tl.float32), 0)
-        S += (bh * splits + split) * (BLOCKS * F * D)
-        Z += (bh * splits + split) * (BLOCKS * F)
-        tl.store(S + f[:, None] * D + c[None, :], acc0)
-        tl.store(Z + f, z0)
-        if BLOCKS == 2:
-            tl.store(S + F * D + f[:, None] * D + c[None, :], acc1)
-            tl.store(Z + F + f, z1)
+            if MAP == "hedgehog":
+                u = tl.where(block == 0, u, -u)
+            phi = _features(u, MAP).to(DOT)  # the same rounded features in S and z, so that weights sum to one
+            acc = tl.dot(tl.trans(phi), y.to(DOT), acc, input_precision=PRECISION)
+            z += tl.sum(phi.to(tl.float32) * weight[:, None], 0)
+        SUMS += (bh * splits + split) * (BLOCKS * F * (D + 1))
+        tl.store(SUMS + block * (F * D) + f[:, None] * D + c[None, :], acc * scale)
+        tl.store(SUMS + BLOCKS * F * D + block * F + f, z * scale)
 
     @triton.jit
-    def _apply_kernel(X, W, S, Z, OUT, DEN, eps, N, H, splits, rows_per_split, x_b, x_n, x_h, x_d, o_b, o_n, o_h, o_d,
+    def _apply_kernel(X, W, SUMS, OUT, DEN, eps, N, H, splits, rows_per_split, x_b, x_n, x_h, x_d, o_b, o_n, o_h, o_d,
                       MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, HAS_W: tl.constexpr,
                       RESIDENT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr):
-        """Eq. (2) for this split's queries.  X (B, N, H, f), S (B H, f, D) of dtype DOT, Z (B H, f); writes OUT and d, DEN (B H, N).
+        """Eq. (2) for this split's queries.  X (B, N, H, f), SUMS (B H, f D + f) float32; writes OUT and d, DEN (B H, N).
 
         W and S are loaded once and stay in shared memory while the rows stream through.
         """
-        _, bh, b, h, start, stop = _place(N, H, splits, rows_per_split)
+        _, bh, b, h, start, stop = _place(tl.program_id(0), N, H, splits, rows_per_split)
         X += b * x_b + h * x_h
         OUT += b * o_b + h * o_h
-        S += bh * (BLOCKS * F * D)
-        Z += bh * (BLOCKS * F)
+        S = SUMS + bh * (BLOCKS * F * (D + 1))
+        Z = S + BLOCKS * F * D
         rows, f, c = tl.arange(0, ROWS), tl.arange(0, F), tl.arange(0, D)
         at_s = f[:, None] * D + c[None, :]
         if RESIDENT:
-            s0 = tl.load(S + at_s)
+            s0 = tl.load(S + at_s).to(DOT)
             if BLOCKS == 2:
-                s1 = tl.load(S + F * D + at_s)
+                s1 = tl.load(S + F * D + at_s).to(DOT)
         W += h * F * F
         at_w = f[:, None] * F + f[None, :]
         if HAS_W and RESIDENT:
@@ -266,16 +256,16 @@ if triton is not None:
                 u = tl.dot(x, w, input_precision=PRECISION)
             else:
                 u = x.to(tl.float32)
-            phi = _features(u, keep, MAP).to(DOT)
+            phi = _features(u, MAP).to(DOT)
             if not RESIDENT:
-                s0 = tl.load(S + at_s)
+                s0 = tl.load(S + at_s).to(DOT)
             acc = tl.dot(phi, s0, input_precision=PRECISION)
             d = tl.sum(phi.to(tl.float32) * tl.load(Z + f)[None, :], 1) + eps
             if BLOCKS == 2:
                 u = _second_block(X + n * x_n, u, x_n, x_d, rows, f, keep, MAP, F)
-                phi = _features(u, keep, MAP).to(DOT)
+                phi = _features(u, MAP).to(DOT)
                 if not RESIDENT:
-                    s1 = tl.load(S + F * D + at_s)
+                    s1 = tl.load(S + F * D + at_s).to(DOT)
                 acc = tl.dot(phi, s1, acc, input_precision=PRECISION)
                 d += tl.sum(phi.to(tl.float32) * tl.load(Z + F + f)[None, :], 1)
             d = tl.where(keep, d, 1.0)  # no 0 / 0 in rows that do not exist
@@ -284,27 +274,27 @@ if triton is not None:
             tl.store(DEN + bh * N + n + rows, d, mask=keep)
 
     @triton.jit
-    def _backward_kernel(X, Y, OUT, W, S, Z, DEN, DELTA, DX, DU, DV, N, H, splits, rows_per_split,
+    def _backward_kernel(X, Y, OUT, W, SUMS, DEN, DELTA, DX, DU, DV, N, H, splits, rows_per_split,
                          x_b, x_n, x_h, x_d, y_b, y_n, y_h, y_d, o_b, o_n, o_h, o_d,
                          MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, HAS_W: tl.constexpr,
                          QUERY: tl.constexpr, WRITE_U: tl.constexpr, RESIDENT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr):
         """Eqs. (3) and (5) for this split's rows, then through the feature map: du, and dx = du W^T.
 
-        QUERY: X = q, Y = dL/do, OUT = o, (S, Z) = (S, z); writes delta. Otherwise X = k, Y = v, (S, Z) = (dS, dz); writes dv.
+        QUERY: X = q, Y = dL/do, OUT = o, SUMS = S and z; writes delta. Otherwise X = k, Y = v, SUMS = dS and dz; writes dv.
         DX (B, N, H, f), DV (B, N, H, D) and DU (B, N, H, F), all contiguous; DU, of dtype DOT, is what dW needs.
         """
-        _, bh, b, h, start, stop = _place(N, H, splits, rows_per_split)
+        _, bh, b, h, start, stop = _place(tl.program_id(0), N, H, splits, rows_per_split)
         X += b * x_b + h * x_h
         Y += b * y_b + h * y_h
         OUT += b * o_b + h * o_h
-        S += bh * (BLOCKS * F * D)
-        Z += bh * (BLOCKS * F)
+        S = SUMS + bh * (BLOCKS * F * (D + 1))
+        Z = S + BLOCKS * F * D
         rows, f, c = tl.arange(0, ROWS), tl.arange(0, F), tl.arange(0, D)
         at_s = f[:, None] * D + c[None, :]
         if RESIDENT:
-            s0 = tl.load(S + at_s)
+            s0 = tl.load(S + at_s).to(DOT)
             if BLOCKS == 2:
-                s1 = tl.load(S + F * D + at_s)
+                s1 = tl.load(S + F * D + at_s).to(DOT)
         W += h * F * F
         at_w = f[:, None] * F + f[None, :]
         if HAS_W and RESIDENT:
@@ -328,7 +318,7 @@ if triton is not None:
                 u = x.to(tl.float32)
             for block in tl.static_range(BLOCKS):
                 if not RESIDENT:
-                    s = tl.load(S + block * F * D + at_s)
+                    s = tl.load(S + block * F * D + at_s).to(DOT)
                 elif block == 0:
                     s = s0
                 else:
@@ -336,13 +326,13 @@ if triton is not None:
                 if block == 1:
                     u = _second_block(X + n * x_n, u, x_n, x_d, rows, f, keep, MAP, F)
                 if not QUERY:
-                    phi = _features(u, keep, MAP).to(DOT)
+                    phi = _features(u, MAP).to(DOT)
                     if block == 0:
                         dv = tl.dot(phi, s, input_precision=PRECISION)
                     else:
                         dv = tl.dot(phi, s, dv, input_precision=PRECISION)
-                z = tl.load(Z + block * F + f)  # here and not before the loop: there it would hold registers all along
                 dphi = tl.dot(y, tl.trans(s), input_precision=PRECISION)
+                z = tl.load(Z + block * F + f)  # here and not before the loop: there it would hold registers all along
                 if QUERY:
                     dphi = (dphi - delta[:, None] * z[None, :]) * over_d[:, None]
                 else:
@@ -379,31 +369,33 @@ def dot_dtype(dtype):
 def launch_config(kernel, F, D, blocks, dtype):
     """Rows per tile, warps, pipeline stages, and whether W and S stay in shared memory (RESIDENT) while the rows stream through.
 
-    kernel: "reduce", "apply", "backward q" or "backward k". Chosen from figures compiled for sm_90: no register spills in bfloat16,
-    at most 227 KB of shared memory everywhere (docs/kernels.md). Not tuned on a GPU. Operands of 4 bytes at size 128 do not fit
-    beside each other, so there S is read again for every tile; float32 products at that size spill.
+    kernel: "reduce", "apply", "backward q" or "backward k". The bfloat16 rows are the fastest found on an H100 at sizes 128 and 64 (docs/kernels.md);
+    the others are not tuned. Operands of 4 bytes at size 128 do not fit beside each other, so there S is read again for every tile.
     """
     wide = max(F, D) == 128
-    if wide and dtype != torch.bfloat16:
-        config = dict(ROWS=16, num_warps=8, num_stages=2 if kernel == "reduce" else 1, RESIDENT=False)
-    elif wide and blocks == 2:
-        config = dict(ROWS=16 if kernel == "backward k" else 32, num_warps=8, num_stages=2, RESIDENT=True)
-    elif wide:
-        config = dict(ROWS=64, num_warps=8, num_stages=2, RESIDENT=True)
+    if dtype != torch.bfloat16:
+        rows, warps, stages = (16, 8, 2 if kernel == "reduce" else 1) if wide else (32, 4, 2)
+    elif not wide:
+        rows, warps, stages = (128 if kernel == "reduce" else 64), 4, 2
+    elif blocks == 2:
+        rows, warps, stages = {"reduce": (32, 4, 3), "apply": (128, 8, 3), "backward q": (32, 8, 1), "backward k": (32, 8, 2)}[kernel]
     else:
-        config = dict(ROWS=32, num_warps=4, num_stages=2, RESIDENT=True)
-    if kernel == "reduce":
-        del config["RESIDENT"]
-    return config
+        rows, warps, stages = {"reduce": (64, 4, 2), "apply": (64, 8, 2), "backward q": (32, 8, 1), "backward k": (64, 4, 2)}[kernel]
+    resident = {} if kernel == "reduce" else {"RESIDENT": dtype == torch.bfloat16 or not wide}
+    return dict(ROWS=rows, num_warps=warps, num_stages=stages, **resident)
 
 
-def split_rows(N, rows, programs, num_splits, device):
-    """Into how many splits the rows are cut, and the rows of one (a multiple of the tile): about two programs per multiprocessor."""
-    tiles = -(-N // rows)
+def split_rows(N, const, programs, num_splits, device):
+    """Into how many splits the rows are cut, and the rows of one (a multiple of the tile): about two programs per multiprocessor, four of smaller sizes.
+
+    const: of constants(); programs: those of one split; num_splits: 0 for this rule.
+    """
+    tiles = -(-N // const["ROWS"])
     if not num_splits:
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        num_splits = min(tiles, max(1, -(-2 * processors // programs)))
-    return num_splits, -(-tiles // num_splits) * rows
+        wanted = processors * (2 if max(const["F"], const["D"]) == 128 else 4)
+        num_splits = min(tiles, -(-wanted // programs))
+    return num_splits, -(-tiles // num_splits) * const["ROWS"]
 
 
 def _blocks(feature_map, width):
@@ -418,18 +410,18 @@ def constants(kernel, feature_map, width, D, dtype, has_w):
                 PRECISION="ieee" if dtype == torch.float32 else "tf32", **launch_config(kernel, F, D, blocks, dtype))
 
 
-def _reduce(x, y, w, feature_map, num_splits, den=None, delta=None):
-    """sum_n phi(x_n)^T y_n (B, H, f, D) and sum_n phi(x_n) (B, H, f), or their weighted form, in float32, not yet over N."""
+def _reduce(x, y, w, feature_map, num_splits, scale, den=None, delta=None):
+    """scale sum_n phi(x_n)^T y_n (f, D), flattened, and behind it scale sum_n phi(x_n) (f,), or their weighted form.  -> (B, H, f D + f) float32."""
     B, N, H, _ = x.shape
     D = y.shape[3]
     const = constants("reduce", feature_map, x.shape[3], D, x.dtype, w is not None)
     f = const["F"] * const["BLOCKS"]
-    splits, rows_per_split = split_rows(N, const["ROWS"], B * H, num_splits, x.device)
-    S = torch.empty(B * H, splits, f, D, device=x.device, dtype=torch.float32)
-    Z = torch.empty(B * H, splits, f, device=x.device, dtype=torch.float32)
-    _reduce_kernel[(B * H * splits,)](x, y, x if w is None else w, Z if den is None else den, Z if delta is None else delta, S, Z, N, H,
-                                      splits, rows_per_split, *x.stride(), *y.stride(), WEIGHTED=den is not None, **const)
-    return S.sum(1).view(B, H, f, D), Z.sum(1).view(B, H, f)
+    programs = B * H * const["BLOCKS"]
+    splits, rows_per_split = split_rows(N, const, programs, num_splits, x.device)
+    sums = torch.empty(B, H, splits, f * D + f, device=x.device, dtype=torch.float32)
+    _reduce_kernel[(programs * splits,)](x, y, x if w is None else w, sums if den is None else den, sums if delta is None else delta, sums, scale,
+                                         N, H, splits, rows_per_split, *x.stride(), *y.stride(), WEIGHTED=den is not None, **const)
+    return sums.sum(2)
 
 
 # ---- registered operators -----------------------------------------------------------------------------------------------
@@ -437,8 +429,8 @@ def _reduce(x, y, w, feature_map, num_splits, den=None, delta=None):
 
 @torch.library.custom_op("linear_attention::forward", mutates_args=())
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w_q: Optional[torch.Tensor], w_k: Optional[torch.Tensor], feature_map: str,
-             eps: float, num_splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Eqs. (1) and (2) by the kernels -> o (B, N_q, H, D), d (B, H, N_q), S (B, H, f, D) of the dots' dtype, z (B, H, f).
+             eps: float, num_splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Eqs. (1) and (2) by the kernels -> o (B, N_q, H, D), d (B, H, N_q), S and behind it z (B, H, f D + f), both float32.
 
     num_splits 0 is the rule of split_rows; tests pass others.
     """
@@ -446,27 +438,25 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w_q: Optional[to
     D, dot = v.shape[3], dot_dtype(q.dtype)
     w_q, w_k = (None if w is None else w.to(dot).contiguous() for w in (w_q, w_k))
     with torch.cuda.device_of(q):
-        S, z = _reduce(k, v, w_k, feature_map, num_splits)
-        S, z = (S / k.shape[1]).to(dot), z / k.shape[1]
+        sums = _reduce(k, v, w_k, feature_map, num_splits, 1 / k.shape[1])
         o, d = q.new_empty(B, N, H, D), torch.empty(B, H, N, device=q.device, dtype=torch.float32)
         const = constants("apply", feature_map, q.shape[3], D, q.dtype, w_q is not None)
-        splits, rows_per_split = split_rows(N, const["ROWS"], B * H, num_splits, q.device)
-        _apply_kernel[(B * H * splits,)](q, q if w_q is None else w_q, S, z, o, d, eps, N, H, splits, rows_per_split,
+        splits, rows_per_split = split_rows(N, const, B * H, num_splits, q.device)
+        _apply_kernel[(B * H * splits,)](q, q if w_q is None else w_q, sums, o, d, eps, N, H, splits, rows_per_split,
                                          *q.stride(), *o.stride(), **const)
-    return o, d, S, z
+    return o, d, sums
 
 
 @_forward.register_fake
 def _(q, k, v, w_q, w_k, feature_map, eps, num_splits):
     B, N, H, width = q.shape
     f, D = width * (2 if feature_map == "hedgehog" else 1), v.shape[3]
-    return (q.new_empty(B, N, H, D), q.new_empty(B, H, N, dtype=torch.float32), q.new_empty(B, H, f, D, dtype=dot_dtype(q.dtype)),
-            q.new_empty(B, H, f, dtype=torch.float32))
+    return q.new_empty(B, N, H, D), q.new_empty(B, H, N, dtype=torch.float32), q.new_empty(B, H, f * D + f, dtype=torch.float32)
 
 
 @torch.library.custom_op("linear_attention::backward", mutates_args=())
 def _backward(g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w_q: Optional[torch.Tensor], w_k: Optional[torch.Tensor],
-              o: torch.Tensor, d: torch.Tensor, S: torch.Tensor, z: torch.Tensor, feature_map: str, num_splits: int, need_w_q: bool,
+              o: torch.Tensor, d: torch.Tensor, sums: torch.Tensor, feature_map: str, num_splits: int, need_w_q: bool,
               need_w_k: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Eqs. (3) to (5) by the kernels -> dq, dk, dv, dw_q, dw_k; the last two are empty where not needed."""
     dot = dot_dtype(q.dtype)
@@ -474,29 +464,28 @@ def _backward(g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     delta = torch.empty_like(d)
     dq, dk, dv = (torch.empty(x.shape, device=q.device, dtype=q.dtype) for x in (q, k, v))
 
-    def rows(query, x, y, w, S, z, dx, need_w):
+    def rows(query, x, y, w, sums, dx, need_w):
         """One launch of the backward kernel -> du (B, N, H, F), or None where W needs no gradient."""
         B, N, H, _ = x.shape
         const = constants("backward q" if query else "backward k", feature_map, x.shape[3], v.shape[3], x.dtype, w is not None)
-        splits, rows_per_split = split_rows(N, const["ROWS"], B * H, num_splits, q.device)
+        splits, rows_per_split = split_rows(N, const, B * H, num_splits, q.device)
         du = torch.empty(x.shape, device=q.device, dtype=dot) if need_w else None
-        _backward_kernel[(B * H * splits,)](x, y, o, x if w is None else w, S, z, d, delta, dx, dx if du is None else du, dv, N, H, splits,
+        _backward_kernel[(B * H * splits,)](x, y, o, x if w is None else w, sums, d, delta, dx, dx if du is None else du, dv, N, H, splits,
                                             rows_per_split, *x.stride(), *y.stride(), *o.stride(), QUERY=query, WRITE_U=need_w, **const)
         return du
 
     def weights(x, du, w):
         """dW = sum_n x_n^T du_n over batch and rows: the reduction again, with the identity for phi."""
-        return q.new_empty(0) if du is None else _reduce(x, du, None, "none", num_splits)[0].sum(0).to(w.dtype)
+        return q.new_empty(0) if du is None else _reduce(x, du, None, "none", num_splits, 1.0)[..., :-x.shape[3]].sum(0).view(w.shape).to(w.dtype)
 
     with torch.cuda.device_of(q):
-        du_q = rows(True, q, g, cast_q, S, z, dq, need_w_q)  # first: it writes delta
-        dS, dz = _reduce(q, g, cast_q, feature_map, num_splits, d, delta)
-        du_k = rows(False, k, v, cast_k, (dS / k.shape[1]).to(dot), dz / k.shape[1], dk, need_w_k)
+        du_q = rows(True, q, g, cast_q, sums, dq, need_w_q)  # first: it writes delta
+        du_k = rows(False, k, v, cast_k, _reduce(q, g, cast_q, feature_map, num_splits, 1 / k.shape[1], d, delta), dk, need_w_k)
         return dq, dk, dv, weights(q, du_q, w_q), weights(k, du_k, w_k)
 
 
 @_backward.register_fake
-def _(g, q, k, v, w_q, w_k, o, d, S, z, feature_map, num_splits, need_w_q, need_w_k):
+def _(g, q, k, v, w_q, w_k, o, d, sums, feature_map, num_splits, need_w_q, need_w_k):
     dq, dk, dv = (torch.empty(x.shape, device=q.device, dtype=q.dtype) for x in (q, k, v))
     return dq, dk, dv, *(torch.empty(w.shape, device=q.device, dtype=w.dtype) if need else q.new_empty(0) for w, need in ((w_q, need_w_q), (w_k, need_w_k)))
 
@@ -576,7 +565,7 @@ def linear_attention(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=No
     feature_map  "hedgehog", "softmax", "relu", "elu" or "none" (q and k are features already).
     w_q, w_k     (H, D, D), u = x W, for "hedgehog" alone; any floating dtype; None is the identity.
     eps          added to the N-normalised denominator; None: 0 for positive maps, 1e-6 for "relu" and "none".
-    backend      "triton", "torch", or None: Triton where it can (a CUDA device, a supported size and dtype, sm_90 for size 128), else torch.
+    backend      "triton", "torch", or None: Triton where it can (a CUDA device, a supported size and dtype, for size 128 the shared memory of sm_90), else torch.
 
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit, an unknown name, an empty tensor, a
     projection for a map that has none, and for backend="triton" with inputs that the kernels do not take.
@@ -589,8 +578,8 @@ def linear_attention(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=No
     refusal = None if backend == "torch" else _refusal(q, v, feature_map)
     if backend == "triton" and refusal:
         raise ValueError(f"backend='triton': {refusal}")
-    # before sm_90 a program has too little shared memory for size 128 (docs/kernels.md): there only backend="triton" tries
-    fits = q.is_cuda and (max(q.shape[3], v.shape[3]) < 128 or torch.cuda.get_device_capability(q.device) >= (9, 0))
+    fits = q.is_cuda and (max(q.shape[3], v.shape[3]) < 128  # where a program has too little shared memory for size 128, only backend="triton" tries
+                          or getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", 0) >= SHARED)
     if backend == "triton" or (backend is None and fits and not refusal):
         return _forward(q, k, v, w_q, w_k, feature_map, float(eps), 0)[0]
     return linear_attention_reference(q, k, v, feature_map, w_q, w_k, eps)

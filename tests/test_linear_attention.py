@@ -471,16 +471,16 @@ def bench(*flags):
 
 @pytest.mark.skipif(la.triton is None or not list((Path(la.triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*")),
                     reason="no triton, or one without NVIDIA's assembler")
-def test_kernels_compile_for_sm_90_without_spills(tmp_path):
-    """Every launch of a training step in the default configuration, bf16, D = 128, hedgehog with W and softmax: registers suffice
-    (0 bytes of spills) and shared memory is at most the 227 KB that a program may have."""
+def test_kernels_compile_for_sm_90(tmp_path):
+    """Every launch of a training step in the default configuration, bf16, D = 128, hedgehog with W and softmax: shared memory is at most what a
+    program may have, and few registers spill. The tiles are the fastest on an H100; some that spill a little beat all that do not (docs/kernels.md)."""
     done = bench("--compile", "sm_90", "--json", str(tmp_path / "c.json"))
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "c.json").read_text())["compiled"]
     launches = ["reduce k", "apply", "backward q", "reduce q", "backward k"]
     assert [r["launch"] for r in rows] == launches + ["dW"] + launches
     for r in rows:
-        assert r["spills"] == 0 and r["shared"] <= 227 * 1024 and 16 <= r["regs"] <= 255, r
+        assert r["spills"] <= 256 and r["shared"] <= la.SHARED and 16 <= r["regs"] <= 255, r
 
 
 def test_benchmark_runs_on_the_cpu(tmp_path):
@@ -494,7 +494,8 @@ def test_benchmark_runs_on_the_cpu(tmp_path):
     assert [c["what"] for c in result["crossover"]] == ["forward", "forward + backward"] and "torch beats every SDPA backend" in done.stdout
 
 
-@pytest.mark.parametrize("flags", [["--lengths", "0"], ["--heads", "a"], ["--methods", "triton,magic"], ["--compile", "sm_12"], ["--dtype", "int8"], ["--n", "4"]])
+@pytest.mark.parametrize("flags", [["--lengths", "0"], ["--heads", "a"], ["--methods", "triton,magic"], ["--compile", "sm_12"], ["--dtype", "int8"], ["--n", "4"],
+                                   ["--graph", "--device", "cpu"]])
 def test_benchmark_refuses_wrong_flags(flags, capsys):
     from kernels import bench_linear_attention
 
