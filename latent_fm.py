@@ -478,9 +478,7 @@ def finish(args, net, world, data, space, folder, seconds):
     results, rows = (evaluate_context if args.task in ("inpaint", "semantic") else evaluate)(args, net, world, data, space, draw)
     report.save_samples(folder, rows, world)
     if args.sample is None:
-        io.save_json({"method": "latent_fm", "teacher": None, "data": args.data, "task": args.task, "seed": args.seed, "steps": args.max_train_steps,
-                      "seconds": seconds, "peak_memory_mb": io.peak_memory_mb(device), "params": sum(p.numel() for p in net.parameters()),
-                      "results": results}, os.path.join(folder, "report.json"))
+        report.save_report(folder, args, "latent_fm", None, sum(p.numel() for p in net.parameters()), seconds, device, results, data=args.data, task=args.task)
     io.print_table(results)
     print(f"samples: {os.path.join(folder, 'samples.png')}")
 

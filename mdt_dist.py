@@ -242,7 +242,7 @@ def train(args):
             v = velocity(teacher.net, x_t, t, cond, uncond, args.guidance_vm)
         lap("teacher")
         phi = student(x_t, t, **cond).to(x_t.dtype)  # the call with gradient
-        edge = edge_of(t - args.dt)
+        edge = edge_of(t - args.dt)  # of cm and vm; sCM has one phase
         if args.arm == "cm":
             x_s = x_t - args.dt * v
             with torch.no_grad():
@@ -351,8 +351,7 @@ def finish(args, teacher, net, world, conditions, shape, sparse, seconds, device
     samplers = student_samplers(args, net, conditions, shape, teacher.shift, device)
     if sparse:
         save_points(args, conditions, samplers[longest])
-        io.save_json({"method": "mdt_dist", "teacher": args.teacher, "seed": args.seed, "steps": args.max_train_steps, "seconds": seconds,
-                      "peak_memory_mb": io.peak_memory_mb(device), "params": params, "results": []}, os.path.join(args.output_dir, "report.json"))
+        report.save_report(args.output_dir, args, "mdt_dist", args.teacher, params, seconds, device, [])
         return
     guided = 1 if args.guidance_scale == 1 else 2
     euler = {n: report.teacher_sampler(args, teacher, conditions, shape, device, step_grid(n, teacher.shift), "euler") for n in args.student_steps}

@@ -135,10 +135,15 @@ def finish(args, method, teacher, world, conditions, shape, times, students, par
     save_samples(args.output_dir, pictured if world else decoded(pictured, teacher.folder), world)
     if not world:
         io.save_tensors({"x0": x_student}, os.path.join(args.output_dir, "samples.safetensors"))  # latents for a decoder
-    io.save_json({"method": method, "teacher": args.teacher, "seed": args.seed, "steps": args.max_train_steps, "seconds": seconds,
-                  "peak_memory_mb": io.peak_memory_mb(device), "params": params, "results": results}, os.path.join(args.output_dir, "report.json"))
+    save_report(args.output_dir, args, method, args.teacher, params, seconds, device, results)
     io.print_table(results)
     print(f"samples: {os.path.join(args.output_dir, 'samples.png')}")
+
+
+def save_report(folder, args, method, teacher, params, seconds, device, results, **more):
+    """report.json: what was run, what it cost, and the rows that were measured. more: further entries of what was run."""
+    io.save_json({"method": method, "teacher": teacher, **more, "seed": args.seed, "steps": args.max_train_steps, "seconds": seconds,
+                  "peak_memory_mb": io.peak_memory_mb(device), "params": params, "results": results}, os.path.join(folder, "report.json"))
 
 
 def measured_teacher(args, teacher, world, label, draw_samples, sampler, row):

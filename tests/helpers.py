@@ -327,19 +327,21 @@ io.run({script}.main)
 """
 
 
-def assert_two_ranks_are_one_process(m, folder, script, flags, least):
-    """A script on two gloo ranks (FOLDER/two), and in this process with twice the batch (FOLDER/one): the same averaged gradients, of a norm above `least`.
+def assert_two_ranks_are_one_process(m, folder, script, flags, least, batch=2, first=None, within=lambda call: 1e-3):
+    """A script on two gloo ranks with this batch (FOLDER/two), and in this process with twice of it (FOLDER/one): the same averaged gradients in the first
+    (None: all) updates, of a norm above `least`, up to within(number of the update) of it.  -> the number of all updates.
     m: a MonkeyPatch, whose changes reach the one process alone."""
     (folder / "spy.py").write_text(SPYING.format(script=script.__name__))
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(folder / "spy.py")]
-    done = subprocess.run([*ranks, *flags, "--train_batch_size", "2", "--output_dir", str(folder / "two")], capture_output=True, text=True,
+    done = subprocess.run([*ranks, *flags, "--train_batch_size", str(batch), "--output_dir", str(folder / "two")], capture_output=True, text=True,
                           env={**ENV, "GRADIENTS": str(folder / "two") + ".gradients"}, cwd=folder, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     gradients, real = [], torch.nn.utils.clip_grad_norm_
     m.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, *args: gradients.append([p.grad.clone() for p in parameters]) or real(parameters, *args))
-    script.main([*flags, "--train_batch_size", "4", "--output_dir", str(folder / "one")])
+    script.main([*flags, "--train_batch_size", str(2 * batch), "--output_dir", str(folder / "one")])
     assert gradients
-    for call, one in enumerate(gradients, start=1):
+    for call, one in enumerate(gradients[:first], start=1):
         two = load_file(f"{folder / 'two'}.gradients.{call}")
-        norm = torch.stack([v.norm() for v in one]).norm()
-        assert norm > least and torch.stack([(v - two[str(i)]).norm() for i, v in enumerate(one)]).norm() < 1e-3 * norm, call
+        norm, difference = torch.stack([v.norm() for v in one]).norm(), torch.stack([(v - two[str(i)]).norm() for i, v in enumerate(one)]).norm()
+        assert len(one) == len(two) and norm > least and difference < within(call) * norm, (call, norm, difference)
+    return len(gradients)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import decoupled_dmd
 import dmd
 import tdm
-from helpers import (ENV, ROOT, SPYING, SUICIDAL, TINY_WAN, assert_bit_equal, each, perturbed, read_log, refusal_of, save_tiny_pixart, save_tiny_teacher, save_tiny_wan,
-                     save_tiny_z_image, weights, without_time)
+from helpers import (ENV, ROOT, SUICIDAL, TINY_WAN, assert_bit_equal, assert_two_ranks_are_one_process, each, perturbed, read_log, refusal_of, save_tiny_pixart,
+                     save_tiny_teacher, save_tiny_wan, save_tiny_z_image, weights, without_time)
 from models import io
 from models.diffusion import Flow
 from models.dit import DiT
@@ -374,22 +374,12 @@ def test_sharded_checkpoints(tmp_path):
 
 
 @each
-def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path, script):
+def test_two_ranks_are_one_process_with_twice_the_batch(monkeypatch, tmp_path, script):
     (tmp_path / "teacher").mkdir()
     teacher = {dmd: save_tiny_wan, decoupled_dmd: save_tiny_z_image, tdm: lambda root: [*save_tiny_pixart(root, 512), "--student_steps", "4"]}[script]
     flags = [*teacher(tmp_path / "teacher"), "--max_train_steps", "4", "--fake_update_ratio", "5"]
-    (tmp_path / "spy.py").write_text(SPYING.format(script=script.__name__))
-    single = [sys.executable, str(tmp_path / "spy.py")]
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "spy.py")]
-    for name, launch, batch in (("one", single, "4"), ("two", ranks, "2")):
-        done = subprocess.run([*launch, *flags, "--train_batch_size", batch, "--output_dir", str(tmp_path / name)], capture_output=True, text=True,
-                              env={**ENV, "GRADIENTS": str(tmp_path / name) + ".gradients"}, cwd=tmp_path, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-    for call in range(1, 7):  # five fake updates and the student's
-        one, two = (load_file(tmp_path / f"{name}.gradients.{call}") for name in ("one", "two"))
-        norm = torch.stack([v.norm() for v in one.values()]).norm()
-        difference = torch.stack([(one[k] - two[k]).norm() for k in one]).norm()
-        assert norm > 1e-4 and difference < (1e-5 if call in (1, 6) else 1e-4) * norm, (call, norm, difference)
+    with monkeypatch.context() as m:  # of four times five fake updates and the student's, the first six
+        assert 24 == assert_two_ranks_are_one_process(m, tmp_path, script, flags, least=1e-4, first=6, within=lambda call: 1e-5 if call in (1, 6) else 1e-4)
     for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two")):
         for loss in ("loss_fake", "mean", "std", *(name for name in a if name.startswith("loss_dm"))):
             assert float(a[loss]) == pytest.approx(float(b[loss]), rel=1e-4, abs=1e-6), (a["step"], loss)
