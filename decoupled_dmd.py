@@ -1,480 +1,515 @@
-"""Decoupled DMD (arXiv 2511.22677 v1): CFG augmentation is the engine, distribution matching the shield.
+"""Decoupled DMD (2511.22677 v1): CFG augmentation is the engine, distribution matching the shield.
 
-The idea. Everybody who distils a text-to-image teacher with DMD guides the real score and not the fake one. Then the gradient is two things
-at once: the matching of distributions that DMD is named for, conditional real score minus fake score, and a second term that has no fake
-score in it, (alpha - 1) times (conditional minus unconditional real score). The paper takes the sum apart. The second term, CFG augmentation
-(CA), is what turns a many-step teacher into a few-step student: it climbs log p(c | x), fast, and on its own without end, until colours and
-noise run away. The first, distribution matching (DM), cannot do the conversion as well, but pulls back whatever real samples do not have; a
-penalty on mean and variance, or a GAN, can stand in for it, worse. Apart, each term can have its own noise level. CA at a level adds content
-of that level, so a student whose input is already less noisy needs CA only below it (cleaner); DM must see faults of all sizes, so all levels.
+The idea. Whoever distils a text-to-image teacher with DMD guides the real score and not the fake
+one. Then the gradient is two things at once: the matching of distributions that DMD is named for,
+conditional real score minus fake score, and a second term without any fake score, (alpha - 1) times
+(conditional minus unconditional real score). The paper takes the sum apart. The second term, CFG
+augmentation (CA), is what turns a many-step teacher into a few-step student: it climbs log p(c |
+x), fast, and on its own without end, until colours and noise run away. The first, distribution
+matching (DM), converts less well, but pulls back whatever real samples do not have; a penalty on
+mean and variance, or a GAN, can stand in for it, less well. Apart, each term can have its own noise
+level: CA adds content of its level, so it is needed only at cleaner levels than the student's
+input; DM must see faults of all sizes, so it draws from all levels.
 
-    paper               here                  meaning                                                                    shape
-    t = 0 noise, 1 data u = 1 - t             raw time here: 1 noise, 0 data. Turned round once, here; networks see shift(u)   float
-    t_1=0 < ... < t_N   times                 the student's steps, u = 1, (N-1)/N, ..., 1/N, shifted                     N floats
-    z_t                 x_in                  the student's input at step k, made by its own steps before                (B, ...)
-    x = G(z_t)          x                     student sample, read as x0                                                 (B, ...)
-    tau_DM, tau_CA      t_dm, t_ca            noise levels of the two terms; tau > t is u < u_k here                     (B,)
-    s_real^cond,uncond  x0_cond, x0_uncond    the teacher's x0 with and without the condition (its scores, rescaled)     (B, ...)
-    s_fake^cond         x0_fake               the fake's x0, never guided                                                (B, ...)
-    alpha               --guidance_scale      uncond + alpha (cond - uncond); 1 leaves DM alone                          float
-    -Delta_DM, -Delta_CA  g_dm, g_ca          the two gradients in x; Eq. 6 says that their sum is DMD's                 (B, ...)
+    paper             here               meaning                                          shape
+    t = 0 noise       u = 1              raw time: here 1 is noise, 0 data; t = shift(u)
+    t_1 < ... < t_N   times              the student's steps, u = 1, (N-1)/N, ..., 1/N    N floats
+    z_t               x_in               input of the student's step k, of its own making (B, ...)
+    x = G(z_t)        x                  the student's sample, read as x0                 (B, ...)
+    tau_DM, tau_CA    t_dm, t_ca         noise levels of the two terms                    (B,)
+    s_real, s_fake    mu_cond, mu_fake   their x0 at x_dm, x_ca; mu_uncond: no condition  (B, ...)
+    alpha             alpha              guidance scale; 1 leaves DM alone                float
+    -Delta_DM, _CA    g_dm, g_ca         gradients in x; their sum is DMD's (Eq. 6)       (B, ...)
 
 Launch.
-    laptop      python decoupled_dmd.py                          # glyphs, four steps, under four minutes on two cores
-                python decoupled_dmd.py --teacher ring           # seconds
-    schedules   python decoupled_dmd.py --schedule shared        # DMD as everybody has it; also: full, constrained (Table 1)
-    ablations   python decoupled_dmd.py --no_dm                  # CA alone: sharp at once, then runs away (Fig. 2)
-                python decoupled_dmd.py --no_ca                  # DM alone
-                python decoupled_dmd.py --no_dm --mean_variance_weight 1   # a shield without a network (Eq. 7)
-                python decoupled_dmd.py --no_dm --gan_weight 0.1           # a GAN for a shield
-                python decoupled_dmd.py --no_dm --observer       # CA alone, and the fake looks on: what DM would have done (Sec. 4.2)
-    one GPU     python decoupled_dmd.py --teacher Z-Image --prompts prompts.safetensors --mixed_precision bf16 --gradient_checkpointing
-    one node    torchrun --nproc-per-node 8 decoupled_dmd.py (the same flags; --train_batch_size is per rank)
-    many nodes  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 decoupled_dmd.py ...
+    laptop      python decoupled_dmd.py                    # glyphs, four steps, four minutes
+                python decoupled_dmd.py --teacher ring     # seconds
+    paper       python decoupled_dmd.py --shared_fake --fake_update_ratio 5 --dm_range 0 1 \
+                    --ca_range 0 1
+    ablations   python decoupled_dmd.py --schedule shared    # DMD; also full, constrained (Table 1)
+                python decoupled_dmd.py --no_dm       # CA alone: sharp, then runs away (Fig. 2)
+    torchrun    torchrun --nproc-per-node 8 decoupled_dmd.py --teacher Z-Image \
+                    --prompts prompts.safetensors --mixed_precision bf16 --gradient_checkpointing
     sampling    python decoupled_dmd.py --sample runs/decoupled_dmd-glyphs/student
 
-Deviations, and why. The paper writes scores and its Algorithm 1 adds them to an image: they are x0 predictions, here too. It has no
-normaliser, nor have the small teachers here; "branch", one for each term, which ports report the authors to use, is for released ones. The
-fake is told which step made a sample, where the network has such an input: CA of different strength at different steps otherwise lets early
-steps overshoot and late ones fall short, with a mixture that looks right (docs/decoupled_dmd.md; --shared_fake is the paper's). Noise levels
-keep 2 % off both ends in the student's turn, as DMD2's do, and are spread evenly over a batch. EMA, momentum and falling rates are flags that
-keep the default run short.
+Deviations; the reasons are in docs/decoupled_dmd.md. Scores are written as x0 predictions. Released
+teachers get a normaliser, "branch". The fake is conditioned on the student's step (--shared_fake:
+the paper's, which is not). Noise levels keep 2 % off both ends in the student's update.
 """
+
 import copy
-import datetime
-import os
-import sys
-import time
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from models import io, report
-from models.diffusion import add_noise, expand, from_x0_eps, guide, predict_x0, predict_x0_eps, shift, step_grid
-from models.gan import GanHead, discriminator_loss, gan_logit, generator_gan_loss
-from models.toy import WORLDS, load_world
+from models.diffusion import expand, guide, step_grid
+from models.draws import stable_hash
+from models.networks.gan import GanHead
+from models.plumbing import report
+from models.plumbing.data import Conditions, real_batches, try_network
+from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
+from models.plumbing.run import Run, run_main
+from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
 
-# ---- the method --------------------------------------------------------------------------------------------------
+# ---- the losses. x, eps (B, ...), t (B,); diffusion: noise schedule and prediction type ----------
 
 
-def noise_ranges(schedule, u_k, dm_range, ca_range):
-    """Where u_DM and u_CA are drawn from when the student's input is at raw time u_k (Sec. 4.3).  -> (lo, hi) of DM, (lo, hi) of CA.
+def decoupled_dmd_loss(x, teacher, fake, diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha):
+    """The student's loss (Alg. 1, lambda = 1).  -> scalar, g_dm, g_ca (B, ...).
 
-    The bound is set before the shift, as the authors do it: u <= u_k is "cleaner than the input", the paper's tau in [t, 1].
-    "shared" draws once for both (DMD), "full" twice, "constrained" bounds both, "hybrid" (the proposal) only CA.
-    At the first step u_k = 1 and all but "shared" are the same. A range wholly above u_k shrinks to that point.
+    Its gradient in x, with all else constant, is (g_dm + g_ca) / numel(x), where
+
+        g_dm = mu_fake(x_dm) - mu_cond(x_dm)                                                 (Eq. 6)
+        g_ca = (alpha - 1) (mu_uncond(x_ca) - mu_cond(x_ca))
+
+    at_dm and at_ca are pairs (eps, t): noise and noise level of the two terms. With the same pair
+    for both this is DMD's gradient with a guided teacher, without its normaliser.
     """
-    below = lambda r: (min(r[0], u_k), min(r[1], u_k))  # noqa: E731
-    return below(dm_range) if schedule == "constrained" else dm_range, below(ca_range) if schedule in ("constrained", "hybrid") else ca_range
+    (eps_dm, t_dm), (eps_ca, t_ca) = at_dm, at_ca
+    with torch.no_grad():
+        x_dm, x_ca = diffusion.add_noise(x, eps_dm, t_dm), diffusion.add_noise(x, eps_ca, t_ca)
+        mu_cond = diffusion.x0(teacher, x_dm, t_dm, **cond)
+        g_dm = diffusion.x0(fake, x_dm, t_dm, **fake_cond) - mu_cond
+        if at_ca is not at_dm:
+            mu_cond = diffusion.x0(teacher, x_ca, t_ca, **cond)
+        mu_uncond = diffusion.x0(teacher, x_ca, t_ca, **uncond)
+        g_ca = (alpha - 1) * (mu_uncond - mu_cond)
+        g = g_dm + g_ca
+    return 0.5 * F.mse_loss(x, (x - g).detach()), g_dm, g_ca
 
 
-@torch.no_grad()
-def decoupled_gradients(x, x0_real, x0_fake, x0_cond, x0_uncond, guidance_scale, normalizer="none", x0_guided=None):
-    """-Delta_DM and -Delta_CA (Eq. 6): the directions in x that the two terms are walked down against.  -> g_dm, g_ca (B, ...).
+def noise_ranges(levels, u_k, dm_range, ca_range):
+    """Where u_DM and u_CA are drawn from, for a student's input at raw time u_k (Sec. 4.3).
 
-    x0_real, x0_fake: teacher (conditional) and fake at DM's noise level; x0_cond, x0_uncond: teacher at CA's. At one level with one noise
-    their sum is DMD's gradient with a guided teacher, for any numbers. normalizer, per sample, as mean |x - something|:
-    "none": the paper's; "branch": each term by the conditional x0 of its own level; "shared": both by x0_guided, the guided x0 at DM's
-    level, which is DMD's Eq. 8. All (B, ...) -> without gradient.
+    levels "shared" draws once for both (DMD), "full" twice, "constrained" bounds both to u <= u_k,
+    "hybrid" (the proposal) only CA. u <= u_k is "cleaner than the input", the paper's tau in [t,
+    1]; the bound is set before the shift. A range wholly above u_k shrinks to that point. -> (lo,
+    hi) of DM, (lo, hi) of CA
     """
-    g_dm, g_ca = x0_fake - x0_real, (guidance_scale - 1) * (x0_uncond - x0_cond)
-    if normalizer == "none":
-        return g_dm, g_ca
-    by_dm, by_ca = (x0_real, x0_cond) if normalizer == "branch" else (x0_guided, x0_guided)
-    error = lambda x0: expand((x - x0).abs().flatten(1).mean(1).clamp_min(1e-8), x)  # noqa: E731  (B, 1, ...)
-    return g_dm / error(by_dm), g_ca / error(by_ca)
+    if levels == "constrained":
+        dm_range = min(dm_range[0], u_k), min(dm_range[1], u_k)
+    if levels in ("constrained", "hybrid"):
+        ca_range = min(ca_range[0], u_k), min(ca_range[1], u_k)
+    return dm_range, ca_range
 
 
-def distribution_matching_loss(x, g):
-    """A loss whose gradient in x is g / numel(x); its value only says how large g is (Alg. 1, lambda = 1).  -> scalar."""
-    return 0.5 * F.mse_loss(x, (x - g).detach())
+def fake_score_loss(fake, diffusion, x, eps, t, cond):
+    """Denoising loss on detached student samples (Alg. 1).  -> scalar.
 
-
-def fake_score_loss(fake, schedule, kind, x, eps, t, cond):
-    """Denoising loss of the fake score on detached student samples (Alg. 1; conditional, never guided, all noise levels), in the space
-    the network predicts, which is the weighting its teacher was trained with.  x, eps (B, ...), t (B,) -> scalar."""
-    x_t = add_noise(schedule, x, eps, t)
-    target = from_x0_eps(kind, x, eps, schedule.alpha(t), schedule.sigma(t))
-    return F.mse_loss(fake(x_t, t, **cond).float(), target)
+    At all noise levels, conditional, never guided; in the space the network predicts, which is the
+    weighting its teacher was trained with.
+    """
+    x_t = diffusion.add_noise(x, eps, t)
+    return F.mse_loss(fake(x_t, t, **cond).float(), diffusion.target(x, eps, t))
 
 
 def image_moments(x):
-    """Variance and mean over all values of each image. Points have no inside: for x (B, 2) the batch is the image.  x (B, ...) -> (B,), (B,)."""
-    return torch.var_mean(x.flatten(1) if x.dim() > 2 else x.flatten()[None], dim=1, correction=0)
+    """Variance and mean over all values of each image.  x (B, ...) -> (B,), (B,).
+
+    Points have no inside: for x (B, 2) the batch is the image, -> (1,), (1,).
+    """
+    values = x.flatten(1) if x.dim() > 2 else x.flatten()[None]
+    return torch.var_mean(values, dim=1, correction=0)
 
 
 def mean_variance_loss(x, mean, variance):
-    """Mean over images of KL(N(m_i, v_i) || N(mean, variance)), m_i and v_i those of image i (Eq. 7): the shield without a network.
-    x (B, ...); mean, variance floats -> scalar."""
+    """The shield without a network (Eq. 7): mean over images of KL(N(m_i, v_i) || N(mean,
+    variance)).
+
+    m_i and v_i are those of image i.  x (B, ...); mean, variance floats -> scalar.
+    """
     v, m = image_moments(x)  # (B,), (B,)
     v = v.clamp_min(1e-8)
     return (0.5 * ((v + (m - mean) ** 2) / variance - 1 - torch.log(v / variance))).mean()
 
 
-# ---- the sampler ---------------------------------------------------------------------------------------------------
+def gan_logit(fake, head, diffusion, x, eps, t, cond):
+    """Real or fake? Read from the fake's middle features of the noised sample (DMD2, 4.3).
+    (B,)."""
+    x_t = diffusion.add_noise(x, eps, t)  # noise makes real and fake overlap
+    return head(fake(x_t, t, return_features=True, **cond).float())
 
 
-def rollout(student, schedule, kind, z, times, cond, renoise, fresh):
-    """From pure noise z at times[0] to the student's input at times[-1]: len(times) - 1 calls.
+def discriminator_loss(logit_real, logit_fake):
+    """Trains the head and the fake's first half (DMD2, Eq. 4, non-saturating).  -> scalar."""
+    return F.softplus(logit_fake).mean() + F.softplus(-logit_real).mean()
 
-    renoise "sde": x_{t'} = alpha' x0 + sigma' fresh noise (2405.14867, Sec. 4.4); "ode": Euler, keeping the noise the student implies.
-    fresh: index of the step -> noise (B, ...). With one time this is z itself, exactly.
+
+def discriminator_turn(draw, fake, head, diffusion, x, cond, x_real, cond_real):
+    """The discriminator's loss on student samples x and real ones, each with noise of its own."""
+    logit_fake = gan_logit(fake, head, diffusion, x, *draw.eps_t("_gan_fake"), cond)
+    logit_real = gan_logit(fake, head, diffusion, x_real, *draw.eps_t("_gan_real"), cond_real)
+    return discriminator_loss(logit_real, logit_fake)
+
+
+def generator_loss(logit_fake):
+    """The student's side; the gradient passes through the frozen fake into x.  -> scalar."""
+    return F.softplus(-logit_fake).mean()
+
+
+# ---- ablations of the student's loss -------------------------------------------------------------
+
+
+def ablated_loss(
+    x, teacher, fake, diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha, ablation
+):
+    """The same with a term off, or with a normaliser. ablation: see `Ablation`.
+
+    -> scalar, g_dm, g_ca; the gradient of a term that is off is 0, or, with an observer, what it
+    would have been.
     """
-    x_t = z
+    (eps_dm, t_dm), (eps_ca, t_ca) = at_dm, at_ca
+    with torch.no_grad():
+        x_dm, x_ca = diffusion.add_noise(x, eps_dm, t_dm), diffusion.add_noise(x, eps_ca, t_ca)
+        mu_real = mu_fake = mu_guided = mu_cond = mu_uncond = x  # so a term that is off is 0
+        if ablation.sees_dm or ablation.normalizer == "shared":
+            mu_real = mu_fake = mu_guided = diffusion.x0(teacher, x_dm, t_dm, **cond)
+        if ablation.sees_dm:
+            mu_fake = diffusion.x0(fake, x_dm, t_dm, **fake_cond)
+        one_level = at_ca is at_dm and mu_real is not x  # what is known there is not computed again
+        if ablation.ca:
+            mu_cond = mu_real if one_level else diffusion.x0(teacher, x_ca, t_ca, **cond)
+            mu_uncond = diffusion.x0(teacher, x_ca, t_ca, **uncond)
+        if ablation.normalizer == "shared" and alpha != 1:
+            known = one_level and ablation.ca
+            mu_null = mu_uncond if known else diffusion.x0(teacher, x_dm, t_dm, **uncond)
+            mu_guided = guide(mu_real, mu_null, alpha)
+        g_dm, g_ca = mu_fake - mu_real, (alpha - 1) * (mu_uncond - mu_cond)
+        by_dm = {"none": None, "branch": mu_real, "shared": mu_guided}[ablation.normalizer]
+        by_ca = {"none": None, "branch": mu_cond, "shared": mu_guided}[ablation.normalizer]
+        g_dm, g_ca = normalised(g_dm, x, by_dm), normalised(g_ca, x, by_ca)
+        g = g_dm + g_ca if ablation.dm else g_ca
+    return 0.5 * F.mse_loss(x, (x - g).detach()), g_dm, g_ca
+
+
+def normalised(g, x, mu):
+    """g over mean |x - mu|, one mean for each sample; mu None: as it is (paper).  (B, ...)."""
+    if mu is None:
+        return g
+    error = (x - mu).abs().flatten(1).mean(1)  # (B,)
+    return g / expand(error.clamp_min(1e-8), x)
+
+
+class Ablation:
+    """Which terms are on, and what they are divided by.
+
+    normalizer "none": nothing (paper); "branch": each term by the mean |x - conditional x0| of its
+    own level; "shared": both by the mean |x - guided x0| at DM's level, which is DMD's Eq. 8.
+    """
+
+    def __init__(self, args):
+        self.dm, self.ca = not args.no_dm, not args.no_ca and args.guidance_scale != 1
+        self.sees_dm = self.dm or args.observer  # whether DM's gradient is computed
+        self.needs_fake = self.sees_dm or args.gan_weight > 0
+        self.normalizer = args.normalizer
+        self.none = self.dm and self.ca and self.normalizer == "none"
+
+
+# ---- the sampler ---------------------------------------------------------------------------------
+
+
+def rollout(student, diffusion, noise, times, cond, renoise):
+    """From noise("z") at times[0] to the student's input at times[-1]: len(times) - 1 calls.
+
+    renoise "sde": fresh noise after step i, noise("renoise<i>") (DMD2, Sec. 4.4); "ode": the noise
+    that the student implies, an Euler step.  noise: name -> (B, ...).  -> (B, ...)
+    """
+    x = noise("z")
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
-        x0, eps = predict_x0_eps(student, schedule, kind, x_t, z.new_full((len(z),), t), **cond)
-        x_t = add_noise(schedule, x0, fresh(i) if renoise == "sde" else eps, z.new_full((len(z),), t_next))
-    return x_t
+        x0, eps = diffusion.x0_eps(student, x, t, **cond)
+        if renoise == "sde":
+            eps = noise(f"renoise{i}")
+        x = diffusion.add_noise(x0, eps, t_next)
+    return x
 
 
 @torch.no_grad()
-def sample(student, schedule, kind, z, times, cond, renoise="sde", fresh=None):
-    """The few-step sampler: len(times) calls, no guidance, no noise after the last.  z (B, ...) -> x0 (B, ...)."""
-    fresh = fresh or (lambda i: torch.randn_like(z))
-    x_t = rollout(student, schedule, kind, z, times, cond, renoise, fresh)
-    return predict_x0(student, schedule, kind, x_t, z.new_full((len(z),), times[-1]), **cond)
+def sample(student, diffusion, noise, times, cond, renoise="sde"):
+    """The few-step sampler: len(times) calls, no guidance, no noise after the last.  -> x0 (B,
+    ...)."""
+    x_in = rollout(student, diffusion, noise, times, cond, renoise)
+    return diffusion.x0(student, x_in, times[-1], **cond)
 
 
-# ---- plumbing: identical in every script ---------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
-def start_ranks():
-    """-> rank, world_size, device. Under torchrun joins the process group (nccl on GPUs, gloo on the CPU)."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))  # rank 0 may sample for long
-    return rank, world_size, device
+def student_input(args, draw, student, teacher, times):
+    """One step k for the whole batch, and its input, made by the student's own steps (Alg. 1).
+
+    -> k, x_in (B, ...), cond, uncond.
+    """
+    k, (cond, uncond) = draw.agreed("k", len(times)), teacher.conditions.draw(draw)
+    with torch.no_grad():
+        x_in = rollout(student, teacher.diffusion, draw.noise, times[: k + 1], cond, args.renoise)
+    return k, x_in, cond, uncond
 
 
-def mean_over_ranks(*values):
-    """Scalars averaged over ranks, as floats; also where ranks wait for one another."""
-    v = torch.stack([torch.as_tensor(x).detach().float().cpu() for x in values])
-    if dist.is_initialized():
-        v = v.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(v)
-        v = v.cpu() / dist.get_world_size()
-    return v.tolist()
+def fake_sees_step(args, net):
+    """Whether the fake, a network like net, is conditioned on the student's step (docs/dmd.md)."""
+    return args.student_steps > 1 and not args.shared_fake and "steps_cond" in net.config
 
 
-def update(optimizers, max_grad_norm, what, loss):
-    """Average gradients over ranks, clip, check that all ranks are finite, step. -> gradient norm before clipping."""
-    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
-    if dist.is_initialized():
-        for p in parameters:  # every rank has the same parameters in the same order; FSDP2 does this in its backward
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    if not all(abs(v) < float("inf") for v in mean_over_ranks(loss, norm)):  # NaN compares false; same verdict on all ranks
-        raise io.TrainingError(f"{what} loss or gradient is not finite ({float(loss):.4g}, norm {float(norm):.4g}); the last "
-                               "checkpoint under state/ is intact; start again with a lower learning rate or max_grad_norm")
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+def step_input(k, draw, on):
+    """What the fake is conditioned on beside the sample's own condition: the step that made it."""
+    return {"steps": torch.full((len(draw.rows),), float(k), device=draw.device)} if on else {}
 
 
-@torch.no_grad()
-def update_ema(ema, net, decay):
-    for a, b in zip(ema.parameters(), net.parameters()):
-        a.lerp_(b, 1 - decay)
+def note_gradients(run, x, g_dm, g_ca, ablation):
+    """What the two terms, and all others together (g_rest), send into x; after backward()."""
+    n, g = x.numel(), g_dm + g_ca if ablation.dm else g_ca
+    cos = F.cosine_similarity(g_dm.flatten(1), g_ca.flatten(1)).mean()
+    run.note(g_dm=(g_dm / n).norm(), g_ca=(g_ca / n).norm(), cos_dm_ca=cos)
+    run.note(g_rest=(x.grad / run.share - g / n).norm())
 
 
-# ---- training ------------------------------------------------------------------------------------------------------
+def describe(args, times, ablation, see_step):
+    """The student's steps and what it learns from, in words."""
+    on = {"DM": ablation.dm, "CA": ablation.ca, "GAN": args.gan_weight}
+    on["mean-variance KL"] = args.mean_variance_weight
+    terms = " + ".join(name for name, weight in on.items() if weight)
+    fake = "conditioned on the step" if see_step else "not conditioned on the step"
+    return (
+        f"{report.steps_at(times)}, {args.renoise}; {terms}, noise levels {args.schedule}, "
+        f"normalizer {args.normalizer}; the fake is {fake}"
+    )
 
 
 def train(args):
-    rank, world_size, device = start_ranks()
-    main_rank, B = rank == 0, args.train_batch_size
-    teacher, student, fake = io.load_networks(args, WORLDS, device)
-    schedule, kind, shape = teacher.schedule, teacher.prediction, tuple(args.sample_shape or student.latent_shape)
-    world = load_world(teacher.world_name) if teacher.world_name in WORLDS else None
-    conditions = io.Conditions(args, student)
-    times = step_grid(args.student_steps, teacher.shift)[:-1]  # the student's t_1 > ... > t_N, shifted
-    use_dm, use_ca = not args.no_dm, not args.no_ca and args.guidance_scale != 1
-    see_dm = use_dm or args.observer  # whether DM's gradient is computed
-    needs_fake = see_dm or args.gan_weight > 0
-    refuse_flags(args, use_ca, world)
-    data = io.load_real_data(args, WORLDS, world, teacher, shape) if args.gan_weight else None
-    if args.mean_variance_weight:
-        mean, variance = args.mean_variance_target or world_moments(world)
-    _, features = io.try_network(student, conditions, shape, device, return_features=True)
-    torch.manual_seed(io.stable_hash(args.seed, "head"))
-    head = GanHead(features.shape[-1]).to(device)
+    run = Run(args, "decoupled_dmd")
+    teacher = start_teacher(args)
+    refuse(wrong_flags(args, teacher.world))
+    teacher.conditions = Conditions(args, teacher.base)
+    diffusion, alpha, ablation = teacher.diffusion, args.guidance_scale, Ablation(args)
+    times = step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... > t_N, shifted
+    see_step = fake_sees_step(args, teacher.base)
+    student = trainable_copy(args, starting_network(args, teacher), run.device)
+    fake = trainable_copy(args, teacher.base, run.device, see_step)
+    freeze_teacher(args, teacher, run.device)
+    real = real_batches(args, teacher, run.device) if args.gan_weight else None
+    features = try_network(student, teacher, run.device, return_features=True)  # (1, N, D)
+    torch.manual_seed(stable_hash(args.seed, "head"))
+    head = GanHead(features.shape[-1]).to(run.device)
     ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
-    optimizer_fake = torch.optim.AdamW([*fake.parameters(), *head.parameters()], lr=args.learning_rate_fake, **adam)
+    both = [*fake.parameters(), *head.parameters()]  # the discriminator: the fake and a head on it
+    optimizer_fake = torch.optim.AdamW(both, lr=args.learning_rate_fake, **adam)
+    networks = dict(student=student, fake=fake, head=head, ema=ema)
+    run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
+    moments = mean_variance_target(args, teacher.world)
+    sampler = student_sampler(run, ema, teacher, times, args.renoise)
+    report.introduce(run, teacher, student, describe(args, times, ablation, see_step))
 
-    modules = {"student": student, "fake": fake, "head": head, **({"ema": ema} if args.ema_decay else {})}
-    optimizers = {"optimizer": optimizer, "optimizer_fake": optimizer_fake}
-    start, spent_before = io.resume(args, modules, optimizers)
-    if main_rank:
-        io.prepare_output_dir(args.output_dir, args.resume_from_checkpoint)
-    mean_over_ranks(0.0)  # nobody goes on before the folder is ready
-    log = io.Log(args.output_dir, start) if main_rank else None
-    if main_rank:
-        terms = [n for n, on in (("DM", use_dm), ("CA", use_ca), ("mean-variance KL", args.mean_variance_weight), ("GAN", args.gan_weight)) if on]
-        print(f"teacher {args.teacher}: {type(student).__name__}, {sum(p.numel() for p in student.parameters()):,} parameters, predicts {kind}, "
-              f"{schedule.describe()}, shift {teacher.shift:g}, guidance {args.guidance_scale:g}; {device} x {world_size}\n"
-              f"student: {args.student_steps} step(s) at t = {', '.join(f'{t:.4g}' for t in times)}, {args.renoise}; {' + '.join(terms)}, "
-              f"noise levels {args.schedule}, normalizer {args.normalizer}; the fake is {'' if io.tells_step(args, student) else 'not '}told the step")
+    for step in run.steps():
+        warmup, decay = run.rate(step)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * decay
+        optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
 
-    def real_batch(draw, name):
-        """Data rows with their own conditions.  -> x0 (B, ...), cond."""
-        i = draw.integer(name, len(data[0]))
-        return io.to_unit(data[0][i]).to(device), {k: v[i].to(device) for k, v in data[1].items()}
-
-    def student_input(draw):
-        """x_in, t and condition the student is trained at: one step k for all ranks, reached by the student's own rollout without
-        gradient (Alg. 1's backward simulation).  -> k, x_in (B, ...), t (B,), cond, uncond, and what else the fake is told."""
-        k = draw.agreed("k", args.student_steps)
-        z = draw.normal("z", shape)
-        t, told = z.new_full((B,), times[k]), {"steps": z.new_full((B,), float(k))} if io.tells_step(args, student) else {}
-        cond, uncond = conditions.draw(draw, device)
-        with torch.no_grad():
-            x_in = rollout(student, schedule, kind, z, times[:k + 1], cond, args.renoise, lambda i: draw.normal(f"renoise{i}", shape))
-        return k, x_in, t, cond, uncond, told
-
-    began = time.time()
-    lap, steps = io.Stopwatch(device), tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, disable=not main_rank)
-    for step in steps:
-        warmup = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
-        decay = min(1.0, (1 - step / args.max_train_steps) / max(args.lr_decay_share, 1e-9))
-        for opt, lr in ((optimizer, args.learning_rate), (optimizer_fake, args.learning_rate_fake)):
-            for group in opt.param_groups:
-                group["lr"] = lr * warmup * decay
-        lap.restart()
-        sums = dict.fromkeys(("loss_dm_ca", "loss_mean_variance", "loss_fake", "loss_d", "loss_gan", "g_dm", "g_ca", "g_rest", "cos_dm_ca", "mean", "std"), 0.0)
-        share = 1 / args.gradient_accumulation_steps
-
-        # ---- fake score: R updates, each on fresh samples of the current student, and the discriminator with it
-        for inner in range(args.fake_update_ratio if needs_fake else 0):
-            fake_loss = 0.0
-            for micro in range(args.gradient_accumulation_steps):
-                row = (micro * world_size + rank) * B
-                draw = io.Draws(args.seed, step, inner, range(row, row + B), device)
-                t, eps = shift(draw.spread("u"), teacher.shift), draw.normal("eps", shape)  # all levels, whatever --schedule says
-                lap("data")
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-                    _, x_in, t_in, cond, _, told = student_input(draw)
-                    with torch.no_grad():  # no gradient into the student here
-                        x = predict_x0(student, schedule, kind, x_in, t_in, **cond)
-                    lap("student")
-                    loss = loss_f = fake_score_loss(fake, schedule, kind, x, eps, t, {**cond, **told})
+        # ---- fake score and discriminator: R updates, each on fresh samples of the current student
+        for inner in range(args.fake_update_ratio if ablation.needs_fake else 0):
+            for draw in run.micro_batches(step, inner, teacher):
+                with run.autocast():
+                    k, x_in, cond, _ = student_input(args, draw, student, teacher, times)
+                    with torch.no_grad():  # no gradient into the student
+                        x = diffusion.x0(student, x_in, times[k], **cond)
+                    step_k = step_input(k, draw, see_step)
+                    cond |= step_k
+                    loss = loss_fake = fake_score_loss(fake, diffusion, x, *draw.eps_t(), cond)
                     if args.gan_weight:
-                        x_real, cond_real = real_batch(draw, "real_gan")
-                        t_f, t_r = (shift(draw.spread(n), teacher.shift) for n in ("u_gan_fake", "u_gan_real"))
-                        logit_fake = gan_logit(fake, head, schedule, x, draw.normal("eps_gan_fake", shape), t_f, {**cond, **told})
-                        logit_real = gan_logit(fake, head, schedule, x_real, draw.normal("eps_gan_real", shape), t_r, {**cond_real, **told})
-                        loss_d = discriminator_loss(logit_real, logit_fake)
-                        loss = loss_f + args.gan_weight_d * loss_d
-                        sums["loss_d"] += loss_d.item() * share / args.fake_update_ratio
-                (loss * share).backward()
-                fake_loss += loss.detach() * share
-                sums["loss_fake"] += loss_f.item() * share / args.fake_update_ratio
-            norm_fake = update([optimizer_fake], args.max_grad_norm, "fake-score", fake_loss)
-            lap("fake")
+                        x_real, cond_real = real(draw, "real_gan")
+                        cond_real |= step_k
+                        loss_d = discriminator_turn(
+                            draw, fake, head, diffusion, x, cond, x_real, cond_real
+                        )
+                        loss = loss_fake + args.gan_weight_d * loss_d
+                        run.note(loss_d=loss_d)
+                (loss * run.share).backward()
+                run.note(loss_fake=loss_fake)
+            run.update(optimizer_fake, "fake")
 
         # ---- student: one update on its own samples; teacher, fake and head are constants
-        fake.requires_grad_(False), head.requires_grad_(False)
-        student_loss = 0.0
-        for micro in range(args.gradient_accumulation_steps):
-            row = (micro * world_size + rank) * B
-            draw = io.Draws(args.seed, step, "student", range(row, row + B), device)
-            lap("data")
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-                k, x_in, t_in, cond, uncond, told = student_input(draw)
-                x = predict_x0(student, schedule, kind, x_in, t_in, **cond)  # the one call with gradient
+        fake.requires_grad_(False)
+        head.requires_grad_(False)
+        for draw in run.micro_batches(step, "student", teacher):
+            with run.autocast():
+                k, x_in, cond, uncond = student_input(args, draw, student, teacher, times)
+                x = diffusion.x0(student, x_in, times[k], **cond)  # the one call with gradient
                 x.retain_grad()
-                lap("student")
-                range_dm, range_ca = noise_ranges(args.schedule, 1 - k / args.student_steps, args.dm_range, args.ca_range)
-                t_dm, eps_dm = shift(draw.spread("u", *range_dm), teacher.shift), draw.normal("eps", shape)
-                t_ca, eps_ca = t_dm, eps_dm  # "shared"
+                fake_cond = {**cond, **step_input(k, draw, see_step)}
+                u_k = 1 - k / args.student_steps
+                range_dm, range_ca = noise_ranges(args.schedule, u_k, args.dm_range, args.ca_range)
+                at_dm = at_ca = draw.eps_t("", *range_dm)
                 if args.schedule != "shared":
-                    t_ca, eps_ca = shift(draw.spread("u_ca", *range_ca), teacher.shift), draw.normal("eps_ca", shape)
-                lap("data")
-                with torch.no_grad():
-                    x_dm, x_ca = add_noise(schedule, x, eps_dm, t_dm), add_noise(schedule, x, eps_ca, t_ca)
-                    x0_real = x0_cond = x0_uncond = x0_guided = x  # a term that is off has a gradient of zero
-                    need_real = see_dm or args.normalizer == "shared"
-                    if need_real:
-                        x0_real = x0_guided = predict_x0(teacher.net, schedule, kind, x_dm, t_dm, **cond)
-                    if use_ca:
-                        x0_cond = x0_real if need_real and args.schedule == "shared" else predict_x0(teacher.net, schedule, kind, x_ca, t_ca, **cond)
-                        x0_uncond = predict_x0(teacher.net, schedule, kind, x_ca, t_ca, **uncond)
-                    if args.normalizer == "shared" and args.guidance_scale != 1:  # DMD's Eq. 8; costs a further call where DM has a level of its own
-                        x0_null = x0_uncond if use_ca and args.schedule == "shared" else predict_x0(teacher.net, schedule, kind, x_dm, t_dm, **uncond)
-                        x0_guided = guide(x0_real, x0_null, args.guidance_scale)
-                    lap("teacher")
-                    x0_fake = predict_x0(fake, schedule, kind, x_dm, t_dm, **cond, **told) if see_dm else x0_real
-                    lap("fake")
-                    g_dm, g_ca = decoupled_gradients(x, x0_real, x0_fake, x0_cond, x0_uncond, args.guidance_scale, args.normalizer, x0_guided)
-                    g = g_dm + g_ca if use_dm else g_ca
-                loss_dm_ca = distribution_matching_loss(x, g)
-                loss = loss_dm_ca
+                    at_ca = draw.eps_t("_ca", *range_ca)
+                at_t = diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha
+                if ablation.none:
+                    loss, g_dm, g_ca = decoupled_dmd_loss(x, teacher.net, fake, *at_t)
+                else:
+                    loss, g_dm, g_ca = ablated_loss(x, teacher.net, fake, *at_t, ablation)
+                run.note(loss_dm_ca=loss)
                 if args.mean_variance_weight:
-                    loss_mean_variance = mean_variance_loss(x, mean, variance)
+                    loss_mean_variance = mean_variance_loss(x, *moments)
                     loss = loss + args.mean_variance_weight * loss_mean_variance
-                    sums["loss_mean_variance"] += loss_mean_variance.item() * share
+                    run.note(loss_mean_variance=loss_mean_variance)
                 if args.gan_weight:
-                    t_g, eps_g = shift(draw.spread("u_gan"), teacher.shift), draw.normal("eps_gan", shape)
-                    loss_gan = generator_gan_loss(gan_logit(fake, head, schedule, x, eps_g, t_g, {**cond, **told}))
+                    noise = draw.eps_t("_gan")
+                    loss_gan = generator_loss(
+                        gan_logit(fake, head, diffusion, x, *noise, fake_cond)
+                    )
                     loss = loss + args.gan_weight * loss_gan
-                    sums["loss_gan"] += loss_gan.item() * share
-            (loss * share).backward()
-            student_loss += loss.detach() * share
-            n = g.numel() / share  # what a term sends into x is its gradient / n
-            for name, value in (("loss_dm_ca", loss_dm_ca * share), ("g_dm", (g_dm / n).norm()), ("g_ca", (g_ca / n).norm()), ("g_rest", (x.grad - g / n).norm()),
-                                ("cos_dm_ca", F.cosine_similarity(g_dm.flatten(1), g_ca.flatten(1)).mean() * share),
-                                ("mean", x.mean() * share), ("std", x.square().mean() * share)):  # std below
-                sums[name] += value.item()
-        norm = update([optimizer], args.max_grad_norm, "student", student_loss)
-        fake.requires_grad_(True), head.requires_grad_(True)
+                    run.note(loss_gan=loss_gan)
+            (loss * run.share).backward()
+            note_gradients(run, x, g_dm, g_ca, ablation)
+            run.note_samples(x)
+        run.update(optimizer, "student")
+        fake.requires_grad_(True)
+        head.requires_grad_(True)
         if args.ema_decay:
-            update_ema(ema, student, min(args.ema_decay, (1 + step) / (4 + step)))  # warm-up: a window of step / 3
-        lap("student")
-
-        done = step + 1
-        sums = dict(zip(sums, mean_over_ranks(*sums.values())))
-        sums["std"] = max(0.0, sums["std"] - sums["mean"] ** 2) ** 0.5  # of all ranks' samples together
-        if main_rank:
-            log.write({"step": done, **sums, "norm_student": norm, "norm_fake": norm_fake if needs_fake else 0.0,
-                       **lap.columns(), "peak_memory_mb": io.peak_memory_mb(device)})
-            steps.set_postfix(fake=f"{sums['loss_fake']:.3f}", ca=f"{sums['g_ca']:.3f}", mean=f"{sums['mean']:.3f}", std=f"{sums['std']:.3f}", refresh=False)
-        if main_rank and (done % args.checkpointing_steps == 0 or done == args.max_train_steps):
-            sampler = student_sampler(args, ema, teacher, conditions, shape, times, device)
-            report.save_samples(args.output_dir, [(f"student, step {done}", report.preview(args, world, conditions, sampler))], world)
-            report.save_student(args, "decoupled_dmd", ema, teacher, times, shape)
-            io.save_for_resume(args, done, modules, optimizers, spent_before + time.time() - began)
-    if main_rank:
-        if start >= args.max_train_steps:  # a finished run is written out again, perhaps to another folder
-            report.save_student(args, "decoupled_dmd", ema, teacher, times, shape)
-        sampler = student_sampler(args, ema.eval(), teacher, conditions, shape, times, device)
-        report.finish(args, "decoupled_dmd", teacher, world, conditions, shape, times, {"student": (len(times), sampler)},
-                      sum(p.numel() for p in ema.parameters()), spent_before + time.time() - began, device)
-    mean_over_ranks(0.0)
+            run.update_ema(ema, student, step)
+        if run.end_step(step, show=("loss_fake", "g_ca", "std")):  # True: time to save
+            report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})
+            report.save_student(run, teacher, ema, times)
+            run.save(step)
+    if run.first >= args.max_train_steps:  # a finished run is written out again, perhaps elsewhere
+        report.save_student(run, teacher, ema, times)
+    parameters = sum(p.numel() for p in ema.eval().parameters())
+    report.finish(run, teacher, times, {"student": (len(times), sampler)}, parameters)
 
 
-def world_moments(world):
-    """Eq. 7's targets where a world has data: mean over images of each image's mean and variance (paper, SDXL latents: .075, .81).  -> floats."""
+def mean_variance_target(args, world):
+    """Eq. 7's targets: as given, or the averages over a world's images of their mean and variance.
+
+    -> floats; the paper's, for SDXL's latents, are .075 and .81.
+    """
+    if args.mean_variance_target or not args.mean_variance_weight:
+        return args.mean_variance_target
     v, m = image_moments(world.data(2000, 776)[0])
     return m.mean().item(), v.mean().item()
 
 
-def refuse_flags(args, use_ca, world):
-    """Flags that do not go together.  Raises UserError."""
-    last = 1 / args.student_steps  # raw time of the student's last step
-    bounded = {"ca_range": use_ca and args.schedule in ("constrained", "hybrid"), "dm_range": (not args.no_dm or args.observer) and args.schedule == "constrained"}
-    for flag, lo in (("ca_range", args.ca_range[0]), ("dm_range", args.dm_range[0])):
-        if bounded[flag] and lo >= last:
-            raise io.UserError(f"--{flag} starts at {lo:g}, and --schedule {args.schedule} keeps the last of {args.student_steps} steps below {last:g}: "
-                               "use --schedule full, or a range that starts lower")
-    if args.no_dm and not use_ca and not args.gan_weight:
-        raise io.UserError("nothing is left to learn from: leave out --no_dm or --no_ca, give --guidance_scale above 1, or --gan_weight")
-    if args.observer and not args.no_dm:
-        raise io.UserError("--observer lets the fake look on where DM is off: give --no_dm with it, or leave it out")
-    if args.data and not args.gan_weight:
-        raise io.UserError("--data is for the GAN: set --gan_weight, or leave --data out")
-    if args.gan_weight and not (args.data or world):
-        raise io.UserError("--gan_weight needs data: give --data FOLDER or FILE.safetensors, or --gan_weight 0")
-    if args.mean_variance_weight and not (args.mean_variance_target or world):
-        raise io.UserError("--mean_variance_weight needs --mean_variance_target MEAN VARIANCE, the averages over real latents (paper, SDXL: 0.075 0.81)")
+# ---- what the run leaves behind ------------------------------------------------------------------
 
 
-# ---- what the run leaves behind ------------------------------------------------------------------------------------
+def student_sampler(run, student, teacher, times, renoise):
+    """-> a function (index, first, last) -> student samples, of the conditions
+    index[first:last]."""
 
+    def draw(index, a, b):
+        noise = report.evaluation_noise(run, teacher.shape, a, b)
+        cond, _ = teacher.conditions.pick(index[a:b], run.device)
+        return sample(student, teacher.diffusion, noise, times, cond, renoise)
 
-def student_sampler(args, student, teacher, conditions, shape, times, device):
-    """-> a function (index, first, last) -> those student samples, of the conditions index[first:last]."""
-    return lambda index, a, b: sample(student, teacher.schedule, teacher.prediction, report.evaluation_noise(args, shape, device, a, b), times,
-                                      conditions.pick(index[a:b], device)[0], args.renoise,
-                                      lambda i: report.evaluation_noise(args, shape, device, a, b, f"renoise{i}"))
+    return draw
 
 
 def sample_only(args):
-    """--sample FOLDER: load a saved student, read its sampler.json, write samples.png (GIF for videos) and latents to --output_dir."""
-    _, _, device = start_ranks()
-    net, sampler, teacher, world, conditions, shape = report.load_student(args, "decoupled_dmd", device)
-    args.renoise = "sde" if sampler["rule"] == "renoise" else "ode"
-    draw = student_sampler(args, net, teacher, conditions, shape, sampler["times"], device)
-    report.write_samples(args, world, conditions, shape, draw, len(sampler["times"]), device)
+    """--sample FOLDER: load a saved student and its sampler.json, write samples to --output_dir."""
+    run = Run(args, "decoupled_dmd")
+    student, saved, teacher = report.load_student(run)
+    renoise = "sde" if saved["rule"] == "renoise" else "ode"
+    sampler = student_sampler(run, student, teacher, saved["times"], renoise)
+    report.write_samples(run, teacher, sampler, len(saved["times"]))
 
 
-# ---- flags ---------------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 
-# The flags' defaults suit small DiTs. What each kind of teacher changes of them; released models want far smaller rates.
-GLYPHS = dict(timestep_shift=2.0)  # other small teachers: their own shift
-RING = dict(max_train_steps=400, learning_rate=5e-4, learning_rate_fake=1e-3, fake_update_ratio=5, train_batch_size=256, ema_decay=0.95,
-            adam_betas=[0.0, 0.99], lr_decay_share=0.7)
-RELEASED = dict(max_train_steps=1000, train_batch_size=1, learning_rate=1e-6, learning_rate_fake=1e-5, fake_update_ratio=5, guidance_scale=4.0,
-                ema_decay=0.0, adam_betas=[0.0, 0.99], weight_decay=0.01, lr_warmup_steps=0, lr_decay_share=0.0, student_steps=8, preview_samples=2, normalizer="branch")
+PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change of them
+    "glyphs": dict(timestep_shift=2.0),
+    "ring": dict(
+        max_train_steps=400, learning_rate=5e-4, learning_rate_fake=1e-3, fake_update_ratio=5,
+        train_batch_size=256, ema_decay=0.95, adam_betas=[0.0, 0.99], lr_decay_share=0.7,
+    ),
+    "released": dict(
+        max_train_steps=1000, learning_rate=1e-6, learning_rate_fake=1e-5, fake_update_ratio=5,
+        train_batch_size=1, ema_decay=0.0, adam_betas=[0.0, 0.99], weight_decay=0.01,
+        lr_warmup_steps=0, lr_decay_share=0.0, student_steps=8, guidance_scale=4.0,
+        preview_samples=2, normalizer="branch",
+    ),
+}  # fmt: skip
 
 
+# fmt: off
 def parse_args(argv=None):
-    p = io.Parser(description="Distil a guided teacher into few steps, CFG augmentation and distribution matching apart (Decoupled DMD, 2511.22677). Defaults "
-                  "shown are those of the given --teacher: glyphs, ring, other small networks of ours, or a released model.")
-    io.add_run_flags(p)
-    p.set_defaults(max_train_steps=600, learning_rate=8e-4, lr_warmup_steps=20, ema_decay=0.995, guidance_scale=3.0)
-    p.add_argument("--teacher", default="glyphs", help="ring, glyphs, voxels, a component folder, a pipeline root with model_index.json, or a run folder of ours")
-    p.add_argument("--student_init", default=None, metavar="FOLDER", help="start the student here instead of from the teacher")
-    p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
-    p.add_argument("--data", default=None, help="real samples for the GAN: a world, an image folder, or FILE.safetensors (x0, cond.*); default: the world's")
-    p.add_argument("--sample_shape", type=io.number(int, 1), nargs="+", default=None, help="C H W or C T H W of a sample (default: the network's)")
-    p.add_argument("--student_steps", type=io.number(int, 1), default=4, help="N, network calls of the student (paper: 4; Z-Image-Turbo: 8)")
-    p.add_argument("--schedule", choices=["shared", "full", "constrained", "hybrid"], default="hybrid", help="noise levels of DM and CA: one draw (DMD), two, both "
-                   "below the student's input, or only CA below it (paper: hybrid)")
-    p.add_argument("--normalizer", choices=["none", "shared", "branch"], default="none", help="gradients as they are (paper), over DMD's mean|x - guided x0|, "
-                   "or each over its own mean|x - conditional x0| (as the authors are reported to)")
-    p.add_argument("--no_ca", action="store_true", help="ablation: distribution matching alone")
-    p.add_argument("--no_dm", action="store_true", help="ablation: CFG augmentation alone, or with one of the two regularisers below")
-    p.add_argument("--observer", action="store_true", help="with --no_dm: train the fake all the same and log what DM would have done (paper, Sec. 4.2)")
-    p.add_argument("--mean_variance_weight", type=io.number(float, 0), default=0.0, help="weight of Eq. 7's KL on each image's mean and variance (paper: not "
-                   "stated); 0 = off")
-    p.add_argument("--mean_variance_target", type=float, nargs=2, default=None, metavar=("MEAN", "VAR"), help="its targets (paper, SDXL latents: .075 .81; "
-                   "default: measured on the world's data)")
-    p.add_argument("--gan_weight", type=io.number(float, 0), default=0.0, help="student's GAN weight (paper: not stated; DMD2: 5e-3); 0 = off")
-    p.add_argument("--gan_weight_d", type=io.number(float, 0), default=1e-2, help="discriminator's weight in the fake's loss (DMD2: 1e-2)")
-    p.add_argument("--ca_range", type=io.number(float, 0, 1), nargs=2, default=None, metavar=("LO", "HI"), help="u ~ U[LO, HI] of CA, before the schedule's bound and "
-                   "the shift (default: .02 .98; the paper's [0, .05] is .95 1 here)")
-    p.add_argument("--dm_range", type=io.number(float, 0, 1), nargs=2, default=[0.02, 0.98], metavar=("LO", "HI"), help="the same of DM (paper: 0 1)")
-    p.add_argument("--renoise", choices=["sde", "ode"], default="sde", help="between student steps: fresh noise (DMD2), or Euler (as Z-Image-Turbo samples)")
-    p.add_argument("--shared_fake", action="store_true", help="do not tell the fake which step a sample comes from (paper)")
-    p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1.6e-3, help="AdamW learning rate of fake score and GAN head (paper: 5e-7, both)")
-    p.add_argument("--lr_decay_share", type=io.number(float, 0, 1), default=1.0, help="last share of the run with both rates falling linearly to 0 "
-                   "(paper: 0, constant)")
-    p.add_argument("--fake_update_ratio", type=io.number(int, 1), default=2, help="R, fake updates per student update (paper: 5, DMD2's)")
-    p.add_argument("--adam_betas", type=io.number(float, 0, 0.99999), nargs=2, default=[0.8, 0.99], help="AdamW betas (paper: .9 .999)")
-    p.add_argument("--weight_decay", type=io.number(float, 0), default=0.0, help="AdamW weight decay (paper: .01)")
-    p.add_argument("--teacher_steps", type=io.number(int, 0), default=32, help="Heun steps of the many-step teacher; 0 leaves it out")
-    p.add_argument("--preview_samples", type=io.number(int, 1), default=20, help="columns of samples.png")
-    p.add_argument("--remeasure_teacher", action="store_true", help="measure the many-step teacher again instead of copying its row")
-    argv = sys.argv[1:] if argv is None else argv
-    known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
-    start = known.sample or known.teacher
-    p.set_defaults(**(GLYPHS if start == "glyphs" else RING if start == "ring" else {} if io.is_small(start, WORLDS) else RELEASED))
-    args = p.parse_args(argv)
-    if args.schedule == "shared" and args.ca_range:
-        p.error("argument --ca_range: --schedule shared draws one level for both terms, from --dm_range")
+    p = distillation_parser("Distil a guided teacher into few steps, CFG augmentation and "
+                            "distribution matching apart (Decoupled DMD, 2511.22677).")
+    p.set_defaults(max_train_steps=600, learning_rate=8e-4, lr_warmup_steps=20, ema_decay=0.995,
+                   guidance_scale=3.0)
+    paper_values(p, fake_update_ratio="5, DMD2's", adam_betas=".9 .999", weight_decay=".01",
+                 lr_decay_share="0", learning_rate_fake="5e-7, both")
+    add = p.method.add_argument
+    add("--student_steps", type=number(int, 1), default=4,
+        help="N, network calls of the student (paper: 4; Z-Image-Turbo: 8)")
+    add("--renoise", choices=["sde", "ode"], default="sde",
+        help="between student steps: fresh noise (DMD2), or Euler (as Z-Image-Turbo samples)")
+    add("--schedule", choices=["shared", "full", "constrained", "hybrid"], default="hybrid",
+        help="noise levels of DM and CA: one draw (DMD), two, both below the student's input, or "
+        "only CA below it (paper: hybrid)")
+    add("--normalizer", choices=["none", "shared", "branch"], default="none",
+        help="gradients as they are (paper), over DMD's mean|x - guided x0|, or each over its own "
+        "mean|x - conditional x0| (as the authors are reported to do)")
+    add("--ca_range", type=number(float, 0, 1), nargs=2, default=None, metavar=("LO", "HI"),
+        help="u ~ U[LO, HI] of CA, before the schedule's bound and the shift (default: .02 .98; "
+        "the paper's [0, .05] is .95 1 here)")
+    add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.02, 0.98], metavar=("LO", "HI"),
+        help="the same of DM (paper: 0 1)")
+    add("--mean_variance_weight", type=number(float, 0), default=0.0,
+        help="weight of Eq. 7's KL on each image's mean and variance (paper: not stated); 0 = off")
+    add("--mean_variance_target", type=float, nargs=2, default=None, metavar=("MEAN", "VAR"),
+        help="its targets (paper, SDXL latents: .075 .81; default: measured on the world's data)")
+    add("--data", default=None, help="real samples for the GAN: a world, an image folder, or "
+        "FILE.safetensors with x0 and cond.* (default: the world's)")
+    add("--gan_weight", type=number(float, 0), default=0.0,
+        help="the student's GAN weight (paper: not stated; DMD2: 5e-3); 0 = off")
+    add("--gan_weight_d", type=number(float, 0), default=1e-2,
+        help="the discriminator's weight in the fake's loss (DMD2: 1e-2)")
+    add = p.ablations.add_argument
+    add("--shared_fake", action="store_true",
+        help="the fake is not conditioned on the student's step (paper)")
+    add("--no_ca", action="store_true", help="distribution matching alone")
+    add("--no_dm", action="store_true",
+        help="CFG augmentation alone, or with Eq. 7 or a GAN for a shield")
+    add("--observer", action="store_true", help="with --no_dm: train the fake all the same and "
+        "log what DM would have done (paper, Sec. 4.2)")
+    args = parse(p, argv, "decoupled_dmd", PRESETS, wrong_flags)
     args.ca_range = args.ca_range or (args.dm_range if args.schedule == "shared" else [0.02, 0.98])
-    for flag, (lo, hi) in (("dm_range", args.dm_range), ("ca_range", args.ca_range)):
-        if lo >= hi:
-            p.error(f"argument --{flag}: LO must be below HI, got {lo} {hi}")
-    if args.mean_variance_target and args.mean_variance_target[1] <= 0:
-        p.error(f"argument --mean_variance_target: VAR must be > 0, got {args.mean_variance_target[1]}")
-    if args.output_dir is None:
-        args.output_dir = io.default_output_dir("decoupled_dmd", args.teacher, args.sample)
     return args
+
+
+def wrong_flags(a, world="not known yet"):
+    """Flags that do not go together: pairs (wrong, why). world: the teacher's, None without one."""
+    on, last = Ablation(a), 1 / a.student_steps  # last: raw time of the student's last step
+    ca_range = a.ca_range or [0.02, 0.98]
+    for flag, (lo, hi) in (("dm_range", a.dm_range), ("ca_range", ca_range)):
+        yield lo >= hi, f"--{flag}: LO must be below HI, got {lo:g} {hi:g}"
+    two_levels = a.schedule == "shared" and a.ca_range not in (None, a.dm_range)
+    yield two_levels, "--ca_range: --schedule shared draws one level for both, from --dm_range"
+    dm_bounded = on.sees_dm and a.schedule == "constrained"
+    ca_bounded = on.ca and a.schedule in ("constrained", "hybrid")
+    remedy = "use --schedule full, or a range that starts lower"
+    why = f"--schedule {a.schedule} keeps the last step below {last:g}: {remedy}"
+    yield dm_bounded and a.dm_range[0] >= last, f"--dm_range starts at {a.dm_range[0]:g}, and {why}"
+    yield ca_bounded and ca_range[0] >= last, f"--ca_range starts at {ca_range[0]:g}, and {why}"
+    nothing = not (on.dm or on.ca or a.gan_weight)
+    yield nothing, "nothing is left to learn from: leave out --no_dm or --no_ca"
+    yield a.observer and not a.no_dm, "--observer looks on where DM is off: give --no_dm with it"
+    yield a.data and not a.gan_weight, "--data is for a GAN: set --gan_weight, or leave --data out"
+    missing = a.gan_weight and not (a.data or world)
+    yield missing, "real samples are missing: give --data FOLDER or FILE.safetensors"
+    target = a.mean_variance_target
+    yield target and target[1] <= 0, "--mean_variance_target: VAR must be > 0"
+    missing = a.mean_variance_weight and not (target or world)
+    yield missing, "--mean_variance_weight needs --mean_variance_target (paper, SDXL: 0.075 0.81)"
+# fmt: on
 
 
 def main(argv=None):
     args = parse_args(argv)
-    sample_only(args) if args.sample else train(args)
+    if args.sample:
+        sample_only(args)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":
-    io.run(main)
+    run_main(main)

@@ -1,68 +1,193 @@
-"""LinVideo (arXiv 2510.08318 v2): turn softmax attention into linear attention, layer by layer, without data.
+"""LinVideo (2510.08318 v2): linear attention for some layers of a video model, without data.
 
-The idea. Self-attention over all tokens of a video costs O(n^2), linear attention O(n), but a whole network that was trained with the first does
-not survive the change. So change a given number of layers only, and let training choose which: every layer computes a mixture of both kinds,
-weighted by one number r, which a constraint on the count and a regulariser drive to 1 (stay) or 0 (linear). What keeps the network a good
-sampler meanwhile is distribution matching at any time t of the teacher's own trajectory: the states the student reaches shall be as likely
-under the teacher. Student and teacher are both flow models, so both scores are known: the student is its own fake score. No data, only a bank
-of states that the teacher's sampler passes through.
+The idea. Self-attention over all n tokens of a video costs O(n^2) and linear attention O(n), but a
+network trained with the first breaks when all of it is replaced. So only a given number of layers
+changes, and training chooses them: each layer mixes both kinds with one weight r, a constraint
+counts the layers below one half, and a regulariser drives every r to 1 (softmax) or 0 (linear).
+Meanwhile the student has to stay a good sampler. At any time of the teacher's own trajectories its
+states should be as likely under the teacher as under itself, which is a KL divergence whose
+gradient is a difference of two scores. Both networks are flow models, so their velocities give
+both scores: the student is its own fake score. No data is needed, only a bank of states that the
+teacher's sampler passes through. The default objective is the simpler regression of Eq. 7, which
+is stable at higher rates; the line marked `paper` is the distribution matching.
 
-    paper             here                  meaning                                                              shape
-    r^(l)             r                     weight of softmax attention in layer l, 1 = softmax, 0 = linear      (layers,)
-    phi               features of LinearAttention  softmax(x W) and softmax(-x W), after q/k norm and rotation   (B, N, H, 2 D)
-    target            target_layers         how many layers become linear                                        int
-    x_t, u_t          x_t, v                state and velocity on the teacher's trajectory, from the bank        (B, ...)
-    x-hat_t           x_hat                 state the student reaches from x_t, at time s < t                    (B, ...)
-    u, u-hat          v_teacher, v_student  velocities of teacher and student at x-hat                           (B, ...)
+    paper        here       meaning                                                      shape
+    r^(l)        r          weight of softmax attention in layer l                       (layers,)
+    target       target     how many layers become linear                                int
+    x_t, u_t     x_t, v     state and velocity on a trajectory of the teacher's, t = 1 is noise
+    x-hat_t      x_hat      the student's state at time s < t, one step of its own from x_t
+    u, u-hat     v, v_hat   velocities of teacher and student, at x_hat                  (B, ...)
+    s-hat - s    g          difference of the student's and the teacher's score at x_hat (B, ...)
 
 Launch.
-    laptop      python linvideo.py                               # clips, 4 of 8 layers linear, under eight minutes on two cores
-                python linvideo.py --objective adm --weight unit --learning_rate 1e-4    # Eq. 11 to 13 without a weight; the default is Eq. 7
-                python dmd.py --teacher clips --student_init runs/linvideo-clips/student --student_steps 4
-    one GPU     python linvideo.py --teacher Wan2.1-T2V-1.3B-Diffusers --prompts prompts.safetensors --mixed_precision bf16
-    one node    torchrun --nproc-per-node 8 linvideo.py (the same flags; --train_batch_size is per rank, each rank makes its share of the bank)
-    many nodes  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 linvideo.py ... (output_dir on a shared disk)
-    ablations   python linvideo.py --no_regularizer              # Tab. 3
-                python linvideo.py --select first                # or last, uniform, random, or layers from 0: --select 1 2 5 6
-                python linvideo.py --objective adm_critic        # Tab. 4: the score of a separately trained network
-                python linvideo.py --objective dmd               # Tab. 4: few-step distillation at the same time
+    laptop      python linvideo.py               # clips, 4 of 8 layers, eight minutes on two cores
+    then        python dmd.py --teacher clips --student_init runs/linvideo-clips/student \
+                    --student_steps 4 --timestep_shift 2
+    paper       python linvideo.py --objective adm --learning_rate 1e-4 --selection_share 1 \
+                    --selection_weight 0.01 --alpha 20 2
+    ablations   python linvideo.py --no_regularizer                 # Tab. 3
+                python linvideo.py --objective adm_critic           # Tab. 4; or dmd
+    torchrun    torchrun --nproc-per-node 8 linvideo.py --teacher Wan2.1-T2V-1.3B-Diffusers \
+                    --prompts prompts.safetensors --target_layers 16 --mixed_precision bf16
     sampling    python linvideo.py --sample runs/linvideo-clips/student
 
-Deviations, and why. No code of the authors exists; what the paper leaves open is chosen and measured in docs/linvideo.md: how x-hat is reached
-(--state), the sign of the constraint, the straight-through rounding, start and rate of r, and a last phase with exactly the wanted number of
-layers fixed. The default objective is regression (Eq. 7): the paper's is stable only at small rates and
-without the weight (1 - t) / t, costs 1.7 times as much, and stayed behind at equal updates.
+Deviations; the reasons are in docs/linvideo.md. There is no code by the authors. Chosen here: the
+way to x_hat (--state), Eq. 9's sign, its gradient straight through the rounding, start and rate of
+r, and a last phase in which exactly `target` layers are fixed (--selection_share).
 """
+
 import copy
 import csv
-import datetime
 import os
-import sys
-import time
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 from PIL import Image, ImageDraw
+from torch import nn
 from tqdm import tqdm
 
 from kernels.linear_attention import FEATURE_MAPS, LinearAttention, use_linear_attention
-from models import io, report
-from models.diffusion import Flow, add_noise, expand, guide, sample_teacher, shift, step_grid
-from models.toy import WORLDS, load_world
+from models.diffusion import Flow, add_noise, expand, guide, shift, step_grid
+from models.draws import Draws
+from models.files import load_json, save_json
+from models.networks import weights_hash
+from models.plumbing import report
+from models.plumbing.data import Bank, Conditions, try_network
+from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
+from models.plumbing.run import Run, run_main
+from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
 
-# ---- the method: selective transfer (Sec. 4.1) -----------------------------------------------------------------------
+# ---- the losses. x_t, v, g (B, ...), t, s (B,), s < t; networks: net(x_t, t, **cond) -> velocity -
+
+
+def velocity(net, x_t, t, cond):
+    """What a flow network predicts, eps - x0; bfloat16 joins the float32 state here.  (B, ...)."""
+    return net(x_t, t, **cond).to(x_t.dtype)
+
+
+def adm_loss(student, teacher, x_t, t, s, cond):
+    """Anytime distribution matching (Sec. 4.2).  -> scalar, g (B, ...).
+
+    One Euler step of the student takes x_t to x_hat at time s. A flow's score at x_hat is
+    -(x_hat + (1 - s) v) / s, so the KL divergence of the student's distribution there from the
+    teacher's (Eq. 11) has the gradient
+
+        g = (1 - s) / s (v - v_hat)                                             (Eq. 12 and 13)
+
+    which is a constant: it reaches the student through x_hat alone. The loss has the gradient
+    g / numel(g) in x_hat.
+    """
+    x_hat = x_t + expand(s - t, x_t) * velocity(student, x_t, t, cond)  # the call with gradient
+    with torch.no_grad():
+        v = velocity(teacher, x_hat, s, cond)
+        v_hat = velocity(student, x_hat, s, cond)  # the student is its own score
+        g = expand((1 - s) / s, x_hat) * (v - v_hat)
+    return 0.5 * (x_hat - (x_hat - g).detach()).square().mean(), g
+
+
+def regression_loss(student, x_t, v, t, cond):
+    """Regression onto the teacher's velocity v at x_t (Eq. 7).  -> scalar, its error (B, ...)."""
+    error = velocity(student, x_t, t, cond) - v
+    return 0.5 * error.square().mean(), error
+
+
+def constraint(r, target):
+    """(number of linear layers - target)^2 (Eq. 9).  r (layers,) -> scalar.
+
+    The layers are counted by rounding; the gradient, -2 (count - target) for every layer, passes
+    straight through it. The paper prints sum round(r) - target, which with r = 1 for softmax would
+    count the layers that stay.
+    """
+    rounded = r + (r.round() - r).detach()
+    return ((1 - rounded).sum() - target) ** 2
+
+
+def regularizer(r, alpha):
+    """sum 1 - |2 r - 1|^alpha (Eq. 10): 0 where r is 0 or 1, and 1 where it is one half.
+
+    A large alpha makes it flat in between.  r (layers,) -> scalar.
+    """
+    return (1 - (2 * r - 1).abs() ** alpha).sum()
+
+
+# ---- variants of the losses, and baselines (Tab. 4) ----------------------------------------------
+
+
+def matching_loss(x, g):
+    """1/2 |x - sg(x - g)|^2, a mean over all elements: its gradient in x is g / numel(x).
+
+    x, g (B, ...) -> scalar.
+    """
+    return 0.5 * (x - (x - g).detach()).square().mean()
+
+
+def matching_gradient(v, v_hat, s, weight):
+    """adm_loss's g with a weight of choice, without gradient.  v, v_hat (B, ...), s (B,) -> (B,
+    ...).
+
+    "eq13" is the paper's, "unit" is the bare difference of velocities, and "dmd" is the difference
+    of x0 divided by its mean size in each sample, as in DMD.
+    """
+    difference = (v - v_hat).detach()
+    if weight == "eq13":
+        return expand((1 - s) / s, difference) * difference
+    if weight == "dmd":
+        distance = (expand(s, difference) * difference).abs().flatten(1).mean(1)  # of x0, (B,)
+        return expand(s / distance.clamp_min(1e-8), difference) * difference
+    return difference
+
+
+def adm_variant_loss(args, student, teacher, score, x_t, v_t, t, s, cond):
+    """adm_loss with --weight, and with --regression_weight of Eq. 7 beside it.  -> scalar, g.
+
+    score: the network whose score is the student's, itself or a critic. v_t: the teacher's velocity
+    at x_t, which only the regression needs.
+    """
+    v_hat_t = velocity(student, x_t, t, cond)
+    x_hat = x_t + expand(s - t, x_t) * v_hat_t
+    with torch.no_grad():
+        v = velocity(teacher, x_hat, s, cond)
+        v_hat = velocity(score, x_hat, s, cond)
+    g = matching_gradient(v, v_hat, s, args.weight)
+    loss = matching_loss(x_hat, g)
+    if args.regression_weight:
+        loss = loss + args.regression_weight * (0.5 * (v_hat_t - v_t).square().mean())
+    return loss, g
+
+
+def dmd_baseline_loss(x0, teacher, critic, eps, t, cond):
+    """DMD's loss on one-jump samples x0, as a few-step student would have it.  -> scalar, g."""
+    with torch.no_grad():
+        x_t = add_noise(Flow(), x0, eps, t)
+        v, v_critic = velocity(teacher, x_t, t, cond), velocity(critic, x_t, t, cond)
+        error = (x0 - x_t + expand(t, x_t) * v).abs().flatten(1).mean(1)  # |x0 - teacher's x0|
+        g = expand(t / error.clamp_min(1e-8), x_t) * (v - v_critic)
+    return matching_loss(x0, g), g
+
+
+def flow_matching_loss(critic, x0, eps, t, cond):
+    """|v - (eps - x0)|^2 at x_t = (1 - t) x0 + t eps.  -> scalar.
+
+    It trains a critic, whose score is then that of the samples x0, which are constants.
+    """
+    x_t = add_noise(Flow(), x0, eps, t)
+    return (velocity(critic, x_t, t, cond) - (eps - x0)).square().mean()
+
+
+# ---- the layers and their selection (Sec. 4.1) ---------------------------------------------------
 
 
 class MixedAttention(nn.Module):
-    """r softmax attention + (1 - r) linear attention of the same q, k, v (Eq. 8), r one trained number; once `only` is set, that branch alone.
+    """r softmax attention + (1 - r) linear attention of the same q, k, v (Eq. 8).
 
-    q, k, v (B, N, H, D) after norm and rotation -> (B, N, H, D). At r = 1 this is the softmax attention, bit for bit.
+    q, k, v (B, n, heads, head_dim), after norm and rotation -> the same shape. r is one trained
+    number; at r = 1 this is the softmax attention, bit for bit. After `fix` only one is computed.
     """
 
     def __init__(self, softmax, heads, head_dim, feature_map, r):
         super().__init__()
-        self.softmax, self.linear, self.only = softmax, LinearAttention(heads, head_dim, feature_map), None
+        self.softmax, self.only = softmax, None
+        self.linear = LinearAttention(heads, head_dim, feature_map)
         self.r = nn.Parameter(torch.tensor(float(r)))
         self.register_buffer("decided", torch.tensor(False))  # so that a resumed run knows
 
@@ -72,7 +197,7 @@ class MixedAttention(nn.Module):
         return (self.r * self.softmax(q, k, v) + (1 - self.r) * self.linear(q, k, v)).to(v.dtype)
 
     def fix(self, linear):
-        """From now on exactly one branch: linear, or softmax."""
+        """From now on this layer is either linear, or softmax attention."""
         self.only = "linear" if linear else "softmax"
         self.r.requires_grad_(False).fill_(0.0 if linear else 1.0)
         self.r.grad = None
@@ -81,34 +206,19 @@ class MixedAttention(nn.Module):
 
 def mix_attention(net, feature_map, r):
     """Put a MixedAttention into every self-attention layer of net.  -> the list of them."""
+    device = next(net.parameters()).device
     for place in net.self_attentions:
-        place.attend = MixedAttention(place.attend, net.heads, net.head_dim, feature_map, r)
+        mixed = MixedAttention(place.attend, net.heads, net.head_dim, feature_map, r)
+        place.attend = mixed.to(device)
     return [place.attend for place in net.self_attentions]
 
 
-def constraint(r, target):
-    """(number of linear layers - target)^2 with the layers counted by rounding, straight through (Eq. 9).  r (layers,) -> scalar.
-
-    The paper prints sum round(r) - target; with r = 1 for softmax that would count the layers that stay. Gradient: -2 (count - target), for all.
-    """
-    rounded = r + (r.round() - r).detach()
-    return ((1 - rounded).sum() - target) ** 2
-
-
-def regularizer(r, alpha):
-    """sum 1 - |2 r - 1|^alpha (Eq. 10): 0 at r = 0 and 1, 1 each at r = 1/2; a large alpha is flat in between.  r (layers,) -> scalar."""
-    return (1 - (2 * r - 1).abs() ** alpha).sum()
-
-
-def smallest(r, target):
-    """The `target` layers with the smallest r, of equal ones the first.  -> sorted list of indices."""
-    return sorted(sorted(range(len(r)), key=lambda i: (float(r[i]), i))[:target])
-
-
 def convert(net, layers, feature_map):
-    """A copy of a network of MixedAttention layers with one branch each: the trained LinearAttention in `layers`, softmax attention elsewhere.
+    """A copy of a network of MixedAttention layers with linear attention in `layers` only.
 
-    The other branches are gone, weights and all, and the config names the linear layers."""
+    Each layer keeps one kind of attention, and the weights of the other are gone. The config of the
+    copy names the linear layers.
+    """
     net = copy.deepcopy(net)
     mixed = [place.attend for place in net.self_attentions]
     use_linear_attention(net, layers, feature_map)
@@ -118,497 +228,654 @@ def convert(net, layers, feature_map):
     return net
 
 
-# ---- the method: anytime distribution matching (Sec. 4.2) ---------------------------------------------------------------
+def smallest(r, target):
+    """The `target` layers with the smallest r, the first of equal ones.  -> sorted indices."""
+    return sorted(sorted(range(len(r)), key=lambda i: (float(r[i]), i))[:target])
 
 
-def matching_gradient(x_hat, v_teacher, v_student, t, weight="eq13"):
-    """s-hat - s, the gradient of KL(q_t || p_t) at x_hat, from the velocities there, without gradient (Eq. 12 and 13).
+@dataclass
+class Selection:
+    """Which layers become linear, and until when that is open.
 
-    For a flow the score is -(x + (1 - t) v) / t, so the difference is (1 - t) / t (v_teacher - v_student). weight "eq13": that; "unit": the
-    bare difference of velocities; "dmd": of x0, over the mean distance of x_hat's x0 to the teacher's, as in DMD.  (B, ...), t (B,) -> (B, ...).
+    mixed    the MixedAttention of every layer
+    target   how many become linear
+    end      the step before which the selection ends
+    alpha    the regulariser's exponent at its start and at its end
+    layers   the linear layers, once they are fixed; None while they are selected
     """
-    difference = (v_teacher - v_student).detach()
-    if weight == "eq13":
-        return expand((1 - t) / t, difference) * difference
-    if weight == "dmd":
-        x0_distance = (expand(t, difference) * difference).abs().flatten(1).mean(1)  # mean |x0_student - x0_teacher|
-        return expand(t / x0_distance.clamp_min(1e-8), difference) * difference
-    return difference
+
+    mixed: list
+    target: int
+    end: int
+    alpha: tuple
+    layers: list | None = None
+
+    @property
+    def r(self):
+        """The trained r of every layer, a list of scalars."""
+        return [m.r for m in self.mixed]
+
+    def best(self):
+        """The layers that would become linear now. Waits for the device."""
+        return smallest([r.item() for r in self.r], self.target)
+
+    def fix(self, layers):
+        """From now on these layers are linear and the others softmax attention."""
+        self.layers = layers
+        for i, m in enumerate(self.mixed):
+            m.fix(linear=i in layers)
 
 
-def matching_loss(x_hat, g):
-    """1/2 |x_hat - sg(x_hat - g)|^2, mean over all elements: its gradient is g in x_hat, whatever x_hat.  (B, ...) -> scalar."""
-    return 0.5 * (x_hat - (x_hat - g).detach()).square().mean()
+def start_selection(args, mixed):
+    """The selection that --select asks for, in the state that a resumed run has reached."""
+    target, layers = chosen_layers(args, len(mixed))
+    end = min(int(args.max_train_steps * args.selection_share), args.max_train_steps - 1)
+    alpha = args.alpha or (min(4.0, max(2.0, target)), 2.0)
+    selection = Selection(mixed, target, end, alpha)
+    if layers is None and mixed[0].decided:
+        layers = [i for i, m in enumerate(mixed) if m.r == 0]
+    if layers is not None:
+        selection.fix(layers)
+    return selection
 
 
-def flow_matching_loss(net, x0, eps, t, cond):
-    """|v - (eps - x0)|^2 at x_t = (1 - t) x0 + t eps: trains the score of given samples x0.  (B, ...), t (B,) -> scalar."""
-    x_t = add_noise(Flow(), x0, eps, t)
-    return (net(x_t, t, **cond).to(x_t.dtype) - (eps - x0)).square().mean()
+RULES = ("learned", "first", "last", "uniform", "random")
 
 
-# ---- the bank of states (data-free) --------------------------------------------------------------------------------------
+def layers_listed(args):
+    """Whether --select lists layers instead of naming a rule."""
+    return len(args.select) > 1 or args.select[0] not in RULES
+
+
+def chosen_layers(args, count):
+    """--target_layers and --select in a network of `count` self-attention layers.
+
+    -> how many become linear, and which: a sorted list, or None where they are learned.
+    """
+    if layers_listed(args):
+        return len(args.select), sorted(map(int, args.select))
+    target = max(1, count // 2) if args.target_layers is None else args.target_layers
+    generator = torch.Generator().manual_seed(args.seed)
+    layers = {
+        "learned": None,
+        "first": list(range(target)),
+        "last": list(range(count - target, count)),
+        "uniform": [int((i + 0.5) * count / target) for i in range(target)],
+        "random": sorted(torch.randperm(count, generator=generator).tolist()[:target]),
+    }
+    return target, layers[args.select[0]]
+
+
+# ---- the bank of states, and the sampler ---------------------------------------------------------
 
 
 @torch.no_grad()
 def trajectory(teacher, z, grid, cond, uncond, guidance_scale):
-    """Euler from noise along grid, guided.  z (B, ...) -> states x_t (B, K, ...), the conditional and, if guided, unconditional velocity
-    at each (B, K, ...): the pairs (x_t, u_t) of the paper."""
-    x, states, velocity, plain = z, [], [], []
-    for t, s in zip(grid[:-1], grid[1:]):
-        v = v_guided = teacher(x, z.new_full((len(z),), t), **cond).to(x.dtype)
+    """The paper's pairs (x_t, u_t) on the teacher's guided Euler trajectory from z along the grid.
+
+    z (B, ...) -> {"x": states at grid[:-1] (B, K, ...), "v": the conditional velocity at each, and
+    under guidance "v_uncond": the unconditional one}.
+    """
+    x, states, conditional, unconditional = z, [], [], []
+    for t, t_next in zip(grid[:-1], grid[1:]):
+        at = z.new_full((len(z),), t)
+        v = v_guided = velocity(teacher, x, at, cond)
         if guidance_scale != 1:
-            plain.append(teacher(x, z.new_full((len(z),), t), **uncond).to(x.dtype))
-            v_guided = guide(v, plain[-1], guidance_scale)
+            unconditional.append(velocity(teacher, x, at, uncond))
+            v_guided = guide(v, unconditional[-1], guidance_scale)
         states.append(x)
-        velocity.append(v)
-        x = x + (s - t) * v_guided
-    return {"x": torch.stack(states, 1), "v": torch.stack(velocity, 1), **({"v_uncond": torch.stack(plain, 1)} if plain else {})}
+        conditional.append(v)
+        x = x + (t_next - t) * v_guided
+    parts = {"x": states, "v": conditional, "v_uncond": unconditional}
+    return {name: torch.stack(part, 1) for name, part in parts.items() if part}
 
 
-# ---- plumbing: identical in every script ---------------------------------------------------------------------------
+def make_bank(run, teacher, grid):
+    """The teacher's trajectories on disk, each written once, by the rank whose share it is.
 
-
-def start_ranks():
-    """-> rank, world_size, device. Under torchrun joins the process group (nccl on GPUs, gloo on the CPU)."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))  # rank 0 may sample for long
-    return rank, world_size, device
-
-
-def mean_over_ranks(*values):
-    """Scalars averaged over ranks, as floats; also where ranks wait for one another."""
-    v = torch.stack([torch.as_tensor(x).detach().float().cpu() for x in values])
-    if dist.is_initialized():
-        v = v.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(v)
-        v = v.cpu() / dist.get_world_size()
-    return v.tolist()
-
-
-def update(optimizers, max_grad_norm, what, loss):
-    """Average gradients over ranks, clip, check that all ranks are finite, step. -> gradient norm before clipping."""
-    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
-    if dist.is_initialized():
-        for p in parameters:  # every rank has the same parameters in the same order; FSDP2 does this in its backward
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    if not all(abs(v) < float("inf") for v in mean_over_ranks(loss, norm)):  # NaN compares false; same verdict on all ranks
-        raise io.TrainingError(f"{what} loss or gradient is not finite ({float(loss):.4g}, norm {float(norm):.4g}); the last "
-                               "checkpoint under state/ is intact; start again with a lower learning rate or max_grad_norm")
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return float(norm)
-
-
-@torch.no_grad()
-def update_ema(ema, net, decay):
-    for a, b in zip(ema.parameters(), net.parameters()):
-        a.lerp_(b, 1 - decay)
-
-
-# ---- training ------------------------------------------------------------------------------------------------------
-
-
-def chosen_layers(args, count):
-    """--target_layers and --select for a network of `count` layers -> number of linear layers, list of them or None: learned.  Raises UserError."""
-    names, select = ("learned", "first", "last", "uniform", "random"), args.select
-    listed = len(select) > 1 or select[0] not in names
-    if listed and (not all(s.isdecimal() and int(s) < count for s in select) or len(set(map(int, select))) < len(select)):
-        raise io.UserError(f"--select {' '.join(select)}: give one of {', '.join(names)}, or different layers of 0 to {count - 1}")
-    if listed and args.target_layers not in (None, len(select)):
-        raise io.UserError(f"--select {' '.join(select)} names {len(select)} layer(s), --target_layers says {args.target_layers}: leave one of them out")
-    target = len(select) if listed else max(1, count // 2) if args.target_layers is None else args.target_layers
-    if not 1 <= target <= count:
-        raise io.UserError(f"--target_layers {target}: this network has {count} self-attention layer(s): give 1 to {count}")
-    if listed:
-        return target, sorted(map(int, select))
-    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed)).tolist()
-    return target, {"learned": None, "first": list(range(target)), "last": list(range(count - target, count)), "random": sorted(shuffled[:target]),
-                    "uniform": [int((i + 0.5) * count / target) for i in range(target)]}[select[0]]
-
-
-def make_bank(args, teacher, conditions, shape, grid, rank, world_size, device):
-    """The teacher's trajectories, written once: every rank makes its share, those already there are kept.  -> an open io.Bank."""
-    about = {"teacher": io.weights_hash(teacher.folder), "trajectories": args.bank_size, "grid": grid, "guidance_scale": args.guidance_scale,
-             "seed": args.seed, "shape": list(shape), "prompts": conditions.prompts and conditions.prompts.fingerprint()}
-    bank = io.Bank(args.bank or os.path.join(args.output_dir, "bank"), about, args.bank_size, args.bank_batch, create=rank == 0)
-    mean_over_ranks(0.0)  # nobody goes on before the folder is ready
-    mine = [part for part in bank.missing() if part % world_size == rank]  # by number: others' files may appear while this rank looks
-    for part in tqdm(mine, desc="bank", disable=rank > 0 or not mine):
+    Those that are there already are kept.  -> an open Bank. Raises UserError for another one's.
+    """
+    args, conditions = run.args, teacher.conditions
+    about = {
+        "teacher": weights_hash(teacher.folder),
+        "trajectories": args.bank_size,
+        "grid": grid,
+        "guidance_scale": args.guidance_scale,
+        "seed": args.seed,
+        "shape": list(teacher.shape),
+        "prompts": conditions.prompts and conditions.prompts.fingerprint(),
+    }
+    folder = args.bank or os.path.join(run.folder, "bank")
+    bank = Bank(folder, about, args.bank_size, args.bank_batch, create=run.main)
+    run.wait_for_all()  # until the folder is ready
+    # a share goes by the files' numbers, because others' files may appear while this rank looks
+    mine = [part for part in bank.missing() if part % run.world_size == run.rank]
+    for part in tqdm(mine, desc="bank", disable=not run.main or not mine):
         rows = bank.rows_of(part)
-        draw = io.Draws(args.seed, "bank", 0, rows, device)
+        draw = Draws(args.seed, "bank", 0, rows, run.device, teacher.shape)
         index = conditions.index(draw)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-            tensors = trajectory(teacher.net, draw.normal("z", shape), grid, *conditions.pick(index, device), args.guidance_scale)
-        bank.write(part, {"index": index, **{k: v.half() for k, v in tensors.items()}})
-    mean_over_ranks(0.0)
+        cond, uncond = conditions.pick(index, run.device)
+        scale = args.guidance_scale
+        with run.autocast():
+            states = trajectory(teacher.net, draw.noise("z"), grid, cond, uncond, scale)
+        bank.write(part, {"index": index, **{name: x.half() for name, x in states.items()}})
+    run.wait_for_all()
     return bank.open()
 
 
-def train(args):
-    rank, world_size, device = start_ranks()
-    main_rank, B, K = rank == 0, args.train_batch_size, args.sampling_steps
-    teacher = io.start_teacher(args, WORLDS)
-    if not hasattr(teacher.base, "self_attentions"):
-        raise io.UserError(f"--teacher {args.teacher}: a {type(teacher.base).__name__} has no self-attention that can be replaced; DiT and Wan have")
-    if not isinstance(teacher.schedule, Flow) or teacher.prediction != "flow_v":
-        raise io.UserError(f"--teacher {args.teacher} predicts {teacher.prediction}; the score of Eq. 13 is a flow's: give a teacher that predicts its velocity")
-    if "linear_layers" in teacher.base.config:
-        raise io.UserError(f"--teacher {args.teacher} has linear attention already: give the network that it was made from")
-    target, fixed = chosen_layers(args, len(teacher.base.self_attentions))
-    alpha_first, alpha_last = args.alpha or (min(4.0, max(2.0, target)), 2.0)
-    shape, grid = tuple(args.sample_shape or teacher.base.latent_shape), step_grid(K, teacher.shift)
-    world = load_world(teacher.world_name) if teacher.world_name in WORLDS else None
-    student = copy.deepcopy(teacher.base)
-    mixed = mix_attention(student, args.feature_map, args.r_init)
-    student.to(device).requires_grad_(True).train()
-    student.gradient_checkpointing = args.gradient_checkpointing
-    critic = copy.deepcopy(teacher.base).to(device).requires_grad_(True).train() if args.objective in ("adm_critic", "dmd") else None
-    io.freeze_teacher(args, teacher, device)
-    conditions = io.Conditions(args, teacher.base)
-    io.try_network(teacher.base, conditions, shape, device)
-    ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
+def student_sampler(run, student, teacher, grid):
+    """The student's sampler is the teacher's: Euler along the grid, guided as in training.
 
-    r_all, features = [m.r for m in mixed], [p for m in mixed for p in m.linear.parameters()]
-    known = {id(p) for p in r_all + features}
-    weights = [p for p in student.parameters() if id(p) not in known]
-    adam = dict(betas=tuple(args.adam_betas), fused=True)
-    optimizer = torch.optim.AdamW([{"params": weights, "weight_decay": args.weight_decay}, {"params": features, "weight_decay": 0.0},
-                                   {"params": r_all, "weight_decay": 0.0}], lr=args.learning_rate, **adam)
-    modules, optimizers = {"student": student, **({"ema": ema} if args.ema_decay else {})}, {"optimizer": optimizer}
-    if critic:
-        optimizer_fake = torch.optim.AdamW(critic.parameters(), lr=args.learning_rate_fake, weight_decay=args.weight_decay, **adam)
-        modules["critic"], optimizers["optimizer_fake"] = critic, optimizer_fake
-    start, spent_before = io.resume(args, modules, optimizers)
-    if main_rank:
-        io.prepare_output_dir(args.output_dir, args.resume_from_checkpoint)
-    mean_over_ranks(0.0)  # nobody goes on before the folder is ready
+    -> a function (index, first, last) -> samples, of the conditions index[first:last].
+    """
 
-    def fix_layers(layers):
-        """The end of the selection: from here on every layer has one branch, and its r is 0 or 1."""
-        for i, m in enumerate(mixed):
-            m.fix(linear=i in layers)
-        return layers
+    def draw(index, a, b):
+        z = report.evaluation_noise(run, teacher.shape, a, b)("z")
+        cond, uncond = teacher.conditions.pick(index[a:b], run.device)
+        scale = run.args.guidance_scale
+        return teacher.diffusion.sample(student, z, grid, cond, uncond, scale, "euler")
 
-    hard_step = min(int(args.max_train_steps * args.selection_share), args.max_train_steps - 1)  # the selection ends before this update
-    if fixed is not None or mixed[0].decided:
-        fixed = fix_layers([i for i, r in enumerate(r_all) if r == 0] if fixed is None else fixed)
-    bank = make_bank(args, teacher, conditions, shape, grid, rank, world_size, device) if start < args.max_train_steps else None
-    log = io.Log(args.output_dir, start) if main_rank else None
-    if main_rank:
-        print(f"teacher {args.teacher}: {type(student).__name__}, {sum(p.numel() for p in weights):,} parameters, shift {teacher.shift:g}, guidance "
-              f"{args.guidance_scale:g}; {device} x {world_size}\nstudent: {target} of {len(mixed)} layers linear ({args.feature_map}), {' '.join(args.select)}; "
-              f"{args.objective}; bank of {args.bank_size} trajectories of {K} states")
-        up = 0.0 if args.no_regularizer or args.r_init <= 0.5 else alpha_first * (2 * args.r_init - 1) ** (alpha_first - 1)  # half the pulls on r at the start
-        if fixed is None and up >= target:
-            print(f"note: with {target} linear layer(s), --r_init {args.r_init:g} and --alpha {alpha_first:g} the regulariser holds every r at 1; lower one of the two")
-    times = torch.tensor(grid, device=device)
+    return draw
 
-    def from_bank(draw):
-        """A state of each of these rows' trajectories, and now and then without condition.  -> i (B,), x_t, v (B, ...), cond."""
-        last = K - 1 if args.objective.startswith("adm") and args.state in ("step", "rollout") else K  # their steps do not land at s = 0
-        i = torch.minimum((draw.spread("state") * last).long(), torch.tensor(last - 1, device=device))
-        rows = bank.rows(draw.integer("trajectory", args.bank_size), i)
-        cond, uncond = conditions.pick(rows["index"], device)
-        x_t, v = rows["x"].to(device), rows["v"].to(device)
-        if args.guidance_scale != 1:
-            drop = draw.uniform("drop") < args.uncond_share
-            cond = {k: torch.where(expand(drop, c), uncond[k], c) for k, c in cond.items()}
-            v = torch.where(expand(drop, v), rows["v_uncond"].to(device), v)
-        return i, x_t, v, cond
 
-    @torch.no_grad()
-    def roll_out(draw, cond, uncond, levels):
-        """The student's own trajectory from noise along these levels, guided as the teacher's.  -> x at the last level (B, ...)."""
-        return sample_teacher(student, teacher.schedule, teacher.prediction, draw.normal("z", shape), levels, cond, uncond, args.guidance_scale, "euler")
+# ---- what a turn works on: states of the bank, and the student's step to x_hat -------------------
 
-    def student_state(draw):
-        """x_hat, a state that the student reaches by one step of its own with gradient, from where --state says (Eq. 12 needs dx_hat / dv_student).
-        -> x_hat (B, ...), its time s (B,), cond, and, where it is asked for, the regression (Eq. 7) of that step's velocity, which needs the bank."""
-        if args.state == "rollout":
-            i = 1 + draw.agreed("i", K - 2)
-            cond, uncond = conditions.draw(draw, device)
-            x_t, t, s = roll_out(draw, cond, uncond, grid[:i + 1]), times[i].expand(B), times[i + 1].expand(B)
+
+def times_at(grid, k, device):
+    """The times of these points of the grid.  k (B,) on the CPU -> (B,) on the device."""
+    return torch.tensor(grid)[k].to(device)
+
+
+def bank_states(args, draw, bank, teacher, grid):
+    """One state of the bank for each of these rows, some of them without their condition.
+
+    -> x_t, v (B, ...), t (B,), cond, and k (B,), the place of t in the grid, on the CPU.
+    """
+    adm = args.objective.startswith("adm")
+    lands_on_grid = adm and args.state in ("step", "rollout")  # then the last state leads to s = 0
+    k = draw.spread_integer("state", args.sampling_steps - lands_on_grid)
+    rows = bank.rows(draw.integer("trajectory", args.bank_size), k)
+    cond, uncond = teacher.conditions.pick(rows["index"], draw.device)
+    x_t, v = rows["x"].to(draw.device), rows["v"].to(draw.device)
+    if args.guidance_scale != 1:
+        drop = draw.uniform("drop") < args.uncond_share
+        cond = {name: torch.where(expand(drop, c), uncond[name], c) for name, c in cond.items()}
+        v = torch.where(expand(drop, v), rows["v_uncond"].to(draw.device), v)
+    return x_t, v, times_at(grid, k, draw.device), cond, k
+
+
+def part_of_step(draw, t, t_next, part):
+    """A time between t and t_next, uniform within this share of the sampler's step.  (B,)."""
+    return t + part * draw.uniform("part") * (t_next - t)
+
+
+def any_later_time(draw, k, steps, timestep_shift):
+    """A time below that of the grid's point k, uniform in raw time.  (B,)."""
+    u = draw.uniform("jump") * (1 - k / steps).to(draw.device)
+    return shift(u, timestep_shift)
+
+
+@torch.no_grad()
+def roll_out(args, draw, student, teacher, grid, cond, uncond):
+    """The student's own trajectory from noise along a grid, guided.  -> x at its last time."""
+    z, scale = draw.noise("z"), args.guidance_scale
+    return teacher.diffusion.sample(student, z, grid, cond, uncond, scale, "euler")
+
+
+def own_state(args, draw, student, teacher, grid):
+    """A state of the student's own trajectory, the same step of the sampler for the whole batch.
+
+    -> x_t (B, ...), t, t_next (B,), cond.
+    """
+    k = 1 + draw.agreed("i", args.sampling_steps - 2)
+    cond, uncond = teacher.conditions.draw(draw)
+    x_t = roll_out(args, draw, student, teacher, grid[: k + 1], cond, uncond)
+    every = torch.full((len(draw.rows),), k)
+    t, t_next = times_at(grid, every, draw.device), times_at(grid, every + 1, draw.device)
+    return x_t, t, t_next, cond
+
+
+def step_to_x_hat(args, draw, student, teacher, bank, grid):
+    """Where the student's step to x_hat begins and ends, by --state.
+
+    -> x_t (B, ...), v (B, ...) or None off the bank, t, s (B,), cond.
+    """
+    if args.state == "rollout":
+        x_t, t, s, cond = own_state(args, draw, student, teacher, grid)
+        return x_t, None, t, s, cond
+    x_t, v, t, cond, k = bank_states(args, draw, bank, teacher, grid)
+    s = times_at(grid, k + 1, draw.device)  # --state step
+    if args.state == "part":
+        s = part_of_step(draw, t, s, args.part)
+    elif args.state == "jump":
+        s = any_later_time(draw, k, args.sampling_steps, teacher.shift)
+    return x_t, v, t, s.clamp_min(args.min_time), cond
+
+
+def one_jump(args, draw, student, teacher, bank, grid):
+    """What the DMD baseline takes for a sample: the student's x0 from a state of the bank.
+
+    -> x0 (B, ...), cond.
+    """
+    x_t, _, t, cond, _ = bank_states(args, draw, bank, teacher, grid)
+    return x_t - expand(t, x_t) * velocity(student, x_t, t, cond), cond
+
+
+def noise_and_time(draw, teacher):
+    """-> eps (B, ...), t (B,) at which a critic works, u ~ U[.02, .98] before the shift."""
+    return draw.noise("eps"), shift(draw.uniform("u", 0.02, 0.98), teacher.shift)
+
+
+def critic_turn(args, draw, critic, student, teacher, bank, grid):
+    """The critic's loss on samples of the current student, which gets no gradient.  -> scalar."""
+    with torch.no_grad():
+        if args.objective == "dmd":
+            x0, cond = one_jump(args, draw, student, teacher, bank, grid)
         else:
-            i, x_t, v, cond = from_bank(draw)
-            t, s = times[i], times[i + 1]
-            if args.state == "part":
-                s = t + args.part * draw.uniform("part") * (s - t)
-            if args.state == "jump":
-                s = shift(draw.uniform("jump") * (1 - i / K), teacher.shift)  # uniform in raw time
-            s = torch.maximum(s, torch.full_like(s, args.min_time))
-        v_student = student(x_t, t, **cond).to(x_t.dtype)
-        regression = 0.5 * (v_student - v).square().mean() if args.regression_weight else 0.0
-        return x_t + expand(s - t, x_t) * v_student, s, cond, regression
+            cond, uncond = teacher.conditions.draw(draw)
+            coarse = step_grid(args.critic_steps, teacher.shift)
+            x0 = roll_out(args, draw, student, teacher, coarse, cond, uncond)
+    return flow_matching_loss(critic, x0, *noise_and_time(draw, teacher), cond)
 
-    def one_jump(draw):
-        """x0 of the student from a state of the bank: what --objective dmd makes a sample.  -> x0 (B, ...), cond."""
-        i, x_t, _, cond = from_bank(draw)
-        return x_t - expand(times[i], x_t) * student(x_t, times[i], **cond).to(x_t.dtype), cond
 
-    @torch.no_grad()
-    def velocity_error():
-        """Mean squared error of the student's velocity on 256 fixed states of the bank."""
-        errors = []
-        for first in range(0, 256, B):
-            i, x_t, v, cond = from_bank(io.Draws(args.seed, "check", 0, range(first, first + B), device))
-            errors.append((student(x_t, times[i], **cond).float() - v).square().flatten(1).mean(1))
-        return float(torch.cat(errors).mean())
+# ---- the selection's turns -----------------------------------------------------------------------
 
-    began = time.time()
-    lap, progress = io.Stopwatch(device), tqdm(range(start, args.max_train_steps), initial=start, total=args.max_train_steps, disable=not main_rank)
-    for step in progress:
-        warmup = min(1.0, (step + 1) / max(1, args.lr_warmup_steps))
-        decay = min(1.0, (1 - step / args.max_train_steps) / max(args.lr_decay_share, 1e-9))
-        rate_features = args.learning_rate if fixed is None and step < hard_step else args.learning_rate_features  # mixed: small gradients, which Adam would magnify
-        for group, lr, falls in zip(optimizer.param_groups, (args.learning_rate, rate_features, args.learning_rate_r), (decay, decay, 1.0)):
-            group["lr"] = lr * warmup * falls
-        lap.restart()
-        sums = dict.fromkeys(("loss", "loss_fake", "g"), 0.0)
-        share = 1 / args.gradient_accumulation_steps
 
-        # ---- the selection ends: exactly `target` layers become linear
-        if fixed is None and step >= hard_step:
-            r = [x.item() for x in r_all]
-            before = velocity_error()
-            fixed = fix_layers(smallest(r, target))
-            found = {"linear_layers": fixed, "update": step, "r": r, "linear_by_rounding": sum(x < 0.5 for x in r), "undecided": sum(0.1 < x < 0.9 for x in r),
-                     "velocity_error_before": before, "velocity_error_after": velocity_error()}
-            if main_rank:
-                io.save_json(found, os.path.join(args.output_dir, "selection.json"))
+def pull_on_r(run, step, selection):
+    """Add the gradient of lambda (L_con + L_reg) to r's own (Eq. 14).
 
-        # ---- critic of --objective adm_critic and dmd: R updates on samples of the current student
+    The norms of the three pulls on r are noted; after the selection they are zero.
+    """
+    names = ("r_objective", "r_constraint", "r_regularizer")
+    if selection.layers is not None:
+        run.note(**dict.fromkeys(names, 0.0))
+        return
+    args, (first, last) = run.args, selection.alpha
+    alpha = first + (last - first) * step / max(1, selection.end - 1)
+    r = torch.stack(selection.r)
+    losses = constraint(r, selection.target), regularizer(r, alpha)
+    pulls = [torch.stack([p.grad for p in selection.r])]
+    for loss in losses:
+        (gradient,) = torch.autograd.grad(loss, r, retain_graph=True)
+        pulls.append(args.selection_weight * gradient)
+    run.note(**{name: pull.norm() for name, pull in zip(names, pulls)})
+    total = losses[0] if args.no_regularizer else losses[0] + losses[1]
+    (args.selection_weight * total).backward()
+
+
+@torch.no_grad()
+def velocity_error(run, student, teacher, bank, grid):
+    """Mean squared error of the student's velocity on 256 fixed states of the bank.  -> float."""
+    errors = []
+    for first in range(0, 256, run.B):
+        rows = range(first, first + run.B)
+        draw = Draws(run.args.seed, "check", 0, rows, run.device, teacher.shape)
+        x_t, v, t, cond, _ = bank_states(run.args, draw, bank, teacher, grid)
+        errors.append((student(x_t, t, **cond).float() - v).square().flatten(1).mean(1))
+    return float(torch.cat(errors).mean())
+
+
+def end_selection(run, step, selection, student, teacher, bank, grid):
+    """Exactly `target` layers become linear, those with the smallest r; selection.json says so."""
+    r = [x.item() for x in selection.r]
+    before = velocity_error(run, student, teacher, bank, grid)
+    selection.fix(smallest(r, selection.target))
+    found = {
+        "linear_layers": selection.layers,
+        "update": step,
+        "r": r,
+        "linear_by_rounding": sum(x < 0.5 for x in r),
+        "undecided": sum(0.1 < x < 0.9 for x in r),
+        "velocity_error_before": before,
+        "velocity_error_after": velocity_error(run, student, teacher, bank, grid),
+    }
+    if run.main:
+        save_json(found, os.path.join(run.folder, "selection.json"))
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def adam(args, groups, learning_rate):
+    """AdamW. groups: parameter lists, of which the first has --weight_decay."""
+    groups = [{"params": params, "weight_decay": 0.0} for params in groups]
+    groups[0]["weight_decay"] = args.weight_decay
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=tuple(args.adam_betas), fused=True)
+
+
+def student_optimizer(args, student, mixed):
+    """AdamW with three groups: the network's weights, W of the feature maps, and r."""
+    r, features = [m.r for m in mixed], [p for m in mixed for p in m.linear.parameters()]
+    known = {id(p) for p in r + features}
+    weights = [p for p in student.parameters() if id(p) not in known]
+    return adam(args, [weights, features, r], args.learning_rate)
+
+
+def set_rates(args, optimizer, warmup, decay, selecting):
+    """The learning rates of an update; r's does not fall.
+
+    While layers are mixed W has the network's rate: its gradients are small then, and Adam would
+    magnify them.
+    """
+    features = args.learning_rate if selecting else args.learning_rate_features
+    rates = args.learning_rate * warmup * decay, features * warmup * decay
+    for group, rate in zip(optimizer.param_groups, (*rates, args.learning_rate_r * warmup)):
+        group["lr"] = rate
+
+
+def train(args):
+    run = Run(args, "linvideo")
+    teacher = start_teacher(args)
+    start = starting_network(args, teacher)
+    refuse(wrong_networks(args, teacher, start))
+    teacher.conditions = Conditions(args, teacher.base)
+    grid = step_grid(args.sampling_steps, teacher.shift)  # 1 = t_0 > ... > t_K = 0, shifted
+    student = trainable_copy(args, start, run.device)
+    mixed = mix_attention(student, args.feature_map, args.r_init)
+    critic = None
+    if args.objective in ("adm_critic", "dmd"):
+        critic = trainable_copy(args, teacher.base, run.device)
+    freeze_teacher(args, teacher, run.device)
+    try_network(teacher.base, teacher, run.device)
+    ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
+    optimizer = student_optimizer(args, student, mixed)
+    state = dict(student=student, optimizer=optimizer)
+    state |= {"ema": ema} if args.ema_decay else {}
+    if critic:
+        optimizer_fake = adam(args, [critic.parameters()], args.learning_rate_fake)
+        state |= dict(critic=critic, optimizer_fake=optimizer_fake)
+    run.start(**state)  # resumed, where that is asked for
+    selection = start_selection(args, mixed)
+    bank = make_bank(run, teacher, grid) if run.first < args.max_train_steps else None
+    introduce(run, teacher, selection)
+
+    for step in run.steps():
+        warmup, decay = run.rate(step)
+        selecting = selection.layers is None and step < selection.end
+        set_rates(args, optimizer, warmup, decay, selecting)
+        if selection.layers is None and not selecting:
+            end_selection(run, step, selection, student, teacher, bank, grid)
+
+        # ---- the critic of the baselines: R updates, each on samples of the current student
         for inner in range(args.fake_update_ratio if critic else 0):
-            fake_loss = 0.0
-            for micro in range(args.gradient_accumulation_steps):
-                row = (micro * world_size + rank) * B
-                draw = io.Draws(args.seed, step, inner, range(row, row + B), device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-                    with torch.no_grad():  # no gradient into the student here
-                        if args.objective == "dmd":
-                            x0, cond = one_jump(draw)
-                        else:
-                            cond, uncond = conditions.draw(draw, device)
-                            x0 = roll_out(draw, cond, uncond, step_grid(args.critic_steps, teacher.shift))
-                    lap("student")
-                    loss = flow_matching_loss(critic, x0, draw.normal("eps", shape), shift(draw.uniform("u", 0.02, 0.98), teacher.shift), cond)
-                (loss * share).backward()
-                fake_loss += loss.detach() * share
-                sums["loss_fake"] += loss.item() * share / args.fake_update_ratio
-            for group in optimizer_fake.param_groups:
-                group["lr"] = args.learning_rate_fake * warmup * decay
-            update([optimizer_fake], args.max_grad_norm, "critic", fake_loss)
-            lap("fake")
+            for draw in run.micro_batches(step, inner, teacher):
+                with run.autocast():
+                    loss = critic_turn(args, draw, critic, student, teacher, bank, grid)
+                (loss * run.share).backward()
+                run.note(loss_fake=loss)
+            optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
+            run.update(optimizer_fake, "critic")
 
-        # ---- student: weights, features and r by the objective
-        student_loss = 0.0
-        for micro in range(args.gradient_accumulation_steps):
-            row = (micro * world_size + rank) * B
-            draw = io.Draws(args.seed, step, "student", range(row, row + B), device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-                if args.objective == "mse":  # Eq. 7
-                    i, x_t, v, cond = from_bank(draw)
-                    lap("data")
-                    g = student(x_t, times[i], **cond).to(x_t.dtype) - v
-                    loss = 0.5 * g.square().mean()
+        # ---- the student: its weights, W and r by the objective; teacher and critic are constants
+        for draw in run.micro_batches(step, "student", teacher):
+            with run.autocast():
+                at = args, draw, student, teacher, bank, grid
+                if args.objective == "mse":
+                    x_t, v, t, cond, _ = bank_states(args, draw, bank, teacher, grid)
+                    loss, g = regression_loss(student, x_t, v, t, cond)
                 elif args.objective == "dmd":
-                    x0, cond = one_jump(draw)
-                    t, eps = shift(draw.uniform("u", 0.02, 0.98), teacher.shift), draw.normal("eps", shape)
-                    with torch.no_grad():
-                        x_t = add_noise(teacher.schedule, x0, eps, t)
-                        v_teacher, v_critic = teacher.net(x_t, t, **cond).to(x_t.dtype), critic(x_t, t, **cond).to(x_t.dtype)
-                        distance = (x0 - x_t + expand(t, x_t) * v_teacher).abs().flatten(1).mean(1)  # mean |x0 - x0_real|
-                        g = expand(t / distance.clamp_min(1e-8), x_t) * (v_teacher - v_critic)
-                    loss = matching_loss(x0, g)
-                else:  # Eq. 11 to 13
-                    x_hat, s, cond, regression = student_state(draw)
-                    lap("student")
-                    with torch.no_grad():
-                        v_teacher = teacher.net(x_hat, s, **cond).to(x_hat.dtype)
-                        lap("teacher")
-                        v_student = (critic or student)(x_hat, s, **cond).to(x_hat.dtype)  # the student is its own score
-                    g = matching_gradient(x_hat, v_teacher, v_student, s, args.weight)
-                    loss = matching_loss(x_hat, g) + args.regression_weight * regression
-            (loss * share).backward()
-            student_loss += loss.detach() * share
-            sums["loss"] += loss.item() * share
-            sums["g"] += g.square().mean().item() * share
-        pull = dict.fromkeys(("r_objective", "r_constraint", "r_regularizer"), 0.0)  # norms of the three gradients on r
-        if fixed is None:
-            r = torch.stack(r_all)
-            alpha = alpha_first + (alpha_last - alpha_first) * step / max(1, hard_step - 1)
-            count, spread = constraint(r, target), regularizer(r, alpha)
-            parts = [torch.stack([p.grad for p in r_all]), *(args.selection_weight * torch.autograd.grad(c, r, retain_graph=True)[0] for c in (count, spread))]
-            pull = {name: part.norm().item() for name, part in zip(pull, parts)}
-            (args.selection_weight * (count + (0.0 if args.no_regularizer else spread))).backward()
-        norm = update([optimizer], args.max_grad_norm, "student", student_loss)
+                    x0, cond = one_jump(*at)
+                    eps, t = noise_and_time(draw, teacher)
+                    loss, g = dmd_baseline_loss(x0, teacher.net, critic, eps, t, cond)
+                elif is_papers_adm(args):
+                    x_t, _, t, s, cond = step_to_x_hat(*at)
+                    loss, g = adm_loss(student, teacher.net, x_t, t, s, cond)
+                else:
+                    x_t, v, t, s, cond = step_to_x_hat(*at)
+                    nets = student, teacher.net, critic or student
+                    loss, g = adm_variant_loss(args, *nets, x_t, v, t, s, cond)
+            (loss * run.share).backward()
+            run.note(loss=loss)
+            run.note_rms(g=g)
+        pull_on_r(run, step, selection)
+        run.update(optimizer, "student")
         with torch.no_grad():
-            for r in r_all:
+            for i, r in enumerate(selection.r):
                 r.clamp_(0, 1)
+                run.note(**{f"r_{i}": r})
         if args.ema_decay:
-            update_ema(ema, student, min(args.ema_decay, (1 + step) / (4 + step)))  # warm-up: a window of step / 3
-        lap("student")
-
-        done = step + 1
-        sums = dict(zip(sums, mean_over_ranks(*sums.values())))
-        sums["g"] **= 0.5
-        if main_rank:
-            log.write({"step": done, **sums, "norm_student": norm, **pull, **{f"r_{i}": r.item() for i, r in enumerate(r_all)}, **lap.columns(),
-                       "peak_memory_mb": io.peak_memory_mb(device)})
-            progress.set_postfix(loss=f"{sums['loss']:.5f}", g=f"{sums['g']:.4f}", linear=sum(r.item() < 0.5 for r in r_all), refresh=False)
-        if main_rank and (done % args.checkpointing_steps == 0 or done == args.max_train_steps):
-            net = convert(ema, smallest([r.item() for r in r_all], target), args.feature_map)
-            report.save_samples(args.output_dir, [(f"student, update {done}", report.preview(args, world, conditions, student_sampler(
-                args, net, teacher, conditions, shape, grid, device)))], world)
-            save_student(args, net, teacher, grid, shape)
-            io.save_for_resume(args, done, modules, optimizers, spent_before + time.time() - began)
-    if main_rank:
-        fixed = smallest([r.item() for r in r_all], target)  # the same again, but for a run that was cut short while it selected
-        net = convert(ema, fixed, args.feature_map).eval()
-        if start >= args.max_train_steps:  # a finished run is written out again, perhaps to another folder
-            save_student(args, net, teacher, grid, shape)
-        calls, short = 1 if args.guidance_scale == 1 else 2, step_grid(4, teacher.shift)
-        own, few = (student_sampler(args, net, teacher, conditions, shape, levels, device) for levels in (grid, short))
-        coarse = report.teacher_sampler(args, teacher, conditions, shape, device, grid, "euler")
-        extra = {"linear_layers": fixed, **read_selection(args)}
-        if world:  # else there is no row to put it in, and 200 videos of a released model take hours
-            index = conditions.preview(200)
-            pairs = [report.many(lambda a, b: f(index, a, b), len(index), B)[0] for f in (own, coarse)]
-            extra["paired_mse"] = float((pairs[0] - pairs[1]).square().mean())
-        save_selection_picture(args.output_dir, len(mixed))
-        report.finish(args, "linvideo", teacher, world, conditions, shape, grid[:-1], {"student": (calls * K, own), "student_4": (calls * 4, few)},
-                      sum(p.numel() for p in net.parameters()), spent_before + time.time() - began, device, {"student": extra})
-    mean_over_ranks(0.0)
-
-# ---- what the run leaves behind ------------------------------------------------------------------------------------
+            run.update_ema(ema, student, step)
+        if run.end_step(step, show=("loss", "g")):  # True: time to save
+            net = convert(ema, selection.best(), args.feature_map)
+            sampler = student_sampler(run, net, teacher, grid)
+            report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})
+            save_student(run, teacher, net, grid)
+            run.save(step)
+    # fixed already, unless the run was cut short while it selected
+    net = convert(ema, selection.best(), args.feature_map).eval()
+    if run.first >= args.max_train_steps:  # a finished run is written out again, perhaps elsewhere
+        save_student(run, teacher, net, grid)
+    finish(run, teacher, net, grid)
 
 
-def student_sampler(args, net, teacher, conditions, shape, grid, device):
-    """-> a function (index, first, last) -> those samples: the teacher's sampler, Euler, guided as in training."""
-    return lambda index, a, b: sample_teacher(net, teacher.schedule, teacher.prediction, report.evaluation_noise(args, shape, device, a, b), grid,
-                                              *conditions.pick(index[a:b], device), args.guidance_scale, "euler")
+def is_papers_adm(args):
+    """Whether the objective is Eq. 11 to 13 without any change."""
+    return args.objective == "adm" and args.weight == "eq13" and not args.regression_weight
 
 
-def save_student(args, net, teacher, grid, shape):
-    """student/ as every script's; config.json names the linear layers, sampler.json has guidance, which this student keeps."""
-    report.save_student(args, "linvideo", net, teacher, grid[:-1], shape, guidance_scale=args.guidance_scale)
+# ---- what the run leaves behind ------------------------------------------------------------------
 
 
-def read_selection(args):
-    """What selection.json says of the end of the selection, for report.json; nothing where the layers were given."""
-    path = os.path.join(args.output_dir, "selection.json")
-    return {k: v for k, v in io.load_json(path).items() if k != "linear_layers"} if args.select == ["learned"] and os.path.isfile(path) else {}
+def introduce(run, teacher, selection):
+    """Print what is trained, and a note where no layer could ever leave softmax attention."""
+    args, target, first = run.args, selection.target, selection.alpha[0]
+    how = f"{target} of {len(selection.mixed)} layers linear ({args.feature_map})"
+    bank = f"bank of {args.bank_size} trajectories of {args.sampling_steps} states"
+    what = f"{how}, {' '.join(args.select)}; {args.objective}; {bank}"
+    report.introduce(run, teacher, teacher.base, what)
+    up = 0.0  # half of the regulariser's pull at the start; half of the constraint's is the target
+    if args.r_init > 0.5 and not args.no_regularizer:
+        up = first * (2 * args.r_init - 1) ** (first - 1)
+    if selection.layers is None and up >= target:
+        run.say(
+            f"note: with {target} linear layer(s), --r_init {args.r_init:g} and --alpha {first:g} "
+            "the regulariser holds every r at 1; lower one of the two"
+        )
+
+
+def save_student(run, teacher, net, grid):
+    """student/; sampler.json has the guidance, which this student still needs."""
+    guidance_scale = run.args.guidance_scale
+    report.save_student(run, teacher, net, grid[:-1], guidance_scale=guidance_scale)
+
+
+def finish(run, teacher, net, grid):
+    """r.png, samples.png and report.json: the student at all steps of its sampler, and at four."""
+    calls = 1 if run.args.guidance_scale == 1 else 2
+    own = student_sampler(run, net, teacher, grid)
+    four = student_sampler(run, net, teacher, step_grid(4, teacher.shift))
+    students = {"student": (calls * (len(grid) - 1), own), "student_4": (calls * 4, four)}
+    extra = {"linear_layers": net.config["linear_layers"], **read_selection(run)}
+    if run.main and teacher.world:  # hours, for a released model, and no row to put it in
+        extra["paired_mse"] = paired_error(run, teacher, own, grid)
+    if run.main:
+        save_selection_picture(run.folder, len(net.self_attentions))
+    parameters = sum(p.numel() for p in net.parameters())
+    report.finish(run, teacher, grid[:-1], students, parameters, {"student": extra})
+
+
+def paired_error(run, teacher, sampler, grid):
+    """Mean squared distance of 200 samples to the teacher's from the same noise.  -> float."""
+    index = teacher.conditions.preview(200)
+    coarse = report.teacher_sampler(run, teacher, grid, "euler")
+    x, y = (report.many(lambda a, b, f=f: f(index, a, b), 200, run.B)[0] for f in (sampler, coarse))
+    return float((x - y).square().mean())
+
+
+def read_selection(run):
+    """What selection.json says of the selection's end, for report.json; {} for given layers."""
+    path = os.path.join(run.folder, "selection.json")
+    if run.args.select != ["learned"] or not os.path.isfile(path):
+        return {}
+    return {name: value for name, value in load_json(path).items() if name != "linear_layers"}
 
 
 def save_selection_picture(folder, layers, width=720, row=22):
-    """r.png: one line of colour per layer over the updates of log.csv, red = softmax, white = one half, blue = linear."""
+    """r.png: a line of colour for each layer over the updates of log.csv.
+
+    Red is softmax attention, white one half, blue linear attention.
+    """
     with open(os.path.join(folder, "log.csv"), newline="") as f:
         lines = list(csv.DictReader(f))
     if not lines:  # a finished run that is written out again elsewhere
         return
-    r = torch.tensor([[float(line[f"r_{i}"]) for line in lines] for i in range(layers)])  # (layers, updates)
+    # r (layers, updates), then (layers, width)
+    r = torch.tensor([[float(line[f"r_{i}"]) for line in lines] for i in range(layers)])
     updates = r.shape[1]
-    r = r[:, (torch.arange(width) * updates / width).long()]  # (layers, width)
+    r = r[:, (torch.arange(width) * updates / width).long()]
     softmax, linear = torch.tensor([200.0, 60, 50]), torch.tensor([40.0, 90, 190])
     far = (2 * r - 1).abs()[..., None]  # 0 at one half, 1 at both ends
-    colour = (255 * (1 - far) + far * torch.where(r[..., None] > 0.5, softmax, linear)).byte()  # (layers, width, 3)
+    end = torch.where(r[..., None] > 0.5, softmax, linear)
+    colour = (255 * (1 - far) + far * end).byte()  # (layers, width, 3)
     image = Image.new("RGB", (width + 170, row * layers + 24), "white")
     pen = ImageDraw.Draw(image)
     for i in range(layers):
-        image.paste(Image.fromarray(colour[i, None].expand(row - 2, -1, -1).numpy()), (70, row * i))
+        line = Image.fromarray(colour[i, None].expand(row - 2, -1, -1).numpy())
+        image.paste(line, (70, row * i))
+        kind = "linear" if r[i, -1] < 0.5 else "softmax"
         pen.text((4, row * i + 4), f"layer {i}", fill="black")
-        pen.text((width + 78, row * i + 4), f"{'linear' if r[i, -1] < 0.5 else 'softmax'}  r = {r[i, -1]:.2f}", fill="black")
-    pen.text((70, row * layers + 6), f"update 1 to {updates}: red = softmax attention, white = one half, blue = linear attention", fill="black")
+        pen.text((width + 78, row * i + 4), f"{kind}  r = {r[i, -1]:.2f}", fill="black")
+    legend = "red = softmax attention, white = one half, blue = linear attention"
+    pen.text((70, row * layers + 6), f"update 1 to {updates}: {legend}", fill="black")
     image.save(os.path.join(folder, "r.png"))
 
 
 def sample_only(args):
-    """--sample FOLDER: load a saved student, read its sampler.json, write samples.png (GIF for videos) and latents to --output_dir."""
-    _, _, device = start_ranks()
-    net, sampler, teacher, world, conditions, shape = report.load_student(args, "linvideo", device)
-    args.guidance_scale = sampler["guidance_scale"]
-    grid = sampler["times"] + [0.0]
-    draw = student_sampler(args, net, teacher, conditions, shape, grid, device)
-    report.write_samples(args, world, conditions, shape, draw, (1 if args.guidance_scale == 1 else 2) * (len(grid) - 1), device)
+    """--sample FOLDER: load a saved student and its sampler.json, write samples to --output_dir."""
+    run = Run(args, "linvideo")
+    student, saved, teacher = report.load_student(run)
+    args.guidance_scale = saved["guidance_scale"]
+    calls = (1 if args.guidance_scale == 1 else 2) * len(saved["times"])
+    sampler = student_sampler(run, student, teacher, saved["times"] + [0.0])
+    report.write_samples(run, teacher, sampler, calls)
 
 
-# ---- flags ---------------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 
-# The flags' defaults suit the clips teacher. What released models change of them: the paper's values where it gives them.
-CLIPS = dict(timestep_shift=2.0)  # other small teachers: their own shift
-RELEASED = dict(max_train_steps=3000, train_batch_size=1, learning_rate=1e-5, learning_rate_features=1e-4, guidance_scale=5.0, sampling_steps=50,
-                ema_decay=0.0, max_grad_norm=1.0, lr_warmup_steps=0, lr_decay_share=0.0, alpha=[20.0, 2.0], bank_size=1000, bank_batch=1, preview_samples=2,
-                gradient_checkpointing=True, objective="adm", selection_weight=0.01)
+PRESETS = {  # the flags' defaults suit small networks; what other teachers change of them
+    "clips": dict(timestep_shift=2.0),
+    "released": dict(  # the paper's values where it gives them
+        max_train_steps=3000, train_batch_size=1, learning_rate=1e-5, learning_rate_features=1e-4,
+        guidance_scale=5.0, sampling_steps=50, ema_decay=0.0, max_grad_norm=1.0, lr_warmup_steps=0,
+        lr_decay_share=0.0, alpha=[20.0, 2.0], bank_size=1000, bank_batch=1, preview_samples=2,
+        gradient_checkpointing=True, objective="adm", selection_weight=0.01,
+    ),
+}  # fmt: skip
 
 
+# fmt: off
 def parse_args(argv=None):
-    p = io.Parser(description="Turn some of a video model's softmax self-attention layers into linear attention (LinVideo, 2510.08318), without data. Defaults "
-                  "shown are those of the given --teacher: clips, other small networks of ours, or a released model.")
-    io.add_run_flags(p)
-    p.set_defaults(max_train_steps=1200, learning_rate=1e-3, lr_warmup_steps=20, ema_decay=0.98)
-    p.add_argument("--teacher", default="clips", help="clips, glyphs, a component folder, a pipeline root with model_index.json, or a run folder of ours")
-    p.add_argument("--prompts", default=None, metavar="FILE", help="safetensors with cond.NAME (N, ...) and uncond.NAME (1, ...), for text teachers")
-    p.add_argument("--sample_shape", type=io.number(int, 1), nargs="+", default=None, help="C H W or C T H W of a sample (default: the network's)")
-    p.add_argument("--target_layers", type=io.number(int, 1), default=None, help="how many layers become linear (default: half; paper: 16 of 30, 22 of 40)")
-    p.add_argument("--select", nargs="+", default=["learned"], metavar="HOW", help="learned (paper), first, last, uniform, random, or a list of layers from 0")
-    p.add_argument("--feature_map", choices=FEATURE_MAPS[:-1], default="hedgehog", help="phi of linear attention (paper: hedgehog, Eq. 6)")
-    p.add_argument("--objective", choices=["adm", "mse", "dmd", "adm_critic"], default="mse", help="anytime distribution matching (paper), regression onto the "
-                   "teacher's velocity (Eq. 7, stable here), few-step DMD with a critic, or adm with a trained critic instead of the student's own score (Tab. 4)")
-    p.add_argument("--state", choices=["part", "step", "jump", "rollout"], default="part", help="how adm's state is reached: a random part of a sampler step from a "
-                   "state of the bank, the whole step, a jump to any later time, or one step at the end of the student's own trajectory")
-    p.add_argument("--part", type=io.number(float, 0.001, 1), default=1.0, help="of --state part: the largest share of a sampler step")
-    p.add_argument("--weight", choices=["eq13", "unit", "dmd"], default="eq13", help="of adm's gradient: (1 - t) / t (paper), 1, or of x0 over its mean size")
-    p.add_argument("--regression_weight", type=io.number(float, 0), default=0.0, help="of regression (Eq. 7) beside adm (paper: 0)")
-    p.add_argument("--min_time", type=io.number(float, 0.001, 0.5), default=0.02, help="smallest t of adm's states, where eq13 diverges")
-    p.add_argument("--selection_weight", type=io.number(float, 0), default=0.001, help="lambda, of constraint and regulariser (paper: .01, of another reduction)")
-    p.add_argument("--alpha", type=io.number(float, above=1), nargs=2, default=None, metavar=("FIRST", "LAST"), help="exponent of the regulariser, falls linearly "
-                   "while layers are selected (paper: 20 to 2; default: the number of linear layers, at least 2 and at most 4, to 2; with "
-                   "a larger FIRST an r at 1 cannot leave)")
-    p.add_argument("--no_regularizer", action="store_true", help="ablation: the constraint alone (Tab. 3)")
-    p.add_argument("--r_init", type=io.number(float, 0, 1), default=0.9, help="r of all layers at the start (paper: not stated)")
-    p.add_argument("--selection_share", type=io.number(float, 0, 1), default=0.3, help="share of the run in which r is trained; then the layers are fixed")
-    p.add_argument("--learning_rate_features", type=io.number(float, above=0), default=1e-2, help="AdamW learning rate of phi's W once the layers are fixed; "
-                   "before, W has --learning_rate (paper: not stated)")
-    p.add_argument("--learning_rate_r", type=io.number(float, above=0), default=1e-2, help="AdamW learning rate of r, constant")
-    p.add_argument("--learning_rate_fake", type=io.number(float, above=0), default=1e-3, help="AdamW learning rate of the critic (adm_critic, dmd)")
-    p.add_argument("--fake_update_ratio", type=io.number(int, 1), default=1, help="R, critic updates per student update (adm_critic, dmd)")
-    p.add_argument("--critic_steps", type=io.number(int, 1), default=8, help="Euler steps of the roll-outs that adm_critic's critic sees")
-    p.add_argument("--lr_decay_share", type=io.number(float, 0, 1), default=0.4, help="last share of the run with the rates, but r's, falling linearly to 0")
-    p.add_argument("--adam_betas", type=io.number(float, 0, 0.99999), nargs=2, default=[0.9, 0.99], help="AdamW betas (paper: not stated)")
-    p.add_argument("--weight_decay", type=io.number(float, 0), default=0.0, help="AdamW weight decay of the network's weights (paper: not stated)")
-    p.add_argument("--sampling_steps", type=io.number(int, 2), default=20, help="K, Euler steps of teacher and student (Wan: 50)")
-    p.add_argument("--uncond_share", type=io.number(float, 0, 1), default=0.1, help="share of samples without condition, where there is guidance")
-    p.add_argument("--bank", default=None, metavar="FOLDER", help="the teacher's trajectories: made there once, read if they are there (default: OUTPUT_DIR/bank)")
-    p.add_argument("--bank_size", type=io.number(int, 1), default=2560, help="trajectories of K states each (paper: 50,000 states)")
-    p.add_argument("--bank_batch", type=io.number(int, 1), default=64, help="trajectories per file of the bank")
-    p.add_argument("--teacher_steps", type=io.number(int, 0), default=32, help="Heun steps of the many-step teacher; 0 leaves it out")
-    p.add_argument("--preview_samples", type=io.number(int, 1), default=12, help="columns of samples.png")
-    p.add_argument("--remeasure_teacher", action="store_true", help="measure the many-step teacher again instead of copying its row")
-    argv = sys.argv[1:] if argv is None else argv
-    known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
-    start = known.sample or known.teacher
-    p.set_defaults(**(CLIPS if start == "clips" else {} if io.is_small(start, WORLDS) else RELEASED))
-    args = p.parse_args(argv)
-    if args.state == "rollout" and args.sampling_steps < 3:
-        p.error("argument --state: rollout needs --sampling_steps of at least 3")
-    if args.regression_weight and (args.state == "rollout" or not args.objective.startswith("adm")):
-        p.error("argument --regression_weight: is for --objective adm or adm_critic with states of the bank, not --state rollout; leave it out")
-    if args.output_dir is None:
-        args.output_dir = io.default_output_dir("linvideo", args.teacher, args.sample)
-    return args
+    p = distillation_parser("Turn some of a video model's softmax self-attention layers into "
+                            "linear attention, without data (LinVideo 2510.08318).")
+    p.set_defaults(teacher="clips", max_train_steps=1200, learning_rate=1e-3, lr_warmup_steps=20,
+                   ema_decay=0.98, lr_decay_share=0.4, adam_betas=[0.9, 0.99], preview_samples=12,
+                   fake_update_ratio=1, learning_rate_fake=1e-3)
+    paper_values(p, **dict.fromkeys(("adam_betas", "weight_decay", "ema_decay"), "not stated"))
+    add = p.method.add_argument
+    add("--target_layers", type=number(int, 1), default=None,
+        help="how many layers become linear (default: half; paper: 16 of 30, 22 of 40)")
+    add("--select", nargs="+", default=["learned"], metavar="HOW",
+        help="learned (paper), first, last, uniform, random, or a list of layers from 0")
+    add("--feature_map", choices=FEATURE_MAPS[:-1], default="hedgehog",
+        help="phi of linear attention (paper: hedgehog, Eq. 6)")
+    add("--objective", choices=["adm", "mse", "dmd", "adm_critic"], default="mse",
+        help="anytime distribution matching (paper), regression onto the teacher's velocity "
+        "(Eq. 7), few-step DMD with a critic, or adm with a trained critic instead of the "
+        "student's own score (Tab. 4)")
+    add("--state", choices=["part", "step", "jump", "rollout"], default="part",
+        help="how adm reaches x_hat from a state of the bank: by a random part of a sampler step, "
+        "the whole step, or a jump to any later time; rollout: by one step at the end of the "
+        "student's own trajectory (paper: not stated)")
+    add("--part", type=number(float, 0.001, 1), default=1.0,
+        help="the largest share of a sampler step, for --state part")
+    add("--weight", choices=["eq13", "unit", "dmd"], default="eq13",
+        help="weight of adm's gradient: (1 - t) / t (paper), 1, or that of x0 over its mean size")
+    add("--regression_weight", type=number(float, 0), default=0.0,
+        help="weight of Eq. 7 beside adm (paper: 0)")
+    add("--min_time", type=number(float, 0.001, 0.5), default=0.02,
+        help="smallest time of x_hat; at 0 Eq. 13 diverges")
+    add("--selection_weight", type=number(float, 0), default=0.001,
+        help="lambda of constraint and regulariser (paper: .01, its reduction is not stated)")
+    add("--alpha", type=number(float, above=1), nargs=2, default=None, metavar=("FIRST", "LAST"),
+        help="the regulariser's exponent, which falls linearly while layers are selected (paper: "
+        "20 2; default: FIRST is the number of linear layers within 2 to 4, LAST is 2; with a "
+        "larger FIRST an r at 1 cannot leave)")
+    add("--r_init", type=number(float, 0, 1), default=0.9,
+        help="r of every layer at the start (paper: not stated)")
+    add("--selection_share", type=number(float, 0, 1), default=0.3,
+        help="share of the run in which r is trained; then the layers are fixed (paper: 1)")
+    add("--sampling_steps", type=number(int, 2), default=20,
+        help="K, Euler steps of teacher and student (Wan: 50)")
+    add("--uncond_share", type=number(float, 0, 1), default=0.1,
+        help="share of samples without condition, where there is guidance")
+    add("--critic_steps", type=number(int, 1), default=8,
+        help="Euler steps of the samples that adm_critic's critic sees")
+    add = p.ablations.add_argument
+    add("--no_regularizer", action="store_true", help="the constraint alone (Tab. 3)")
+    add = p.optimiser.add_argument
+    add("--learning_rate_features", type=number(float, above=0), default=1e-2,
+        help="learning rate of phi's W once the layers are fixed; before, it is --learning_rate "
+        "(paper: not stated)")
+    add("--learning_rate_r", type=number(float, above=0), default=1e-2,
+        help="learning rate of r, constant (paper: not stated)")
+    add = p.run.add_argument
+    add("--bank", default=None, metavar="FOLDER", help="the teacher's trajectories: written there "
+        "once, read where they are there already (default: OUTPUT_DIR/bank)")
+    add("--bank_size", type=number(int, 1), default=2560,
+        help="trajectories of K states each (paper: 50,000 states)")
+    add("--bank_batch", type=number(int, 1), default=64, help="trajectories in a file of the bank")
+    return parse(p, argv, "linvideo", PRESETS, wrong_flags)
+
+
+def wrong_flags(a):
+    """Flags that do not go together: pairs (wrong, why)."""
+    rollout, beside = a.state == "rollout", a.regression_weight > 0
+    adm = a.objective.startswith("adm")
+    yield rollout and a.sampling_steps < 3, \
+        "--state rollout needs --sampling_steps of at least 3"
+    yield beside and not adm, "--regression_weight is for --objective adm or adm_critic"
+    yield beside and rollout, "--regression_weight needs states of the bank, not --state rollout"
+
+
+def wrong_networks(a, teacher, start):
+    """What the networks rule out: pairs (wrong, why). start: what the student is a copy of."""
+    net, name = teacher.base, f"--teacher {a.teacher}"
+    replaceable = hasattr(net, "self_attentions")
+    flow = isinstance(teacher.schedule, Flow) and teacher.prediction == "flow_v"
+    yield not replaceable, (f"{name}: a {type(net).__name__} has no self-attention that can be "
+                            "replaced; DiT and Wan have")
+    yield not flow, (f"{name} predicts {teacher.prediction}; the score of Eq. 13 is a flow's: "
+                     "give a teacher that predicts its velocity")
+    yield "linear_layers" in net.config, (f"{name} has linear attention already: give the network "
+                                          "that it was made from")
+    yield "linear_layers" in start.config, (f"--student_init {a.student_init} has linear attention "
+                                            "already: give the network that it was made from")
+    yield from wrong_selection(a, len(net.self_attentions))
+
+
+def wrong_selection(a, count):
+    """--select and --target_layers in a network of `count` layers: pairs (wrong, why)."""
+    select, listed, n = f"--select {' '.join(a.select)}", layers_listed(a), len(a.select)
+    valid = all(s.isdecimal() and int(s) < count for s in a.select)
+    distinct = valid and len(set(map(int, a.select))) == n
+    yield listed and not distinct, (f"{select}: give one of {', '.join(RULES)}, or different "
+                                    f"layers of 0 to {count - 1}")
+    yield listed and a.target_layers not in (None, n), (
+        f"{select} names {n} layer(s), --target_layers says {a.target_layers}: leave one of them "
+        "out")
+    target, _ = chosen_layers(a, count)
+    yield not 1 <= target <= count, (f"--target_layers {target}: this network has {count} "
+                                     f"self-attention layer(s): give 1 to {count}")
+# fmt: on
 
 
 def main(argv=None):
     args = parse_args(argv)
-    sample_only(args) if args.sample else train(args)
+    if args.sample:
+        sample_only(args)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":
-    io.run(main)
+    run_main(main)

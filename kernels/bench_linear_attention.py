@@ -1,16 +1,23 @@
-"""Linear attention against softmax attention: time, bandwidth, memory, registers, and the length from which it is faster.
+"""Linear against softmax attention: time, bandwidth, memory, registers, and where it is faster.
 
-    python -m kernels.bench_linear_attention                    # all that this machine can run; on a CPU about two minutes
-    python -m kernels.bench_linear_attention --lengths 4096,32760 --heads 12 --feature_map softmax --dtype bf16
-    python -m kernels.bench_linear_attention --compile sm_90    # registers, spills, shared memory; needs triton, but no GPU
+    # everything that this machine can run, about two minutes on a CPU
+    python -m kernels.bench_linear_attention
+    python -m kernels.bench_linear_attention --lengths 4096,32760 --heads 12 --dtype bf16
+    # registers, spills and shared memory; needs triton, but no GPU
+    python -m kernels.bench_linear_attention --compile sm_90
 
-Rows of the table: "triton" (the kernels), "torch" (the reference), "compile" (torch.compile of the reference), "sdpa NAME" (each backend
-of scaled_dot_product_attention that takes the input) and "fla" (flash-linear-attention's chunk_linear_attn, causal, on given features,
-where installed). GB/s counts what must move: forward q, k, v in and o out; forward + backward 4 tensors and then q, k, v, o, do in and
-dq, dk, dv out, 12 in all. Its share is of the bandwidth of a large device copy, measured first. Times are medians over repeats, on a
-GPU by events. On a CPU they are wall time, or with --clock cpu and one thread the processor time of this process, which other jobs on
-the machine disturb less. --graph times replays of a CUDA graph: the device's time alone, as in a network whose launches run ahead of it.
+Rows of the table are "triton" (the kernels), "torch" (the reference), "compile" (torch.compile of
+the reference), "sdpa NAME" (each backend of scaled_dot_product_attention that takes the input) and
+"fla" (flash-linear-attention's chunk_linear_attn where it is installed: causal, on given features).
+
+GB/s counts what must move: in the forward q, k, v in and o out; in forward + backward these 4
+tensors and then q, k, v, o, do in and dq, dk, dv out, 12 in all. Its share is of the bandwidth of a
+large copy on the device, measured first. Times are medians over repeats, on a GPU by events. On a
+CPU they are wall time, or with --clock cpu and one thread the processor time of this process, which
+other jobs on the machine disturb less. --graph times replays of a CUDA graph: the device's time
+alone, as in a network whose launches run ahead of it.
 """
+
 import argparse
 import os
 import platform
@@ -20,37 +27,46 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # for `python kernels/bench_linear_attention.py`
+# so that `python kernels/bench_linear_attention.py` finds its packages
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from kernels import linear_attention as la  # noqa: E402
-from models import io  # noqa: E402
+from models.files import save_json  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BACKENDS = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-            "cudnn": SDPBackend.CUDNN_ATTENTION}
+BACKENDS = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
 METHODS = ("triton", "torch", "compile", "sdpa", "fla")
 
 
-# ---- compiled figures, without a GPU --------------------------------------------------------------------------------------
+# ---- compiled figures, without a GPU -------------------------------------------------------------
 
 
 def variants(feature_map, has_w):
-    """The launches of one training step: [(name, kernel, flags, feature map)]."""
-    steps = [("reduce k", "reduce", dict(WEIGHTED=False), feature_map), ("apply", "apply", {}, feature_map),
-             ("backward q", "backward", dict(QUERY=True, WRITE_U=has_w), feature_map),
-             ("reduce q", "reduce", dict(WEIGHTED=True), feature_map),
-             ("backward k", "backward", dict(QUERY=False, WRITE_U=has_w), feature_map)]
+    """The launches of one training step, [(name, kernel, flags, feature map)]."""
+    steps = [
+        ("reduce k", "reduce", dict(WEIGHTED=False), feature_map),
+        ("apply", "apply", {}, feature_map),
+        ("backward q", "backward", dict(QUERY=True, WRITE_U=has_w), feature_map),
+        ("reduce q", "reduce", dict(WEIGHTED=True), feature_map),
+        ("backward k", "backward", dict(QUERY=False, WRITE_U=has_w), feature_map),
+    ]
     return steps + ([("dW", "reduce", dict(WEIGHTED=False), "none")] if has_w else [])
 
 
 def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, **config):
-    """Compile a kernel of the default configuration (or changed by `config`) for a GPU that need not be there.
+    """Compile a kernel in its default configuration, changed by `config`; no GPU is needed.
 
-    Strides are declared as they are for tensors (B, N, H, D): the last 1, the others multiples of 16, pointers aligned to 16 bytes.
-    -> dict(regs per thread, spills in bytes per thread, shared in bytes, warps, rows, stages).
+    Strides are declared as contiguous tensors (B, N, H, D) have them: the last is 1, the others are
+    multiples of 16, and pointers are aligned to 16 bytes.
+    -> dict of regs per thread, spills in bytes per thread, shared in bytes, warps, rows, stages.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -62,40 +78,71 @@ def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, 
     const.update({name: 1 for name in fn.arg_names if re.fullmatch("[xyo]_d", name)})
     words = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     dot = words[la.dot_dtype(dtype)]
-    types = {**dict.fromkeys(["X", "Y", "OUT", "DX", "DV"], "*" + words[dtype]), **dict.fromkeys(["W", "DU"], "*" + dot),
-             **dict.fromkeys(["SUMS", "DEN", "DELTA"], "*fp32"), "scale": "fp32", "eps": "fp32"}
-    signature = {name: "constexpr" if name in const else types.get(name, "i32") for name in fn.arg_names}
-    aligned = [i for i, name in enumerate(fn.arg_names) if signature[name][0] == "*" or re.fullmatch("[xyo]_[bnh]|rows_per_split", name)]
-    source = triton.compiler.ASTSource(fn, signature, constexprs=const, attrs={(i,): [["tt.divisibility", 16]] for i in aligned})
+    types = {
+        **dict.fromkeys(["X", "Y", "OUT", "DX", "DV"], "*" + words[dtype]),
+        **dict.fromkeys(["W", "DU"], "*" + dot),
+        **dict.fromkeys(["SUMS", "DEN", "DELTA"], "*fp32"),
+        "scale": "fp32",
+        "eps": "fp32",
+    }
+    signature = {
+        name: "constexpr" if name in const else types.get(name, "i32") for name in fn.arg_names
+    }
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(fn.arg_names)
+        if signature[name][0] == "*" or re.fullmatch("[xyo]_[bnh]|rows_per_split", name)
+    }
+    source = triton.compiler.ASTSource(fn, signature, constexprs=const, attrs=attrs)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(binary.asm["cubin"])
         f.flush()
-        usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True)
-    regs, stack, local = (int(re.search(rf"{key}:(\d+)", usage.stdout).group(1)) for key in ("REG", "STACK", "LOCAL"))
-    return dict(regs=regs, spills=stack + local, shared=binary.metadata.shared, warps=options["num_warps"], rows=const["ROWS"],
-                stages=options["num_stages"])
+        usage = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", f.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    regs, stack, local = (
+        int(re.search(rf"{key}:(\d+)", usage.stdout).group(1)) for key in ("REG", "STACK", "LOCAL")
+    )
+    return dict(
+        regs=regs,
+        spills=stack + local,
+        shared=binary.metadata.shared,
+        warps=options["num_warps"],
+        rows=const["ROWS"],
+        stages=options["num_stages"],
+    )
 
 
 def compile_table(arch, dtype_name="bf16"):
-    """Every launch of a training step at D = 128, for Hedgehog with W and for softmax -> list of rows."""
-    rows = []
+    """Print and return every launch of a training step at D = 128.
+
+    They are those of hedgehog with W and of softmax.  -> list of dicts.
+    """
+    rows, dtype, capability = [], DTYPES[dtype_name], int(arch[3:])
     for feature_map, has_w in (("hedgehog", True), ("softmax", False)):
         for name, kernel, flags, phi in variants(feature_map, has_w):
-            r = compiled(kernel, flags, phi, 128, 128, DTYPES[dtype_name], has_w and phi == feature_map, int(arch[3:]))
-            rows.append(dict(feature_map=feature_map, launch=name, D=128, dtype=dtype_name, arch=arch, **r))
-            print(f"| {feature_map} | {name} | {r['rows']} | {r['warps']} | {r['regs']} | {r['spills']} | {r['shared'] / 1024:.0f} |", flush=True)
+            with_w = has_w and phi == feature_map
+            r = compiled(kernel, flags, phi, 128, 128, dtype, with_w, capability)
+            about = dict(feature_map=feature_map, launch=name, D=128, dtype=dtype_name, arch=arch)
+            rows.append({**about, **r})
+            numbers = f"{r['rows']} | {r['warps']} | {r['regs']} | {r['spills']}"
+            shared = f"{r['shared'] / 1024:.0f}"
+            print(f"| {feature_map} | {name} | {numbers} | {shared} |", flush=True)
     return rows
 
 
-# ---- measured figures ---------------------------------------------------------------------------------------------------------
+# ---- measured figures ----------------------------------------------------------------------------
 
 
 def captured(run):
-    """run() as a CUDA graph -> a function that replays it."""
+    """Capture run() as a CUDA graph.  -> a function that replays it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # capturing wants a stream of its own, warmed up
+    with torch.cuda.stream(side):  # capturing needs a warmed-up stream of its own
         run()
         run()
     torch.cuda.current_stream().wait_stream(side)
@@ -106,7 +153,11 @@ def captured(run):
 
 
 def seconds(run, device, repeats, budget, clock="wall", graph=False):
-    """Median seconds of run() after a first, unmeasured call; on CUDA by events, with the L2 cache overwritten before each."""
+    """Median seconds of run() after a first call that is not measured.
+
+    On CUDA by events, with the L2 cache overwritten before each call. At most `repeats` calls, and
+    none is begun after `budget` seconds. clock: "wall" or "cpu", for a CPU.
+    """
     now = time.process_time if clock == "cpu" else time.perf_counter
     run = captured(run) if graph else run
     run()
@@ -129,14 +180,14 @@ def seconds(run, device, repeats, budget, clock="wall", graph=False):
 
 
 def copy_bandwidth(device, repeats, clock):
-    """Bytes read plus bytes written per second of a copy that no cache holds."""
+    """Bytes read plus bytes written per second by a copy that is too large for any cache."""
     x = torch.empty((2**30 if device == "cuda" else 2**26) // 4, device=device).normal_()
     y = torch.empty_like(x)
     return 2 * x.numel() * 4 / seconds(lambda: y.copy_(x), device, repeats, 2.0, clock)
 
 
 def methods(args, device):
-    """{name: function of (q, k, v, w_q, w_k), all (B, N, H, D)} of what was asked for and can run here."""
+    """What was asked for and can run here, {name: function of (q, k, v, w_q, w_k)}."""
     found = {}
     fm = args.feature_map
     if "triton" in args.methods and device == "cuda" and la.triton is not None:
@@ -144,13 +195,19 @@ def methods(args, device):
     if "torch" in args.methods:
         found["torch"] = lambda q, k, v, *w: la.linear_attention(q, k, v, fm, *w, backend="torch")
     if "compile" in args.methods:
-        found["compile"] = torch.compile(lambda q, k, v, *w: la.linear_attention(q, k, v, fm, *w, backend="torch"), dynamic=False)
+        found["compile"] = torch.compile(
+            lambda q, k, v, *w: la.linear_attention(q, k, v, fm, *w, backend="torch"), dynamic=False
+        )
     if "sdpa" in args.methods:
         for name, backend in BACKENDS.items():
             if name in args.sdpa:
+
                 def sdpa(q, k, v, *w, backend=backend):
+                    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, N, D)
                     with sdpa_kernel(backend):
-                        return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+                        o = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+                    return o.transpose(1, 2)
+
                 found[f"sdpa {name}"] = sdpa
     if "fla" in args.methods and device == "cuda":
         try:
@@ -158,33 +215,47 @@ def methods(args, device):
         except ImportError:
             print("flash-linear-attention is not installed: no row for it")
         else:
-            def fla(q, k, v, *w):  # causal: another function, shown for its speed
-                phi = [la.features(x, fm, None if p is None else p.to(x.dtype)) for x, p in zip((q, k), w)]
+
+            def fla(q, k, v, *w):  # causal, so another function, which is shown for its speed
+                cast = (None if p is None else p.to(q.dtype) for p in w)
+                phi = [la.features(x, fm, p) for x, p in zip((q, k), cast, strict=True)]
                 o = chunk_linear_attn(*phi, v, normalize=True)
                 return o[0] if isinstance(o, tuple) else o
+
             found["fla (causal)"] = fla
     return found
 
 
 def kernel_usage():
-    """Registers and spills of the kernels that have run on this GPU, from their compiled objects.  -> [dict]."""
+    """Registers and spills of the kernels that have run on this GPU, from their compiled objects.
+
+    -> list of dicts.
+    """
     rows = []
     for name in ("reduce", "apply", "backward"):
         caches = getattr(getattr(la, f"_{name}_kernel"), "device_caches", {})
-        for cache in caches.values():
-            for binary in cache[0].values():
-                if hasattr(binary, "n_regs"):
-                    rows.append(dict(kernel=name, regs=binary.n_regs, spills=binary.n_spills, shared=binary.metadata.shared))
+        binaries = [binary for cache in caches.values() for binary in cache[0].values()]
+        for binary in binaries:
+            if hasattr(binary, "n_regs"):
+                usage = dict(regs=binary.n_regs, spills=binary.n_spills)
+                rows.append(dict(kernel=name, **usage, shared=binary.metadata.shared))
     return rows
 
 
 def measure(call, N, H, args, device, bandwidth):
-    """One method at one length -> dict(forward_s, step_s, forward_gbs, step_gbs, shares, peak_mb) or dict(error)."""
-    dtype = DTYPES[args.dtype]
+    """One method at one length.
+
+    -> dict of forward_s, step_s, forward_gbs, step_gbs, forward_share, step_share, peak_mb, or of
+    error alone where the method refuses the input or the memory does not suffice.
+    """
+    dtype, D = DTYPES[args.dtype], args.head_dim
     g = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=g).to(device, dtype)
-    q, k, v, do = (draw(args.batch, N, H, args.head_dim) for _ in range(4))
-    w = [(torch.eye(args.head_dim) + 0.1 * torch.randn(H, args.head_dim, args.head_dim, generator=g)).to(device, dtype) for _ in range(2)]
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g)
+
+    q, k, v, do = (draw(args.batch, N, H, D).to(device, dtype) for _ in range(4))
+    w = [(torch.eye(D) + 0.1 * draw(H, D, D)).to(device, dtype) for _ in range(2)]
     w = w if args.feature_map == "hedgehog" else [None, None]
     leaves = [x.requires_grad_() for x in (q, k, v, *w) if x is not None]
 
@@ -192,16 +263,20 @@ def measure(call, N, H, args, device, bandwidth):
         with torch.no_grad():
             return call(q, k, v, *w)
 
-    def step():
-        return torch.autograd.grad(call(q, k, v, *w), leaves, do, allow_unused=True)  # softmax attention has no W
+    def step():  # softmax attention has no W, whose gradient is then None
+        return torch.autograd.grad(call(q, k, v, *w), leaves, do, allow_unused=True)
 
+    row = dict(forward_s=None, step_s=None, peak_mb=None)
+    how = (device, args.repeats, args.seconds, args.clock, args.graph)
     try:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
-        row = dict(forward_s=seconds(forward, device, args.repeats, args.seconds, args.clock, args.graph))
-        row["step_s"] = None if args.forward_only else seconds(step, device, args.repeats, args.seconds, args.clock, args.graph)
-        row["peak_mb"] = (torch.cuda.max_memory_allocated() - held) / 2**20 if device == "cuda" else None
+        row["forward_s"] = seconds(forward, *how)
+        if not args.forward_only:
+            row["step_s"] = seconds(step, *how)
+        if device == "cuda":
+            row["peak_mb"] = (torch.cuda.max_memory_allocated() - held) / 2**20
     except Exception as e:  # a backend that refuses the input, or memory that does not suffice
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -215,7 +290,10 @@ def measure(call, N, H, args, device, bandwidth):
 
 
 def crossover(rows, ours, key="forward_s"):
-    """The smallest measured length from which `ours` beats every SDPA row, at it and at all longer ones; None where there is none."""
+    """The smallest measured length from which on `ours` beats every SDPA row, or None.
+
+    At that length and at all longer ones.
+    """
     best = None
     for N in sorted({r["N"] for r in rows}, reverse=True):
         times = {r["method"]: r[key] for r in rows if r["N"] == N and r.get(key)}
@@ -228,40 +306,113 @@ def crossover(rows, ours, key="forward_s"):
     return best
 
 
-positive = io.number(int, 1)
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def positive(text):
+    """An argparse type: an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {text}")
+    return value
 
 
 def listed(kind, allowed=None):
-    """A parser of comma-separated values."""
+    """An argparse type: comma-separated values of a kind, if `allowed` is given only those."""
+
     def parse(text):
         values = [kind(x) for x in text.split(",") if x]
         wrong = [x for x in values if allowed and x not in allowed]
         if wrong or not values:
-            raise argparse.ArgumentTypeError(f"expected a comma-separated list of {', '.join(allowed) if allowed else 'numbers >= 1'}, got {text!r}")
+            what = ", ".join(allowed) if allowed else "numbers >= 1"
+            raise argparse.ArgumentTypeError(
+                f"expected a comma-separated list of {what}, got {text!r}"
+            )
         return values
+
     parse.__name__ = "list"
     return parse
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="bench_linear_attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--lengths", type=listed(positive), help="comma-separated numbers of tokens (default: 1024 to 75,600 on a GPU, 256 to 4096 on a CPU)")
-    p.add_argument("--heads", type=listed(positive), help="comma-separated numbers of heads (default: 12,40 on a GPU, 2 on a CPU)")
+    p = argparse.ArgumentParser(
+        prog="bench_linear_attention",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--lengths",
+        type=listed(positive),
+        help="comma-separated numbers of tokens "
+        "(default: 1024 to 75,600 on a GPU, 256 to 4096 on a CPU)",
+    )
+    p.add_argument(
+        "--heads",
+        type=listed(positive),
+        help="comma-separated numbers of heads (default: 12,40 on a GPU, 2 on a CPU)",
+    )
     p.add_argument("--head_dim", type=positive, default=128, help="head size (default 128)")
     p.add_argument("--batch", type=positive, default=1, help="batch size (default 1)")
-    p.add_argument("--dtype", choices=DTYPES, help="dtype of q, k, v (default: bf16 on a GPU, fp32 on a CPU)")
-    p.add_argument("--feature_map", choices=["hedgehog", "softmax", "relu", "elu"], default="hedgehog",
-                   help="feature map; hedgehog has a projection per head (default hedgehog)")
-    p.add_argument("--methods", type=listed(str, METHODS), default=list(METHODS), help=f"which rows (default {','.join(METHODS)}; compile not on a CPU)")
-    p.add_argument("--sdpa", type=listed(str, tuple(BACKENDS)), help=f"SDPA backends to try (default {','.join(BACKENDS)}; on a CPU math,flash)")
+    p.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of q, k, v (default: bf16 on a GPU, fp32 on a CPU)"
+    )
+    p.add_argument(
+        "--feature_map",
+        choices=["hedgehog", "softmax", "relu", "elu"],
+        default="hedgehog",
+        help="feature map; hedgehog has a projection per head (default hedgehog)",
+    )
+    p.add_argument(
+        "--methods",
+        type=listed(str, METHODS),
+        default=list(METHODS),
+        help=f"which rows (default {','.join(METHODS)}; compile not on a CPU)",
+    )
+    p.add_argument(
+        "--sdpa",
+        type=listed(str, tuple(BACKENDS)),
+        help=f"SDPA backends to try (default {','.join(BACKENDS)}; on a CPU math,flash)",
+    )
     p.add_argument("--forward_only", action="store_true", help="leave the backward out")
-    p.add_argument("--repeats", type=positive, default=20, help="most measured calls of each kind; their median is shown (default 20)")
-    p.add_argument("--seconds", type=float, default=1.0, help="seconds after which no further call of a kind is begun (default 1)")
-    p.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="on a CPU: wall time, or processor time (default wall)")
-    p.add_argument("--graph", action="store_true", help="on a GPU: time replays of a CUDA graph, without what the launches cost the CPU")
-    p.add_argument("--device", choices=["cuda", "cpu"], help="where to run (default: cuda where there is one)")
-    p.add_argument("--json", default="runs/bench_linear_attention.json", help="file for all figures (default %(default)s)")
-    p.add_argument("--compile", choices=["sm_80", "sm_89", "sm_90", "sm_100"], help="compile the kernels for this architecture instead, without a GPU")
+    p.add_argument(
+        "--repeats",
+        type=positive,
+        default=20,
+        help="most measured calls of each kind; their median is shown (default 20)",
+    )
+    p.add_argument(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help="seconds after which no further call of a kind is begun (default 1)",
+    )
+    p.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="on a CPU: wall time, or processor time (default wall)",
+    )
+    p.add_argument(
+        "--graph",
+        action="store_true",
+        help="on a GPU: time replays of a CUDA graph, without what the launches cost the CPU",
+    )
+    p.add_argument(
+        "--device", choices=["cuda", "cpu"], help="where to run (default: cuda where there is one)"
+    )
+    p.add_argument(
+        "--json",
+        default="runs/bench_linear_attention.json",
+        help="file for all figures (default %(default)s)",
+    )
+    p.add_argument(
+        "--compile",
+        choices=["sm_80", "sm_89", "sm_90", "sm_100"],
+        help="compile the kernels for this architecture instead, without a GPU",
+    )
     args = p.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: no CUDA device here")
@@ -270,7 +421,9 @@ def parse_args(argv=None):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device == "cuda"
     args.device = device
-    args.lengths = args.lengths or ([1024, 2048, 4096, 8192, 16384, 32760, 75600] if gpu else [256, 512, 1024, 2048, 4096])
+    args.lengths = args.lengths or (
+        [1024, 2048, 4096, 8192, 16384, 32760, 75600] if gpu else [256, 512, 1024, 2048, 4096]
+    )
     args.heads = args.heads or ([12, 40] if gpu else [2])
     if args.dtype is None:
         args.dtype = "bf16" if gpu or args.compile else "fp32"
@@ -284,28 +437,52 @@ def parse_args(argv=None):
     return args
 
 
+def cell(x, form, width):
+    """A number as right-aligned text, "-" for None."""
+    return format("-" if x is None else format(x, form), f">{width}")
+
+
 def save(args, result):
+    """Write the figures to --json and say so."""
     os.makedirs(os.path.dirname(args.json) or ".", exist_ok=True)
-    io.save_json(result, args.json)
+    save_json(result, args.json)
     print(f"all figures: {args.json}")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    about = dict(torch=torch.__version__, triton=getattr(la.triton, "__version__", None), dtype=args.dtype, feature_map=args.feature_map,
-                 clock=args.clock, graph=args.graph)
+    about = dict(
+        torch=torch.__version__,
+        triton=getattr(la.triton, "__version__", None),
+        dtype=args.dtype,
+        feature_map=args.feature_map,
+        clock=args.clock,
+        graph=args.graph,
+    )
     if args.compile:
-        print(f"compiled for {args.compile} by triton {la.triton.__version__}, {args.dtype}, D = 128; spills in bytes per thread, shared memory in KB")
-        print("| feature map | launch | rows | warps | registers | spills | shared |\n|---|---|---|---|---|---|---|")
+        print(
+            f"compiled for {args.compile} by triton {la.triton.__version__}, {args.dtype}, "
+            "D = 128; spills in bytes per thread, shared memory in KB"
+        )
+        print("| feature map | launch | rows | warps | registers | spills | shared |")
+        print("|" + "---|" * 7)
         save(args, dict(about, compiled=compile_table(args.compile, args.dtype)))
         return
     device = args.device
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
     bandwidth = copy_bandwidth(device, args.repeats, args.clock)
-    print(f"{name}, torch {torch.__version__}, {args.feature_map}, {args.dtype}, B {args.batch}, D {args.head_dim}; copy {bandwidth / 1e9:.1f} GB/s")
+    print(
+        f"{name}, torch {torch.__version__}, {args.feature_map}, {args.dtype}, B {args.batch}, "
+        f"D {args.head_dim}; copy {bandwidth / 1e9:.1f} GB/s"
+    )
     rows, crossings = [], []
     for H in args.heads:
-        print(f"\n{'H':>3} {'N':>6}  {'method':14} {'forward ms':>11} {'GB/s':>8} {'of copy':>8} {'fwd+bwd ms':>11} {'GB/s':>8} {'of copy':>8} {'peak MB':>8}")
+        print(
+            f"\n{'H':>3} {'N':>6}  {'method':14} {'forward ms':>11} {'GB/s':>8} {'of copy':>8} "
+            f"{'fwd+bwd ms':>11} {'GB/s':>8} {'of copy':>8} {'peak MB':>8}"
+        )
         for N in args.lengths:
             for method, call in methods(args, device).items():
                 row = dict(method=method, H=H, N=N, **measure(call, N, H, args, device, bandwidth))
@@ -313,21 +490,30 @@ def main(argv=None):
                 if "error" in row:
                     print(f"{H:3d} {N:6d}  {method:14} {row['error']}", flush=True)
                     continue
-                cell = lambda x, form, width: format("-" if x is None else format(x, form), f">{width}")
-                print(f"{H:3d} {N:6d}  {method:14} {row['forward_s'] * 1e3:11.3f} {row['forward_gbs']:8.1f} {row['forward_share']:8.1%} "
-                      f"{cell(None if row['step_s'] is None else row['step_s'] * 1e3, '.3f', 11)} {cell(row['step_gbs'], '.1f', 8)} "
-                      f"{cell(row['step_share'], '.1%', 8)} {cell(row['peak_mb'], '.0f', 8)}", flush=True)
+                step_ms = None if row["step_s"] is None else row["step_s"] * 1e3
+                print(
+                    f"{H:3d} {N:6d}  {method:14} {row['forward_s'] * 1e3:11.3f} "
+                    f"{row['forward_gbs']:8.1f} {row['forward_share']:8.1%} "
+                    f"{cell(step_ms, '.3f', 11)} {cell(row['step_gbs'], '.1f', 8)} "
+                    f"{cell(row['step_share'], '.1%', 8)} {cell(row['peak_mb'], '.0f', 8)}",
+                    flush=True,
+                )
         for ours in ("triton", "compile", "torch"):
             for key, what in (("forward_s", "forward"), ("step_s", "forward + backward")):
                 here = [r for r in rows if r["H"] == H]
                 if any(r["method"] == ours and r.get(key) for r in here):
                     N = crossover(here, ours, key)
                     crossings.append(dict(method=ours, H=H, what=what, N=N))
-                    print(f"H {H}, {what}: {ours} beats every SDPA backend " + (f"from N = {N} on" if N else "at none of these lengths"))
+                    where = f"from N = {N} on" if N else "at none of these lengths"
+                    print(f"H {H}, {what}: {ours} beats every SDPA backend {where}")
     usage = kernel_usage() if device == "cuda" else []
     for r in usage:
-        print(f"{r['kernel']:9} {r['regs']} registers, {r['spills']} spills, {r['shared'] / 1024:.0f} KB shared")
-    save(args, dict(about, device=name, batch=args.batch, head_dim=args.head_dim, copy_gbs=bandwidth / 1e9, rows=rows, crossover=crossings, kernels=usage))
+        print(
+            f"{r['kernel']:9} {r['regs']} registers, {r['spills']} spills, "
+            f"{r['shared'] / 1024:.0f} KB shared"
+        )
+    about |= dict(device=name, batch=args.batch, head_dim=args.head_dim, copy_gbs=bandwidth / 1e9)
+    save(args, dict(about, rows=rows, crossover=crossings, kernels=usage))
 
 
 if __name__ == "__main__":

@@ -1,47 +1,62 @@
-"""Linear attention without a causal mask: a torch reference, and Triton kernels for the forward and the backward.
+"""Linear attention without a causal mask: a torch reference, and Triton kernels in both directions.
 
-Softmax attention weighs key j for query i by exp(q_i . k_j) and costs O(N^2). Linear attention weighs it by phi(q_i) . phi(k_j),
-with a positive feature map phi of f numbers; the keys and values then enter through two sums that all queries share:
+Softmax attention weighs key j for query i by exp(q_i . k_j) and costs O(N^2). Linear attention
+weighs it by phi(q_i) . phi(k_j), where the positive feature map phi gives f numbers. The keys and
+values then enter through two sums that all queries share,
 
-    S = 1/N sum_j phi(k_j)^T v_j     (f, D)        z = 1/N sum_j phi(k_j)     (f,)                                        (1)
-    d_i = phi(q_i) . z + eps                       o_i = phi(q_i) S / d_i                                                 (2)
+    S = 1/N sum_j phi(k_j)^T v_j   (f, D)        z = 1/N sum_j phi(k_j)   (f,)                   (1)
+    d_i = phi(q_i) . z + eps                     o_i = phi(q_i) S / d_i                          (2)
 
-which costs O(N f D). Dividing both sums by the number of keys N changes nothing but the meaning of eps: it is relative to a
-denominator that does not grow with the sequence, so training short and sampling long keep the same eps. The gradient, with
-g_i = dL/do_i and delta_i = g_i . o_i (derived; the tests check it against autograd of the quadratic form):
+and the cost is O(N f D). Dividing both sums by the number of keys N changes nothing but the meaning
+of eps: it is relative to a denominator that does not grow with the sequence, so training on short
+sequences and sampling long ones need no other eps. The gradient, with g_i = dL/do_i and
+delta_i = g_i . o_i, is (derived here; the tests check it against autograd of the quadratic form)
 
-    dphi(q_i) = (S g_i - delta_i z) / d_i                                                                                 (3)
-    dS = 1/N sum_i phi(q_i)^T (g_i / d_i)          dz = -1/N sum_i phi(q_i) delta_i / d_i                                 (4)
-    dphi(k_j) = dS v_j + dz                        dv_j = dS^T phi(k_j)                                                   (5)
+    dphi(q_i) = (S g_i - delta_i z) / d_i                                                        (3)
+    dS = 1/N sum_i phi(q_i)^T (g_i / d_i)        dz = -1/N sum_i phi(q_i) delta_i / d_i          (4)
+    dphi(k_j) = dS v_j + dz                      dv_j = dS^T phi(k_j)                            (5)
 
-(4) is (1) with queries for keys, g / d for v and -delta / d for 1: one kernel serves both. Likewise dW = sum_n x_n^T du_n.
+(4) is (1) with queries in place of keys, g / d in place of v and -delta / d in place of 1, so one
+kernel serves both. The gradient of a projection, dW = sum_n x_n^T du_n, is the same sum again.
 
-    feature_map   phi(x), x of D numbers                                        f     eps by default
-    "hedgehog"    softmax(x W) and softmax(-x W), two separate softmaxes        2D    0        LinVideo 2510.08318, Eq. 6; W (D, D) per head
-    "softmax"     softmax(x)                                                    D     0
-    "elu"         elu(x) + 1                                                    D     0        Katharopoulos 2006.16236, Eq. 7
-    "relu"        max(x, 0)                                                     D     1e-6
-    "none"        x: q and k already are features (B, N, H, f)                  f     1e-6
+    feature_map   phi(x), x of D numbers                              f     eps by default
+    "hedgehog"    softmax(x W) and softmax(-x W), two separate        2D    0      LinVideo
+                  softmaxes; W (D, D) per head                                     2510.08318, Eq. 6
+    "softmax"     softmax(x)                                          D     0
+    "elu"         elu(x) + 1                                          D     0      Katharopoulos
+                                                                                   2006.16236, Eq. 7
+    "relu"        max(x, 0)                                           D     1e-6
+    "none"        x: q and k are features already (B, N, H, f)        f     1e-6
 
-Softmax and elu features are positive and are clamped at 1e-12, so d > 0 and eps may be 0: rows of the attention matrix sum to
-exactly one. relu and given features can vanish together, hence their eps; pass eps=0 with features that you know to be positive.
+Softmax and elu features are positive and are clamped at 1e-12, so that d > 0 and eps may be 0: the
+rows of the attention matrix sum to exactly one. relu and given features can vanish together, which
+is why they need an eps; pass eps=0 with features that you know to be positive.
 
 Use.
 
     from kernels.linear_attention import linear_attention
-    o = linear_attention(q, k, v, w_q=w_q, w_k=w_k)          # q, k, v (B, N, H, D); w_q, w_k (H, D, D); o (B, N, H, D)
+    # q, k, v (B, N, H, D); w_q, w_k (H, D, D); o (B, N, H, D)
+    o = linear_attention(q, k, v, w_q=w_q, w_k=w_k)
 
-q, k and v may be views with any strides, such as those of a fused projection: nothing is copied. Triton runs on CUDA for float32,
-bfloat16 and float16 and sizes 16, 32, 64 and 128 (given features also 256); everything else runs the torch reference. Sums are in
-float32 on both paths (float64 for float64 inputs). The Triton path saves inputs, o, d, S and z, never the features, is bitwise
-reproducible (partial sums, no atomics) and is registered with torch.library, so that torch.compile(fullgraph=True) and activation
-checkpointing take it as one operator; it has first derivatives only. This file needs torch, and triton where there is one.
+LinearAttention, at the end of the file, is the module. Who copies it without the kernels needs
+`features` and `linear_attention_reference`, which is called with the same arguments, besides.
 
-Verified: the kernels against a float64 oracle, under Triton's interpreter (TRITON_INTERPRET=1) and compiled on an H100, where their
-tiles were chosen; figures in docs/kernels.md. Not verified: any other GPU.
+q, k and v may be views with any strides, such as those of a fused projection: nothing is copied.
+Triton runs on CUDA for float32, bfloat16 and float16 and for sizes 16, 32, 64 and 128 (given
+features also 256). Everything else runs the torch reference. Sums are in float32 on both paths, and
+in float64 for float64 inputs. The Triton path saves inputs, o, d, S and z, never the features; it
+is bitwise reproducible (partial sums, no atomics); it is registered with torch.library, so that
+torch.compile(fullgraph=True) and activation checkpointing take it as one operator; and it has first
+derivatives only. This file needs torch, and triton where there is one.
 
-Symbols: B batch, N rows (tokens; queries and keys may differ in number), H heads, D head size, f features.
+Verified: the kernels against a float64 oracle, under Triton's interpreter (TRITON_INTERPRET=1) and
+compiled on an H100, where their tiles were chosen; figures in docs/kernels.md. Not verified: any
+other GPU.
+
+Symbols: B batch, N rows (tokens; queries and keys may differ in number), H heads, D head size, f
+features.
 """
+
 import math
 from typing import Optional
 
@@ -56,16 +71,21 @@ except ImportError:  # the torch path does without
 FEATURE_MAPS = ("hedgehog", "softmax", "relu", "elu", "none")
 EPS = {"hedgehog": 0.0, "softmax": 0.0, "elu": 0.0, "relu": 1e-6, "none": 1e-6}
 TINY = 1e-12  # smallest feature of a positive map
-SIZES = (16, 32, 64, 128)  # head sizes of the kernels
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of the kernels
-SHARED = 227 * 1024  # bytes of shared memory that a program of size 128 may need: what sm_90 and sm_100 have
+SIZES = (16, 32, 64, 128)  # head sizes that the kernels take
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that the kernels take
+# Bytes of shared memory that a program of size 128 may need: what sm_90 and sm_100 have.
+SHARED = 227 * 1024
 
 
-# ---- torch reference --------------------------------------------------------------------------------------------------
+# ---- torch reference -----------------------------------------------------------------------------
 
 
 def features(x, feature_map, w=None):
-    """phi(x).  x (B, N, H, D), w (H, D, D) or None = identity, for "hedgehog" alone -> (B, N, H, f)."""
+    """phi(x).  x (B, N, H, D) -> (B, N, H, f).
+
+    w (H, D, D) is the projection of "hedgehog", None the identity. Raises ValueError for an unknown
+    feature map.
+    """
     if feature_map == "hedgehog":  # Eq. 6 of LinVideo: the two halves are normalised separately
         u = x if w is None else torch.einsum("bnhd,hde->bnhe", x, w)
         return torch.cat([u.softmax(-1), (-u).softmax(-1)], dim=-1).clamp_min(TINY)  # (B, N, H, 2D)
@@ -80,10 +100,13 @@ def features(x, feature_map, w=None):
     raise ValueError(f"feature_map must be one of {FEATURE_MAPS}, got {feature_map!r}")
 
 
-def linear_attention_reference(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=0.0, chunk=4096):
-    """Eqs. (1) and (2) in torch, `chunk` rows at a time, any device.  q (B, N_q, H, D), k, v (B, N, H, D) -> (B, N_q, H, D).
+def linear_attention_reference(
+    q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=0.0, chunk=4096
+):
+    """Eqs. (1) and (2) in torch on any device, `chunk` rows at a time.
 
-    Computes in float32, or float64 for float64 inputs, also under autocast; returns the dtype of q. Differentiable by autograd.
+    q (B, N_q, H, D), k, v (B, N, H, D) -> (B, N_q, H, D) in the dtype of q. Computes in float32, or
+    in float64 for float64 inputs, also under autocast. Differentiable by autograd.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     w_q, w_k = (None if w is None else w.to(wide) for w in (w_q, w_k))
@@ -91,49 +114,58 @@ def linear_attention_reference(q, k, v, feature_map="hedgehog", w_q=None, w_k=No
     with torch.autocast(q.device.type, enabled=False):
         S, z = 0, 0
         for a in range(0, N, chunk):
-            phi = features(k[:, a:a + chunk].to(wide), feature_map, w_k)  # (B, n, H, f)
-            S = S + torch.einsum("bnhf,bnhd->bhfd", phi, v[:, a:a + chunk].to(wide)) / N
+            phi = features(k[:, a : a + chunk].to(wide), feature_map, w_k)  # (B, n, H, f)
+            S = S + torch.einsum("bnhf,bnhd->bhfd", phi, v[:, a : a + chunk].to(wide)) / N
             z = z + phi.sum(1) / N  # (B, H, f)
         out = []
         for a in range(0, q.shape[1], chunk):
-            phi = features(q[:, a:a + chunk].to(wide), feature_map, w_q)
+            phi = features(q[:, a : a + chunk].to(wide), feature_map, w_q)
             d = torch.einsum("bnhf,bhf->bnh", phi, z) + eps
             out.append((torch.einsum("bnhf,bhfd->bnhd", phi, S) / d[..., None]).to(q.dtype))
     return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
 
 def quadratic_oracle(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=0.0):
-    """The same through the (N_q, N) attention matrix, for tests: O(N^2) time and memory, in the dtype of the inputs."""
-    A = torch.einsum("bnhf,bmhf->bhnm", features(q, feature_map, w_q), features(k, feature_map, w_k)) / k.shape[1]
+    """The same through the (N_q, N) attention matrix, for tests: O(N^2) time and memory.
+
+    Computes in the dtype of the inputs.
+    """
+    phi_q, phi_k = features(q, feature_map, w_q), features(k, feature_map, w_k)
+    A = torch.einsum("bnhf,bmhf->bhnm", phi_q, phi_k) / k.shape[1]
     return torch.einsum("bhnm,bmhd->bnhd", A / (A.sum(-1, keepdim=True) + eps), v)
 
 
-# ---- Triton kernels -----------------------------------------------------------------------------------------------------
+# ---- Triton kernels ------------------------------------------------------------------------------
 #
-# A program owns a range of rows ("split") of one (batch, head), and walks through it ROWS at a time. Features come in blocks of F
-# columns: one, or two for hedgehog (the halves of both signs) and for 256 given features. S (f, D) and z (f,) lie behind each other in
-# one float32 tensor, "sums" (B, H, f D + f). DOT is the dtype of the operands of
-# tl.dot, PRECISION how float32 operands are multiplied:
+# A program owns a range of rows (a "split") of one (batch, head) and walks through it ROWS at a
+# time. Features come in blocks of F columns: one block, or two for hedgehog (the halves of both
+# signs) and for 256 given features. S (f, D) and z (f,) lie one behind the other in one float32
+# tensor, "sums" (B, H, f D + f). DOT is the dtype of the operands of tl.dot, and PRECISION says how
+# float32 operands are multiplied:
 #
 #     inputs      DOT         PRECISION
 #     bfloat16    bfloat16    (unused)
-#     float16     float32     "tf32": float16's mantissa with the range that features of 1e-12 and gradients over d need
+#     float16     float32     "tf32": the mantissa of float16, with the range that features of 1e-12
+#                             and gradients over d need
 #     float32     float32     "ieee"
 #
-# Accumulators, softmaxes, z, d, delta are float32. Offsets that grow with batch or sequence are int64: 75,600 tokens of 40 heads
-# of 128 pass 2^31 elements at a batch of 6.
+# Accumulators, softmaxes, z, d and delta are float32. Offsets that grow with batch or sequence are
+# int64: 75,600 tokens of 40 heads of 128 pass 2^31 elements at a batch of 6.
 
 if triton is not None:
     _TINY = tl.constexpr(TINY)
 
     @triton.jit
     def _load(X, x_n, x_d, rows, cols, keep):
-        """A tile of rows; zeros where keep is false.  -> (rows, cols)."""
+        """Load a tile, with zeros where keep is false.  -> (rows, cols)."""
         return tl.load(X + rows[:, None] * x_n + cols[None, :] * x_d, mask=keep[:, None], other=0.0)
 
     @triton.jit
     def _place(program, N, H, splits, rows_per_split):
-        """Where this program works.  -> split, batch * H + head, batch, head, first row, row after the last (none of a split beyond N)."""
+        """Where this program works; a split beyond N has no rows.
+
+        -> split, batch * H + head, batch, head, first row, row after the last.
+        """
         split = program % splits
         bh = (program // splits).to(tl.int64)
         start = split.to(tl.int64) * rows_per_split
@@ -141,7 +173,10 @@ if triton is not None:
 
     @triton.jit
     def _second_block(X, u, x_n, x_d, rows, f, keep, MAP: tl.constexpr, F: tl.constexpr):
-        """What the second block of features is made of: -u for hedgehog, else the next F columns of X.  -> (rows, F) float32."""
+        """Input of the second block of features: -u for hedgehog, else the next F columns of X.
+
+        -> (rows, F) float32.
+        """
         if MAP == "hedgehog":
             u = -u
         else:
@@ -150,12 +185,16 @@ if triton is not None:
 
     @triton.jit
     def _softmax(u):
+        """Softmax over the columns of a tile."""
         e = tl.exp(u - tl.max(u, 1)[:, None])
         return e / tl.sum(e, 1)[:, None]
 
     @triton.jit
     def _features(u, MAP: tl.constexpr):
-        """phi of a tile u (rows, F) in float32, one half for hedgehog. Rows that do not exist give something too, such as 1 / F."""
+        """phi of a tile u (rows, F) in float32, for hedgehog one half of it.
+
+        Rows that do not exist (all zeros) have features too, such as 1 / F.
+        """
         if MAP == "hedgehog" or MAP == "softmax":
             phi = tl.maximum(_softmax(u), _TINY)
         elif MAP == "elu":
@@ -183,17 +222,45 @@ if triton is not None:
         return du
 
     @triton.jit
-    def _reduce_kernel(X, Y, W, DEN, DELTA, SUMS, scale, N, H, splits, rows_per_split,
-                       x_b, x_n, x_h, x_d, y_b, y_n, y_h, y_d,
-                       MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, HAS_W: tl.constexpr,
-                       WEIGHTED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr):
-        """Eq. (1) or (4): this split's share of scale sum phi(x)^T y and scale sum phi(x) c, for one of the blocks of features.
+    def _reduce_kernel(
+        X,  # (B, N, H, f)
+        Y,  # (B, N, H, D)
+        W,  # (H, F, F), read with HAS_W
+        DEN,  # d (B H, N), read with WEIGHTED
+        DELTA,  # (B H, N), read with WEIGHTED
+        SUMS,  # (B H, splits, f D + f) float32, written
+        scale,
+        N,
+        H,
+        splits,
+        rows_per_split,
+        x_b,  # strides of X and Y
+        x_n,
+        x_h,
+        x_d,
+        y_b,
+        y_n,
+        y_h,
+        y_d,
+        MAP: tl.constexpr,
+        F: tl.constexpr,
+        D: tl.constexpr,
+        BLOCKS: tl.constexpr,
+        HAS_W: tl.constexpr,
+        WEIGHTED: tl.constexpr,
+        DOT: tl.constexpr,
+        PRECISION: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        """Eq. (1) or (4): this split's share of scale sum phi(x)^T y and of scale sum phi(x) c.
 
-        X (B, N, H, f), Y (B, N, H, D), W (H, F, F); SUMS (B H, splits, f D + f) float32. c = 1, or with WEIGHTED
-        y / d for y and c = -delta / d, DEN and DELTA (B H, N). A split beyond the last row writes zeros.
+        c = 1; with WEIGHTED, y / d takes the place of y, and c = -delta / d. A program computes one
+        block of features: that of the second block finds X and Y in the cache, and the sums S of
+        both would fill the registers. A split beyond the last row writes zeros.
         """
-        block = tl.program_id(0) % BLOCKS  # each block its own program: the second finds X and Y in the cache, and two sums S would fill the registers
-        split, bh, b, h, start, stop = _place(tl.program_id(0) // BLOCKS, N, H, splits, rows_per_split)
+        block = tl.program_id(0) % BLOCKS
+        program = tl.program_id(0) // BLOCKS
+        split, bh, b, h, start, stop = _place(program, N, H, splits, rows_per_split)
         X += b * x_b + h * x_h
         Y += b * y_b + h * y_h
         if MAP == "none":
@@ -205,7 +272,7 @@ if triton is not None:
         for n in range(start, stop, ROWS):
             keep = rows < stop - n
             y = _load(Y + n * y_n, y_n, y_d, rows, c, keep)
-            weight = keep.to(tl.float32)  # rows that do not exist: 0 here, and y = 0
+            weight = keep.to(tl.float32)  # rows that do not exist weigh 0, and there y = 0
             if WEIGHTED:
                 over_d = 1 / tl.load(DEN + bh * N + n + rows, mask=keep, other=1.0)
                 weight = -tl.load(DELTA + bh * N + n + rows, mask=keep, other=0.0) * over_d
@@ -217,7 +284,8 @@ if triton is not None:
                 u = x.to(tl.float32)
             if MAP == "hedgehog":
                 u = tl.where(block == 0, u, -u)
-            phi = _features(u, MAP).to(DOT)  # the same rounded features in S and z, so that weights sum to one
+            # the same rounded features enter S and z, so that weights sum to one
+            phi = _features(u, MAP).to(DOT)
             acc = tl.dot(tl.trans(phi), y.to(DOT), acc, input_precision=PRECISION)
             z += tl.sum(phi.to(tl.float32) * weight[:, None], 0)
         SUMS += (bh * splits + split) * (BLOCKS * F * (D + 1))
@@ -225,12 +293,38 @@ if triton is not None:
         tl.store(SUMS + BLOCKS * F * D + block * F + f, z * scale)
 
     @triton.jit
-    def _apply_kernel(X, W, SUMS, OUT, DEN, eps, N, H, splits, rows_per_split, x_b, x_n, x_h, x_d, o_b, o_n, o_h, o_d,
-                      MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, HAS_W: tl.constexpr,
-                      RESIDENT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr):
-        """Eq. (2) for this split's queries.  X (B, N, H, f), SUMS (B H, f D + f) float32; writes OUT and d, DEN (B H, N).
+    def _apply_kernel(
+        X,  # q (B, N, H, f)
+        W,  # (H, F, F), read with HAS_W
+        SUMS,  # S and z, (B H, f D + f) float32
+        OUT,  # o (B, N, H, D), written
+        DEN,  # d (B H, N) float32, written
+        eps,
+        N,
+        H,
+        splits,
+        rows_per_split,
+        x_b,  # strides of X and OUT
+        x_n,
+        x_h,
+        x_d,
+        o_b,
+        o_n,
+        o_h,
+        o_d,
+        MAP: tl.constexpr,
+        F: tl.constexpr,
+        D: tl.constexpr,
+        BLOCKS: tl.constexpr,
+        HAS_W: tl.constexpr,
+        RESIDENT: tl.constexpr,
+        DOT: tl.constexpr,
+        PRECISION: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        """Eq. (2) for this split's queries.
 
-        W and S are loaded once and stay in shared memory while the rows stream through.
+        With RESIDENT, W and S are loaded once and stay in shared memory while rows stream through.
         """
         _, bh, b, h, start, stop = _place(tl.program_id(0), N, H, splits, rows_per_split)
         X += b * x_b + h * x_h
@@ -274,14 +368,50 @@ if triton is not None:
             tl.store(DEN + bh * N + n + rows, d, mask=keep)
 
     @triton.jit
-    def _backward_kernel(X, Y, OUT, W, SUMS, DEN, DELTA, DX, DU, DV, N, H, splits, rows_per_split,
-                         x_b, x_n, x_h, x_d, y_b, y_n, y_h, y_d, o_b, o_n, o_h, o_d,
-                         MAP: tl.constexpr, F: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, HAS_W: tl.constexpr,
-                         QUERY: tl.constexpr, WRITE_U: tl.constexpr, RESIDENT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr):
-        """Eqs. (3) and (5) for this split's rows, then through the feature map: du, and dx = du W^T.
+    def _backward_kernel(
+        X,  # q or k (B, N, H, f)
+        Y,  # dL/do or v (B, N, H, D)
+        OUT,  # o (B, N, H, D), read with QUERY
+        W,  # (H, F, F), read with HAS_W
+        SUMS,  # S and z or dS and dz, (B H, f D + f) float32
+        DEN,  # d (B H, N), read with QUERY
+        DELTA,  # (B H, N), written with QUERY
+        DX,  # (B, N, H, f), written
+        DU,  # (B, N, H, F), written with WRITE_U
+        DV,  # (B, N, H, D), written without QUERY
+        N,
+        H,
+        splits,
+        rows_per_split,
+        x_b,  # strides of X, Y and OUT; DX, DU and DV are contiguous
+        x_n,
+        x_h,
+        x_d,
+        y_b,
+        y_n,
+        y_h,
+        y_d,
+        o_b,
+        o_n,
+        o_h,
+        o_d,
+        MAP: tl.constexpr,
+        F: tl.constexpr,
+        D: tl.constexpr,
+        BLOCKS: tl.constexpr,
+        HAS_W: tl.constexpr,
+        QUERY: tl.constexpr,
+        WRITE_U: tl.constexpr,
+        RESIDENT: tl.constexpr,
+        DOT: tl.constexpr,
+        PRECISION: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        """Eq. (3) or (5) for this split's rows, then through the feature map: du, and dx = du W^T.
 
-        QUERY: X = q, Y = dL/do, OUT = o, SUMS = S and z; writes delta. Otherwise X = k, Y = v, SUMS = dS and dz; writes dv.
-        DX (B, N, H, f), DV (B, N, H, D) and DU (B, N, H, F), all contiguous; DU, of dtype DOT, is what dW needs.
+        With QUERY, X = q, Y = dL/do and SUMS = S and z: Eq. (3), and delta is written. Otherwise
+        X = k, Y = v and SUMS = dS and dz: Eq. (5), and dv is written. DU, of dtype DOT, is what dW
+        needs.
         """
         _, bh, b, h, start, stop = _place(tl.program_id(0), N, H, splits, rows_per_split)
         X += b * x_b + h * x_h
@@ -301,7 +431,8 @@ if triton is not None:
             w = tl.load(W + at_w)
         for n in range(start, stop, ROWS):
             keep = rows < stop - n
-            row = (b * N + n) * H + h  # of a contiguous (B, N, H, .) tensor, whose next row of this head is H further
+            # in a contiguous (B, N, H, .) tensor, where this head's next row is H rows further on
+            row = (b * N + n) * H + h
             y = _load(Y + n * y_n, y_n, y_d, rows, c, keep)
             if QUERY:
                 o = _load(OUT + n * o_n, o_n, o_d, rows, c, keep)
@@ -332,21 +463,24 @@ if triton is not None:
                     else:
                         dv = tl.dot(phi, s, dv, input_precision=PRECISION)
                 dphi = tl.dot(y, tl.trans(s), input_precision=PRECISION)
-                z = tl.load(Z + block * F + f)  # here and not before the loop: there it would hold registers all along
+                # loaded before the loop, z would hold registers all along
+                z = tl.load(Z + block * F + f)
                 if QUERY:
                     dphi = (dphi - delta[:, None] * z[None, :]) * over_d[:, None]
                 else:
                     dphi += z[None, :]
                 du_block = _features_backward(u, dphi, MAP)
                 if MAP == "none":
-                    tl.store(DX + row * (BLOCKS * F) + block * F + rows[:, None] * (H * BLOCKS * F) + f[None, :],
-                             du_block.to(DX.dtype.element_ty), mask=keep[:, None])
+                    at = DX + row * (BLOCKS * F) + block * F
+                    at = at + rows[:, None] * (H * BLOCKS * F) + f[None, :]
+                    tl.store(at, du_block.to(DX.dtype.element_ty), mask=keep[:, None])
                 elif block == 0:
                     du = du_block
                 else:
                     du -= du_block  # the second half sees -u
             if not QUERY:
-                tl.store(DV + row * D + rows[:, None] * (H * D) + c[None, :], dv.to(DV.dtype.element_ty), mask=keep[:, None])
+                at = DV + row * D + rows[:, None] * (H * D) + c[None, :]
+                tl.store(at, dv.to(DV.dtype.element_ty), mask=keep[:, None])
             if MAP != "none":
                 at = row * F + rows[:, None] * (H * F) + f[None, :]
                 if WRITE_U:
@@ -358,41 +492,63 @@ if triton is not None:
                 tl.store(DX + at, du.to(DX.dtype.element_ty), mask=keep[:, None])
 
 
-INTERPRET = triton is not None and not isinstance(_reduce_kernel, triton.runtime.JITFunction)  # TRITON_INTERPRET=1: kernels run on CPU tensors
+# With TRITON_INTERPRET=1 kernels run on CPU tensors.
+INTERPRET = triton is not None and not isinstance(_reduce_kernel, triton.runtime.JITFunction)
 
 
 def dot_dtype(dtype):
-    """Operands of tl.dot (table above). The interpreter multiplies bfloat16 wrongly (its raw bits), so there it is widened."""
+    """dtype of the operands of tl.dot (table above).
+
+    The interpreter multiplies bfloat16 wrongly (it takes the raw bits), so there it is widened.
+    """
     return torch.bfloat16 if dtype == torch.bfloat16 and not INTERPRET else torch.float32
 
 
-def launch_config(kernel, F, D, blocks, dtype):
-    """Rows per tile, warps, pipeline stages, and whether W and S stay in shared memory (RESIDENT) while the rows stream through.
+# Rows per tile, warps and pipeline stages. The bfloat16 lines are the fastest found on an H100 at
+# sizes 128 and 64 (docs/kernels.md); the others are not tuned. A block is one of features.
+KERNELS = ("reduce", "apply", "backward q", "backward k")
+# fmt: off
+TILES = {
+    # operands, size             reduce        apply         backward q    backward k
+    "4 bytes, 128":             ((16, 8, 2),   (16, 8, 1),   (16, 8, 1),   (16, 8, 1)),
+    "4 bytes, smaller":         ((32, 4, 2),   (32, 4, 2),   (32, 4, 2),   (32, 4, 2)),
+    "2 bytes, 128, 2 blocks":   ((32, 4, 3),   (128, 8, 3),  (32, 8, 1),   (32, 8, 2)),
+    "2 bytes, 128, 1 block":    ((64, 4, 2),   (64, 8, 2),   (32, 8, 1),   (64, 4, 2)),
+    "2 bytes, smaller":         ((128, 4, 2),  (64, 4, 2),   (64, 4, 2),   (64, 4, 2)),
+}
+# fmt: on
 
-    kernel: "reduce", "apply", "backward q" or "backward k". The bfloat16 rows are the fastest found on an H100 at sizes 128 and 64 (docs/kernels.md);
-    the others are not tuned. Operands of 4 bytes at size 128 do not fit beside each other, so there S is read again for every tile.
+
+def launch_config(kernel, F, D, blocks, dtype):
+    """Rows per tile, warps and pipeline stages of one of KERNELS, as constexprs and options.
+
+    RESIDENT (not of "reduce") says whether W and S stay in shared memory while the rows stream
+    through. Operands of 4 bytes do not fit beside each other at size 128, so there S is read again
+    for every tile.
     """
-    wide = max(F, D) == 128
-    if dtype != torch.bfloat16:
-        rows, warps, stages = (16, 8, 2 if kernel == "reduce" else 1) if wide else (32, 4, 2)
-    elif not wide:
-        rows, warps, stages = (128 if kernel == "reduce" else 64), 4, 2
-    elif blocks == 2:
-        rows, warps, stages = {"reduce": (32, 4, 3), "apply": (128, 8, 3), "backward q": (32, 8, 1), "backward k": (32, 8, 2)}[kernel]
+    wide, narrow_dtype = max(F, D) == 128, dtype == torch.bfloat16
+    if not wide:
+        line = "2 bytes, smaller" if narrow_dtype else "4 bytes, smaller"
+    elif not narrow_dtype:
+        line = "4 bytes, 128"
     else:
-        rows, warps, stages = {"reduce": (64, 4, 2), "apply": (64, 8, 2), "backward q": (32, 8, 1), "backward k": (64, 4, 2)}[kernel]
-    resident = {} if kernel == "reduce" else {"RESIDENT": dtype == torch.bfloat16 or not wide}
+        line = "2 bytes, 128, 2 blocks" if blocks == 2 else "2 bytes, 128, 1 block"
+    rows, warps, stages = TILES[line][KERNELS.index(kernel)]
+    resident = {} if kernel == "reduce" else {"RESIDENT": narrow_dtype or not wide}
     return dict(ROWS=rows, num_warps=warps, num_stages=stages, **resident)
 
 
 def split_rows(N, const, programs, num_splits, device):
-    """Into how many splits the rows are cut, and the rows of one (a multiple of the tile): about two programs per multiprocessor, four of smaller sizes.
+    """Number of splits that the rows are cut into, and the rows of one, a multiple of the tile.
 
-    const: of constants(); programs: those of one split; num_splits: 0 for this rule.
+    The rule is about two programs per multiprocessor, or four of sizes below 128. const: what
+    constants() gives; programs: how many one split takes; num_splits: 0 for the rule.
     """
     tiles = -(-N // const["ROWS"])
     if not num_splits:
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        processors = 4
+        if device.type == "cuda":
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
         wanted = processors * (2 if max(const["F"], const["D"]) == 128 else 4)
         num_splits = min(tiles, -(-wanted // programs))
     return num_splits, -(-tiles // num_splits) * const["ROWS"]
@@ -400,18 +556,37 @@ def split_rows(N, const, programs, num_splits, device):
 
 def _blocks(feature_map, width):
     """Feature columns of one block, and the number of blocks, for a q or k of this width."""
-    return (width, 2) if feature_map == "hedgehog" else (128, 2) if feature_map == "none" and width == 256 else (width, 1)
+    if feature_map == "hedgehog":
+        return width, 2
+    if feature_map == "none" and width == 256:
+        return 128, 2
+    return width, 1
 
 
 def constants(kernel, feature_map, width, D, dtype, has_w):
-    """What a kernel is compiled for, besides its own flags: x of `width` columns, y or o of D.  -> dict of constexprs and options."""
+    """What a kernel is compiled for, besides its own flags.  -> dict of constexprs and options.
+
+    kernel: one of KERNELS; width: the columns of x; D: those of y or o.
+    """
     F, blocks = _blocks(feature_map, width)
-    return dict(MAP=feature_map, F=F, D=D, BLOCKS=blocks, HAS_W=has_w, DOT=tl.bfloat16 if dot_dtype(dtype) == torch.bfloat16 else tl.float32,
-                PRECISION="ieee" if dtype == torch.float32 else "tf32", **launch_config(kernel, F, D, blocks, dtype))
+    return dict(
+        MAP=feature_map,
+        F=F,
+        D=D,
+        BLOCKS=blocks,
+        HAS_W=has_w,
+        DOT=tl.bfloat16 if dot_dtype(dtype) == torch.bfloat16 else tl.float32,
+        PRECISION="ieee" if dtype == torch.float32 else "tf32",
+        **launch_config(kernel, F, D, blocks, dtype),
+    )
 
 
 def _reduce(x, y, w, feature_map, num_splits, scale, den=None, delta=None):
-    """scale sum_n phi(x_n)^T y_n (f, D), flattened, and behind it scale sum_n phi(x_n) (f,), or their weighted form.  -> (B, H, f D + f) float32."""
+    """Launch the sums of Eq. (1), or with den and delta those of Eq. (4), times scale.
+
+    x (B, N, H, f), y (B, N, H, D), den and delta (B, H, N) -> (B, H, f D + f) float32: the sum of
+    phi(x_n)^T y_n (f, D), flattened, and behind it the sum of phi(x_n) (f,).
+    """
     B, N, H, _ = x.shape
     D = y.shape[3]
     const = constants("reduce", feature_map, x.shape[3], D, x.dtype, w is not None)
@@ -419,19 +594,43 @@ def _reduce(x, y, w, feature_map, num_splits, scale, den=None, delta=None):
     programs = B * H * const["BLOCKS"]
     splits, rows_per_split = split_rows(N, const, programs, num_splits, x.device)
     sums = torch.empty(B, H, splits, f * D + f, device=x.device, dtype=torch.float32)
-    _reduce_kernel[(programs * splits,)](x, y, x if w is None else w, sums if den is None else den, sums if delta is None else delta, sums, scale,
-                                         N, H, splits, rows_per_split, *x.stride(), *y.stride(), WEIGHTED=den is not None, **const)
+    _reduce_kernel[(programs * splits,)](
+        x,
+        y,
+        x if w is None else w,
+        sums if den is None else den,
+        sums if delta is None else delta,
+        sums,
+        scale,
+        N,
+        H,
+        splits,
+        rows_per_split,
+        *x.stride(),
+        *y.stride(),
+        WEIGHTED=den is not None,
+        **const,
+    )
     return sums.sum(2)
 
 
-# ---- registered operators -----------------------------------------------------------------------------------------------
+# ---- registered operators ------------------------------------------------------------------------
 
 
 @torch.library.custom_op("linear_attention::forward", mutates_args=())
-def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w_q: Optional[torch.Tensor], w_k: Optional[torch.Tensor], feature_map: str,
-             eps: float, num_splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Eqs. (1) and (2) by the kernels -> o (B, N_q, H, D), d (B, H, N_q), S and behind it z (B, H, f D + f), both float32.
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w_q: Optional[torch.Tensor],
+    w_k: Optional[torch.Tensor],
+    feature_map: str,
+    eps: float,
+    num_splits: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Eqs. (1) and (2) by the kernels.
 
+    -> o (B, N_q, H, D), d (B, H, N_q) float32, S and behind it z (B, H, f D + f) float32.
     num_splits 0 is the rule of split_rows; tests pass others.
     """
     B, N, H, _ = q.shape
@@ -442,8 +641,21 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w_q: Optional[to
         o, d = q.new_empty(B, N, H, D), torch.empty(B, H, N, device=q.device, dtype=torch.float32)
         const = constants("apply", feature_map, q.shape[3], D, q.dtype, w_q is not None)
         splits, rows_per_split = split_rows(N, const, B * H, num_splits, q.device)
-        _apply_kernel[(B * H * splits,)](q, q if w_q is None else w_q, sums, o, d, eps, N, H, splits, rows_per_split,
-                                         *q.stride(), *o.stride(), **const)
+        _apply_kernel[(B * H * splits,)](
+            q,
+            q if w_q is None else w_q,
+            sums,
+            o,
+            d,
+            eps,
+            N,
+            H,
+            splits,
+            rows_per_split,
+            *q.stride(),
+            *o.stride(),
+            **const,
+        )
     return o, d, sums
 
 
@@ -451,43 +663,93 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w_q: Optional[to
 def _(q, k, v, w_q, w_k, feature_map, eps, num_splits):
     B, N, H, width = q.shape
     f, D = width * (2 if feature_map == "hedgehog" else 1), v.shape[3]
-    return q.new_empty(B, N, H, D), q.new_empty(B, H, N, dtype=torch.float32), q.new_empty(B, H, f * D + f, dtype=torch.float32)
+    return (
+        q.new_empty(B, N, H, D),
+        q.new_empty(B, H, N, dtype=torch.float32),
+        q.new_empty(B, H, f * D + f, dtype=torch.float32),
+    )
 
 
 @torch.library.custom_op("linear_attention::backward", mutates_args=())
-def _backward(g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w_q: Optional[torch.Tensor], w_k: Optional[torch.Tensor],
-              o: torch.Tensor, d: torch.Tensor, sums: torch.Tensor, feature_map: str, num_splits: int, need_w_q: bool,
-              need_w_k: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Eqs. (3) to (5) by the kernels -> dq, dk, dv, dw_q, dw_k; the last two are empty where not needed."""
+def _backward(
+    g: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w_q: Optional[torch.Tensor],
+    w_k: Optional[torch.Tensor],
+    o: torch.Tensor,
+    d: torch.Tensor,
+    sums: torch.Tensor,
+    feature_map: str,
+    num_splits: int,
+    need_w_q: bool,
+    need_w_k: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Eqs. (3) to (5) by the kernels.
+
+    g: dL/do; o, d, sums: what _forward returned -> dq, dk, dv, dw_q, dw_k, the last two empty where
+    they are not needed.
+    """
     dot = dot_dtype(q.dtype)
     cast_q, cast_k = (None if w is None else w.to(dot).contiguous() for w in (w_q, w_k))
     delta = torch.empty_like(d)
     dq, dk, dv = (torch.empty(x.shape, device=q.device, dtype=q.dtype) for x in (q, k, v))
 
     def rows(query, x, y, w, sums, dx, need_w):
-        """One launch of the backward kernel -> du (B, N, H, F), or None where W needs no gradient."""
+        """Launch the backward kernel.  -> du (B, N, H, F), or None where W needs no gradient."""
         B, N, H, _ = x.shape
-        const = constants("backward q" if query else "backward k", feature_map, x.shape[3], v.shape[3], x.dtype, w is not None)
+        kernel = "backward q" if query else "backward k"
+        const = constants(kernel, feature_map, x.shape[3], v.shape[3], x.dtype, w is not None)
         splits, rows_per_split = split_rows(N, const, B * H, num_splits, q.device)
         du = torch.empty(x.shape, device=q.device, dtype=dot) if need_w else None
-        _backward_kernel[(B * H * splits,)](x, y, o, x if w is None else w, sums, d, delta, dx, dx if du is None else du, dv, N, H, splits,
-                                            rows_per_split, *x.stride(), *y.stride(), *o.stride(), QUERY=query, WRITE_U=need_w, **const)
+        _backward_kernel[(B * H * splits,)](
+            x,
+            y,
+            o,
+            x if w is None else w,
+            sums,
+            d,
+            delta,
+            dx,
+            dx if du is None else du,
+            dv,
+            N,
+            H,
+            splits,
+            rows_per_split,
+            *x.stride(),
+            *y.stride(),
+            *o.stride(),
+            QUERY=query,
+            WRITE_U=need_w,
+            **const,
+        )
         return du
 
     def weights(x, du, w):
-        """dW = sum_n x_n^T du_n over batch and rows: the reduction again, with the identity for phi."""
-        return q.new_empty(0) if du is None else _reduce(x, du, None, "none", num_splits, 1.0)[..., :-x.shape[3]].sum(0).view(w.shape).to(w.dtype)
+        """dW = sum_n x_n^T du_n over batch and rows: the reduction with the identity for phi."""
+        if du is None:
+            return q.new_empty(0)
+        sums = _reduce(x, du, None, "none", num_splits, 1.0)[..., : -x.shape[3]]  # without z
+        return sums.sum(0).view(w.shape).to(w.dtype)
 
     with torch.cuda.device_of(q):
-        du_q = rows(True, q, g, cast_q, sums, dq, need_w_q)  # first: it writes delta
-        du_k = rows(False, k, v, cast_k, _reduce(q, g, cast_q, feature_map, num_splits, 1 / k.shape[1], d, delta), dk, need_w_k)
+        # the queries come first, because their launch writes delta, which Eq. (4) needs
+        du_q = rows(True, q, g, cast_q, sums, dq, need_w_q)
+        d_sums = _reduce(q, g, cast_q, feature_map, num_splits, 1 / k.shape[1], d, delta)
+        du_k = rows(False, k, v, cast_k, d_sums, dk, need_w_k)
         return dq, dk, dv, weights(q, du_q, w_q), weights(k, du_k, w_k)
 
 
 @_backward.register_fake
 def _(g, q, k, v, w_q, w_k, o, d, sums, feature_map, num_splits, need_w_q, need_w_k):
     dq, dk, dv = (torch.empty(x.shape, device=q.device, dtype=q.dtype) for x in (q, k, v))
-    return dq, dk, dv, *(torch.empty(w.shape, device=q.device, dtype=w.dtype) if need else q.new_empty(0) for w, need in ((w_q, need_w_q), (w_k, need_w_k)))
+    dw_q, dw_k = (
+        torch.empty(w.shape, device=q.device, dtype=w.dtype) if need else q.new_empty(0)
+        for w, need in ((w_q, need_w_q), (w_k, need_w_k))
+    )
+    return dq, dk, dv, dw_q, dw_k
 
 
 def _setup_context(ctx, inputs, output):
@@ -496,31 +758,36 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, g, *_):
-    """Gradients of the eight inputs of _forward; only o is ever differentiated."""
+    """Gradients of the eight inputs of _forward; of its outputs only o is ever differentiated."""
     need = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
     dq, dk, dv, *dw = _backward(g, *ctx.saved_tensors, ctx.feature_map, ctx.num_splits, *need)
-    return dq, dk, dv, *(x if n else None for x, n in zip(dw, need)), None, None, None
+    dw_q, dw_k = (x if n else None for x, n in zip(dw, need, strict=True))
+    return dq, dk, dv, dw_q, dw_k, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-# ---- the public function --------------------------------------------------------------------------------------------------
+# ---- the public function -------------------------------------------------------------------------
 
 
 def _check(q, k, v, feature_map, w_q, w_k, eps):
-    """Raises ValueError, naming the argument, unless the equations make sense for these inputs."""
+    """Raise ValueError, naming the argument, unless the equations make sense for these inputs."""
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map must be one of {FEATURE_MAPS}, got {feature_map!r}")
     if not (isinstance(eps, (int, float)) and 0 <= eps < math.inf):
         raise ValueError(f"eps must be a finite number >= 0, got {eps!r}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor) or x.dim() != 4:
-            raise ValueError(f"{name} must be a tensor (B, N, H, D), got {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}")
+            got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a tensor (B, N, H, D), got {got}")
         if not x.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} must have q's dtype and device ({q.dtype}, {q.device}), got {x.dtype}, {x.device}")
+            raise ValueError(
+                f"{name} must have q's dtype and device ({q.dtype}, {q.device}), "
+                f"got {x.dtype}, {x.device}"
+            )
         if x.shape[0] != q.shape[0]:
             raise ValueError(f"{name} has batch size {x.shape[0]}, q has {q.shape[0]}")
         if x.shape[2] != q.shape[2]:
@@ -537,18 +804,28 @@ def _check(q, k, v, feature_map, w_q, w_k, eps):
             continue
         if feature_map != "hedgehog":
             raise ValueError(f"{name} was given, but feature_map {feature_map!r} has no projection")
-        if not isinstance(w, torch.Tensor) or w.shape != (H, D, D) or not w.is_floating_point() or w.device != q.device:
-            got = f"{tuple(w.shape)}, {w.dtype}, {w.device}" if isinstance(w, torch.Tensor) else type(w).__name__
-            raise ValueError(f"{name} must be a floating-point tensor (H, D, D) = {(H, D, D)} on {q.device}, got {got}")
+        if isinstance(w, torch.Tensor):
+            fits = w.shape == (H, D, D) and w.is_floating_point() and w.device == q.device
+            got = f"{tuple(w.shape)}, {w.dtype}, {w.device}"
+        else:
+            fits, got = False, type(w).__name__
+        if not fits:
+            raise ValueError(
+                f"{name} must be a floating-point tensor (H, D, D) = {(H, D, D)} on {q.device}, "
+                f"got {got}"
+            )
 
 
 def _refusal(q, v, feature_map):
-    """Why the kernels cannot run these inputs, naming the argument, or None."""
+    """The reason why the kernels cannot run these inputs, naming the argument, or None."""
     widths = SIZES + (256,) if feature_map == "none" else SIZES
     if triton is None:
         return "triton is not installed"
     if not (q.is_cuda or INTERPRET):
-        return f"q must be on a CUDA device (or set TRITON_INTERPRET=1 before triton is imported), got {q.device}"
+        return (
+            "q must be on a CUDA device (or set TRITON_INTERPRET=1 before triton is imported), "
+            f"got {q.device}"
+        )
     if q.dtype not in DTYPES:
         return f"q must be float32, bfloat16 or float16, got {q.dtype}"
     if q.shape[3] not in widths:
@@ -559,16 +836,21 @@ def _refusal(q, v, feature_map):
 
 
 def linear_attention(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=None, backend=None):
-    """o_i = phi(q_i) S / (phi(q_i) . z + eps), Eqs. (1) and (2) above, differentiable in q, k, v, w_q and w_k.
+    """o_i = phi(q_i) S / (phi(q_i) . z + eps): Eqs. (1) and (2) at the top of this file.
 
-    q (B, N_q, H, D), k (B, N, H, D), v (B, N, H, D_v) of one floating dtype and any strides -> (B, N_q, H, D_v) of that dtype.
+    q (B, N_q, H, D), k (B, N, H, D), v (B, N, H, D_v), of one floating dtype and with any strides
+    -> (B, N_q, H, D_v) of that dtype, differentiable in q, k, v, w_q and w_k.
+
     feature_map  "hedgehog", "softmax", "relu", "elu" or "none" (q and k are features already).
-    w_q, w_k     (H, D, D), u = x W, for "hedgehog" alone; any floating dtype; None is the identity.
-    eps          added to the N-normalised denominator; None: 0 for positive maps, 1e-6 for "relu" and "none".
-    backend      "triton", "torch", or None: Triton where it can (a CUDA device, a supported size and dtype, for size 128 the shared memory of sm_90), else torch.
+    w_q, w_k     (H, D, D), u = x W, for "hedgehog" alone, of any floating dtype; None: identity.
+    eps          added to the denominator, which is divided by N; None: 0 for positive maps, 1e-6
+                 for "relu" and "none".
+    backend      "triton", "torch", or None: Triton where it can run (a CUDA device, a supported
+                 size and dtype, for size 128 the shared memory of sm_90), else torch.
 
-    Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit, an unknown name, an empty tensor, a
-    projection for a map that has none, and for backend="triton" with inputs that the kernels do not take.
+    Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit, for an
+    unknown name, an empty tensor or a projection of a map that has none, and for backend="triton"
+    with inputs that the kernels do not take.
     """
     if eps is None:
         eps = EPS.get(feature_map, 0.0) if isinstance(feature_map, str) else 0.0
@@ -578,20 +860,24 @@ def linear_attention(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=No
     refusal = None if backend == "torch" else _refusal(q, v, feature_map)
     if backend == "triton" and refusal:
         raise ValueError(f"backend='triton': {refusal}")
-    fits = q.is_cuda and (max(q.shape[3], v.shape[3]) < 128  # where a program has too little shared memory for size 128, only backend="triton" tries
-                          or getattr(torch.cuda.get_device_properties(q.device), "shared_memory_per_block_optin", 0) >= SHARED)
+    fits = q.is_cuda
+    if fits and max(q.shape[3], v.shape[3]) >= 128:
+        # where a program has too little shared memory for size 128, only backend="triton" tries
+        properties = torch.cuda.get_device_properties(q.device)
+        fits = getattr(properties, "shared_memory_per_block_optin", 0) >= SHARED
     if backend == "triton" or (backend is None and fits and not refusal):
         return _forward(q, k, v, w_q, w_k, feature_map, float(eps), 0)[0]
     return linear_attention_reference(q, k, v, feature_map, w_q, w_k, eps)
 
 
-# ---- in a network ---------------------------------------------------------------------------------------------------------
+# ---- in a network --------------------------------------------------------------------------------
 
 
 class LinearAttention(torch.nn.Module):
-    """linear_attention as a module, for the place of a softmax attention of q, k, v (B, N, H, D): (B, N, H, D).
+    """linear_attention as a module, in place of a softmax attention of q, k, v (B, N, H, D).
 
-    With "hedgehog" it owns w_q and w_k (H, D, D), which start as the identity (all zeros would give mean(v) for every query).
+    With "hedgehog" it owns w_q and w_k (H, D, D), which start as the identity (zeros would give
+    mean(v) for every query). Raises ValueError for an unknown feature map and for "none".
     """
 
     def __init__(self, heads, head_dim, feature_map="hedgehog"):
@@ -600,22 +886,29 @@ class LinearAttention(torch.nn.Module):
             raise ValueError(f"feature_map must be one of {FEATURE_MAPS[:-1]}, got {feature_map!r}")
         self.feature_map = feature_map
         for name in ("w_q", "w_k"):
-            start = torch.eye(head_dim).repeat(heads, 1, 1)  # (H, D, D)
-            self.register_parameter(name, torch.nn.Parameter(start) if feature_map == "hedgehog" else None)
+            w = None
+            if feature_map == "hedgehog":
+                w = torch.nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1))  # (H, D, D)
+            self.register_parameter(name, w)
 
     def forward(self, q, k, v):
+        """q, k, v (B, N, H, D) -> (B, N, H, D)."""
         return linear_attention(q, k, v, self.feature_map, self.w_q, self.w_k)
 
 
 def use_linear_attention(net, layers, feature_map="hedgehog"):
-    """Give these self-attention layers of net a new LinearAttention each, and say so in net.config, from which such a network is built again.
+    """Give each of these self-attention layers of net a new LinearAttention.
 
-    net has self_attentions (modules that call their attribute `attend` on q, k, v), heads and head_dim. layers: indices from 0.
-    Raises ValueError for an index out of range or named twice.
+    net has self_attentions (modules that call their attribute `attend` on q, k, v), heads and
+    head_dim; layers are indices from 0. The choice is written to net.config, from which such a
+    network is built again. Raises ValueError for an index out of range or named twice.
     """
     places = net.self_attentions
-    if len(set(layers)) < len(layers) or any(type(i) is not int or not 0 <= i < len(places) for i in layers):
-        raise ValueError(f"linear_layers {list(layers)} are not different layers of 0 to {len(places) - 1}")
+    wrong = [i for i in layers if type(i) is not int or not 0 <= i < len(places)]
+    if wrong or len(set(layers)) < len(layers):
+        raise ValueError(
+            f"linear_layers {list(layers)} are not different layers of 0 to {len(places) - 1}"
+        )
     for i in layers:
         places[i].attend = LinearAttention(net.heads, net.head_dim, feature_map)
     net.config |= {"linear_layers": sorted(layers), "feature_map": feature_map}

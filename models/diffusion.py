@@ -1,8 +1,9 @@
-"""Noise schedules, the five things a diffusion network may predict, and the ODE that samples from one.
+"""Noise schedules, the five things a network may predict, and the ODE that samples from one.
 
-Everything is stated in one convention: x_t = alpha(t) x0 + sigma(t) eps with t = 0 data and t = 1 noise. A flow
-model has alpha = 1 - t, sigma = t; a variance-preserving (VP) model has alpha^2 + sigma^2 = 1 and a table of betas.
-All functions are pure, work on any shape (B, ...) with t of shape (B,), and need only torch.
+One convention holds throughout: x_t = alpha(t) x0 + sigma(t) eps, where t = 0 is data and t = 1 is
+noise. A flow model has alpha = 1 - t and sigma = t. A variance-preserving (VP) model has
+alpha^2 + sigma^2 = 1 and takes alpha from a table of betas. All functions are pure, work on any
+shape (B, ...) with t of shape (B,), and need only torch.
 
     symbol          meaning                                          shape
     x0              clean sample                                     (B, ...)
@@ -14,6 +15,7 @@ All functions are pure, work on any shape (B, ...) with t of shape (B,), and nee
     "vp_v"          alpha eps - sigma x0                             Salimans & Ho 2202.00512
     "score"         grad log p_t(x_t) = -eps_hat / sigma             Song 2011.13456
 """
+
 import math
 
 import torch
@@ -26,7 +28,7 @@ def expand(t, x):
     return t.reshape(t.shape + (1,) * (x.dim() - t.dim()))
 
 
-# ---- schedules ------------------------------------------------------------------------------------------------
+# ---- schedules -----------------------------------------------------------------------------------
 
 
 class Flow:
@@ -45,14 +47,19 @@ class Flow:
 class VP:
     """Variance-preserving diffusion with a table of betas (DDPM 2006.11239, Stable Diffusion).
 
-    betas:    "linear" (DDPM, PixArt) or "scaled_linear" (linear in sqrt(beta), Stable Diffusion).
+    betas:    "linear" (DDPM, PixArt) or "scaled_linear" (linear in sqrt(beta), Stable Diffusion);
+              another name raises ValueError.
     zero_snr: rescale so that alpha(1) is exactly 0 (Lin 2305.08891, Alg. 1).
-    The table's index i of n is t = (i + 1) / n, so 999, 749, 499, 249 of 1000 are t = 1, .75, .5, .25, and t = 0 is
-    exactly clean. Between indices the log-SNR is interpolated. Two ends have no finite log-SNR: below index 0
-    sigma^2 grows linearly from 0, and with zero_snr alpha falls linearly to 0 over the last interval.
+
+    Index i of the table's n entries is t = (i + 1) / n, so the indices 999, 749, 499 and 249 of
+    1000 are t = 1, .75, .5 and .25, and t = 0 is exactly clean. Between indices the log-SNR is
+    interpolated linearly. It is infinite at two places: below index 0, where sigma^2 grows linearly
+    from 0 instead, and in the last interval with zero_snr, where alpha falls linearly to 0 instead.
     """
 
-    def __init__(self, betas="scaled_linear", beta_start=0.00085, beta_end=0.012, n=1000, zero_snr=False):
+    def __init__(
+        self, betas="scaled_linear", beta_start=0.00085, beta_end=0.012, n=1000, zero_snr=False
+    ):
         if betas == "linear":
             beta = torch.linspace(beta_start, beta_end, n, dtype=torch.float64)
         elif betas == "scaled_linear":
@@ -73,18 +80,24 @@ class VP:
         lo = i.floor().clamp(0, self.n - 2).long()
         w = (i - lo).clamp(0, 1)
         a_lo, a_hi = table[lo], table[lo + 1]
-        log_snr = lambda a: torch.log(a**2 / (1 - a**2))  # noqa: E731
-        alpha = torch.sigmoid(log_snr(a_lo) * (1 - w) + log_snr(a_hi) * w).sqrt()  # alpha^2 = sigmoid(log-SNR)
-        alpha = torch.where(a_hi == 0, a_lo * (1 - w), alpha)  # last interval with zero terminal SNR
-        clean_end = (1 - (1 - table[0] ** 2) * (i + 1).clamp(0, 1)).sqrt()  # sigma^2 linear in t on [0, 1/n]
+
+        def log_snr(a):
+            return torch.log(a**2 / (1 - a**2))
+
+        # alpha^2 = sigmoid(log-SNR); the last interval may have zero terminal SNR
+        alpha = torch.sigmoid(log_snr(a_lo) * (1 - w) + log_snr(a_hi) * w).sqrt()
+        alpha = torch.where(a_hi == 0, a_lo * (1 - w), alpha)
+        # sigma^2 is linear in t on [0, 1/n]
+        clean_end = (1 - (1 - table[0] ** 2) * (i + 1).clamp(0, 1)).sqrt()
         return torch.where(i < 0, clean_end, alpha).to(t.dtype)
 
     def sigma(self, t):
-        """sigma(t) = sqrt(1 - alpha^2), computed in float64 because alpha is close to 1 near t = 0."""
+        """sigma(t) = sqrt(1 - alpha^2), in float64 because alpha is close to 1 near t = 0."""
         return (1 - self.alpha(t.double()) ** 2).clamp_min(0).sqrt().to(t.dtype)
 
     def describe(self):
-        return f"VP ({self.name} betas, {self.n} steps{', zero terminal SNR' if self.zero_snr else ''})"
+        ending = ", zero terminal SNR" if self.zero_snr else ""
+        return f"VP ({self.name} betas, {self.n} steps{ending})"
 
 
 def add_noise(schedule, x0, eps, t):
@@ -93,28 +106,34 @@ def add_noise(schedule, x0, eps, t):
 
 
 def transition(schedule, s, t):
-    """Kernel of x_t given x_s for s <= t: x_t = a x_s + b eps.  s, t (B,) -> a, b (B,).
+    """Coefficients of x_t given x_s for s <= t: x_t = a x_s + b eps.  s, t (B,) -> a, b (B,).
 
-    a = alpha_t / alpha_s, b^2 = sigma_t^2 - a^2 sigma_s^2: noising x0 to s and then to t has the law of noising to t.
+    a = alpha_t / alpha_s and b^2 = sigma_t^2 - a^2 sigma_s^2. Noising x0 to s and then from s to t
+    gives the same distribution as noising it to t directly.
     """
-    a = torch.where(s == t, torch.ones_like(t), schedule.alpha(t) / schedule.alpha(s))  # 0 / 0 at s = t = 1
+    # s = t = 1 would give 0 / 0 where alpha(1) = 0
+    a = torch.where(s == t, torch.ones_like(t), schedule.alpha(t) / schedule.alpha(s))
     return a, (schedule.sigma(t) ** 2 - a**2 * schedule.sigma(s) ** 2).clamp_min(0).sqrt()
 
 
 def noise_on(schedule, x_s, eps, s, t):
-    """x_t = alpha_{t|s} x_s + sigma_{t|s} eps: a sample at level s carried on to level t >= s.  x_s, eps (B, ...), s, t (B,) -> (B, ...)."""
+    """Carry a sample at level s on to level t >= s: x_t = alpha_{t|s} x_s + sigma_{t|s} eps.
+
+    x_s, eps (B, ...), s, t (B,) -> (B, ...).
+    """
     a, b = transition(schedule, s, t)
     return expand(a, x_s) * x_s + expand(b, x_s) * eps
 
 
-# ---- what a network predicts -------------------------------------------------------------------------------------
+# ---- what a network predicts ---------------------------------------------------------------------
 
 
 def to_x0_eps(prediction, kind, x_t, alpha, sigma):
-    """Split a prediction into (x0, eps), the pair with x_t = alpha x0 + sigma eps.
+    """Read a prediction as (x0, eps), the pair with x_t = alpha x0 + sigma eps, both (B, ...).
 
-    prediction, x_t: (B, ...); alpha, sigma: (B,); kind: one of PREDICTIONS. "x0" needs sigma > 0, "eps" and "score"
-    need alpha > 0 (at alpha = 0 such a network says nothing about x0); the two velocities are fine everywhere.
+    prediction, x_t: (B, ...); alpha, sigma: (B,); kind: one of PREDICTIONS, else ValueError.
+    "x0" needs sigma > 0. "eps" and "score" need alpha > 0, since at alpha = 0 such a network says
+    nothing about x0. The two velocities work everywhere.
     """
     a, s = expand(alpha, x_t), expand(sigma, x_t)
     if kind == "x0":
@@ -126,12 +145,16 @@ def to_x0_eps(prediction, kind, x_t, alpha, sigma):
     if kind == "flow_v":  # v = eps - x0  =>  x_t = (a + s) x0 + s v
         return (x_t - s * prediction) / (a + s), (x_t + a * prediction) / (a + s)
     if kind == "vp_v":  # v = a eps - s x0
-        return (a * x_t - s * prediction) / (a**2 + s**2), (s * x_t + a * prediction) / (a**2 + s**2)
+        square = a**2 + s**2
+        return (a * x_t - s * prediction) / square, (s * x_t + a * prediction) / square
     raise ValueError(f"prediction must be one of {PREDICTIONS}, got {kind!r}")
 
 
 def from_x0_eps(kind, x0, eps, alpha, sigma):
-    """The inverse: what a network of this kind should output for (x0, eps), i.e. its regression target.  (B, ...)."""
+    """The inverse of to_x0_eps: what a network of this kind should output, its regression target.
+
+    x0, eps: (B, ...); alpha, sigma: (B,) -> (B, ...). Raises ValueError for an unknown kind.
+    """
     a, s = expand(alpha, x0), expand(sigma, x0)
     if kind == "x0":
         return x0
@@ -147,31 +170,36 @@ def from_x0_eps(kind, x0, eps, alpha, sigma):
 
 
 def predict_x0(net, schedule, kind, x_t, t, **cond):
-    """Run net(x_t, t, **cond) and read its output as x0.  x_t (B, ...), t (B,) -> (B, ...) in float32 or wider."""
+    """Run net(x_t, t, **cond) and read its output as x0.
+
+    x_t (B, ...), t (B,) -> (B, ...) in x_t's dtype.
+    """
     return predict_x0_eps(net, schedule, kind, x_t, t, **cond)[0]
 
 
 def predict_x0_eps(net, schedule, kind, x_t, t, **cond):
-    """Same, returning the pair (x0, eps), both (B, ...)."""
-    prediction = net(x_t, t, **cond).to(x_t.dtype)  # a bf16 network's output joins the float32 state here
+    """Run net(x_t, t, **cond) and read its output as the pair (x0, eps), both (B, ...)."""
+    # the output of a bf16 network joins the float32 state here
+    prediction = net(x_t, t, **cond).to(x_t.dtype)
     return to_x0_eps(prediction, kind, x_t, schedule.alpha(t), schedule.sigma(t))
 
 
 def guide(cond, uncond, scale):
-    """Classifier-free guidance, uncond + scale (cond - uncond); scale 1 is off, 0 unconditional (2207.12598).
+    """Classifier-free guidance (2207.12598): uncond + scale (cond - uncond).
 
-    The weights sum to one, so guiding x0, eps, a velocity or the score with the same scale is the same thing. Code
-    that writes cond + w (cond - uncond) has w = scale - 1.
+    Scale 1 is off and scale 0 is unconditional. The weights sum to one, so it makes no difference
+    whether x0, eps, a velocity or the score is guided. Code that writes cond + w (cond - uncond)
+    has w = scale - 1.
     """
     return uncond + scale * (cond - uncond)
 
 
-# ---- time --------------------------------------------------------------------------------------------------------
+# ---- time ----------------------------------------------------------------------------------------
 
 
 def shift(u, s):
-    """Timestep shift t = s u / (1 + (s - 1) u): s > 1 spends more of the grid near noise (SD3, Wan)."""
-    return s * u / (s * u + (1 - u))  # written so that u = 1 gives exactly 1
+    """Timestep shift (SD3, Wan) t = s u / (1 + (s - 1) u): s > 1 puts more times near noise."""
+    return s * u / (s * u + (1 - u))  # in this form u = 1 gives exactly 1
 
 
 def unshift(t, s):
@@ -180,48 +208,62 @@ def unshift(t, s):
 
 
 def step_grid(steps, timestep_shift=1.0):
-    """Times 1 = t_0 > t_1 > ... > t_steps = 0: uniform in u, shifted.  -> list of steps + 1 floats."""
+    """Times 1 = t_0 > t_1 > ... > t_steps = 0, uniform in u and then shifted.
+
+    -> list of steps + 1 floats. Raises ValueError for less than one step.
+    """
     if steps < 1:
         raise ValueError(f"a step grid needs at least 1 step, got {steps}")
     return [shift(1 - i / steps, timestep_shift) for i in range(steps + 1)]
 
 
 def logit_normal(normal, mean=0.0, std=1.0):
-    """u = sigmoid(mean + std n), the SD3 law of training times (2403.03206, Eq. 19).  normal (B,) -> (B,)."""
+    """u = sigmoid(mean + std n), SD3's distribution of training times (2403.03206, Eq. 19).
+
+    normal: n, standard normal (B,) -> u (B,).
+    """
     return torch.sigmoid(mean + std * normal)
 
 
-# ---- sampling a many-step teacher ----------------------------------------------------------------------------------
+# ---- sampling a many-step teacher ----------------------------------------------------------------
 
 
 def ode_step(schedule, x0, eps, s):
-    """Move to time s along the line through (x0, eps): alpha_s x0 + sigma_s eps.  x0, eps (B, ...), s (B,).
+    """Move to time s along the line through x0 and eps: alpha_s x0 + sigma_s eps.
 
-    For flow this is an Euler step x + (s - t) v; for VP it is DDIM (eta = 0).
+    x0, eps (B, ...), s (B,) -> (B, ...). For flow this is the Euler step x + (s - t) v, and for VP
+    it is DDIM (eta = 0).
     """
     return add_noise(schedule, x0, eps, s)
 
 
 @torch.no_grad()
 def sample_ode(predict, schedule, noise, grid, solver="heun"):
-    """Integrate the probability-flow ODE from t = 1 to 0.
+    """Integrate the probability-flow ODE from t = 1 to 0.  -> x0 (B, ...).
 
-    predict: (x_t (B, ...), t (B,)) -> (x0, eps), each (B, ...). noise (B, ...) is x at t = 1 up to alpha(1) ~ 0.
-    grid: descending times ending at 0. solver: "euler" (1 call a step) or "heun" (2 calls a step, 1 on the last).
-    In y = x / (alpha + sigma), tau = sigma / (alpha + sigma) every schedule is the flow schedule and dy/dtau =
-    eps - x0, so one Heun serves flow and VP, also where alpha = 0.
+    predict: (x_t (B, ...), t (B,)) -> (x0, eps), each (B, ...).
+    noise:   (B, ...), taken as x at t = 1, which is exact where alpha(1) = 0.
+    grid:    descending times that end at 0.
+    solver:  "euler" (one call a step) or "heun" (two calls a step, one on the last step).
+
+    In the variables y = x / (alpha + sigma) and tau = sigma / (alpha + sigma) every schedule is the
+    flow schedule, with dy/dtau = eps - x0. So the same Heun step serves flow and VP, also where
+    alpha = 0. Raises ValueError for another solver.
     """
     if solver not in ("euler", "heun"):
         raise ValueError(f"solver must be 'euler' or 'heun', got {solver!r}")
     x = noise
-    for t, s in zip(grid[:-1], grid[1:]):
-        t_now, t_next = (torch.full((x.shape[0],), u, device=x.device, dtype=x.dtype) for u in (t, s))
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        t_now, t_next = x.new_full((len(x),), t), x.new_full((len(x),), s)
         x0, eps = predict(x, t_now)
         x_next = ode_step(schedule, x0, eps, t_next)
-        if solver == "heun" and s > 0:  # the slope at t = 0 is not defined for every prediction: end with Euler
+        # not every prediction has a slope at t = 0, so the last step is Euler's
+        if solver == "heun" and s > 0:
             x0_next, eps_next = predict(x_next, t_next)
-            scale_now, scale_next = (schedule.alpha(u) + schedule.sigma(u) for u in (t_now, t_next))
-            tau_now, tau_next = schedule.sigma(t_now) / scale_now, schedule.sigma(t_next) / scale_next
+            scale_now = schedule.alpha(t_now) + schedule.sigma(t_now)
+            scale_next = schedule.alpha(t_next) + schedule.sigma(t_next)
+            tau_now = schedule.sigma(t_now) / scale_now
+            tau_next = schedule.sigma(t_next) / scale_next
             slope = ((eps - x0) + (eps_next - x0_next)) / 2
             y = x / expand(scale_now, x) + expand(tau_next - tau_now, x) * slope
             x_next = y * expand(scale_next, x)
@@ -230,7 +272,11 @@ def sample_ode(predict, schedule, noise, grid, solver="heun"):
 
 
 def guided_x0(teacher, schedule, kind, x_t, t, cond, uncond, guidance_scale):
-    """A network's x0 under guidance: two calls, one when guidance is off.  x_t (B, ...), t (B,) -> (B, ...)."""
+    """A network's x0 under guidance: two calls, or one when guidance is off (scale 1).
+
+    x_t (B, ...), t (B,) -> (B, ...). cond, uncond: keywords of the network, with the condition and
+    without it.
+    """
     x0 = predict_x0(teacher, schedule, kind, x_t, t, **cond)
     if guidance_scale == 1:
         return x0
@@ -239,20 +285,80 @@ def guided_x0(teacher, schedule, kind, x_t, t, cond, uncond, guidance_scale):
 
 @torch.no_grad()
 def sample_teacher(teacher, schedule, kind, z, grid, cond, uncond, guidance_scale, solver):
-    """Guided probability-flow ODE of the teacher over a grid 1 = t_0 > ... > 0.  z (B, ...) -> x0 (B, ...)."""
+    """Guided probability-flow ODE of the teacher over a grid 1 = t_0 > ... > 0.
+
+    z (B, ...), the noise -> x0 (B, ...).
+    """
+
     def predict(x_t, t):
         x0 = guided_x0(teacher, schedule, kind, x_t, t, cond, uncond, guidance_scale)
         return x0, to_x0_eps(x0, "x0", x_t, schedule.alpha(t), schedule.sigma(t))[1]
+
     return sample_ode(predict, schedule, z, grid, solver)
 
 
 def ode_calls(steps, solver):
-    """Network evaluations of sample_ode, before the doubling that guidance costs."""
+    """Calls of `predict` that sample_ode makes; guidance doubles the number of network calls."""
     return steps if solver == "euler" else 2 * steps - 1
 
 
 def sinusoid(t, dim, max_period=10000.0):
-    """Sinusoidal features of 1000 t: cos and sin at dim / 2 geometric frequencies.  t (B,) -> (B, dim) float32."""
-    freq = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device, dtype=torch.float32) / (dim // 2))
+    """Sinusoidal features of 1000 t: cos, then sin, at dim / 2 geometric frequencies.
+
+    t (B,) -> (B, dim) float32.
+    """
+    i = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
+    freq = torch.exp(-math.log(max_period) * i / (dim // 2))
     angle = 1000.0 * t.float()[:, None] * freq  # (B, dim / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+# ---- a schedule and a prediction together --------------------------------------------------------
+
+
+class Diffusion:
+    """A noise schedule and what networks predict under it: every conversion that a script needs.
+
+    Times are floats, the same for the whole batch, or tensors (B,). Networks are called as
+    net(x_t, t, **cond); x, eps, x_t and all results are (B, ...).
+    """
+
+    def __init__(self, schedule, prediction):
+        self.schedule, self.prediction = schedule, prediction
+
+    def add_noise(self, x0, eps, t):
+        """x_t = alpha(t) x0 + sigma(t) eps."""
+        return add_noise(self.schedule, x0, eps, per_row(t, x0))
+
+    def noise_on(self, x_s, eps, s, t):
+        """A sample at level s carried on to level t >= s: alpha_{t|s} x_s + sigma_{t|s} eps."""
+        return noise_on(self.schedule, x_s, eps, per_row(s, x_s), per_row(t, x_s))
+
+    def target(self, x0, eps, t):
+        """What a network should output at x_t = alpha(t) x0 + sigma(t) eps."""
+        t = per_row(t, x0)
+        return from_x0_eps(self.prediction, x0, eps, self.schedule.alpha(t), self.schedule.sigma(t))
+
+    def x0(self, net, x_t, t, **cond):
+        """The network's prediction, read as x0."""
+        return self.x0_eps(net, x_t, t, **cond)[0]
+
+    def x0_eps(self, net, x_t, t, **cond):
+        """The network's prediction, read as the pair x0, eps."""
+        return predict_x0_eps(net, self.schedule, self.prediction, x_t, per_row(t, x_t), **cond)
+
+    def guided_x0(self, net, x_t, t, cond, uncond, guidance_scale):
+        """The network's x0 under guidance: two calls, one when guidance is off."""
+        t = per_row(t, x_t)
+        return guided_x0(net, self.schedule, self.prediction, x_t, t, cond, uncond, guidance_scale)
+
+    def sample(self, net, z, grid, cond, uncond, guidance_scale, solver):
+        """The guided probability-flow ODE from z over a grid 1 = t_0 > ... > 0.  -> x0."""
+        return sample_teacher(
+            net, self.schedule, self.prediction, z, grid, cond, uncond, guidance_scale, solver
+        )
+
+
+def per_row(t, x):
+    """A time as one number a row: a float becomes (B,), a tensor stays."""
+    return t if torch.is_tensor(t) else x.new_full((len(x),), t)

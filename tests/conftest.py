@@ -1,4 +1,5 @@
 """Tests run on one thread, from any folder."""
+
 import sys
 from pathlib import Path
 

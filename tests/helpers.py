@@ -1,4 +1,5 @@
 """What several test files share."""
+
 import copy
 import csv
 import os
@@ -14,15 +15,23 @@ from safetensors.torch import load_file, save_file
 import decoupled_dmd
 import dmd
 import tdm
-from models import io, report, toy
-from models.dit import DiT
-from models.pixart import PixArtTransformer2DModel
-from models.toy import RingMLP
-from models.wan import WanTransformer3DModel
-from models.z_image import ZImageTransformer2DModel
+from models.files import save_json
+from models.networks import network_config, save_network
+from models.networks.dit import DiT
+from models.networks.pixart import PixArtTransformer2DModel
+from models.networks.ring_mlp import RingMLP
+from models.networks.wan import WanTransformer3DModel
+from models.networks.z_image import ZImageTransformer2DModel
+from models.plumbing import report, teachers
+from models.plumbing.run import Run, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}  # of the processes that tests start
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "CUDA_VISIBLE_DEVICES": "",
+}  # of the processes that tests start
 
 
 def perturbed(net, seed=0, std=0.1):
@@ -35,7 +44,8 @@ def perturbed(net, seed=0, std=0.1):
 
 
 def fill(net, seed=0):
-    """Weights that hide nothing: no zero bias, no norm exactly 1, modulation large enough to matter."""
+    """Weights that hide nothing: no zero bias, no norm exactly 1, modulation large enough to
+    matter."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(net.named_parameters()):
@@ -55,7 +65,9 @@ def relative(a, b):
 
 def small_dit(seed=0, **changes):
     torch.manual_seed(seed)
-    return DiT(**{**dict(size=(6, 4), patch=(3, 2), channels=2, dim=64, depth=3, num_classes=3), **changes})
+    return DiT(
+        **{**dict(size=(6, 4), patch=(3, 2), channels=2, dim=64, depth=3, num_classes=3), **changes}
+    )
 
 
 def dit_inputs(net, n=5):
@@ -73,26 +85,38 @@ def ring_network(seed=0):
 def quiet(monkeypatch):
     """Let runs draw no samples and measure nothing, and start on the ring from ring_network."""
     for name in ("finish", "preview", "save_samples"):
-        monkeypatch.setattr(report, name, lambda *a: None)
-    monkeypatch.setattr(toy, "fit_ring_network", lambda teacher, seed: ring_network(seed))
+        monkeypatch.setattr(report, name, lambda *a, **k: None)
+    monkeypatch.setattr(teachers, "fit_ring_network", lambda teacher, seed: ring_network(seed))
 
 
 def has_gradient(module):
     return any(p.grad is not None for p in module.parameters())
 
 
-both = pytest.mark.parametrize("script", [dmd, decoupled_dmd], ids=lambda script: script.__name__)  # what holds for either
-each = pytest.mark.parametrize("script", [dmd, decoupled_dmd, tdm], ids=lambda script: script.__name__)
+both = pytest.mark.parametrize(  # what holds for either
+    "script", [dmd, decoupled_dmd], ids=lambda script: script.__name__
+)
+each = pytest.mark.parametrize(
+    "script", [dmd, decoupled_dmd, tdm], ids=lambda script: script.__name__
+)
 
 
 class Diary:
-    """What a run of a script's main did: networks, updates in order with the networks' gradients at that moment, samples, rollouts, and the calls of
-    teacher, student and fake between two updates."""
+    """What a run of a script's main did.
+
+    The networks (teacher: the Teacher, student, fake); `updates`, the names of what was updated, in
+    order; `grads`, which networks had gradients at that moment; `norms`, of the gradient before
+    clipping; `fake_samples`, what the fake score was trained on; `rollouts`, pairs (calls, whether
+    gradients were on); `turns`, the calls of teacher, student and fake between two updates.
+    """
 
     def __init__(self, monkeypatch, script):
-        self.updates, self.fake_samples, self.rollouts, self.grads, self.norms, self.turns = [], [], [], [], [], [[]]
-        self.wrap(monkeypatch, io, "load_networks", lambda real, *args: self.watch(*real(*args)))
-        self.wrap(monkeypatch, script, "update", self.on_update)
+        self.updates, self.grads, self.norms = [], [], []
+        self.fake_samples, self.rollouts, self.turns = [], [], [[]]
+        self.head = ()
+        self.wrap(monkeypatch, script, "freeze_teacher", self.on_freeze)
+        self.wrap(monkeypatch, Run, "start", self.on_start)
+        self.wrap(monkeypatch, Run, "update", self.on_update)
         self.wrap(monkeypatch, script, "fake_score_loss", self.on_fake_loss)
         if script is not tdm:  # which rolls out inside its loop
             self.wrap(monkeypatch, script, "rollout", self.on_rollout)
@@ -100,162 +124,351 @@ class Diary:
 
     @staticmethod
     def wrap(monkeypatch, module, name, before):
+        """Replace module.name: before(real, *args, **kwargs) is called instead of real."""
         real = getattr(module, name)
 
-        def wrapped(*args):
-            return before(real, *args)
+        def wrapped(*args, **kwargs):
+            return before(real, *args, **kwargs)
+
         monkeypatch.setattr(module, name, wrapped)
 
-    def watch(self, *networks):
-        self.teacher, self.student, self.fake = networks
-        for who, net in (("teacher", self.teacher.net), ("student", self.student), ("fake", self.fake)):
-            net.register_forward_hook(lambda net, xt, cond, output, who=who: self.turns[-1].append(types.SimpleNamespace(
-                who=who, x_t=xt[0].detach(), t=xt[1], graph=torch.is_grad_enabled(), **{"label": None, "steps": None, **cond})), with_kwargs=True)
-        return networks
+    def watch(self, who, net):
+        """Write every call of this network into the current turn."""
 
-    def on_update(self, real, optimizers, max_norm, what, loss):
-        parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        ours = {net: {id(p) for p in getattr(self, net).parameters()} for net in ("student", "fake")}
-        owner = "student" if {id(p) for p in parameters} == ours["student"] else "fake"
-        if owner == "fake":
-            self.head = [p for p in parameters if id(p) not in ours["fake"]]
-            assert len(parameters) - len(self.head) == len(ours["fake"])
-        self.updates.append((what, owner)), self.turns.append([])
-        self.grads.append({"student": has_gradient(self.student), "fake": has_gradient(self.fake), "teacher": has_gradient(self.teacher.net),
-                           "head": any(p.grad is not None for p in self.head),
-                           "student_all": all(p.grad is not None for p in self.student.parameters())})
-        self.norms.append(real(optimizers, max_norm, what, loss))
-        return self.norms[-1]
+        def on_call(net, args, cond, output):
+            call = dict(who=who, x_t=args[0].detach(), t=args[1], graph=torch.is_grad_enabled())
+            call |= {"label": None, "steps": None, **cond}
+            self.turns[-1].append(types.SimpleNamespace(**call))
 
-    def on_fake_loss(self, real, fake, schedule, kind, x, *rest):
+        net.register_forward_hook(on_call, with_kwargs=True)
+
+    def on_freeze(self, real, args, teacher, device):
+        real(args, teacher, device)
+        self.teacher = teacher
+        self.watch("teacher", teacher.net)
+
+    def on_start(self, real, run, **state):
+        self.student, self.fake, head = state["student"], state["fake"], state.get("head")
+        self.head = list(head.parameters()) if head else []
+        self.watch("student", self.student)
+        self.watch("fake", self.fake)
+        owners = {id(p): "student" for p in self.student.parameters()}
+        owners |= {id(p): "fake" for p in [*self.fake.parameters(), *self.head]}
+        for name, owner in (("optimizer", "student"), ("optimizer_fake", "fake")):
+            groups = state[name].param_groups
+            parameters = [p for group in groups for p in group["params"]]
+            assert {owners[id(p)] for p in parameters} == {owner}
+            assert len(parameters) == list(owners.values()).count(owner)
+        return real(run, **state)
+
+    def on_update(self, real, run, optimizers, what):
+        groups = optimizers.param_groups
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        self.updates.append(what)
+        self.turns.append([])
+        networks = {"student": self.student, "fake": self.fake, "teacher": self.teacher.net}
+        grads = {name: has_gradient(net) for name, net in networks.items()}
+        grads["head"] = any(p.grad is not None for p in self.head)
+        grads["student_all"] = all(p.grad is not None for p in self.student.parameters())
+        self.grads.append(grads)
+        self.norms.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+        return real(run, optimizers, what)
+
+    def on_fake_loss(self, real, fake, diffusion, x, *rest):
         assert not x.requires_grad
         self.fake_samples.append(x.clone())
-        return real(fake, schedule, kind, x, *rest)
+        return real(fake, diffusion, x, *rest)
 
-    def on_rollout(self, real, student, schedule, kind, z, times, *rest):
+    def on_rollout(self, real, student, diffusion, noise, times, *rest):
         self.rollouts.append((len(times) - 1, torch.is_grad_enabled()))
-        return real(student, schedule, kind, z, times, *rest)
+        return real(student, diffusion, noise, times, *rest)
 
-    head = ()
+
+def ring_flags(folder, steps=3, batch=8, *flags):
+    """Flags of a short run on the ring that saves only at its end."""
+    fixed = ["--teacher", "ring", "--checkpointing_steps", "1000", "--output_dir", str(folder)]
+    sizes = ["--max_train_steps", str(steps), "--train_batch_size", str(batch)]
+    return [*fixed, *sizes, *flags]
 
 
 def ring_run(monkeypatch, script, folder, *flags, steps=3, batch=8):
     """A quiet run on the ring -> its diary."""
     diary = Diary(monkeypatch, script)
-    script.main(["--teacher", "ring", "--output_dir", str(folder), "--max_train_steps", str(steps), "--train_batch_size", str(batch),
-                 "--checkpointing_steps", "1000", *flags])
+    script.main(ring_flags(folder, steps, batch, *flags))
     return diary
 
 
 def one_step(monkeypatch, script, folder, *flags):
-    """One step of the ring (batch 8, R = 1) -> diary with the networks as they were and the gradients at each update: {what: (nets, grads)}."""
-    diary, heads, real_update = Diary(monkeypatch, script), {}, script.update
-    if hasattr(script, "GanHead"):
-        diary.wrap(monkeypatch, script, "GanHead", lambda real, dim: heads.setdefault("head", real(dim)))
-    diary.at = {}
+    """One step of the ring (batch 8, R = 1) -> its diary.
 
-    def on_update(optimizers, max_norm, what, loss):
-        nets = {"student": diary.student, "fake": diary.fake, **heads}
-        diary.at[what] = (copy.deepcopy(nets), {n: [None if p.grad is None else p.grad.clone() for p in net.parameters()] for n, net in nets.items()})
-        return real_update(optimizers, max_norm, what, loss)
-    monkeypatch.setattr(script, "update", on_update)
-    script.main(["--teacher", "ring", "--output_dir", str(folder), "--max_train_steps", "1", "--train_batch_size", "8", "--fake_update_ratio", "1",
-                 "--max_grad_norm", "1e9", "--lr_warmup_steps", "0", *flags])
+    diary.at: {"student" or "fake": (copies of the networks, their gradients by parameter)} as they
+    were at that update.
+    """
+    diary = Diary(monkeypatch, script)
+    diary.at, nets = {}, {}
+
+    def on_start(real, run, **state):
+        nets.update({name: state[name] for name in ("student", "fake", "head") if name in state})
+        return real(run, **state)
+
+    def on_update(real, run, optimizers, what):
+        grads = {
+            name: [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+            for name, net in nets.items()
+        }
+        diary.at[what] = copy.deepcopy(nets), grads
+        return real(run, optimizers, what)
+
+    diary.wrap(monkeypatch, Run, "start", on_start)
+    diary.wrap(monkeypatch, Run, "update", on_update)
+    once = ["--fake_update_ratio", "1", "--max_grad_norm", "1e9", "--lr_warmup_steps", "0"]
+    script.main(ring_flags(folder, 1, 8, *once, *flags))
     return diary
 
 
-# ---- runs as a user starts them --------------------------------------------------------------------------------------
+# ---- runs as a user starts them ------------------------------------------------------------------
 
-TINY_WAN = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2)
+TINY_WAN = dict(
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=32,
+    ffn_dim=48,
+    num_layers=2,
+)
 
-TINY_Z_IMAGE = dict(in_channels=4, dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[4, 4, 4],
-                    axes_lens=[128, 16, 16])
+TINY_Z_IMAGE = dict(
+    in_channels=4,
+    dim=24,
+    n_layers=2,
+    n_refiner_layers=1,
+    n_heads=2,
+    n_kv_heads=2,
+    cap_feat_dim=16,
+    axes_dims=[4, 4, 4],
+    axes_lens=[128, 16, 16],
+)
 
 
-TINY_PIXART = dict(num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24, caption_channels=16, num_layers=2)
+TINY_PIXART = dict(
+    num_attention_heads=2,
+    attention_head_dim=12,
+    cross_attention_dim=24,
+    caption_channels=16,
+    num_layers=2,
+)
 
 # scheduler/scheduler_config.json as PixArt was released with it.
 PIXART_SCHEDULER = dict(
-    _class_name="DPMSolverMultistepScheduler", _diffusers_version="0.22.0.dev0", algorithm_type="dpmsolver++", beta_end=0.02, beta_schedule="linear",
-    beta_start=0.0001, dynamic_thresholding_ratio=0.995, euler_at_final=False, lambda_min_clipped=float("-inf"), lower_order_final=True,
-    num_train_timesteps=1000, prediction_type="epsilon", sample_max_value=1.0, solver_order=2, solver_type="midpoint", steps_offset=0,
-    thresholding=False, timestep_spacing="linspace", trained_betas=None, use_karras_sigmas=False, use_lu_lambdas=False, variance_type=None)
+    _class_name="DPMSolverMultistepScheduler",
+    _diffusers_version="0.22.0.dev0",
+    algorithm_type="dpmsolver++",
+    beta_end=0.02,
+    beta_schedule="linear",
+    beta_start=0.0001,
+    dynamic_thresholding_ratio=0.995,
+    euler_at_final=False,
+    lambda_min_clipped=float("-inf"),
+    lower_order_final=True,
+    num_train_timesteps=1000,
+    prediction_type="epsilon",
+    sample_max_value=1.0,
+    solver_order=2,
+    solver_type="midpoint",
+    steps_offset=0,
+    thresholding=False,
+    timestep_spacing="linspace",
+    trained_betas=None,
+    use_karras_sigmas=False,
+    use_lu_lambdas=False,
+    variance_type=None,
+)
 
 
 def word_tokenizer(special, end=None, **more):
-    """A tokenizer of transformers that knows a few words and writes `end` after them; special and more: its special tokens."""
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    """A tokenizer of transformers that knows a few words and writes `end` after them; special and
+    more: its special tokens."""
+    tokenizers, transformers = (
+        pytest.importorskip("tokenizers"),
+        pytest.importorskip("transformers"),
+    )
     words = {word: i for i, word in enumerate([*special, "a", "cat", "dog", "runs", "&", "fast"])}
     fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     if end:
-        fast.post_processor = tokenizers.processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, words[end])])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", unk_token="<unk>", **more)
+        fast.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"$A {end}", special_tokens=[(end, words[end])]
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", unk_token="<unk>", **more
+    )
 
 
 def save_tiny_teacher(folder):
     torch.manual_seed(0)
     net = perturbed(DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=2, num_classes=3))
-    io.save_network(net, io.network_config(net), str(folder))
+    save_network(net, network_config(net), str(folder))
     return str(folder)
 
 
 def save_tiny_vp_teacher(root):
     """The same network with a scheduler that makes its output eps under VP."""
     (root / "scheduler").mkdir(parents=True)
-    io.save_json({"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"},
-                 str(root / "scheduler" / "scheduler_config.json"))
+    save_json(
+        {
+            "_class_name": "DDIMScheduler",
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "prediction_type": "epsilon",
+        },
+        str(root / "scheduler" / "scheduler_config.json"),
+    )
     return save_tiny_teacher(root / "transformer")
 
 
 def save_tiny_wan(root, width=16, boundary=None):
-    """A pipeline root as diffusers writes it, with a scheduler of shift 3, and a prompts file. With a boundary it has two networks."""
+    """A pipeline root as diffusers writes it, with a scheduler of shift 3, and a prompts file. With
+    a boundary it has two networks."""
     names = ["transformer"] if boundary is None else ["transformer", "transformer_2"]
     for seed, name in enumerate(names):
         torch.manual_seed(0)
         net = perturbed(WanTransformer3DModel(**TINY_WAN), seed)
-        io.save_network(net, {"_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.0", **net.config}, str(root / name))
+        save_network(
+            net,
+            {"_class_name": "WanTransformer3DModel", "_diffusers_version": "0.35.0", **net.config},
+            str(root / name),
+        )
     (root / "scheduler").mkdir()
-    io.save_json({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, str(root / "scheduler" / "scheduler_config.json"))
-    io.save_json({"_class_name": "WanPipeline", **({} if boundary is None else {"boundary_ratio": boundary}),
-                  **{name: ["diffusers", "WanTransformer3DModel"] for name in names}}, str(root / "model_index.json"))
+    save_json(
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+        str(root / "scheduler" / "scheduler_config.json"),
+    )
+    save_json(
+        {
+            "_class_name": "WanPipeline",
+            **({} if boundary is None else {"boundary_ratio": boundary}),
+            **{name: ["diffusers", "WanTransformer3DModel"] for name in names},
+        },
+        str(root / "model_index.json"),
+    )
     g = torch.Generator().manual_seed(1)
     prompts = root / "prompts.safetensors"
-    save_file({"cond.text": torch.randn(5, 6, width, generator=g), "uncond.text": torch.randn(1, 6, width, generator=g)}, str(prompts))
-    return ["--teacher", str(root), "--prompts", str(prompts), "--sample_shape", "4", "2", "4", "6", "--teacher_steps", "2",
-            "--preview_samples", "2", "--student_steps", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
+    save_file(
+        {
+            "cond.text": torch.randn(5, 6, width, generator=g),
+            "uncond.text": torch.randn(1, 6, width, generator=g),
+        },
+        str(prompts),
+    )
+    return [
+        "--teacher",
+        str(root),
+        "--prompts",
+        str(prompts),
+        "--sample_shape",
+        "4",
+        "2",
+        "4",
+        "6",
+        "--teacher_steps",
+        "2",
+        "--preview_samples",
+        "2",
+        "--student_steps",
+        "2",
+        "--learning_rate",
+        "1e-4",
+        "--learning_rate_fake",
+        "2e-4",
+    ]
 
 
 def save_tiny_image_root(root, net, class_name, pipeline, scheduler, prompts):
-    """A pipeline root of an image network as diffusers writes it, and a prompts file -> flags of a run."""
-    io.save_network(net, {"_class_name": class_name, "_diffusers_version": "0.36.0", **net.config}, str(root / "transformer"))
+    """A pipeline root of an image network as diffusers writes it, and a prompts file -> flags of a
+    run."""
+    save_network(
+        net,
+        {"_class_name": class_name, "_diffusers_version": "0.36.0", **net.config},
+        str(root / "transformer"),
+    )
     (root / "scheduler").mkdir()
-    io.save_json(scheduler, str(root / "scheduler" / "scheduler_config.json"))
-    io.save_json({"_class_name": pipeline, "transformer": ["diffusers", class_name]}, str(root / "model_index.json"))
+    save_json(scheduler, str(root / "scheduler" / "scheduler_config.json"))
+    save_json(
+        {"_class_name": pipeline, "transformer": ["diffusers", class_name]},
+        str(root / "model_index.json"),
+    )
     save_file(prompts, str(root / "prompts.safetensors"))
-    return ["--teacher", str(root), "--prompts", str(root / "prompts.safetensors"), "--sample_shape", "4", "4", "6", "--teacher_steps", "2",
-            "--preview_samples", "2", "--student_steps", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
+    return [
+        "--teacher",
+        str(root),
+        "--prompts",
+        str(root / "prompts.safetensors"),
+        "--sample_shape",
+        "4",
+        "4",
+        "6",
+        "--teacher_steps",
+        "2",
+        "--preview_samples",
+        "2",
+        "--student_steps",
+        "2",
+        "--learning_rate",
+        "1e-4",
+        "--learning_rate_fake",
+        "2e-4",
+    ]
 
 
 def save_tiny_z_image(root):
     """With a scheduler of shift 3, and prompts that fill one or two times 32 tokens."""
     torch.manual_seed(0)
     net = perturbed(ZImageTransformer2DModel(**TINY_Z_IMAGE))
-    mask = torch.arange(36) < torch.tensor([4, 36, 32, 33, 7, 3])[:, None]  # the last is the unconditional one's
+    mask = (
+        torch.arange(36) < torch.tensor([4, 36, 32, 33, 7, 3])[:, None]
+    )  # the last is the unconditional one's
     text = torch.randn(6, 36, 16, generator=torch.Generator().manual_seed(1)) * mask[..., None]
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-    return save_tiny_image_root(root, net, "ZImageTransformer2DModel", "ZImagePipeline", scheduler,
-                                {"cond.text": text[:5], "cond.text_mask": mask[:5], "uncond.text": text[5:], "uncond.text_mask": mask[5:]})
+    return save_tiny_image_root(
+        root,
+        net,
+        "ZImageTransformer2DModel",
+        "ZImagePipeline",
+        scheduler,
+        {
+            "cond.text": text[:5],
+            "cond.text_mask": mask[:5],
+            "uncond.text": text[5:],
+            "uncond.text_mask": mask[5:],
+        },
+    )
 
 
 def save_tiny_pixart(root, variant, class_name="PixArtTransformer2DModel"):
-    """variant 512 or 1024, which is told the image's size; with the scheduler that PixArt was released with."""
+    """variant 512 or 1024, which is told the image's size; with the scheduler that PixArt was
+    released with."""
     torch.manual_seed(0)
     net = perturbed(PixArtTransformer2DModel(**TINY_PIXART, sample_size=variant // 8))
-    mask = torch.arange(9) < torch.tensor([4, 9, 1, 6, 7, 1])[:, None]  # the last is the unconditional one's
+    mask = (
+        torch.arange(9) < torch.tensor([4, 9, 1, 6, 7, 1])[:, None]
+    )  # the last is the unconditional one's
     text = torch.randn(6, 9, 16, generator=torch.Generator().manual_seed(1))
-    return save_tiny_image_root(root, net, class_name, "PixArtAlphaPipeline", PIXART_SCHEDULER,
-                                {"cond.text": text[:5], "cond.mask": mask[:5], "uncond.text": text[5:], "uncond.mask": mask[5:]})
+    return save_tiny_image_root(
+        root,
+        net,
+        class_name,
+        "PixArtAlphaPipeline",
+        PIXART_SCHEDULER,
+        {
+            "cond.text": text[:5],
+            "cond.mask": mask[:5],
+            "uncond.text": text[5:],
+            "uncond.mask": mask[5:],
+        },
+    )
 
 
 def read_log(folder):
@@ -266,12 +479,19 @@ def read_log(folder):
 def weights(folder):
     """Every tensor a run left that must be the same again: student and full training state."""
     last = sorted((Path(folder) / "state").glob("step-*"))[-1]
-    files = {"state": last / "state.safetensors", **{str(p.relative_to(folder)): p for p in (Path(folder) / "student").rglob("*.safetensors")}}
+    files = {
+        "state": last / "state.safetensors",
+        **{
+            str(p.relative_to(folder)): p for p in (Path(folder) / "student").rglob("*.safetensors")
+        },
+    }
     return {f"{name} {k}": v for name, path in files.items() for k, v in load_file(path).items()}
 
 
 def without_time(rows):
-    return [{k: v for k, v in r.items() if not k.endswith("_s") and k != "peak_memory_mb"} for r in rows]
+    return [
+        {k: v for k, v in r.items() if not k.endswith("_s") and k != "peak_memory_mb"} for r in rows
+    ]
 
 
 def assert_bit_equal(a, b):
@@ -280,22 +500,24 @@ def assert_bit_equal(a, b):
 
 
 def refusal_of(capsys, main, *flags):
-    """Run a script's main in this process; -> the one line it printed on stderr before it ended with exit code 2."""
+    """Run a script's main in this process; -> the one line it printed on stderr before it ended
+    with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        io.run(lambda: main(list(flags)))
+        run_main(lambda: main(list(flags)))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     return error
 
 
-# A run that kills itself with SIGKILL at the n-th call of os.fsync or os.replace whose arguments contain a text, i.e. in the middle of some save.
-# Arguments: script, function of os, text, n, and the flags of the run.
+# A run that kills itself with SIGKILL at the n-th call of os.fsync or os.replace whose arguments
+# contain a text, i.e. in the middle of some save. Arguments: script, function of os, text, n, and
+# the flags of the run.
 SUICIDAL = """
 import importlib, os, signal, sys
 import torch
 torch.set_num_threads(1)
-from models import io
+from models.plumbing.run import run_main
 script, name, text, n, flags = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5:]
 real = getattr(os, name)
 def counted(*args):
@@ -305,43 +527,75 @@ def counted(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 setattr(os, name, counted)
-io.run(lambda: importlib.import_module(script).main(flags))
+run_main(lambda: importlib.import_module(script).main(flags))
 """
 
-# Saves the averaged gradients of the first 24 updates as GRADIENTS.1, .2, ..., and otherwise runs the script.
+# Saves the averaged gradients of the first 24 updates as GRADIENTS.1, .2, ..., and otherwise runs
+# the script.
 SPYING = """
 import os, sys
 import torch
 from safetensors.torch import save_file
 torch.set_num_threads(1)
 import {script}
-from models import io
+from models.plumbing.run import run_main
 real, calls = torch.nn.utils.clip_grad_norm_, []
 def clip(parameters, *args):
     calls.append(0)
     if len(calls) <= 24 and os.environ.get("RANK", "0") == "0":
-        save_file(dict((str(i), p.grad.clone()) for i, p in enumerate(parameters)), os.environ["GRADIENTS"] + "." + str(len(calls)))
+        grads = dict((str(i), p.grad.clone()) for i, p in enumerate(parameters))
+        save_file(grads, os.environ["GRADIENTS"] + "." + str(len(calls)))
     return real(parameters, *args)
 torch.nn.utils.clip_grad_norm_ = clip
-io.run({script}.main)
+run_main({script}.main)
 """
 
 
-def assert_two_ranks_are_one_process(m, folder, script, flags, least, batch=2, first=None, within=lambda call: 1e-3):
-    """A script on two gloo ranks with this batch (FOLDER/two), and in this process with twice of it (FOLDER/one): the same averaged gradients in the first
-    (None: all) updates, of a norm above `least`, up to within(number of the update) of it.  -> the number of all updates.
-    m: a MonkeyPatch, whose changes reach the one process alone."""
+def assert_two_ranks_are_one_process(
+    m, folder, script, flags, least, batch=2, first=None, within=lambda call: 1e-3
+):
+    """A script on two gloo ranks with this batch (FOLDER/two), and in this process with twice of it
+    (FOLDER/one): the same averaged gradients in the first (None: all) updates, of a norm above
+    `least`, up to within(number of the update) of it.  -> the number of all updates. m: a
+    MonkeyPatch, whose changes reach the one process alone."""
     (folder / "spy.py").write_text(SPYING.format(script=script.__name__))
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(folder / "spy.py")]
-    done = subprocess.run([*ranks, *flags, "--train_batch_size", str(batch), "--output_dir", str(folder / "two")], capture_output=True, text=True,
-                          env={**ENV, "GRADIENTS": str(folder / "two") + ".gradients"}, cwd=folder, timeout=300)
+    ranks = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(folder / "spy.py"),
+    ]
+    done = subprocess.run(
+        [*ranks, *flags, "--train_batch_size", str(batch), "--output_dir", str(folder / "two")],
+        capture_output=True,
+        text=True,
+        env={**ENV, "GRADIENTS": str(folder / "two") + ".gradients"},
+        cwd=folder,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     gradients, real = [], torch.nn.utils.clip_grad_norm_
-    m.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, *args: gradients.append([p.grad.clone() for p in parameters]) or real(parameters, *args))
+    m.setattr(
+        torch.nn.utils,
+        "clip_grad_norm_",
+        lambda parameters, *args: (
+            gradients.append([p.grad.clone() for p in parameters]) or real(parameters, *args)
+        ),
+    )
     script.main([*flags, "--train_batch_size", str(2 * batch), "--output_dir", str(folder / "one")])
     assert gradients
     for call, one in enumerate(gradients[:first], start=1):
         two = load_file(f"{folder / 'two'}.gradients.{call}")
-        norm, difference = torch.stack([v.norm() for v in one]).norm(), torch.stack([(v - two[str(i)]).norm() for i, v in enumerate(one)]).norm()
-        assert len(one) == len(two) and norm > least and difference < within(call) * norm, (call, norm, difference)
+        norm, difference = (
+            torch.stack([v.norm() for v in one]).norm(),
+            torch.stack([(v - two[str(i)]).norm() for i, v in enumerate(one)]).norm(),
+        )
+        assert len(one) == len(two) and norm > least and difference < within(call) * norm, (
+            call,
+            norm,
+            difference,
+        )
     return len(gradients)

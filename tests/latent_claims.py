@@ -1,10 +1,11 @@
 """What LFM (arXiv 2307.08698) claims of latent flow matching, on the world `shapes`.
 
-    python -m tests.latent_claims cost                                    # latent against pixel, the same network
-    python -m tests.latent_claims nfe                                     # Dormand-Prince's evaluations on the Gaussian fit of pixels and latents
-    python -m tests.latent_claims quality runs/latent_fm-shapes           # fd against evaluations, Euler and Heun, three sets of noise
-    python -m tests.latent_claims guidance runs/latent_fm-shapes          # accuracy, fd, diversity and pixel std against gamma
+python -m tests.latent_claims cost                                    # latent against pixel, the same network
+python -m tests.latent_claims nfe                                     # Dormand-Prince's evaluations on the Gaussian fit of pixels and latents
+python -m tests.latent_claims quality runs/latent_fm-shapes           # fd against evaluations, Euler and Heun, three sets of noise
+python -m tests.latent_claims guidance runs/latent_fm-shapes          # accuracy, fd, diversity and pixel std against gamma
 """
+
 import argparse
 import os
 import statistics
@@ -16,16 +17,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from latent_fm import dormand_prince, flow_matching_loss, sample  # noqa: E402
-from models import io, report  # noqa: E402
 from models.diffusion import ode_calls  # noqa: E402
-from models.dit import DiT  # noqa: E402
-from models.latent_space import space_beside  # noqa: E402
-from models.toy import balanced_labels, load_world  # noqa: E402
+from models.networks import load_network  # noqa: E402
+from models.networks.dit import DiT  # noqa: E402
+from models.networks.latent_space import space_beside  # noqa: E402
+from models.plumbing import report  # noqa: E402
+from models.plumbing.teachers import student_folder  # noqa: E402
+from models.worlds import load_world  # noqa: E402
+from models.worlds.measures import balanced_labels  # noqa: E402
 
 
 def network(shape, patch=2):
     torch.manual_seed(0)
-    return DiT(size=shape[1:], patch=[patch] * 2, channels=shape[0], dim=128, depth=4, num_classes=6, cond_dim=48)
+    return DiT(
+        size=shape[1:],
+        patch=[patch] * 2,
+        channels=shape[0],
+        dim=128,
+        depth=4,
+        num_classes=6,
+        cond_dim=48,
+    )
 
 
 def flops(net, batch=1):
@@ -56,13 +68,21 @@ def gaussian_evaluations(x, tols=(1e-5,), batch=4, seeds=(0,)):
     def v(z, t):
         y = (z - (1 - t) * mean) @ q
         return y * ((t - (1 - t) * var) / ((1 - t) ** 2 * var + t**2).clamp_min(1e-30)) @ q.T - mean
-    noise = [torch.randn(batch, x.shape[1], generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
-    return {tol: [dormand_prince(v, z, tol, tol, end=1e-3)[1] for z in noise] for tol in tols}  # without variance there is no velocity at t = 0
+
+    noise = [
+        torch.randn(
+            batch, x.shape[1], generator=torch.Generator().manual_seed(s), dtype=torch.float64
+        )
+        for s in seeds
+    ]
+    return {
+        tol: [dormand_prince(v, z, tol, tol, end=1e-3)[1] for z in noise] for tol in tols
+    }  # without variance there is no velocity at t = 0
 
 
 def load(run):
-    folder = io.student_folder(run)
-    net, config = io.load_network(folder)
+    folder = student_folder(run)
+    net, config = load_network(folder)
     return net, space_beside(folder), load_world("shapes")
 
 
@@ -76,9 +96,14 @@ def rows(run, settings, n=600, seeds=(0, 1, 2)):
         found = []
         for seed in seeds:
             z = torch.randn(n, *net.latent_shape, generator=torch.Generator().manual_seed(seed))
-            x = report.many(lambda a, b: space.to_pixels(sample(net, z[a:b], label[a:b], **keywords)), n)[0]  # noqa: B023
+            x = report.many(
+                lambda a, b: space.to_pixels(sample(net, z[a:b], label[a:b], **keywords)), n
+            )[0]  # noqa: B023
             found.append({**world.measure(x, label), "pixel std": float(x.std())})
-        cells = [f"{statistics.mean(f[c] for f in found):.3g} ({min(f[c] for f in found):.3g} to {max(f[c] for f in found):.3g})" for c in columns]
+        cells = [
+            f"{statistics.mean(f[c] for f in found):.3g} ({min(f[c] for f in found):.3g} to {max(f[c] for f in found):.3g})"
+            for c in columns
+        ]
         lines.append(f"| {name} | {nfe} | " + " | ".join(cells) + " |")
         print(lines[-1], file=sys.stderr)
     return lines
@@ -87,26 +112,67 @@ def rows(run, settings, n=600, seeds=(0, 1, 2)):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("what", choices=["cost", "nfe", "quality", "guidance"])
-    p.add_argument("run", nargs="?", default="runs/latent_fm-shapes", help="of latent_fm.py, for quality and guidance")
+    p.add_argument(
+        "run",
+        nargs="?",
+        default="runs/latent_fm-shapes",
+        help="of latent_fm.py, for quality and guidance",
+    )
     args = p.parse_args()
     world = load_world("shapes")
     if args.what == "cost":
         latent, pixel = network(world.latent_shape), network(world.shape)
         print("| | tokens | FLOP a call | s a step of 16 |\n|---|---|---|---|")
         for name, net in (("latent", latent), ("pixel", pixel)):
-            print(f"| {name} | {(net.size[0] // 2) ** 2} | {flops(net):.3g} | {seconds_a_step(net):.3g} |")
+            print(
+                f"| {name} | {(net.size[0] // 2) ** 2} | {flops(net):.3g} | {seconds_a_step(net):.3g} |"
+            )
     elif args.what == "nfe":
         x = world.data(8000, 31)[0]
         z = world.space.to_latents(x)
         print("| | 1e-3 | 1e-5 |\n|---|---|---|")
-        for name, a in (("latents, one scale (shipped)", z), ("latents, channels of unit variance", z / z.std((0, 2, 3), keepdim=True)), ("pixels", x)):
-            print(f"| {name} | " + " | ".join(", ".join(map(str, n)) for n in gaussian_evaluations(a, (1e-3, 1e-5), seeds=(0, 1, 2)).values()) + " |")
+        for name, a in (
+            ("latents, one scale (shipped)", z),
+            ("latents, channels of unit variance", z / z.std((0, 2, 3), keepdim=True)),
+            ("pixels", x),
+        ):
+            print(
+                f"| {name} | "
+                + " | ".join(
+                    ", ".join(map(str, n))
+                    for n in gaussian_evaluations(a, (1e-3, 1e-5), seeds=(0, 1, 2)).values()
+                )
+                + " |"
+            )
     elif args.what == "quality":
-        print("\n".join(rows(args.run, [(solver, ode_calls(n, solver), dict(steps=n, solver=solver)) for solver, ns in
-                                        (("euler", (1, 3, 7, 15)), ("heun", (2, 4, 8))) for n in ns])))
+        print(
+            "\n".join(
+                rows(
+                    args.run,
+                    [
+                        (solver, ode_calls(n, solver), dict(steps=n, solver=solver))
+                        for solver, ns in (("euler", (1, 3, 7, 15)), ("heun", (2, 4, 8)))
+                        for n in ns
+                    ],
+                )
+            )
+        )
     else:
-        print("\n".join(rows(args.run, [(f"gamma {g:g}", ode_calls(8, "heun") * (1 if g in (0, 1) else 2), dict(steps=8, guidance_scale=g))
-                                        for g in (0.0, 1.0, 1.5, 2.0)])))
+        print(
+            "\n".join(
+                rows(
+                    args.run,
+                    [
+                        (
+                            f"gamma {g:g}",
+                            ode_calls(8, "heun") * (1 if g in (0, 1) else 2),
+                            dict(steps=8, guidance_scale=g),
+                        )
+                        for g in (0.0, 1.0, 1.5, 2.0)
+                    ],
+                )
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ For each number of tokens: milliseconds of one block with either attention and o
 of a whole sample: 50 calls of the teacher over 50 and over 4 calls of the student. The paper's figures for Wan at 32,760 and 75,600 tokens on an H100 are
 1.43 to 1.71 and 15.9 to 20.9, text encoder and VAE included, which are not here.
 """
+
 import argparse
 import os
 import statistics
@@ -16,7 +17,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from kernels.linear_attention import use_linear_attention  # noqa: E402
-from models.wan import WAN_1_3B, WanTransformer3DModel, rope_3d  # noqa: E402
+from models.networks.wan import WAN_1_3B, WanTransformer3DModel, rope_3d  # noqa: E402
 
 
 def milliseconds(call, device, repeats):
@@ -37,9 +38,20 @@ def milliseconds(call, device, repeats):
 def main():
     gpu = torch.cuda.is_available()
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--grids", nargs="+", default=["21x30x52", "21x45x80"] if gpu else ["4x8x8", "4x16x16", "8x16x16", "16x16x16", "8x32x32"],
-                   help="frames x rows x columns of tokens")
-    p.add_argument("--layers", type=int, default=30 if gpu else 4, help="blocks; every other one is linear in the student")
+    p.add_argument(
+        "--grids",
+        nargs="+",
+        default=["21x30x52", "21x45x80"]
+        if gpu
+        else ["4x8x8", "4x16x16", "8x16x16", "16x16x16", "8x32x32"],
+        help="frames x rows x columns of tokens",
+    )
+    p.add_argument(
+        "--layers",
+        type=int,
+        default=30 if gpu else 4,
+        help="blocks; every other one is linear in the student",
+    )
     p.add_argument("--repeats", type=int, default=5, help="calls whose median counts")
     args = p.parse_args()
     device = torch.device("cuda" if gpu else "cpu")
@@ -49,20 +61,39 @@ def main():
     teacher, student = (WanTransformer3DModel(**config).to(device, dtype).eval() for _ in range(2))
     use_linear_attention(student, list(range(1, args.layers, 2)))
     student.to(device, dtype)
-    print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}; {args.layers} layers, "
-          f"{config['num_attention_heads']} heads of {config['attention_head_dim']}")
-    print("| tokens | softmax block | linear block | ratio | teacher's call | student's call | sample, 50 calls each | teacher's 50 over student's 4 |\n|" + "---|" * 8)
+    print(
+        f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}; {args.layers} layers, "
+        f"{config['num_attention_heads']} heads of {config['attention_head_dim']}"
+    )
+    print(
+        "| tokens | softmax block | linear block | ratio | teacher's call | student's call | sample, 50 calls each | teacher's 50 over student's 4 |\n|"
+        + "---|" * 8
+    )
     for grid in args.grids:
         f, h, w = map(int, grid.split("x"))
-        x, t = torch.randn(1, 16, f, 2 * h, 2 * w, device=device, dtype=dtype), torch.full((1,), 0.5, device=device)
+        x, t = (
+            torch.randn(1, 16, f, 2 * h, 2 * w, device=device, dtype=dtype),
+            torch.full((1,), 0.5, device=device),
+        )
         text = torch.randn(1, 512, config["text_dim"], device=device, dtype=dtype)
         rope = rope_3d(f, h, w, config["attention_head_dim"], device)
         _, modulation, context = student.condition_embedder(t, text)
         tokens = torch.randn(1, f * h * w, context.shape[2], device=device, dtype=dtype)
-        softmax, linear = (milliseconds(lambda: student.blocks[i](tokens, context, modulation, rope), device, args.repeats) for i in (0, 1))  # noqa: B023
-        slow, fast = (milliseconds(lambda: net(x, t, text), device, args.repeats) for net in (teacher, student))  # noqa: B023
-        print(f"| {f * h * w:,} | {softmax:.1f} ms | {linear:.1f} ms | {softmax / linear:.2f} | {slow:.1f} ms | {fast:.1f} ms | {slow / fast:.2f} "
-              f"| {50 * slow / (4 * fast):.1f} |", flush=True)
+        softmax, linear = (
+            milliseconds(
+                lambda: student.blocks[i](tokens, context, modulation, rope), device, args.repeats
+            )
+            for i in (0, 1)
+        )  # noqa: B023
+        slow, fast = (
+            milliseconds(lambda: net(x, t, text), device, args.repeats)
+            for net in (teacher, student)
+        )  # noqa: B023
+        print(
+            f"| {f * h * w:,} | {softmax:.1f} ms | {linear:.1f} ms | {softmax / linear:.2f} | {slow:.1f} ms | {fast:.1f} ms | {slow / fast:.2f} "
+            f"| {50 * slow / (4 * fast):.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The teacher takes two calls a step where its guidance acts: at all 25 steps, or 
 19 of 25. The student is called once a step; with guidance it would be twice. The paper's figures, on an A800, both stages and the decoders included: 9.0x in
 one step a stage and 6.5x in two.
 """
+
 import argparse
 import os
 import statistics
@@ -16,24 +17,41 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from models.diffusion import step_grid  # noqa: E402
-from models.trellis import SS_FLOW_L, SparseStructureFlowModel  # noqa: E402
+from models.networks.trellis import SS_FLOW_L, SparseStructureFlowModel  # noqa: E402
 
 
 @torch.no_grad()
 def main():
     gpu = torch.cuda.is_available()
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--repeats", type=int, default=5 if gpu else 1, help="samples whose median counts")
-    p.add_argument("--tokens", type=int, default=1374, help="image tokens: DINOv2 of 518 x 518 pixels with registers gives 1,374")
+    p.add_argument(
+        "--repeats", type=int, default=5 if gpu else 1, help="samples whose median counts"
+    )
+    p.add_argument(
+        "--tokens",
+        type=int,
+        default=1374,
+        help="image tokens: DINOv2 of 518 x 518 pixels with registers gives 1,374",
+    )
     args = p.parse_args()
     device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
     with torch.device(device):
         net = SparseStructureFlowModel(**SS_FLOW_L).to(dtype).eval()
-        x, tokens = torch.randn(1, *net.latent_shape), torch.randn(1, args.tokens, SS_FLOW_L["cond_channels"], dtype=dtype)
+        x, tokens = (
+            torch.randn(1, *net.latent_shape),
+            torch.randn(1, args.tokens, SS_FLOW_L["cond_channels"], dtype=dtype),
+        )
     interval = sum(0.5 <= t <= 1 for t in step_grid(25, 3.0)[:-1])
-    rows = {"teacher, 25 steps, guided at all": 50, f"teacher, 25 steps, guided at {interval}": 25 + interval, "student, 2 steps": 2, "student, 1 step": 1}
-    print(f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}; "
-          f"{sum(w.numel() for w in net.parameters()):,} parameters, {args.tokens} image tokens, batch 1")
+    rows = {
+        "teacher, 25 steps, guided at all": 50,
+        f"teacher, 25 steps, guided at {interval}": 25 + interval,
+        "student, 2 steps": 2,
+        "student, 1 step": 1,
+    }
+    print(
+        f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}; "
+        f"{sum(w.numel() for w in net.parameters()):,} parameters, {args.tokens} image tokens, batch 1"
+    )
 
     def sample(calls):
         for _ in range(calls):

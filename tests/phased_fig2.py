@@ -9,6 +9,7 @@ Data are the four points -1, 0, 1, 2, equally likely. Three small networks learn
 From common noise, 200 Euler trajectories of 100 steps over [1, 0] (those of the last two end at s); measured is the root mean
 square distance at t = s to the exact ODE, whose velocity is known in closed form. A seed takes about five seconds on one thread.
 """
+
 import argparse
 import os
 import sys
@@ -26,7 +27,11 @@ from phased_dmd import fake_score_loss, naive_target, subinterval_target  # noqa
 POINTS = torch.tensor([-1.0, 0.0, 1.0, 2.0])
 S = 0.5  # the noise level that only the full model goes below
 STEPS, TRAJECTORIES = 100, 200
-MODELS = {"full": dict(s=0.0, tapered=False), "unbiased": dict(s=S), "naive": dict(s=S, target=naive_target, tapered=False)}
+MODELS = {
+    "full": dict(s=0.0, tapered=False),
+    "unbiased": dict(s=S),
+    "naive": dict(s=S, target=naive_target, tapered=False),
+}
 COLOURS = {"full": (125, 135, 150), "unbiased": (25, 140, 75), "naive": (205, 60, 45)}
 
 
@@ -35,8 +40,15 @@ class Velocity(nn.Module):
 
     def __init__(self, width=64):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                 nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+        self.net = nn.Sequential(
+            nn.Linear(2, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 1),
+        )
 
     def forward(self, x, t):
         return self.net(torch.cat([x, t[:, None]], 1))
@@ -45,7 +57,7 @@ class Velocity(nn.Module):
 def exact_x0_eps(x, t):
     """E[x0 | x_t] and E[eps | x_t] of the four points: x0 = sum_k softmax_k(-(x - (1 - t) mu_k)^2 / 2 t^2) mu_k.  x (B, 1), t (B,)."""
     t = t[:, None]
-    x0 = torch.softmax(-(x - (1 - t) * POINTS) ** 2 / (2 * t**2), 1) @ POINTS.to(x.dtype)[:, None]
+    x0 = torch.softmax(-((x - (1 - t) * POINTS) ** 2) / (2 * t**2), 1) @ POINTS.to(x.dtype)[:, None]
     return x0, (x - (1 - t) * x0) / t
 
 
@@ -63,7 +75,9 @@ def train(seed, s, target=subinterval_target, tapered=True, iterations=3000, bat
     for _ in range(iterations):
         x_s = (1 - s) * POINTS[torch.randint(4, (batch, 1))] + s * torch.randn(batch, 1)
         t, eps = 1 - (1 - s) * torch.rand(batch), torch.randn(batch, 1)
-        loss = fake_score_loss(net, Flow(), "flow_v", x_s, eps, level, t, {}, target=target, tapered=tapered)
+        loss = fake_score_loss(
+            net, Flow(), "flow_v", x_s, eps, level, t, {}, target=target, tapered=tapered
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -86,9 +100,17 @@ def experiment(seed=0, iterations=3000):
 
     "euler" in the first is the exact velocity in the same steps: what the solver alone does."""
     noise = torch.randn(TRAJECTORIES, 1, generator=torch.Generator().manual_seed(1000 + seed))
-    exact = sample_ode(exact_x0_eps, Flow(), noise, [1 - (1 - S) * i / 500 for i in range(501)])[:, 0]
-    paths = {name: euler(train(seed, iterations=iterations, **how), noise, 0.0 if name == "full" else S) for name, how in MODELS.items()}
-    at_s = {**{name: path[round(STEPS * (1 - S))] for name, path in paths.items()}, "euler": euler(exact_velocity, noise, S)[-1]}
+    exact = sample_ode(exact_x0_eps, Flow(), noise, [1 - (1 - S) * i / 500 for i in range(501)])[
+        :, 0
+    ]
+    paths = {
+        name: euler(train(seed, iterations=iterations, **how), noise, 0.0 if name == "full" else S)
+        for name, how in MODELS.items()
+    }
+    at_s = {
+        **{name: path[round(STEPS * (1 - S))] for name, path in paths.items()},
+        "euler": euler(exact_velocity, noise, S)[-1],
+    }
     return {name: float((x - exact).square().mean().sqrt()) for name, x in at_s.items()}, paths
 
 
@@ -99,24 +121,38 @@ def draw(path, rmse, paths, shown=40, zoom=3):
     """Three panels, t from 1 to 0 along the bottom: full, unbiased over full, naive over full, every fifth trajectory in order of
     its noise, so that the two sets can be told apart. Drawn zoom times larger, then reduced."""
     width, height, left, top, gap, low, high = 430, 430, 50, 48, 20, -3.0, 3.4
-    sheet = Image.new("RGB", (zoom * (left + 3 * width + 2 * gap + 16), zoom * (top + height + 50)), "white")
+    sheet = Image.new(
+        "RGB", (zoom * (left + 3 * width + 2 * gap + 16), zoom * (top + height + 50)), "white"
+    )
     pen, ink, pale = ImageDraw.Draw(sheet), (40, 40, 40), (220, 220, 220)
-    order = paths["full"][0].argsort()[len(paths["full"][0]) // shown // 2::len(paths["full"][0]) // shown]
+    order = paths["full"][0].argsort()[
+        len(paths["full"][0]) // shown // 2 :: len(paths["full"][0]) // shown
+    ]
 
     def text(x, y, words, anchor, size=15, fill=ink):
         pen.text((zoom * x, zoom * y), words, fill, ImageFont.load_default(zoom * size), anchor)
 
-    titles = {"full": "full: trained on clean data", "unbiased": f"unbiased target of x_s: RMSE {rmse['unbiased']:.3f}",
-              "naive": f"naive target eps - x_s: RMSE {rmse['naive']:.3f}"}
+    titles = {
+        "full": "full: trained on clean data",
+        "unbiased": f"unbiased target of x_s: RMSE {rmse['unbiased']:.3f}",
+        "naive": f"naive target eps - x_s: RMSE {rmse['naive']:.3f}",
+    }
     for panel, (name, title) in enumerate(titles.items()):
         right = left + panel * (width + gap)
 
         def place(t, x, right=right):
-            return zoom * (right + (1 - t) * width), zoom * (top + (high - x) / (high - low) * height)
+            return zoom * (right + (1 - t) * width), zoom * (
+                top + (high - x) / (high - low) * height
+            )
 
         def curves(trajectories, colour, thick):
             for one in trajectories[:, order].T.tolist():
-                pen.line([place(1 - i / STEPS, x) for i, x in enumerate(one)], colour, thick, joint="curve")
+                pen.line(
+                    [place(1 - i / STEPS, x) for i, x in enumerate(one)],
+                    colour,
+                    thick,
+                    joint="curve",
+                )
 
         for x in range(-3, 4):
             pen.line([place(1, x), place(0, x)], pale, zoom)
@@ -126,7 +162,11 @@ def draw(path, rmse, paths, shown=40, zoom=3):
         if panel:
             curves(paths[name], COLOURS[name], zoom * 3 // 2)
             for y in range(0, height, 10):  # a dashed line where the samples x_s are
-                pen.line([place(S, high)[0], zoom * (top + y), place(S, high)[0], zoom * (top + y + 5)], ink, zoom)
+                pen.line(
+                    [place(S, high)[0], zoom * (top + y), place(S, high)[0], zoom * (top + y + 5)],
+                    ink,
+                    zoom,
+                )
             text(right + width * (1 - S) + 6, top + height - 8, "t = s", "ls")
         pen.rectangle([*place(1, high), *place(0, low)], outline=(150, 150, 150), width=zoom)
         for x in POINTS.tolist():
@@ -140,21 +180,41 @@ def draw(path, rmse, paths, shown=40, zoom=3):
         text(right + width / 2, top - 16, title, "ms", 19, COLOURS[name])
     text(12, top + height / 2 - 34, "x", "lm")
     sheet = sheet.resize((sheet.width // zoom, sheet.height // zoom), Image.LANCZOS)
-    sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(path, optimize=True)
+    sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--output", default=None, help="PNG of the first seed's trajectories; none is drawn if left out")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of networks, batches and noise; one table row each")
+    p.add_argument(
+        "--output",
+        default=None,
+        help="PNG of the first seed's trajectories; none is drawn if left out",
+    )
+    p.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        help="seeds of networks, batches and noise; one table row each",
+    )
     args = p.parse_args()
     torch.set_num_threads(1)
     names = (*MODELS, "euler")
-    print(f"RMSE at t = {S:g} to the exact ODE ('euler': exact velocity, same steps)\n" + "".join(f"{n:>10s}" for n in ("seed", *names, "seconds")))
+    print(
+        f"RMSE at t = {S:g} to the exact ODE ('euler': exact velocity, same steps)\n"
+        + "".join(f"{n:>10s}" for n in ("seed", *names, "seconds"))
+    )
     for i, seed in enumerate(args.seeds):
         began = time.perf_counter()
         rmse, paths = experiment(seed)
-        print(f"{seed:10d}" + "".join(f"{rmse[n]:10.4f}" for n in names) + f"{time.perf_counter() - began:10.1f}", flush=True)
+        print(
+            f"{seed:10d}"
+            + "".join(f"{rmse[n]:10.4f}" for n in names)
+            + f"{time.perf_counter() - began:10.1f}",
+            flush=True,
+        )
         if args.output and i == 0:
             draw(args.output, rmse, paths)
 

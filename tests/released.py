@@ -1,13 +1,14 @@
 """The transformers with released weights, and how each is held against the class of diffusers that has its name."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
 import pytest
 import torch
-
 from helpers import fill, relative
-from models import pixart, wan, z_image
+
+from models.networks import pixart, wan, z_image
 
 
 def wan_velocity(net, x, t, text):
@@ -17,13 +18,23 @@ def wan_velocity(net, x, t, text):
 def z_image_velocity(net, x, t, text, text_mask):
     """Lists instead of padding, one frame, its clock 1 - t, its sign x0 - eps."""
     p = net.config.all_patch_size[0]
-    return -torch.stack(net(list(x.unsqueeze(2)), 1 - t, [row[keep] for row, keep in zip(text, text_mask)], patch_size=p).sample).squeeze(2)
+    return -torch.stack(
+        net(
+            list(x.unsqueeze(2)),
+            1 - t,
+            [row[keep] for row, keep in zip(text, text_mask)],
+            patch_size=p,
+        ).sample
+    ).squeeze(2)
 
 
 def pixart_noise(net, x, t, text, mask, index=None):
     """As PixArtAlphaPipeline asks for it: its clock, the size in pixels, the first half of the channels."""
     H, W = (8 * size for size in x.shape[2:])
-    sizes = {"resolution": torch.tensor([[H, W]] * len(x)).to(x.dtype), "aspect_ratio": torch.tensor([[H / W]] * len(x)).to(x.dtype)}
+    sizes = {
+        "resolution": torch.tensor([[H, W]] * len(x)).to(x.dtype),
+        "aspect_ratio": torch.tensor([[H / W]] * len(x)).to(x.dtype),
+    }
     index = 1000 * t - 1 if index is None else index
     out = net(x, text, index, added_cond_kwargs=sizes, encoder_attention_mask=mask).sample
     return out.chunk(2, dim=1)[0] if out.shape[1] == 2 * x.shape[1] else out
@@ -34,7 +45,9 @@ class Released:
     module: ModuleType
     name: str  # of the class, here and in diffusers
     tiny: dict  # a config with three (main) blocks
-    reference: Callable  # what a network of diffusers gives for the arguments of ours, in our convention
+    reference: (
+        Callable  # what a network of diffusers gives for the arguments of ours, in our convention
+    )
     size: tuple  # of a small latent, without the channels
     lengths: list  # tokens of two prompts
     width: str  # key of the config
@@ -50,10 +63,21 @@ class Released:
     def inputs(self, config=None, size=None, lengths=None, seed=1):
         """-> dict of x, t, text, mask; the padding of text is no zeros, so that whoever looks at it is seen. t is between indices."""
         config, size, lengths = config or self.tiny, size or self.size, lengths or self.lengths
-        g, B, L = torch.Generator().manual_seed(seed), len(lengths), max(lengths) + (2 if self.mask else 0)
-        call = dict(x=torch.randn(B, config.get("in_channels", 4), *size, generator=g), t=torch.rand(B, generator=g),
-                    text=torch.randn(B, L, config[self.width], generator=g))
-        return {**call, self.mask: torch.arange(L) < torch.tensor(lengths)[:, None]} if self.mask else call
+        g, B, L = (
+            torch.Generator().manual_seed(seed),
+            len(lengths),
+            max(lengths) + (2 if self.mask else 0),
+        )
+        call = dict(
+            x=torch.randn(B, config.get("in_channels", 4), *size, generator=g),
+            t=torch.rand(B, generator=g),
+            text=torch.randn(B, L, config[self.width], generator=g),
+        )
+        return (
+            {**call, self.mask: torch.arange(L) < torch.tensor(lengths)[:, None]}
+            if self.mask
+            else call
+        )
 
     def pair(self, config=None):
         """-> ours and diffusers', of the same weights."""
@@ -75,13 +99,60 @@ class Released:
         assert "\n" not in str(error.value)
 
 
-WAN = Released(wan, "WanTransformer3DModel", dict(
-    num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, freq_dim=16, ffn_dim=32, num_layers=3,
-    rope_max_seq_len=32), wan_velocity, (2, 4, 6), [5, 5], "text_dim")
-Z_IMAGE = Released(z_image, "ZImageTransformer2DModel", dict(
-    in_channels=4, dim=36, n_layers=3, n_refiner_layers=2, n_heads=3, n_kv_heads=3, cap_feat_dim=10, axes_dims=[4, 4, 4], axes_lens=[128, 16, 16]),
-    z_image_velocity, (4, 6), [5, 40], "cap_feat_dim", "text_mask")
-PIXART = Released(pixart, "PixArtTransformer2DModel", dict(
-    num_attention_heads=3, attention_head_dim=8, cross_attention_dim=24, caption_channels=10, num_layers=3, sample_size=64),
-    pixart_noise, (4, 6), [5, 4], "caption_channels", "mask")
+WAN = Released(
+    wan,
+    "WanTransformer3DModel",
+    dict(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=10,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=3,
+        rope_max_seq_len=32,
+    ),
+    wan_velocity,
+    (2, 4, 6),
+    [5, 5],
+    "text_dim",
+)
+Z_IMAGE = Released(
+    z_image,
+    "ZImageTransformer2DModel",
+    dict(
+        in_channels=4,
+        dim=36,
+        n_layers=3,
+        n_refiner_layers=2,
+        n_heads=3,
+        n_kv_heads=3,
+        cap_feat_dim=10,
+        axes_dims=[4, 4, 4],
+        axes_lens=[128, 16, 16],
+    ),
+    z_image_velocity,
+    (4, 6),
+    [5, 40],
+    "cap_feat_dim",
+    "text_mask",
+)
+PIXART = Released(
+    pixart,
+    "PixArtTransformer2DModel",
+    dict(
+        num_attention_heads=3,
+        attention_head_dim=8,
+        cross_attention_dim=24,
+        caption_channels=10,
+        num_layers=3,
+        sample_size=64,
+    ),
+    pixart_noise,
+    (4, 6),
+    [5, 4],
+    "caption_channels",
+    "mask",
+)
 MODELS = {"wan": WAN, "z_image": Z_IMAGE, "pixart": PIXART}

@@ -1,4 +1,5 @@
 """models/diffusion.py: schedules, predictions, guidance, time and the ODE sampler, against independent formulas."""
+
 import itertools
 import math
 
@@ -6,11 +7,34 @@ import numpy as np
 import pytest
 import torch
 
-from models.diffusion import (PREDICTIONS, VP, Flow, add_noise, from_x0_eps, guide, logit_normal, ode_calls, ode_step, predict_x0,
-                              predict_x0_eps, sample_ode, shift, sinusoid, step_grid, to_x0_eps, transition, unshift)
-from models.toy import RingTeacher
+from models.diffusion import (
+    PREDICTIONS,
+    VP,
+    Flow,
+    add_noise,
+    from_x0_eps,
+    guide,
+    logit_normal,
+    ode_calls,
+    ode_step,
+    predict_x0,
+    predict_x0_eps,
+    sample_ode,
+    shift,
+    sinusoid,
+    step_grid,
+    to_x0_eps,
+    transition,
+    unshift,
+)
+from models.worlds.ring import RingTeacher
 
-SCHEDULES = {"flow": Flow(), "linear": VP("linear", 1e-4, 0.02), "scaled_linear": VP(), "zero_snr": VP(zero_snr=True)}
+SCHEDULES = {
+    "flow": Flow(),
+    "linear": VP("linear", 1e-4, 0.02),
+    "scaled_linear": VP(),
+    "zero_snr": VP(zero_snr=True),
+}
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 every_vp = pytest.mark.parametrize("name", ["linear", "scaled_linear", "zero_snr"])
 
@@ -20,7 +44,12 @@ def normal(*shape, seed=0):
 
 
 def close(a, b, tolerance=1e-10):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        torch.as_tensor(a, dtype=torch.float64),
+        torch.as_tensor(b, dtype=torch.float64),
+        rtol=tolerance,
+        atol=tolerance,
+    )
 
 
 # ---- predictions -------------------------------------------------------------------------------------------------
@@ -85,7 +114,10 @@ def test_unknown_prediction_is_refused():
 
 def test_predict_x0_runs_the_network_and_keeps_the_wider_dtype():
     """predict_x0 passes conditions on, converts the output, and a bf16 network leaves the state in float32."""
-    x_t, t = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 0.5, 1.0])
+    x_t, t = (
+        torch.randn(3, 2, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0.2, 0.5, 1.0]),
+    )
     net = lambda x, t, label: (x * label[:, None]).bfloat16()  # noqa: E731
     label = torch.tensor([1.0, 2.0, 3.0])
     x0, eps = predict_x0_eps(net, Flow(), "flow_v", x_t, t, label=label)
@@ -103,7 +135,11 @@ def independent_abar(name, n=1000):
     abar, product = [], 1.0
     for i in range(n):
         w = i / (n - 1)
-        beta = 1e-4 + w * (0.02 - 1e-4) if name == "linear" else (math.sqrt(0.00085) * (1 - w) + math.sqrt(0.012) * w) ** 2
+        beta = (
+            1e-4 + w * (0.02 - 1e-4)
+            if name == "linear"
+            else (math.sqrt(0.00085) * (1 - w) + math.sqrt(0.012) * w) ** 2
+        )
         product *= 1 - beta
         abar.append(product)
     if name == "zero_snr":
@@ -129,16 +165,31 @@ def test_vp_table_equals_an_independent_product(name, dtype, tolerance):
 def test_vp_table_equals_diffusers(name):
     """The tables are diffusers' DDIMScheduler.alphas_cumprod, including rescale_betas_zero_snr."""
     scheduler = pytest.importorskip("diffusers").DDIMScheduler
-    betas = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear") if name == "linear" else dict(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    betas = (
+        dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+        if name == "linear"
+        else dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    )
     theirs = scheduler(**betas, rescale_betas_zero_snr=name == "zero_snr").alphas_cumprod.double()
     close(SCHEDULES[name].alpha(index_times()) ** 2, theirs, 3e-6)
 
 
 def test_stable_diffusion_constants():
     """Stable Diffusion's known values: abar[999] = .00466 (not zero terminal SNR), [749] = .0566, [499] = .2777, ..."""
-    for index, abar in {999: 0.00466, 980: 0.00584, 749: 0.0566, 499: 0.2777, 399: 0.4261, 249: 0.6754}.items():
-        got = SCHEDULES["scaled_linear"].alpha(torch.tensor([(index + 1) / 1000], dtype=torch.float64)).item() ** 2
+    for index, abar in {
+        999: 0.00466,
+        980: 0.00584,
+        749: 0.0566,
+        499: 0.2777,
+        399: 0.4261,
+        249: 0.6754,
+    }.items():
+        got = (
+            SCHEDULES["scaled_linear"]
+            .alpha(torch.tensor([(index + 1) / 1000], dtype=torch.float64))
+            .item()
+            ** 2
+        )
         assert got == pytest.approx(abar, abs=0.5 * 10 ** -len(str(abar).split(".")[1]))
     one = torch.ones(1, dtype=torch.float64)
     assert SCHEDULES["scaled_linear"].alpha(one).item() == pytest.approx(0.0683, abs=5e-5)
@@ -185,8 +236,13 @@ def test_vp_refuses_other_beta_names():
 @every_schedule
 def test_transition_kernel_composes(schedule):
     """a_{t|s} alpha_s = alpha_t, a^2 sigma_s^2 + b^2 = sigma_t^2, and r -> s -> t is r -> t; from s = 0 it is add_noise."""
-    r, s, t = (torch.tensor(v, dtype=torch.float64) for v in ([0.0, 0.1, 0.3], [0.2, 0.45, 0.5], [0.6, 0.7, 0.9]))
-    (a_rs, b_rs), (a_st, b_st), (a_rt, b_rt) = (transition(schedule, *p) for p in ((r, s), (s, t), (r, t)))
+    r, s, t = (
+        torch.tensor(v, dtype=torch.float64)
+        for v in ([0.0, 0.1, 0.3], [0.2, 0.45, 0.5], [0.6, 0.7, 0.9])
+    )
+    (a_rs, b_rs), (a_st, b_st), (a_rt, b_rt) = (
+        transition(schedule, *p) for p in ((r, s), (s, t), (r, t))
+    )
     close(a_st * schedule.alpha(s), schedule.alpha(t))
     close(a_st**2 * schedule.sigma(s) ** 2 + b_st**2, schedule.sigma(t) ** 2)
     close(a_st * a_rs, a_rt), close(a_st**2 * b_rs**2 + b_st**2, b_rt**2)
@@ -240,7 +296,9 @@ def test_unshift_inverts_shift(s):
     """unshift(shift(u)) = u, it equals shift by 1 / s, and shift keeps the order and both ends."""
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
     close(unshift(shift(u, s), s), u, 1e-12), close(unshift(u, s), shift(u, 1 / s), 1e-12)
-    assert (shift(u, s).diff() > 0).all() and ((shift(u, s) >= u - 1e-12).all() if s >= 1 else (shift(u, s) <= u + 1e-12).all())
+    assert (shift(u, s).diff() > 0).all() and (
+        (shift(u, s) >= u - 1e-12).all() if s >= 1 else (shift(u, s) <= u + 1e-12).all()
+    )
 
 
 def test_shift_is_a_change_of_snr():
@@ -254,7 +312,12 @@ def test_step_grid_runs_from_one_to_zero(s):
     """steps + 1 strictly descending times, exactly 1 first and exactly 0 last; zero steps are refused."""
     for steps in (1, 2, 7):
         grid = step_grid(steps, s)
-        assert len(grid) == steps + 1 and grid[0] == 1.0 and grid[-1] == 0.0 and all(a > b for a, b in zip(grid, grid[1:]))
+        assert (
+            len(grid) == steps + 1
+            and grid[0] == 1.0
+            and grid[-1] == 0.0
+            and all(a > b for a, b in zip(grid, grid[1:]))
+        )
     with pytest.raises(ValueError, match="at least 1"):
         step_grid(0, s)
 
@@ -279,10 +342,12 @@ def test_sinusoid_is_cos_then_sin_of_thousand_t():
 
 def gaussian_denoiser(schedule, m, c):
     """Exact (x0, eps) of data N(m, c^2): E[x0 | x_t] = m + a c^2 / (a^2 c^2 + s^2) (x_t - a m)."""
+
     def predict(x, t):
         a, s = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
         x0 = m + a * c**2 / (a**2 * c**2 + s**2) * (x - a * m)
         return x0, (x - a * x0) / s
+
     return predict
 
 
@@ -295,11 +360,23 @@ def even_grid(schedule, steps):
 
 def gaussian_errors(schedule, solver, grids, m=0.7, c=0.4):
     """Largest error of the exactly known map a_1 m + sqrt(a_1^2 c^2 + s_1^2) z -> m + c z, one per grid."""
-    z, one = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None], torch.ones(1, dtype=torch.float64)
+    z, one = (
+        torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None],
+        torch.ones(1, dtype=torch.float64),
+    )
     a, s = schedule.alpha(one), schedule.sigma(one)
     start = a * m + (a**2 * c**2 + s**2).sqrt() * z
-    return [float((sample_ode(gaussian_denoiser(schedule, m, c), schedule, start, grid, solver) - (m + c * z)).abs().max())
-            for grid in grids]
+    return [
+        float(
+            (
+                sample_ode(gaussian_denoiser(schedule, m, c), schedule, start, grid, solver)
+                - (m + c * z)
+            )
+            .abs()
+            .max()
+        )
+        for grid in grids
+    ]
 
 
 @every_schedule
@@ -346,7 +423,10 @@ def test_order_of_the_solvers_on_the_ring(solver, order):
         return to_x0_eps(ring(x, t, label), "flow_v", x, 1 - t, t)
 
     truth = sample_ode(predict, Flow(), z, step_grid(2000), "heun")
-    error = [(sample_ode(predict, Flow(), z, step_grid(n), solver) - truth).norm(dim=1).median() for n in (100, 200, 400)]
+    error = [
+        (sample_ode(predict, Flow(), z, step_grid(n), solver) - truth).norm(dim=1).median()
+        for n in (100, 200, 400)
+    ]
     rates = [math.log2(a / b) for a, b in zip(error, error[1:])]
     assert all(abs(rate - order) < 0.3 for rate in rates), rates
 
@@ -362,7 +442,9 @@ def test_euler_steps_are_euler_and_ddim():
 
 def test_one_euler_step_returns_the_data_mean():
     """At t = 1 a flow model's x0 is E[x0]: one Euler step maps every noise to the mean of its class."""
-    one_mode_each = RingTeacher(modes=3, num_classes=3)  # class k is the single Gaussian at means[k]
+    one_mode_each = RingTeacher(
+        modes=3, num_classes=3
+    )  # class k is the single Gaussian at means[k]
     label = torch.tensor([0, 1, 2, 3])  # 3: unconditional, whose mean is the origin
 
     def predict(x, t):
@@ -394,7 +476,11 @@ def test_unknown_solver_is_refused():
 
 def test_noise_has_the_stated_moments():
     """x_t = alpha x0 + sigma eps on numbers, and per-sample t broadcasts over any shape."""
-    x0, eps, t = normal(3, 2, 4, 4), normal(3, 2, 4, 4, seed=1), torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    x0, eps, t = (
+        normal(3, 2, 4, 4),
+        normal(3, 2, 4, 4, seed=1),
+        torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64),
+    )
     want = np.stack([(1 - u) * a + u * b for u, a, b in zip(t.numpy(), x0.numpy(), eps.numpy())])
     close(add_noise(Flow(), x0, eps, t), torch.from_numpy(want))
 

@@ -1,13 +1,14 @@
 """models/dit.py: patches, rotary positions, initialisation, conditioning, swaps."""
+
 import copy
 
 import pytest
 import torch
-
 from helpers import dit_inputs as inputs
 from helpers import perturbed
 from helpers import small_dit as small
-from models.dit import HEAD_DIM, DiT, attention, axial_rope, patchify, rotate, unpatchify
+
+from models.networks.dit import HEAD_DIM, DiT, attention, axial_rope, patchify, rotate, unpatchify
 
 
 def normal(*shape, seed=0):
@@ -16,7 +17,13 @@ def normal(*shape, seed=0):
 
 # ---- patches -----------------------------------------------------------------------------------------------------
 
-SIZES = [((8, 12), (2, 3), 3), ((4, 6, 10), (1, 3, 2), 2), ((4, 4), (4, 4), 1), ((9,), (3,), 2), ((2, 4, 4, 2), (1, 2, 4, 2), 2)]
+SIZES = [
+    ((8, 12), (2, 3), 3),
+    ((4, 6, 10), (1, 3, 2), 2),
+    ((4, 4), (4, 4), 1),
+    ((9,), (3,), 2),
+    ((2, 4, 4, 2), (1, 2, 4, 2), 2),
+]
 
 
 @pytest.mark.parametrize("size, patch, channels", SIZES)
@@ -35,7 +42,9 @@ def test_patches_are_the_picture_s_blocks_in_reading_order():
     tokens = patchify(x, (2, 3))
     for i in range(2):
         for j in range(2):
-            assert torch.equal(tokens[0, 2 * i + j], x[0, :, 2 * i:2 * i + 2, 3 * j:3 * j + 3].flatten())
+            assert torch.equal(
+                tokens[0, 2 * i + j], x[0, :, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3].flatten()
+            )
     x = normal(1, 2, 2, 4, 2)
     tokens = patchify(x, (1, 2, 1))
     assert torch.equal(tokens[0, 1 * 4 + 1 * 2 + 0], x[0, :, 1:2, 2:4, 0:1].flatten())
@@ -52,11 +61,15 @@ def test_rope_depends_on_the_difference_of_positions(grid):
     assert cos.shape == sin.shape == (N, 1, HEAD_DIM // 2)
     q, k = (normal(1, 1, 1, HEAD_DIM, seed=s).expand(1, N, 1, -1) for s in (1, 2))
     scores = torch.einsum("bnhd,bmhd->nm", rotate(q, cos, sin), rotate(k, cos, sin))
-    where = torch.stack(torch.meshgrid(*[torch.arange(g) for g in grid], indexing="ij"), -1).reshape(N, -1)
+    where = torch.stack(
+        torch.meshgrid(*[torch.arange(g) for g in grid], indexing="ij"), -1
+    ).reshape(N, -1)
     by_offset = {}
     for n in range(N):
         for m in range(N):
-            by_offset.setdefault(tuple((where[n] - where[m]).tolist()), []).append(scores[n, m].item())
+            by_offset.setdefault(tuple((where[n] - where[m]).tolist()), []).append(
+                scores[n, m].item()
+            )
     assert all(max(v) - min(v) < 1e-4 for v in by_offset.values())
     values = sorted(v[0] for v in by_offset.values())
     assert min(b - a for a, b in zip(values, values[1:])) > 1e-5  # no two offsets are confused
@@ -87,7 +100,7 @@ def test_a_new_network_outputs_zero(size, patch):
     """adaLN-Zero: every block starts as the identity and the output is exactly 0, of the input's shape, in 2-D and 3-D."""
     net = small(size=size, patch=patch)
     x, t, label = inputs(net)
-    v, features = net(x, t, label, return_features=True)
+    v, features = net(x, t, label), net(x, t, label, return_features=True)
     assert v.shape == x.shape and not v.any()
     torch.testing.assert_close(features, net.embed(patchify(x, patch)) + net.position)
 
@@ -120,7 +133,9 @@ def test_output_depends_on_time_label_and_place():
     v = net(x, t, label)
     assert (net(x, t * 0.9, label) != v).flatten(1).any(1).all()
     assert (net(x, t, (label + 1) % 3) != v).flatten(1).any(1).all()
-    with torch.no_grad():  # the same content everywhere: a network without positions would answer alike in every patch
+    with (
+        torch.no_grad()
+    ):  # the same content everywhere: a network without positions would answer alike in every patch
         tokens = patchify(net(torch.ones_like(x), t, label), net.patch)
     assert not torch.allclose(tokens[:, 0], tokens[:, 1], atol=1e-4)
 
@@ -129,27 +144,33 @@ def test_samples_of_a_batch_do_not_mix():
     """Row i of the output is the output for row i alone."""
     net = perturbed(small())
     x, t, label = inputs(net)
-    torch.testing.assert_close(net(x, t, label)[2:3], net(x[2:3], t[2:3], label[2:3]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        net(x, t, label)[2:3], net(x[2:3], t[2:3], label[2:3]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_no_label_is_the_null_label():
     """label None and label K are the same network; without classes labels are ignored."""
     net = perturbed(small())
     x, t, label = inputs(net)
-    assert torch.equal(net(x, t), net(x, t, torch.full((5,), 3))) and not torch.equal(net(x, t), net(x, t, label))
+    assert torch.equal(net(x, t), net(x, t, torch.full((5,), 3))) and not torch.equal(
+        net(x, t), net(x, t, label)
+    )
     net = perturbed(small(num_classes=0))
     assert torch.equal(net(x, t), net(x, t, label))
 
 
 @pytest.mark.parametrize("depth", [1, 3, 4])
 def test_features_are_the_middle_block_s_tokens(depth):
-    """return_features adds the output of block depth // 2, (B, N, D), and leaves v bit-equal."""
+    """return_features gives what block depth // 2 puts out in a full pass, (B, N, D)."""
     net = perturbed(small(depth=depth))
     x, t, label = inputs(net)
     kept = []
     net.blocks[depth // 2].register_forward_hook(lambda module, args, output: kept.append(output))
-    v, features = net(x, t, label, return_features=True)
-    assert features.shape == (5, 4, 64) and torch.equal(features, kept[0]) and torch.equal(v, net(x, t, label))
+    v = net(x, t, label)
+    features = net(x, t, label, return_features=True)
+    assert v.shape == x.shape and features.shape == (5, 4, 64)
+    assert torch.equal(features, kept[0])
 
 
 def test_steps_start_without_effect_but_with_a_gradient():
@@ -179,7 +200,7 @@ def test_gradient_checkpointing_changes_nothing():
     grads = []
     for n in (net, other):
         y = x.clone().requires_grad_(True)
-        v, features = n(y, t, label, return_features=True)
+        v, features = n(y, t, label), n(y, t, label, return_features=True)
         (v.square().mean() + features.mean()).backward()
         n_frozen = copy.deepcopy(n).requires_grad_(False)
         n_frozen.gradient_checkpointing = n.gradient_checkpointing
@@ -206,9 +227,15 @@ def test_a_swapped_attention_is_used():
     assert torch.equal(net(x, t, label), v)
 
 
-@pytest.mark.parametrize("changes, word", [
-    (dict(dim=48), "multiple of 32"), (dict(size=(6, 5)), "divisible"), (dict(size=(6, 4, 2)), "divisible"), (dict(patch=(3,)), "divisible"),
-])
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        (dict(dim=48), "multiple of 32"),
+        (dict(size=(6, 5)), "divisible"),
+        (dict(size=(6, 4, 2)), "divisible"),
+        (dict(patch=(3,)), "divisible"),
+    ],
+)
 def test_impossible_sizes_are_refused(changes, word):
     """Widths and patches that do not fit raise ValueError when the network is built."""
     with pytest.raises(ValueError, match=word):
@@ -228,7 +255,9 @@ def test_wrong_inputs_are_refused():
 
 def test_config_rebuilds_the_network():
     """DiT(**net.config) has the same parameters' names and shapes, and takes the same state."""
-    net = perturbed(small(steps_cond=True, cond_dim=24, world="glyphs", class_names=["a", "b", "c"]))
+    net = perturbed(
+        small(steps_cond=True, cond_dim=24, world="glyphs", class_names=["a", "b", "c"])
+    )
     again = DiT(**net.config)
     again.load_state_dict(net.state_dict())
     x, t, label = inputs(net)

@@ -1,4 +1,5 @@
 """models/dit_imagenet.py: equal to diffusers and to the official layout written out here; clocks, signs, files, and a run on it."""
+
 import json
 import math
 import subprocess
@@ -7,25 +8,61 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers import ENV, ROOT, fill, read_log, refusal_of, relative
 from safetensors.torch import load_file, save_file
 
 import dmd
-from helpers import ENV, ROOT, fill, read_log, refusal_of, relative
-from models import dit_imagenet, io, lora
+from models import convert
 from models.diffusion import VP, Flow, guide, sample_ode, step_grid, to_x0_eps
-from models.dit_imagenet import DIT_B_2, DIT_L_2, DIT_XL_2, DIT_XL_2_512, DiTTransformer2DModel, from_official, official_config, to_official
-from models.vae import AutoencoderKL
+from models.files import UserError, save_json
+from models.networks import WEIGHTS, dit_imagenet, load_network, lora, save_network
+from models.networks.autoencoders import AutoencoderKL
+from models.networks.dit_imagenet import (
+    DIT_B_2,
+    DIT_L_2,
+    DIT_XL_2,
+    DIT_XL_2_512,
+    DiTTransformer2DModel,
+    from_official,
+    official_config,
+    to_official,
+)
+from models.plumbing.teachers import describe_schedule, load_teacher
 
-TINY = dict(num_attention_heads=3, attention_head_dim=8, out_channels=8, num_layers=3, sample_size=8, num_embeds_ada_norm=5)
+TINY = dict(
+    num_attention_heads=3,
+    attention_head_dim=8,
+    out_channels=8,
+    num_layers=3,
+    sample_size=8,
+    num_embeds_ada_norm=5,
+)
 CASES = {  # config's changes, sides of the latent
-    "plain": ({}, (8, 8)), "another_size": ({}, (12, 12)), "no_variance": (dict(out_channels=None, in_channels=5), (8, 8)),
-    "big_eps": (dict(norm_eps=0.05), (8, 8)), "patch_1": (dict(patch_size=1, in_channels=3, out_channels=6, sample_size=5), (5, 5)),
-    "patch_4": (dict(patch_size=4, num_layers=1), (8, 8)), "wider": (dict(num_attention_heads=2, attention_head_dim=20, num_layers=2), (8, 8)),
-    "no_classes": (dict(num_embeds_ada_norm=0, num_layers=2), (8, 8))}
+    "plain": ({}, (8, 8)),
+    "another_size": ({}, (12, 12)),
+    "no_variance": (dict(out_channels=None, in_channels=5), (8, 8)),
+    "big_eps": (dict(norm_eps=0.05), (8, 8)),
+    "patch_1": (dict(patch_size=1, in_channels=3, out_channels=6, sample_size=5), (5, 5)),
+    "patch_4": (dict(patch_size=4, num_layers=1), (8, 8)),
+    "wider": (dict(num_attention_heads=2, attention_head_dim=20, num_layers=2), (8, 8)),
+    "no_classes": (dict(num_embeds_ada_norm=0, num_layers=2), (8, 8)),
+}
 # What the scheduler/ of facebook/DiT-XL-2-256 says, and the keys that its config.json has beside those of today's class.
-SCHEDULER = dict(_class_name="DDIMScheduler", beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False, num_train_timesteps=1000)
-OLD = {"_class_name": "Transformer2DModel", "cross_attention_dim": None, "num_vector_embeds": None, "only_cross_attention": False,
-       "use_linear_projection": False}
+SCHEDULER = dict(
+    _class_name="DDIMScheduler",
+    beta_start=0.0001,
+    beta_end=0.02,
+    beta_schedule="linear",
+    clip_sample=False,
+    num_train_timesteps=1000,
+)
+OLD = {
+    "_class_name": "Transformer2DModel",
+    "cross_attention_dim": None,
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
+    "use_linear_projection": False,
+}
 
 
 def theirs(config):
@@ -35,14 +72,17 @@ def theirs(config):
 def noise(net, x, t, label, index=None):
     """As DiTPipeline asks for it: its clock, the first half of the channels where there is a second."""
     out = net(x, 1000 * t - 1 if index is None else index, label).sample
-    return out[:, :x.shape[1]]
+    return out[:, : x.shape[1]]
 
 
 def inputs(config=TINY, size=(8, 8), n=3, seed=1):
     """-> dict of x, t between indices, label with the null label last."""
     g, K = torch.Generator().manual_seed(seed), config["num_embeds_ada_norm"]
-    return dict(x=torch.randn(n, config.get("in_channels", 4), *size, generator=g), t=torch.rand(n, generator=g),
-                label=torch.tensor([*(i % max(K, 1) for i in range(n - 1)), K]))
+    return dict(
+        x=torch.randn(n, config.get("in_channels", 4), *size, generator=g),
+        t=torch.rand(n, generator=g),
+        label=torch.tensor([*(i % max(K, 1) for i in range(n - 1)), K]),
+    )
 
 
 def pair(config=TINY, **more):
@@ -68,7 +108,10 @@ def test_equal_to_diffusers(case):
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     (out * weight).sum().backward()
     (want * weight).sum().backward()
-    errors = {"out": relative(out, want), "dout/dx": relative(calls[0]["x"].grad, calls[1]["x"].grad)}
+    errors = {
+        "out": relative(out, want),
+        "dout/dx": relative(calls[0]["x"].grad, calls[1]["x"].grad),
+    }
     print(case, " ".join(f"{k} {e:.1e}" for k, e in errors.items()))
     assert max(errors.values()) <= 1e-5
     parameters = dict(reference.named_parameters())
@@ -106,7 +149,9 @@ def test_eps_is_the_first_half_of_the_channels():
     with torch.no_grad():
         out = reference(call["x"], 1000 * call["t"] - 1, call["label"]).sample
     eps = ours(**call)
-    assert out.shape[1] == 8 and relative(eps, out[:, :4]) <= 1e-5 < 1e-1 < relative(eps, out[:, 4:])
+    assert out.shape[1] == 8 and relative(eps, out[:, :4]) <= 1e-5 < 1e-1 < relative(
+        eps, out[:, 4:]
+    )
     eps.square().sum().backward()
     grad = ours.proj_out_2.weight.grad.view(4, 8, -1)  # (pixels of a patch, channels, D)
     assert grad[:, :4].abs().sum(-1).all() and not grad[:, 4:].any()
@@ -117,7 +162,9 @@ def test_null_label_is_the_last_row_and_the_default():
     call = inputs()
     with torch.no_grad():
         null = ours(**{**call, "label": torch.full((3,), 5)})
-        assert torch.equal(ours(call["x"], call["t"]), null) and torch.equal(ours(**{**call, "label": torch.full((3,), 5, dtype=torch.int32)}), null)
+        assert torch.equal(ours(call["x"], call["t"]), null) and torch.equal(
+            ours(**{**call, "label": torch.full((3,), 5, dtype=torch.int32)}), null
+        )
         for k in range(5):
             assert relative(ours(**{**call, "label": torch.full((3,), k)}), null) > 1e-2
         ours.train()  # dropping labels is for the scripts, which draw by sample; diffusers drops by itself
@@ -131,8 +178,13 @@ def test_every_block_has_embedders_of_its_own_and_the_last_layer_those_of_the_fi
         for i in range(3):
             before = ours(**call)
             for net in (ours, reference):
-                net.transformer_blocks[i].norm1.emb.class_embedder.get_submodule("embedding_table").weight.neg_()
-            assert relative(ours(**call), before) > 1e-2 and relative(ours(**call), noise(reference, **call)) <= 1e-5
+                net.transformer_blocks[i].norm1.emb.class_embedder.get_submodule(
+                    "embedding_table"
+                ).weight.neg_()
+            assert (
+                relative(ours(**call), before) > 1e-2
+                and relative(ours(**call), noise(reference, **call)) <= 1e-5
+            )
 
 
 def test_bfloat16_as_close_to_float32_as_diffusers():
@@ -142,73 +194,136 @@ def test_bfloat16_as_close_to_float32_as_diffusers():
     error = lambda out, exact: ((out.float() - exact).norm() / exact.norm()).item()  # noqa: E731
     with torch.no_grad():
         exact, seen = ours(**call), []
-        ours.proj_out_1.register_forward_hook(lambda layer, args, out: seen.append((args[0].dtype, out.dtype)))
+        ours.proj_out_1.register_forward_hook(
+            lambda layer, args, out: seen.append((args[0].dtype, out.dtype))
+        )
         features = dit_imagenet.time_features(call["t"], None)
         before = ours.transformer_blocks[0].norm1(features, call["label"])
         with torch.autocast("cpu", torch.bfloat16):
             autocast = error(ours(**call), exact)
-            assert all(torch.equal(a, b) for a, b in zip(before, ours.transformer_blocks[0].norm1(features, call["label"]), strict=True))
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(
+                    before, ours.transformer_blocks[0].norm1(features, call["label"]), strict=True
+                )
+            )
         assert seen == [(torch.float32, torch.float32)]
-        for p in [*ours.parameters(), *reference.parameters()]:  # positions are float32 in diffusers too
+        for p in [
+            *ours.parameters(),
+            *reference.parameters(),
+        ]:  # positions are float32 in diffusers too
             p.data = p.data.bfloat16()
         low, low_theirs = ours(**low_call), noise(reference, **low_call)
         assert low.dtype == torch.bfloat16 and ours(**call).dtype == torch.float32
     low, low_theirs = error(low, exact), error(low_theirs, exact)
-    print(f"errors: autocast {autocast:.1e}, bfloat16 weights {low:.1e}, diffusers' {low_theirs:.1e}")
+    print(
+        f"errors: autocast {autocast:.1e}, bfloat16 weights {low:.1e}, diffusers' {low_theirs:.1e}"
+    )
     assert 0 < autocast < 0.03 and low < 1.5 * low_theirs + 1e-3 and low < 0.05
 
 
 # ---- names, shapes and configs -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config, parameters, official", [
-    pytest.param(DIT_B_2, 147_439_904, 130_512_416, id="b-2"), pytest.param(DIT_L_2, 511_609_888, 458_102_816, id="l-2"),
-    pytest.param(DIT_XL_2, 749_826_464, 675_129_632, id="xl-2-256"), pytest.param(DIT_XL_2_512, 749_826_464, 676_014_368, id="xl-2-512"),
-    pytest.param(dict(DIT_B_2, out_channels=4), 147_427_600, 130_500_112, id="lfm-b-2"),
-    pytest.param(dict(DIT_L_2, out_channels=4, num_embeds_ada_norm=0), 487_017_488, 457_062_416, id="lfm-l-2-unconditional")])
+@pytest.mark.parametrize(
+    "config, parameters, official",
+    [
+        pytest.param(DIT_B_2, 147_439_904, 130_512_416, id="b-2"),
+        pytest.param(DIT_L_2, 511_609_888, 458_102_816, id="l-2"),
+        pytest.param(DIT_XL_2, 749_826_464, 675_129_632, id="xl-2-256"),
+        pytest.param(DIT_XL_2_512, 749_826_464, 676_014_368, id="xl-2-512"),
+        pytest.param(dict(DIT_B_2, out_channels=4), 147_427_600, 130_500_112, id="lfm-b-2"),
+        pytest.param(
+            dict(DIT_L_2, out_channels=4, num_embeds_ada_norm=0),
+            487_017_488,
+            457_062_416,
+            id="lfm-l-2-unconditional",
+        ),
+    ],
+)
 def test_released_sizes_have_diffusers_names_and_shapes(config, parameters, official):
     """official: parameters of the official layout, which has the embedders once, and the fixed positions (LFM's: the dossier's numbers)."""
     with torch.device("meta"):
         ours, reference = DiTTransformer2DModel(**config), theirs(config)
     shapes = {k: tuple(v.shape) for k, v in ours.state_dict().items()}
     assert shapes == {k: tuple(v.shape) for k, v in reference.state_dict().items()}
-    dim, rows, tokens = config["num_attention_heads"] * config["attention_head_dim"], config["num_embeds_ada_norm"] + 1, (config["sample_size"] // 2) ** 2
-    assert shapes["transformer_blocks.11.norm1.emb.class_embedder.embedding_table.weight"] == (rows, dim)
+    dim, rows, tokens = (
+        config["num_attention_heads"] * config["attention_head_dim"],
+        config["num_embeds_ada_norm"] + 1,
+        (config["sample_size"] // 2) ** 2,
+    )
+    assert shapes["transformer_blocks.11.norm1.emb.class_embedder.embedding_table.weight"] == (
+        rows,
+        dim,
+    )
     assert shapes["proj_out_2.weight"] == (4 * config["out_channels"], dim)
     assert sum(p.numel() for p in ours.parameters()) == parameters
     embedders = sum(p.numel() for p in ours.transformer_blocks[0].norm1.emb.parameters())
     assert parameters - (config["num_layers"] - 1) * embedders + tokens * dim == official
-    assert not list(ours.buffers()) and ours.latent_shape == (4, config["sample_size"], config["sample_size"]) and ours.num_classes == rows - 1
+    assert (
+        not list(ours.buffers())
+        and ours.latent_shape == (4, config["sample_size"], config["sample_size"])
+        and ours.num_classes == rows - 1
+    )
     assert set(ours.config) == {k for k in reference.config if not k.startswith("_")}
     assert all(ours.config[k] == config[k] == reference.config[k] for k in config)
-    assert ours.pos_embed.base == reference.pos_embed.base_size and ours.norm_out.eps == reference.norm_out.eps
-    assert ours.transformer_blocks[0].norm1.norm.eps == reference.transformer_blocks[0].norm1.norm.eps
+    assert (
+        ours.pos_embed.base == reference.pos_embed.base_size
+        and ours.norm_out.eps == reference.norm_out.eps
+    )
+    assert (
+        ours.transformer_blocks[0].norm1.norm.eps == reference.transformer_blocks[0].norm1.norm.eps
+    )
 
 
 def test_defaults_of_the_config_are_diffusers():
     with torch.device("meta"):
         ours, reference = DiTTransformer2DModel(), theirs({})
-    assert ours.config == {k: v for k, v in reference.config.items() if not k.startswith("_")} == json.loads(json.dumps(ours.config))
+    assert (
+        ours.config
+        == {k: v for k, v in reference.config.items() if not k.startswith("_")}
+        == json.loads(json.dumps(ours.config))
+    )
 
 
 def test_class_facts():
     net = DiTTransformer2DModel
-    assert (net.prediction, net.default_shift, net.latent_shape, net.cond_names) == ("eps", 1.0, (4, 32, 32), ("label",))
-    for convention, prediction in ((None, "eps"), ("dit", "eps"), ("sit", "flow_v"), ("lfm", "flow_v")):
+    assert (net.prediction, net.default_shift, net.latent_shape, net.cond_names) == (
+        "eps",
+        1.0,
+        (4, 32, 32),
+        ("label",),
+    )
+    for convention, prediction in (
+        (None, "eps"),
+        ("dit", "eps"),
+        ("sit", "flow_v"),
+        ("lfm", "flow_v"),
+    ):
         net = DiTTransformer2DModel(**TINY, convention=convention)
-        assert net.prediction == prediction and isinstance(net.default_schedule, Flow if prediction == "flow_v" else VP)
-        assert net.config.get("convention") == convention and ("convention" in net.config) == (convention is not None)
+        assert net.prediction == prediction and isinstance(
+            net.default_schedule, Flow if prediction == "flow_v" else VP
+        )
+        assert net.config.get("convention") == convention and ("convention" in net.config) == (
+            convention is not None
+        )
 
 
 def test_a_new_network_is_adaln_zeros():
     """Its output is 0 and every block the identity, the embedders are the same in all blocks, and none of the rest is zero."""
     net, call = DiTTransformer2DModel(**TINY), inputs()
-    out, features = net(**call, return_features=True)
+    out, features = net(**call), net(**call, return_features=True)
     assert not out.any() and torch.equal(features, net.pos_embed(call["x"]))
     to_official(net)  # raises where the embedders differ
     zero = {name for name, p in net.named_parameters() if name.endswith("weight") and not p.any()}
-    assert zero == {*(f"transformer_blocks.{i}.norm1.linear.weight" for i in range(3)), "proj_out_1.weight", "proj_out_2.weight"}
-    assert net.transformer_blocks[2].norm1.emb.class_embedder.get_submodule("embedding_table").weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert zero == {
+        *(f"transformer_blocks.{i}.norm1.linear.weight" for i in range(3)),
+        "proj_out_1.weight",
+        "proj_out_2.weight",
+    }
+    assert net.transformer_blocks[2].norm1.emb.class_embedder.get_submodule(
+        "embedding_table"
+    ).weight.std().item() == pytest.approx(0.02, rel=0.2)
 
 
 def test_weights_and_config_of_diffusers_load_here(tmp_path):
@@ -218,37 +333,46 @@ def test_weights_and_config_of_diffusers_load_here(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for more in ({}, OLD):
         (tmp_path / "config.json").write_text(json.dumps({**config, **more}))
-        net, _ = io.load_network(str(tmp_path))
+        net, _ = load_network(str(tmp_path))
         with torch.no_grad():
             assert relative(net(**call), noise(reference, **call)) <= 1e-5
         assert net.config == ours.config and type(net) is DiTTransformer2DModel
     (tmp_path / "config.json").write_text(json.dumps({**config, **OLD, "num_vector_embeds": 8}))
-    with pytest.raises(io.UserError, match="does not describe a DiTTransformer2DModel: num_vector_embeds = 8 is not implemented; DiT has None"):
-        io.load_network(str(tmp_path))
+    with pytest.raises(
+        UserError,
+        match="does not describe a DiTTransformer2DModel: num_vector_embeds = 8 is not implemented; DiT has None",
+    ):
+        load_network(str(tmp_path))
 
 
 # ---- what the training scripts rely on ---------------------------------------------------------------------
 
 
-def test_features_are_the_middle_block_and_change_nothing():
+def test_features_are_the_middle_block_s():
     net, call, seen = pair()[0], inputs(), []
-    net.transformer_blocks[1].register_forward_hook(lambda block, args, out: seen.append(out))  # of three
+    net.transformer_blocks[1].register_forward_hook(
+        lambda block, args, out: seen.append(out)
+    )  # of three
     with torch.no_grad():
-        out, features = net(**call, return_features=True)
-        assert torch.equal(out, net(**call))
+        net(**call)
+        features = net(**call, return_features=True)
     assert features.shape == (3, 16, 24) and torch.equal(features, seen[0])
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(monkeypatch):
     calls, original = [], dit_imagenet.checkpoint
-    monkeypatch.setattr(dit_imagenet, "checkpoint", lambda *a, **k: calls.append(k) or original(*a, **k))
+    monkeypatch.setattr(
+        dit_imagenet, "checkpoint", lambda *a, **k: calls.append(k) or original(*a, **k)
+    )
     net, call, gradients = pair()[0], inputs(), []
     for net.gradient_checkpointing in (False, True):
         net.zero_grad()
         leaf = call["x"].clone().requires_grad_()
         net(**{**call, "x": leaf}).square().sum().backward()
         gradients.append([leaf.grad] + [p.grad.clone() for p in net.parameters()])
-    assert calls == [{"use_reentrant": False}] * 3 and all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert calls == [{"use_reentrant": False}] * 3 and all(
+        torch.equal(a, b) for a, b in zip(*gradients)
+    )
     with torch.no_grad():
         net(**call)
     assert len(calls) == 3  # sampling does not checkpoint
@@ -265,7 +389,9 @@ def test_adapters_pass_to_peft_and_back(tmp_path):
             p += 0.3 * torch.randn(p.shape)
     lora.save(net, "a", str(path))
     assert len(load_file(path)) == 2 * 3 * 6 and not hasattr(reference, "load_lora_adapter")
-    peft.LoraConfig(r=3, lora_alpha=3, target_modules=list(net.lora_targets)).save_pretrained(tmp_path)
+    peft.LoraConfig(r=3, lora_alpha=3, target_modules=list(net.lora_targets)).save_pretrained(
+        tmp_path
+    )
     adapted = peft.PeftModel.from_pretrained(reference, tmp_path)
     lora.load(net, "b", str(path))
     with torch.no_grad():
@@ -279,15 +405,33 @@ def test_adapters_pass_to_peft_and_back(tmp_path):
 
 def official_state(depth=3, dim=24, patch=2, channels=4, outputs=8, rows=6, side=4, seed=0):
     """A state dict as DiT, SiT and LFM store it, of random weights that hide nothing."""
-    shapes = {"x_embedder.proj": (dim, channels, patch, patch), "t_embedder.mlp.0": (dim, 256), "t_embedder.mlp.2": (dim, dim),
-              "final_layer.linear": (patch * patch * outputs, dim), "final_layer.adaLN_modulation.1": (2 * dim, dim)}
+    shapes = {
+        "x_embedder.proj": (dim, channels, patch, patch),
+        "t_embedder.mlp.0": (dim, 256),
+        "t_embedder.mlp.2": (dim, dim),
+        "final_layer.linear": (patch * patch * outputs, dim),
+        "final_layer.adaLN_modulation.1": (2 * dim, dim),
+    }
     for i in range(depth):
-        shapes |= {f"blocks.{i}.attn.qkv": (3 * dim, dim), f"blocks.{i}.attn.proj": (dim, dim), f"blocks.{i}.mlp.fc1": (4 * dim, dim),
-                   f"blocks.{i}.mlp.fc2": (dim, 4 * dim), f"blocks.{i}.adaLN_modulation.1": (6 * dim, dim)}
+        shapes |= {
+            f"blocks.{i}.attn.qkv": (3 * dim, dim),
+            f"blocks.{i}.attn.proj": (dim, dim),
+            f"blocks.{i}.mlp.fc1": (4 * dim, dim),
+            f"blocks.{i}.mlp.fc2": (dim, 4 * dim),
+            f"blocks.{i}.adaLN_modulation.1": (6 * dim, dim),
+        }
     g = torch.Generator().manual_seed(seed)
-    state = {f"{name}.weight": 0.15 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
-    state |= {f"{name}.bias": 0.15 * torch.randn(shape[0], generator=g) for name, shape in shapes.items()}
-    return {**state, "y_embedder.embedding_table.weight": 0.15 * torch.randn(rows, dim, generator=g), "pos_embed": official_positions(side, dim)}
+    state = {
+        f"{name}.weight": 0.15 * torch.randn(shape, generator=g) for name, shape in shapes.items()
+    }
+    state |= {
+        f"{name}.bias": 0.15 * torch.randn(shape[0], generator=g) for name, shape in shapes.items()
+    }
+    return {
+        **state,
+        "y_embedder.embedding_table.weight": 0.15 * torch.randn(rows, dim, generator=g),
+        "pos_embed": official_positions(side, dim),
+    }
 
 
 def official_positions(side, dim):
@@ -297,7 +441,9 @@ def official_positions(side, dim):
         for column in range(side):
             for half, place in enumerate((column, row)):
                 angles = place / 10000 ** (np.arange(dim // 4) / (dim // 4))
-                out[row, column, half * dim // 2:(half + 1) * dim // 2] = np.concatenate([np.sin(angles), np.cos(angles)])
+                out[row, column, half * dim // 2 : (half + 1) * dim // 2] = np.concatenate(
+                    [np.sin(angles), np.cos(angles)]
+                )
     return torch.from_numpy(out.reshape(1, side * side, dim)).float()
 
 
@@ -318,24 +464,39 @@ def official_forward(state, x, t, y, heads=3):
     images = []
     for image, time, label in zip(x.double(), t.float(), y):
         angles = (time * torch.exp(-math.log(10000) * torch.arange(128) / 128)).double()
-        c = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()]))))
+        c = linear(
+            "t_embedder.mlp.2",
+            silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()]))),
+        )
         c = c + w["y_embedder.embedding_table.weight"][label]
         rows = []
         for i in range(side):
             for j in range(side):
-                patch = image[:, i * p:(i + 1) * p, j * p:(j + 1) * p]
-                rows.append((w["x_embedder.proj.weight"] * patch).sum((1, 2, 3)) + w["x_embedder.proj.bias"])
+                patch = image[:, i * p : (i + 1) * p, j * p : (j + 1) * p]
+                rows.append(
+                    (w["x_embedder.proj.weight"] * patch).sum((1, 2, 3)) + w["x_embedder.proj.bias"]
+                )
         h = torch.stack(rows) + w["pos_embed"][0]
         for b in range(depth):
             modulation = linear(f"blocks.{b}.adaLN_modulation.1", silu(c))
-            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (modulation[i * dim:(i + 1) * dim] for i in range(6))
-            qkv = linear(f"blocks.{b}.attn.qkv", norm(h) * (1 + scale_msa) + shift_msa)  # (N, q of all heads, k of all heads, v of all heads)
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
+                modulation[i * dim : (i + 1) * dim] for i in range(6)
+            )
+            qkv = linear(
+                f"blocks.{b}.attn.qkv", norm(h) * (1 + scale_msa) + shift_msa
+            )  # (N, q of all heads, k of all heads, v of all heads)
             out = []
             for head in range(heads):
-                q, k, v = (qkv[:, i * dim + head * dim // heads:i * dim + (head + 1) * dim // heads] for i in range(3))
+                q, k, v = (
+                    qkv[:, i * dim + head * dim // heads : i * dim + (head + 1) * dim // heads]
+                    for i in range(3)
+                )
                 out.append((q @ k.T / math.sqrt(dim // heads)).softmax(-1) @ v)
             h = h + gate_msa * linear(f"blocks.{b}.attn.proj", torch.cat(out, dim=1))
-            h = h + gate_mlp * linear(f"blocks.{b}.mlp.fc2", gelu(linear(f"blocks.{b}.mlp.fc1", norm(h) * (1 + scale_mlp) + shift_mlp)))
+            h = h + gate_mlp * linear(
+                f"blocks.{b}.mlp.fc2",
+                gelu(linear(f"blocks.{b}.mlp.fc1", norm(h) * (1 + scale_mlp) + shift_mlp)),
+            )
         final = linear("final_layer.adaLN_modulation.1", silu(c))
         h = linear("final_layer.linear", norm(h) * (1 + final[dim:]) + final[:dim])
         outputs = h.shape[1] // p**2
@@ -343,7 +504,9 @@ def official_forward(state, x, t, y, heads=3):
         for n, token in enumerate(h):
             for a in range(p):
                 for b in range(p):
-                    picture[:, n // side * p + a, n % side * p + b] = token[(a * p + b) * outputs:(a * p + b + 1) * outputs]
+                    picture[:, n // side * p + a, n % side * p + b] = token[
+                        (a * p + b) * outputs : (a * p + b + 1) * outputs
+                    ]
         images.append(picture)
     return torch.stack(images)
 
@@ -352,7 +515,8 @@ def official_forward(state, x, t, y, heads=3):
 OFFICIAL = {
     "dit": (8, lambda s, x, t, y: official_forward(s, x, 1000 * t - 1, y)),
     "sit": (8, lambda s, x, t, y: -official_forward(s, x, 1 - t, y)),
-    "lfm": (4, lambda s, x, t, y: official_forward(s, x, t, y))}
+    "lfm": (4, lambda s, x, t, y: official_forward(s, x, t, y)),
+}
 official = pytest.mark.parametrize("convention", OFFICIAL)
 
 
@@ -387,14 +551,23 @@ def test_official_weights_at_the_ends_of_time(convention):
     for t in (0.0, 0.001, 0.999, 1.0):
         call = dict(inputs(n=2), t=torch.tensor([t, t]))
         with torch.no_grad():
-            assert relative(net(**call), answer(state, call["x"], call["t"], call["label"])[:, :4]) <= 1e-5
+            assert (
+                relative(net(**call), answer(state, call["x"], call["t"], call["label"])[:, :4])
+                <= 1e-5
+            )
 
 
 def test_velocities_lead_from_noise_to_data():
     """The optimal SiT and LFM of data at one point c: its x0 - eps at 1 - t, or eps - x0 at t. One Euler step in our time ends in c."""
-    c, x = torch.full((2, 4, 8, 8), 0.7), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    c, x = (
+        torch.full((2, 4, 8, 8), 0.7),
+        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+    )
     t = torch.tensor([1.0, 1.0])
-    for convention, official_velocity in (("sit", lambda x, s: (c - x) / (1 - s[0])), ("lfm", lambda x, s: (x - c) / s[0])):
+    for convention, official_velocity in (
+        ("sit", lambda x, s: (c - x) / (1 - s[0])),
+        ("lfm", lambda x, s: (x - c) / s[0]),
+    ):
         a, b, _, sign, kind = dit_imagenet.CONVENTIONS[convention]
         v = sign * official_velocity(x, a * t + b)
         x0, eps = to_x0_eps(v, kind, x, Flow().alpha(t), Flow().sigma(t))
@@ -408,13 +581,19 @@ def test_names_pass_both_ways(convention):
     state = official_state(outputs=OFFICIAL[convention][0])
     net = from_state(state, convention)
     back = to_official(net)
-    assert back.keys() == state.keys() and all(torch.equal(back[k], v) for k, v in state.items() if k != "pos_embed")
+    assert back.keys() == state.keys() and all(
+        torch.equal(back[k], v) for k, v in state.items() if k != "pos_embed"
+    )
     torch.testing.assert_close(back["pos_embed"], state["pos_embed"], atol=1e-6, rtol=0)
     wrapped = from_official({f"module.{k}": v for k, v in state.items() if k != "pos_embed"})
-    assert wrapped.keys() == net.state_dict().keys() and all(torch.equal(wrapped[k], v) for k, v in net.state_dict().items())
+    assert wrapped.keys() == net.state_dict().keys() and all(
+        torch.equal(wrapped[k], v) for k, v in net.state_dict().items()
+    )
     with torch.no_grad():
         net.transformer_blocks[1].norm1.emb.timestep_embedder.linear_2.bias += 1
-    with pytest.raises(ValueError, match="the blocks' timestep_embedder.linear_2 differ: these were trained apart"):
+    with pytest.raises(
+        ValueError, match="the blocks' timestep_embedder.linear_2 differ: these were trained apart"
+    ):
         to_official(net)
 
 
@@ -422,13 +601,30 @@ def test_state_dicts_of_official_networks_have_these_names_and_shapes():
     """Of DiT-XL/2 at 256: the dossier's shapes; what we make of them is what diffusers has."""
     with torch.device("meta"):
         net = DiTTransformer2DModel(**DIT_XL_2)
-        state = {k: v.to("meta") for k, v in official_state(depth=2, dim=1152, rows=1001, side=16).items()}
-    assert official_config(state, "dit") == {**DIT_XL_2, "num_layers": 2, "norm_eps": 1e-6, "convention": "dit"}
+        state = {
+            k: v.to("meta")
+            for k, v in official_state(depth=2, dim=1152, rows=1001, side=16).items()
+        }
+    assert official_config(state, "dit") == {
+        **DIT_XL_2,
+        "num_layers": 2,
+        "norm_eps": 1e-6,
+        "convention": "dit",
+    }
     state.pop("pos_embed")
     made = {k: v.shape for k, v in from_official(state).items()}
-    assert made == {k: v.shape for k, v in net.state_dict().items() if not k.startswith("transformer_blocks.") or int(k.split(".")[1]) < 2}
+    assert made == {
+        k: v.shape
+        for k, v in net.state_dict().items()
+        if not k.startswith("transformer_blocks.") or int(k.split(".")[1]) < 2
+    }
     for dim, heads in ((384, 6), (768, 12), (1024, 16), (1152, 16)):
-        assert official_config(official_state(depth=1, dim=dim, rows=1, side=2), "lfm")["num_attention_heads"] == heads
+        assert (
+            official_config(official_state(depth=1, dim=dim, rows=1, side=2), "lfm")[
+                "num_attention_heads"
+            ]
+            == heads
+        )
 
 
 @official
@@ -440,77 +636,189 @@ def test_diffusers_computes_the_same_once_its_frequencies_are_the_official_ones(
     reference.load_state_dict(net.state_dict())
     a, b, _, sign, _ = dit_imagenet.CONVENTIONS[convention]
     with torch.no_grad():
-        out, before = net(**call), sign * noise(reference, call["x"], None, call["label"], index=a * call["t"] + b)
+        out, before = (
+            net(**call),
+            sign * noise(reference, call["x"], None, call["label"], index=a * call["t"] + b),
+        )
         for block in reference.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = 0
         after = sign * noise(reference, call["x"], None, call["label"], index=a * call["t"] + b)
     print(f"{convention}: differs by {relative(before, out):.1e}, then {relative(after, out):.1e}")
-    assert relative(after, out) <= 1e-5 and relative(before, out) > (0.1 if convention == "dit" else 1e-4)
-    frequency = [torch.exp(-math.log(1e4) * torch.arange(128).double() / last) for last in (127, 128)]
+    assert relative(after, out) <= 1e-5 and relative(before, out) > (
+        0.1 if convention == "dit" else 1e-4
+    )
+    frequency = [
+        torch.exp(-math.log(1e4) * torch.arange(128).double() / last) for last in (127, 128)
+    ]
     assert 2.8 < 999 * (frequency[0] - frequency[1]).abs().max() < 3  # rad at t = 1
 
 
-# ---- the command -------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
-def convert(*flags):
-    dit_imagenet.convert(dit_imagenet.parse_args(["convert", *map(str, flags)]))
+def run_convert(*flags):
+    convert.main(list(map(str, flags)))
 
 
-@pytest.mark.parametrize("convention, flags, prediction", [
-    ("dit", [], "eps"), ("sit", ["--prediction", "flow_v", "--noise_at", "0"], "flow_v"), ("lfm", ["--prediction", "flow_v", "--noise_at", "1"], "flow_v")])
+@pytest.mark.parametrize(
+    "convention, flags, prediction",
+    [
+        ("dit", [], "eps"),
+        ("sit", ["--prediction", "flow_v", "--noise_at", "0"], "flow_v"),
+        ("lfm", ["--prediction", "flow_v", "--noise_at", "1"], "flow_v"),
+    ],
+)
 def test_converted_folders_are_teachers(tmp_path, convention, flags, prediction):
     outputs, answer = OFFICIAL[convention]
     state, call = official_state(outputs=outputs), inputs()
     save_file(state, tmp_path / "official.safetensors")
-    convert("--input", tmp_path / "official.safetensors", "--output", tmp_path / "out", "--num_attention_heads", "3", *flags)
+    run_convert(
+        "--input",
+        tmp_path / "official.safetensors",
+        "--output",
+        tmp_path / "out",
+        "--num_attention_heads",
+        "3",
+        *flags,
+    )
     for part in ("out", "out/transformer"):
-        teacher = io.load_teacher(str(tmp_path / part), ())
-        assert (teacher.prediction, teacher.shift, teacher.config["convention"]) == (prediction, 1.0, convention)
-        assert io.describe_schedule(teacher.schedule) == io.describe_schedule(VP("linear", 1e-4, 0.02) if prediction == "eps" else Flow())
+        teacher = load_teacher(str(tmp_path / part))
+        assert (teacher.prediction, teacher.shift, teacher.config["convention"]) == (
+            prediction,
+            1.0,
+            convention,
+        )
+        assert describe_schedule(teacher.schedule) == describe_schedule(
+            VP("linear", 1e-4, 0.02) if prediction == "eps" else Flow()
+        )
         with torch.no_grad():
-            assert relative(teacher.net(**call), answer(state, call["x"], call["t"], call["label"])[:, :4]) <= 1e-5
+            assert (
+                relative(
+                    teacher.net(**call), answer(state, call["x"], call["t"], call["label"])[:, :4]
+                )
+                <= 1e-5
+            )
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
-    assert index["transformer"] == ["diffusers", "DiTTransformer2DModel"] and index.get("_class_name") == ("DiTPipeline" if prediction == "eps" else None)
+    assert index["transformer"] == ["diffusers", "DiTTransformer2DModel"] and index.get(
+        "_class_name"
+    ) == ("DiTPipeline" if prediction == "eps" else None)
     (tmp_path / "out" / "scheduler" / "scheduler_config.json").unlink()  # then the network's own
-    teacher = io.load_teacher(str(tmp_path / "out"), ())
-    assert teacher.prediction == prediction and isinstance(teacher.schedule, VP if prediction == "eps" else Flow)
+    teacher = load_teacher(str(tmp_path / "out"))
+    assert teacher.prediction == prediction and isinstance(
+        teacher.schedule, VP if prediction == "eps" else Flow
+    )
 
 
 def test_the_command_runs_and_refuses_in_one_line(tmp_path):
     save_file(official_state(rows=1, outputs=4), tmp_path / "lfm.safetensors")
-    command = [sys.executable, "-m", "models.dit_imagenet", "convert", "--input", str(tmp_path / "lfm.safetensors"), "--output", str(tmp_path / "out"),
-               "--num_attention_heads", "3"]
-    done = subprocess.run([*command, "--prediction", "flow_v", "--noise_at", "1"], env=ENV, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "0 classes, latents (4, 8, 8), predicts flow_v, convention lfm" in done.stdout, done.stderr
-    net, _ = io.load_network(str(tmp_path / "out" / "transformer"))
-    assert net.num_classes == 0 and net.cond_names == ("label",)  # an unconditional LFM: its one row is the null label
-    done = subprocess.run([*command, "--prediction", "flow_v"], env=ENV, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: --prediction flow_v goes with --noise_at") and done.stderr.count("\n") == 1
+    command = [sys.executable, "-m", "models.convert", "--num_attention_heads", "3"]
+    command += ["--input", str(tmp_path / "lfm.safetensors"), "--prediction", "flow_v"]
+
+    def run(*flags):
+        flags = [*command, *map(str, flags)]
+        return subprocess.run(flags, env=ENV, cwd=ROOT, capture_output=True, text=True)
+
+    done = run("--output", tmp_path / "out", "--noise_at", "1")
+    assert done.returncode == 0, done.stderr
+    assert "0 classes, latents (4, 8, 8), predicts flow_v, convention lfm" in done.stdout
+    net, _ = load_network(str(tmp_path / "out" / "transformer"))
+    assert net.num_classes == 0  # an unconditional LFM: its one row is the null label
+    assert net.cond_names == ("label",)
+    for done, says in (
+        (run("--output", tmp_path / "out"), "--prediction flow_v goes with --noise_at"),
+        (run("--output", tmp_path / "lfm.safetensors" / "x", "--noise_at", "1"), "cannot write"),
+    ):
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("change, flags, message", [
-    (lambda s: s | {"projectors.0.weight": torch.zeros(2)}, [], "'projectors.0.weight' is no parameter of an official DiT"),
-    (lambda s: s | {"blocks.0.attn.q_norm.weight": torch.zeros(2)}, [], "'blocks.0.attn.q_norm.weight' is no parameter"),
-    (lambda s: {k: v for k, v in s.items() if k != "blocks.1.attn.qkv.bias"}, [], "Missing key"),
-    (lambda s: {k: v for k, v in s.items() if k != "x_embedder.proj.weight"}, [], "no tensor 'x_embedder.proj.weight'"),
-    (lambda s: s | {"pos_embed": s["pos_embed"] + 0.1 * torch.eye(16, 24)}, [], "not the fixed sine positions of a square"),
-    (lambda s: s | {"pos_embed": s["pos_embed"].unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2).contiguous()}, [], "not the fixed sine positions"),
-    (lambda s: {k: v for k, v in s.items() if k != "pos_embed"}, [], "sample_size is not told by these weights of width 24: give it"),
-    (lambda s: s, ["--num_attention_heads", "5"], "num_attention_heads = 5 does not divide the width 24"),
-    (lambda s: s, ["--num_attention_heads", None], "num_attention_heads is not told by these weights of width 24: give it"),
-    (lambda s: s | {"final_layer.linear.weight": torch.zeros(24, 24), "final_layer.linear.bias": torch.zeros(24)}, [], "out_channels = 6 is not implemented"),
-    (lambda s: s, ["--noise_at", "1"], "--prediction flow_v goes with --noise_at"), (lambda s: s, ["--output", "."], "exists: name a new folder"),
-    (None, [], "is a pickle, not safetensors")])
+@pytest.mark.parametrize(
+    "change, flags, message",
+    [
+        (
+            lambda s: s | {"projectors.0.weight": torch.zeros(2)},
+            [],
+            "'projectors.0.weight' is no parameter of an official DiT",
+        ),
+        (
+            lambda s: s | {"blocks.0.attn.q_norm.weight": torch.zeros(2)},
+            [],
+            "'blocks.0.attn.q_norm.weight' is no parameter",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if k != "blocks.1.attn.qkv.bias"},
+            [],
+            "Missing key",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if k != "x_embedder.proj.weight"},
+            [],
+            "no tensor 'x_embedder.proj.weight'",
+        ),
+        (
+            lambda s: s | {"pos_embed": s["pos_embed"] + 0.1 * torch.eye(16, 24)},
+            [],
+            "not the fixed sine positions of a square",
+        ),
+        (
+            lambda s: (
+                s
+                | {
+                    "pos_embed": s["pos_embed"]
+                    .unflatten(1, (4, 4))
+                    .transpose(1, 2)
+                    .flatten(1, 2)
+                    .contiguous()
+                }
+            ),
+            [],
+            "not the fixed sine positions",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if k != "pos_embed"},
+            [],
+            "sample_size is not told by these weights of width 24: give it",
+        ),
+        (
+            lambda s: s,
+            ["--num_attention_heads", "5"],
+            "num_attention_heads = 5 does not divide the width 24",
+        ),
+        (
+            lambda s: s,
+            ["--num_attention_heads", None],
+            "num_attention_heads is not told by these weights of width 24: give it",
+        ),
+        (
+            lambda s: (
+                s
+                | {
+                    "final_layer.linear.weight": torch.zeros(24, 24),
+                    "final_layer.linear.bias": torch.zeros(24),
+                }
+            ),
+            [],
+            "out_channels = 6 is not implemented",
+        ),
+        (lambda s: s, ["--noise_at", "1"], "--prediction flow_v goes with --noise_at"),
+        (lambda s: s, ["--output", "."], "exists: name a new folder"),
+        (None, [], "is a pickle, not safetensors"),
+    ],
+)
 def test_what_cannot_be_converted_is_named(tmp_path, capsys, change, flags, message):
     path = tmp_path / "official.safetensors"
     if change:
         save_file(change(official_state()), path)
     else:
         torch.save(official_state(), path)
-    given = {"--input": str(path), "--output": str(tmp_path / "out"), "--num_attention_heads": "3", **dict(zip(flags[::2], flags[1::2]))}
+    given = {
+        "--input": str(path),
+        "--output": str(tmp_path / "out"),
+        "--num_attention_heads": "3",
+        **dict(zip(flags[::2], flags[1::2])),
+    }
     flags = [f for pair in given.items() if pair[1] is not None for f in pair]
-    assert message in refusal_of(capsys, lambda argv: convert(*argv), *flags)
+    assert message in refusal_of(capsys, convert.main, *flags)
     assert not (tmp_path / "out").exists()
 
 
@@ -523,40 +831,100 @@ def test_sampling_and_decoding_are_those_of_the_pipeline(scale):
     diffusers = pytest.importorskip("diffusers")
     config = dict(TINY, num_embeds_ada_norm=1000)  # the pipeline's null label is 1000
     ours, reference = pair(config)
-    vae = fill(AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-                             block_out_channels=[8, 12], norm_num_groups=4))
+    vae = fill(
+        AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            block_out_channels=[8, 12],
+            norm_num_groups=4,
+        )
+    )
     their_vae = diffusers.AutoencoderKL(**vae.config).eval()
     their_vae.load_state_dict(vae.state_dict())
-    scheduler = diffusers.DDIMScheduler(**{k: v for k, v in SCHEDULER.items() if k != "_class_name"}, timestep_spacing="trailing")
+    scheduler = diffusers.DDIMScheduler(
+        **{k: v for k, v in SCHEDULER.items() if k != "_class_name"}, timestep_spacing="trailing"
+    )
     pipe = diffusers.DiTPipeline(reference, their_vae, scheduler)
     pipe.set_progress_bar_config(disable=True)
     label = torch.tensor([3, 700])
-    want = pipe(label.tolist(), guidance_scale=scale, generator=torch.Generator().manual_seed(1), num_inference_steps=4, output_type="pt").images
+    want = pipe(
+        label.tolist(),
+        guidance_scale=scale,
+        generator=torch.Generator().manual_seed(1),
+        num_inference_steps=4,
+        output_type="pt",
+    ).images
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
-    x, schedule = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), ours.default_schedule
+    x, schedule = (
+        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
+        ours.default_schedule,
+    )
 
     def predict(x, t):
-        return to_x0_eps(guide(ours(x, t, label), ours(x, t), scale), ours.prediction, x, schedule.alpha(t), schedule.sigma(t))
+        return to_x0_eps(
+            guide(ours(x, t, label), ours(x, t), scale),
+            ours.prediction,
+            x,
+            schedule.alpha(t),
+            schedule.sigma(t),
+        )
+
     with torch.no_grad():
-        pixels = vae.to_pixels(sample_ode(predict, schedule, x, step_grid(4, ours.default_shift), "euler"))
+        pixels = vae.to_pixels(
+            sample_ode(predict, schedule, x, step_grid(4, ours.default_shift), "euler")
+        )
     got = (pixels / 2 + 0.5).clamp(0, 1)
     print(f"difference {relative(got, want):.1e}")
-    assert relative(got, want) < 1e-4 and 0.1 < want.std() and ((want > 0) & (want < 1)).float().mean() > 0.2
+    assert (
+        relative(got, want) < 1e-4
+        and 0.1 < want.std()
+        and ((want > 0) & (want < 1)).float().mean() > 0.2
+    )
 
 
 def save_tiny(root, convention):
-    """A pipeline root as diffusers wrote facebook/DiT-XL-2-256's, or one that convert makes -> flags of a run."""
+    """Flags of a run whose teacher is a pipeline root like facebook/DiT-XL-2-256, or convert's."""
     if convention is None:
         net = fill(DiTTransformer2DModel(**TINY))
-        io.save_network(net, {**net.config, "_diffusers_version": "0.12.0.dev0", **OLD}, str(root / "transformer"))
+        save_network(
+            net,
+            {**net.config, "_diffusers_version": "0.12.0.dev0", **OLD},
+            str(root / "transformer"),
+        )
         (root / "scheduler").mkdir()
-        io.save_json(SCHEDULER, str(root / "scheduler" / "scheduler_config.json"))
-        io.save_json({"_class_name": "DiTPipeline", "transformer": ["diffusers", "Transformer2DModel"]}, str(root / "model_index.json"))
+        save_json(SCHEDULER, str(root / "scheduler" / "scheduler_config.json"))
+        save_json(
+            {"_class_name": "DiTPipeline", "transformer": ["diffusers", "Transformer2DModel"]},
+            str(root / "model_index.json"),
+        )
     else:
         save_file(official_state(outputs=OFFICIAL[convention][0]), root.with_suffix(".safetensors"))
-        flags = [] if convention == "dit" else ["--prediction", "flow_v", "--noise_at", "0" if convention == "sit" else "1"]
-        convert("--input", root.with_suffix(".safetensors"), "--output", root, "--num_attention_heads", "3", *flags)
-    return ["--teacher", str(root), "--teacher_steps", "2", "--preview_samples", "2", "--learning_rate", "1e-4", "--learning_rate_fake", "2e-4"]
+        flags = (
+            []
+            if convention == "dit"
+            else ["--prediction", "flow_v", "--noise_at", "0" if convention == "sit" else "1"]
+        )
+        run_convert(
+            "--input",
+            root.with_suffix(".safetensors"),
+            "--output",
+            root,
+            "--num_attention_heads",
+            "3",
+            *flags,
+        )
+    return [
+        "--teacher",
+        str(root),
+        "--teacher_steps",
+        "2",
+        "--preview_samples",
+        "2",
+        "--learning_rate",
+        "1e-4",
+        "--learning_rate_fake",
+        "2e-4",
+    ]
 
 
 @pytest.mark.parametrize("convention", [None, "dit", "sit"])
@@ -565,51 +933,134 @@ def test_student_of_a_run_loads_in_diffusers(tmp_path, convention):
     if convention is None:
         (tmp_path / "teacher").mkdir()
     flags = save_tiny(tmp_path / "teacher", convention)
-    dmd.main([*flags, "--train_batch_size", "3", "--max_train_steps", "2", "--guidance_scale", "2", "--student_steps", "2", "--output_dir", str(tmp_path / "run")])
+    dmd.main(
+        [
+            *flags,
+            "--train_batch_size",
+            "3",
+            "--max_train_steps",
+            "2",
+            "--guidance_scale",
+            "2",
+            "--student_steps",
+            "2",
+            "--output_dir",
+            str(tmp_path / "run"),
+        ]
+    )
     folder = tmp_path / "run" / "student"
-    assert json.loads((folder / "config.json").read_text()) == json.loads((tmp_path / "teacher" / "transformer" / "config.json").read_text())
+    assert json.loads((folder / "config.json").read_text()) == json.loads(
+        (tmp_path / "teacher" / "transformer" / "config.json").read_text()
+    )
     stored = json.loads((folder / "sampler.json").read_text())
-    kind, schedule = ("flow_v", Flow()) if convention == "sit" else ("eps", VP("linear", 1e-4, 0.02))
-    assert stored["prediction"] == kind and stored["schedule"] == io.describe_schedule(schedule) and stored["times"] == pytest.approx([1.0, 0.5])
-    (ours, _), reference = io.load_network(str(folder)), pytest.importorskip("diffusers").DiTTransformer2DModel.from_pretrained(folder).eval()
+    kind, schedule = (
+        ("flow_v", Flow()) if convention == "sit" else ("eps", VP("linear", 1e-4, 0.02))
+    )
+    assert (
+        stored["prediction"] == kind
+        and stored["schedule"] == describe_schedule(schedule)
+        and stored["times"] == pytest.approx([1.0, 0.5])
+    )
+    (ours, _), reference = (
+        load_network(str(folder)),
+        pytest.importorskip("diffusers").DiTTransformer2DModel.from_pretrained(folder).eval(),
+    )
     call = inputs()
     a, b, last, sign, _ = dit_imagenet.CONVENTIONS[convention]
     for block in reference.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 128 - last
     with torch.no_grad():
         out = ours(**call)
-        assert relative(out, sign * noise(reference, call["x"], None, call["label"], index=a * call["t"] + b)) <= 1e-5 and out.std() > 0.01
-    start = load_file(tmp_path / "teacher" / "transformer" / io.WEIGHTS)
-    assert all(not torch.equal(v, start[k]) for k, v in ours.state_dict().items())  # every parameter was trained
-    assert len(read_log(tmp_path / "run")) == 2 and load_file(tmp_path / "run" / "samples.safetensors")["x0"].shape == (2, 4, 8, 8)
-    dmd.main(["--sample", str(tmp_path / "run"), "--preview_samples", "2", "--output_dir", str(tmp_path / "samples")])
+        assert (
+            relative(
+                out,
+                sign * noise(reference, call["x"], None, call["label"], index=a * call["t"] + b),
+            )
+            <= 1e-5
+            and out.std() > 0.01
+        )
+    start = load_file(tmp_path / "teacher" / "transformer" / WEIGHTS)
+    assert all(
+        not torch.equal(v, start[k]) for k, v in ours.state_dict().items()
+    )  # every parameter was trained
+    assert len(read_log(tmp_path / "run")) == 2 and load_file(
+        tmp_path / "run" / "samples.safetensors"
+    )["x0"].shape == (2, 4, 8, 8)
+    dmd.main(
+        [
+            "--sample",
+            str(tmp_path / "run"),
+            "--preview_samples",
+            "2",
+            "--output_dir",
+            str(tmp_path / "samples"),
+        ]
+    )
     assert (tmp_path / "samples" / "samples.png").exists()
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(x=torch.zeros(3, 8, 8, 8)), r"x has shape \(3, 8, 8, 8\); pass a latent \(B, 4, H, W\)"), (dict(x=torch.zeros(3, 4, 8, 7)), "do not divide into patches"),
-    (dict(t=torch.tensor(0.5)), r"pass floats in \[0, 1\] of shape \(3,\)"), (dict(t=torch.tensor([1, 2, 3])), "torch.int64"),
-    (dict(label=torch.zeros(2, dtype=torch.long)), r"label is torch.int64 \(2,\); pass classes 0 to 5, integers of shape \(3,\)"),
-    (dict(label=torch.zeros(3)), "label is torch.float32"), (dict(adapter="a"), "no adapter is called 'a'")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            dict(x=torch.zeros(3, 8, 8, 8)),
+            r"x has shape \(3, 8, 8, 8\); pass a latent \(B, 4, H, W\)",
+        ),
+        (dict(x=torch.zeros(3, 4, 8, 7)), "do not divide into patches"),
+        (dict(t=torch.tensor(0.5)), r"pass floats in \[0, 1\] of shape \(3,\)"),
+        (dict(t=torch.tensor([1, 2, 3])), "torch.int64"),
+        (
+            dict(label=torch.zeros(2, dtype=torch.long)),
+            r"label is torch.int64 \(2,\); pass classes 0 to 5, integers of shape \(3,\)",
+        ),
+        (dict(label=torch.zeros(3)), "label is torch.float32"),
+        (dict(adapter="a"), "no adapter is called 'a'"),
+    ],
+)
 def test_wrong_inputs_are_named(change, message):
     with pytest.raises(ValueError, match=message) as error:
         DiTTransformer2DModel(**TINY)(**{**inputs(), **change})
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(norm_type="ada_norm_single"), "norm_type = 'ada_norm_single' is not implemented; DiT has 'ada_norm_zero'"), (dict(dropout=0.1), "dropout = 0.1"),
-    (dict(attention_bias=False), "attention_bias = False"), (dict(activation_fn="geglu"), "activation_fn = 'geglu'"),
-    (dict(upcast_attention=True), "upcast_attention = True"), (dict(norm_elementwise_affine=True), "norm_elementwise_affine = True"),
-    (dict(cross_attention_dim=8), "cross_attention_dim = 8"), (dict(double_self_attention=True), "double_self_attention"),
-    (dict(only_cross_attention=True), "only_cross_attention"), (dict(num_vector_embeds=8), "num_vector_embeds"), (dict(caption_channels=8), "caption_channels"),
-    (dict(use_linear_projection=True), "use_linear_projection"), (dict(attention_type="gated"), "attention_type"),
-    (dict(num_embeds_ada_norm=None), "num_embeds_ada_norm = None must be the number of classes"), (dict(sample_size=9), "sample_size = 9 does not divide"),
-    (dict(out_channels=6), "out_channels = 6 is not implemented; DiT has in_channels = 4 or, with a learned variance, twice that"),
-    (dict(attention_head_dim=6), "18 must be a multiple of 4"), (dict(convention="edm"), "convention = 'edm' is unknown; known are None, 'dit', 'sit', 'lfm'")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            dict(norm_type="ada_norm_single"),
+            "norm_type = 'ada_norm_single' is not implemented; DiT has 'ada_norm_zero'",
+        ),
+        (dict(dropout=0.1), "dropout = 0.1"),
+        (dict(attention_bias=False), "attention_bias = False"),
+        (dict(activation_fn="geglu"), "activation_fn = 'geglu'"),
+        (dict(upcast_attention=True), "upcast_attention = True"),
+        (dict(norm_elementwise_affine=True), "norm_elementwise_affine = True"),
+        (dict(cross_attention_dim=8), "cross_attention_dim = 8"),
+        (dict(double_self_attention=True), "double_self_attention"),
+        (dict(only_cross_attention=True), "only_cross_attention"),
+        (dict(num_vector_embeds=8), "num_vector_embeds"),
+        (dict(caption_channels=8), "caption_channels"),
+        (dict(use_linear_projection=True), "use_linear_projection"),
+        (dict(attention_type="gated"), "attention_type"),
+        (
+            dict(num_embeds_ada_norm=None),
+            "num_embeds_ada_norm = None must be the number of classes",
+        ),
+        (dict(sample_size=9), "sample_size = 9 does not divide"),
+        (
+            dict(out_channels=6),
+            "out_channels = 6 is not implemented; DiT has in_channels = 4 or, with a learned variance, twice that",
+        ),
+        (dict(attention_head_dim=6), "18 must be a multiple of 4"),
+        (
+            dict(convention="edm"),
+            "convention = 'edm' is unknown; known are None, 'dit', 'sit', 'lfm'",
+        ),
+    ],
+)
 def test_wrong_configs_are_named(change, message):
     with pytest.raises(ValueError, match=message) as error:
         DiTTransformer2DModel(**{**TINY, **change})

@@ -1,4 +1,5 @@
 """dmd.py against the papers' formulas: gradient, normaliser, fake score, GAN, rollout, and who is updated when (as in decoupled_dmd.py)."""
+
 import copy
 import math
 import os
@@ -10,14 +11,43 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import (
+    ROOT,
+    Diary,
+    both,
+    each,
+    has_gradient,
+    one_step,
+    perturbed,
+    read_log,
+    ring_network,
+    ring_run,
+)
 
 import dmd
 import tdm
-from helpers import ROOT, Diary, both, each, has_gradient, one_step, perturbed, read_log, ring_network, ring_run
-from models import io, toy
-from models.diffusion import VP, Flow, add_noise, from_x0_eps, predict_x0, predict_x0_eps, sample_ode, step_grid, to_x0_eps, unshift
-from models.dit import DiT
-from models.toy import RingMLP, RingTeacher, load_world
+from models.diffusion import (
+    VP,
+    Flow,
+    add_noise,
+    from_x0_eps,
+    predict_x0,
+    predict_x0_eps,
+    sample_ode,
+    step_grid,
+    to_x0_eps,
+    unshift,
+)
+from models.draws import Draws
+from models.files import TrainingError, load_json, load_tensors, save_tensors
+from models.networks import load_network, network_config, save_network
+from models.networks.dit import DiT
+from models.networks.ring_mlp import RingMLP
+from models.plumbing import teachers
+from models.plumbing.data import Conditions
+from models.plumbing.teachers import load_teacher
+from models.worlds import load_world
+from models.worlds.ring import RingTeacher
 
 KINDS = ("x0", "eps", "flow_v", "vp_v")
 
@@ -28,11 +58,20 @@ def normal(*shape, seed=0, dtype=torch.float64):
 
 def small_dit(seed=0, depth=4):
     torch.manual_seed(seed)
-    return perturbed(DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=depth, num_classes=3), seed, std=0.2)
+    return perturbed(
+        DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=depth, num_classes=3),
+        seed,
+        std=0.2,
+    )
 
 
 def close(a, b, tolerance=1e-10):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        torch.as_tensor(a, dtype=torch.float64),
+        torch.as_tensor(b, dtype=torch.float64),
+        rtol=tolerance,
+        atol=tolerance,
+    )
 
 
 # ---- the matching loss -------------------------------------------------------------------------------------------
@@ -52,12 +91,16 @@ def test_matching_loss_has_gradient_g_over_numel():
     assert value == pytest.approx(0.5 * float(g.square().mean()), rel=1e-12)
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda x, g: F.mse_loss(x, (x - g).detach()),  # no 0.5
-    lambda x, g: 0.5 * F.mse_loss(x, (x - g).detach(), reduction="sum"),
-    lambda x, g: 0.5 * F.mse_loss(x, x - g),  # no stop-gradient
-    lambda x, g: 0.5 * F.mse_loss(x, (x + g).detach()),  # wrong sign
-], ids=["no half", "sum", "no stop-gradient", "sign"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, g: F.mse_loss(x, (x - g).detach()),  # no 0.5
+        lambda x, g: 0.5 * F.mse_loss(x, (x - g).detach(), reduction="sum"),
+        lambda x, g: 0.5 * F.mse_loss(x, x - g),  # no stop-gradient
+        lambda x, g: 0.5 * F.mse_loss(x, (x + g).detach()),  # wrong sign
+    ],
+    ids=["no half", "sum", "no stop-gradient", "sign"],
+)
 def test_matching_loss_identity_tells_wrong_variants(wrong):
     """The identity above is sharp: the usual mistakes violate it."""
     x, g = normal(5, 3, 4), normal(5, 3, 4, seed=1)
@@ -81,6 +124,7 @@ def test_gradient_is_equation_7_with_equation_8():
 
 def test_normaliser_is_per_sample():
     """Changing sample i leaves the gradient of sample j bit-equal; a whole-batch mean does not pass."""
+
     def whole_batch(x, x0_real, x0_fake):
         return (x0_fake - x0_real) / (x - x0_real).abs().mean()
 
@@ -90,15 +134,23 @@ def test_normaliser_is_per_sample():
     moved[1] *= 100
     kept = dmd.distribution_matching_gradient(x, mu_r, mu_f)[others]
     assert torch.equal(dmd.distribution_matching_gradient(moved, mu_r, mu_f)[others], kept)
-    assert torch.equal(dmd.distribution_matching_gradient(x[others], mu_r[others], mu_f[others]), kept)
-    assert not torch.allclose(whole_batch(moved, mu_r, mu_f)[others], whole_batch(x, mu_r, mu_f)[others])
+    assert torch.equal(
+        dmd.distribution_matching_gradient(x[others], mu_r[others], mu_f[others]), kept
+    )
+    assert not torch.allclose(
+        whole_batch(moved, mu_r, mu_f)[others], whole_batch(x, mu_r, mu_f)[others]
+    )
 
 
 def test_gradient_is_dimensionless():
     """Scaling x, mu_real and mu_fake together leaves the gradient unchanged, also per sample."""
     x, mu_r, mu_f = (normal(4, 3, 5, seed=k) for k in range(3))
     k = torch.tensor([0.01, 1.0, 7.0, 1000.0], dtype=torch.float64)[:, None, None]
-    close(dmd.distribution_matching_gradient(k * x, k * mu_r, k * mu_f), dmd.distribution_matching_gradient(x, mu_r, mu_f), 1e-12)
+    close(
+        dmd.distribution_matching_gradient(k * x, k * mu_r, k * mu_f),
+        dmd.distribution_matching_gradient(x, mu_r, mu_f),
+        1e-12,
+    )
 
 
 def test_normaliser_is_the_distance_of_x_not_of_x_t():
@@ -108,14 +160,20 @@ def test_normaliser_is_the_distance_of_x_not_of_x_t():
     weight = (g / (mu_f - mu_r)).flatten(1)[:, 0]
     x_t = add_noise(Flow(), x, eps, torch.tensor([0.5, 0.9], dtype=torch.float64))
     close(weight * (x - mu_r).abs().flatten(1).mean(1), torch.ones(2))
-    assert not torch.allclose(weight * (x_t - mu_r).abs().flatten(1).mean(1), torch.ones(2, dtype=torch.float64), rtol=0.05)
+    assert not torch.allclose(
+        weight * (x_t - mu_r).abs().flatten(1).mean(1),
+        torch.ones(2, dtype=torch.float64),
+        rtol=0.05,
+    )
 
 
 def test_gradient_is_a_finite_constant():
     """No graph is attached, and a teacher that agrees with x exactly does not divide by zero."""
     x = normal(2, 3).requires_grad_(True)
     assert not dmd.distribution_matching_gradient(x, x * 2, x * 3).requires_grad
-    assert torch.equal(dmd.distribution_matching_gradient(x, x, x), torch.zeros(2, 3, dtype=torch.float64))
+    assert torch.equal(
+        dmd.distribution_matching_gradient(x, x, x), torch.zeros(2, 3, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("guidance, zero", [(1, True), (1.5, False)])
@@ -123,12 +181,18 @@ def test_no_gradient_when_fake_equals_teacher(guidance, zero):
     """At initialisation fake == teacher: the student's gradient is exactly 0 without guidance, and is not with it."""
     teacher = small_dit().requires_grad_(False)
     student, fake = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher)
-    z, eps, t = normal(6, 1, 4, 4, dtype=torch.float32), normal(6, 1, 4, 4, seed=1, dtype=torch.float32), torch.linspace(0.1, 0.9, 6)
+    z, eps, t = (
+        normal(6, 1, 4, 4, dtype=torch.float32),
+        normal(6, 1, 4, 4, seed=1, dtype=torch.float32),
+        torch.linspace(0.1, 0.9, 6),
+    )
     cond, uncond = {"label": torch.arange(6) % 3}, {"label": torch.full((6,), 3)}
     x = predict_x0(student, Flow(), "flow_v", z, torch.ones(6), **cond)
     x_t = add_noise(Flow(), x.detach(), eps, t)
     mu_r = dmd.guided_x0(teacher, Flow(), "flow_v", x_t, t, cond, uncond, guidance)
-    g = dmd.distribution_matching_gradient(x, mu_r, predict_x0(fake, Flow(), "flow_v", x_t, t, **cond))
+    g = dmd.distribution_matching_gradient(
+        x, mu_r, predict_x0(fake, Flow(), "flow_v", x_t, t, **cond)
+    )
     dmd.distribution_matching_loss(x, g).backward()
     largest = max(float(p.grad.abs().max()) for p in student.parameters() if p.grad is not None)
     assert (not g.any() and largest == 0) if zero else (g.abs().max() > 1e-3 and largest > 1e-6)
@@ -161,7 +225,9 @@ def posterior_mean(x_t, m, c, a, s):
 
 def test_score_difference_is_the_kl_gradient_of_gaussians():
     """E[a (s_fake - s_real) dG/d(m, c)] is the gradient of KL(N(am, a^2c^2+s^2) || N(am0, a^2c0^2+s^2)): .56228, -.42448 here."""
-    m, c, m0, c0, a, s = (torch.tensor(v, dtype=torch.float64) for v in (0.7, 0.6, -0.2, 1.1, 0.8, 0.5))
+    m, c, m0, c0, a, s = (
+        torch.tensor(v, dtype=torch.float64) for v in (0.7, 0.6, -0.2, 1.1, 0.8, 0.5)
+    )
     nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(20))
     weights = weights / weights.sum()
     z, eps = torch.meshgrid(nodes, nodes, indexing="ij")
@@ -169,7 +235,10 @@ def test_score_difference_is_the_kl_gradient_of_gaussians():
     x_t = a * (m + c * z) + s * eps
     mu_f, mu_r = posterior_mean(x_t, m, c, a, s), posterior_mean(x_t, m0, c0, a, s)
     a_rows, s_rows = a.expand(20), s.expand(20)
-    score_f, score_r = (from_x0_eps("score", *to_x0_eps(mu, "x0", x_t, a_rows, s_rows), a_rows, s_rows) for mu in (mu_f, mu_r))
+    score_f, score_r = (
+        from_x0_eps("score", *to_x0_eps(mu, "x0", x_t, a_rows, s_rows), a_rows, s_rows)
+        for mu in (mu_f, mu_r)
+    )
     close(score_f - score_r, a * (mu_f - mu_r) / s**2)
     by_score = [float((w * a * (score_f - score_r) * dG).sum()) for dG in (1, z)]
 
@@ -190,8 +259,12 @@ def unit_nodes(n):
 def test_without_the_fake_score_the_student_collapses(with_fake_score):
     """G(z) = m + c z descending our gradient: with the exact fake score c settles at the data's std, with mu_fake = x it decays to 0."""
     m0, c0 = -0.2, 1.1
-    z, eps = (v.reshape(1, -1) for v in torch.meshgrid(unit_nodes(40), unit_nodes(40), indexing="ij"))
-    t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)  # three noise levels, each a row of 1600 nodes
+    z, eps = (
+        v.reshape(1, -1) for v in torch.meshgrid(unit_nodes(40), unit_nodes(40), indexing="ij")
+    )
+    t = torch.tensor(
+        [0.2, 0.5, 0.8], dtype=torch.float64
+    )  # three noise levels, each a row of 1600 nodes
     a, s = (1 - t)[:, None], t[:, None]
     mc = torch.tensor([0.7, 0.6], dtype=torch.float64, requires_grad=True)
     for _ in range(400):
@@ -215,7 +288,9 @@ def test_without_the_fake_score_the_student_collapses(with_fake_score):
 def test_fake_score_optimum_is_the_posterior_mean(schedule, kind, t):
     """On N(m, c^2) the best network w x_t + b under fake_score_loss, read as x0, is E[x0 | x_t], whatever it predicts."""
     m, c = 0.7, 0.6
-    z, eps = (v.reshape(-1, 1) for v in torch.meshgrid(unit_nodes(30), unit_nodes(30), indexing="ij"))
+    z, eps = (
+        v.reshape(-1, 1) for v in torch.meshgrid(unit_nodes(30), unit_nodes(30), indexing="ij")
+    )
     x, times = m + c * z, torch.full((900,), t, dtype=torch.float64)
 
     def loss(wb):
@@ -223,7 +298,10 @@ def test_fake_score_optimum_is_the_posterior_mean(schedule, kind, t):
         return dmd.fake_score_loss(net, schedule, kind, x, eps, times, {})
 
     zero = torch.zeros(2, dtype=torch.float64)
-    slope, curvature = torch.autograd.functional.jacobian(loss, zero), torch.autograd.functional.hessian(loss, zero)
+    slope, curvature = (
+        torch.autograd.functional.jacobian(loss, zero),
+        torch.autograd.functional.hessian(loss, zero),
+    )
     w, b = -torch.linalg.solve(curvature, slope)  # the loss is quadratic in (w, b): one Newton step
     a, s, x_t = schedule.alpha(times), schedule.sigma(times), add_noise(schedule, x, eps, times)
     mu = to_x0_eps(w * x_t + b, kind, x_t, a, s)[0]
@@ -241,13 +319,25 @@ class DoubleOutput(torch.Tensor):
         return self.as_subclass(torch.Tensor)
 
 
-@pytest.mark.parametrize("kind, schedule, weight", [
-    ("x0", VP(), lambda a, s: 1 + 0 * a), ("eps", VP(), lambda a, s: (a / s) ** 2), ("vp_v", VP(), lambda a, s: 1 / s**2),
-    ("score", VP(), lambda a, s: a**2 / s**4), ("flow_v", Flow(), lambda a, s: 1 / s**2), ("eps", Flow(), lambda a, s: (a / s) ** 2),
-], ids=["x0", "eps", "vp_v", "score", "flow_v", "eps of flow"])
+@pytest.mark.parametrize(
+    "kind, schedule, weight",
+    [
+        ("x0", VP(), lambda a, s: 1 + 0 * a),
+        ("eps", VP(), lambda a, s: (a / s) ** 2),
+        ("vp_v", VP(), lambda a, s: 1 / s**2),
+        ("score", VP(), lambda a, s: a**2 / s**4),
+        ("flow_v", Flow(), lambda a, s: 1 / s**2),
+        ("eps", Flow(), lambda a, s: (a / s) ** 2),
+    ],
+    ids=["x0", "eps", "vp_v", "score", "flow_v", "eps of flow"],
+)
 def test_fake_score_loss_is_a_weighted_x0_loss(kind, schedule, weight):
     """Regressing eps is the x0 loss times (a / s)^2, either velocity 1 / s^2, the score a^2 / s^4: the teacher's own weighting."""
-    x, eps, t = normal(6, 2, 3), normal(6, 2, 3, seed=1), torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
+    x, eps, t = (
+        normal(6, 2, 3),
+        normal(6, 2, 3, seed=1),
+        torch.linspace(0.1, 0.9, 6, dtype=torch.float64),
+    )
     a, s, x_t = schedule.alpha(t), schedule.sigma(t), add_noise(schedule, x, eps, t)
     output = normal(6, 2, 3, seed=2)
     seen = {}
@@ -279,7 +369,12 @@ class Counting(nn.Module):
 
 def setting(steps, dtype=torch.float64):
     times, z = step_grid(steps, 3.0)[:-1], normal(5, 2, dtype=dtype)
-    return times, z, {"label": torch.arange(5) % 4}, lambda i: normal(5, 2, seed=100 + i, dtype=dtype)
+    return (
+        times,
+        z,
+        {"label": torch.arange(5) % 4},
+        lambda i: normal(5, 2, seed=100 + i, dtype=dtype),
+    )
 
 
 @pytest.mark.parametrize("renoise", ["sde", "ode"])
@@ -289,7 +384,7 @@ def test_call_counts(N, renoise):
     times, z, cond, _ = setting(N)
     for k in range(N):
         student = Counting()
-        dmd.rollout(student, Flow(), "flow_v", z, times[:k + 1], cond, renoise, lambda i: z)
+        dmd.rollout(student, Flow(), "flow_v", z, times[: k + 1], cond, renoise, lambda i: z)
         assert len(student.seen) == k
         predict_x0(student, Flow(), "flow_v", z, z.new_full((5,), times[k]), **cond)
         assert len(student.seen) == k + 1  # a training sample at step k
@@ -310,7 +405,10 @@ def test_one_step_sampler_is_one_call():
     """N = 1: the sample is predict_x0 at t = 1, without any noise added."""
     times, z, cond, fresh = setting(1)
     got = dmd.sample(RingTeacher(), Flow(), "flow_v", z, times, cond, "sde", fresh)
-    assert torch.equal(got, predict_x0(RingTeacher(), Flow(), "flow_v", z, torch.ones(5, dtype=torch.float64), **cond))
+    assert torch.equal(
+        got,
+        predict_x0(RingTeacher(), Flow(), "flow_v", z, torch.ones(5, dtype=torch.float64), **cond),
+    )
 
 
 @pytest.mark.parametrize("renoise", ["sde", "ode"])
@@ -321,18 +419,25 @@ def test_training_rollout_visits_the_sampler_s_states(renoise):
     x0 = dmd.sample(student, Flow(), "flow_v", z, times, cond, renoise, fresh)
     visited = list(student.seen)
     for k in range(4):
-        x_t = dmd.rollout(student, Flow(), "flow_v", z, times[:k + 1], cond, renoise, fresh)
-        assert torch.equal(x_t, visited[k][0]) and torch.equal(visited[k][1], z.new_full((5,), times[k]))
+        x_t = dmd.rollout(student, Flow(), "flow_v", z, times[: k + 1], cond, renoise, fresh)
+        assert torch.equal(x_t, visited[k][0]) and torch.equal(
+            visited[k][1], z.new_full((5,), times[k])
+        )
     with torch.no_grad():
-        assert torch.equal(x0, predict_x0(student, Flow(), "flow_v", x_t, z.new_full((5,), times[3]), **cond))
+        assert torch.equal(
+            x0, predict_x0(student, Flow(), "flow_v", x_t, z.new_full((5,), times[3]), **cond)
+        )
 
 
 def test_sde_adds_fresh_noise_and_ode_keeps_the_implied_noise():
-    """"sde": x_{t'} = a' x0 + s' fresh; "ode" is the Euler solver on the same times, and DDIM under VP."""
+    """ "sde": x_{t'} = a' x0 + s' fresh; "ode" is the Euler solver on the same times, and DDIM under VP."""
     times, z, cond, fresh = setting(2)
     t0, t1 = (z.new_full((5,), t) for t in times)
     x0, _ = predict_x0_eps(RingTeacher(), Flow(), "flow_v", z, t0, **cond)
-    close(dmd.rollout(RingTeacher(), Flow(), "flow_v", z, times, cond, "sde", fresh), add_noise(Flow(), x0, fresh(0), t1))
+    close(
+        dmd.rollout(RingTeacher(), Flow(), "flow_v", z, times, cond, "sde", fresh),
+        add_noise(Flow(), x0, fresh(0), t1),
+    )
     times, z, cond, fresh = setting(4)
     for schedule in (Flow(), VP()):
         predict = lambda x, t: predict_x0_eps(RingTeacher(), schedule, "vp_v", x, t, **cond)  # noqa: E731, B023
@@ -345,14 +450,27 @@ def test_sampler_of_an_exact_student_has_the_data_s_law():
     m, c, n = 0.7, 0.4, 40000
     times, g = [1.0, 0.8, 0.4], torch.Generator().manual_seed(3)
 
-    def student(x, t):  # draws x0 ~ p(x0 | x_t), the N-step optimum, and returns the velocity that says so
+    def student(
+        x, t
+    ):  # draws x0 ~ p(x0 | x_t), the N-step optimum, and returns the velocity that says so
         a, s = 1 - t[:, None], t[:, None]
         std = c * s / (a**2 * c**2 + s**2).sqrt()
         x0 = posterior_mean(x, m, c, a, s) + std * torch.randn(x.shape, generator=g, dtype=x.dtype)
         return (x - x0) / s
 
-    x = dmd.sample(student, Flow(), "flow_v", normal(n, 1), times, {}, "sde", lambda i: normal(n, 1, seed=50 + i))
-    assert float(x.mean()) == pytest.approx(m, abs=0.01) and float(x.std()) == pytest.approx(c, abs=0.01)
+    x = dmd.sample(
+        student,
+        Flow(),
+        "flow_v",
+        normal(n, 1),
+        times,
+        {},
+        "sde",
+        lambda i: normal(n, 1, seed=50 + i),
+    )
+    assert float(x.mean()) == pytest.approx(m, abs=0.01) and float(x.std()) == pytest.approx(
+        c, abs=0.01
+    )
 
 
 def test_gradient_stops_at_the_rollout():
@@ -362,8 +480,12 @@ def test_gradient_stops_at_the_rollout():
 
     def gradient(make_input):
         student.zero_grad()
-        predict_x0(student, Flow(), "flow_v", make_input(), z.new_full((5,), times[2]), **cond).square().mean().backward()
-        return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]).clone()
+        predict_x0(
+            student, Flow(), "flow_v", make_input(), z.new_full((5,), times[2]), **cond
+        ).square().mean().backward()
+        return torch.cat(
+            [p.grad.flatten() for p in student.parameters() if p.grad is not None]
+        ).clone()
 
     roll = lambda: dmd.rollout(student, Flow(), "flow_v", z, times, cond, "sde", fresh)  # noqa: E731
     constant = roll().detach()
@@ -396,11 +518,18 @@ def test_gan_losses_at_zero_logits():
     zero, one = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     close(dmd.discriminator_loss(zero, zero), 2 * math.log(2), 1e-12)
     close(dmd.generator_gan_loss(zero), math.log(2), 1e-12)
-    assert dmd.discriminator_loss(logit_real=one, logit_fake=-one) < dmd.discriminator_loss(zero, zero) < dmd.discriminator_loss(-one, one)
+    assert (
+        dmd.discriminator_loss(logit_real=one, logit_fake=-one)
+        < dmd.discriminator_loss(zero, zero)
+        < dmd.discriminator_loss(-one, one)
+    )
     assert dmd.generator_gan_loss(one) < dmd.generator_gan_loss(zero)
     r, f = normal(3), normal(3, seed=1)  # cross-entropy with real = 1, fake = 0
     ce = F.binary_cross_entropy_with_logits
-    close(dmd.discriminator_loss(r, f), ce(r, one) + ce(f, zero)), close(dmd.generator_gan_loss(f), ce(f, one))
+    (
+        close(dmd.discriminator_loss(r, f), ce(r, one) + ce(f, zero)),
+        close(dmd.generator_gan_loss(f), ce(f, one)),
+    )
 
 
 def gan_setting():
@@ -420,9 +549,16 @@ def test_discriminator_turn_trains_head_and_encoder_only():
     assert logits[0].shape == (4,)
     dmd.discriminator_loss(*logits).backward()
     trained = {n for n, p in fake.named_parameters() if p.grad is not None and p.grad.any()}
-    after = tuple(f"blocks.{i}." for i in range(len(fake.blocks) // 2 + 1, len(fake.blocks))) + ("final", "skip")
+    after = tuple(f"blocks.{i}." for i in range(len(fake.blocks) // 2 + 1, len(fake.blocks))) + (
+        "final",
+        "skip",
+    )
     assert trained == {n for n, _ in fake.named_parameters() if not n.startswith(after)}
-    assert all(p.grad is None or not p.grad.any() for n, p in fake.named_parameters() if n.startswith(after))
+    assert all(
+        p.grad is None or not p.grad.any()
+        for n, p in fake.named_parameters()
+        if n.startswith(after)
+    )
     assert all(p.grad.any() for p in head.parameters()) and not has_gradient(student)
 
 
@@ -432,9 +568,13 @@ def test_generator_turn_passes_through_the_frozen_fake():
     fake.requires_grad_(False), head.requires_grad_(False)
     x.requires_grad_(True)
     dmd.generator_gan_loss(dmd.gan_logit(fake, head, Flow(), x, eps, t, cond)).backward()
-    assert (x.grad.flatten(1).abs().amax(1) > 0).all() and not has_gradient(fake) and not has_gradient(head)
+    assert (
+        (x.grad.flatten(1).abs().amax(1) > 0).all()
+        and not has_gradient(fake)
+        and not has_gradient(head)
+    )
     x_t = add_noise(Flow(), x.detach(), eps, t).requires_grad_(True)
-    dmd.generator_gan_loss(head(fake(x_t, t, return_features=True, **cond)[1])).backward()
+    dmd.generator_gan_loss(head(fake(x_t, t, return_features=True, **cond))).backward()
     torch.testing.assert_close(x.grad, (1 - t)[:, None, None, None] * x_t.grad)
 
 
@@ -443,8 +583,12 @@ def test_gan_sees_noised_samples():
     _, fake, head, cond, (x, other, e1, _), _ = gan_setting()
     with torch.no_grad():
         one, half = torch.ones(4), torch.full((4,), 0.5)
-        assert torch.equal(*(dmd.gan_logit(fake, head, Flow(), y, e1, one, cond) for y in (x, other)))
-        assert not torch.allclose(*(dmd.gan_logit(fake, head, Flow(), y, e1, half, cond) for y in (x, other)))
+        assert torch.equal(
+            *(dmd.gan_logit(fake, head, Flow(), y, e1, one, cond) for y in (x, other))
+        )
+        assert not torch.allclose(
+            *(dmd.gan_logit(fake, head, Flow(), y, e1, half, cond) for y in (x, other))
+        )
 
 
 # ---- the training loop -------------------------------------------------------------------------------------------
@@ -455,7 +599,15 @@ def test_gan_sees_noised_samples():
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_fake_is_updated_R_times_per_student_update(monkeypatch, tmp_path, script, R, accumulation):
     """Each step is R fake updates then one student update, whatever the accumulation, and every fake update sees fresh samples."""
-    diary = ring_run(monkeypatch, script, tmp_path, "--fake_update_ratio", str(R), "--gradient_accumulation_steps", str(accumulation))
+    diary = ring_run(
+        monkeypatch,
+        script,
+        tmp_path,
+        "--fake_update_ratio",
+        str(R),
+        "--gradient_accumulation_steps",
+        str(accumulation),
+    )
     assert diary.updates == ([("fake-score", "fake")] * R + [("student", "student")]) * 3
     assert len(diary.fake_samples) == 3 * R * accumulation
     assert len({tuple(x.flatten().tolist()) for x in diary.fake_samples}) == len(diary.fake_samples)
@@ -486,14 +638,41 @@ def test_matching_step_in_the_loop(monkeypatch, tmp_path):
         return real(fake, schedule, kind, x, eps, t, cond)
 
     diary = Diary(monkeypatch, dmd)
-    for name, spy in (("guided_x0", on_guided), ("distribution_matching_gradient", on_gradient), ("fake_score_loss", on_fake_loss)):
+    for name, spy in (
+        ("guided_x0", on_guided),
+        ("distribution_matching_gradient", on_gradient),
+        ("fake_score_loss", on_fake_loss),
+    ):
         diary.wrap(monkeypatch, dmd, name, spy)
-    dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "20", "--train_batch_size", "64", "--guidance_scale", "2",
-              "--timestep_shift", "3", "--fake_update_ratio", "1", "--dm_range", "0.3", "0.6"])
+    dmd.main(
+        [
+            "--teacher",
+            "ring",
+            "--output_dir",
+            str(tmp_path),
+            "--max_train_steps",
+            "20",
+            "--train_batch_size",
+            "64",
+            "--guidance_scale",
+            "2",
+            "--timestep_shift",
+            "3",
+            "--fake_update_ratio",
+            "1",
+            "--dm_range",
+            "0.3",
+            "0.6",
+        ]
+    )
     u, eps = (torch.cat(v) for v in zip(*matched))
     assert len(u) == 20 * 64 and 0.299 < u.min() < 0.31 and 0.59 < u.max() < 0.601
     assert eps.mean().abs() < 0.1 and abs(eps.std() - 1) < 0.1
-    assert torch.cat(fake_times).min() < 0.02 and torch.cat(fake_times).max() > 0.98 and abs(torch.cat(fake_times).mean() - 0.5) < 0.04
+    assert (
+        torch.cat(fake_times).min() < 0.02
+        and torch.cat(fake_times).max() > 0.98
+        and abs(torch.cat(fake_times).mean() - 0.5) < 0.04
+    )
 
 
 def test_real_input_is_noised_data_with_its_own_label(monkeypatch, tmp_path):
@@ -507,9 +686,27 @@ def test_real_input_is_noised_data_with_its_own_label(monkeypatch, tmp_path):
 
     diary = Diary(monkeypatch, dmd)
     real_predict = dmd.predict_x0
-    monkeypatch.setattr(dmd, "predict_x0", lambda *args, **cond: on_predict(real_predict, *args, **cond))
-    dmd.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "12", "--train_batch_size", "32", "--student_steps", "8",
-              "--student_input", "real", "--fake_update_ratio", "1"])
+    monkeypatch.setattr(
+        dmd, "predict_x0", lambda *args, **cond: on_predict(real_predict, *args, **cond)
+    )
+    dmd.main(
+        [
+            "--teacher",
+            "ring",
+            "--output_dir",
+            str(tmp_path),
+            "--max_train_steps",
+            "12",
+            "--train_batch_size",
+            "32",
+            "--student_steps",
+            "8",
+            "--student_input",
+            "real",
+            "--fake_update_ratio",
+            "1",
+        ]
+    )
     assert {length for length, _ in diary.rollouts} == {0}
     x_t, label = (torch.cat(v) for v in zip(*student_inputs))
     nearest = torch.cdist(x_t.double(), RingTeacher().means).argmin(1) % 4
@@ -518,7 +715,7 @@ def test_real_input_is_noised_data_with_its_own_label(monkeypatch, tmp_path):
 
 def expected_student_loss(nets, gan=0.0, regression=0.0, no_fake=False, folder=None):
     """The student's loss of step 0 written out once more from the draws (its gradient is what counts)."""
-    draw = io.Draws(0, 0, "student", range(8))
+    draw = Draws(0, 0, "student", range(8))
     z, eps, label = draw.normal("z", (2,)), draw.normal("eps", (2,)), draw.integer("cond", 4)
     t = draw.spread("u", 0.02, 0.98)
     x = z - nets["student"](z, torch.ones(8), label)
@@ -529,42 +726,69 @@ def expected_student_loss(nets, gan=0.0, regression=0.0, no_fake=False, folder=N
     loss = (g * x).sum() / x.numel()
     if gan:
         t, eps = draw.spread("u_gan")[:, None], draw.normal("eps_gan", (2,))
-        _, features = nets["fake"]((1 - t) * x + t * eps, t[:, 0], label, return_features=True)
+        features = nets["fake"]((1 - t) * x + t * eps, t[:, 0], label, return_features=True)
         loss = loss + gan * F.softplus(-nets["head"](features)).mean()
     if regression:
-        pairs = io.load_tensors(str(folder / "state" / "pairs.safetensors"))
+        pairs = load_tensors(str(folder / "state" / "pairs.safetensors"))
         i = draw.integer("pair", 16)
         y = pairs["z"][i] - nets["student"](pairs["z"][i], torch.ones(8), pairs["index"][i])
         loss = loss + regression * (y - pairs["y"][i]).square().mean()
     return loss
 
 
-@pytest.mark.parametrize("flags, terms", [
-    ([], {}), (["--gan_weight", "0.3"], {"gan": 0.3}), (["--no_fake_score"], {"no_fake": True}),
-    (["--regression_weight", "0.25", "--regression_pairs", "16", "--teacher_steps", "2"], {"regression": 0.25})])
+@pytest.mark.parametrize(
+    "flags, terms",
+    [
+        ([], {}),
+        (["--gan_weight", "0.3"], {"gan": 0.3}),
+        (["--no_fake_score"], {"no_fake": True}),
+        (
+            ["--regression_weight", "0.25", "--regression_pairs", "16", "--teacher_steps", "2"],
+            {"regression": 0.25},
+        ),
+    ],
+)
 def test_student_gradient_in_the_loop(monkeypatch, tmp_path, flags, terms):
     """What reaches the student's weights in a real step: matching, GAN, regression and the ablation, each with its own draws, labels and sign."""
     diary = one_step(monkeypatch, dmd, tmp_path, *flags)
     nets, grads = diary.at["student"]
-    want = torch.autograd.grad(expected_student_loss(nets, folder=tmp_path, **terms), list(nets["student"].parameters()))
+    want = torch.autograd.grad(
+        expected_student_loss(nets, folder=tmp_path, **terms), list(nets["student"].parameters())
+    )
     for a, b in zip(grads["student"], want):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
     if "regression" in terms:  # the pairs are the teacher's ODE: two Heun steps from z
-        pairs, teacher = io.load_tensors(str(tmp_path / "state" / "pairs.safetensors")), RingTeacher()
+        pairs, teacher = load_tensors(str(tmp_path / "state" / "pairs.safetensors")), RingTeacher()
         x = pairs["z"]
         for t, s in ((1.0, 0.5), (0.5, 0.0)):
             v = teacher(x, torch.full((16,), t), pairs["index"])
             euler = x + (s - t) * v
-            x = euler if s == 0 else x + (s - t) / 2 * (v + teacher(euler, torch.full((16,), s), pairs["index"]))
+            x = (
+                euler
+                if s == 0
+                else x + (s - t) / 2 * (v + teacher(euler, torch.full((16,), s), pairs["index"]))
+            )
         torch.testing.assert_close(pairs["y"], x, rtol=1e-4, atol=1e-5)
 
 
 @both
 def test_fake_and_discriminator_gradient_in_the_loop(monkeypatch, tmp_path, script):
     """The fake's turn: denoising of student samples plus w_D times the discriminator, real data under its own labels, three noise levels."""
-    diary = one_step(monkeypatch, script, tmp_path, "--gan_weight", "0.3", "--gan_weight_d", "0.2", "--student_steps", "1", "--seed", "1")
+    diary = one_step(
+        monkeypatch,
+        script,
+        tmp_path,
+        "--gan_weight",
+        "0.3",
+        "--gan_weight_d",
+        "0.2",
+        "--student_steps",
+        "1",
+        "--seed",
+        "1",
+    )
     nets, grads = diary.at["fake-score"]
-    draw = io.Draws(1, 0, 0, range(8))
+    draw = Draws(1, 0, 0, range(8))
     z, label = draw.normal("z", (2,)), draw.integer("cond", 4)
     x = (z - nets["student"](z, torch.ones(8), label)).detach()
     t, eps = draw.spread("u")[:, None], draw.normal("eps", (2,))
@@ -573,7 +797,7 @@ def test_fake_and_discriminator_gradient_in_the_loop(monkeypatch, tmp_path, scri
     i = draw.integer("real_gan", 20000)
     for name, x0, y, sign in (("fake", x, label, 1), ("real", data[i], data_label[i], -1)):
         t, eps = draw.spread(f"u_gan_{name}")[:, None], draw.normal(f"eps_gan_{name}", (2,))
-        _, features = nets["fake"]((1 - t) * x0 + t * eps, t[:, 0], y, return_features=True)
+        features = nets["fake"]((1 - t) * x0 + t * eps, t[:, 0], y, return_features=True)
         loss = loss + 0.2 * F.softplus(sign * nets["head"](features)).mean()
     parameters = [*nets["fake"].parameters(), *nets["head"].parameters()]
     for a, b in zip([*grads["fake"], *grads["head"]], torch.autograd.grad(loss, parameters)):
@@ -591,16 +815,42 @@ def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path, script):
         if what == "student":
             weights.append([p.detach().clone() for p in diary.student.parameters()])
         return norm
+
     diary = Diary(monkeypatch, script)
     diary.wrap(monkeypatch, script, "update", on_update)
-    script.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "4", "--train_batch_size", "8", "--fake_update_ratio", "1",
-                 "--lr_warmup_steps", "2", "--lr_decay_share", "0.5", "--learning_rate", "1e-2", "--learning_rate_fake", "3e-2", "--ema_decay", "0.45",
-                 "--student_steps", "1"])
-    assert rates["student"] == pytest.approx([5e-3, 1e-2, 1e-2, 5e-3]) and rates["fake-score"] == pytest.approx([1.5e-2, 3e-2, 3e-2, 1.5e-2])
+    script.main(
+        [
+            "--teacher",
+            "ring",
+            "--output_dir",
+            str(tmp_path),
+            "--max_train_steps",
+            "4",
+            "--train_batch_size",
+            "8",
+            "--fake_update_ratio",
+            "1",
+            "--lr_warmup_steps",
+            "2",
+            "--lr_decay_share",
+            "0.5",
+            "--learning_rate",
+            "1e-2",
+            "--learning_rate_fake",
+            "3e-2",
+            "--ema_decay",
+            "0.45",
+            "--student_steps",
+            "1",
+        ]
+    )
+    assert rates["student"] == pytest.approx([5e-3, 1e-2, 1e-2, 5e-3]) and rates[
+        "fake-score"
+    ] == pytest.approx([1.5e-2, 3e-2, 3e-2, 1.5e-2])
     ema = [p.detach().clone() for p in ring_network(0).parameters()]
     for decay, now in zip((0.25, 0.4, 0.45, 0.45), weights):
         ema = [decay * a + (1 - decay) * b for a, b in zip(ema, now)]
-    saved = io.load_network(str(tmp_path / "student"))[0]
+    saved = load_network(str(tmp_path / "student"))[0]
     for a, b in zip(saved.parameters(), ema):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -608,15 +858,45 @@ def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path, script):
 @each
 def test_report_of_a_world(monkeypatch, tmp_path, script):
     """report.json's rows: calls counted with guidance, fd_excess against the data row, fd_teacher against the teacher's samples."""
-    monkeypatch.setattr(toy, "fit_ring_network", lambda teacher, seed: ring_network(seed))
-    script.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "2", "--train_batch_size", "8", "--teacher_steps", "4",
-                 "--guidance_scale", "2", "--student_steps", "2"])
-    report = io.load_json(str(tmp_path / "report.json"))
+    monkeypatch.setattr(teachers, "fit_ring_network", lambda teacher, seed: ring_network(seed))
+    script.main(
+        [
+            "--teacher",
+            "ring",
+            "--output_dir",
+            str(tmp_path),
+            "--max_train_steps",
+            "2",
+            "--train_batch_size",
+            "8",
+            "--teacher_steps",
+            "4",
+            "--guidance_scale",
+            "2",
+            "--student_steps",
+            "2",
+        ]
+    )
+    report = load_json(str(tmp_path / "report.json"))
     rows = {r["name"]: r for r in report["results"]}
-    assert {n: r["nfe"] for n, r in rows.items()} == {"data": 0, "teacher": 14, "teacher_same_steps": 4, "student": 2}
-    assert all(r["fd_excess"] == pytest.approx(r["fd"] - rows["data"]["fd"]) for r in rows.values()) and rows["data"]["fd_excess"] == 0
-    assert rows["student"]["fd_teacher"] > 10 and rows["teacher_same_steps"]["fd_teacher"] > 10  # untrained, and two Euler steps
-    assert rows["teacher"]["fd"] < rows["teacher_same_steps"]["fd"] and report["steps"] == 2 and report["seed"] == 0
+    assert {n: r["nfe"] for n, r in rows.items()} == {
+        "data": 0,
+        "teacher": 14,
+        "teacher_same_steps": 4,
+        "student": 2,
+    }
+    assert (
+        all(r["fd_excess"] == pytest.approx(r["fd"] - rows["data"]["fd"]) for r in rows.values())
+        and rows["data"]["fd_excess"] == 0
+    )
+    assert (
+        rows["student"]["fd_teacher"] > 10 and rows["teacher_same_steps"]["fd_teacher"] > 10
+    )  # untrained, and two Euler steps
+    assert (
+        rows["teacher"]["fd"] < rows["teacher_same_steps"]["fd"]
+        and report["steps"] == 2
+        and report["seed"] == 0
+    )
     assert {"patch_swd", "accuracy", "diversity"} <= set(rows["student"])
 
 
@@ -624,7 +904,9 @@ def test_no_fake_score_never_updates_the_fake(monkeypatch, tmp_path):
     """The ablation trains the student alone; the fake keeps its initial weights."""
     diary = ring_run(monkeypatch, dmd, tmp_path, "--no_fake_score")
     assert diary.updates == [("student", "student")] * 3
-    assert all(torch.equal(a, b) for a, b in zip(diary.fake.parameters(), ring_network(0).parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(diary.fake.parameters(), ring_network(0).parameters())
+    )
 
 
 @each
@@ -633,10 +915,20 @@ def test_accumulation_is_a_larger_batch(monkeypatch, tmp_path, script):
     flags = [] if script is tdm else ["--gan_weight", "0.1"]
     one = ring_run(monkeypatch, script, tmp_path / "one", *flags, batch=16)
     monkeypatch.undo()
-    two = ring_run(monkeypatch, script, tmp_path / "two", *flags, "--gradient_accumulation_steps", "2")
-    assert one.norms == pytest.approx(two.norms, rel=1e-3)  # before clipping: Adam alone would forgive a wrong scale
-    assert any(not torch.equal(a, b) for a, b in zip(one.student.hidden.parameters(), ring_network(0).hidden.parameters()))
-    for a, b in zip([*one.student.parameters(), *one.fake.parameters()], [*two.student.parameters(), *two.fake.parameters()]):
+    two = ring_run(
+        monkeypatch, script, tmp_path / "two", *flags, "--gradient_accumulation_steps", "2"
+    )
+    assert one.norms == pytest.approx(
+        two.norms, rel=1e-3
+    )  # before clipping: Adam alone would forgive a wrong scale
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(one.student.hidden.parameters(), ring_network(0).hidden.parameters())
+    )
+    for a, b in zip(
+        [*one.student.parameters(), *one.fake.parameters()],
+        [*two.student.parameters(), *two.fake.parameters()],
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
     for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
         for name in a:
@@ -649,10 +941,23 @@ def test_accumulation_is_a_larger_batch(monkeypatch, tmp_path, script):
 def test_multi_step_training_simulates_the_student(monkeypatch, tmp_path, script, precision):
     """N = 3: every training input is a rollout of 0 to 2 steps without gradient, one length for the batch, and the call after it
     sends gradients to every weight (under autocast too, where weights cast during the rollout must not be reused)."""
-    diary = ring_run(monkeypatch, script, tmp_path, "--student_steps", "3", "--mixed_precision", precision, "--fake_update_ratio", "1", steps=6)
+    diary = ring_run(
+        monkeypatch,
+        script,
+        tmp_path,
+        "--student_steps",
+        "3",
+        "--mixed_precision",
+        precision,
+        "--fake_update_ratio",
+        "1",
+        steps=6,
+    )
     lengths, gradient_on = zip(*diary.rollouts)
     assert len(lengths) == 12 and set(lengths) == {0, 1, 2} and not any(gradient_on)
-    assert all(g["student_all"] for (what, _), g in zip(diary.updates, diary.grads) if what == "student")
+    assert all(
+        g["student_all"] for (what, _), g in zip(diary.updates, diary.grads) if what == "student"
+    )
 
 
 @both
@@ -677,16 +982,35 @@ def test_fake_is_told_the_step_of_its_samples(monkeypatch, tmp_path, script, sha
     diary, real_predict = Diary(monkeypatch, script), script.predict_x0
     diary.wrap(monkeypatch, script, "fake_score_loss", on_fake_loss)
     monkeypatch.setattr(script, "predict_x0", on_predict)
-    script.main(["--teacher", "ring", "--output_dir", str(tmp_path), "--max_train_steps", "8", "--train_batch_size", "4", "--student_steps", "3",
-                 "--fake_update_ratio", "1", *(["--shared_fake"] if shared else [])])
+    script.main(
+        [
+            "--teacher",
+            "ring",
+            "--output_dir",
+            str(tmp_path),
+            "--max_train_steps",
+            "8",
+            "--train_batch_size",
+            "4",
+            "--student_steps",
+            "3",
+            "--fake_update_ratio",
+            "1",
+            *(["--shared_fake"] if shared else []),
+        ]
+    )
     assert len(told) == 16 and {length for length, _ in diary.rollouts} == {0, 1, 2}
     for i, steps in told:
-        assert steps is None if shared else (steps == diary.rollouts[i][0]).all() and steps.shape == (4,)
+        assert (
+            steps is None
+            if shared
+            else (steps == diary.rollouts[i][0]).all() and steps.shape == (4,)
+        )
     x, t, label = normal(5, 2, dtype=torch.float32), torch.rand(5), torch.arange(5) % 4
     extra = {} if shared else {"steps": torch.tensor([0.0, 1, 2, 0, 1])}
     assert torch.equal(start["fake"](x, t, label, **extra), start["student"](x, t, label))
     assert shared or diary.fake.steps.weight.abs().max() > 0
-    assert io.load_network(str(tmp_path / "student"))[1]["steps_cond"] is False
+    assert load_network(str(tmp_path / "student"))[1]["steps_cond"] is False
 
 
 @both
@@ -694,17 +1018,43 @@ def test_stop_gradients_in_the_real_loop(monkeypatch, tmp_path, script):
     """With the GAN on, a fake turn leaves no gradient in the student, a student turn none in fake or head, and neither any in the
     teacher, whose weights end bit-equal to the file."""
     teacher = small_dit(depth=2)
-    io.save_network(teacher, io.network_config(teacher), str(tmp_path / "teacher"))
-    io.save_tensors({"x0": normal(20, 1, 4, 4, dtype=torch.float32), "cond.label": torch.arange(20) % 3}, str(tmp_path / "data.safetensors"))
+    save_network(teacher, network_config(teacher), str(tmp_path / "teacher"))
+    save_tensors(
+        {"x0": normal(20, 1, 4, 4, dtype=torch.float32), "cond.label": torch.arange(20) % 3},
+        str(tmp_path / "data.safetensors"),
+    )
     diary = Diary(monkeypatch, script)
-    script.main(["--teacher", str(tmp_path / "teacher"), "--data", str(tmp_path / "data.safetensors"), "--output_dir", str(tmp_path / "run"),
-                 "--max_train_steps", "2", "--train_batch_size", "4", "--gan_weight", "0.1", "--checkpointing_steps", "1000"])
+    script.main(
+        [
+            "--teacher",
+            str(tmp_path / "teacher"),
+            "--data",
+            str(tmp_path / "data.safetensors"),
+            "--output_dir",
+            str(tmp_path / "run"),
+            "--max_train_steps",
+            "2",
+            "--train_batch_size",
+            "4",
+            "--gan_weight",
+            "0.1",
+            "--checkpointing_steps",
+            "1000",
+        ]
+    )
     assert len(diary.updates) == 6
     for (what, _), has in zip(diary.updates, diary.grads):
         fake_turn = what == "fake-score"
-        assert (has["fake"], has["head"], has["student"], has["teacher"]) == (fake_turn, fake_turn, not fake_turn, False)
+        assert (has["fake"], has["head"], has["student"], has["teacher"]) == (
+            fake_turn,
+            fake_turn,
+            not fake_turn,
+            False,
+        )
     assert not any(p.requires_grad for p in diary.teacher.net.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(diary.teacher.net.parameters(), teacher.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(diary.teacher.net.parameters(), teacher.parameters())
+    )
     for net in (diary.student, diary.fake):
         assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), teacher.parameters()))
 
@@ -712,11 +1062,26 @@ def test_stop_gradients_in_the_real_loop(monkeypatch, tmp_path, script):
 def test_regression_pairs_are_teacher_samples(tmp_path):
     """DMD v1's (z, y): y is the teacher's ODE sample from z, in whatever batches, and a second call reads the file."""
     path = str(tmp_path / "pairs.safetensors")
-    args = dmd.parse_args(["--teacher", "ring", "--regression_pairs", "10", "--teacher_steps", "4", "--train_batch_size", "4"])
-    teacher = io.load_teacher("ring", dmd.WORLDS)
-    conditions = io.Conditions(args, RingMLP())
-    z, y, index = dmd.make_regression_pairs(args, teacher, conditions, (2,), torch.device("cpu"), path)
-    want = dmd.sample_teacher(teacher.net, Flow(), "flow_v", z, step_grid(4), *conditions.pick(index, "cpu"), 1.0, "heun")
+    args = dmd.parse_args(
+        [
+            "--teacher",
+            "ring",
+            "--regression_pairs",
+            "10",
+            "--teacher_steps",
+            "4",
+            "--train_batch_size",
+            "4",
+        ]
+    )
+    teacher = load_teacher("ring", dmd.WORLDS)
+    conditions = Conditions(args, RingMLP())
+    z, y, index = dmd.make_regression_pairs(
+        args, teacher, conditions, (2,), torch.device("cpu"), path
+    )
+    want = dmd.sample_teacher(
+        teacher.net, Flow(), "flow_v", z, step_grid(4), *conditions.pick(index, "cpu"), 1.0, "heun"
+    )
     torch.testing.assert_close(y, want)
     again = dmd.make_regression_pairs(args, None, conditions, (2,), None, path)
     assert all(torch.equal(a, b) for a, b in zip(again, (z, y, index)))
@@ -732,7 +1097,7 @@ def test_update_clips_and_refuses_what_is_not_finite():
     assert p.grad is None
     for loss, grad in ((float("nan"), 1.0), (0.0, float("inf"))):
         p.grad = torch.tensor([grad, 0.0])
-        with pytest.raises(io.TrainingError, match="not finite"):
+        with pytest.raises(TrainingError, match="not finite"):
             dmd.update([optimizer], 1.0, "student", torch.tensor(loss))
         torch.testing.assert_close(p.data, torch.tensor([0.4, 1.2]))
 
@@ -742,9 +1107,9 @@ def test_update_clips_and_refuses_what_is_not_finite():
 
 def test_draws_belong_to_rows():
     """Row i's numbers depend on (seed, step, inner, name, i) alone: any split, order or number of ranks gives the same."""
-    whole = io.Draws(5, 3, 0, range(8))
+    whole = Draws(5, 3, 0, range(8))
     for rows in ([3], [7, 0, 3], range(4, 8)):
-        part = io.Draws(5, 3, 0, rows)
+        part = Draws(5, 3, 0, rows)
         i = torch.tensor(list(rows))
         assert torch.equal(part.normal("z", (3, 7)), whole.normal("z", (3, 7))[i])
         assert torch.equal(part.uniform("u", 0.2, 0.4), whole.uniform("u", 0.2, 0.4)[i])
@@ -755,9 +1120,14 @@ def test_draws_belong_to_rows():
 
 def test_draws_differ_in_every_part_of_their_key():
     """Another seed, step, inner update or name is another stream."""
-    base = io.Draws(5, 3, 0, range(4)).normal("z", (4,))
-    others = [io.Draws(6, 3, 0, range(4)), io.Draws(5, 4, 0, range(4)), io.Draws(5, 3, 1, range(4)), io.Draws(5, 3, "student", range(4))]
-    for x in [d.normal("z", (4,)) for d in others] + [io.Draws(5, 3, 0, range(4)).normal("eps", (4,))]:
+    base = Draws(5, 3, 0, range(4)).normal("z", (4,))
+    others = [
+        Draws(6, 3, 0, range(4)),
+        Draws(5, 4, 0, range(4)),
+        Draws(5, 3, 1, range(4)),
+        Draws(5, 3, "student", range(4)),
+    ]
+    for x in [d.normal("z", (4,)) for d in others] + [Draws(5, 3, 0, range(4)).normal("eps", (4,))]:
         assert (x != base).all()
 
 
@@ -765,21 +1135,29 @@ def test_draws_are_equal_across_processes():
     """Another process with another PYTHONHASHSEED draws the same numbers."""
     code = "from models.io import Draws; d = Draws(5, 'pairs', 0, range(3)); print(d.normal('z', (2,)).tolist(), d.agreed('k', 10**6))"
     env = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
-    d = io.Draws(5, "pairs", 0, range(3))
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    ).stdout
+    d = Draws(5, "pairs", 0, range(3))
     assert out.strip() == f"{d.normal('z', (2,)).tolist()} {d.agreed('k', 10**6)}"
 
 
 def test_draws_have_the_right_law():
     """Across 4,000 rows: normal moments, uniform quantiles, integers alike, and no correlation between neighbouring rows, names or steps."""
     n = 4000
-    draw = io.Draws(0, 1, 0, range(n))
+    draw = Draws(0, 1, 0, range(n))
     x, u, k = draw.normal("z", (3,)), draw.uniform("u"), draw.integer("k", 10)
     assert x.mean(0).abs().max() < 4 / n**0.5 and (x.var(0) - 1).abs().max() < 4 * (2 / n) ** 0.5
-    assert (u.sort().values - (torch.arange(n) + 0.5) / n).abs().max() < 1.95 / n**0.5  # Kolmogorov-Smirnov at 0.1 %
-    assert 0 <= u.min() and u.max() < 1 and (k.bincount(minlength=10) - n / 10).abs().max() < 4 * (n * 0.09) ** 0.5
+    assert (
+        u.sort().values - (torch.arange(n) + 0.5) / n
+    ).abs().max() < 1.95 / n**0.5  # Kolmogorov-Smirnov at 0.1 %
+    assert (
+        0 <= u.min()
+        and u.max() < 1
+        and (k.bincount(minlength=10) - n / 10).abs().max() < 4 * (n * 0.09) ** 0.5
+    )
     assert len(x[:, 0].unique()) > n - 5
-    neighbour = [x.roll(1, 0), io.Draws(0, 2, 0, range(n)).normal("z", (3,)), draw.normal("eps", (3,))]
+    neighbour = [x.roll(1, 0), Draws(0, 2, 0, range(n)).normal("z", (3,)), draw.normal("eps", (3,))]
     for y in neighbour:
         assert ((x.T @ y) / n).abs().max() < 4 / n**0.5
     assert (x.T @ x / n - torch.eye(3)).triu(1).abs().max() < 4 / n**0.5
@@ -788,7 +1166,9 @@ def test_draws_have_the_right_law():
 def test_spread_is_uniform_per_row_and_even_over_a_batch():
     """Over 4,000 steps any one row is uniform, whatever the step before drew; within any batch no gap is wider than three times the mean."""
     n = 4000
-    u = torch.stack([io.Draws(0, step, 0, [0, 5, 63]).spread("u", 0.02, 0.98) for step in range(n)])  # (n, 3)
+    u = torch.stack(
+        [Draws(0, step, 0, [0, 5, 63]).spread("u", 0.02, 0.98) for step in range(n)]
+    )  # (n, 3)
     assert u.min() >= 0.02 and u.max() <= 0.98
     quantile = 0.02 + 0.96 * (torch.arange(n) + 0.5) / n
     assert (u.sort(0).values - quantile[:, None]).abs().max() < 1.95 / n**0.5
@@ -796,13 +1176,15 @@ def test_spread_is_uniform_per_row_and_even_over_a_batch():
     assert steps.mean().abs() < 4 * (0.96**2 / 12) / n**0.5
     for B in (4, 64, 96):
         for step in range(20):
-            batch = io.Draws(1, step, "student", range(7 * B, 8 * B)).spread("u").sort().values
+            batch = Draws(1, step, "student", range(7 * B, 8 * B)).spread("u").sort().values
             gaps = torch.cat([batch.diff(), batch[:1] + 1 - batch[-1:]])
             assert gaps.max() < 3 / B, (B, step)
 
 
 def test_agreed_ignores_rows():
     """One integer for all ranks: whatever the rows, and spread over its range across steps."""
-    assert len({io.Draws(0, 7, 0, rows).agreed("k", 1000) for rows in ([0], [5, 6], range(64))}) == 1
-    counts = torch.tensor([io.Draws(0, step, 0, [0]).agreed("k", 4) for step in range(2000)]).bincount(minlength=4)
+    assert len({Draws(0, 7, 0, rows).agreed("k", 1000) for rows in ([0], [5, 6], range(64))}) == 1
+    counts = torch.tensor([Draws(0, step, 0, [0]).agreed("k", 4) for step in range(2000)]).bincount(
+        minlength=4
+    )
     assert (counts - 500).abs().max() < 4 * (2000 * 3 / 16) ** 0.5

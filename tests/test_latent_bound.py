@@ -1,33 +1,47 @@
 """The Wasserstein bound: each term against another way to compute it, the inequality on every case, and where the printed form fails."""
-import math
 
-import pytest
-import torch
+import math
 
 import latent_bound
 import latent_claims
+import pytest
+import torch
 from latent_bound import COUNTEREXAMPLE, PCA, generated, slope, terms
+
 from latent_fm import dormand_prince
-from models.latent_space import PatchPCA
-from models.toy import frechet_distance
+from models.networks.autoencoders import PatchPCA
+from models.worlds.measures import frechet_distance
 
 
 @pytest.mark.parametrize("case", PCA, ids=str)
 def test_bound_holds_for_pca(case):
     """The printed form, its sharper and its looser kin, and the latent one, on each case; twice the printed form is above the triangle's."""
     r = terms(**case)
-    assert r.w2 <= r.sharper + 1e-9 and r.sharper <= r.printed + 1e-9 and r.printed <= r.triangle + 1e-9 <= 2 * r.printed + 2e-9
+    assert (
+        r.w2 <= r.sharper + 1e-9
+        and r.sharper <= r.printed + 1e-9
+        and r.printed <= r.triangle + 1e-9 <= 2 * r.printed + 2e-9
+    )
     assert r.w2_latent <= r.latent + 1e-9 and r.w2 <= r.triangle + 1e-9
     assert r.w2 == pytest.approx(r.delta + r.lipschitz_decoder**2 * r.w2_latent)  # Pythagoras
 
 
-@pytest.mark.parametrize("e1, e2, eps, w2, printed, sharper", [
-    (0, 0, 0, 0.25, 0.25, 0.25), (0.1, 0, 0.01 * 2 / 3, 0.2862, 0.904, 0.3815), (0, 0.1, 0.01, 0.3121, 1.053, 0.4675),
-    (0.3, -0.2, 0.1, 0.704, 14.89, 1.898), (-0.5, 0.5, 0.41667, 4.544, 91.25, 16.19)])
+@pytest.mark.parametrize(
+    "e1, e2, eps, w2, printed, sharper",
+    [
+        (0, 0, 0, 0.25, 0.25, 0.25),
+        (0.1, 0, 0.01 * 2 / 3, 0.2862, 0.904, 0.3815),
+        (0, 0.1, 0.01, 0.3121, 1.053, 0.4675),
+        (0.3, -0.2, 0.1, 0.704, 14.89, 1.898),
+        (-0.5, 0.5, 0.41667, 4.544, 91.25, 16.19),
+    ],
+)
 def test_values(e1, e2, eps, w2, printed, sharper):
     """Numbers computed once with another program; eps of a unit Gaussian is e1^2 2/3 + e2^2 by hand."""
     r = terms(0, 1, e1, e2, 2.0, 0.25)
-    assert r.eps == pytest.approx(e1**2 * 2 / 3 + e2**2, abs=1e-9) and r.eps == pytest.approx(eps, rel=1e-4, abs=1e-9)
+    assert r.eps == pytest.approx(e1**2 * 2 / 3 + e2**2, abs=1e-9) and r.eps == pytest.approx(
+        eps, rel=1e-4, abs=1e-9
+    )
     assert (r.w2, r.printed, r.sharper) == pytest.approx((w2, printed, sharper), rel=1e-3)
 
 
@@ -43,13 +57,19 @@ def test_printed_form_fails_for_a_biased_decoder():
     assert r.printed < r.w2 < r.triangle <= 2 * r.printed
 
 
-@pytest.mark.parametrize("m, s, e1, e2", [(0, 1, 0.1, 0.1), (-0.5, 0.3, -0.4, 0.2), (2, 1.5, 0.3, 0)])
+@pytest.mark.parametrize(
+    "m, s, e1, e2", [(0, 1, 0.1, 0.1), (-0.5, 0.3, -0.4, 0.2), (2, 1.5, 0.3, 0)]
+)
 def test_generated_gaussian(m, s, e1, e2):
     """Mean and width of the flow, against the solver of latent_fm.py on two points; the width is s e^(-e1) by integrating a_t + e1."""
     z = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    out, _ = dormand_prince(lambda z, t: -m + slope(t, s) * (z - (1 - t) * m) + e1 * z + e2, z, 1e-10, 1e-10)
+    out, _ = dormand_prince(
+        lambda z, t: -m + slope(t, s) * (z - (1 - t) * m) + e1 * z + e2, z, 1e-10, 1e-10
+    )
     mean, std = generated(m, s, e1, e2)
-    assert float(out[0]) == pytest.approx(mean, abs=1e-7) and float(out[1] - out[0]) == pytest.approx(std, abs=1e-7)
+    assert float(out[0]) == pytest.approx(mean, abs=1e-7) and float(
+        out[1] - out[0]
+    ) == pytest.approx(std, abs=1e-7)
     assert std == pytest.approx(s * math.exp(-e1), rel=1e-8)
 
 
@@ -57,8 +77,11 @@ def test_eps_is_the_excess_of_the_loss():
     """eps = mean of |v - w|^2 over the path, by Monte Carlo on samples of q_t."""
     m, s, e1, e2 = -0.5, 0.3, 0.7, 0.2
     g = torch.Generator().manual_seed(0)
-    z0, z1, t = (m + s * torch.randn(400000, generator=g, dtype=torch.float64), torch.randn(400000, generator=g, dtype=torch.float64),
-                 torch.rand(400000, generator=g, dtype=torch.float64))
+    z0, z1, t = (
+        m + s * torch.randn(400000, generator=g, dtype=torch.float64),
+        torch.randn(400000, generator=g, dtype=torch.float64),
+        torch.rand(400000, generator=g, dtype=torch.float64),
+    )
     z = (1 - t) * z0 + t * z1
     assert terms(m, s, e1, e2).eps == pytest.approx(float((e1 * z + e2).square().mean()), rel=0.01)
 
@@ -67,13 +90,21 @@ def test_terms_of_a_fitted_patch_pca():
     """Gaussian pictures of one patch through models/latent_space.py's PatchPCA: Delta^2 is what the eigen-decomposition discards, and W2^2 of the
     decoded flow, by the Fréchet distance of the two Gaussians in pixels, is what `terms` says and below the bound."""
     values = torch.tensor([4.0, 0.6, 0.25, 0.1], dtype=torch.float64)
-    q = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
-    exact = torch.linalg.qr(torch.randn(1000, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64))[0]
-    exact = torch.linalg.qr(exact - exact.mean(0))[0] * 1000**0.5  # sample mean 0, covariance the identity
+    q = torch.linalg.qr(
+        torch.randn(4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    )[0]
+    exact = torch.linalg.qr(
+        torch.randn(1000, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    )[0]
+    exact = (
+        torch.linalg.qr(exact - exact.mean(0))[0] * 1000**0.5
+    )  # sample mean 0, covariance the identity
     x = (exact * values.sqrt() @ q.T).reshape(-1, 1, 2, 2)
     pca = PatchPCA(1, 2, 1).double().fit(x)
     delta = float((pca.decode(pca.posterior(x)[0]) - x).square().sum((1, 2, 3)).mean())
-    assert delta == pytest.approx(0.95, rel=1e-5) and float(pca.variances[1:].sum()) == pytest.approx(0.95, rel=1e-5)
+    assert delta == pytest.approx(0.95, rel=1e-5) and float(
+        pca.variances[1:].sum()
+    ) == pytest.approx(0.95, rel=1e-5)
     w = pca.rows.double()  # (1, 4)
     for e1, e2 in ((0.1, 0.0), (-0.3, 0.2)):
         mean, std = generated(0, 1, e1, e2)  # latents over their std 2 are N(0, 1)
@@ -90,17 +121,27 @@ def test_mixture_in_one_dimension():
     def velocity(z, t, e=0.0):
         S = (1 - t) ** 2 * std**2 + t**2
         d = z - (1 - t) * means  # (n, 3)
-        r = (-d**2 / (2 * S)).softmax(1)
+        r = (-(d**2) / (2 * S)).softmax(1)
         return (r * (-means + (t - (1 - t) * std**2) / S * d)).sum(1, keepdim=True) + e
 
     level = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
-    z1 = torch.special.ndtri(level)[:, None]  # quantiles of noise; flows in one dimension keep their order
+    z1 = torch.special.ndtri(level)[
+        :, None
+    ]  # quantiles of noise; flows in one dimension keep their order
     e, grid = 0.1, torch.linspace(-4, 4, 401, dtype=torch.float64)
     exact, _ = dormand_prince(velocity, z1, 1e-8, 1e-8)
     made, _ = dormand_prince(lambda z, t: velocity(z, t, e), z1, 1e-8, 1e-8)
     w2 = float((exact - made).square().mean())
-    slopes = torch.stack([velocity(grid[:, None], float(t))[:, 0].diff() / (grid[1] - grid[0]) for t in latent_bound.T[::10]])  # (201, 400)
-    L, one_sided = float(slopes.abs().max()), latent_bound.integral((-slopes.min(1).values).clamp_min(0), latent_bound.T[::10])
+    slopes = torch.stack(
+        [
+            velocity(grid[:, None], float(t))[:, 0].diff() / (grid[1] - grid[0])
+            for t in latent_bound.T[::10]
+        ]
+    )  # (201, 400)
+    L, one_sided = (
+        float(slopes.abs().max()),
+        latent_bound.integral((-slopes.min(1).values).clamp_min(0), latent_bound.T[::10]),
+    )
     assert e**2 < w2 <= math.exp(1 + 2 * one_sided) * e**2 <= math.exp(1 + 2 * L) * e**2
     assert math.exp(1 + 2 * L) * e**2 > 100 * w2  # vacuous
 
@@ -117,7 +158,9 @@ def test_table_and_plot(tmp_path):
 
 def test_latents_are_cheaper_than_pixels():
     """The same network with the same patch: 16 times fewer tokens on f = 4 latents, and at least 12 times fewer operations."""
-    latent, pixel = (latent_claims.flops(latent_claims.network(shape)) for shape in ((12, 8, 8), (3, 32, 32)))
+    latent, pixel = (
+        latent_claims.flops(latent_claims.network(shape)) for shape in ((12, 8, 8), (3, 32, 32))
+    )
     assert 12 < pixel / latent < 40
     blocks = 2 * 16 * 4 * (12 * 128**2 + 2 * 16 * 128)  # L (12 N D^2 + 2 N^2 D) multiply-adds
     assert blocks < latent < 1.2 * blocks
@@ -125,5 +168,8 @@ def test_latents_are_cheaper_than_pixels():
 
 def test_thin_directions_cost_evaluations():
     """At a fixed tolerance Dormand-Prince needs more evaluations the thinner the data, which is why latents of unit variance need fewer."""
-    nfe = [latent_claims.gaussian_evaluations(torch.tensor([[-s], [s]], dtype=torch.float64))[1e-5][0] for s in (1.0, 0.1, 0.01)]
+    nfe = [
+        latent_claims.gaussian_evaluations(torch.tensor([[-s], [s]], dtype=torch.float64))[1e-5][0]
+        for s in (1.0, 0.1, 0.01)
+    ]
     assert nfe == sorted(nfe) and nfe[0] < 45 and nfe[2] > 1.5 * nfe[0]

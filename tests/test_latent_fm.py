@@ -1,4 +1,5 @@
 """latent_fm.py: the loss, guidance, the sampler, runs with resume, and folders of images nobody prepared."""
+
 import json
 import os
 import subprocess
@@ -8,21 +9,43 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ENV, ROOT, perturbed
+from helpers import dit_inputs as inputs
+from helpers import small_dit as small
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dmd
 import latent_fm
-from helpers import ENV, ROOT, perturbed
-from helpers import dit_inputs as inputs
-from helpers import small_dit as small
-from models import io
 from models.diffusion import Flow, ode_calls, predict_x0_eps, sample_ode, step_grid
-from models.dit import DiT
-from models.toy import RingTeacher, balanced_labels, load_world
+from models.networks import WEIGHTS, load_network
+from models.networks.dit import DiT
+from models.pictures import picture
+from models.plumbing import report
+from models.plumbing.data import load_data, to_unit
+from models.plumbing.run import run_main
+from models.worlds import load_world
+from models.worlds.measures import balanced_labels
+from models.worlds.ring import RingTeacher
 
-TINY = ["--max_train_steps", "6", "--train_batch_size", "4", "--width", "32", "--depth", "2", "--cond_dim", "16", "--sample_steps", "2",
-        "--checkpointing_steps", "2", "--lr_warmup_steps", "2"]
+TINY = [
+    "--max_train_steps",
+    "6",
+    "--train_batch_size",
+    "4",
+    "--width",
+    "32",
+    "--depth",
+    "2",
+    "--cond_dim",
+    "16",
+    "--sample_steps",
+    "2",
+    "--checkpointing_steps",
+    "2",
+    "--lr_warmup_steps",
+    "2",
+]
 
 
 def normal(*shape, seed=0):
@@ -35,8 +58,14 @@ def normal(*shape, seed=0):
 def test_flow_matching_loss_of_the_zero_network():
     """A network that says 0 pays mean |eps - x0|^2, which is 2 on unit data; also sample by sample."""
     net = small(size=(12, 12), patch=(4, 4))
-    x0, eps, t = normal(64, 2, 12, 12), normal(64, 2, 12, 12, seed=1), torch.rand(64, generator=torch.Generator().manual_seed(2))
-    loss, error = latent_fm.flow_matching_loss(net, x0, eps, t, {"label": torch.zeros(64, dtype=torch.long)})
+    x0, eps, t = (
+        normal(64, 2, 12, 12),
+        normal(64, 2, 12, 12, seed=1),
+        torch.rand(64, generator=torch.Generator().manual_seed(2)),
+    )
+    loss, error = latent_fm.flow_matching_loss(
+        net, x0, eps, t, {"label": torch.zeros(64, dtype=torch.long)}
+    )
     torch.testing.assert_close(error, (eps - x0).square().mean((1, 2, 3)))
     torch.testing.assert_close(loss.detach(), error.mean())
     assert float(loss.detach()) == pytest.approx(2, abs=0.06) and not error.requires_grad
@@ -65,9 +94,13 @@ def test_labels_are_dropped_at_the_stated_rate(p_u):
     got = latent_fm.drop_labels(label, coin, p_u, 10)
     dropped = got == 10
     assert torch.equal(got[~dropped], label[~dropped]) and got.dtype == torch.int64
-    assert float(dropped.double().mean()) == pytest.approx(p_u, abs=4 * (p_u * (1 - p_u) / n) ** 0.5)
+    assert float(dropped.double().mean()) == pytest.approx(
+        p_u, abs=4 * (p_u * (1 - p_u) / n) ** 0.5
+    )
     for k in range(10):
-        assert float(dropped[label == k].double().mean()) == pytest.approx(p_u, abs=4.5 * (p_u * (1 - p_u) / n * 10) ** 0.5)
+        assert float(dropped[label == k].double().mean()) == pytest.approx(
+            p_u, abs=4.5 * (p_u * (1 - p_u) / n * 10) ** 0.5
+        )
 
 
 def test_guided_velocity():
@@ -76,9 +109,16 @@ def test_guided_velocity():
     x, t, label = inputs(net)
     with torch.no_grad():
         v_c, v_u = net(x, t, label), net(x, t)
-        assert torch.equal(latent_fm.guided_velocity(net, x, t, label, 3, 1), v_c) and not torch.allclose(v_c, v_u)
+        assert torch.equal(
+            latent_fm.guided_velocity(net, x, t, label, 3, 1), v_c
+        ) and not torch.allclose(v_c, v_u)
         for gamma in (0.0, 0.5, 1.0001, 3.0):
-            torch.testing.assert_close(latent_fm.guided_velocity(net, x, t, label, 3, gamma), v_u + gamma * (v_c - v_u), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                latent_fm.guided_velocity(net, x, t, label, 3, gamma),
+                v_u + gamma * (v_c - v_u),
+                rtol=1e-4,
+                atol=1e-4,
+            )
 
 
 @pytest.mark.parametrize("scale, rows", [(1.0, 5), (2.0, 10)])
@@ -92,7 +132,13 @@ def test_sampler_is_the_guided_ode(scale, rows, solver):
     assert sizes == [rows] * ode_calls(4, solver) and not got.requires_grad
     with torch.no_grad():
         velocity = lambda x, t: net(x, t) + scale * (net(x, t, label) - net(x, t))  # noqa: E731
-        want = sample_ode(lambda x, t: predict_x0_eps(velocity, Flow(), "flow_v", x, t), Flow(), z, step_grid(4, 3.0), solver)
+        want = sample_ode(
+            lambda x, t: predict_x0_eps(velocity, Flow(), "flow_v", x, t),
+            Flow(),
+            z,
+            step_grid(4, 3.0),
+            solver,
+        )
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
@@ -103,7 +149,14 @@ def test_optimum_is_the_exact_velocity():
     eps, t = torch.randn(40000, 2, generator=g), torch.rand(40000, generator=g) * 0.9 + 0.05
     exact = RingTeacher()
     for error in (0.2, -0.3):
-        losses = [float(latent_fm.flow_matching_loss(lambda x, t, label: exact(x, t, label) + e, x0, eps, t, {"label": label})[0]) for e in (0.0, error)]
+        losses = [
+            float(
+                latent_fm.flow_matching_loss(
+                    lambda x, t, label: exact(x, t, label) + e, x0, eps, t, {"label": label}
+                )[0]
+            )
+            for e in (0.0, error)
+        ]
         assert losses[1] - losses[0] == pytest.approx(error**2, abs=0.012)
 
 
@@ -131,7 +184,10 @@ def data(tmp_path_factory):
 
 def state(folder):
     last = sorted((Path(folder) / "state").glob("step-*"))[-1]
-    return {**load_file(last / "state.safetensors"), **{f"s.{k}": v for k, v in load_file(Path(folder) / "student" / io.WEIGHTS).items()}}
+    return {
+        **load_file(last / "state.safetensors"),
+        **{f"s.{k}": v for k, v in load_file(Path(folder) / "student" / WEIGHTS).items()},
+    }
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -147,10 +203,13 @@ def test_resume_is_bit_equal(tmp_path, data, optimizer, monkeypatch):
             if len(calls) == 5:
                 raise KeyboardInterrupt
             return real(*args)
+
         m.setattr(latent_fm, "flow_matching_loss", dies)
         with pytest.raises(KeyboardInterrupt):
             latent_fm.main([*flags, "--output_dir", str(tmp_path / "broken")])
-    latent_fm.main([*flags, "--output_dir", str(tmp_path / "broken"), "--resume_from_checkpoint", "latest"])
+    latent_fm.main(
+        [*flags, "--output_dir", str(tmp_path / "broken"), "--resume_from_checkpoint", "latest"]
+    )
     a, b = state(tmp_path / "whole"), state(tmp_path / "broken")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     lines = (tmp_path / "broken" / "log.csv").read_text().splitlines()
@@ -160,53 +219,121 @@ def test_resume_is_bit_equal(tmp_path, data, optimizer, monkeypatch):
 def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path, data):
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, launch, batch in (("one", [sys.executable], "8"), ("two", ranks, "4")):
-        done = subprocess.run([*launch, str(ROOT / "latent_fm.py"), *TINY, "--data", data, "--optimizer", "adamw", "--train_batch_size", batch,
-                               "--output_dir", str(tmp_path / name)], capture_output=True, text=True, env=ENV, timeout=200)
+        done = subprocess.run(
+            [
+                *launch,
+                str(ROOT / "latent_fm.py"),
+                *TINY,
+                "--data",
+                data,
+                "--optimizer",
+                "adamw",
+                "--train_batch_size",
+                batch,
+                "--output_dir",
+                str(tmp_path / name),
+            ],
+            capture_output=True,
+            text=True,
+            env=ENV,
+            timeout=200,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
-    logs = [np.genfromtxt(tmp_path / n / "log.csv", delimiter=",", names=True) for n in ("one", "two")]
+    logs = [
+        np.genfromtxt(tmp_path / n / "log.csv", delimiter=",", names=True) for n in ("one", "two")
+    ]
     np.testing.assert_allclose(logs[0]["loss"], logs[1]["loss"], rtol=1e-4)
     np.testing.assert_allclose(logs[0]["grad_norm"], logs[1]["grad_norm"], rtol=1e-3)
 
 
 def test_a_saved_teacher_is_sampled_and_distilled(tmp_path, data, capsys):
     """latent_fm.py's folder is a --teacher of dmd.py, and --sample of either refuses the other's student by name."""
-    latent_fm.main([*TINY, "--data", data, "--output_dir", str(tmp_path / "teacher"), "--save_fp16"])
-    tensors = load_file(tmp_path / "teacher" / "student" / io.WEIGHTS)
+    latent_fm.main(
+        [*TINY, "--data", data, "--output_dir", str(tmp_path / "teacher"), "--save_fp16"]
+    )
+    tensors = load_file(tmp_path / "teacher" / "student" / WEIGHTS)
     assert {v.dtype for v in tensors.values()} == {torch.float16}
-    latent_fm.main(["--sample", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "samples")])
+    latent_fm.main(
+        ["--sample", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "samples")]
+    )
     assert (tmp_path / "samples" / "samples.png").is_file()
-    dmd.main(["--teacher", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "student"), "--max_train_steps", "2", "--train_batch_size", "4",
-              "--teacher_steps", "2", "--preview_samples", "3"])
-    assert json.loads((tmp_path / "student" / "student" / "config.json").read_text())["size"] == [8, 8]
+    dmd.main(
+        [
+            "--teacher",
+            str(tmp_path / "teacher"),
+            "--output_dir",
+            str(tmp_path / "student"),
+            "--max_train_steps",
+            "2",
+            "--train_batch_size",
+            "4",
+            "--teacher_steps",
+            "2",
+            "--preview_samples",
+            "3",
+        ]
+    )
+    assert json.loads((tmp_path / "student" / "student" / "config.json").read_text())["size"] == [
+        8,
+        8,
+    ]
     for script, folder, maker in ((dmd, "teacher", "latent_fm"), (latent_fm, "student", "dmd")):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            io.run(lambda: script.main(["--sample", str(tmp_path / folder)]))
-        assert stop.value.code == 2 and f"was made by {maker}: sample it with python {maker}.py" in capsys.readouterr().err
+            run_main(lambda: script.main(["--sample", str(tmp_path / folder)]))
+        assert (
+            stop.value.code == 2
+            and f"was made by {maker}: sample it with python {maker}.py" in capsys.readouterr().err
+        )
 
 
 def test_wrong_data(tmp_path, capsys, data):
     """One line and exit code 2 for data that cannot be trained on."""
-    (tmp_path / "empty").mkdir(), (tmp_path / "flat").mkdir(), (tmp_path / "junk" / "a").mkdir(parents=True)
+    (
+        (tmp_path / "empty").mkdir(),
+        (tmp_path / "flat").mkdir(),
+        (tmp_path / "junk" / "a").mkdir(parents=True),
+    )
     Image.new("RGB", (8, 8)).save(tmp_path / "flat" / "x.png")
     (tmp_path / "junk" / "a" / "x.png").write_bytes(b"not a picture")
     save_file({"x0": torch.zeros(3, 1, 8, 8)}, tmp_path / "unlabelled.safetensors")
     save_file({"y": torch.zeros(3)}, tmp_path / "nothing.safetensors")
-    save_file({"x0": torch.zeros(3, 1, 8, 8), "cond.label": torch.tensor([0, 2, 2])}, tmp_path / "gap.safetensors")
-    save_file({"x0": torch.zeros(3, 5), "cond.label": torch.tensor([0, 1, 2])}, tmp_path / "points.safetensors")
-    save_file({"x0": torch.zeros(3, 1, 8, 8), "cond.label": torch.zeros(2)}, tmp_path / "short.safetensors")
+    save_file(
+        {"x0": torch.zeros(3, 1, 8, 8), "cond.label": torch.tensor([0, 2, 2])},
+        tmp_path / "gap.safetensors",
+    )
+    save_file(
+        {"x0": torch.zeros(3, 5), "cond.label": torch.tensor([0, 1, 2])},
+        tmp_path / "points.safetensors",
+    )
+    save_file(
+        {"x0": torch.zeros(3, 1, 8, 8), "cond.label": torch.zeros(2)},
+        tmp_path / "short.safetensors",
+    )
     for flags, says in (
-            (["--data", str(tmp_path / "empty")], "no class subfolders"), (["--data", str(tmp_path / "flat")], "no class subfolders"),
-            (["--data", str(tmp_path / "junk")], "no readable image in 1 class subfolders (1 files skipped)"),
-            (["--data", str(tmp_path / "unlabelled.safetensors")], "no cond.label"), (["--data", str(tmp_path / "nothing.safetensors")], "no tensor called x0"),
-            (["--data", str(tmp_path / "gap.safetensors")], "must use every class"), (["--data", str(tmp_path / "points.safetensors")], "wanted images"),
-            (["--data", str(tmp_path / "short.safetensors")], "cond.label has 2 rows, x0 has 3"), (["--data", "nowhere"], "--data nowhere"),
-            (["--data", data, "--patch_size", "3"], "not divisible into patches"), (["--data", data, "--width", "40"], "multiple of 32")):
+        (["--data", str(tmp_path / "empty")], "no class subfolders"),
+        (["--data", str(tmp_path / "flat")], "no class subfolders"),
+        (
+            ["--data", str(tmp_path / "junk")],
+            "no readable image in 1 class subfolders (1 files skipped)",
+        ),
+        (["--data", str(tmp_path / "unlabelled.safetensors")], "no cond.label"),
+        (["--data", str(tmp_path / "nothing.safetensors")], "no tensor called x0"),
+        (["--data", str(tmp_path / "gap.safetensors")], "must use every class"),
+        (["--data", str(tmp_path / "points.safetensors")], "wanted images"),
+        (["--data", str(tmp_path / "short.safetensors")], "cond.label has 2 rows, x0 has 3"),
+        (["--data", "nowhere"], "--data nowhere"),
+        (["--data", data, "--patch_size", "3"], "not divisible into patches"),
+        (["--data", data, "--width", "40"], "multiple of 32"),
+    ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            io.run(lambda: latent_fm.main([*TINY, *flags, "--output_dir", str(tmp_path / "run")]))
+            run_main(lambda: latent_fm.main([*TINY, *flags, "--output_dir", str(tmp_path / "run")]))
         error = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2 and says in error[-1] and error[-1].startswith("error: "), (flags, error)
+        assert stop.value.code == 2 and says in error[-1] and error[-1].startswith("error: "), (
+            flags,
+            error,
+        )
         assert not (tmp_path / "run").exists()
 
 
@@ -223,7 +350,9 @@ def test_every_kind_of_image_file(tmp_path, capsys):
     red.convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "02-palette.png")
     Image.fromarray((ramp.astype(np.uint16) * 257)).save(folder / "03-16bit.png")
     Image.fromarray(ramp).save(folder / "04-grey.png")
-    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(folder / "05-transparent.png")  # black under full transparency: white
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(
+        folder / "05-transparent.png"
+    )  # black under full transparency: white
     Image.new("RGB", (1, 1), (200, 30, 10)).save(folder / "06-one-pixel.png")
     red.save(folder / "07.jpg", quality=95)
     red.save(folder / "08.gif", save_all=True, append_images=[Image.new("RGB", (40, 24), "blue")])
@@ -240,7 +369,7 @@ def test_every_kind_of_image_file(tmp_path, capsys):
     exif[0x0112] = 6  # shown turned by 90 degrees
     turned.save(folder / "14-exif.jpg", exif=exif, quality=95)
     whole = (folder / "01-rgb.png").read_bytes()
-    (folder / "15-cut.png").write_bytes(whole[:len(whole) // 2])
+    (folder / "15-cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "16-empty.png").write_bytes(b"")
     (folder / "17-text.png").write_text("hello")
     os.symlink(folder / "01-rgb.png", folder / "18-link.png")
@@ -248,11 +377,21 @@ def test_every_kind_of_image_file(tmp_path, capsys):
     (tmp_path / "images" / "b").mkdir()  # a class without images has no label
     (tmp_path / "images" / "c" / "deep").mkdir(parents=True)
     red.save(tmp_path / "images" / "c" / "deep" / "x.png")
-    x, cond, names = io.load_data(str(tmp_path / "images"), (), 16)
+    x, cond, names = load_data(str(tmp_path / "images"), (), 16)
     error = capsys.readouterr().err
-    assert [line.split(":")[0].split("/")[-1] for line in error.splitlines()] == ["15-cut.png", "16-empty.png", "17-text.png", "19-dangling.png"]
+    assert [line.split(":")[0].split("/")[-1] for line in error.splitlines()] == [
+        "15-cut.png",
+        "16-empty.png",
+        "17-text.png",
+        "19-dangling.png",
+    ]
     assert all(line.startswith("skipped ") for line in error.splitlines())
-    assert x.shape == (15, 3, 16, 16) and x.dtype == torch.uint8 and cond["label"].tolist() == [0] * 14 + [1] and names == ["a", "c"]
+    assert (
+        x.shape == (15, 3, 16, 16)
+        and x.dtype == torch.uint8
+        and cond["label"].tolist() == [0] * 14 + [1]
+        and names == ["a", "c"]
+    )
     colour = torch.tensor([200.0, 30, 10])
     for i, tolerance in ((0, 0), (1, 3), (5, 0), (6, 6), (7, 4), (8, 6), (14, 0)):
         assert (x[i].float().mean((1, 2)) - colour).abs().max() <= tolerance, i
@@ -260,8 +399,10 @@ def test_every_kind_of_image_file(tmp_path, capsys):
         assert (x[i][0].float() - torch.from_numpy(ramp).float()).abs().max() <= 1
     for i in (4, 9, 10, 11, 12):
         assert x[i].min() == 255, i
-    assert x[13].float()[:, :6].mean() < 10 and x[13].float()[:, 10:].mean() > 245  # the dark half, left in the file, is on top
-    unit = io.to_unit(x)
+    assert (
+        x[13].float()[:, :6].mean() < 10 and x[13].float()[:, 10:].mean() > 245
+    )  # the dark half, left in the file, is on top
+    unit = to_unit(x)
     assert unit.min() >= -1 and unit.max() == 1
 
 
@@ -269,11 +410,28 @@ def test_a_folder_of_images_trains_end_to_end(tmp_path):
     for name, colour in (("red", (200, 30, 10)), ("blue", (10, 30, 200))):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(4):
-            Image.new("RGB", (20 + i, 20), tuple(c + 5 * i for c in colour)).save(tmp_path / "images" / name / f"{i}.png")
+            Image.new("RGB", (20 + i, 20), tuple(c + 5 * i for c in colour)).save(
+                tmp_path / "images" / name / f"{i}.png"
+            )
     (tmp_path / "images" / "red" / "broken.png").write_bytes(b"")
-    latent_fm.main([*TINY, "--data", str(tmp_path / "images"), "--resolution", "8", "--output_dir", str(tmp_path / "run")])
-    net, config = io.load_network(str(tmp_path / "run" / "student"))
-    assert isinstance(net, DiT) and config["class_names"] == ["blue", "red"] and net.latent_shape == (3, 8, 8) and config["world"] is None
+    latent_fm.main(
+        [
+            *TINY,
+            "--data",
+            str(tmp_path / "images"),
+            "--resolution",
+            "8",
+            "--output_dir",
+            str(tmp_path / "run"),
+        ]
+    )
+    net, config = load_network(str(tmp_path / "run" / "student"))
+    assert (
+        isinstance(net, DiT)
+        and config["class_names"] == ["blue", "red"]
+        and net.latent_shape == (3, 8, 8)
+        and config["world"] is None
+    )
     with Image.open(tmp_path / "run" / "samples.png") as picture:
         assert picture.size[0] == 20 * (8 * 3 + 2)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["results"] == []
@@ -284,9 +442,29 @@ def test_data_row_shows_items_of_each_class(tmp_path, monkeypatch):
     x0 = torch.linspace(-1, 1, 12).reshape(12, 1, 1, 1).expand(12, 3, 8, 8).contiguous()
     label = torch.tensor([0, 1, 1, 0] * 3)
     save_file({"x0": x0, "cond.label": label}, tmp_path / "data.safetensors")
-    shown, real = [], io.picture
-    monkeypatch.setattr(io, "picture", lambda x, world=None: shown.append(x.clone()) or real(x, world))
-    latent_fm.main(["--data", str(tmp_path / "data.safetensors"), "--output_dir", str(tmp_path / "run"), "--max_train_steps", "1", "--train_batch_size", "2",
-                    "--width", "32", "--depth", "1", "--sample_steps", "1"])
+    shown, real = [], picture
+    monkeypatch.setattr(
+        report, "picture", lambda x, world=None: shown.append(x.clone()) or real(x, world)
+    )
+    latent_fm.main(
+        [
+            "--data",
+            str(tmp_path / "data.safetensors"),
+            "--output_dir",
+            str(tmp_path / "run"),
+            "--max_train_steps",
+            "1",
+            "--train_batch_size",
+            "2",
+            "--width",
+            "32",
+            "--depth",
+            "1",
+            "--sample_steps",
+            "1",
+        ]
+    )
     index = [int((x0[:, 0, 0, 0] - v).abs().argmin()) for v in shown[0][:, 0, 0, 0]]
-    assert sorted(index[:12]) == list(range(12)) and all(label[j] == k for j, k in zip(index, balanced_labels(20, 2)))
+    assert sorted(index[:12]) == list(range(12)) and all(
+        label[j] == k for j, k in zip(index, balanced_labels(20, 2))
+    )

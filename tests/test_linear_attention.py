@@ -1,9 +1,12 @@
-"""kernels/linear_attention.py: the torch reference, and the Triton kernels under Triton's interpreter, against a float64 oracle.
+"""kernels/linear_attention.py: the torch reference and the Triton kernels against a float64 oracle.
 
-The interpreter must be chosen before triton is imported, so the kernel cases run in one process of their own, started by the fixture
-`interpreted` as `python tests/test_linear_attention.py`: it prints one JSON line per case, and each case is a test here. There every
-torch.empty is filled with NaN, so that a number a kernel forgets to write shows.
+The kernels run under Triton's interpreter, which must be chosen before triton is imported. So their
+cases run in a process of their own, which the fixture `interpreted` starts as
+`python tests/test_linear_attention.py`: it prints one JSON line per case, and each case is a test
+here. In that process every torch.empty is filled with NaN, so that a number which a kernel forgets
+to write shows.
 """
+
 import functools
 import itertools
 import json
@@ -22,22 +25,43 @@ if __name__ == "__main__":  # the interpreter's process
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from kernels import linear_attention as la  # noqa: E402
-from kernels.linear_attention import linear_attention, linear_attention_reference, quadratic_oracle  # noqa: E402
+from kernels.linear_attention import (  # noqa: E402
+    linear_attention,
+    linear_attention_reference,
+    quadratic_oracle,
+)
 
 EPS = la.EPS
 needs_triton = pytest.mark.skipif(la.triton is None, reason="triton is not installed")
-needs_compiler = pytest.mark.skipif(not shutil.which("gcc") and not os.environ.get("CC"), reason="torch.compile needs a C compiler")
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("gcc") and not os.environ.get("CC"), reason="torch.compile needs a C compiler"
+)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
 
-def inputs(feature_map="hedgehog", B=2, N=7, H=3, D=5, N_q=None, D_v=None, projections=True, dtype=torch.float64):
+def inputs(
+    feature_map="hedgehog",
+    B=2,
+    N=7,
+    H=3,
+    D=5,
+    N_q=None,
+    D_v=None,
+    projections=True,
+    dtype=torch.float64,
+):
     """-> [q, k, v] or, for hedgehog with projections, [q, k, v, w_q, w_k], W of unit gain."""
-    x = [normal(B, n, H, d, seed=s, dtype=dtype) for s, (n, d) in enumerate([(N_q or N, D), (N, D), (N, D_v or D)])]
+    x = [
+        normal(B, n, H, d, seed=s, dtype=dtype)
+        for s, (n, d) in enumerate([(N_q or N, D), (N, D), (N, D_v or D)])
+    ]
     if feature_map == "none":
         x[:2] = [a.abs() for a in x[:2]]  # given features: positive here
     if feature_map == "hedgehog" and projections:
@@ -46,18 +70,29 @@ def inputs(feature_map="hedgehog", B=2, N=7, H=3, D=5, N_q=None, D_v=None, proje
 
 
 def relative(a, b):
+    """Relative error of a against b in Frobenius norm."""
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-# ---- the reference ----------------------------------------------------------------------------------------------------------
+# ---- the reference -------------------------------------------------------------------------------
 
-MAPS = [("hedgehog", True), ("hedgehog", False), ("softmax", False), ("elu", False), ("relu", False), ("none", False)]
+MAPS = [
+    ("hedgehog", True),
+    ("hedgehog", False),
+    ("softmax", False),
+    ("elu", False),
+    ("relu", False),
+    ("none", False),
+]
 
 
 @pytest.mark.parametrize("feature_map, projections", MAPS)
 @pytest.mark.parametrize("eps", [0.0, 0.3])
 def test_reference_is_the_quadratic_form(feature_map, projections, eps):
-    """O(N) sums equal the explicit attention matrix in float64, for any chunking, other numbers of queries and of value columns."""
+    """O(N) sums equal the explicit attention matrix in float64, for any chunking.
+
+    The numbers of queries and of value columns differ from those of the keys.
+    """
     x = inputs(feature_map, N=11, N_q=6, D_v=4, projections=projections)
     q, k, v, *w = x
     eps = eps or EPS[feature_map]
@@ -70,15 +105,25 @@ def test_reference_is_the_quadratic_form(feature_map, projections, eps):
 
 @pytest.mark.parametrize("feature_map", la.FEATURE_MAPS)
 def test_oracle_is_the_double_sum(feature_map):
-    """The oracle itself, by loops over queries and keys: o_i = sum_j a_ij v_j / (sum_j a_ij + N eps), a_ij = phi(q_i) . phi(k_j)."""
+    """The oracle itself, by loops over queries and keys.
+
+    o_i = sum_j a_ij v_j / (sum_j a_ij + N eps) with a_ij = phi(q_i) . phi(k_j).
+    """
     q, k, v, *w = inputs(feature_map, B=1, N=4, H=2, D=3)
     got = quadratic_oracle(q, k, v, feature_map, *w, eps=0.1)
-    phi = {"softmax": lambda u: u.exp() / u.exp().sum(), "relu": lambda u: u.clamp_min(0), "none": lambda u: u,
-           "elu": lambda u: torch.where(u > 0, u + 1, u.exp()), "hedgehog": lambda u: torch.cat([u.exp() / u.exp().sum(), (-u).exp() / (-u).exp().sum()])}
+    phi = {
+        "softmax": lambda u: u.exp() / u.exp().sum(),
+        "relu": lambda u: u.clamp_min(0),
+        "none": lambda u: u,
+        "elu": lambda u: torch.where(u > 0, u + 1, u.exp()),
+        "hedgehog": lambda u: torch.cat([u.exp() / u.exp().sum(), (-u).exp() / (-u).exp().sum()]),
+    }
     for h, i in itertools.product(range(2), range(4)):
         up, down = torch.zeros(3, dtype=torch.float64), 4 * 0.1
         for j in range(4):
-            x, y = (a @ m[h] if w else a for a, m in ((q[0, i, h], w[0] if w else q), (k[0, j, h], w[1] if w else q)))
+            x, y = q[0, i, h], k[0, j, h]
+            if w:
+                x, y = x @ w[0][h], y @ w[1][h]
             a = phi[feature_map](x) @ phi[feature_map](y)
             up, down = up + a * v[0, j, h], down + a
         torch.testing.assert_close(got[0, i, h], up / down)
@@ -87,25 +132,31 @@ def test_oracle_is_the_double_sum(feature_map):
 @pytest.mark.parametrize("feature_map, projections", MAPS)
 def test_reference_gradients(feature_map, projections):
     """gradcheck in float64, over several chunks, of q, k, v and both projections."""
-    x = [a.requires_grad_() for a in inputs(feature_map, B=1, N=5, H=2, D=3, N_q=4, projections=projections)]
-    call = lambda q, k, v, *w: linear_attention_reference(q, k, v, feature_map, *w, eps=0.05, chunk=2)
+    x = inputs(feature_map, B=1, N=5, H=2, D=3, N_q=4, projections=projections)
+    x = [a.requires_grad_() for a in x]
+
+    def call(q, k, v, *w):
+        return linear_attention_reference(q, k, v, feature_map, *w, eps=0.05, chunk=2)
+
     assert torch.autograd.gradcheck(call, x)
 
 
 def test_hedgehog_is_two_softmaxes():
-    """Eq. 6 of LinVideo: both halves sum to one each, the second is the softmax of -xW, and each head has its own W."""
+    """Eq. 6 of LinVideo: the halves are softmaxes of xW and -xW, and each head has its own W."""
     x, w = normal(2, 5, 3, 4), normal(3, 4, 4, seed=1)
     phi = la.features(x, "hedgehog", w)
     assert phi.shape == (2, 5, 3, 8)
     for h in range(3):
         u = x[:, :, h] @ w[h]
         torch.testing.assert_close(phi[:, :, h], torch.cat([u.softmax(-1), (-u).softmax(-1)], -1))
-    assert torch.equal(la.features(x, "hedgehog"), la.features(x, "hedgehog", torch.eye(4, dtype=torch.float64).expand(3, 4, 4)))
+        torch.testing.assert_close(phi[:, :, h, :4].sum(-1), torch.ones(2, 5, dtype=x.dtype))
+    identity = torch.eye(4, dtype=torch.float64).expand(3, 4, 4)
+    assert torch.equal(la.features(x, "hedgehog"), la.features(x, "hedgehog", identity))
 
 
 @pytest.mark.parametrize("feature_map", ["hedgehog", "softmax", "elu"])
 def test_positive_features_are_clamped(feature_map):
-    """exp(-1000) is 0 in any dtype; features stay at 1e-12, and zero gradient passes through the clamp."""
+    """exp(-1000) is 0 in any dtype: such features stay at 1e-12, and pass no gradient."""
     x = torch.tensor([[-1000.0, 0.0, 500.0, -1000.0]], requires_grad=True)
     phi = la.features(x[:, None, None], feature_map)
     assert phi.min() == torch.tensor(1e-12)
@@ -114,59 +165,88 @@ def test_positive_features_are_clamped(feature_map):
 
 
 def test_eps_is_relative_to_the_mean_denominator():
-    """Every key twice is the same attention, whatever eps: it does not weigh less in longer sequences. And o (d + eps) = S-part."""
+    """With every key twice attention is the same, so eps weighs no less in longer sequences.
+
+    And o (d + eps) is phi(q) S, whatever eps.
+    """
     q, k, v, *w = inputs()
-    once, twice = (linear_attention(q, a, b, w_q=w[0], w_k=w[1], eps=0.2) for a, b in ((k, v), (torch.cat([k, k], 1), torch.cat([v, v], 1))))
+    once = linear_attention(q, k, v, w_q=w[0], w_k=w[1], eps=0.2)
+    k_twice, v_twice = torch.cat([k, k], 1), torch.cat([v, v], 1)
+    twice = linear_attention(q, k_twice, v_twice, w_q=w[0], w_k=w[1], eps=0.2)
     torch.testing.assert_close(once, twice)
     plain = linear_attention(q, k, v, w_q=w[0], w_k=w[1])
-    d = torch.einsum("bnhf,bhf->bnh", la.features(q, "hedgehog", w[0]), la.features(k, "hedgehog", w[1]).mean(1))[..., None]
+    phi_q, phi_k = la.features(q, "hedgehog", w[0]), la.features(k, "hedgehog", w[1])
+    d = torch.einsum("bnhf,bhf->bnh", phi_q, phi_k.mean(1))[..., None]
     torch.testing.assert_close(once * (d + 0.2), plain * d)
 
 
 def test_default_eps():
-    """0 for positive maps: constant values come back exactly. 1e-6 for relu: queries without any feature give 0, not NaN."""
+    """0 for positive maps, so that constant values come back exactly; 1e-6 for relu and "none".
+
+    Queries without any feature then give 0 and not NaN.
+    """
     for feature_map in ("hedgehog", "softmax", "elu"):
         q, k, v = inputs(feature_map, projections=False)
-        torch.testing.assert_close(linear_attention(q, k, torch.ones_like(v), feature_map), torch.ones_like(v), rtol=0, atol=1e-14)
+        ones = torch.ones_like(v)
+        got = linear_attention(q, k, ones, feature_map)
+        torch.testing.assert_close(got, ones, rtol=0, atol=1e-14)
     q, k, v = inputs("relu")
     assert torch.equal(linear_attention(-q.abs(), k, v, "relu"), torch.zeros_like(v))
+    q, k = q.abs(), k.abs()
     for feature_map in ("relu", "none"):
-        assert torch.equal(linear_attention(q.abs(), k.abs(), v, feature_map), linear_attention_reference(q.abs(), k.abs(), v, feature_map, eps=1e-6))
-        assert not torch.equal(linear_attention(q.abs(), k.abs(), v, feature_map), linear_attention(q.abs(), k.abs(), v, feature_map, eps=0))
+        got = linear_attention(q, k, v, feature_map)
+        assert torch.equal(got, linear_attention_reference(q, k, v, feature_map, eps=1e-6))
+        assert not torch.equal(got, linear_attention(q, k, v, feature_map, eps=0))
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float16, 1e-3), (torch.bfloat16, 5e-3)])
 def test_reference_accumulates_in_float32(dtype, bound):
-    """Half precision in and out, float32 between, also under autocast: what is lost is the rounding of the output."""
+    """Half precision goes in and out, float32 is between, also under autocast.
+
+    All that is lost is the rounding of the output.
+    """
     x = inputs(N=300, D=16, dtype=torch.float32)
     q, k, v, *w = [a.to(dtype) for a in x[:3]] + x[3:]
-    exact = quadratic_oracle(*[a.double() for a in (q, k, v)], "hedgehog", *[a.double() for a in w])
+    wide = [a.double() for a in (q, k, v, *w)]
+    exact = quadratic_oracle(*wide[:3], "hedgehog", *wide[3:])
     got = linear_attention(q, k, v, "hedgehog", *w)
     assert got.dtype == dtype and relative(got, exact) < bound
     with torch.autocast("cpu", dtype=dtype):
         assert torch.equal(linear_attention(q, k, v, "hedgehog", *w), got)
-    assert torch.equal(got, linear_attention(*[a.float() for a in (q, k, v)], "hedgehog", *w).to(dtype))
+    from_float32 = linear_attention(q.float(), k.float(), v.float(), "hedgehog", *w)
+    assert torch.equal(got, from_float32.to(dtype))
 
 
 def test_views_are_not_copied_and_float64_stays():
-    """A fused (B, N, 3, H, D) projection, a transposed (B, H, N, D) tensor and an expanded one give what their copies give."""
+    """Views give what their copies give, and float64 comes back.
+
+    q is a view of a fused (B, N, 3, H, D) projection, k of a (B, H, N, D) tensor, v is expanded.
+    """
     qkv = normal(2, 9, 3, 4, 5)
     q, k, v = qkv.unbind(2)
     k, v = k.transpose(1, 2).contiguous().transpose(1, 2), v[:, :1].expand(-1, 9, -1, -1)
     got = linear_attention(q, k, v)
-    assert got.dtype == torch.float64 and torch.equal(got, linear_attention(q.clone(), k.clone(), v.clone()))
+    assert got.dtype == torch.float64
+    assert torch.equal(got, linear_attention(q.clone(), k.clone(), v.clone()))
 
 
-# ---- properties, of the reference here and of the kernels below ---------------------------------------------------------------
+# ---- properties, of the reference here and of the kernels below ----------------------------------
 
 
 @functools.cache
 def properties(backend, N=33, D=16, dtype=torch.float32):
-    """-> {name: (value, bound)}: each value must be at most its bound. No oracle needed."""
+    """Properties that need no oracle, {name: (value, bound)}: each value is at most its bound."""
     q, k, v, w_q, w_k = (a.requires_grad_() for a in inputs(B=2, N=N, H=2, D=D, dtype=dtype))
-    call = lambda q, k, v, w_q=w_q, w_k=w_k: linear_attention(q, k, v, "hedgehog", w_q, w_k, backend=backend)
-    gradients = lambda o, *x: torch.autograd.grad(o, x, normal(*o.shape, seed=9, dtype=dtype))
-    largest = lambda a: a.detach().abs().max().item()
+
+    def call(q, k, v, w_q=w_q, w_k=w_k):
+        return linear_attention(q, k, v, "hedgehog", w_q, w_k, backend=backend)
+
+    def gradients(o, *x):
+        return torch.autograd.grad(o, x, normal(*o.shape, seed=9, dtype=dtype))
+
+    def largest(a):
+        return a.detach().abs().max().item()
+
     found = {}
     o = call(q, k, v)
     grads = gradients(o, q, k, v, w_q, w_k)
@@ -174,20 +254,26 @@ def properties(backend, N=33, D=16, dtype=torch.float32):
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
     found["order of keys does not matter"] = largest(call(q, k[:, order], v[:, order]) - o), 2e-6
     found["order of queries is kept"] = largest(call(q[:, order], k, v) - o[:, order]), 2e-6
-    found["W = 0 gives mean(v)"] = largest(call(q, k, v, 0 * w_q, 0 * w_k) - v.mean(1, keepdim=True)), 2e-6
-    found["(W_q, W_k) -> (-W_q, -W_k) changes nothing"] = largest(call(q, k, v, -w_q, -w_k) - o), 2e-6
+    mean = v.mean(1, keepdim=True)
+    found["W = 0 gives mean(v)"] = largest(call(q, k, v, 0 * w_q, 0 * w_k) - mean), 2e-6
+    both_negative = largest(call(q, k, v, -w_q, -w_k) - o)
+    found["(W_q, W_k) -> (-W_q, -W_k) changes nothing"] = both_negative, 2e-6
     found["-W_q alone does"] = -largest(call(q, k, v, -w_q) - o), -1e-3
     big = (1000 * q).detach().requires_grad_()
     o_big = call(big, k, v)
     found["|q| = 1e3 stays in the hull of v"] = largest(o_big) - largest(v), 1e-5
-    found["and its gradients are finite"] = sum((~g.isfinite()).sum().item() for g in gradients(o_big, big, k, v, w_q, w_k)), 0
-    far = torch.eye(D, dtype=dtype)[0] * 1e3  # queries' and keys' features do not meet: all that is left of d is the clamp
-    o_far = linear_attention(far.expand_as(q), far.roll(1).expand_as(k), v, "softmax", backend=backend)
-    found["disjoint features give a mean of v, not NaN"] = largest(o_far - v.mean(1, keepdim=True)), 1e-3
+    infinite = sum((~g.isfinite()).sum().item() for g in gradients(o_big, big, k, v, w_q, w_k))
+    found["and its gradients are finite"] = infinite, 0
+    # the features of queries and keys do not meet: all that is left of d is the clamp
+    far = torch.eye(D, dtype=dtype)[0] * 1e3
+    q_far, k_far = far.expand_as(q), far.roll(1).expand_as(k)
+    o_far = linear_attention(q_far, k_far, v, "softmax", backend=backend)
+    found["disjoint features give a mean of v, not NaN"] = largest(o_far - mean), 1e-3
     again = call(q, k, v)
-    found["bitwise equal twice"] = sum(0 if torch.equal(a, b) else 1 for a, b in
-                                       zip((o, *grads), (again, *gradients(again, q, k, v, w_q, w_k)))), 0
-    found["sum over keys of dv is the sum of dO"] = largest(grads[2].sum(1) - normal(*o.shape, seed=9, dtype=dtype).sum(1)), 1e-4
+    pairs = zip((o, *grads), (again, *gradients(again, q, k, v, w_q, w_k)), strict=True)
+    found["bitwise equal twice"] = sum(not torch.equal(a, b) for a, b in pairs), 0
+    d_o = normal(*o.shape, seed=9, dtype=dtype)
+    found["sum over keys of dv is the sum of dO"] = largest(grads[2].sum(1) - d_o.sum(1)), 1e-4
     return found
 
 
@@ -197,7 +283,7 @@ def test_property_of_the_reference(name):
     assert value <= bound, f"{name}: {value} > {bound}"
 
 
-# ---- torch.compile and checkpointing ------------------------------------------------------------------------------------------
+# ---- torch.compile and checkpointing -------------------------------------------------------------
 
 
 @needs_compiler
@@ -205,29 +291,34 @@ def test_compiles_as_one_graph_on_the_cpu():
     """torch.compile(fullgraph=True), forward and backward, equals eager."""
     x = [a.requires_grad_() for a in inputs(N=40, D=16, dtype=torch.float32)]
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *x: linear_attention(*x[:3], "hedgehog", *x[3:]), fullgraph=True)
-    got, expected = compiled(*x), linear_attention(*x[:3], "hedgehog", *x[3:])
+
+    def call(*x):
+        return linear_attention(*x[:3], "hedgehog", *x[3:])
+
+    got, expected = torch.compile(call, fullgraph=True)(*x), call(*x)
     torch.testing.assert_close(got, expected)
-    for a, b in zip(torch.autograd.grad(got.square().sum(), x), torch.autograd.grad(expected.square().sum(), x)):
+    grads = [torch.autograd.grad(o.square().sum(), x) for o in (got, expected)]
+    for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def checkpointed(backend):
-    """Gradients with and without activation checkpointing -> largest difference."""
-    q, k, v, w_q, w_k = x = [a.requires_grad_() for a in inputs(N=20, D=16, dtype=torch.float32)]
-    call = lambda *x: linear_attention(*x[:3], "hedgehog", *x[3:], backend=backend)
-    plain = torch.autograd.grad(call(*x).square().sum(), x)
-    from torch.utils.checkpoint import checkpoint
+    """Largest difference between the gradients with and without activation checkpointing."""
+    x = [a.requires_grad_() for a in inputs(N=20, D=16, dtype=torch.float32)]
 
+    def call(*x):
+        return linear_attention(*x[:3], "hedgehog", *x[3:], backend=backend)
+
+    plain = torch.autograd.grad(call(*x).square().sum(), x)
     again = torch.autograd.grad(checkpoint(call, *x, use_reentrant=False).square().sum(), x)
-    return max((a - b).abs().max().item() for a, b in zip(plain, again))
+    return max((a - b).abs().max().item() for a, b in zip(plain, again, strict=True))
 
 
 def test_checkpointing_changes_nothing():
     assert checkpointed("torch") == 0
 
 
-# ---- wrong input ----------------------------------------------------------------------------------------------------------------
+# ---- wrong input ---------------------------------------------------------------------------------
 
 x, X64 = normal(2, 8, 3, 16, dtype=torch.float32), normal(2, 8, 3, 16)
 W = normal(3, 16, 16, dtype=torch.float32)
@@ -246,7 +337,9 @@ WRONG = {
     "q is empty": dict(q=x[:, :0]),
     "k is empty": dict(k=x[:, :0], v=x[:, :0]),
     "feature_map must be one of": dict(feature_map="exp"),
-    "feature_map must be one of ('hedgehog', 'softmax', 'relu', 'elu', 'none'), got None": dict(feature_map=None),
+    "feature_map must be one of ('hedgehog', 'softmax', 'relu', 'elu', 'none'), got None": dict(
+        feature_map=None
+    ),
     "w_q must be a floating-point tensor (H, D, D) = (3, 16, 16)": dict(w_q=W[:2]),
     "w_k must be a floating-point tensor (H, D, D) = (3, 16, 16)": dict(w_k=W[0]),
     "w_q was given, but feature_map 'softmax'": dict(w_q=W, feature_map="softmax"),
@@ -264,7 +357,7 @@ def test_wrong_input_is_named(message):
 
 
 def test_triton_is_refused_on_the_cpu_and_not_needed():
-    """Asked for by name it says why not; not asked for, the reference runs, whatever the head size."""
+    """Asked for by name, Triton says why not; otherwise the reference runs at any head size."""
     if la.triton is not None and not la.INTERPRET:
         with pytest.raises(ValueError, match="q must be on a CUDA device"):
             linear_attention(x, x, x, backend="triton")
@@ -274,26 +367,72 @@ def test_triton_is_refused_on_the_cpu_and_not_needed():
 
 
 def test_works_without_triton():
-    """The file needs only torch: with triton made unimportable the reference runs, and backend='triton' says what is missing."""
-    code = ("import sys; sys.modules['triton'] = None; import torch; from kernels.linear_attention import linear_attention as f\n"
-            "x = torch.randn(1, 5, 2, 16); f(x, x, x).sum()\n"
-            "try: f(x, x, x, backend='triton')\nexcept ValueError as e: print(e)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT)
+    """Where triton cannot be imported the reference runs, and backend='triton' says what is missing."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from kernels.linear_attention import linear_attention
+x = torch.randn(1, 5, 2, 16)
+linear_attention(x, x, x).sum()
+try:
+    linear_attention(x, x, x, backend="triton")
+except ValueError as e:
+    print(e)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT
+    )
     assert "triton is not installed" in done.stdout, done.stderr[-2000:]
 
 
-# ---- the kernels, interpreted ------------------------------------------------------------------------------------------------------
+# ---- the kernels, interpreted --------------------------------------------------------------------
 #
 # feature map, projections, N_q, N, D, D_v, splits (0: the rule), layout, eps (None: the default), dtype
 
 CASES = {
-    **{f"hedgehog N={N} D={D} splits={s}": ("hedgehog", True, N, N, D, D, s, layout, None, "float32") for N, D, s, layout in [
-        (1, 16, 1, "plain"), (1, 32, 7, "fused"), (15, 16, 2, "heads first"), (16, 32, 7, "padded"), (17, 16, 1, "fused"), (17, 64, 2, "strided"),
-        (197, 32, 1, "padded"), (197, 16, 7, "fused"), (300, 16, 2, "strided"), (300, 64, 7, "padded"), (300, 32, 0, "heads first")]},
-    **{f"{m} N={N} D={D} splits={s}": (m, False, N, N, D, D, s, layout, None, "float32") for m, N, D, s, layout in [
-        ("hedgehog", 197, 16, 2, "fused"), ("softmax", 1, 16, 7, "plain"), ("softmax", 197, 32, 7, "padded"), ("softmax", 300, 64, 2, "fused"),
-        ("relu", 17, 32, 1, "heads first"), ("relu", 300, 16, 7, "padded"), ("elu", 15, 16, 2, "padded"), ("elu", 197, 32, 2, "strided"),
-        ("none", 16, 16, 1, "fused"), ("none", 197, 16, 7, "padded")]},
+    **{
+        f"hedgehog N={N} D={D} splits={s}": (
+            "hedgehog",
+            True,
+            N,
+            N,
+            D,
+            D,
+            s,
+            layout,
+            None,
+            "float32",
+        )
+        for N, D, s, layout in [
+            (1, 16, 1, "plain"),
+            (1, 32, 7, "fused"),
+            (15, 16, 2, "heads first"),
+            (16, 32, 7, "padded"),
+            (17, 16, 1, "fused"),
+            (17, 64, 2, "strided"),
+            (197, 32, 1, "padded"),
+            (197, 16, 7, "fused"),
+            (300, 16, 2, "strided"),
+            (300, 64, 7, "padded"),
+            (300, 32, 0, "heads first"),
+        ]
+    },
+    **{
+        f"{m} N={N} D={D} splits={s}": (m, False, N, N, D, D, s, layout, None, "float32")
+        for m, N, D, s, layout in [
+            ("hedgehog", 197, 16, 2, "fused"),
+            ("softmax", 1, 16, 7, "plain"),
+            ("softmax", 197, 32, 7, "padded"),
+            ("softmax", 300, 64, 2, "fused"),
+            ("relu", 17, 32, 1, "heads first"),
+            ("relu", 300, 16, 7, "padded"),
+            ("elu", 15, 16, 2, "padded"),
+            ("elu", 197, 32, 2, "strided"),
+            ("none", 16, 16, 1, "fused"),
+            ("none", 197, 16, 7, "padded"),
+        ]
+    },
     "more keys than queries": ("hedgehog", True, 17, 70, 16, 16, 2, "padded", None, "float32"),
     "more queries than keys": ("softmax", False, 70, 17, 16, 16, 2, "padded", None, "float32"),
     "values wider than keys": ("hedgehog", True, 40, 33, 16, 32, 2, "padded", None, "float32"),
@@ -305,7 +444,11 @@ CASES = {
     "float16, softmax": ("softmax", False, 70, 70, 32, 32, 2, "fused", None, "float16"),
     "bfloat16": ("hedgehog", True, 70, 70, 32, 32, 2, "fused", None, "bfloat16"),
 }
-BOUNDS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}  # the interpreter truncates to bfloat16 where a GPU rounds
+BOUNDS = {
+    "float32": 1e-5,
+    "float16": 2e-3,
+    "bfloat16": 1e-2,
+}  # the interpreter truncates to bfloat16 where a GPU rounds
 NAMES = ("o", "dq", "dk", "dv", "dw_q", "dw_k")
 
 
@@ -316,7 +459,7 @@ def lay_out(x, layout):
         "plain": ((B, N, H, D), lambda a: a),
         "fused": ((B, N, 3, H, D), lambda a: a[:, :, 1]),
         "heads first": ((B, H, N, D), lambda a: a.transpose(1, 2)),
-        "padded": ((B + 1, N + 5, H + 1, D + 3), lambda a: a[:B, 2:2 + N, :H, 3:]),
+        "padded": ((B + 1, N + 5, H + 1, D + 3), lambda a: a[:B, 2 : 2 + N, :H, 3:]),
         "strided": ((B, 2 * N, H, 2 * D), lambda a: a[:, ::2, :, ::2]),
     }[layout]
     a = view(torch.full(buffer, float("nan"), dtype=x.dtype, device=x.device))
@@ -329,7 +472,9 @@ def run_case(feature_map, projections, N_q, N, D, D_v, splits, layout, eps, dtyp
     dtype = getattr(torch, dtype)
     eps = EPS[feature_map] if eps is None else eps
     x = [a.to(device) for a in inputs(feature_map, 2, N, 2, D, N_q, D_v, projections)]
-    x = [lay_out(a.to(dtype), layout).requires_grad_() for a in x[:3]] + [a.float().requires_grad_() for a in x[3:]]
+    x = [lay_out(a.to(dtype), layout).requires_grad_() for a in x[:3]] + [
+        a.float().requires_grad_() for a in x[3:]
+    ]
     w = x[3:] or [None, None]
     o = la._forward(*x[:3], *w, feature_map, eps, splits)[0]
     g = lay_out(normal(*o.shape, seed=8).to(device, dtype), layout)
@@ -340,45 +485,90 @@ def run_case(feature_map, projections, N_q, N, D, D_v, splits, layout, eps, dtyp
     tolerance = BOUNDS[str(dtype)[6:]]
     found = {}
     for name, a, b in zip(NAMES, got, expected):
-        assert a.shape == b.shape and a.dtype == (torch.float32 if name[:2] == "dw" else dtype), (name, a.shape, a.dtype)
-        found[name] = (a.double() - b).norm().item(), tolerance * b.norm().item() + tolerance / 10 * g.double().norm().item()
+        assert a.shape == b.shape and a.dtype == (torch.float32 if name[:2] == "dw" else dtype), (
+            name,
+            a.shape,
+            a.dtype,
+        )
+        found[name] = (
+            (a.double() - b).norm().item(),
+            tolerance * b.norm().item() + tolerance / 10 * g.double().norm().item(),
+        )
     return found
 
 
 def registration():
     """opcheck of both operators, torch.compile around them, checkpointing, and what they save.  -> {name: (value, bound)}."""
     x = [a.requires_grad_() for a in inputs(N=9, H=2, D=16, dtype=torch.float32)]
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    checks = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
     found = {}
     for name, w in (("with W", x[3:]), ("without W", [None, None])):
-        result = torch.library.opcheck(la._forward, (*x[:3], *w, "hedgehog", 0.0, 2), test_utils=checks, raise_exception=False)
+        result = torch.library.opcheck(
+            la._forward, (*x[:3], *w, "hedgehog", 0.0, 2), test_utils=checks, raise_exception=False
+        )
         found[f"opcheck forward {name}"] = sum(v != "SUCCESS" for v in result.values()), 0
         saved = la._forward(*[a.detach() for a in x[:3]], *w, "hedgehog", 0.0, 2)
-        args = (torch.randn(2, 9, 2, 16), *[a.detach() for a in x[:3]], *w, *saved, "hedgehog", 2, w[0] is not None, False)
-        result = torch.library.opcheck(la._backward, args, test_utils=("test_schema", "test_faketensor"), raise_exception=False)
+        args = (
+            torch.randn(2, 9, 2, 16),
+            *[a.detach() for a in x[:3]],
+            *w,
+            *saved,
+            "hedgehog",
+            2,
+            w[0] is not None,
+            False,
+        )
+        result = torch.library.opcheck(
+            la._backward, args, test_utils=("test_schema", "test_faketensor"), raise_exception=False
+        )
         found[f"opcheck backward {name}"] = sum(v != "SUCCESS" for v in result.values()), 0
     call = lambda *x: linear_attention(*x[:3], "hedgehog", *x[3:], backend="triton")
     expected = call(*x)
     got = torch.compile(call, fullgraph=True, backend="aot_eager")(*x)
     grads = [torch.autograd.grad(o.square().sum(), x) for o in (got, expected)]
-    found["torch.compile(fullgraph=True)"] = max((a - b).abs().max().item() for a, b in zip((got, *grads[0]), (expected, *grads[1]))), 1e-6
+    found["torch.compile(fullgraph=True)"] = (
+        max((a - b).abs().max().item() for a, b in zip((got, *grads[0]), (expected, *grads[1]))),
+        1e-6,
+    )
     found["checkpoint"] = checkpointed("triton"), 0
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda a: (kept.append(a.numel()), a)[1], lambda a: a):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda a: (kept.append(a.numel()), a)[1], lambda a: a
+    ):
         long = [a.requires_grad_() for a in inputs(B=1, N=300, H=1, D=16, dtype=torch.float32)]
         call(*long)
     found["no features are saved"] = max(kept), 300 * 16
     frozen = torch.autograd.grad(call(*x[:3], *[a.detach() for a in x[3:]]).square().sum(), x[:3])
-    found["frozen W, same gradients"] = max((a - b).abs().max().item() for a, b in zip(frozen, grads[1])), 1e-6
+    found["frozen W, same gradients"] = (
+        max((a - b).abs().max().item() for a, b in zip(frozen, grads[1])),
+        1e-6,
+    )
     return found
 
 
 def refusals():
     """backend="triton" with what the kernels do not take -> {name: (0 if refused by name, 0)}."""
     found = {}
-    for what, y, v, message in (("q of 24", normal(1, 4, 2, 24, dtype=torch.float32), None, "q must have a head size in (16, 32, 64, 128), got 24"),
-                                ("v of 24", x[:, :, :, :16], normal(2, 8, 3, 24, dtype=torch.float32), "v must have a head size in"),
-                                ("float64", X64, None, "q must be float32, bfloat16 or float16")):
+    for what, y, v, message in (
+        (
+            "q of 24",
+            normal(1, 4, 2, 24, dtype=torch.float32),
+            None,
+            "q must have a head size in (16, 32, 64, 128), got 24",
+        ),
+        (
+            "v of 24",
+            x[:, :, :, :16],
+            normal(2, 8, 3, 24, dtype=torch.float32),
+            "v must have a head size in",
+        ),
+        ("float64", X64, None, "q must be float32, bfloat16 or float16"),
+    ):
         try:
             linear_attention(y, y, y if v is None else v, backend="triton")
             said = "nothing"
@@ -388,7 +578,11 @@ def refusals():
     return found
 
 
-GROUPS = {"properties": lambda: properties("triton"), "registration": registration, "refusals": refusals}
+GROUPS = {
+    "properties": lambda: properties("triton"),
+    "registration": registration,
+    "refusals": refusals,
+}
 
 
 def interpreter_main():
@@ -398,26 +592,44 @@ def interpreter_main():
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     assert torch.empty(3).isnan().all() and la.INTERPRET
-    for name, run in {**{n: (lambda c=c: run_case(*c)) for n, c in CASES.items()}, **GROUPS}.items():
+    for name, run in {
+        **{n: (lambda c=c: run_case(*c)) for n, c in CASES.items()},
+        **GROUPS,
+    }.items():
         begin, line = time.time(), {"case": name}
         try:
             line["found"] = run()
         except Exception:
             line["error"] = traceback.format_exc()[-3000:]
-        print("RESULT " + json.dumps({**line, "seconds": round(time.time() - begin, 2)}), flush=True)
+        print(
+            "RESULT " + json.dumps({**line, "seconds": round(time.time() - begin, 2)}), flush=True
+        )
 
 
 def environment(**changes):
     drop = {"TRITON_INTERPRET"}
-    return {**{k: v for k, v in os.environ.items() if k not in drop}, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **changes}
+    return {
+        **{k: v for k, v in os.environ.items() if k not in drop},
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        **changes,
+    }
 
 
 @pytest.fixture(scope="module")
 def interpreted():
     """{case: its line} from one run of this file under the interpreter."""
-    done = subprocess.run([sys.executable, "-W", "ignore", str(Path(__file__).resolve())], capture_output=True, text=True, timeout=1200,
-                          env=environment(TRITON_INTERPRET="1"))
-    lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).resolve())],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        env=environment(TRITON_INTERPRET="1"),
+    )
+    lines = [
+        json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")
+    ]
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return {line["case"]: line for line in lines}
 
@@ -428,20 +640,30 @@ def test_kernels(interpreted, case):
     """Oracle agreement of o and all gradients, and the groups: the properties, registration and refusals of the Triton path."""
     line = interpreted[case]
     assert "error" not in line, line["error"]
-    wrong = {name: f"{value:.3g} > {bound:.3g}" for name, (value, bound) in line["found"].items() if not value <= bound}
+    wrong = {
+        name: f"{value:.3g} > {bound:.3g}"
+        for name, (value, bound) in line["found"].items()
+        if not value <= bound
+    }
     assert not wrong, wrong
 
 
-# ---- the kernels on a GPU ------------------------------------------------------------------------------------------------------------
+# ---- the kernels on a GPU ------------------------------------------------------------------------
 
-needs_gpu = pytest.mark.skipif(la.triton is None or la.INTERPRET or not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(
+    la.triton is None or la.INTERPRET or not torch.cuda.is_available(), reason="needs a GPU"
+)
 
 
 @needs_gpu
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_on_a_gpu(case):
     """The interpreter's cases, compiled."""
-    wrong = {name: f"{value:.3g} > {bound:.3g}" for name, (value, bound) in run_case(*CASES[case], device="cuda").items() if not value <= bound}
+    wrong = {
+        name: f"{value:.3g} > {bound:.3g}"
+        for name, (value, bound) in run_case(*CASES[case], device="cuda").items()
+        if not value <= bound
+    }
     assert not wrong, wrong
 
 
@@ -458,9 +680,20 @@ def by_equations(x, g, feature_map, eps, rounding=lambda a: a):
         du = 0
         for sign, d in zip((1, -1), dphi.split(D, -1)):
             p = (sign * u).softmax(-1)
-            du = du + sign * (p * (d - (p * d).sum(-1, keepdim=True)) if feature_map in ("hedgehog", "softmax") else d * u.clamp_max(0).exp())
+            du = du + sign * (
+                p * (d - (p * d).sum(-1, keepdim=True))
+                if feature_map in ("hedgehog", "softmax")
+                else d * u.clamp_max(0).exp()
+            )
         du = rounding(du)
-        return (rounding(torch.einsum("bnhe,hde->bnhd", du, w[i])), torch.einsum("bnhd,bnhe->hde", (q, k)[i], du)) if w else (du, None)
+        return (
+            (
+                rounding(torch.einsum("bnhe,hde->bnhd", du, w[i])),
+                torch.einsum("bnhd,bnhe->hde", (q, k)[i], du),
+            )
+            if w
+            else (du, None)
+        )
 
     u_q, u_k = project(q, 0), project(k, 1)
     phi_q, phi_k = (rounding(la.features(u, feature_map)) for u in (u_q, u_k))  # (B, N, H, f)
@@ -472,7 +705,9 @@ def by_equations(x, g, feature_map, eps, rounding=lambda a: a):
     dz = -(phi_q * delta / d).sum(1) / N
     dq, dw_q = back(u_q, (torch.einsum("bhfd,bnhd->bnhf", S, g) - delta * z[:, None]) / d, 0)
     dk, dw_k = back(u_k, torch.einsum("bhfd,bnhd->bnhf", dS, v) + dz[:, None], 1)
-    return [o, dq, dk, rounding(torch.einsum("bhfd,bnhf->bnhd", dS, phi_k))] + [dw_q, dw_k] * bool(w)
+    return [o, dq, dk, rounding(torch.einsum("bhfd,bnhf->bnhd", dS, phi_k))] + [dw_q, dw_k] * bool(
+        w
+    )
 
 
 @pytest.mark.parametrize("feature_map", ["hedgehog", "softmax", "elu"])
@@ -481,7 +716,11 @@ def test_equations(feature_map):
     x = [a.requires_grad_() for a in inputs(feature_map, N=9, N_q=6)]
     o = quadratic_oracle(*x[:3], feature_map, *x[3:], eps=0.1)
     g = normal(*o.shape, seed=8)
-    for a, b in zip(by_equations([a.detach() for a in x], g, feature_map, 0.1), [o, *torch.autograd.grad(o, x, g)], strict=True):
+    for a, b in zip(
+        by_equations([a.detach() for a in x], g, feature_map, 0.1),
+        [o, *torch.autograd.grad(o, x, g)],
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -490,31 +729,45 @@ def errors(got, expected):
 
 
 @needs_gpu
-@pytest.mark.parametrize("feature_map, D", [("hedgehog", 128), ("softmax", 128), ("hedgehog", 64), ("elu", 64)])
+@pytest.mark.parametrize(
+    "feature_map, D", [("hedgehog", 128), ("softmax", 128), ("hedgehog", 64), ("elu", 64)]
+)
 def test_long_sequences_on_a_gpu(feature_map, D):
     """bfloat16 at Wan's 32,760 tokens, o and all gradients: the error is that of the kernels' roundings (in float64, above) and no more."""
     x = [a.cuda() for a in inputs(feature_map, 1, 32760, 2, D, dtype=torch.float32)]
-    x = [a.bfloat16().requires_grad_() for a in x[:3]] + [a.bfloat16().float().requires_grad_() for a in x[3:]]  # W's numbers are those the kernels multiply
+    x = [a.bfloat16().requires_grad_() for a in x[:3]] + [
+        a.bfloat16().float().requires_grad_() for a in x[3:]
+    ]  # W's numbers are those the kernels multiply
     y = [a.detach().double() for a in x]
     g = normal(1, 32760, 2, D, seed=8).to("cuda", torch.bfloat16)
     o = linear_attention(*x[:3], feature_map, *x[3:], backend="triton")
     expected = by_equations(y, g.double(), feature_map, 0.0)
     found = errors([o, *torch.autograd.grad(o, x, g)], expected)
-    floor = errors(by_equations(y, g.double(), feature_map, 0.0, lambda a: a.bfloat16().double()), expected)
+    floor = errors(
+        by_equations(y, g.double(), feature_map, 0.0, lambda a: a.bfloat16().double()), expected
+    )
     print(feature_map, D, {name: f"{found[name]:.2e} of {floor[name]:.2e}" for name in found})
     assert all(found[name] <= 1.15 * floor[name] for name in found), (found, floor)
 
 
-# ---- compiled without a GPU, and the benchmark ------------------------------------------------------------------------------------
+# ---- compiled without a GPU, and the benchmark ---------------------------------------------------
 
 
 def bench(*flags):
-    return subprocess.run([sys.executable, str(ROOT / "kernels" / "bench_linear_attention.py"), *flags], capture_output=True, text=True,
-                          env=environment(), timeout=600)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "kernels" / "bench_linear_attention.py"), *flags],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=600,
+    )
 
 
-@pytest.mark.skipif(la.triton is None or not list((Path(la.triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*")),
-                    reason="no triton, or one without NVIDIA's assembler")
+@pytest.mark.skipif(
+    la.triton is None
+    or not list((Path(la.triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*")),
+    reason="no triton, or one without NVIDIA's assembler",
+)
 def test_kernels_compile_for_sm_90(tmp_path):
     """Every launch of a training step in the default configuration, bf16, D = 128, hedgehog with W and softmax: shared memory is at most what a
     program may have, and few registers spill. The tiles are the fastest on an H100; some that spill a little beat all that do not (docs/kernels.md)."""
@@ -529,17 +782,48 @@ def test_kernels_compile_for_sm_90(tmp_path):
 
 def test_benchmark_runs_on_the_cpu(tmp_path):
     """A row for the reference and for SDPA at each length, times and bandwidths, the crossover, and the same in JSON."""
-    done = bench("--lengths", "32,64", "--heads", "1", "--head_dim", "16", "--repeats", "1", "--seconds", "0.01", "--json", str(tmp_path / "b" / "b.json"))
+    done = bench(
+        "--lengths",
+        "32,64",
+        "--heads",
+        "1",
+        "--head_dim",
+        "16",
+        "--repeats",
+        "1",
+        "--seconds",
+        "0.01",
+        "--json",
+        str(tmp_path / "b" / "b.json"),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "b" / "b.json").read_text())
-    assert [(r["N"], r["method"]) for r in result["rows"]] == [(N, m) for N in (32, 64) for m in ("torch", "sdpa math", "sdpa flash")]
+    assert [(r["N"], r["method"]) for r in result["rows"]] == [
+        (N, m) for N in (32, 64) for m in ("torch", "sdpa math", "sdpa flash")
+    ]
     for r in result["rows"]:
-        assert r["forward_gbs"] == pytest.approx(4 * r["N"] * 16 * 4 / r["forward_s"] / 1e9) and r["step_s"] > 0
-    assert [c["what"] for c in result["crossover"]] == ["forward", "forward + backward"] and "torch beats every SDPA backend" in done.stdout
+        assert (
+            r["forward_gbs"] == pytest.approx(4 * r["N"] * 16 * 4 / r["forward_s"] / 1e9)
+            and r["step_s"] > 0
+        )
+    assert [c["what"] for c in result["crossover"]] == [
+        "forward",
+        "forward + backward",
+    ] and "torch beats every SDPA backend" in done.stdout
 
 
-@pytest.mark.parametrize("flags", [["--lengths", "0"], ["--heads", "a"], ["--methods", "triton,magic"], ["--compile", "sm_12"], ["--dtype", "int8"], ["--n", "4"],
-                                   ["--graph", "--device", "cpu"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lengths", "0"],
+        ["--heads", "a"],
+        ["--methods", "triton,magic"],
+        ["--compile", "sm_12"],
+        ["--dtype", "int8"],
+        ["--n", "4"],
+        ["--graph", "--device", "cpu"],
+    ],
+)
 def test_benchmark_refuses_wrong_flags(flags, capsys):
     from kernels import bench_linear_attention
 
@@ -552,8 +836,11 @@ def test_crossover_is_the_length_from_which_on_it_wins():
     """Not the first win: 16 wins, 32 loses, from 64 on it wins against the best backend."""
     from kernels.bench_linear_attention import crossover
 
-    rows = [dict(N=N, method=m, forward_s=t) for N, ts in {16: (1, 2, 3), 32: (4, 3, 9), 64: (5, 9, 6), 128: (6, 20, 30)}.items()
-            for m, t in zip(("torch", "sdpa math", "sdpa flash"), ts)]
+    rows = [
+        dict(N=N, method=m, forward_s=t)
+        for N, ts in {16: (1, 2, 3), 32: (4, 3, 9), 64: (5, 9, 6), 128: (6, 20, 30)}.items()
+        for m, t in zip(("torch", "sdpa math", "sdpa flash"), ts)
+    ]
     assert crossover(rows, "torch") == 64
     assert crossover(rows[:6], "torch") is None
 

@@ -1,20 +1,31 @@
 """Adapters: what they compute, that one call does not disturb another, and the files that other programs read."""
+
 import copy
 import json
 
 import pytest
 import torch
+from helpers import TINY_PIXART, TINY_Z_IMAGE, dit_inputs, perturbed, small_dit
 from safetensors.torch import load_file, save_file
 
-from helpers import TINY_PIXART, TINY_Z_IMAGE, dit_inputs, perturbed, small_dit
-from models import io, lora
-from models.pixart import PixArtTransformer2DModel
-from models.toy import RingMLP
-from models.wan import WanTransformer3DModel, WanTwoNetworks, lora_key
-from models.z_image import ZImageTransformer2DModel
+from models.files import UserError, open_tensors
+from models.networks import WEIGHTS, load_network, lora, network_config, save_network
+from models.networks.pixart import PixArtTransformer2DModel
+from models.networks.ring_mlp import RingMLP
+from models.networks.wan import WanTransformer3DModel, WanTwoNetworks, lora_key
+from models.networks.z_image import ZImageTransformer2DModel
 
-TINY_WAN = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, freq_dim=16,
-                ffn_dim=32, num_layers=2, rope_max_seq_len=32)
+TINY_WAN = dict(
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=10,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=2,
+    rope_max_seq_len=32,
+)
 
 
 def networks():
@@ -24,15 +35,32 @@ def networks():
     x, t, label = dit_inputs(dit, 4)
     torch.manual_seed(0)
     wan, ring = perturbed(WanTransformer3DModel(**TINY_WAN)), perturbed(RingMLP(dim=16))
-    z_image, image = perturbed(ZImageTransformer2DModel(**TINY_Z_IMAGE)), torch.randn(2, 4, 4, 6, generator=g)
-    caption, mask = torch.randn(2, 40, 16, generator=g), torch.arange(40) < torch.tensor([[5], [40]])
+    z_image, image = (
+        perturbed(ZImageTransformer2DModel(**TINY_Z_IMAGE)),
+        torch.randn(2, 4, 4, 6, generator=g),
+    )
+    caption, mask = (
+        torch.randn(2, 40, 16, generator=g),
+        torch.arange(40) < torch.tensor([[5], [40]]),
+    )
     pixart = perturbed(PixArtTransformer2DModel(**TINY_PIXART))
     video, text = torch.randn(2, 4, 2, 4, 6, generator=g), torch.randn(2, 3, 10, generator=g)
-    return {"dit": (dit.requires_grad_(False), dict(x=x, t=t, label=label)),
-            "wan": (wan.requires_grad_(False), dict(x=video, t=torch.tensor([0.3, 0.95]), text=text)),
-            "z_image": (z_image.requires_grad_(False), dict(x=image, t=torch.tensor([0.3, 0.95]), text=caption, text_mask=mask)),
-            "pixart": (pixart.requires_grad_(False), dict(x=image, t=torch.tensor([0.3, 0.95]), text=caption, mask=mask)),
-            "ring": (ring.requires_grad_(False), dict(x=torch.randn(4, 2, generator=g), t=t, label=label))}
+    return {
+        "dit": (dit.requires_grad_(False), dict(x=x, t=t, label=label)),
+        "wan": (wan.requires_grad_(False), dict(x=video, t=torch.tensor([0.3, 0.95]), text=text)),
+        "z_image": (
+            z_image.requires_grad_(False),
+            dict(x=image, t=torch.tensor([0.3, 0.95]), text=caption, text_mask=mask),
+        ),
+        "pixart": (
+            pixart.requires_grad_(False),
+            dict(x=image, t=torch.tensor([0.3, 0.95]), text=caption, mask=mask),
+        ),
+        "ring": (
+            ring.requires_grad_(False),
+            dict(x=torch.randn(4, 2, generator=g), t=t, label=label),
+        ),
+    }
 
 
 @pytest.fixture(params=["dit", "wan", "z_image", "pixart", "ring"])
@@ -68,7 +96,9 @@ def test_layer_is_the_formula():
     trained(net, "a", rank=2, alpha=5, targets=["one"])
     A, B = lora.parameters(net, "a")
     assert A.shape == (2, 5) and B.shape == (7, 2) and A.dtype == B.dtype == torch.float32
-    want = plain(x) + 2.5 * torch.einsum("ki,or,ri->ko", x.flatten(0, 1), B.double(), A.double()).view(2, 3, 7)
+    want = plain(x) + 2.5 * torch.einsum(
+        "ki,or,ri->ko", x.flatten(0, 1), B.double(), A.double()
+    ).view(2, 3, 7)
     torch.testing.assert_close(layer(x, "a"), want, rtol=1e-12, atol=1e-12)
     assert torch.equal(layer(x), plain(x)) and torch.equal(layer(x, "b"), plain(x))
     lora.merge(net, "a")
@@ -93,19 +123,54 @@ def test_fresh_adapter_is_the_base_bit_for_bit(frozen):
     assert list(again.state_dict()) == list(start) and lora.names(again) == []
     torch.manual_seed(5)
     lora.add(again, "other", rank=3, alpha=8)
-    assert all(torch.equal(a, b) for a, b in zip(lora.parameters(again, "other"), lora.parameters(net, "student")))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(lora.parameters(again, "other"), lora.parameters(net, "student"))
+    )
 
 
-@pytest.mark.parametrize("name, layers", [
-    ("dit", {f"blocks.{i}.{k}" for i in range(3) for k in ("qkv", "proj", "mlp.0", "mlp.2")}),
-    ("ring", {"hidden.0", "hidden.1", "hidden.2"}),
-    ("wan", {f"blocks.{i}.{k}" for i in range(2) for k in (*(f"attn{n}.{q}" for n in "12" for q in ("to_q", "to_k", "to_v", "to_out.0")),
-                                                          "ffn.net.0.proj", "ffn.net.2")}),
-    ("pixart", {f"transformer_blocks.{i}.{k}" for i in range(2)
-                for k in (*(f"attn{n}.{q}" for n in "12" for q in ("to_q", "to_k", "to_v", "to_out.0")), "ff.net.0.proj", "ff.net.2")}),
-    ("z_image", {f"{stack}.{k}" for stack in ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0")
-                 for k in (*(f"attention.{q}" for q in ("to_q", "to_k", "to_v", "to_out.0")), *(f"feed_forward.w{n}" for n in "123"))}),
-])
+@pytest.mark.parametrize(
+    "name, layers",
+    [
+        ("dit", {f"blocks.{i}.{k}" for i in range(3) for k in ("qkv", "proj", "mlp.0", "mlp.2")}),
+        ("ring", {"hidden.0", "hidden.1", "hidden.2"}),
+        (
+            "wan",
+            {
+                f"blocks.{i}.{k}"
+                for i in range(2)
+                for k in (
+                    *(f"attn{n}.{q}" for n in "12" for q in ("to_q", "to_k", "to_v", "to_out.0")),
+                    "ffn.net.0.proj",
+                    "ffn.net.2",
+                )
+            },
+        ),
+        (
+            "pixart",
+            {
+                f"transformer_blocks.{i}.{k}"
+                for i in range(2)
+                for k in (
+                    *(f"attn{n}.{q}" for n in "12" for q in ("to_q", "to_k", "to_v", "to_out.0")),
+                    "ff.net.0.proj",
+                    "ff.net.2",
+                )
+            },
+        ),
+        (
+            "z_image",
+            {
+                f"{stack}.{k}"
+                for stack in ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0")
+                for k in (
+                    *(f"attention.{q}" for q in ("to_q", "to_k", "to_v", "to_out.0")),
+                    *(f"feed_forward.w{n}" for n in "123"),
+                )
+            },
+        ),
+    ],
+)
 def test_default_targets_all_take_part(name, layers):
     """Each target has its A and B, and each of these changes the output."""
     net, call = networks()[name]
@@ -124,8 +189,12 @@ def test_merge_equals_the_call(frozen):
     keep = copy.deepcopy(net)
     lora.merge(net, "a")
     assert (want - bare).abs().max() > 1e-2
-    torch.testing.assert_close(net(**call), want, rtol=0, atol=2e-6)  # rotations, norms and times stay float32
-    assert lora.names(net) == ["b"] and all(torch.equal(v, other[k]) for k, v in lora.state_dict(net, "b").items())
+    torch.testing.assert_close(
+        net(**call), want, rtol=0, atol=2e-6
+    )  # rotations, norms and times stay float32
+    assert lora.names(net) == ["b"] and all(
+        torch.equal(v, other[k]) for k, v in lora.state_dict(net, "b").items()
+    )
     for key, a in lora.adapters(keep, "a").items():
         W = keep.get_submodule(key).weight + a.alpha / a.rank * a.B.double() @ a.A.double()
         torch.testing.assert_close(net.get_submodule(key).weight, W, rtol=1e-13, atol=1e-13)
@@ -134,7 +203,10 @@ def test_merge_equals_the_call(frozen):
 def test_adapters_share_a_base_and_do_not_touch_each_other(frozen):
     net, call = frozen
     bare = net(**call)
-    alone = {name: trained(copy.deepcopy(net), name, seed=seed)(**call, adapter=name) for seed, name in enumerate(["student", "fake"])}
+    alone = {
+        name: trained(copy.deepcopy(net), name, seed=seed)(**call, adapter=name)
+        for seed, name in enumerate(["student", "fake"])
+    }
     for seed, name in enumerate(["student", "fake"]):
         trained(net, name, seed=seed)
     for name in ("fake", "student", "fake"):
@@ -159,23 +231,29 @@ def switched(net):
     """The mistake: the adapter as a state of the network. -> a call that sets it and leaves it set."""
     state = {}
     for layer in lora.linears(net).values():
-        layer.forward = lambda x, adapter=None, layer=layer: lora.Linear.forward(layer, x, state["adapter"])
+        layer.forward = lambda x, adapter=None, layer=layer: lora.Linear.forward(
+            layer, x, state["adapter"]
+        )
 
     def call(adapter, **inputs):
         state["adapter"] = adapter
         return net(**inputs)
+
     return call
 
 
 @pytest.mark.parametrize("name", ["dit", "wan", "z_image", "pixart"])
 def test_two_adapters_in_one_backward_with_checkpointing(name):
     """Blocks are computed again in backward, after both calls: each must be given its own adapter then. A switched state is not."""
+
     def run(checkpointing, wrong=False):
         net, inputs = networks()[name]
         trained(trained(net, "student"), "fake", seed=2)
         net.gradient_checkpointing = checkpointing
         call = switched(net) if wrong else net
-        inputs["x"].requires_grad_()  # something to differentiate in the first block, as when a sample comes from a network
+        inputs[
+            "x"
+        ].requires_grad_()  # something to differentiate in the first block, as when a sample comes from a network
         losses = [call(**inputs, adapter=a).square().mean() for a in ("student", "fake")]
         sum(losses).backward()
         assert all(p.grad is None for k, p in net.named_parameters() if ".lora." not in k)
@@ -184,8 +262,13 @@ def test_two_adapters_in_one_backward_with_checkpointing(name):
     want = run(False)
     assert all(g is not None and g.any() for g in want)
     assert all(torch.equal(a, b) for a, b in zip(run(True), want))
-    assert all(torch.equal(a, b) for a, b in zip(run(False, wrong=True), want))  # without checkpointing nobody notices
-    assert not all(b is not None and torch.allclose(a, b, rtol=1e-2) for a, b in zip(want, run(True, wrong=True)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(run(False, wrong=True), want)
+    )  # without checkpointing nobody notices
+    assert not all(
+        b is not None and torch.allclose(a, b, rtol=1e-2)
+        for a, b in zip(want, run(True, wrong=True))
+    )
 
 
 def test_low_precision(frozen):
@@ -201,7 +284,10 @@ def test_low_precision(frozen):
     assert all(g.dtype == torch.float32 and g.any() for g in gradients(net, "a"))
     moved = (exact - net(**call).float()).norm()
     for v in (auto, low):
-        assert 0 < (v.float() - exact).norm() < 0.1 * exact.norm() and (v.float() - exact).norm() < 0.5 * moved
+        assert (
+            0 < (v.float() - exact).norm() < 0.1 * exact.norm()
+            and (v.float() - exact).norm() < 0.5 * moved
+        )
 
 
 @pytest.mark.parametrize("name", ["dit", "wan"])
@@ -220,7 +306,9 @@ def test_training_state_round_trip(frozen):
     net, call = frozen
     trained(net, "a")
     state = {k: v.clone() for k, v in lora.state_dict(net, "a").items()}
-    assert [v.shape for v in state.values()] == [p.shape for p in lora.parameters(net, "a")]  # one fixed order
+    assert [v.shape for v in state.values()] == [
+        p.shape for p in lora.parameters(net, "a")
+    ]  # one fixed order
     other = copy.deepcopy(net)
     lora.remove(other, "a")
     lora.add(other, "a", rank=3, alpha=6)
@@ -229,7 +317,11 @@ def test_training_state_round_trip(frozen):
     assert torch.equal(other(**call, adapter="a"), net(**call, adapter="a"))
     assert all(p.requires_grad for p in lora.parameters(other, "a"))
     first = next(iter(state))
-    for wrong in ({k: v for k, v in state.items() if k != first}, {**state, "more.A": state[first]}, {**state, first: state[first][:1]}):
+    for wrong in (
+        {k: v for k, v in state.items() if k != first},
+        {**state, "more.A": state[first]},
+        {**state, first: state[first][:1]},
+    ):
         with pytest.raises(ValueError, match="does not fit"):
             lora.load_state_dict(other, "a", wrong)
 
@@ -238,9 +330,9 @@ def test_a_base_checkpoint_has_no_adapters(frozen, tmp_path):
     net, call = frozen
     bare = net(**call)
     trained(net, "a")
-    io.save_network(net, io.network_config(net), str(tmp_path))
-    assert not any("lora" in k for k in load_file(tmp_path / io.WEIGHTS))
-    again, _ = io.load_network(str(tmp_path))
+    save_network(net, network_config(net), str(tmp_path))
+    assert not any("lora" in k for k in load_file(tmp_path / WEIGHTS))
+    again, _ = load_network(str(tmp_path))
     assert torch.equal(again(**call), bare) and lora.names(again) == []
 
 
@@ -250,7 +342,9 @@ def test_a_base_checkpoint_has_no_adapters(frozen, tmp_path):
 def one_line(call, *words):
     with pytest.raises(ValueError) as error:
         call()
-    assert "\n" not in str(error.value) and all(w in str(error.value) for w in words), str(error.value)
+    assert "\n" not in str(error.value) and all(w in str(error.value) for w in words), str(
+        error.value
+    )
 
 
 def test_unknown_names_and_targets_are_refused(frozen):
@@ -264,8 +358,12 @@ def test_unknown_names_and_targets_are_refused(frozen):
     one_line(lambda: lora.add(net, "fake", 2, 2), "already")
     one_line(lambda: lora.add(net, "b", 0, 2), "at least 1")
     one_line(lambda: lora.add(net, "b", 2, 2, targets=[]), "empty list")
-    one_line(lambda: lora.add(net, "b", 2, 2, targets=[net.lora_targets[0], "nowhere"]), "'nowhere'")
-    one_line(lambda: lora.add(net, "b", 2, 2, targets=[net.lora_targets[0][1:]]), "no layer")  # part of a name is not its ending
+    one_line(
+        lambda: lora.add(net, "b", 2, 2, targets=[net.lora_targets[0], "nowhere"]), "'nowhere'"
+    )
+    one_line(
+        lambda: lora.add(net, "b", 2, 2, targets=[net.lora_targets[0][1:]]), "no layer"
+    )  # part of a name is not its ending
     for name in ("", "a.b", "keys", "training"):
         one_line(lambda name=name: lora.add(net, name, 2, 2), "cannot name an adapter")
     assert lora.names(net) == ["fake"]
@@ -289,23 +387,37 @@ def test_save_and_load(frozen, tmp_path):
     lora.save(net, "a", path, {"phase": "2"})
     stored = load_file(path)
     first = next(iter(lora.adapters(net, "a")))
-    prefix = {"blocks.0.attn1.to_q": "diffusion_model.blocks.0.self_attn.q", "noise_refiner.0.attention.to_q":
-              "diffusion_model.noise_refiner.0.attention.to_q", "transformer_blocks.0.attn1.to_q":
-              "base_model.model.transformer_blocks.0.attn1.to_q"}.get(first, "transformer." + first)
+    prefix = {
+        "blocks.0.attn1.to_q": "diffusion_model.blocks.0.self_attn.q",
+        "noise_refiner.0.attention.to_q": "diffusion_model.noise_refiner.0.attention.to_q",
+        "transformer_blocks.0.attn1.to_q": "base_model.model.transformer_blocks.0.attn1.to_q",
+    }.get(first, "transformer." + first)
     A, B = lora.parameters(net, "a")[:2]
-    assert len(stored) == len(lora.parameters(net, "a")) and {v.dtype for v in stored.values()} == {torch.float32}
-    assert torch.equal(stored[f"{prefix}.lora_A.weight"], A) and torch.equal(stored[f"{prefix}.lora_B.weight"], 2 * B)
+    assert len(stored) == len(lora.parameters(net, "a")) and {v.dtype for v in stored.values()} == {
+        torch.float32
+    }
+    assert torch.equal(stored[f"{prefix}.lora_A.weight"], A) and torch.equal(
+        stored[f"{prefix}.lora_B.weight"], 2 * B
+    )
     want = net(**call, adapter="a")
     metadata = lora.load(net, "b", path)
     assert (metadata["rank"], metadata["alpha"], metadata["phase"]) == ("3", "6", "2")
-    assert torch.equal(net(**call, adapter="b"), want) and torch.equal(net(**call, adapter="a"), want)
+    assert torch.equal(net(**call, adapter="b"), want) and torch.equal(
+        net(**call, adapter="a"), want
+    )
     assert {(a.rank, a.alpha) for a in lora.adapters(net, "b").values()} == {(3, 3.0)}
     lora.save(net, "b", str(tmp_path / "b.safetensors"))
     assert all(torch.equal(v, stored[k]) for k, v in load_file(tmp_path / "b.safetensors").items())
 
     # the same under diffusers' own names
-    save_file({f"transformer.{key}.lora_{part}.weight": getattr(a, part).detach().clone()
-               for key, a in lora.adapters(net, "b").items() for part in "AB"}, tmp_path / "c.safetensors")
+    save_file(
+        {
+            f"transformer.{key}.lora_{part}.weight": getattr(a, part).detach().clone()
+            for key, a in lora.adapters(net, "b").items()
+            for part in "AB"
+        },
+        tmp_path / "c.safetensors",
+    )
     lora.load(net, "c", str(tmp_path / "c.safetensors"))
     assert torch.equal(net(**call, adapter="c"), want)
 
@@ -325,27 +437,50 @@ def test_bad_files_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     lora.save(net, "a", str(path))
     good = {k: v.clone() for k, v in load_file(path).items()}
-    q, start = "diffusion_model.blocks.0.self_attn.q", {k: v.clone() for k, v in net.state_dict().items()}
+    q, start = (
+        "diffusion_model.blocks.0.self_attn.q",
+        {k: v.clone() for k, v in net.state_dict().items()},
+    )
 
     def refused(tensors, *words):
         save_file(tensors, path)
         one_line(lambda: lora.load(net, "b", str(path)), str(path), *words)
-    refused({**good, "diffusion_model.blocks.7.self_attn.q.lora_A.weight": torch.zeros(3, 24)}, "blocks.7")
+
+    refused(
+        {**good, "diffusion_model.blocks.7.self_attn.q.lora_A.weight": torch.zeros(3, 24)},
+        "blocks.7",
+    )
     refused({**good, "diffusion_model.head.head.lora_A.weight": torch.zeros(3, 24)}, "head.head")
-    refused({**good, q + ".alpha": torch.tensor(4.0)}, "alpha")  # a file whose scale is not in lora_B
-    refused({k: v for k, v in good.items() if k != q + ".lora_B.weight"}, "lora_A", "both halves", "blocks.0.attn1.to_q")
+    refused(
+        {**good, q + ".alpha": torch.tensor(4.0)}, "alpha"
+    )  # a file whose scale is not in lora_B
+    refused(
+        {k: v for k, v in good.items() if k != q + ".lora_B.weight"},
+        "lora_A",
+        "both halves",
+        "blocks.0.attn1.to_q",
+    )
     refused({**good, q + ".lora_A.weight": torch.zeros(3, 23)}, "lora_A", "(3, 23)", "(3, 24)")
     refused({**good, q + ".lora_B.weight": torch.zeros(24, 4)}, "lora_B", "(24, 4)", "(24, 3)")
-    refused({**good, q + ".lora_A.weight": torch.zeros(4, 24), q + ".lora_B.weight": torch.zeros(24, 4)}, "takes")  # two ranks in one file
+    refused(
+        {
+            **good,
+            q + ".lora_A.weight": torch.zeros(4, 24),
+            q + ".lora_B.weight": torch.zeros(24, 4),
+        },
+        "takes",
+    )  # two ranks in one file
     refused({**good, q + ".lora_A.weight": torch.zeros(3)}, "(3,)")
     refused({}, "no adapter")
     one_line(lambda: lora.load(net, "a", str(path)), "already")
     path.write_bytes(b"junk")
-    with pytest.raises(io.UserError, match="truncated or not a safetensors file"):
+    with pytest.raises(UserError, match="truncated or not a safetensors file"):
         lora.load(net, "b", str(path))
-    with pytest.raises(io.UserError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         lora.load(net, "b", str(tmp_path / "none.safetensors"))
-    assert all(torch.equal(v, start[k]) for k, v in net.state_dict().items()) and lora.names(net) == ["a"]
+    assert all(torch.equal(v, start[k]) for k, v in net.state_dict().items()) and lora.names(
+        net
+    ) == ["a"]
 
 
 @pytest.fixture
@@ -358,8 +493,16 @@ def pipeline():
         theirs = [diffusers.WanTransformer3DModel(**TINY_WAN).eval() for _ in nets]
         for a, b in zip(theirs, nets):
             a.load_state_dict(lora.base_state_dict(b))
-        return diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=theirs[0],
-                                     transformer_2=theirs[1] if len(theirs) == 2 else None, boundary_ratio=0.875)
+        return diffusers.WanPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=None,
+            scheduler=None,
+            transformer=theirs[0],
+            transformer_2=theirs[1] if len(theirs) == 2 else None,
+            boundary_ratio=0.875,
+        )
+
     return make
 
 
@@ -376,10 +519,14 @@ def test_wan_pipeline_of_diffusers_loads_the_file(pipeline, tmp_path):
         with torch.no_grad():
             ours, bare = net(**call, adapter="a"), net(**call)
             v = theirs(call["x"], 1000 * call["t"], call["text"]).sample
-        print(f"difference {(ours - v).abs().max():.1e}, of the adapter {(ours - bare).abs().max():.1e}")
+        print(
+            f"difference {(ours - v).abs().max():.1e}, of the adapter {(ours - bare).abs().max():.1e}"
+        )
         assert (ours - v).abs().max() <= 1e-5 < 1e-2 < (ours - bare).abs().max()
         loaded = {k: p for k, p in theirs.named_parameters() if ".lora_" in k}
-        assert len(loaded) == len(lora.parameters(net, "a")) and all(p.any() for p in loaded.values())
+        assert len(loaded) == len(lora.parameters(net, "a")) and all(
+            p.any() for p in loaded.values()
+        )
 
 
 def test_two_networks_are_adapted_together_and_saved_apart(tmp_path):
@@ -397,13 +544,25 @@ def test_two_networks_are_adapted_together_and_saved_apart(tmp_path):
     assert torch.equal(two(**call, adapter="b"), want)
     lora.remove(two.low, "b")
     one_line(lambda: two(**call, adapter="b"), "'b'")  # not silently the bare network on some rows
-    two(call["x"], torch.tensor([0.9, 1.0]), call["text"], adapter="b")  # where it is not needed, it need not be
+    two(
+        call["x"], torch.tensor([0.9, 1.0]), call["text"], adapter="b"
+    )  # where it is not needed, it need not be
 
 
 def test_metadata_is_plain_text_that_others_ignore(tmp_path):
     """Header values are strings; diffusers would take lora_adapter_metadata for peft's settings, so there is none."""
     net, _ = networks()["dit"]
-    lora.save(trained(net, "a", rank=2, alpha=0.3), "a", str(tmp_path / "a"), {"times": json.dumps([1.0, 0.5])})
-    with io.open_tensors(str(tmp_path / "a")) as f:
+    lora.save(
+        trained(net, "a", rank=2, alpha=0.3),
+        "a",
+        str(tmp_path / "a"),
+        {"times": json.dumps([1.0, 0.5])},
+    )
+    with open_tensors(str(tmp_path / "a")) as f:
         m = f.metadata()
-    assert m["alpha"] == "0.3" and m["rank"] == "2" and json.loads(m["times"]) == [1.0, 0.5] and "lora_adapter_metadata" not in m
+    assert (
+        m["alpha"] == "0.3"
+        and m["rank"] == "2"
+        and json.loads(m["times"]) == [1.0, 0.5]
+        and "lora_adapter_metadata" not in m
+    )

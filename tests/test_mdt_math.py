@@ -1,13 +1,14 @@
 """mdt_dist.py against closed forms: the transport of a Gaussian and of a point, velocity matching and distillation, their stop-gradients, d_norm, guidance,
 the baselines and the sampler. Each identity is also put to the wrong variants that come to mind, which must fail it.
 """
+
 import pytest
 import torch
+from helpers import perturbed
 
 import mdt_dist as mdt
-from helpers import perturbed
 from models.diffusion import Flow, expand, from_x0_eps, to_x0_eps
-from models.dit import DiT
+from models.networks.dit import DiT
 
 T = torch.tensor([0.15, 0.4, 0.7, 0.95], dtype=torch.float64)
 M, S = 0.8, 0.6  # mean and standard deviation of the Gaussian data
@@ -18,7 +19,12 @@ def normal(*shape, seed=0):
 
 
 def close(a, b, tolerance=1e-10):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        torch.as_tensor(a, dtype=torch.float64),
+        torch.as_tensor(b, dtype=torch.float64),
+        rtol=tolerance,
+        atol=tolerance,
+    )
 
 
 def marginal(x, t, m=M, s=S):
@@ -57,11 +63,17 @@ def test_transport_of_a_gaussian_satisfies_equation_12():
     """u = phi + t dphi/dt along the teacher's velocity is that velocity; at t -> 0 phi is the velocity; from t = 1 it ends in the data's law."""
     x = marginal_points()
     v = gaussian_velocity(x, T)
-    u = gaussian_transport(x, T) + T[:, None] * mdt.time_derivative(gaussian_transport, x, T, v, {}, None)
+    u = gaussian_transport(x, T) + T[:, None] * mdt.time_derivative(
+        gaussian_transport, x, T, v, {}, None
+    )
     close(u, v, 1e-12)
-    other = gaussian_transport(x, T) + T[:, None] * mdt.time_derivative(gaussian_transport, x, T, v + 0.3, {}, None)
+    other = gaussian_transport(x, T) + T[:, None] * mdt.time_derivative(
+        gaussian_transport, x, T, v + 0.3, {}, None
+    )
     assert (other - v).abs().min() > 0.01  # along another velocity it is not
-    still = gaussian_transport(x, T) + T[:, None] * mdt.time_derivative(gaussian_transport, x, T, 0 * v, {}, None)
+    still = gaussian_transport(x, T) + T[:, None] * mdt.time_derivative(
+        gaussian_transport, x, T, 0 * v, {}, None
+    )
     assert (still - v).abs().max() > 0.1  # nor is the derivative in t alone
     tiny = torch.full((4,), 1e-6, dtype=torch.float64)
     close(gaussian_transport(x, tiny), gaussian_velocity(x, tiny), 1e-4)
@@ -79,8 +91,13 @@ def test_finite_difference_is_of_first_order_and_backward():
         d = mdt.time_derivative(gaussian_transport, x, T, v, {}, dt)
         phi = gaussian_transport(x, T)
         before = phi - dt * d
-        u = (T[:, None] * phi - (T[:, None] - dt) * before) / dt if product else phi + T[:, None] * d
+        u = (
+            (T[:, None] * phi - (T[:, None] - dt) * before) / dt
+            if product
+            else phi + T[:, None] * d
+        )
         return (u - v).square().mean().sqrt()
+
     for dt in (0.02, 0.01, 0.005):
         assert residual(dt) / residual(dt / 2) == pytest.approx(2, rel=0.06)
         assert 1.5 < residual(dt, product=True) / residual(dt) < 4
@@ -93,17 +110,24 @@ def test_finite_difference_is_of_first_order_and_backward():
 def test_finite_difference_meets_the_exact_derivative_of_a_network():
     """torch.func.jvp under sdpa_kernel(MATH) is the limit of the difference, for the network of the embedded teachers; neither leaves a gradient."""
     torch.manual_seed(0)
-    net = perturbed(DiT(size=(4, 4, 4), patch=(2, 2, 2), channels=1, dim=32, depth=2, num_classes=3), std=0.2).double()
+    net = perturbed(
+        DiT(size=(4, 4, 4), patch=(2, 2, 2), channels=1, dim=32, depth=2, num_classes=3), std=0.2
+    ).double()
     x, v, cond = normal(3, 1, 4, 4, 4), normal(3, 1, 4, 4, 4, seed=1), {"label": torch.arange(3)}
     t = torch.tensor([0.2, 0.5, 0.9])
     exact = mdt.time_derivative(net, x, t, v, cond, None)
 
-    def difference(dt):  # small: weights at random let the fast sines of the network's clock through
+    def difference(
+        dt,
+    ):  # small: weights at random let the fast sines of the network's clock through
         with torch.no_grad():
             return mdt.time_derivative(net, x, t, v, cond, dt)
+
     errors = [(difference(dt) - exact).norm() / exact.norm() for dt in (2e-4, 1e-4)]
     assert errors[1] < 0.15 and errors[0] / errors[1] == pytest.approx(2, rel=0.3)
-    assert not exact.requires_grad and not mdt.time_derivative(net, x, t, v, cond, 0.01).requires_grad
+    assert (
+        not exact.requires_grad and not mdt.time_derivative(net, x, t, v, cond, 0.01).requires_grad
+    )
 
 
 def test_straight_transport_has_no_residual():
@@ -126,11 +150,15 @@ def test_residual_is_the_velocity_mismatch_through_the_endpoint_map():
     x, w = normal(4, 3), normal(4, 3, seed=1)
     end = lambda x, t: x - t * small_net(x[None], t[None])[0]  # noqa: E731
     J = torch.stack([torch.func.jacrev(end, 0)(x[i], T[i]) for i in range(4)])
-    v_S = torch.stack([torch.linalg.solve(J[i], -torch.func.jacrev(end, 1)(x[i], T[i])) for i in range(4)])
+    v_S = torch.stack(
+        [torch.linalg.solve(J[i], -torch.func.jacrev(end, 1)(x[i], T[i])) for i in range(4)]
+    )
     u = lambda w: small_net(x, T) + T[:, None] * mdt.time_derivative(small_net, x, T, w, {}, None)  # noqa: E731
     close(u(w) - w, (J @ (v_S - w)[..., None])[..., 0])
     close(u(v_S), v_S)
-    assert (u(w) - v_S).abs().max() > 0.1  # u is not the network's own velocity, whatever the tangent
+    assert (
+        u(w) - v_S
+    ).abs().max() > 0.1  # u is not the network's own velocity, whatever the tangent
 
 
 def test_velocity_and_score():
@@ -140,7 +168,15 @@ def test_velocity_and_score():
         v, (mean, std) = gaussian_velocity(x, T, m, s), marginal(x, T, m, s)
         score = -(x - mean) / std**2
         close(v, -x / (1 - T[:, None]) - T[:, None] / (1 - T[:, None]) * score)
-        close(score, from_x0_eps("score", *to_x0_eps(v, "flow_v", x, Flow().alpha(T), Flow().sigma(T)), Flow().alpha(T), Flow().sigma(T)))
+        close(
+            score,
+            from_x0_eps(
+                "score",
+                *to_x0_eps(v, "flow_v", x, Flow().alpha(T), Flow().sigma(T)),
+                Flow().alpha(T),
+                Flow().sigma(T),
+            ),
+        )
         close(score, -(x + (1 - T[:, None]) * v) / T[:, None])
 
 
@@ -160,7 +196,11 @@ def test_velocity_matching_is_regression_onto_a_constant():
     into = gradient(loss, (phi, v, d))
     close(into[0], 2 * r / r.numel())
     assert into[1] is None and into[2] is None
-    for wrong in ((phi - (v + T[:, None] * d).detach()), (phi - v.detach() + T[:, None] * (d + phi)), (phi - (v - d).detach())):  # sign; graph in d; no t
+    for wrong in (
+        (phi - (v + T[:, None] * d).detach()),
+        (phi - v.detach() + T[:, None] * (d + phi)),
+        (phi - (v - d).detach()),
+    ):  # sign; graph in d; no t
         assert not torch.allclose(gradient(wrong.square().mean(), phi)[0], into[0], rtol=1e-2)
 
 
@@ -182,26 +222,50 @@ def test_consistency_distillation_is_velocity_matching_with_weight_t_dt(edge):
     x, v = normal(5, 3), normal(5, 3, seed=1)
 
     def gradients(t):
-        t, low = torch.full((5,), t, dtype=torch.float64), torch.full((5,), edge, dtype=torch.float64)
+        t, low = (
+            torch.full((5,), t, dtype=torch.float64),
+            torch.full((5,), edge, dtype=torch.float64),
+        )
         phi, x_s = net(x, t), x - dt * v
         phi_s = net(x_s, t - dt)
         cm = gradient(mdt.consistency_loss(x, phi, x_s, phi_s, t, t - dt, low), W)[0]
-        d = ((t - low)[:, None] * phi - (t - dt - low)[:, None] * phi_s) / dt - phi  # the product rule's, over t - edge below
+        d = (
+            (t - low)[:, None] * phi - (t - dt - low)[:, None] * phi_s
+        ) / dt - phi  # the product rule's, over t - edge below
         vm = gradient(mdt.velocity_matching_loss(phi, v, d / (t - low)[:, None], t - low), W)[0]
-        paper = gradient(mdt.velocity_matching_loss(phi, v, mdt.time_derivative(net, x, t, v, {}, dt, phi), t - low), W)[0]
+        paper = gradient(
+            mdt.velocity_matching_loss(
+                phi, v, mdt.time_derivative(net, x, t, v, {}, dt, phi), t - low
+            ),
+            W,
+        )[0]
         return cm, vm, paper
+
     for t in (0.3, 0.8):
         cm, vm, paper = gradients(t)
         close(cm, (t - edge) * dt * vm, 1e-12)
-        assert torch.nn.functional.cosine_similarity(cm.flatten(), paper.flatten(), 0) > 0.998 and not torch.allclose(paper, vm, rtol=1e-4)
-    assert not torch.allclose(gradients(0.3)[0] / gradients(0.3)[1], gradients(0.8)[0] / gradients(0.8)[1], rtol=0.1)
+        assert torch.nn.functional.cosine_similarity(
+            cm.flatten(), paper.flatten(), 0
+        ) > 0.998 and not torch.allclose(paper, vm, rtol=1e-4)
+    assert not torch.allclose(
+        gradients(0.3)[0] / gradients(0.3)[1], gradients(0.8)[0] / gradients(0.8)[1], rtol=0.1
+    )
 
 
 def test_consistency_loss_stops_the_gradient_below():
     """No gradient into the lower point, and at edge 0 the loss is that of f = x - t phi."""
-    phi, phi_s, x, x_s, zero = normal(4, 3).requires_grad_(), normal(4, 3, seed=1).requires_grad_(), normal(4, 3, seed=2), normal(4, 3, seed=3), torch.zeros_like(T)
+    phi, phi_s, x, x_s, zero = (
+        normal(4, 3).requires_grad_(),
+        normal(4, 3, seed=1).requires_grad_(),
+        normal(4, 3, seed=2),
+        normal(4, 3, seed=3),
+        torch.zeros_like(T),
+    )
     loss = mdt.consistency_loss(x, phi, x_s, phi_s, T, T - 0.01, zero)
-    close(loss.detach(), (x - T[:, None] * phi - x_s + (T[:, None] - 0.01) * phi_s).detach().square().mean())
+    close(
+        loss.detach(),
+        (x - T[:, None] * phi - x_s + (T[:, None] - 0.01) * phi_s).detach().square().mean(),
+    )
     assert gradient(loss, (phi, phi_s))[1] is None
 
 
@@ -212,8 +276,13 @@ def test_consistency_loss_stops_the_gradient_below():
 def test_weights_of_velocity_distillation_against_the_gaussian_kl(t):
     """One-step samples z - phi(z), phi = a z + b, are Gaussian. With u and v the two marginals' velocities, weight "kl" gives the gradient of KL(p_t | q_t) in
     a and b exactly; "paper" t / (1 - t) times that, "code" 2 t / (1 - t)^2 times. Expectations over z and z'' by the four points +-1, exact for products."""
-    a, b = torch.tensor(0.35, dtype=torch.float64, requires_grad=True), torch.tensor(-0.2, dtype=torch.float64, requires_grad=True)
-    z, z2 = (torch.tensor(v, dtype=torch.float64)[:, None] for v in ([1.0, 1, -1, -1], [1.0, -1, 1, -1]))
+    a, b = (
+        torch.tensor(0.35, dtype=torch.float64, requires_grad=True),
+        torch.tensor(-0.2, dtype=torch.float64, requires_grad=True),
+    )
+    z, z2 = (
+        torch.tensor(v, dtype=torch.float64)[:, None] for v in ([1.0, 1, -1, -1], [1.0, -1, 1, -1])
+    )
     level = torch.full((4,), t, dtype=torch.float64)
     mean, var = -(1 - t) * b, ((1 - t) * (1 - a)) ** 2 + t**2
     m, s2 = (1 - t) * M, ((1 - t) * S) ** 2 + t**2
@@ -222,30 +291,58 @@ def test_weights_of_velocity_distillation_against_the_gaussian_kl(t):
     phi = a * z + b
     x_t = ((1 - t) * (z - phi) + t * z2).detach()
     r = gaussian_velocity(x_t, level, -b.item(), 1 - a.item()) - gaussian_velocity(x_t, level)
-    got = {w: torch.stack(gradient(mdt.velocity_distillation_loss(a * z + b, r, level, weight=w), (a, b))) for w in ("kl", "paper", "code")}
-    close(got["kl"], want), close(got["paper"], t / (1 - t) * want), close(got["code"], 2 * t / (1 - t) ** 2 * want)
-    assert not torch.allclose(got["kl"], -want) and not torch.allclose(got["paper"], want, rtol=0.05) or t == 0.5
+    got = {
+        w: torch.stack(
+            gradient(mdt.velocity_distillation_loss(a * z + b, r, level, weight=w), (a, b))
+        )
+        for w in ("kl", "paper", "code")
+    }
+    (
+        close(got["kl"], want),
+        close(got["paper"], t / (1 - t) * want),
+        close(got["code"], 2 * t / (1 - t) ** 2 * want),
+    )
+    assert (
+        not torch.allclose(got["kl"], -want)
+        and not torch.allclose(got["paper"], want, rtol=0.05)
+        or t == 0.5
+    )
 
 
 def test_velocity_distillation_moves_the_one_step_sample_alone():
     """Value: weighted mean r^2 / numel; gradient w r / numel into phi(z', 1) alone (the square trick of the code)."""
-    for weight, w in (("code", torch.full_like(T, 2.0)), ("paper", 1 - T), ("kl", (1 - T) ** 2 / T)):
+    for weight, w in (
+        ("code", torch.full_like(T, 2.0)),
+        ("paper", 1 - T),
+        ("kl", (1 - T) ** 2 / T),
+    ):
         phi, r = normal(4, 3).requires_grad_(), normal(4, 3, seed=1).requires_grad_()
         loss = mdt.velocity_distillation_loss(phi, r, T, weight=weight)
         close(loss.detach(), (w[:, None] / 2 * r.detach().square()).mean())
         into = gradient(loss, (phi, r))
         close(into[0], w[:, None] * r.detach() / r.numel())
         assert into[1] is None
-    assert not torch.allclose(gradient((r.detach() + phi).square().mean(), phi)[0], 2 * r.detach() / r.numel())  # without the second stop-gradient
+    assert not torch.allclose(
+        gradient((r.detach() + phi).square().mean(), phi)[0], 2 * r.detach() / r.numel()
+    )  # without the second stop-gradient
 
 
 def test_velocity_distillation_rests_at_the_exact_transport():
     """Student = exact transport: u = v everywhere, also at its own samples; with a difference up to O(dt). The teacher itself does not rest: its residual is t dv/dt."""
     z = normal(4, 50)
-    x = (1 - T[:, None]) * (z - gaussian_transport(z, torch.ones_like(T))) + T[:, None] * normal(4, 50, seed=1)
+    x = (1 - T[:, None]) * (z - gaussian_transport(z, torch.ones_like(T))) + T[:, None] * normal(
+        4, 50, seed=1
+    )
     v = gaussian_velocity(x, T)
-    r = {(net, dt): net(x, T) + T[:, None] * mdt.time_derivative(net, x, T, v, {}, dt) - v for net in (gaussian_transport, gaussian_velocity) for dt in (None, 0.01)}
-    assert r[gaussian_transport, None].abs().max() < 1e-12 and r[gaussian_transport, 0.01].square().mean().sqrt() < 0.01
+    r = {
+        (net, dt): net(x, T) + T[:, None] * mdt.time_derivative(net, x, T, v, {}, dt) - v
+        for net in (gaussian_transport, gaussian_velocity)
+        for dt in (None, 0.01)
+    }
+    assert (
+        r[gaussian_transport, None].abs().max() < 1e-12
+        and r[gaussian_transport, 0.01].square().mean().sqrt() < 0.01
+    )
     assert r[gaussian_velocity, None].square().mean().sqrt() > 0.2
 
 
@@ -261,7 +358,9 @@ def test_norm_bounds_the_whole_sample():
         close(mdt.normalised(1e6 * d, 4), d / d.norm(dim=1, keepdim=True), 1e-6)
         close(mdt.normalised(1e-9 * d, 4), 1e-8 * d, 1e-6)
     assert mdt.normalised(d, 4, d_norm=None) is d
-    assert mdt.normalised(7 * normal(1, 30_000), 1).square().mean().sqrt() < 0.0058  # each element is hardly moved
+    assert (
+        mdt.normalised(7 * normal(1, 30_000), 1).square().mean().sqrt() < 0.0058
+    )  # each element is hardly moved
 
 
 def test_rms_norm_does_not_depend_on_the_size():
@@ -280,19 +379,34 @@ def test_norm_is_per_sample_and_the_same_for_points(d_norm):
     other = d.clone()
     other[1] *= 100
     kept = [0, 2, 3]
-    assert torch.equal(mdt.normalised(other, 4, d_norm=d_norm)[kept], mdt.normalised(d, 4, d_norm=d_norm)[kept])
+    assert torch.equal(
+        mdt.normalised(other, 4, d_norm=d_norm)[kept], mdt.normalised(d, 4, d_norm=d_norm)[kept]
+    )
     assert not torch.allclose((other / other.norm())[kept], (d / d.norm())[kept])
     side = torch.arange(3)
-    coords = torch.cartesian_prod(torch.arange(4), side, side, side)[torch.randperm(4 * 27, generator=torch.Generator().manual_seed(0))]
+    coords = torch.cartesian_prod(torch.arange(4), side, side, side)[
+        torch.randperm(4 * 27, generator=torch.Generator().manual_seed(0))
+    ]
     at = coords.unbind(1)
     points = lambda x: x.movedim(1, -1)[at]  # noqa: E731
     close(mdt.normalised(points(d), 4, coords, d_norm), points(mdt.normalised(d, 4, d_norm=d_norm)))
     phi, v = normal(4, 2, 3, 3, 3, seed=1), normal(4, 2, 3, 3, 3, seed=2)
-    close(mdt.velocity_matching_loss(points(phi), points(v), points(d), T, coords), mdt.velocity_matching_loss(phi, v, d, T))
+    close(
+        mdt.velocity_matching_loss(points(phi), points(v), points(d), T, coords),
+        mdt.velocity_matching_loss(phi, v, d, T),
+    )
     for weight in ("code", "paper", "kl"):
-        close(mdt.velocity_distillation_loss(points(phi), points(d), T, coords, weight), mdt.velocity_distillation_loss(phi, d, T, weight=weight))
+        close(
+            mdt.velocity_distillation_loss(points(phi), points(d), T, coords, weight),
+            mdt.velocity_distillation_loss(phi, d, T, weight=weight),
+        )
     low = torch.full_like(T, 0.1)
-    close(mdt.consistency_loss(points(phi), points(v), points(d), points(phi), T, T - 0.01, low, coords), mdt.consistency_loss(phi, v, d, phi, T, T - 0.01, low))
+    close(
+        mdt.consistency_loss(
+            points(phi), points(v), points(d), points(phi), T, T - 0.01, low, coords
+        ),
+        mdt.consistency_loss(phi, v, d, phi, T, T - 0.01, low),
+    )
 
 
 def test_norm_of_samples_of_unequal_size():
@@ -300,7 +414,10 @@ def test_norm_of_samples_of_unequal_size():
     coords = torch.tensor([[0, 0, 0, 0], [1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 3]])
     d = normal(4, 2)
     norm, elements = mdt.sample_norm(d, 2, coords)
-    close(norm, torch.stack([d[[0, 2, 3]].norm(), d[1].norm()])), close(elements, torch.tensor([6.0, 2.0]))
+    (
+        close(norm, torch.stack([d[[0, 2, 3]].norm(), d[1].norm()])),
+        close(elements, torch.tensor([6.0, 2.0])),
+    )
 
 
 # ---- guidance, sampler -------------------------------------------------------------------------------------------
@@ -315,7 +432,9 @@ def test_guidance_is_the_papers_in_another_form(w):
     got = mdt.velocity(net, x, T, {"c": 3.0}, {"c": -2.0}, 1 + w)
     close(got, (1 + w) * 3 * x - w * -2 * x, 1e-12)
     assert calls == ([3.0] if w == 0 else [3.0, -2.0])
-    assert w == 0 or not torch.allclose(mdt.velocity(net, x, T, {"c": 3.0}, {"c": -2.0}, w), got)  # w itself is no scale
+    assert w == 0 or not torch.allclose(
+        mdt.velocity(net, x, T, {"c": 3.0}, {"c": -2.0}, w), got
+    )  # w itself is no scale
 
 
 def test_two_euler_steps_inflate_and_renoising_does_not():
@@ -323,8 +442,14 @@ def test_two_euler_steps_inflate_and_renoising_does_not():
     gives M + S / sqrt(1 + S^2) (S z + z2), of standard deviation S."""
     z, fresh = normal(6, 3), normal(6, 3, seed=1)
     close(mdt.sample(gaussian_transport, z, [1.0, 0.0], {}, {}), M + S * z)
-    close(mdt.sample(gaussian_transport, z, [1.0, 0.5, 0.0], {}, {}), M + S * (1 + S) / (1 + S**2) ** 0.5 * z)
-    close(mdt.sample(gaussian_transport, z, [1.0, 0.5, 0.0], {}, {}, 1.0, lambda i: fresh), M + S / (1 + S**2) ** 0.5 * (S * z + fresh))
+    close(
+        mdt.sample(gaussian_transport, z, [1.0, 0.5, 0.0], {}, {}),
+        M + S * (1 + S) / (1 + S**2) ** 0.5 * z,
+    )
+    close(
+        mdt.sample(gaussian_transport, z, [1.0, 0.5, 0.0], {}, {}, 1.0, lambda i: fresh),
+        M + S / (1 + S**2) ** 0.5 * (S * z + fresh),
+    )
 
 
 def test_sampler_of_points():
@@ -335,8 +460,11 @@ def test_sampler_of_points():
     def net(x, t, c, coords):
         seen.append((c, t.tolist()))
         return mdt.per_element(t, x, coords) * x * c
+
     z = normal(3, 2)
-    got = mdt.sample(net, z, [1.0, 0.5, 0.0], {"c": 1.0, "coords": coords}, {"c": 0.0, "coords": coords}, 2.0)
+    got = mdt.sample(
+        net, z, [1.0, 0.5, 0.0], {"c": 1.0, "coords": coords}, {"c": 0.0, "coords": coords}, 2.0
+    )
     close(got, 0 * z), assert_calls(seen)
 
 

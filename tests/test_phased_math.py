@@ -1,14 +1,26 @@
 """phased_dmd.py against the paper's formulas (2510.27684 v3): kernel, subinterval target and its weight, matching direction, phases."""
+
 import numpy as np
 import pytest
 import torch
+from phased_fig2 import experiment
+from test_dmd_math import DoubleOutput, close, normal, posterior_mean, unit_nodes
 
 import dmd
 import phased_dmd
+from models.diffusion import (
+    VP,
+    Flow,
+    add_noise,
+    expand,
+    from_x0_eps,
+    shift,
+    step_grid,
+    to_x0_eps,
+    transition,
+    unshift,
+)
 from phased_dmd import naive_target, subinterval_target
-from phased_fig2 import experiment
-from test_dmd_math import DoubleOutput, close, normal, posterior_mean, unit_nodes
-from models.diffusion import VP, Flow, add_noise, expand, from_x0_eps, shift, step_grid, to_x0_eps, transition, unshift
 
 
 class Trigonometric:
@@ -21,9 +33,22 @@ class Trigonometric:
         return torch.sin(torch.pi / 2 * t)
 
 
-SCHEDULES = {"flow": Flow(), "vp": VP(), "vp, zero terminal snr": VP(zero_snr=True), "trigonometric": Trigonometric()}
+SCHEDULES = {
+    "flow": Flow(),
+    "vp": VP(),
+    "vp, zero terminal snr": VP(zero_snr=True),
+    "trigonometric": Trigonometric(),
+}
 KINDS = ("flow_v", "x0", "eps", "vp_v", "score")
-LEVELS = [(0.0, 0.3), (0.2, 0.21), (0.5, 0.53), (0.5, 0.7), (0.625, 0.95), (0.8333, 0.84), (0.8333, 0.9)]  # (s, t), some with b^2 < 0.1
+LEVELS = [
+    (0.0, 0.3),
+    (0.2, 0.21),
+    (0.5, 0.53),
+    (0.5, 0.7),
+    (0.625, 0.95),
+    (0.8333, 0.84),
+    (0.8333, 0.9),
+]  # (s, t), some with b^2 < 0.1
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 flow_and_vp = pytest.mark.parametrize("schedule", [Flow(), VP()], ids=["flow", "vp"])
@@ -36,7 +61,19 @@ def times(*values):
 def levels(schedule=None):
     """The levels as s, t (7,); with a schedule also its alpha_s, sigma_s, alpha_t, sigma_t, a, b, each (7,)."""
     s, t = times(*LEVELS).T
-    return (s, t) if schedule is None else (s, t, schedule.alpha(s), schedule.sigma(s), schedule.alpha(t), schedule.sigma(t), *transition(schedule, s, t))
+    return (
+        (s, t)
+        if schedule is None
+        else (
+            s,
+            t,
+            schedule.alpha(s),
+            schedule.sigma(s),
+            schedule.alpha(t),
+            schedule.sigma(t),
+            *transition(schedule, s, t),
+        )
+    )
 
 
 # ---- the kernel --------------------------------------------------------------------------------------------------
@@ -81,10 +118,13 @@ def test_target_is_equations_11_and_12(schedule):
     eps sigma_t / b eps; score -eps / b, the kernel's own score."""
     s, t, alpha_s, sigma_s, alpha_t, sigma_t, _, b = (v[:, None, None] for v in levels(schedule))
     x_s, eps = normal(7, 2, 3), normal(7, 2, 3, seed=1)
-    want = {"flow_v": (alpha_s**2 * sigma_t + alpha_t * sigma_s**2) / (alpha_s**2 * b) * eps - x_s / alpha_s,
-            "x0": x_s / alpha_s - alpha_t * sigma_s**2 / (alpha_s**2 * b) * eps,
-            "eps": sigma_t / b * eps,
-            "score": -eps / b}
+    want = {
+        "flow_v": (alpha_s**2 * sigma_t + alpha_t * sigma_s**2) / (alpha_s**2 * b) * eps
+        - x_s / alpha_s,
+        "x0": x_s / alpha_s - alpha_t * sigma_s**2 / (alpha_s**2 * b) * eps,
+        "eps": sigma_t / b * eps,
+        "score": -eps / b,
+    }
     for kind, target in want.items():
         close(subinterval_target(kind, schedule, x_s, eps, s.flatten(), t.flatten()), target)
 
@@ -122,8 +162,13 @@ def test_target_at_pure_noise_is_finite(schedule):
     for kind in KINDS:
         assert subinterval_target(kind, schedule, x_s, eps, s, one).isfinite().all()
     if float(schedule.alpha(one[:1])) < 1e-12:
-        close(subinterval_target("flow_v", schedule, x_s, eps, s, one), eps - x_s / schedule.alpha(s)[:, None])
-        close(subinterval_target("x0", schedule, x_s, eps, s, one), x_s / schedule.alpha(s)[:, None])
+        close(
+            subinterval_target("flow_v", schedule, x_s, eps, s, one),
+            eps - x_s / schedule.alpha(s)[:, None],
+        )
+        close(
+            subinterval_target("x0", schedule, x_s, eps, s, one), x_s / schedule.alpha(s)[:, None]
+        )
 
 
 @every_schedule
@@ -160,7 +205,9 @@ class Mixture:
     """A Gaussian mixture on the line: weights, means, standard deviations (K,)."""
 
     def __init__(self, weight, mean, std):
-        self.weight, self.mean, self.std = (torch.as_tensor(v, dtype=torch.float64) for v in (weight, mean, std))
+        self.weight, self.mean, self.std = (
+            torch.as_tensor(v, dtype=torch.float64) for v in (weight, mean, std)
+        )
 
     def noised(self, a, b):
         """The law of a x + b eps."""
@@ -168,7 +215,9 @@ class Mixture:
 
     def log_density(self, x):
         z = (x[..., None] - self.mean) / self.std
-        return torch.logsumexp(self.weight.log() - self.std.log() - 0.5 * z**2, -1) - 0.5 * np.log(2 * np.pi)
+        return torch.logsumexp(self.weight.log() - self.std.log() - 0.5 * z**2, -1) - 0.5 * np.log(
+            2 * np.pi
+        )
 
     def score(self, x):
         z = (x[..., None] - self.mean) / self.std
@@ -192,7 +241,13 @@ def wanted_output(kind, score, x_t, alpha, sigma):
 
 def naive_output(kind, score, x_t, alpha, sigma, a, b):
     """What the naive target teaches instead: E[x_s | x_t] = (x_t + b^2 score) / a taken for x0, E[eps | x_t] = -b score."""
-    return from_x0_eps(kind, (x_t + expand(b, x_t) ** 2 * score) / expand(a, x_t), -expand(b, x_t) * score, alpha, sigma)
+    return from_x0_eps(
+        kind,
+        (x_t + expand(b, x_t) ** 2 * score) / expand(a, x_t),
+        -expand(b, x_t) * score,
+        alpha,
+        sigma,
+    )
 
 
 def z_scores(residual, x):
@@ -203,24 +258,47 @@ def z_scores(residual, x):
 
 def regression_sample(schedule, s, t, n=400_000):
     """-> x_s, eps, x_t (n,), the score at x_t, and the rows s, t, alpha_t, sigma_t, a, b (n,)."""
-    s_row, t_row = torch.full((n,), s, dtype=torch.float64), torch.full((n,), t, dtype=torch.float64)
+    s_row, t_row = (
+        torch.full((n,), s, dtype=torch.float64),
+        torch.full((n,), t, dtype=torch.float64),
+    )
     one = times(s), times(t)
-    (a, b), alpha, sigma = transition(schedule, *one), schedule.alpha(one[1]), schedule.sigma(one[1])
+    (a, b), alpha, sigma = (
+        transition(schedule, *one),
+        schedule.alpha(one[1]),
+        schedule.sigma(one[1]),
+    )
     x_s, eps = STUDENT.sample(n, 5), normal(n, seed=6)
     x_t = a * x_s + b * eps
-    return x_s, eps, x_t, STUDENT.noised(a, b).score(x_t), s_row, t_row, *(v.expand(n) for v in (alpha, sigma, a, b))
+    return (
+        x_s,
+        eps,
+        x_t,
+        STUDENT.noised(a, b).score(x_t),
+        s_row,
+        t_row,
+        *(v.expand(n) for v in (alpha, sigma, a, b)),
+    )
 
 
-@pytest.mark.parametrize("schedule", [Flow(), VP(), Trigonometric()], ids=["flow", "vp", "trigonometric"])
+@pytest.mark.parametrize(
+    "schedule", [Flow(), VP(), Trigonometric()], ids=["flow", "vp", "trigonometric"]
+)
 @pytest.mark.parametrize("s, t", [(0.5, 0.7), (0.8333, 0.86)])
 def test_target_is_unbiased_and_the_naive_one_is_not(schedule, s, t):
     """E[(y - v_true(x_t)) f(x_t)] = 0 for f = 1, x, sin x, x^2 (Eq. 11 and App. A), v_true from the score of p(x_t) = int p(x_t | x_s) p(x_s); z < 3.5
     at 400,000 samples. eps - x_s fails that, and passes against -x_t / a - (b + b^2 / a) grad log p(x_t), which is what it teaches. All kinds."""
     x_s, eps, x_t, score, s, t, alpha, sigma, a, b = regression_sample(schedule, s, t)
     for kind in KINDS:
-        true, wrong = wanted_output(kind, score, x_t, alpha, sigma), naive_output(kind, score, x_t, alpha, sigma, a, b)
+        true, wrong = (
+            wanted_output(kind, score, x_t, alpha, sigma),
+            naive_output(kind, score, x_t, alpha, sigma, a, b),
+        )
         naive = naive_target(kind, schedule, x_s, eps, s, t)
-        assert z_scores(subinterval_target(kind, schedule, x_s, eps, s, t) - true, x_t).abs().max() < 3.5, kind
+        assert (
+            z_scores(subinterval_target(kind, schedule, x_s, eps, s, t) - true, x_t).abs().max()
+            < 3.5
+        ), kind
         assert z_scores(naive - true, x_t).abs().max() > 50, kind
         assert z_scores(naive - wrong, x_t).abs().max() < 3.5, kind
         if kind == "flow_v":
@@ -239,26 +317,38 @@ def conditional_mean(target, kind, law, schedule, s, t, x_t):
     return (weight * y).sum(0, keepdim=True)
 
 
-@pytest.mark.parametrize("schedule", [Flow(), VP(), Trigonometric()], ids=["flow", "vp", "trigonometric"])
+@pytest.mark.parametrize(
+    "schedule", [Flow(), VP(), Trigonometric()], ids=["flow", "vp", "trigonometric"]
+)
 @pytest.mark.parametrize("s, t", [(0.5, 0.7), (0.8333, 0.86)])
 def test_matching_direction_where_student_and_teacher_agree(schedule, s, t):
     """p_fake = p_real: with the optimum of the unbiased regression g = 0 everywhere; with the naive one v_fake - v_real = x_t (1/alpha_t - 1/a)
     + [(sigma_t + sigma_t^2/alpha_t) - (b + b^2/a)] grad log p, so g pushes a perfect student away."""
     s, t, x_t = times(s), times(t), torch.linspace(-1.5, 1.5, 61, dtype=torch.float64)[None]
     (a, b), alpha, sigma = transition(schedule, s, t), schedule.alpha(t), schedule.sigma(t)
-    law = Mixture([0.25, 0.45, 0.3], [-1.5, 0.0, 1.0], [0.2, 0.1, 0.3]).noised(schedule.alpha(s), schedule.sigma(s))  # data, noised to s
+    law = Mixture([0.25, 0.45, 0.3], [-1.5, 0.0, 1.0], [0.2, 0.1, 0.3]).noised(
+        schedule.alpha(s), schedule.sigma(s)
+    )  # data, noised to s
     score = law.noised(a, b).score(x_t)
     real, student = to_x0_eps(score, "score", x_t, alpha, sigma)[0], normal(1, 61)
     lam = alpha / (alpha * sigma + sigma**2)
     shifted = x_t * (1 / alpha - 1 / a) + ((sigma + sigma**2 / alpha) - (b + b**2 / a)) * score
     for kind in KINDS:
-        unbiased, naive = (to_x0_eps(conditional_mean(target, kind, law, schedule, s, t, x_t), kind, x_t, alpha, sigma)[0]
-                           for target in (subinterval_target, naive_target))
+        unbiased, naive = (
+            to_x0_eps(
+                conditional_mean(target, kind, law, schedule, s, t, x_t), kind, x_t, alpha, sigma
+            )[0]
+            for target in (subinterval_target, naive_target)
+        )
         for weight in ("paper", "normalized"):
-            g = phased_dmd.distribution_matching_gradient(student, real, unbiased, schedule, s, t, weight)
+            g = phased_dmd.distribution_matching_gradient(
+                student, real, unbiased, schedule, s, t, weight
+            )
             assert g.abs().max() < 1e-7, kind
         if kind == "flow_v":
-            g = phased_dmd.distribution_matching_gradient(student, real, naive, schedule, s, t, "paper")
+            g = phased_dmd.distribution_matching_gradient(
+                student, real, naive, schedule, s, t, "paper"
+            )
             close(g, -lam * a * shifted, 1e-7)
             assert g.abs().max() > 0.05
 
@@ -275,7 +365,11 @@ def test_variance_of_the_target(schedule):
     y = subinterval_target("flow_v", schedule, x_s, eps.expand(7, -1), s, t)
     v = alpha_t**2 * c**2 + sigma_t**2
     got = (y - linear_fit(x_t, y)(x_t)).square().mean(1)
-    close(got, sigma_t**2 * (alpha_t + sigma_t) ** 2 / (b**2 * v) * (c**2 + sigma_s**2 / alpha_s**2), 1e-8)
+    close(
+        got,
+        sigma_t**2 * (alpha_t + sigma_t) ** 2 / (b**2 * v) * (c**2 + sigma_s**2 / alpha_s**2),
+        1e-8,
+    )
     if isinstance(schedule, Flow):
         close(got, t**2 / (b**2 * v) * (c**2 + s**2 / (1 - s) ** 2), 1e-8)
         s, one = times(0, 5 / 6, 15 / 16), torch.ones(3, dtype=torch.float64)
@@ -302,7 +396,10 @@ def test_loss_is_equation_13(schedule):
     loss = phased_dmd.fake_score_loss(*arguments)
     assert torch.equal(seen["t"], t) and seen["label"] == 5
     close(seen["x_t"], a[:, None, None] * x_s + b[:, None, None] * eps, 1e-13)
-    e, f = ((alpha_s**2 * sigma_t + alpha_t * sigma_s**2) / alpha_s**2)[:, None, None], b[:, None, None]
+    e, f = (
+        ((alpha_s**2 * sigma_t + alpha_t * sigma_s**2) / alpha_s**2)[:, None, None],
+        b[:, None, None],
+    )
     residual = f * output - (e * eps - f / alpha_s[:, None, None] * x_s)
     close(loss, ((1 / b**2).clamp(0, 10)[:, None, None] * residual.square()).mean())
     y = subinterval_target("flow_v", schedule, x_s, eps, s, t)
@@ -311,7 +408,10 @@ def test_loss_is_equation_13(schedule):
     assert 0 < int((taper < 0.999).sum()) < 7
     close(loss, (taper[:, None, None] * (output - y).square()).mean())
     close(phased_dmd.fake_score_loss(*arguments, tapered=False), (output - y).square().mean())
-    close(phased_dmd.fake_score_loss(*arguments, target=naive_target), (taper[:, None, None] * (output - (eps - x_s)).square()).mean())
+    close(
+        phased_dmd.fake_score_loss(*arguments, target=naive_target),
+        (taper[:, None, None] * (output - (eps - x_s)).square()).mean(),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -321,9 +421,19 @@ def test_loss_at_clean_level_is_dmd_s(kind):
     x, eps, output = normal(6, 4), normal(6, 4, seed=1), normal(6, 4, seed=2)
     net = lambda x_t, t: DoubleOutput.apply_to(output + x_t)  # noqa: E731
     for schedule in SCHEDULES.values():
-        close(phased_dmd.fake_score_loss(net, schedule, kind, x, eps, 0 * t, t, {}, tapered=False), dmd.fake_score_loss(net, schedule, kind, x, eps, t, {}))
-    error = (output + add_noise(Flow(), x, eps, t) - from_x0_eps(kind, x, eps, 1 - t, t)).square().mean(1)
-    close(phased_dmd.fake_score_loss(net, Flow(), kind, x, eps, 0 * t, t, {}), ((10 * t**2).clamp_max(1) * error).mean())
+        close(
+            phased_dmd.fake_score_loss(net, schedule, kind, x, eps, 0 * t, t, {}, tapered=False),
+            dmd.fake_score_loss(net, schedule, kind, x, eps, t, {}),
+        )
+    error = (
+        (output + add_noise(Flow(), x, eps, t) - from_x0_eps(kind, x, eps, 1 - t, t))
+        .square()
+        .mean(1)
+    )
+    close(
+        phased_dmd.fake_score_loss(net, Flow(), kind, x, eps, 0 * t, t, {}),
+        ((10 * t**2).clamp_max(1) * error).mean(),
+    )
 
 
 def test_taper_of_flow_acts_near_s_only():
@@ -335,7 +445,9 @@ def test_taper_of_flow_acts_near_s_only():
     share = (ends - s) / (1 - s)
     assert 0.05 < float(share.min()) and float(share.max()) < 0.1 + 1e-9
     t = times(0.51, 0.52, 0.53, 0.54)
-    close(phased_dmd.taper(Flow(), 0 * t + 0.5, t), 10 * (t**2 - (1 - t) ** 2))  # sigma_{t|.5}^2 = 2 t - 1
+    close(
+        phased_dmd.taper(Flow(), 0 * t + 0.5, t), 10 * (t**2 - (1 - t) ** 2)
+    )  # sigma_{t|.5}^2 = 2 t - 1
     close(phased_dmd.taper(Flow(), 0 * t + 0.5, t, high=1.0), 2 * t - 1)
 
 
@@ -355,6 +467,7 @@ def linear_fit(x, y):
 
 def fitted_by_loss(schedule, kind, x_s, eps, s, t, **flags):
     """The minimiser of fake_score_loss over networks w x_t + b with one (w, b) a row.  x_s, eps (B, N), s, t (B,) -> w, b (B, 1)."""
+
     def loss(wb):
         net = lambda x_t, t: DoubleOutput.apply_to(wb[0] * x_t + wb[1])  # noqa: E731
         return phased_dmd.fake_score_loss(net, schedule, kind, x_s, eps, s, t, {}, **flags)
@@ -362,7 +475,9 @@ def fitted_by_loss(schedule, kind, x_s, eps, s, t, **flags):
     zero = torch.zeros(2, len(s), 1, dtype=torch.float64)
     slope = torch.autograd.functional.jacobian(loss, zero).flatten()
     curvature = torch.autograd.functional.hessian(loss, zero).reshape(len(slope), -1)
-    return (-torch.linalg.solve(curvature, slope)).reshape(zero.shape)  # the loss is quadratic in (w, b): one Newton step
+    return (-torch.linalg.solve(curvature, slope)).reshape(
+        zero.shape
+    )  # the loss is quadratic in (w, b): one Newton step
 
 
 @every_schedule
@@ -390,7 +505,11 @@ def test_fake_score_optimum_is_the_posterior_mean(schedule, kind):
 
 def kl(mean, variance, mean_real, variance_real):
     """KL(N(mean, variance) || N(mean_real, variance_real))."""
-    return 0.5 * (torch.log(variance_real / variance) + (variance + (mean - mean_real) ** 2) / variance_real - 1)
+    return 0.5 * (
+        torch.log(variance_real / variance)
+        + (variance + (mean - mean_real) ** 2) / variance_real
+        - 1
+    )
 
 
 def noised_kl(m, kappa, m0, c0, schedule, s, t):
@@ -409,17 +528,32 @@ def gaussian_student(schedule, s, t, m, kappa, m0, c0, target=subinterval_target
         (a, b), alpha, sigma = transition(schedule, s, t), schedule.alpha(t), schedule.sigma(t)
         x_t = a[:, None] * x_s + b[:, None] * eps
         fake = linear_fit(x_t, target(kind, schedule, x_s, eps.expand_as(x_s), s, t))
-        return m, kappa, x_s, posterior_mean(x_t, m0, c0, alpha[:, None], sigma[:, None]), to_x0_eps(fake(x_t), kind, x_t, alpha, sigma)[0]
+        return (
+            m,
+            kappa,
+            x_s,
+            posterior_mean(x_t, m0, c0, alpha[:, None], sigma[:, None]),
+            to_x0_eps(fake(x_t), kind, x_t, alpha, sigma)[0],
+        )
 
 
 def gradients(schedule, s, t, direction, target=subinterval_target):
     """By the surrogate loss, as training does it: d/dm, d/dkappa of the student above; and the same of the KL at t by central differences."""
     m, kappa, m0, c0, h = 0.7, 0.6, -0.2, 1.1, 1e-5
-    leaf_m, leaf_kappa, x_s, x0_real, x0_fake = gaussian_student(schedule, s, t, m, kappa, m0, c0, target)
-    loss = phased_dmd.distribution_matching_loss(x_s, direction(x_s.detach(), x0_real, x0_fake, schedule, s, t))
+    leaf_m, leaf_kappa, x_s, x0_real, x0_fake = gaussian_student(
+        schedule, s, t, m, kappa, m0, c0, target
+    )
+    loss = phased_dmd.distribution_matching_loss(
+        x_s, direction(x_s.detach(), x0_real, x0_fake, schedule, s, t)
+    )
     by_loss = torch.stack(torch.autograd.grad(loss, (leaf_m, leaf_kappa)))
     at = lambda m, kappa: noised_kl(times(m), times(kappa), m0, c0, schedule, s, t)  # noqa: E731
-    by_difference = torch.cat([(at(m + h, kappa) - at(m - h, kappa)) / (2 * h), (at(m, kappa + h) - at(m, kappa - h)) / (2 * h)])
+    by_difference = torch.cat(
+        [
+            (at(m + h, kappa) - at(m - h, kappa)) / (2 * h),
+            (at(m, kappa + h) - at(m, kappa - h)) / (2 * h),
+        ]
+    )
     return by_loss, by_difference
 
 
@@ -439,10 +573,18 @@ def test_direction_is_the_gradient_of_the_kl_at_t(schedule, s, t):
     close(by_loss, by_difference, 1e-7)
 
 
-@pytest.mark.parametrize("factor", [
-    lambda a, alpha, sigma: a, lambda a, alpha, sigma: 1 / a, lambda a, alpha, sigma: -1, lambda a, alpha, sigma: 1 / alpha,
-    lambda a, alpha, sigma: sigma, lambda a, alpha, sigma: 0.5,
-], ids=["a twice", "no a", "sign", "no alpha_t", "1 / sigma_t", "half"])
+@pytest.mark.parametrize(
+    "factor",
+    [
+        lambda a, alpha, sigma: a,
+        lambda a, alpha, sigma: 1 / a,
+        lambda a, alpha, sigma: -1,
+        lambda a, alpha, sigma: 1 / alpha,
+        lambda a, alpha, sigma: sigma,
+        lambda a, alpha, sigma: 0.5,
+    ],
+    ids=["a twice", "no a", "sign", "no alpha_t", "1 / sigma_t", "half"],
+)
 @flow_and_vp
 def test_kl_gradient_tells_wrong_factors(schedule, factor):
     """The identity above is sharp: each usual mistake in the weight moves it by more than 3 %."""
@@ -456,7 +598,9 @@ def test_kl_gradient_tells_wrong_factors(schedule, factor):
 def test_kl_gradient_tells_the_naive_fake(schedule):
     """With the fake that eps - x_s teaches the same direction is not the KL's gradient, but for s = 0."""
     for s, t in KL_LEVELS:
-        by_loss, by_difference = gradients(schedule, times(s), times(t), paper_direction, naive_target)
+        by_loss, by_difference = gradients(
+            schedule, times(s), times(t), paper_direction, naive_target
+        )
         assert ((by_loss - by_difference).abs().max() > 0.05 * by_difference.abs().max()) == (s > 0)
 
 
@@ -471,11 +615,17 @@ def test_lambda_converts_velocity_and_score(schedule):
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     x_t, v_real, v_fake = (normal(5, 3, seed=k) for k in range(3))
     lam = (1 / (sigma + sigma**2 / alpha))[:, None]
-    pair = {name: to_x0_eps(v, "flow_v", x_t, alpha, sigma) for name, v in (("real", v_real), ("fake", v_fake))}
+    pair = {
+        name: to_x0_eps(v, "flow_v", x_t, alpha, sigma)
+        for name, v in (("real", v_real), ("fake", v_fake))
+    }
     score = {name: from_x0_eps("score", *p, alpha, sigma) for name, p in pair.items()}
     close(score["real"], -lam * (v_real + x_t / alpha[:, None]), 1e-9)
     close(score["fake"] - score["real"], lam * (v_real - v_fake), 1e-9)
-    close(pair["fake"][0] - pair["real"][0], (sigma**2 / alpha)[:, None] * (score["fake"] - score["real"]))
+    close(
+        pair["fake"][0] - pair["real"][0],
+        (sigma**2 / alpha)[:, None] * (score["fake"] - score["real"]),
+    )
     close(wanted_output("flow_v", score["real"], x_t, alpha, sigma), v_real, 1e-9)
     if isinstance(schedule, Flow):
         close(lam[:, 0], (1 - t) / t)
@@ -502,7 +652,9 @@ def test_normalized_direction(schedule):
     positive number a sample; with s = 0 and x0_student = x it is dmd.py's, bit for bit. A constant, finite where student and teacher agree."""
     s, t, _, _, alpha, sigma, a, _ = levels(schedule)
     x_s, student, real, fake = (normal(7, 2, 3, seed=k) for k in range(4))
-    g = phased_dmd.distribution_matching_gradient(student.requires_grad_(True), real, fake, schedule, s, t)
+    g = phased_dmd.distribution_matching_gradient(
+        student.requires_grad_(True), real, fake, schedule, s, t
+    )
     assert not g.requires_grad
     error = (student - real).abs().mean((1, 2)).detach()
     close(g, (fake - real) / error[:, None, None])
@@ -510,9 +662,17 @@ def test_normalized_direction(schedule):
     close(paper, (a * alpha / sigma**2 * error)[:, None, None] * g, 1e-9)
     assert not paper.requires_grad
     x = x_s.detach()
-    assert torch.equal(phased_dmd.distribution_matching_gradient(x, real, fake, schedule, 0 * t, t), dmd.distribution_matching_gradient(x, real, fake))
+    assert torch.equal(
+        phased_dmd.distribution_matching_gradient(x, real, fake, schedule, 0 * t, t),
+        dmd.distribution_matching_gradient(x, real, fake),
+    )
     assert not phased_dmd.distribution_matching_gradient(x, x, x, schedule, s, t).any()
-    assert torch.equal(phased_dmd.distribution_matching_gradient(student[[1, 4]], real[[1, 4]], fake[[1, 4]], schedule, s[[1, 4]], t[[1, 4]]), g[[1, 4]])
+    assert torch.equal(
+        phased_dmd.distribution_matching_gradient(
+            student[[1, 4]], real[[1, 4]], fake[[1, 4]], schedule, s[[1, 4]], t[[1, 4]]
+        ),
+        g[[1, 4]],
+    )
 
 
 def test_matching_loss_is_dmd_s():
@@ -526,13 +686,22 @@ def test_matching_loss_is_dmd_s():
 # ---- phases ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shifted, table", [(5, (1, 0.9375, 0.8333, 0.625, 0)), (3, (1, 0.9, 0.75, 0.5, 0)), (7, (1, 0.9545, 0.875, 0.7, 0))])
+@pytest.mark.parametrize(
+    "shifted, table",
+    [
+        (5, (1, 0.9375, 0.8333, 0.625, 0)),
+        (3, (1, 0.9, 0.75, 0.5, 0)),
+        (7, (1, 0.9545, 0.875, 0.7, 0)),
+    ],
+)
 def test_timesteps(shifted, table):
     """t = S u / (1 + (S - 1) u) at u = 1, 3/4, 1/2, 1/4, 0 (Table 1: shift 5 for Wan, 3 for Qwen; 7 puts s_1 on Wan 2.2's boundary .875)."""
     assert step_grid(4, shifted) == pytest.approx(table, abs=5e-5)
     u = torch.linspace(0, 1, 5, dtype=torch.float64)
     close(shift(u, shifted), shifted * u / (1 + (shifted - 1) * u))
-    assert shift(0.5, shifted) == step_grid(2, shifted)[1] == step_grid(4, shifted)[2]  # raw (1/2, 1) is (s_1, 1) of two phases
+    assert (
+        shift(0.5, shifted) == step_grid(2, shifted)[1] == step_grid(4, shifted)[2]
+    )  # raw (1/2, 1) is (s_1, 1) of two phases
 
 
 def test_clamp_of_wan_22():
@@ -564,7 +733,10 @@ def test_a_perfect_student_stays(schedule, weight, s):
     s, t = noise_levels(s)
     alpha_s, sigma_s = float(schedule.alpha(s)[0]), float(schedule.sigma(s)[0])
     z, eps = grid(24, 2)
-    x_s, eps = (alpha_s * m0 + (alpha_s**2 * c0**2 + sigma_s**2) ** 0.5 * z).expand(3, -1), eps.expand(3, -1)
+    x_s, eps = (
+        (alpha_s * m0 + (alpha_s**2 * c0**2 + sigma_s**2) ** 0.5 * z).expand(3, -1),
+        eps.expand(3, -1),
+    )
     (a, b), alpha, sigma = transition(schedule, s, t), schedule.alpha(t), schedule.sigma(t)
     x_t = a[:, None] * x_s + b[:, None] * eps
     real = posterior_mean(x_t, m0, c0, alpha[:, None], sigma[:, None])
@@ -588,14 +760,20 @@ def test_a_wrong_student_gets_there(weight, s):
     want = [float((1 - s[0]) * m0), float(((1 - s[0]) ** 2 * c0**2 + s[0] ** 2).sqrt())]
 
     a = (1 - t) / (1 - s)
-    rate = 1 / float((a**2).mean()) if weight == "paper" else 1 - float(s[0])  # about one over the slope of g in m
+    rate = (
+        1 / float((a**2).mean()) if weight == "paper" else 1 - float(s[0])
+    )  # about one over the slope of g in m
 
     def settle(target, steps=150):
         m, kappa = 0.3, 0.5
         for _ in range(steps):
-            leaf_m, leaf_kappa, x_s, real, fake = gaussian_student(Flow(), s, t, m, kappa, m0, c0, target)
+            leaf_m, leaf_kappa, x_s, real, fake = gaussian_student(
+                Flow(), s, t, m, kappa, m0, c0, target
+            )
             g = phased_dmd.distribution_matching_gradient(x_s, real, fake, Flow(), s, t, weight)
-            slope = torch.autograd.grad(phased_dmd.distribution_matching_loss(x_s, g), (leaf_m, leaf_kappa))
+            slope = torch.autograd.grad(
+                phased_dmd.distribution_matching_loss(x_s, g), (leaf_m, leaf_kappa)
+            )
             m, kappa = m - rate * float(slope[0]), kappa - rate * float(slope[1])
         return m, kappa
 
@@ -614,5 +792,7 @@ def test_figure_2():
     rmse, paths = experiment(seed=0, iterations=1500)
     assert rmse["euler"] < 0.01 and rmse["full"] < 0.06
     assert rmse["unbiased"] < 0.06 < 0.1 < rmse["naive"]
-    assert paths["full"].shape == (101, 200) and paths["unbiased"].shape == paths["naive"].shape == (51, 200)
+    assert paths["full"].shape == (101, 200) and paths["unbiased"].shape == paths[
+        "naive"
+    ].shape == (51, 200)
     assert torch.equal(paths["full"][0], paths["naive"][0])

@@ -1,12 +1,13 @@
 """models/pixart.py: what is particular to it. The rest is in test_transformers.py and test_pipeline.py."""
+
 import pytest
 import torch
-
 from helpers import PIXART_SCHEDULER, fill, relative, save_tiny_pixart
-from models import io
-from models.diffusion import VP, guide, sample_ode, step_grid, to_x0_eps
-from models.pixart import PIXART_512, PIXART_1024, PixArtTransformer2DModel
 from released import PIXART
+
+from models.diffusion import VP, guide, sample_ode, step_grid, to_x0_eps
+from models.networks.pixart import PIXART_512, PIXART_1024, PixArtTransformer2DModel
+from models.plumbing.teachers import describe_schedule, load_teacher
 
 TINY, noise = PIXART.tiny, PIXART.reference
 TINY_1024 = dict(TINY, sample_size=128)
@@ -40,7 +41,9 @@ def test_eps_is_the_first_half_of_the_channels():
     ours, reference = PIXART.pair(TINY)
     call = PIXART.inputs(TINY, (4, 6), [5, 9])
     with torch.no_grad():
-        out = reference(call["x"], call["text"], 1000 * call["t"] - 1, encoder_attention_mask=call["mask"]).sample
+        out = reference(
+            call["x"], call["text"], 1000 * call["t"] - 1, encoder_attention_mask=call["mask"]
+        ).sample
     assert out.shape[1] == 8
     eps = ours(**call)
     assert relative(eps, out[:, :4]) <= 1e-5 < 1e-1 < relative(eps, out[:, 4:])
@@ -53,7 +56,10 @@ def test_size_of_the_image_is_read_off_x():
     """Only where the config says so; height and width are told apart, in pixels. Positions make up for nothing here: they are zero."""
     for config, changes in ((TINY, False), (TINY_1024, True)):
         net = fill(PixArtTransformer2DModel(**config))
-        called = {size: net.adaln_single(torch.tensor([0.5]), *size)[0] for size in ((32, 32), (32, 48), (48, 32), (64, 64))}
+        called = {
+            size: net.adaln_single(torch.tensor([0.5]), *size)[0]
+            for size in ((32, 32), (32, 48), (48, 32), (64, 64))
+        }
         different = [relative(called[a], called[b]) > 1e-2 for a in called for b in called if a < b]
         assert all(different) if changes else not any(different)
         seen = []
@@ -72,7 +78,9 @@ def test_the_mask_names_tokens_wherever_they_stand():
         assert relative(ours(**{**call, "text": text.flip(1), "mask": mask.flip(1)}), eps) < 1e-5
         assert relative(ours(**{**call, "mask": torch.ones_like(mask)}), eps) > 1e-2
         empty = {**call, "mask": mask & torch.tensor([True, False, True])[:, None]}
-        assert relative(ours(**empty), noise(reference, **empty)) < 1e-3  # the bias of -10000 rounds the scores
+        assert (
+            relative(ours(**empty), noise(reference, **empty)) < 1e-3
+        )  # the bias of -10000 rounds the scores
 
 
 def test_positions_are_added_in_float32_and_rounded_once():
@@ -84,13 +92,22 @@ def test_positions_are_added_in_float32_and_rounded_once():
         assert (ours.pos_embed(x) == reference.pos_embed(x)).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("config", [PIXART_512, PIXART_1024, TINY_1024], ids=["512", "1024", "tiny-1024"])
+@pytest.mark.parametrize(
+    "config", [PIXART_512, PIXART_1024, TINY_1024], ids=["512", "1024", "tiny-1024"]
+)
 def test_what_follows_from_the_size(config):
     with torch.device("meta"):
-        ours, reference = (net(**dict(config, num_layers=1)) for net in (PixArtTransformer2DModel, PIXART.theirs))
+        ours, reference = (
+            net(**dict(config, num_layers=1)) for net in (PixArtTransformer2DModel, PIXART.theirs)
+        )
     assert ours.latent_shape == (4, config["sample_size"], config["sample_size"])
-    assert (ours.pos_embed.base, ours.pos_embed.scale) == (reference.pos_embed.base_size, reference.pos_embed.interpolation_scale)
-    assert ours.norm_out.eps == reference.norm_out.eps  # positions keep tokens too large for outputs to show it
+    assert (ours.pos_embed.base, ours.pos_embed.scale) == (
+        reference.pos_embed.base_size,
+        reference.pos_embed.interpolation_scale,
+    )
+    assert (
+        ours.norm_out.eps == reference.norm_out.eps
+    )  # positions keep tokens too large for outputs to show it
 
 
 # ---- schedule and sampling ---------------------------------------------------------------------------------
@@ -100,17 +117,28 @@ def test_schedule_is_read_from_the_released_scheduler_or_else_pixarts(tmp_path):
     """A network that predicts the noise must not meet a flow schedule: without a scheduler/ folder it brings its own."""
     diffusers = pytest.importorskip("diffusers")
     save_tiny_pixart(tmp_path, 512)
-    abar = diffusers.DPMSolverMultistepScheduler.from_config(PIXART_SCHEDULER).alphas_cumprod.double()
+    abar = diffusers.DPMSolverMultistepScheduler.from_config(
+        PIXART_SCHEDULER
+    ).alphas_cumprod.double()
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     for folder in (tmp_path, tmp_path / "transformer", None):
         if folder is None:
             (tmp_path / "transformer").rename(tmp_path / "alone")
             (tmp_path / "scheduler" / "scheduler_config.json").unlink()
             folder = tmp_path / "alone"
-        teacher = io.load_teacher(str(folder), ())
-        assert isinstance(teacher.schedule, VP) and (teacher.prediction, teacher.shift) == ("eps", 1.0)
-        assert io.describe_schedule(teacher.schedule) == {"type": "vp", "betas": "linear", "n": 1000, "zero_snr": False, "beta_start": 1e-4,
-                                                          "beta_end": 0.02}
+        teacher = load_teacher(str(folder), ())
+        assert isinstance(teacher.schedule, VP) and (teacher.prediction, teacher.shift) == (
+            "eps",
+            1.0,
+        )
+        assert describe_schedule(teacher.schedule) == {
+            "type": "vp",
+            "betas": "linear",
+            "n": 1000,
+            "zero_snr": False,
+            "beta_start": 1e-4,
+            "beta_end": 0.02,
+        }
         torch.testing.assert_close(teacher.schedule.alpha(t) ** 2, abar, rtol=1e-4, atol=0)
 
 
@@ -120,19 +148,42 @@ def test_sampling_is_that_of_the_pipeline(config, scale):
     """Euler on the ODE from t = 1 to 0 is PixArtAlphaPipeline with DDIM at the times 999, 749, 499, 249."""
     diffusers = pytest.importorskip("diffusers")
     ours, reference = PIXART.pair(config)
-    call, null = PIXART.inputs(config, (4, 6), [5, 9]), PIXART.inputs(config, (4, 6), [9, 1], seed=5)
-    scheduler = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, timestep_spacing="trailing")
+    call, null = (
+        PIXART.inputs(config, (4, 6), [5, 9]),
+        PIXART.inputs(config, (4, 6), [9, 1], seed=5),
+    )
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
     pipe = diffusers.PixArtAlphaPipeline(None, None, None, reference, scheduler)
     pipe.set_progress_bar_config(disable=True)
-    want = pipe(negative_prompt=None, prompt_embeds=call["text"], prompt_attention_mask=call["mask"], negative_prompt_embeds=null["text"],
-                negative_prompt_attention_mask=null["mask"], latents=call["x"], height=32, width=48, num_inference_steps=4, guidance_scale=scale,
-                use_resolution_binning=False, output_type="latent").images
+    want = pipe(
+        negative_prompt=None,
+        prompt_embeds=call["text"],
+        prompt_attention_mask=call["mask"],
+        negative_prompt_embeds=null["text"],
+        negative_prompt_attention_mask=null["mask"],
+        latents=call["x"],
+        height=32,
+        width=48,
+        num_inference_steps=4,
+        guidance_scale=scale,
+        use_resolution_binning=False,
+        output_type="latent",
+    ).images
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
     schedule = PixArtTransformer2DModel.default_schedule
 
     def predict(x, t):
         cond, uncond = (ours(x, t, text=c["text"], mask=c["mask"]) for c in (call, null))
-        return to_x0_eps(guide(cond, uncond, scale), ours.prediction, x, schedule.alpha(t), schedule.sigma(t))
+        return to_x0_eps(
+            guide(cond, uncond, scale), ours.prediction, x, schedule.alpha(t), schedule.sigma(t)
+        )
+
     x = sample_ode(predict, schedule, call["x"], step_grid(4, ours.default_shift), "euler")
     print(f"difference {relative(x, want):.1e}")
     assert relative(x, want) < 1e-4 and relative(call["x"], want) > 0.1
@@ -141,24 +192,49 @@ def test_sampling_is_that_of_the_pipeline(config, scale):
 # ---- refusals ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(x=torch.zeros(2, 4, 1, 4, 4)), r"pass a latent \(B, 4, H, W\)"), (dict(x=torch.zeros(2, 8, 4, 4)), r"pass a latent \(B, 4, H, W\)"),
-    (dict(x=torch.zeros(2, 4, 5, 4)), "do not divide into patches of 2 x 2"), (dict(x=torch.zeros(2, 4, 4, 7)), "do not divide into patches")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.zeros(2, 4, 1, 4, 4)), r"pass a latent \(B, 4, H, W\)"),
+        (dict(x=torch.zeros(2, 8, 4, 4)), r"pass a latent \(B, 4, H, W\)"),
+        (dict(x=torch.zeros(2, 4, 5, 4)), "do not divide into patches of 2 x 2"),
+        (dict(x=torch.zeros(2, 4, 4, 7)), "do not divide into patches"),
+    ],
+)
 def test_wrong_inputs_are_named(change, message):
     PIXART.refuses(message, **change)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(norm_type="ada_norm_zero"), "norm_type = 'ada_norm_zero' is not implemented; PixArt has 'ada_norm_single'"),
-    (dict(dropout=0.1), "dropout = 0.1"), (dict(attention_bias=False), "attention_bias = False"),
-    (dict(activation_fn="geglu"), "activation_fn = 'geglu'"),
-    (dict(num_embeds_ada_norm=None), "num_embeds_ada_norm = None"), (dict(upcast_attention=True), "upcast_attention = True"),
-    (dict(norm_elementwise_affine=True), "norm_elementwise_affine = True"), (dict(attention_type="gated"), "attention_type = 'gated'"),
-    (dict(double_self_attention=True), "double_self_attention = True"), (dict(only_cross_attention=True), "only_cross_attention = True"),
-    (dict(num_vector_embeds=8), "num_vector_embeds = 8"), (dict(use_linear_projection=True), "use_linear_projection = True"),
-    (dict(caption_channels=None), "caption_channels = None with cross_attention_dim = 24"), (dict(cross_attention_dim=10), "attention_head_dim = 24"),
-    (dict(out_channels=6), "out_channels = 6 is not implemented; PixArt has in_channels = 4 or, with a learned variance, twice that"),
-    (dict(attention_head_dim=6, cross_attention_dim=18), "18 must be a multiple of 4"),
-    (dict(num_attention_heads=2, cross_attention_dim=16, sample_size=128), "16 must be a multiple of 4, and of 3 with use_additional_conditions")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            dict(norm_type="ada_norm_zero"),
+            "norm_type = 'ada_norm_zero' is not implemented; PixArt has 'ada_norm_single'",
+        ),
+        (dict(dropout=0.1), "dropout = 0.1"),
+        (dict(attention_bias=False), "attention_bias = False"),
+        (dict(activation_fn="geglu"), "activation_fn = 'geglu'"),
+        (dict(num_embeds_ada_norm=None), "num_embeds_ada_norm = None"),
+        (dict(upcast_attention=True), "upcast_attention = True"),
+        (dict(norm_elementwise_affine=True), "norm_elementwise_affine = True"),
+        (dict(attention_type="gated"), "attention_type = 'gated'"),
+        (dict(double_self_attention=True), "double_self_attention = True"),
+        (dict(only_cross_attention=True), "only_cross_attention = True"),
+        (dict(num_vector_embeds=8), "num_vector_embeds = 8"),
+        (dict(use_linear_projection=True), "use_linear_projection = True"),
+        (dict(caption_channels=None), "caption_channels = None with cross_attention_dim = 24"),
+        (dict(cross_attention_dim=10), "attention_head_dim = 24"),
+        (
+            dict(out_channels=6),
+            "out_channels = 6 is not implemented; PixArt has in_channels = 4 or, with a learned variance, twice that",
+        ),
+        (dict(attention_head_dim=6, cross_attention_dim=18), "18 must be a multiple of 4"),
+        (
+            dict(num_attention_heads=2, cross_attention_dim=16, sample_size=128),
+            "16 must be a multiple of 4, and of 3 with use_additional_conditions",
+        ),
+    ],
+)
 def test_wrong_configs_are_named(change, message):
     PIXART.refuses(message, config=change)

@@ -1,4 +1,5 @@
 """What TDM claims, on the ring: the orderings that held with room for every one of three seeds (docs/tdm.md has them all, also those that did not), seed 0."""
+
 import functools
 import io as text_io
 from contextlib import redirect_stdout
@@ -6,27 +7,42 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 
-from models.toy import balanced_labels, load_world
+from models.worlds import load_world
+from models.worlds.measures import balanced_labels
 from tests.orderings import METHODS, hit, run, sampled
 
 
 @pytest.fixture(scope="module")
 def of(tmp_path_factory):
     """of(method) -> the results of its run by name, and the run's folder."""
+
     @functools.cache
     def results(method):
         _, flags, options = (*METHODS["tdm"][method], {})[:3]
-        early = ["--max_train_steps", "15", "--lr_decay_share", "0"] if options.get("early") else ["--max_train_steps", "300"]
+        early = (
+            ["--max_train_steps", "15", "--lr_decay_share", "0"]
+            if options.get("early")
+            else ["--max_train_steps", "300"]
+        )
         out = str(tmp_path_factory.mktemp(method) / "run")
         with redirect_stdout(text_io.StringIO()):
-            report, _ = run(options.get("script", "tdm"), "ring", ["--seed", "0", "--teacher_steps", "0", *flags, *early], out)
+            report, _ = run(
+                options.get("script", "tdm"),
+                "ring",
+                ["--seed", "0", "--teacher_steps", "0", *flags, *early],
+                out,
+            )
         return {row["name"]: row for row in report["results"]}, out
+
     return results
 
 
 def test_four_steps_beat_the_teacher_s_four(of):
     rows, out = of("tdm-4")
-    assert rows["student"]["fd"] < 0.6 * rows["teacher_same_steps"]["fd"] and rows["student"]["diversity"] > rows["teacher_same_steps"]["diversity"]
+    assert (
+        rows["student"]["fd"] < 0.6 * rows["teacher_same_steps"]["fd"]
+        and rows["student"]["diversity"] > rows["teacher_same_steps"]["diversity"]
+    )
     ring, label = load_world("ring"), balanced_labels(2000, 4)
     teacher, grid = ring.teacher(), torch.linspace(1, 0, 5)
     x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
@@ -51,7 +67,10 @@ def test_one_student_of_several_counts_beats_a_four_step_student_at_other_counts
     rows, ring, label = of("told-at-4")[0], load_world("ring"), balanced_labels(2000, 4)
     for n, factor in ((1, 10), (2, 1)):
         alone = ring.measure(sampled(of("tdm-4")[1], "ring", 0, steps=n)[0], label)
-        assert factor * rows[f"student_{n}"]["fd"] < alone["fd"] and rows[f"student_{n}"]["patch_swd"] < alone["patch_swd"]
+        assert (
+            factor * rows[f"student_{n}"]["fd"] < alone["fd"]
+            and rows[f"student_{n}"]["patch_swd"] < alone["patch_swd"]
+        )
 
 
 def test_pseudo_huber_beats_squares(of):

@@ -1,15 +1,18 @@
 """models/wan.py: what is particular to it, its two networks, roots that hold them. The rest is in test_transformers.py and test_pipeline.py."""
+
 import copy
 import json
 
 import pytest
 import torch
-
 from helpers import fill
-from models import io, wan
-from models.diffusion import Flow
-from models.wan import WAN_A14B, WanTransformer3DModel, WanTwoNetworks
 from released import WAN
+
+from models.diffusion import Flow
+from models.files import UserError, save_json
+from models.networks import network_config, save_network, wan
+from models.networks.wan import WAN_A14B, WanTransformer3DModel, WanTwoNetworks
+from models.plumbing.teachers import is_small, load_teacher
 
 TINY = dict(WAN.tiny, num_layers=2)
 
@@ -43,14 +46,25 @@ def test_attend_can_be_swapped_in_one_block():
         attn = net.blocks[1].attn1
         attn.to_q.register_forward_hook(lambda m, a, out: inner.update(q=out))
         net(x, t, text=text)
-        q = inner["q"] * torch.rsqrt(inner["q"].square().mean(-1, keepdim=True) + 1e-6) * attn.norm_q.weight
-        q = q.view(2, 3, 2, 3, 2, 12)  # (B, frame, row, column, head, channel); 12 channels = 4 + 4 + 4
+        q = (
+            inner["q"]
+            * torch.rsqrt(inner["q"].square().mean(-1, keepdim=True) + 1e-6)
+            * attn.norm_q.weight
+        )
+        q = q.view(
+            2, 3, 2, 3, 2, 12
+        )  # (B, frame, row, column, head, channel); 12 channels = 4 + 4 + 4
         for frame, row, column in [(0, 0, 0), (2, 0, 0), (0, 1, 0), (1, 1, 2)]:
             expected = q[:, frame, row, column].clone()  # (B, H, 12)
             for pair_index in range(6):
                 position = (frame, row, column)[pair_index // 2]
-                turn = torch.polar(torch.ones(()), torch.tensor(position / 10000 ** (pair_index % 2 * 2 / 4)))
-                z = torch.complex(expected[..., 2 * pair_index], expected[..., 2 * pair_index + 1]) * turn
+                turn = torch.polar(
+                    torch.ones(()), torch.tensor(position / 10000 ** (pair_index % 2 * 2 / 4))
+                )
+                z = (
+                    torch.complex(expected[..., 2 * pair_index], expected[..., 2 * pair_index + 1])
+                    * turn
+                )
                 expected[..., 2 * pair_index], expected[..., 2 * pair_index + 1] = z.real, z.imag
             assert (seen["q"][:, frame * 6 + row * 3 + column] - expected).abs().max() < 1e-5
 
@@ -59,15 +73,27 @@ def test_attend_can_be_swapped_in_one_block():
     assert dict(net.named_modules())["blocks.0.attn1.attend"] is module
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(x=torch.zeros(2, 4, 6, 6)), r"pass a latent \(B, 4, T, H, W\)"), (dict(x=torch.zeros(2, 3, 2, 4, 4)), r"3 channels; pass \(B, 4, T, H, W\)"),
-    (dict(x=torch.zeros(2, 4, 2, 5, 4)), r"do not divide into patches \(1, 2, 2\)"),
-    (dict(x=torch.zeros(2, 4, 2, 4, 7)), r"do not divide into patches \(1, 2, 2\)"), (dict(x=torch.zeros(2, 4, 33, 2, 2)), r"rope_max_seq_len = 32"),
-    (dict(config=dict(image_dim=1280)), "image_dim = 1280 means image-to-video"),
-    (dict(config=dict(added_kv_proj_dim=5120)), "added_kv_proj_dim = 5120 means image-to-video"),
-    (dict(config=dict(pos_embed_seq_len=514)), "pos_embed_seq_len = 514 means image-to-video"),
-    (dict(config=dict(qk_norm="layer_norm")), "qk_norm = 'layer_norm' is not implemented"),
-    (dict(config=dict(attention_head_dim=9)), "attention_head_dim 9 and freq_dim 16 must be even")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.zeros(2, 4, 6, 6)), r"pass a latent \(B, 4, T, H, W\)"),
+        (dict(x=torch.zeros(2, 3, 2, 4, 4)), r"3 channels; pass \(B, 4, T, H, W\)"),
+        (dict(x=torch.zeros(2, 4, 2, 5, 4)), r"do not divide into patches \(1, 2, 2\)"),
+        (dict(x=torch.zeros(2, 4, 2, 4, 7)), r"do not divide into patches \(1, 2, 2\)"),
+        (dict(x=torch.zeros(2, 4, 33, 2, 2)), r"rope_max_seq_len = 32"),
+        (dict(config=dict(image_dim=1280)), "image_dim = 1280 means image-to-video"),
+        (
+            dict(config=dict(added_kv_proj_dim=5120)),
+            "added_kv_proj_dim = 5120 means image-to-video",
+        ),
+        (dict(config=dict(pos_embed_seq_len=514)), "pos_embed_seq_len = 514 means image-to-video"),
+        (dict(config=dict(qk_norm="layer_norm")), "qk_norm = 'layer_norm' is not implemented"),
+        (
+            dict(config=dict(attention_head_dim=9)),
+            "attention_head_dim 9 and freq_dim 16 must be even",
+        ),
+    ],
+)
 def test_wrong_inputs_and_configs_are_named(change, message):
     WAN.refuses(message, **change)
 
@@ -78,10 +104,22 @@ def test_wrong_inputs_and_configs_are_named(change, message):
 def test_a14b_is_what_the_conversion_script_of_diffusers_says():
     """Its entry for Wan2.2-T2V-A14B (scripts/convert_wan_to_diffusers.py), both networks alike."""
     assert WAN_A14B == dict(
-        added_kv_proj_dim=None, attention_head_dim=128, cross_attn_norm=True, eps=1e-6, ffn_dim=13824,
-        freq_dim=256, in_channels=16, num_attention_heads=40, num_layers=40, out_channels=16,
-        patch_size=[1, 2, 2], qk_norm="rms_norm_across_heads", text_dim=4096,
-        image_dim=None, rope_max_seq_len=1024, pos_embed_seq_len=None,  # not in it: the class's defaults
+        added_kv_proj_dim=None,
+        attention_head_dim=128,
+        cross_attn_norm=True,
+        eps=1e-6,
+        ffn_dim=13824,
+        freq_dim=256,
+        in_channels=16,
+        num_attention_heads=40,
+        num_layers=40,
+        out_channels=16,
+        patch_size=[1, 2, 2],
+        qk_norm="rms_norm_across_heads",
+        text_dim=4096,
+        image_dim=None,
+        rope_max_seq_len=1024,
+        pos_embed_seq_len=None,  # not in it: the class's defaults
     )
 
 
@@ -111,12 +149,17 @@ def test_each_row_is_computed_by_its_own_network(times, high_rows, checkpointing
     t = torch.tensor(times)
     seen = {"high": [], "low": []}
     for name in seen:
-        getattr(two, name).register_forward_hook(lambda m, a, out, name=name: seen[name].append(len(a[0])))
-    v, features = two(x, t, text=text, return_features=True)
+        getattr(two, name).register_forward_hook(
+            lambda m, a, out, name=name: seen[name].append(len(a[0]))
+        )
+    v = two(x, t, text=text)
     low_rows = [i for i in range(5) if i not in high_rows]
-    assert seen["high"] == [len(high_rows)] * bool(high_rows)  # one call with these rows, or none at all
+    assert seen["high"] == [len(high_rows)] * bool(
+        high_rows
+    )  # one call with these rows, or none at all
     assert seen["low"] == [len(low_rows)] * bool(low_rows)
-    assert torch.equal(v, two(x, t, text=text)) and v.shape == x.shape and features.shape[0] == 5
+    features = two(x, t, text=text, return_features=True)
+    assert v.shape == x.shape and features.shape[0] == 5
 
     weight = torch.randn(v.shape, generator=torch.Generator().manual_seed(2))
     (v * weight).sum().backward()
@@ -128,7 +171,8 @@ def test_each_row_is_computed_by_its_own_network(times, high_rows, checkpointing
         alone = copy.deepcopy(net)
         alone.zero_grad()
         leaf = x.detach()[rows].requires_grad_()
-        want, middle = alone(leaf, t[rows], text=text[rows], return_features=True)
+        want = alone(leaf, t[rows], text=text[rows])
+        middle = alone(leaf, t[rows], text=text[rows], return_features=True)
         assert torch.equal(v[rows], want) and torch.equal(features[rows], middle)
         (want * weight[rows]).sum().backward()
         assert torch.equal(x.grad[rows], leaf.grad) and leaf.grad.any()
@@ -156,7 +200,11 @@ def test_two_networks_look_like_one():
     assert two.config["text_dim"] == 10 and two.config["in_channels"] == 4
     assert not two.gradient_checkpointing
     two.gradient_checkpointing = True
-    assert two.gradient_checkpointing and two.high.gradient_checkpointing and two.low.gradient_checkpointing
+    assert (
+        two.gradient_checkpointing
+        and two.high.gradient_checkpointing
+        and two.low.gradient_checkpointing
+    )
     two.gradient_checkpointing = False
     assert not two.high.gradient_checkpointing and not two.low.gradient_checkpointing
     x, _, text = WAN.inputs(TINY, (2, 4, 4), [3] * 2).values()
@@ -170,8 +218,14 @@ def test_two_networks_look_like_one():
         (lambda: two_networks(0.0), r"boundary = 0.0; .* within \(0, 1\)"),
         (lambda: two_networks(1.0), r"boundary = 1.0; .* within \(0, 1\)"),
         (lambda: two_networks(in_channels=36), "in_channels = 36 with 4 out means image-to-video"),
-        (lambda: WanTwoNetworks(two_networks().high, two_networks(ffn_dim=48).low, 0.5), "ffn_dim = 32 and 48"),
-        (lambda: WanTwoNetworks(torch.nn.Linear(1, 1), two_networks().low, 0.5), "a Linear cannot be one"),
+        (
+            lambda: WanTwoNetworks(two_networks().high, two_networks(ffn_dim=48).low, 0.5),
+            "ffn_dim = 32 and 48",
+        ),
+        (
+            lambda: WanTwoNetworks(torch.nn.Linear(1, 1), two_networks().low, 0.5),
+            "a Linear cannot be one",
+        ),
     ],
 )
 def test_wrong_pairs_are_named(make, message):
@@ -186,37 +240,56 @@ def save_root(root, two, boundary_ratio=0.75, shift=None):
     index = {"_class_name": "WanPipeline", "boundary_ratio": boundary_ratio}
     for name, net in (("transformer", two.high), ("transformer_2", two.low)):
         index[name] = ["diffusers", "WanTransformer3DModel"]
-        config = {**io.network_config(net), "_diffusers_version": "0.35.0"}
-        io.save_network(net, config, str(root / name))
-    io.save_json(index, str(root / "model_index.json"))
+        config = {**network_config(net), "_diffusers_version": "0.35.0"}
+        save_network(net, config, str(root / name))
+    save_json(index, str(root / "model_index.json"))
     if shift is not None:
-        scheduler = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": shift}
+        scheduler = {
+            "_class_name": "UniPCMultistepScheduler",
+            "use_flow_sigmas": True,
+            "flow_shift": shift,
+        }
         (root / "scheduler").mkdir()
-        io.save_json(scheduler, str(root / "scheduler" / "scheduler_config.json"))
+        save_json(scheduler, str(root / "scheduler" / "scheduler_config.json"))
     return str(root)
 
 
 def test_a_root_with_two_networks_is_loaded(tmp_path):
     two = two_networks()
     root = save_root(tmp_path / "a14b", two, shift=3.0)
-    teacher = io.load_teacher(root + "/", ("ring",), two_networks=True)
+    teacher = load_teacher(root + "/", ("ring",), two_networks=True)
     x, _, text = WAN.inputs(TINY, (2, 4, 4), [3] * 5).values()
     t = torch.tensor([0.2, 1.0, 0.75, 0.0, 0.7])
-    assert type(teacher.net) is WanTwoNetworks and not teacher.net.training and teacher.net.boundary == 0.75
+    assert (
+        type(teacher.net) is WanTwoNetworks
+        and not teacher.net.training
+        and teacher.net.boundary == 0.75
+    )
     assert torch.equal(teacher.net(x, t, text=text), two(x, t, text=text))
     assert teacher.folder == root and teacher.label == "a14b" and teacher.world_name is None
-    assert teacher.config == teacher.config_2 == {**io.network_config(two.high), "_diffusers_version": "0.35.0"}
-    assert isinstance(teacher.schedule, Flow) and (teacher.prediction, teacher.shift) == ("flow_v", 3.0)
-    low = io.load_teacher(root, ("ring",), dtype=torch.bfloat16, two_networks=True).net
+    assert (
+        teacher.config
+        == teacher.config_2
+        == {**network_config(two.high), "_diffusers_version": "0.35.0"}
+    )
+    assert isinstance(teacher.schedule, Flow) and (teacher.prediction, teacher.shift) == (
+        "flow_v",
+        3.0,
+    )
+    low = load_teacher(root, ("ring",), dtype=torch.bfloat16, two_networks=True).net
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
-    assert io.load_teacher(save_root(tmp_path / "b", two), ("ring",), two_networks=True).shift == 12.0
-    assert io.is_small(root, ("ring",)) is False
+    assert load_teacher(save_root(tmp_path / "b", two), ("ring",), two_networks=True).shift == 12.0
+    assert is_small(root, ("ring",)) is False
 
     # one of its networks alone, and anything else that is one network, loads as before
-    one = io.load_teacher(root + "/transformer_2", ("ring",), two_networks=True)
-    assert type(one.net) is WanTransformer3DModel and one.config_2 is None and one.folder.endswith("transformer_2")
+    one = load_teacher(root + "/transformer_2", ("ring",), two_networks=True)
+    assert (
+        type(one.net) is WanTransformer3DModel
+        and one.config_2 is None
+        and one.folder.endswith("transformer_2")
+    )
     assert one.shift == 3.0 and torch.equal(one.net.proj_out.weight, two.low.proj_out.weight)
-    assert io.load_teacher("ring", ("ring",), two_networks=True).config_2 is None
+    assert load_teacher("ring", ("ring",), two_networks=True).config_2 is None
 
 
 def test_what_wan_pipeline_saves_is_loaded(tmp_path):
@@ -230,13 +303,20 @@ def test_what_wan_pipeline_saves_is_loaded(tmp_path):
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     pipe = diffusers.WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=reference[0],
-        transformer_2=reference[1], boundary_ratio=0.75,
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=scheduler,
+        transformer=reference[0],
+        transformer_2=reference[1],
+        boundary_ratio=0.75,
     )
     for component in ("transformer", "transformer_2", "scheduler"):
         getattr(pipe, component).save_pretrained(tmp_path / component)
-    pipe.save_config(tmp_path)  # save_pretrained wants every component; this is its model_index.json
-    teacher = io.load_teacher(str(tmp_path), (), two_networks=True)
+    pipe.save_config(
+        tmp_path
+    )  # save_pretrained wants every component; this is its model_index.json
+    teacher = load_teacher(str(tmp_path), (), two_networks=True)
     x, _, text = WAN.inputs(TINY, (2, 4, 4), [3] * 2).values()
     assert teacher.net.boundary == 0.75 and teacher.shift == 3.0
     for time, net in ((0.75, reference[0]), (0.7, reference[1])):
@@ -251,25 +331,25 @@ def test_wrong_roots_are_refused(tmp_path):
     root = save_root(tmp_path / "root", two)
 
     def refused(message, **keywords):
-        with pytest.raises(io.UserError, match=message) as error:
-            io.load_teacher(root, ("ring",), **{"two_networks": True, **keywords})
+        with pytest.raises(UserError, match=message) as error:
+            load_teacher(root, ("ring",), **{"two_networks": True, **keywords})
         assert "\n" not in str(error.value) and root in str(error.value)
 
     refused("two-network teacher .*give one of its component folders", two_networks=False)
     index = tmp_path / "root" / "model_index.json"
     good = json.loads(index.read_text())
     for wrong in (None, 0, 1, 1.5, -0.1, "0.875", True, float("nan")):
-        io.save_json({**good, "boundary_ratio": wrong}, str(index))
+        save_json({**good, "boundary_ratio": wrong}, str(index))
         refused("boundary_ratio is .* within \\(0, 1\\)")
-    io.save_json({k: v for k, v in good.items() if k != "boundary_ratio"}, str(index))
+    save_json({k: v for k, v in good.items() if k != "boundary_ratio"}, str(index))
     refused("boundary_ratio is None")
-    io.save_json(good, str(index))
+    save_json(good, str(index))
 
     other = two_networks(ffn_dim=48).low
-    io.save_network(other, io.network_config(other), root + "/transformer_2")
+    save_network(other, network_config(other), root + "/transformer_2")
     refused("the two networks differ: ffn_dim = 32 and 48")
     (tmp_path / "root" / "transformer_2" / "config.json").unlink()
     refused("transformer_2 has no config.json")
     (tmp_path / "root" / "transformer").rename(tmp_path / "elsewhere")
     refused("has transformer_2/ but no transformer/")
-    assert io.is_small(root, ("ring",)) is False
+    assert is_small(root, ("ring",)) is False

@@ -1,13 +1,14 @@
 """models/z_image.py: what is particular to it. The rest is in test_transformers.py and test_pipeline.py."""
+
 import pytest
 import torch
 import torch.nn.functional as F
-
 from helpers import fill, relative
-from models import z_image
-from models.diffusion import step_grid
-from models.z_image import ZImageTransformer2DModel
 from released import Z_IMAGE
+
+from models.diffusion import step_grid
+from models.networks import z_image
+from models.networks.z_image import ZImageTransformer2DModel
 
 TINY, velocity = Z_IMAGE.tiny, Z_IMAGE.reference
 
@@ -17,7 +18,13 @@ def test_epsilon_of_the_last_norm():
     ours = fill(ZImageTransformer2DModel(**TINY))
     with torch.no_grad():
         for name, p in ours.named_parameters():
-            p *= 1e-3 if name.startswith("all_x_embedder") else 0.0 if "adaLN_modulation.0" in name else 1.0
+            p *= (
+                1e-3
+                if name.startswith("all_x_embedder")
+                else 0.0
+                if "adaLN_modulation.0" in name
+                else 1.0
+            )
     reference = Z_IMAGE.theirs(**TINY).eval()
     reference.load_state_dict(ours.state_dict())
     call = Z_IMAGE.inputs(TINY, (4, 6), [5])
@@ -35,16 +42,31 @@ def test_sign_and_clock_are_those_of_the_pipeline(scale):
     ours, reference = Z_IMAGE.pair()
     call, null = Z_IMAGE.inputs(TINY, (4, 6), [5, 40]), Z_IMAGE.inputs(TINY, (4, 6), [3, 3], seed=5)
     listed = [[row[keep] for row, keep in zip(c["text"], c["text_mask"])] for c in (call, null)]
-    pipe = diffusers.ZImagePipeline(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), None, None, None, reference)
+    pipe = diffusers.ZImagePipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), None, None, None, reference
+    )
     pipe.set_progress_bar_config(disable=True)
-    want = pipe(prompt_embeds=listed[0], negative_prompt_embeds=listed[1], latents=call["x"], height=32, width=48, num_inference_steps=3,
-                guidance_scale=scale, output_type="latent").images
+    want = pipe(
+        prompt_embeds=listed[0],
+        negative_prompt_embeds=listed[1],
+        latents=call["x"],
+        height=32,
+        width=48,
+        num_inference_steps=3,
+        guidance_scale=scale,
+        output_type="latent",
+    ).images
     x, grid = call["x"], step_grid(3, ZImageTransformer2DModel.default_shift)
     with torch.no_grad():
         for t, t_next in zip(grid[:-1], grid[1:]):
-            cond, uncond = (ours(x, torch.full((2,), t), text=c["text"], text_mask=c["text_mask"]) for c in (call, null))
+            cond, uncond = (
+                ours(x, torch.full((2,), t), text=c["text"], text_mask=c["text_mask"])
+                for c in (call, null)
+            )
             x = x + (t_next - t) * (uncond + (scale + 1) * (cond - uncond))
-    assert relative(x, want) < 1e-3 and relative(call["x"], want) > 0.1  # (1000 - 1000 t) / 1000 rounds otherwise than 1 - t
+    assert (
+        relative(x, want) < 1e-3 and relative(call["x"], want) > 0.1
+    )  # (1000 - 1000 t) / 1000 rounds otherwise than 1 - t
 
 
 def test_where_the_tokens_of_a_prompt_stand_is_never_seen():
@@ -53,11 +75,15 @@ def test_where_the_tokens_of_a_prompt_stand_is_never_seen():
     text, keep = call["text"], call["text_mask"]
     with torch.no_grad():
         v = net(**call)
-        left = torch.stack([torch.cat([row[~k], row[k]]) for row, k in zip(text, keep)])  # padding before the tokens
+        left = torch.stack(
+            [torch.cat([row[~k], row[k]]) for row, k in zip(text, keep)]
+        )  # padding before the tokens
         assert torch.equal(net(**{**call, "text": left, "text_mask": keep.flip(1)}), v)
         holes = torch.zeros(3, 84, dtype=torch.bool)
         holes[:, ::2] = keep
-        assert torch.equal(net(**{**call, "text": text.repeat_interleave(2, dim=1), "text_mask": holes}), v)
+        assert torch.equal(
+            net(**{**call, "text": text.repeat_interleave(2, dim=1), "text_mask": holes}), v
+        )
         longer = F.pad(text, (0, 0, 0, 60)), F.pad(keep, (0, 60))
         assert torch.equal(net(**{**call, "text": longer[0], "text_mask": longer[1]}), v)
 
@@ -65,28 +91,46 @@ def test_where_the_tokens_of_a_prompt_stand_is_never_seen():
 def test_a_mask_is_used_only_where_prompts_fill_up_differently(monkeypatch):
     """Attention without one is faster, and the same."""
     seen, original = [], z_image.attention
-    monkeypatch.setattr(z_image, "attention", lambda q, k, v, mask: seen.append(mask) or original(q, k, v, mask))
+    monkeypatch.setattr(
+        z_image, "attention", lambda q, k, v, mask: seen.append(mask) or original(q, k, v, mask)
+    )
     net = fill(ZImageTransformer2DModel(**TINY))
     with torch.no_grad():
         net(**Z_IMAGE.inputs(TINY, (4, 4), [5, 32, 17]))
         assert len(seen) == 7 and all(m is None for m in seen)
         seen.clear()
         net(**Z_IMAGE.inputs(TINY, (4, 4), [5, 33]))
-    assert [m if m is None else tuple(m.shape) for m in seen] == [None] * 2 + [(2, 1, 1, 64)] * 2 + [(2, 1, 1, 96)] * 3
+    assert [m if m is None else tuple(m.shape) for m in seen] == [None] * 2 + [
+        (2, 1, 1, 64)
+    ] * 2 + [(2, 1, 1, 96)] * 3
     assert seen[-1].sum(-1).flatten().tolist() == [64, 96] and seen[-1][0, 0, 0, :64].all()
 
 
 def test_rotations_are_never_rounded(monkeypatch):
     angles, original = [], z_image.rotate
-    monkeypatch.setattr(z_image, "rotate", lambda q, cos, sin: angles.append((cos, sin)) or original(q, cos, sin))
-    net, call = fill(ZImageTransformer2DModel(**TINY)), Z_IMAGE.inputs(size=(6, 10), lengths=[31, 32, 33])
+    monkeypatch.setattr(
+        z_image, "rotate", lambda q, cos, sin: angles.append((cos, sin)) or original(q, cos, sin)
+    )
+    net, call = (
+        fill(ZImageTransformer2DModel(**TINY)),
+        Z_IMAGE.inputs(size=(6, 10), lengths=[31, 32, 33]),
+    )
     with torch.no_grad():
         net(**call)
         with torch.autocast("cpu", torch.bfloat16):
             net(**call)
-        net.to(torch.bfloat16)(**{k: a if k in ("t", "text_mask") else a.bfloat16() for k, a in call.items()}), net(**call)
-    calls = [angles[i:i + 14] for i in range(0, len(angles), 14)]  # q and k of seven blocks: float32, autocast, bfloat16 twice
-    assert len(calls) == 4 and all(torch.equal(a, b) for c in calls for pair in zip(c, calls[0]) for a, b in zip(*pair))
+        (
+            net.to(torch.bfloat16)(
+                **{k: a if k in ("t", "text_mask") else a.bfloat16() for k, a in call.items()}
+            ),
+            net(**call),
+        )
+    calls = [
+        angles[i : i + 14] for i in range(0, len(angles), 14)
+    ]  # q and k of seven blocks: float32, autocast, bfloat16 twice
+    assert len(calls) == 4 and all(
+        torch.equal(a, b) for c in calls for pair in zip(c, calls[0]) for a, b in zip(*pair)
+    )
 
 
 def test_largest_inputs_are_taken():
@@ -104,24 +148,48 @@ def test_largest_inputs_are_taken():
             velocity(reference, **call)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(x=torch.zeros(2, 4, 1, 4, 4)), r"pass a latent \(B, 4, H, W\)"), (dict(x=torch.zeros(2, 3, 4, 4)), r"pass a latent \(B, 4, H, W\)"),
-    (dict(x=torch.zeros(2, 4, 5, 4)), "do not divide into patches of 2 x 2"), (dict(x=torch.zeros(2, 4, 4, 7)), "do not divide into patches"),
-    (dict(x=torch.zeros(2, 4, 34, 4)), r"need \[66, 17, 2\] positions, axes_lens has \[128, 16, 16\]"),
-    (dict(x=torch.zeros(2, 4, 4, 34)), r"need \[66, 2, 17\] positions"),
-    (dict(text=torch.zeros(2, 97, 10), text_mask=torch.ones(2, 97, dtype=torch.bool)), r"97 prompt tokens need \[130, 2, 3\] positions"),
-    (dict(text_mask=torch.tensor([[1], [0]]).expand(2, 42)), "no token in row 1")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.zeros(2, 4, 1, 4, 4)), r"pass a latent \(B, 4, H, W\)"),
+        (dict(x=torch.zeros(2, 3, 4, 4)), r"pass a latent \(B, 4, H, W\)"),
+        (dict(x=torch.zeros(2, 4, 5, 4)), "do not divide into patches of 2 x 2"),
+        (dict(x=torch.zeros(2, 4, 4, 7)), "do not divide into patches"),
+        (
+            dict(x=torch.zeros(2, 4, 34, 4)),
+            r"need \[66, 17, 2\] positions, axes_lens has \[128, 16, 16\]",
+        ),
+        (dict(x=torch.zeros(2, 4, 4, 34)), r"need \[66, 2, 17\] positions"),
+        (
+            dict(text=torch.zeros(2, 97, 10), text_mask=torch.ones(2, 97, dtype=torch.bool)),
+            r"97 prompt tokens need \[130, 2, 3\] positions",
+        ),
+        (dict(text_mask=torch.tensor([[1], [0]]).expand(2, 42)), "no token in row 1"),
+    ],
+)
 def test_wrong_inputs_are_named(change, message):
     Z_IMAGE.refuses(message, **change)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(all_patch_size=[2, 4], all_f_patch_size=[1, 1]), r"all_patch_size = \[2, 4\] .* one patch size"),
-    (dict(all_f_patch_size=[2]), r"all_f_patch_size = \[2\] is not implemented"),
-    (dict(siglip_feat_dim=1152), "siglip_feat_dim = 1152 means the omni variant"),
-    (dict(n_kv_heads=1), "n_heads = 3 with n_kv_heads = 1"), (dict(nheads=4), "nheads = 4 is not implemented"),
-    (dict(qk_norm=False), "qk_norm = False"), (dict(t_scale=1.0), "t_scale = 1.0"),
-    (dict(axes_dims=[4, 4, 6]), "sum to the width of a head"), (dict(axes_dims=[3, 5, 4]), "must be even"), (dict(n_heads=5, n_kv_heads=5), "36 / 5"),
-    (dict(axes_dims=[6, 6]), "three entries"), (dict(axes_lens=[64, 64]), "three entries")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            dict(all_patch_size=[2, 4], all_f_patch_size=[1, 1]),
+            r"all_patch_size = \[2, 4\] .* one patch size",
+        ),
+        (dict(all_f_patch_size=[2]), r"all_f_patch_size = \[2\] is not implemented"),
+        (dict(siglip_feat_dim=1152), "siglip_feat_dim = 1152 means the omni variant"),
+        (dict(n_kv_heads=1), "n_heads = 3 with n_kv_heads = 1"),
+        (dict(nheads=4), "nheads = 4 is not implemented"),
+        (dict(qk_norm=False), "qk_norm = False"),
+        (dict(t_scale=1.0), "t_scale = 1.0"),
+        (dict(axes_dims=[4, 4, 6]), "sum to the width of a head"),
+        (dict(axes_dims=[3, 5, 4]), "must be even"),
+        (dict(n_heads=5, n_kv_heads=5), "36 / 5"),
+        (dict(axes_dims=[6, 6]), "three entries"),
+        (dict(axes_lens=[64, 64]), "three entries"),
+    ],
+)
 def test_wrong_configs_are_named(change, message):
     Z_IMAGE.refuses(message, config=change)

@@ -1,0 +1,108 @@
+"""Random numbers that belong to samples, not to ranks.
+
+A row's numbers depend on the seed, the step, the name and the row's place in the whole batch of all
+ranks, and on nothing else: one process with a batch of 8 draws what two ranks with 4 draw, and a
+resumed run draws what the interrupted one would have drawn. Two names are independent.
+"""
+
+import zlib
+
+import torch
+
+from models.diffusion import shift
+
+
+def stable_hash(*key):
+    """crc32 of the key's text: the same in every process, unlike Python's hash."""
+    return zlib.crc32(repr(key).encode())
+
+
+class Draws:
+    """Random numbers of one update, a function of seed, step, inner update, name and global row.
+
+    rows:            global numbers of this rank's rows.
+    device:          where the numbers go. Integers are indices into data in the host's memory, so
+                     they stay on the CPU.
+    shape:           that of one sample, for `noise` and `eps_t`.
+    timestep_shift:  the teacher's, for `eps_t`.
+    """
+
+    def __init__(self, seed, step, inner, rows, device="cpu", shape=None, timestep_shift=1.0):
+        self.key, self.rows, self.device = (seed, step, inner), list(rows), torch.device(device)
+        self.shape, self.timestep_shift = shape, timestep_shift
+
+    def _generator(self, *key):
+        return torch.Generator().manual_seed(stable_hash(*self.key, *key))
+
+    def _rows(self, name, shape, dtype, fill):
+        out, generator = torch.empty(len(self.rows), *shape, dtype=dtype), torch.Generator()
+        prefix = stable_hash(*self.key, name)
+        for row, view in zip(self.rows, out.unbind(0), strict=True):
+            generator.manual_seed(zlib.crc32(b"%d" % row, prefix))  # continues the prefix's crc32
+            fill(view, generator)
+        return out
+
+    def to_device(self, x):
+        """Without waiting for the device: pinned memory is copied while the processor goes on."""
+        if self.device.type == "cuda":
+            return x.pin_memory().to(self.device, non_blocking=True)
+        return x.to(self.device)
+
+    def normal(self, name, shape):
+        """(rows, *shape) standard normal, float32."""
+        x = self._rows(name, shape, torch.float32, lambda v, g: v.normal_(generator=g))
+        return self.to_device(x)
+
+    def points(self, name, counts, channels):
+        """(sum of counts, channels) standard normal, float32: counts[i] points for row i."""
+        parts = [
+            torch.randn(n, channels, generator=self._generator(name, row))
+            for row, n in zip(self.rows, counts, strict=True)
+        ]
+        return self.to_device(torch.cat(parts))
+
+    def uniform(self, name, low=0.0, high=1.0):
+        """(rows,) float32."""
+        x = self._rows(name, (), torch.float32, lambda v, g: v.uniform_(low, high, generator=g))
+        return self.to_device(x)
+
+    def spread(self, name, low=0.0, high=1.0):
+        """(rows,) float32, each uniform in [low, high), and evenly spread over it together.
+
+        One offset is drawn for all rows, and the row times the golden ratio is added to it modulo 1
+        (Variational Diffusion Models, 2107.00630 App. I.1, with a step that suits any batch size).
+        It is meant for noise levels: a batch that covers them evenly gives a gradient with the same
+        mean and less variance.
+        """
+        return self.to_device(self._spread(name, low, high))
+
+    def _spread(self, name, low, high):
+        offset = torch.rand((), dtype=torch.float64, generator=self._generator(name))
+        u = (offset + torch.tensor(self.rows, dtype=torch.float64) * (5**0.5 - 1) / 2) % 1
+        return (low + (high - low) * u).float()
+
+    def integer(self, name, high):
+        """(rows,) int64 in [0, high), on the CPU."""
+        return self._rows(name, (), torch.int64, lambda v, g: v.random_(0, high, generator=g))
+
+    def spread_integer(self, name, high):
+        """(rows,) int64 in [0, high), evenly spread over the batch as in `spread`, on the CPU."""
+        return (self._spread(name, 0.0, 1.0) * high).long().clamp_max(high - 1)
+
+    def agreed(self, name, high):
+        """One int in [0, high), the same for every row and on every rank."""
+        return int(torch.randint(0, high, (), generator=self._generator(name)))
+
+    # ---- what a training step asks for
+
+    def noise(self, name="z"):
+        """Standard normal noise of the samples' shape.  (rows, *shape)."""
+        return self.normal(name, self.shape)
+
+    def eps_t(self, name="", low=0.0, high=1.0):
+        """A noise and a noise level for every row.
+
+        -> eps (rows, *shape), t = shift(u) (rows,) with u ~ U[low, high) by `spread`.
+        """
+        u = self.spread("u" + name, low, high)
+        return self.normal("eps" + name, self.shape), shift(u, self.timestep_shift)

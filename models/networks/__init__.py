@@ -1,0 +1,364 @@
+"""The networks, the contract that they keep, and their files.
+
+Each architecture has a file of its own. It is written out in plain PyTorch, uses the parameter
+names of the library that it comes from (diffusers or TRELLIS), and loads that library's
+checkpoints unconverted. NETWORKS maps class names, as configs state them, to classes.
+
+THE CONTRACT. Scripts and plumbing rely on the following and on nothing else. tests/test_networks.py
+checks it for every network here that denoises. An attribute stands on the class, or on the instance
+where it depends on the config.
+
+    attribute               meaning
+    prediction              what forward returns, one of models.diffusion.PREDICTIONS
+    default_shift           timestep shift of the sampler, a float; 1.0 is none
+    default_schedule        noise schedule, models.diffusion.VP or Flow; left out for Flow
+    latent_shape            (C, ...), the shape of one sample; on a class, the released one's
+    cond_names              names of the conditioning arguments of forward, a tuple of str
+    num_classes             with "label" in cond_names: K classes 0 .. K-1, and K is the null label
+    text_dim                with "text" in cond_names: width of the text features
+    config                  keyword arguments that build the network again, type(net)(**net.config);
+                            values as JSON gives them back, since config.json holds them
+    gradient_checkpointing  bool, may be set: recompute blocks in backward instead of storing them
+    lora_targets            endings of the names of the layers that an adapter changes by default
+
+  Optional:
+    lora_key(name)          name of a layer in an adapter file (models/networks/lora.py)
+    self_attentions         modules, in order, whose attribute `attend(q, k, v)` mixes the tokens
+                            and may be replaced; q, k, v (B, N, heads, head_dim)
+    heads, head_dim         sizes of each of those
+    sparse                  True: samples are points, x is (N, C), and forward also takes `coords`
+    current_name(key)       today's name of a parameter that old files store as key
+
+prediction, default_schedule, default_shift and latent_shape are fallbacks: what a checkpoint's
+scheduler/ folder or the command line says comes first.
+
+    forward(x, t, **cond, return_features=False, adapter=None)
+
+    argument          meaning                                                 shape
+    x                 noised samples                                          (B, *latent_shape)
+    t                 time after the shift, 0 = data, 1 = noise; floats       (B,)
+    label             classes, integers; None = the null label                (B,)
+    text, tokens      features of prompts or of images                        (B, L, D)
+    mask, text_mask   true where text is a token of the prompt                (B, L) bool or int
+    context           a picture beside x (DiT with context_channels)          (B, C', *size)
+    coords            where sparse: sample, x, y, z of each point             (N, 4) int
+    steps             an index or count of student steps; None = not given.   (B,)
+                      Only a network with steps_cond in its config takes it
+    return_features   True: return the output of block depth // 2, counted    (B, N, D), or (M, D)
+                      from 0, in place of the prediction, and stop there      where sparse
+    adapter           name of an adapter (models/networks/lora.py); None =
+                      the bare network
+    returns           the prediction                                          (B, *latent_shape)
+
+Each conditioning input has an unconditional twin of the same shape: the null label, a stored
+prompt, zeros for tokens and context. Clock, sign and scale of a checkpoint are converted inside
+forward and nowhere else. Samples of a batch do not influence one another. Released architectures
+also take other sizes than latent_shape, if they divide into patches. Parameters may be float32 or
+bfloat16; the output of released architectures has x's dtype, and what scales every token is
+float32. forward raises ValueError, one line with cause and remedy, for shapes and dtypes that do
+not fit, an unknown adapter, and `steps` that the network cannot take; __init__ does so for a
+config that is not implemented. Layers that adapters may change are lora.Linear. An architecture
+may have more inputs than these, but they must be optional.
+
+WanTwoNetworks keeps the contract without being in NETWORKS: it is built of two networks, not of a
+config. Autoencoders (models/networks/autoencoders.py; SparseStructureEncoder,
+SparseStructureDecoder) have config and files alike, but do not denoise and have no `prediction`.
+docs/adding.md has an example.
+"""
+
+import hashlib
+import os
+
+import torch
+
+from models.files import UserError, load_json, open_tensors, save_json, save_tensors
+from models.networks import lora
+from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
+from models.networks.dit import DiT
+from models.networks.dit_imagenet import DiTTransformer2DModel
+from models.networks.pixart import PixArtTransformer2DModel
+from models.networks.ring_mlp import RingMLP
+from models.networks.trellis import (
+    SLatFlowModel,
+    SparseStructureDecoder,
+    SparseStructureEncoder,
+    SparseStructureFlowModel,
+)
+from models.networks.wan import WanTransformer3DModel, WanTwoNetworks
+from models.networks.z_image import ZImageTransformer2DModel
+
+NETWORKS = {
+    "DiT": DiT,
+    "RingMLP": RingMLP,
+    "WanTransformer3DModel": WanTransformer3DModel,
+    "ZImageTransformer2DModel": ZImageTransformer2DModel,
+    "PixArtTransformer2DModel": PixArtTransformer2DModel,
+    "DiTTransformer2DModel": DiTTransformer2DModel,
+    "AutoencoderKL": AutoencoderKL,
+    "PatchPCA": PatchPCA,
+    "Identity": Identity,
+    "SparseStructureFlowModel": SparseStructureFlowModel,
+    "SparseStructureEncoder": SparseStructureEncoder,
+    "SparseStructureDecoder": SparseStructureDecoder,
+    "SLatFlowModel": SLatFlowModel,
+    # The name of PixArt's and DiT's class in older versions of diffusers and in the released
+    # configs; network_from_config tells the two apart.
+    "Transformer2DModel": PixArtTransformer2DModel,
+    # The name in TRELLIS's released configs. That class differs only in how it saves memory there.
+    "ElasticSLatFlowModel": SLatFlowModel,
+}
+TRELLIS = (SparseStructureFlowModel, SLatFlowModel, SparseStructureEncoder, SparseStructureDecoder)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = WEIGHTS + ".index.json"
+SHARD_BYTES = 10 * 10**9  # diffusers' default shard size
+
+
+# ---- which files a network has -------------------------------------------------------------------
+
+
+def trellis_names(folder):
+    """Names of the networks in TRELLIS's layout, NAME.json + NAME.safetensors, in a folder."""
+    if not os.path.isdir(folder):
+        return []
+    names = [n.removesuffix(".json") for n in sorted(os.listdir(folder)) if n.endswith(".json")]
+    return [n for n in names if os.path.isfile(os.path.join(folder, n + ".safetensors"))]
+
+
+def trellis_path(source):
+    """DIR/NAME of a network in TRELLIS's layout, or None if source is none.
+
+    source: that path, one of its two files, or a folder with exactly one such pair, which is what
+    save_network leaves.
+    """
+    if os.path.isdir(source):
+        if os.path.isfile(os.path.join(source, "config.json")):
+            return None
+        names = trellis_names(source)
+        return os.path.join(source, names[0]) if len(names) == 1 else None
+    path = source.removesuffix(".json").removesuffix(".safetensors")
+    return path if os.path.isfile(path + ".json") or os.path.isfile(path + ".safetensors") else None
+
+
+def weight_files(folder):
+    """The safetensors files of a component -> {file: [keys], or None for all}. Raises UserError."""
+    path = trellis_path(folder)
+    if path and not os.path.isfile(path + ".safetensors") and os.path.isfile(path + ".pt"):
+        raise UserError(
+            f"{path}.safetensors does not exist, only a pickle ({os.path.basename(path)}.pt); "
+            "pickles can run code and are never loaded: convert it"
+        )
+    if path:
+        return {path + ".safetensors": None}
+    if os.path.isfile(os.path.join(folder, INDEX)):
+        files = {}
+        for key, name in load_json(os.path.join(folder, INDEX)).get("weight_map", {}).items():
+            files.setdefault(os.path.join(folder, os.path.basename(name)), []).append(key)
+        return files
+    if os.path.isfile(os.path.join(folder, WEIGHTS)):
+        return {os.path.join(folder, WEIGHTS): None}
+    endings = (".bin", ".pt", ".pth", ".ckpt")
+    pickles = [n for n in sorted(os.listdir(folder)) if n.endswith(endings)]
+    if pickles:
+        raise UserError(
+            f"{folder} has only a pickle ({pickles[0]}); "
+            f"pickles can run code and are never loaded: convert it to {WEIGHTS}"
+        )
+    raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}")
+
+
+def weights_hash(folder):
+    """Short hash of a component's weight files. It is the key of what was measured with them."""
+    digest = hashlib.sha256()
+    for path in sorted(weight_files(folder)):
+        with open(path, "rb") as f:
+            while chunk := f.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def config_file(folder):
+    """The JSON file that describes a component. Raises UserError, which names networks nearby."""
+    path = trellis_path(folder)
+    if path:
+        return path + ".json"
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} is not a folder")
+    if os.path.isfile(os.path.join(folder, "pipeline.json")):
+        inside = [os.path.join("ckpts", n) for n in trellis_names(os.path.join(folder, "ckpts"))]
+        such = f" ({', '.join(inside)} in it are such)" if inside else ""
+        raise UserError(
+            f"{folder} is a TRELLIS root of several networks: give the path of one{such}"
+        )
+    described = os.path.join(folder, "config.json")
+    if not os.path.isfile(described):
+        names = sorted(os.listdir(folder))
+        inside = [n for n in names if os.path.isfile(os.path.join(folder, n, "config.json"))]
+        inside += trellis_names(folder)
+        such = f" ({', '.join(inside)} in it are such)" if inside else ""
+        raise UserError(
+            f"{folder} has no config.json: give the folder of one network{such}"
+            ", or a pipeline root with model_index.json"
+        )
+    return described
+
+
+# ---- configs -------------------------------------------------------------------------------------
+
+
+def config_class(config):
+    """Name of the class that a config describes: TRELLIS's "name", or diffusers' "_class_name"."""
+    return config.get("name" if "args" in config else "_class_name")
+
+
+def network_config(net):
+    """The config.json of one of our networks, or TRELLIS's json: class name and arguments."""
+    name = type(net).__name__
+    if isinstance(net, TRELLIS):
+        return {"name": name, "args": net.config}
+    return {"_class_name": name, **net.config}
+
+
+def network_from_config(config, where):
+    """Build the network that a config describes. Raises UserError, which begins with `where`.
+
+    config is diffusers' ("_class_name" among the arguments; other keys that start with _ are the
+    library's own notes) or TRELLIS's ("name" beside "args").
+    """
+    name = config_class(config)
+    if name not in NETWORKS:
+        raise UserError(f"{where}: unknown network class {name!r}; known are {', '.join(NETWORKS)}")
+    if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
+        name = "DiTTransformer2DModel"
+    if "args" in config:
+        arguments = config["args"]
+    else:
+        arguments = {k: v for k, v in config.items() if not k.startswith("_")}
+    try:
+        return NETWORKS[name](**arguments)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{where} does not describe a {name}: {e}") from None
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+
+def load_network(folder, dtype=torch.float32):
+    """Read one component -> (network in eval mode, config).
+
+    folder: a component folder as diffusers writes it (config.json and safetensors, in one file or
+    in shards), or what trellis_path takes. Parameters become dtype, buffers keep theirs. Raises
+    UserError for a checkpoint that is missing, truncated, a pickle or does not match its config.
+    """
+    described = config_file(folder)
+    config = load_json(described)
+    files = weight_files(folder)
+    net = network_from_config(config, described)
+    for p in net.parameters():
+        p.data = p.data.to(dtype)
+    what, own = os.path.basename(described), net.state_dict()
+    current_name = getattr(net, "current_name", str)  # str leaves a key as it is
+    seen = set()
+    for path, keys in files.items():
+        with open_tensors(path) as f:
+            stored = set(f.keys())
+            missing = sorted(set(keys or ()) - stored)
+            if missing:
+                raise UserError(
+                    f"{path} lacks {missing[0]!r}, which the index places there: "
+                    "copy the shard again"
+                )
+            for key in sorted(stored):
+                name = current_name(key)
+                if name not in own:
+                    raise UserError(
+                        f"{path} has {key!r}, which a {config_class(config)} of this {what} "
+                        "does not"
+                    )
+                tensor = f.get_tensor(key)
+                if tensor.shape != own[name].shape:
+                    raise UserError(
+                        f"{path}: {key!r} has shape {tuple(tensor.shape)}, {what} asks for "
+                        f"{tuple(own[name].shape)}"
+                    )
+                own[name].copy_(tensor)  # state_dict's tensors share memory with the network's
+                seen.add(name)
+    missing = sorted(set(own) - seen)
+    if missing:
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise UserError(
+            f"{folder} lacks {missing[0]!r}{more}: the checkpoint does not match its {what}"
+        )
+    return net.eval(), config
+
+
+def load_two_networks(root, dtype=torch.float32):
+    """Read a pipeline root with transformer/ and transformer_2/ (Wan 2.2 A14B).
+
+    -> (WanTwoNetworks in eval mode, config of transformer/, config of transformer_2/). Raises
+    UserError.
+    """
+    index = os.path.join(root, "model_index.json")
+    boundary = load_json(index).get("boundary_ratio")
+    if not isinstance(boundary, (int, float)) or not 0 < boundary < 1:
+        raise UserError(
+            f"{index}: boundary_ratio is {boundary!r}, and a two-network teacher changes networks "
+            "at one within (0, 1): restore it from the source of the checkpoint"
+        )
+    if not os.path.isdir(os.path.join(root, "transformer")):
+        raise UserError(
+            f"{root} has transformer_2/ but no transformer/: a two-network teacher needs both"
+        )
+    high, config = load_network(os.path.join(root, "transformer"), dtype)
+    low, config_2 = load_network(os.path.join(root, "transformer_2"), dtype)
+    try:
+        return WanTwoNetworks(high, low, boundary).eval(), config, config_2
+    except ValueError as e:
+        raise UserError(f"{root}: {e}") from None
+
+
+# ---- saving --------------------------------------------------------------------------------------
+
+
+def save_network(net, config, folder, state_dict=None, shard_bytes=SHARD_BYTES):
+    """Write a network's config and weights, without adapters, each file atomically.
+
+    config: as network_config gives it, or as load_network read it. state_dict: tensors to write
+    instead of the network's own. In diffusers' layout weights are sharded, with an index, above
+    shard_bytes. A config of TRELLIS's gives CLASS.json and CLASS.safetensors, never sharded, in
+    the tensors' own dtype: TRELLIS itself halves what it wants halved when it loads, and a student
+    that a low learning rate moved only a little would lose that difference in float16.
+    """
+    os.makedirs(folder, exist_ok=True)
+    tensors = lora.base_state_dict(net) if state_dict is None else state_dict
+    if "args" in config:
+        path = os.path.join(folder, config_class(config))
+        save_tensors(tensors, path + ".safetensors", {"format": "pt"})
+        save_json(config, path + ".json")
+        return
+    shards, size = [{}], 0
+    for key, value in tensors.items():
+        n = value.numel() * value.element_size()
+        if shards[-1] and size + n > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][key] = value
+        size += n
+    if len(shards) == 1:
+        save_tensors(shards[0], os.path.join(folder, WEIGHTS), {"format": "pt"})
+        written = {WEIGHTS}
+    else:
+        weight_map = {}
+        for i, shard in enumerate(shards):
+            number = f"-{i + 1:05d}-of-{len(shards):05d}"
+            name = WEIGHTS.replace(".safetensors", f"{number}.safetensors")
+            save_tensors(shard, os.path.join(folder, name), {"format": "pt"})
+            weight_map.update(dict.fromkeys(shard, name))
+        total = sum(v.numel() * v.element_size() for v in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        save_json(index, os.path.join(folder, INDEX))
+        written = {*weight_map.values(), INDEX}
+    # An earlier save with another number of shards would be read in place of this one.
+    for name in os.listdir(folder):
+        if name.startswith("diffusion_pytorch_model") and name not in written:
+            os.remove(os.path.join(folder, name))
+    save_json(config, os.path.join(folder, "config.json"))

@@ -1,0 +1,388 @@
+"""Wan 2.1 and 2.2 text-to-video transformers (2503.20314), with diffusers' parameter names.
+
+A video latent (16 channels, 4x fewer frames, 8x smaller sides) is cut into patches of 1x2x2. Every
+token passes through blocks of self-attention over all tokens of the clip, with a 3-D rotary
+position; cross-attention to the prompt's 512 UMT5 tokens; and an MLP. Time enters only as shift,
+scale and gate of the norms (AdaLN).
+
+    net = WanTransformer3DModel(**WAN_1_3B)
+    v = net(x_t, t, text=prompts)      # t = 0 data, t = 1 noise; v = eps - x0
+
+Wan 2.2 A14B is two such networks, one for high and one for low noise: `WanTwoNetworks`, which is
+called in the same way.
+
+    symbol   meaning                                                    shape
+    x        latent at time t, normalised as the VAE's config says      (B, 16, T, H, W)
+    t        time in [0, 1], after the shift                            (B,)
+    text     UMT5 features, padding set to zero (there is no mask)      (B, L, 4096)
+    h        tokens, N = T * (H / 2) * (W / 2), in order T, H, W        (B, N, D)
+
+State dicts load into `diffusers.WanTransformer3DModel`, and back, unconverted. diffusers' clock
+runs to 1000; `sinusoid` multiplies ours by 1000, and nothing else does. The two ends of a real
+pipeline, prompts to features and latents to videos, are commands:
+
+    python -m models.encode --teacher FOLDER --prompts_txt prompts.txt --output prompts.safetensors
+    python -m models.decode --teacher FOLDER --latents samples.safetensors --output runs/videos
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.linear_attention import use_linear_attention
+from models.diffusion import sinusoid
+from models.networks import lora
+from models.networks.layers import (
+    Attention,
+    FeedForward,
+    LayerNorm,
+    TwoLayers,
+    check_text,
+    check_time,
+    rope,
+    unpatchify,
+)
+
+# The released text-to-video sizes, Wan-AI/Wan2.1-T2V-{1.3B,14B}-Diffusers.
+WAN_1_3B = dict(
+    patch_size=[1, 2, 2],
+    num_attention_heads=12,
+    attention_head_dim=128,
+    in_channels=16,
+    out_channels=16,
+    text_dim=4096,
+    freq_dim=256,
+    ffn_dim=8960,
+    num_layers=30,
+    cross_attn_norm=True,
+    qk_norm="rms_norm_across_heads",
+    eps=1e-6,
+    image_dim=None,
+    added_kv_proj_dim=None,
+    rope_max_seq_len=1024,
+    pos_embed_seq_len=None,
+)
+WAN_14B = dict(WAN_1_3B, num_attention_heads=40, ffn_dim=13824, num_layers=40)
+# Each of the two networks of Wan-AI/Wan2.2-T2V-A14B-Diffusers, between which boundary_ratio =
+# 0.875 decides. The image-to-video A14B (boundary_ratio 0.9) has in_channels = 36: 16 of noise, 4
+# of a mask, 16 of the first frame. Those extra inputs are not implemented here.
+WAN_A14B = dict(WAN_14B)
+
+
+# ---- pieces --------------------------------------------------------------------------------------
+
+
+def rope_3d(frames, height, width, head_dim, device):
+    """cos and sin for the tokens of a clip, each (N, 1, head_dim / 2), N = frames * height * width.
+
+    Tokens are in the order T, H, W. Row and column have 2 * (head_dim // 6) channels each, and the
+    frame has the rest.
+    """
+    side = 2 * (head_dim // 6)
+    axes = [torch.arange(n, device=device) for n in (frames, height, width)]
+    return rope(torch.cartesian_prod(*axes), (head_dim - 2 * side, side, side), 10000.0)
+
+
+class ConditionEmbedder(nn.Module):
+    """Time and prompt to the model's width."""
+
+    def __init__(self, dim, freq_dim, text_dim):
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.time_embedder = TwoLayers(freq_dim, dim, nn.SiLU())
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = TwoLayers(text_dim, dim, nn.GELU(approximate="tanh"))
+
+    def forward(self, t, text):
+        """t (B,) in [0, 1], text (B, L, text_dim) -> time, modulation, context.
+
+        time (B, D) and modulation (B, 6, D) are float32; context is (B, L, D).
+        """
+        waves = sinusoid(t, self.freq_dim)  # (B, freq_dim); t becomes Wan's 0..1000 in here
+        # Every block's scale and gate come from here, so autocast must not lower their precision:
+        # float32 weights give float32. bfloat16 weights compute in bfloat16, as in diffusers.
+        with torch.autocast(t.device.type, enabled=False):
+            time = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype))  # (B, D)
+            modulation = self.time_proj(F.silu(time.to(self.time_proj.weight.dtype)))  # (B, 6D)
+        context = self.text_embedder(text.to(self.text_embedder.linear_1.weight.dtype))  # (B, L, D)
+        return time.float(), modulation.float().unflatten(1, (6, -1)), context
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, MLP. Norms, modulation and residual sums are float32."""
+
+    def __init__(self, dim, ffn_dim, heads, cross_attn_norm, eps):
+        super().__init__()
+        self.norm1 = LayerNorm(dim, eps, elementwise_affine=False)
+        self.attn1 = Attention(dim, heads, eps)
+        self.attn2 = Attention(dim, heads, eps)
+        self.norm2 = LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(dim, ffn_dim)
+        self.norm3 = LayerNorm(dim, eps, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(self, h, context, modulation, rope, adapter=None):
+        """h (B, N, D), context (B, L, D), modulation (B, 6, D) float32 -> (B, N, D).
+
+        rope = (cos, sin), as rope_3d gives it.
+        """
+        table = self.scale_shift_table.float() + modulation  # (B, 6, D)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table.chunk(6, dim=1)  # each (B, 1, D)
+
+        z = (self.norm1(h) * (1 + scale) + shift).to(h.dtype)
+        h = (h.float() + self.attn1(z, z, rope, adapter) * gate).to(h.dtype)
+
+        z = self.norm2(h).to(h.dtype)
+        h = h + self.attn2(z, context, adapter=adapter).to(h.dtype)  # neither gated nor modulated
+
+        z = (self.norm3(h) * (1 + mlp_scale) + mlp_shift).to(h.dtype)
+        return (h.float() + self.ffn(z, adapter) * mlp_gate).to(h.dtype)
+
+
+# Layers of a block that adapters change, and their names in Wan's own checkpoints.
+NATIVE_NAMES = {
+    "attn1.to_q": "self_attn.q",
+    "attn1.to_k": "self_attn.k",
+    "attn1.to_v": "self_attn.v",
+    "attn1.to_out.0": "self_attn.o",
+    "attn2.to_q": "cross_attn.q",
+    "attn2.to_k": "cross_attn.k",
+    "attn2.to_v": "cross_attn.v",
+    "attn2.to_out.0": "cross_attn.o",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
+
+
+def lora_key(name):
+    """blocks.0.attn1.to_q -> diffusion_model.blocks.0.self_attn.q, its name in an adapter file.
+
+    Two programs read this name. diffusers' WanPipeline.load_lora_weights converts keys that start
+    with diffusion_model. (loaders/lora_conversion_utils.py); ComfyUI, whose Wan has these names,
+    accepts diffusion_model.LAYER.lora_A.weight for any model (comfy/lora.py,
+    comfy/weight_adapter/lora.py).
+    """
+    blocks, i, layer = name.split(".", 2)
+    return f"diffusion_model.{blocks}.{i}.{NATIVE_NAMES[layer]}"
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+class WanTransformer3DModel(nn.Module):
+    """Wan 2.1. Keyword arguments are the keys of diffusers' config.json, kept in `self.config`.
+
+    One addition: linear_layers, indices of the blocks whose self-attention is linear, with this
+    feature_map (students of linvideo.py). image_dim, added_kv_proj_dim and pos_embed_seq_len
+    belong to image-to-video checkpoints and must be None. Raises ValueError for a config that this
+    file does not implement. Source: Wan 2503.20314. Names, epsilons and what is float32 are those
+    of diffusers, against which tests compare it on the same random weights.
+    """
+
+    prediction = "flow_v"
+    # Wan's generate.py samples text-to-video at shift 5; diffusers advises 3 at 480p and 5 at 720p.
+    # Only a fallback: a checkpoint's scheduler/ folder comes first.
+    default_shift = 5.0
+    latent_shape = (16, 21, 60, 104)  # 81 frames of 480 x 832
+    cond_names = ("text",)
+    lora_targets = tuple(NATIVE_NAMES)
+    lora_key = staticmethod(lora_key)
+
+    def __init__(
+        self,
+        patch_size=(1, 2, 2),
+        num_attention_heads=40,
+        attention_head_dim=128,
+        in_channels=16,
+        out_channels=16,
+        text_dim=4096,
+        freq_dim=256,
+        ffn_dim=13824,
+        num_layers=40,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        eps=1e-6,
+        image_dim=None,
+        added_kv_proj_dim=None,
+        rope_max_seq_len=1024,
+        pos_embed_seq_len=None,
+        linear_layers=None,
+        feature_map="hedgehog",
+    ):
+        super().__init__()
+        self.config = {
+            k: v
+            for k, v in locals().items()
+            if k not in ("self", "__class__", "linear_layers", "feature_map")
+        }
+        self.config["patch_size"] = list(patch_size)  # what JSON gives back
+        for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+            if self.config[name] is not None:
+                raise ValueError(
+                    f"{name} = {self.config[name]} means image-to-video, which is not implemented; "
+                    f"use a text-to-video checkpoint ({name} null)"
+                )
+        if qk_norm != "rms_norm_across_heads":
+            raise ValueError(
+                f"qk_norm = {qk_norm!r} is not implemented; Wan uses 'rms_norm_across_heads'"
+            )
+        if attention_head_dim % 2 or freq_dim % 2:
+            raise ValueError(
+                f"attention_head_dim {attention_head_dim} and freq_dim {freq_dim} must be even"
+            )
+
+        dim = num_attention_heads * attention_head_dim
+        self.patch_size, self.text_dim = tuple(patch_size), text_dim
+        self.out_channels = out_channels or in_channels
+        self.patch_embedding = nn.Conv3d(in_channels, dim, self.patch_size, stride=self.patch_size)
+        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
+        self.blocks = nn.ModuleList(
+            [
+                Block(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps)
+                for _ in range(num_layers)
+            ]
+        )
+        self.norm_out = LayerNorm(dim, eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, self.out_channels * math.prod(self.patch_size))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.gradient_checkpointing = False
+        self.heads, self.head_dim = num_attention_heads, attention_head_dim
+        if linear_layers is not None:
+            use_linear_attention(self, linear_layers, feature_map)
+
+    @property
+    def self_attentions(self):
+        """The modules whose attribute `attend` is a block's self-attention, in order."""
+        return [block.attn1 for block in self.blocks]
+
+    def forward(self, x, t, text, return_features=False, adapter=None):
+        """Flow velocity v = eps - x0, (B, out_channels, T, H, W), in x's dtype.
+
+        x (B, in_channels, T, H, W); t (B,) float in [0, 1], t = 0 data, t = 1 noise; text (B, L,
+        text_dim). Computed in the weights' dtype or in autocast's. return_features=True: the output
+        (B, N, D) of block num_layers // 2 instead, and nothing after it is run. adapter: a name of
+        models/networks/lora.py, None = the bare network. Raises ValueError, one line with cause and
+        remedy, for shapes that do not fit and an unknown adapter.
+        """
+        self._check(x, t, text)
+        lora.check(self, adapter)
+        # Frames, rows and columns of tokens.
+        grid = [size // p for size, p in zip(x.shape[2:], self.patch_size, strict=True)]
+        rope = rope_3d(*grid, self.config["attention_head_dim"], x.device)
+        time, modulation, context = self.condition_embedder(t, text)
+
+        h = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))  # (B, D, T, H/2, W/2)
+        h = h.flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
+        for i, block in enumerate(self.blocks):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, context, modulation, rope, adapter, use_reentrant=False)
+            else:
+                h = block(h, context, modulation, rope, adapter)
+            if return_features and i == len(self.blocks) // 2:
+                return h
+
+        table = self.scale_shift_table.float() + time[:, None]  # (B, 2, D)
+        shift, scale = table.chunk(2, dim=1)  # each (B, 1, D)
+        h = (self.norm_out(h) * (1 + scale) + shift).to(h.dtype)
+        h = self.proj_out(h)  # (B, N, pt*ph*pw*C)
+        return unpatchify(h, grid, self.patch_size).to(x.dtype)  # (B, C, T, H, W)
+
+    def _check(self, x, t, text):
+        """Raises ValueError for what forward cannot take."""
+        c = self.config
+        if x.dim() != 5:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; pass a latent (B, {c['in_channels']}, T, H, W)"
+            )
+        if x.shape[1] != c["in_channels"]:
+            raise ValueError(f"x has {x.shape[1]} channels; pass (B, {c['in_channels']}, T, H, W)")
+        sizes = list(zip(x.shape[2:], self.patch_size, strict=True))
+        if any(size % p for size, p in sizes):
+            raise ValueError(
+                f"T, H, W = {tuple(x.shape[2:])} do not divide into patches {self.patch_size}; "
+                "crop or pad x"
+            )
+        if any(size // p > c["rope_max_seq_len"] for size, p in sizes):
+            raise ValueError(
+                f"T, H, W = {tuple(x.shape[2:])} need more than rope_max_seq_len = "
+                f"{c['rope_max_seq_len']} positions on one axis; "
+                "pass a smaller x or raise rope_max_seq_len"
+            )
+        check_time(t, x)
+        check_text(text, x, c["text_dim"])
+
+
+class WanTwoNetworks(nn.Module):
+    """Wan 2.2 A14B: `high` (folder transformer/) for t >= boundary, `low` (transformer_2/) below
+    it.
+
+    It is called like one WanTransformer3DModel; `config` is that of each of the two. An adapter
+    added to this network is added to both. `high` and `low` can be called, adapted and saved
+    alone, and an adapter file belongs to one of them. Raises ValueError for a boundary outside (0,
+    1), networks that differ, and image-to-video.
+    """
+
+    prediction = "flow_v"
+    default_shift = 12.0  # sample_shift of wan/configs/wan_t2v_A14B.py; only a fallback, as above
+    latent_shape = WanTransformer3DModel.latent_shape
+    cond_names = WanTransformer3DModel.cond_names
+    lora_targets = WanTransformer3DModel.lora_targets
+
+    def __init__(self, high, low, boundary):
+        super().__init__()
+        if not 0 < boundary < 1:
+            raise ValueError(f"boundary = {boundary}; the networks change at a time within (0, 1)")
+        for net in (high, low):
+            if not isinstance(net, WanTransformer3DModel):
+                raise ValueError(f"a {type(net).__name__} cannot be one of Wan's two networks")
+        differ = [
+            f"{k} = {v} and {low.config[k]}" for k, v in high.config.items() if v != low.config[k]
+        ]
+        if differ:
+            raise ValueError(f"the two networks differ: {', '.join(differ)}")
+        if high.config["in_channels"] != high.out_channels:
+            raise ValueError(
+                f"in_channels = {high.config['in_channels']} with {high.out_channels} out means "
+                "image-to-video, which is not implemented; use a text-to-video checkpoint"
+            )
+        self.high, self.low, self.boundary = high, low, float(boundary)
+        self.config, self.text_dim = high.config, high.text_dim
+
+    @property
+    def gradient_checkpointing(self):
+        """That of both networks."""
+        return self.high.gradient_checkpointing and self.low.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on):
+        self.high.gradient_checkpointing = self.low.gradient_checkpointing = on
+
+    def lora_key(self, name):
+        """Raises ValueError: the names in an adapter file are those of one network."""
+        raise ValueError(
+            "an adapter file is of one network: save and load those of .high and .low one by one"
+        )
+
+    def forward(self, x, t, text, return_features=False, adapter=None):
+        """What WanTransformer3DModel returns, each row from the network that its t belongs to.
+
+        A network is given its own rows only, and does not run if it has none. An adapter must
+        exist in every network that runs, since the bare network in its place would be another
+        function. Raises ValueError as there.
+        """
+        self.high._check(x, t, text)
+        is_high = t >= self.boundary  # (B,)
+        if is_high.all():
+            return self.high(x, t, text, return_features, adapter)
+        if not is_high.any():
+            return self.low(x, t, text, return_features, adapter)
+        of_high, of_low = is_high.nonzero()[:, 0], (~is_high).nonzero()[:, 0]  # indices of rows
+        parts = [
+            net(x[i], t[i], text[i], return_features, adapter)
+            for net, i in ((self.high, of_high), (self.low, of_low))
+        ]
+        back = torch.cat([of_high, of_low]).argsort()  # where each row of the batch is in parts
+        return torch.cat(parts)[back]

@@ -1,0 +1,628 @@
+"""What a run reads: prompts, conditions, real images and latents, banks of trajectories.
+
+Large files are never read whole: a row is read from disk when a step asks for it.
+"""
+
+import os
+import sys
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+from models.draws import stable_hash
+from models.files import UserError, load_json, open_tensors, save_json, save_tensors
+from models.worlds import WORLDS, load_world
+
+# ---- conditions ----------------------------------------------------------------------------------
+
+
+class Prompts:
+    """--prompts FILE.safetensors: cond.NAME (N, ...) and uncond.NAME (1, ...), read row by row.
+
+    Attributes: n, the number of prompts; names, those of the network's inputs.
+    """
+
+    def __init__(self, path, names, widths):
+        """names: the conditioning inputs that the network takes.
+
+        widths: {name: the last dimension that the network takes, None for any}. Raises UserError.
+        """
+        self.file, self.names = open_tensors(path), names
+        for name in names:
+            self._check(path, name, widths.get(name))
+        counts = {self.file.get_slice(f"cond.{n}").get_shape()[0] for n in names}
+        if len(counts) != 1:
+            raise UserError(
+                f"{path}: the cond.* tensors disagree on the number of prompts: {sorted(counts)}"
+            )
+        self.n = counts.pop()
+
+    def _check(self, path, name, width):
+        """Raises UserError for a pair cond.NAME, uncond.NAME that is missing or misshapen."""
+        keys = set(self.file.keys())
+        for key in (f"cond.{name}", f"uncond.{name}"):
+            if key not in keys:
+                there = ", ".join(sorted(keys)) or "nothing"
+                raise UserError(f"{path} lacks {key!r}; it has {there}")
+        shape = self.file.get_slice(f"cond.{name}").get_shape()
+        un = self.file.get_slice(f"uncond.{name}").get_shape()
+        if width and (shape[-1] != width or un[-1] != width):
+            raise UserError(
+                f"{path}: {name!r} embeddings are {shape[-1]} wide (unconditional {un[-1]}), "
+                f"the teacher takes {width}"
+            )
+        if not shape[0] or un[0] != 1 or shape[1:] != un[1:]:
+            raise UserError(
+                f"{path}: cond.{name} is {shape} and uncond.{name} {un}; "
+                "wanted (N, ...) with N >= 1 and (1, ...) alike"
+            )
+
+    def fingerprint(self):
+        """A short hash of the number of prompts and of the first, last and unconditional one.
+
+        It tells two files apart without reading all of either.
+        """
+        ends = [self.rows(torch.tensor([0, self.n - 1]), "cpu"), self.unconditional(1, "cpu")]
+        sums = [x.double().sum(-1).tolist() for end in ends for x in end.values()]
+        return f"{stable_hash(self.n, *sums):08x}"
+
+    def rows(self, index, device):
+        """index (B,) -> {name: (B, ...)}; float inputs as float32."""
+        return {name: Rows(self.file, f"cond.{name}")[index].to(device) for name in self.names}
+
+    def unconditional(self, n, device):
+        """The unconditional inputs, repeated n times: {name: (n, ...)}."""
+        one = {k: as_float32(self.file.get_tensor(f"uncond.{k}")).to(device) for k in self.names}
+        return {k: v.expand(n, *v.shape[1:]) for k, v in one.items()}
+
+
+class Conditions:
+    """Where a network's conditions come from: class labels drawn evenly, or rows of --prompts.
+
+    cond and uncond are dicts of the network's inputs with the same keys, each (B, ...). uncond is
+    the null label, or the unconditional prompt.
+    """
+
+    def __init__(self, args, net):
+        """net: a network whose cond_names say what it takes. Raises UserError."""
+        self.prompts = None
+        if "label" not in net.cond_names:
+            if not args.prompts:
+                raise UserError(
+                    f"a {type(net).__name__} teacher needs --prompts FILE.safetensors with "
+                    + " and ".join(f"cond.{n}, uncond.{n}" for n in net.cond_names)
+                )
+            widths = {"text": getattr(net, "text_dim", None)}
+            self.prompts = Prompts(args.prompts, net.cond_names, widths)
+        elif args.prompts:
+            raise UserError(
+                f"--prompts: the teacher is a {type(net).__name__} and takes class labels, "
+                "not prompts"
+            )
+        self.classes = getattr(net, "num_classes", 0)
+
+    @property
+    def count(self):
+        """How many classes or prompts there are, at least 1."""
+        return self.prompts.n if self.prompts else max(1, self.classes)
+
+    def index(self, draw):
+        """Which class or prompt each row of a batch gets.  (B,) int64, on the CPU."""
+        return draw.integer("cond", self.count)
+
+    def draw(self, draw):
+        """A batch of conditions for these rows, on the device of the draws.  -> cond, uncond."""
+        return self.pick(self.index(draw), draw.device)
+
+    def pick(self, index, device):
+        """The classes or prompts with these numbers.  index (B,) int64 -> cond, uncond."""
+        if self.prompts:
+            return self.prompts.rows(index, device), self.prompts.unconditional(len(index), device)
+        null = torch.full_like(index, self.classes)
+        return {"label": index.to(device)}, {"label": null.to(device)}
+
+    def preview(self, n):
+        """Numbers for n pictures: all classes in turn, or the first prompts.  (n,) int64."""
+        return torch.arange(n) % self.count
+
+
+class DataConditions:
+    """Conditions that belong to the items of a data set: the rows of --data's cond.NAME.
+
+    For sparse data the points (coords) of the item come too. Unconditional means zeros.
+    """
+
+    prompts = None
+
+    def __init__(self, data, cond):
+        """data: x0 (N, ...) or SparseRows. cond: {name: (N, ...)}."""
+        self.points = data if isinstance(data, SparseRows) else None
+        self.cond = cond
+
+    def pick(self, index, device):
+        """index (B,) int64 -> cond, uncond."""
+        cond = {k: v[index].to(device) for k, v in self.cond.items()}
+        uncond = {k: torch.zeros_like(v) for k, v in cond.items()}
+        at = {"coords": self.points[index][1].to(device)} if self.points else {}
+        return {**cond, **at}, {**uncond, **at}
+
+    def preview(self, n):
+        """The first n items of the data.  (n,) int64."""
+        return torch.arange(n) % len(next(iter(self.cond.values())))
+
+
+@torch.no_grad()
+def try_network(net, teacher, device, **more):
+    """One call before any training, where wrong shapes and prompts show.
+
+    -> what net returns for one sample of the teacher's shape and conditions. Raises UserError.
+    """
+    cond, _ = teacher.conditions.pick(torch.zeros(1, dtype=torch.long), device)
+    x = torch.zeros(1, *teacher.shape, device=device)
+    if "coords" in cond:
+        x = torch.zeros(len(cond["coords"]), teacher.shape[0], device=device)
+    try:
+        return net(x, torch.ones(1, device=device), **cond, **more)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
+# ---- folders of images ---------------------------------------------------------------------------
+
+
+def read_image(path, size):
+    """Decode an image of any kind to RGB, uint8 (3, size, size). Raises what Pillow raises.
+
+    The first frame is taken and turned as its EXIF says, 16-bit grey is scaled to 8 bits and
+    transparency is laid on white. The shorter side becomes `size`, and the centre is cut out.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", message=".*Palette images with Transparency.*")
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":
+                # 16-bit grey, which Pillow's own convert() would clip
+                values = np.asarray(image, np.float64)
+                divisor = 257 if values.max() > 255 else 1
+                image = Image.fromarray((values / divisor).clip(0, 255).astype(np.uint8))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def read_map(path, size, image):
+    """Decode the segmentation map of an image -> uint8 (size, size), cropped like the image.
+
+    The map is a grey, palette or one-bit PNG whose values are class numbers, 255 for none. image:
+    the path of the image. Raises ValueError for colours, for classes above 255 and for another
+    shape than the image's, and what Pillow raises.
+    """
+    with Image.open(image) as picture:
+        turned = picture.getexif().get(0x0112, 1) >= 5  # EXIF: shown with its sides exchanged
+        wide, high = picture.size[::-1] if turned else picture.size
+    with Image.open(path) as numbers:
+        numbers.load()
+        if numbers.mode not in ("L", "P", "1") and not numbers.mode.startswith("I"):
+            raise ValueError(
+                f"a map of mode {numbers.mode}: save class numbers as a grey or palette PNG"
+            )
+        rounding = max(wide, high, *numbers.size)  # the sides may have been rounded
+        if abs(numbers.width * high - numbers.height * wide) > rounding:
+            raise ValueError(
+                f"the map is {numbers.width} x {numbers.height}, its image {wide} x {high}"
+            )
+        values = np.asarray(numbers).astype(np.int64)
+    if values.min() < 0 or values.max() > 255:
+        wrong = values.max() if values.max() > 255 else values.min()
+        raise ValueError(f"a map with class {wrong}: classes are 0 to 254, 255 is none")
+    numbers = Image.fromarray(values.astype(np.uint8))
+    numbers = ImageOps.fit(numbers, (size, size), Image.Resampling.NEAREST)
+    return torch.from_numpy(np.array(numbers))
+
+
+def class_folders(folder):
+    """Names of the subfolders, sorted; hidden ones are left out."""
+    names = [n for n in os.listdir(folder) if os.path.isdir(os.path.join(folder, n))]
+    return sorted(n for n in names if not n.startswith("."))
+
+
+def files_below(folder):
+    """Paths of all files in the folder and its subfolders, always in the same order."""
+    for where, _, files in sorted(os.walk(folder)):
+        for file in sorted(files):
+            yield os.path.join(where, file)
+
+
+def read_image_folder(folder, size, flat=False, maps=None):
+    """Images in class subfolders, with their maps if there are any.
+
+    flat: a folder without subfolders is one class. maps: a folder with a PNG of the same relative
+    name for each image.
+    -> x uint8 (N, 3, size, size), label int64 (N,), class names, maps uint8 (N, size, size) or
+    None. Unreadable files are named on stderr and skipped, a file that is reached twice through
+    links counts once, and a class without images gets no label. Raises UserError when nothing is
+    left.
+    """
+    classes = class_folders(folder)
+    if not classes and not flat:
+        raise UserError(f"--data {folder}: no class subfolders; put images in {folder}/<class>/...")
+    x, label, names, all_maps, seen, skipped = [], [], [], [], set(), 0
+    for name in classes or [""]:
+        before = len(x)
+        for path in files_below(os.path.join(folder, name)):
+            real = os.path.realpath(path)
+            if real in seen:
+                continue
+            seen.add(real)
+            try:
+                image = read_image(path, size)
+                if maps:
+                    stem = os.path.splitext(os.path.relpath(path, folder))[0]
+                    all_maps.append(read_map(os.path.join(maps, stem + ".png"), size, path))
+            except Exception as e:  # Pillow raises errors of many kinds; the run goes on after all
+                skipped += 1
+                why = f"{type(e).__name__}: {' '.join(str(e).split())}"
+                print(f"skipped {path}: {why}", file=sys.stderr)
+                continue
+            x.append(image)
+            label.append(len(names))
+        if len(x) > before:
+            names.append(name or os.path.basename(os.path.abspath(folder)))
+    if not x:
+        with_map = f" with a map in {maps}" if maps else ""
+        where = f"{len(classes)} class subfolders" if classes else "it"
+        raise UserError(
+            f"--data {folder}: no readable image{with_map} in {where} ({skipped} files skipped)"
+        )
+    return torch.stack(x), torch.tensor(label), names, torch.stack(all_maps) if maps else None
+
+
+# ---- --data --------------------------------------------------------------------------------------
+
+
+def load_data(source, size=None, pool=20000, seed=0, flat=False, maps=None, sparse=False):
+    """What --data names, with its conditions.
+
+    source: a world's name, a folder of images in class subfolders, or FILE.safetensors. The file
+            has x0 (N, ...) or, for points of a grid, coords (M, 3), feats (M, C) and offsets
+            (N + 1,), and beside either cond.NAME (N, ...).
+    size:   side of the images of a folder, or of the grid; None means 32, or any.
+    pool:   number of items drawn from a world. They differ from every set that measures use.
+    flat, maps: of folders, see read_image_folder. maps=True asks a world for its own. They become
+            cond["map"].
+    sparse: whether points are welcome; otherwise they are refused.
+
+    -> x0: float32 (N, ...), images uint8 (N, 3, size, size), or Rows or SparseRows of the file;
+    cond: {"label": (N,) int64, ...}; class names or None. Raises UserError.
+    """
+    if source in WORLDS:
+        return load_world_data(load_world(source), pool, seed, maps)
+    if os.path.isdir(source):
+        x0, label, names, maps = read_image_folder(source, size or 32, flat, maps)
+        cond = {"label": label} if maps is None else {"label": label, "map": maps}
+        return x0, cond, names
+    if not source.endswith(".safetensors"):
+        worlds = ", ".join(WORLDS)
+        raise UserError(
+            f"--data {source}: neither an embedded world ({worlds}), a folder, "
+            "nor a .safetensors file"
+        )
+    return *load_data_file(source, size, sparse), None
+
+
+def load_world_data(world, pool, seed, maps):
+    """`pool` items of a world, for `load_data`. maps: whether it is asked for maps too."""
+    seed = seed + 1000003  # the sets that measures use have smaller seeds
+    if maps:
+        x0, label, maps = world.scenes(pool, seed)
+        return x0, {"label": label, "map": maps}, world.class_names
+    x0, label = world.data(pool, seed)
+    return x0, {"label": label}, world.class_names
+
+
+def load_data_file(source, size, sparse):
+    """FILE.safetensors, for `load_data`.  -> Rows or SparseRows, cond. Raises UserError."""
+    file = open_tensors(source)
+    keys = set(file.keys())
+    if {"coords", "feats", "offsets"} <= keys and "x0" not in keys:
+        if not sparse:
+            raise UserError(
+                f"--data {source}: coords, feats and offsets are points of a grid, "
+                "which are not welcome here: give a tensor x0 (N, ...)"
+            )
+        x0, counted = SparseRows(file, f"--data {source}", size), "offsets"
+    elif "x0" in keys and file.get_slice("x0").get_shape()[:1] not in ([], [0]):
+        x0, counted = Rows(file, "x0"), "x0"
+    else:
+        raise UserError(
+            f"--data {source}: no tensor called x0 with at least one row, nor coords, feats and "
+            f"offsets; it has {', '.join(sorted(keys)) or 'nothing'}"
+        )
+    cond = {k[5:]: Rows(file, k) for k in file.keys() if k.startswith("cond.")}
+    for k, v in cond.items():
+        if len(v) != len(x0):
+            raise UserError(f"--data {source}: cond.{k} has {len(v)} rows, {counted} has {len(x0)}")
+    if "label" in cond:
+        cond["label"] = cond["label"][torch.arange(len(x0))].long()
+    return x0, cond
+
+
+class Rows:
+    """A tensor of an open safetensors file, read row by row.
+
+    rows[index (B,)] -> (B, ...), floats as float32. len(rows), rows.shape and rows.dim() are those
+    of the whole tensor.
+    """
+
+    def __init__(self, file, key):
+        self.slice = file.get_slice(key)
+        self.shape = tuple(self.slice.get_shape())
+
+    def __len__(self):
+        return self.shape[0]
+
+    def dim(self):
+        return len(self.shape)
+
+    def __getitem__(self, index):
+        return as_float32(torch.cat([self.slice[i : i + 1] for i in index.tolist()]))
+
+
+class SparseRows:
+    """Items that are points of a grid: item i is rows offsets[i] to offsets[i + 1] of the file.
+
+    rows[index (B,)] -> feats (n, C) float32 and coords (n, 4) int64 of the points of these items;
+    a row of coords is the item's place in index, then x, y and z. Features are read when they are
+    asked for. Coordinates are read once as a whole at the start, so that a broken file is refused
+    before any training.
+    """
+
+    def __init__(self, file, where, size=None):
+        """file: an open safetensors file with coords (M, 3), feats (M, C), offsets (N + 1,).
+
+        where: what an error message begins with. size: points must lie within 0..size-1 on each
+        axis; None sets no upper limit. Raises UserError.
+        """
+        self.feats, self.coords = file.get_slice("feats"), file.get_slice("coords")
+        self._check_shapes(where)
+        self.offsets = self._checked_offsets(where, file.get_tensor("offsets"))
+        self._check_range(where, size)
+
+    def _check_shapes(self, where):
+        shape, feats = self.coords.get_shape(), self.feats.get_shape()
+        dtype = self.coords.get_dtype()
+        right = len(shape) == 2 and shape[1] == 3 and dtype[0] in "IU"
+        if not right or len(feats) != 2 or feats[0] != shape[0]:
+            raise UserError(
+                f"{where}: coords is {dtype} {shape} and feats {feats}; "
+                "wanted integers (M, 3) and (M, C)"
+            )
+
+    def _checked_offsets(self, where, offsets):
+        """offsets, a tensor -> list of N + 1 ints."""
+        if offsets.dim() != 1 or len(offsets) < 2 or offsets.is_floating_point():
+            raise UserError(
+                f"{where}: offsets is {offsets.dtype} {list(offsets.shape)}; "
+                "wanted N + 1 integers, N >= 1"
+            )
+        offsets, rows = offsets.long().tolist(), self.coords.get_shape()[0]
+        if offsets[0] != 0 or offsets[-1] != rows:
+            raise UserError(
+                f"{where}: offsets go from {offsets[0]} to {offsets[-1]}; "
+                f"wanted 0 to the {rows} rows of coords"
+            )
+        for i, (first, end) in enumerate(zip(offsets[:-1], offsets[1:])):
+            if first >= end:
+                raise UserError(
+                    f"{where}: offsets must grow, but {end} follows {first} "
+                    f"(sample {i} has no points)"
+                )
+        return offsets
+
+    def _check_range(self, where, size):
+        part = 2**22  # rows that are read at a time
+        for start in range(0, self.coords.get_shape()[0], part):
+            coords = self.coords[start : start + part].long()
+            low, high = int(coords.min()), int(coords.max())
+            if low < 0 or (size is not None and high >= size):
+                largest = "" if size is None else size - 1
+                raise UserError(
+                    f"{where}: coords go from {low} to {high}; they must be within 0..{largest}"
+                )
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index):
+        spans = [slice(self.offsets[i], self.offsets[i + 1]) for i in index.tolist()]
+        coords = [
+            F.pad(self.coords[span].long(), (1, 0), value=place) for place, span in enumerate(spans)
+        ]
+        return as_float32(torch.cat([self.feats[span] for span in spans])), torch.cat(coords)
+
+
+def ragged(x, coords):
+    """A sparse batch as the tensors of a file that --data reads.
+
+    x (M, C), coords (M, 4) -> {"coords": (M, 3) int32, "feats": (M, C), "offsets": (N + 1,)}.
+    """
+    ends = coords[:, 0].bincount().cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends])
+    return {"coords": coords[:, 1:].int(), "feats": x, "offsets": offsets}
+
+
+def as_float32(x):
+    """Floats of any precision -> float32; integers unchanged."""
+    return x.float() if x.is_floating_point() else x
+
+
+def to_unit(x):
+    """uint8 images -> float32 in [-1, 1]; floats unchanged, as float32."""
+    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
+
+
+# ---- --data for a teacher ------------------------------------------------------------------------
+
+
+def load_real_data(args, teacher):
+    """--data or the world's own data, with conditions of the teacher's names.
+
+    -> x0 (N, ...), cond {name: (N, ...)}. Raises UserError where labels, classes or shapes are not
+    the teacher's.
+    """
+    world, base, shape = teacher.world, teacher.base, teacher.shape
+    source = args.data or world.name
+    data, cond, class_names = load_data(source, shape[-1], seed=args.seed)
+    if source in WORLDS and shape == getattr(world, "latent_shape", None):  # a latent teacher
+        data = world.space.to_latents(data)
+    known = teacher.config.get("class_names") or getattr(world, "class_names", None)
+    if class_names and known and list(class_names) != list(known):
+        raise UserError(
+            f"--data {source}: its classes are {', '.join(class_names)}, the teacher's "
+            f"{', '.join(known)}: labels would mean other things"
+        )
+    label = cond.get("label")
+    if label is not None and not 0 <= label.min() <= label.max() < base.num_classes:
+        raise UserError(
+            f"--data {source}: labels from {label.min()} to {label.max()}, the teacher has "
+            f"classes 0 to {base.num_classes - 1}"
+        )
+    if tuple(data.shape[1:]) != shape or set(cond) != set(base.cond_names):
+        raise UserError(
+            f"--data: items are {tuple(data.shape[1:])} with {sorted(cond)}, "
+            f"the teacher takes {shape} with {list(base.cond_names)}"
+        )
+    return data, cond
+
+
+def real_batches(args, teacher, device):
+    """Batches of --data or of the world's own data, as `load_real_data` reads them.
+
+    -> a function (draw, name) -> x0 (B, ...), images in [-1, 1] or latents; cond. name: of the
+    draw, so that two batches of a step are independent. Raises UserError.
+    """
+    data, cond = load_real_data(args, teacher)
+
+    def batch(draw, name):
+        i = draw.integer(name, len(data))
+        return to_unit(data[i]).to(device), {k: v[i].to(device) for k, v in cond.items()}
+
+    return batch
+
+
+def load_paired_data(args, teacher, sparse):
+    """What velocity matching noises: --data or the world's own, with the conditions of each item.
+
+    sparse: whether the network takes points of a grid.
+    -> x0 (N, ...) or SparseRows; cond, as in `load_real_data`. Raises UserError.
+    """
+    base, shape = teacher.base, teacher.shape
+    if not args.data and not teacher.world:
+        tensors = "coords, feats, offsets" if sparse else "x0"
+        names = " and ".join(f"cond.{n}" for n in base.cond_names)
+        raise UserError(
+            f"--data: a {type(base).__name__} teacher needs FILE.safetensors with {tensors} "
+            f"and {names}"
+        )
+    if not sparse:
+        return load_real_data(args, teacher)
+    data, cond, _ = load_data(args.data, shape[-1], sparse=True)
+    if not isinstance(data, SparseRows):
+        raise UserError(
+            f"--data {args.data}: this {type(base).__name__} works on points: "
+            "give coords, feats and offsets, not x0"
+        )
+    channels = data[torch.zeros(1, dtype=torch.long)][0].shape[1]
+    if channels != shape[0] or set(cond) != set(base.cond_names):
+        raise UserError(
+            f"--data: points have {channels} channels, with {sorted(cond)}; the teacher takes "
+            f"{shape[0]}, with {list(base.cond_names)}"
+        )
+    return data, cond
+
+
+# ---- banks ---------------------------------------------------------------------------------------
+
+
+class Bank:
+    """A folder of trajectories in numbered files, written once and read state by state.
+
+    Each file, 00000.safetensors and so on, holds the same tensors of `batch` rows: index (rows,),
+    and x, v, ... (rows, K, ...), where K is the number of states of a trajectory.
+    """
+
+    def __init__(self, folder, about, size, batch, create):
+        """about: {name: value} of what the bank is made with, kept in bank.json.
+
+        size: rows of all files together. batch: rows of one file. create: whether to make the
+        folder. Raises UserError for a folder that was made with something else.
+        """
+        self.folder, self.size, self.batch = folder, size, batch
+        path, about = os.path.join(folder, "bank.json"), {**about, "batch": batch}
+        if os.path.isfile(path):
+            old = load_json(path)
+            changed = [k for k in about if old.get(k) != about[k]]
+            if changed:
+                raise UserError(
+                    f"--bank {folder} was made with another {', '.join(changed)}: "
+                    "name another folder, or remove this one"
+                )
+        elif create:
+            os.makedirs(folder, exist_ok=True)
+            save_json(about, path)
+
+    @property
+    def parts(self):
+        """How many files a whole bank has."""
+        return -(-self.size // self.batch)
+
+    def path(self, part):
+        """The file of this number."""
+        return os.path.join(self.folder, f"{part:05d}.safetensors")
+
+    def rows_of(self, part):
+        """The rows, of all, that the file of this number holds.  -> range"""
+        return range(part * self.batch, min(self.size, (part + 1) * self.batch))
+
+    def missing(self):
+        """Numbers of the files that are not there yet."""
+        return [part for part in range(self.parts) if not os.path.isfile(self.path(part))]
+
+    def write(self, part, tensors):
+        """Write the file of this number, atomically.  tensors: {"index": (rows,), "x": ..., ...}"""
+        save_tensors(tensors, self.path(part))
+
+    def open(self):
+        """Open all files, for `rows`.  -> self. Raises UserError for one that is not whole."""
+        self.files = [open_tensors(self.path(part)) for part in range(self.parts)]
+        for part, file in enumerate(self.files):
+            named = {"index", "x", "v"} <= set(file.keys())
+            if not named or file.get_slice("x").get_shape()[0] != len(self.rows_of(part)):
+                raise UserError(
+                    f"{self.path(part)} is not a whole part of a bank: "
+                    "remove it, and it is made again"
+                )
+        return self
+
+    def rows(self, row, state):
+        """One state of each of B trajectories.
+
+        row, state (B,) int64 -> {"index": (B,) int64, "x", "v", ...: (B, ...) float32}.
+        """
+        where = [
+            (self.files[r // self.batch], r % self.batch, k)
+            for r, k in zip(row.tolist(), state.tolist())
+        ]
+        found = {"index": torch.stack([file.get_slice("index")[r] for file, r, _ in where])}
+        for name in self.files[0].keys():
+            if name != "index":
+                states = [file.get_slice(name)[r, k].float() for file, r, k in where]
+                found[name] = torch.stack(states)
+        return found

@@ -1,0 +1,194 @@
+"""Command-line flags: the ones that mean the same in every script, and how they are parsed.
+
+Defaults depend on the teacher. A script names them in one table, {teacher: {flag: value}}, and
+`parse` reads the command line twice: once to learn the teacher, once with that teacher's defaults.
+"""
+
+import argparse
+import os
+import sys
+
+from models.files import UserError
+from models.plumbing.teachers import is_small
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in --help, no abbreviations, one line for a wrong flag, and five
+    groups.
+
+    p.method, p.ablations, p.optimiser, p.run and p.shown are the groups, in the order of --help.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+            usage=kwargs.pop("usage", "%(prog)s [flags]"),
+            **kwargs,
+        )
+        titles = ("method", "ablations", "optimiser", "run", "what is shown")
+        groups = [self.add_argument_group(title) for title in titles]
+        self.method, self.ablations, self.optimiser, self.run, self.shown = groups
+
+    def error(self, message):
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def number(kind, low=None, high=None, above=None):
+    """An argparse type: kind (int or float) within [low, high], or greater than `above`.
+
+    NaN and infinity never pass.
+    """
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            name = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
+        bounds = {
+            f">= {low}": low is None or value >= low,
+            f"> {above}": above is None or value > above,
+            f"<= {high}": high is None or value <= high,
+        }
+        if value - value != 0 or not all(bounds.values()):
+            limits = zip(bounds, (low, above, high))
+            asked = " and ".join(text for text, limit in limits if limit is not None)
+            raise argparse.ArgumentTypeError(f"must be {asked or 'finite'}, got {text}")
+        return value
+
+    return parse
+
+
+# fmt: off
+def add_run_flags(p):
+    """Flags that mean the same in every script: where things go, how long, how much memory."""
+    add = p.run.add_argument
+    add("--output_dir", default=None, help="where everything is written (default: "
+        "runs/<method>-<teacher>); an existing one is renamed DIR.1")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of every draw")
+    add("--max_train_steps", type=number(int, 1), default=1000, help="student updates")
+    add("--train_batch_size", type=number(int, 1), default=64,
+        help="samples per rank and micro-batch")
+    add("--gradient_accumulation_steps", type=number(int, 1), default=1,
+        help="micro-batches per update")
+    add("--mixed_precision", choices=["no", "bf16"], default="no",
+        help="bf16: networks under autocast")
+    add("--gradient_checkpointing", action="store_true",
+        help="recompute blocks in the backward pass: less memory")
+    add("--checkpointing_steps", type=number(int, 1), default=100,
+        help="student updates between saves")
+    add("--resume_from_checkpoint", default=None, metavar="latest|PATH",
+        help="continue from OUTPUT_DIR/state")
+    add("--sample", default=None, metavar="FOLDER",
+        help="do not train: load this saved student and write samples")
+    add = p.optimiser.add_argument
+    add("--learning_rate", type=number(float, above=0), default=1e-3, help="learning rate")
+    add("--lr_warmup_steps", type=number(int, 0), default=0, help="updates of linear warm-up")
+    add("--max_grad_norm", type=number(float, above=0), default=10.0,
+        help="the gradient norm is clipped to this")
+    add("--ema_decay", type=number(float, 0, 0.999999), default=0.0,
+        help="decay of the student's moving average of weights; 0 = off")
+    add = p.method.add_argument
+    add("--guidance_scale", type=number(float, 0), default=1.0,
+        help="uncond + scale (cond - uncond); 1 = off")
+    add("--timestep_shift", type=number(float, above=0), default=None,
+        help="t = s u / (1 + (s-1) u) in training and grids; None: the teacher's own")
+
+
+def add_distillation_flags(p):
+    """Flags that mean the same wherever a teacher is distilled."""
+    add = p.run.add_argument
+    add("--teacher", default="glyphs", help="a world (ring, glyphs, clips, voxels), a component "
+        "folder, a pipeline root with model_index.json, or a run folder of ours")
+    add("--student_init", default=None, metavar="FOLDER",
+        help="start the student here instead of from the teacher")
+    add("--prompts", default=None, metavar="FILE", help="for text teachers: safetensors with "
+        "cond.NAME (N, ...) and uncond.NAME (1, ...), see models/encode.py")
+    add("--sample_shape", type=number(int, 1), nargs="+", default=None,
+        help="C H W or C T H W of a sample (default: the network's)")
+    add = p.optimiser.add_argument
+    add("--lr_decay_share", type=number(float, 0, 1), default=1.0, help="last share of the run "
+        "in which the rates fall linearly to 0; 0 = constant")
+    add("--adam_betas", type=number(float, 0, 0.99999), nargs=2, default=[0.8, 0.99],
+        help="AdamW betas")
+    add("--weight_decay", type=number(float, 0), default=0.0, help="AdamW weight decay")
+    add = p.shown.add_argument
+    add("--teacher_steps", type=number(int, 0), default=32,
+        help="steps of the many-step teacher; 0 leaves it out")
+    add("--preview_samples", type=number(int, 1), default=20, help="columns of samples.png")
+    add("--remeasure_teacher", action="store_true",
+        help="measure the many-step teacher again instead of copying its row")
+
+
+def add_fake_score_flags(p):
+    """Flags of the network that learns the score of the student's samples."""
+    p.method.add_argument("--fake_update_ratio", type=number(int, 1), default=2,
+        help="R, fake updates per student update")
+    p.optimiser.add_argument("--learning_rate_fake", type=number(float, above=0), default=1.6e-3,
+        help="learning rate of the fake score")
+# fmt: on
+
+
+def distillation_parser(description, fake_score=True):
+    """A Parser with all flags that the distillation scripts share. fake_score: also the fake's."""
+    p = Parser(description=f"{description} Defaults shown suit the given --teacher.")
+    add_run_flags(p)
+    add_distillation_flags(p)
+    if fake_score:
+        add_fake_score_flags(p)
+    return p
+
+
+def paper_values(p, **values):
+    """Append "(paper: VALUE)" to the help of flags that several scripts share."""
+    for action in p._actions:
+        if action.dest in values:
+            action.help += f" (paper: {values[action.dest]})"
+
+
+def default_output_dir(method, source, sampled):
+    """runs/<method>-<teacher or data>; samples drawn from a run's student go to runs/<that
+    run>-samples."""
+    if sampled is None:
+        return os.path.join("runs", f"{method}-{os.path.basename(os.path.abspath(source))}")
+    path = os.path.abspath(sampled)
+    is_student = os.path.basename(path) == "student"  # runs/dmd-glyphs/student -> dmd-glyphs
+    run = os.path.dirname(path) if is_student else path
+    return os.path.join("runs", os.path.basename(run) + "-samples")
+
+
+def parse(p, argv, method, presets, refusals=lambda args: ()):
+    """Read argv (None: the command line) with the defaults that suit its teacher.  -> namespace.
+
+    presets: {teacher, "released" or "sample": {flag: default}}. Our own small networks that are not
+    named keep the flags' own defaults; those of "sample" hold where --sample is given (None: the
+    saved student decides). Or a function that gives such a table, of a first reading of argv, where
+    other flags matter too. method: the script's name, for runs/<method>-<teacher>. refusals: see
+    `refuse`. Wrong input ends in one line on stderr and exit code 2.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+    presets = presets(known) if callable(presets) else presets
+    start = known.sample or known.teacher
+    if start in presets:
+        p.set_defaults(**presets[start])
+    elif not is_small(start):
+        p.set_defaults(**presets["released"])
+    if known.sample:
+        p.set_defaults(**presets.get("sample", {}))
+    args = p.parse_args(argv)
+    args.output_dir = args.output_dir or default_output_dir(method, args.teacher, args.sample)
+    for wrong, why in refusals(args):
+        if wrong:
+            p.error(why)
+    return args
+
+
+def refuse(rules):
+    """rules: pairs (wrong, why). The first that is wrong ends the run: UserError with its
+    reason."""
+    for wrong, why in rules:
+        if wrong:
+            raise UserError(why)

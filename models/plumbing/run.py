@@ -1,0 +1,482 @@
+"""Where a run stands: ranks, output folder, log, checkpoints, draws, averages.
+
+Nothing in this file calls a network or computes a loss, and nothing calls back into a script: the
+training loop stands in the script, straight down, and asks a `Run` for what no paper mentions.
+
+    run = Run(args, "dmd")
+    run.start(student=student, optimizer=optimizer)      # resumes them where that is asked for
+    for step in run.steps():
+        for draw in run.micro_batches(step, "student", teacher):
+            with run.autocast():
+                loss = ...
+                run.note(loss=loss)                      # averaged, also over ranks
+            (loss * run.share).backward()
+        run.update(optimizer, "student")
+        if run.end_step(step, show=("loss",)):           # one row of log.csv; True: time to save
+            run.save(step)
+"""
+
+import csv
+import datetime
+import io
+import os
+import resource
+import shutil
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from models.draws import Draws
+from models.files import (
+    TrainingError,
+    UserError,
+    atomic_write,
+    fsync_folder,
+    load_json,
+    load_tensors,
+    save_json,
+    save_tensors,
+)
+
+
+def run_main(main):
+    """Call main(); a UserError or TrainingError becomes one line on stderr and exit code 2 or 1.
+
+    A rank that is done ends at once: the threads of its process group are still running, and now
+    and then one of them aborts a process whose interpreter is being torn down.
+    """
+    try:
+        main()
+        if dist.is_initialized():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+    except (UserError, TrainingError) as e:
+        if os.environ.get("RANK", "0") == "0":  # every rank stops, one of them says why
+            print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(e, UserError) else 1) from None
+
+
+class Run:
+    """One run of a script. args: its flags; method: the script's name.
+
+    Attributes: rank, world_size, main (whether this is rank 0), device, B (rows per micro-batch and
+    rank), share (what one micro-batch's loss counts in an update), folder.
+    """
+
+    def __init__(self, args, method):
+        self.args, self.method, self.folder = args, method, args.output_dir
+        self.began, self.spent = time.time(), 0.0
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.main, self.B = self.rank == 0, args.train_batch_size
+        self.share = 1 / args.gradient_accumulation_steps
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1 and not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            # rank 0 may draw samples for long while the others wait
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+        self.sums, self.counts, self.roots = {}, {}, set()
+
+    # ---- ranks
+
+    def mean_over_ranks(self, *values):
+        """Scalars (tensors or numbers) averaged over ranks.  -> list of floats, read all at
+        once."""
+        v = torch.stack([torch.as_tensor(x, device=self.device).detach().float() for x in values])
+        if dist.is_initialized():
+            dist.all_reduce(v)
+            v = v / dist.get_world_size()
+        return v.tolist()
+
+    def wait_for_all(self):
+        """No rank goes on before all are here."""
+        self.mean_over_ranks(0.0)
+
+    # ---- beginning and end
+
+    def start(self, **state):
+        """Resume modules and optimisers by name, prepare the output folder, open the log.
+
+        state: {name: module or optimiser}; what a checkpoint holds. Raises UserError.
+        """
+        first, self.spent = self.resume(**state)
+        self.open_folder(first)
+
+    def resume(self, **state):
+        """Fill modules and optimisers from the checkpoint that is asked for.
+
+        A module that is given twice (an average that is off) is stored once.  -> the checkpoint's
+        step, seconds spent. Raises UserError.
+        """
+        first_name = {id(v): k for k, v in reversed(state.items())}
+        state = {k: v for k, v in state.items() if first_name[id(v)] == k}
+        self.modules = {k: v for k, v in state.items() if isinstance(v, nn.Module)}
+        self.optimizers = {k: v for k, v in state.items() if not isinstance(v, nn.Module)}
+        return resume(self.args, self.modules, self.optimizers)
+
+    def open_folder(self, first):
+        """Prepare the output folder and the log of a run that goes on after `first` updates."""
+        self.first = first
+        if self.main:
+            prepare_output_dir(self.folder, self.args.resume_from_checkpoint)
+        self.wait_for_all()
+        self.log = Log(self.folder, first) if self.main else None
+
+    def say(self, text):
+        """Print on rank 0."""
+        if self.main:
+            print(text)
+
+    def seconds(self):
+        """What the run has taken so far, with what it had taken before it was resumed."""
+        return self.spent + time.time() - self.began
+
+    def save(self, step):
+        """state/: everything that `start` was given, after the update of this step."""
+        if self.main:
+            save_for_resume(self.args, step + 1, self.modules, self.optimizers, self.seconds())
+
+    # ---- a step
+
+    def steps(self, first=None, last=None, text=None):
+        """The steps that are left, or first ... last - 1, with a progress bar that text names."""
+        first = self.first if first is None else first
+        last = self.args.max_train_steps if last is None else last
+        total, quiet = self.args.max_train_steps, not self.main
+        left = range(first, last)
+        self.bar = tqdm(left, text, initial=first, total=total, disable=quiet)
+        for step in self.bar:
+            self.sums, self.counts, self.roots = {}, {}, set()
+            self.clock = time.perf_counter()
+            yield step
+
+    def rate(self, step, left=None):
+        """Factors of the learning rate: linear warm-up, and linear fall in the run's last part.
+
+        left: share of the run that is still to come, 1 at its start.  -> two floats in (0, 1].
+        """
+        left = 1 - step / self.args.max_train_steps if left is None else left
+        warmup = min(1.0, (step + 1) / max(1, self.args.lr_warmup_steps))
+        return warmup, min(1.0, left / max(self.args.lr_decay_share, 1e-9))
+
+    def micro_batches(self, step, turn, teacher):
+        """The draws of every micro-batch of this rank. turn: which update of the step, part of the
+        draws' key. teacher: its shape and shift are those of the draws.  -> Draws, one a
+        micro-batch."""
+        for micro in range(self.args.gradient_accumulation_steps):
+            row = (micro * self.world_size + self.rank) * self.B
+            rows = range(row, row + self.B)
+            yield Draws(self.args.seed, step, turn, rows, self.device, teacher.shape, teacher.shift)
+
+    def autocast(self):
+        """Networks run in bfloat16 inside, where --mixed_precision says so."""
+        enabled = self.args.mixed_precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def update(self, optimizers, what):
+        """Average gradients over ranks, clip them together, step. optimizers: one, or a list.
+
+        The norm before clipping is noted as norm_<what>. Nothing here waits for the device:
+        `end_step` looks whether all norms and losses are finite.
+        """
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
+        if dist.is_initialized():
+            for p in parameters:  # every rank has the same parameters in the same order
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+        norm = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.note(**{f"norm_{what}": norm})
+
+    @torch.no_grad()
+    def update_ema(self, ema, net, step, start=4):
+        """Moving average of weights; its decay grows from 1 / start to --ema_decay.
+
+        So early steps average over about the last third of the run so far.
+        """
+        decay = min(self.args.ema_decay, (1 + step) / (start + step))
+        for average, p in zip(ema.parameters(), net.parameters()):
+            average.lerp_(p, 1 - decay)
+
+    # ---- the log
+
+    def note(self, **values):
+        """Scalars of this step for log.csv; what is noted several times is averaged.
+
+        They stay on the device: nothing waits for them before the step ends.
+        """
+        for name, value in values.items():
+            value = value.detach().float() if torch.is_tensor(value) else value
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def note_rms(self, **values):
+        """Root mean squares of tensors, over all that is noted in this step on all ranks."""
+        self.roots |= set(values)
+        self.note(**{name: value.detach().square().mean() for name, value in values.items()})
+
+    def note_samples(self, x):
+        """Mean and standard deviation of samples, over all that are noted in this step on all
+        ranks."""
+        self.note(mean=x.detach().mean(), std=x.detach().square().mean())
+
+    def end_step(self, step, show=(), **more):
+        """Average what was noted over ranks, log it, refuse what is not finite.  -> True: time to
+        save.
+
+        show: names for the progress bar. more: further columns, the same on all ranks.
+        This is the only place in a step where the processor waits for the device. Raises
+        TrainingError.
+        """
+        names = list(self.sums)
+        means = self.mean_over_ranks(*(self.sums[n] / self.counts[n] for n in names))
+        row = dict(zip(names, means))
+        self.refuse_not_finite(step, row)
+        for name in self.roots:
+            row[name] **= 0.5
+        if {"mean", "std"} <= set(row):
+            row["std"] = max(0.0, row["std"] - row["mean"] ** 2) ** 0.5
+        if self.main:
+            seconds, memory = time.perf_counter() - self.clock, peak_memory_mb(self.device)
+            row = {**more, **row, "seconds": seconds, "peak_memory_mb": memory}
+            self.log.write({"step": step + 1, **row})
+            shown = {n: f"{row[n]:.3f}" for n in show if n in row}
+            self.bar.set_postfix(shown, refresh=False)
+        last = step + 1 == self.args.max_train_steps
+        return last or (step + 1) % self.args.checkpointing_steps == 0
+
+    def refuse_not_finite(self, step, row):
+        """row: {name: value averaged over ranks}, the same on all of them. Raises TrainingError."""
+        wrong = [f"{name} = {v:.4g}" for name, v in row.items() if not abs(v) < float("inf")]
+        if wrong:
+            raise TrainingError(
+                f"not finite at update {step + 1}: {', '.join(wrong)}; the last checkpoint under "
+                "state/ is intact; start again with a lower learning rate or max_grad_norm"
+            )
+
+
+# ---- the output folder ---------------------------------------------------------------------------
+
+
+def refuse_output_dir(path, sampling=False):
+    """Raises UserError where nothing can be written, and where samples would replace a run's
+    own."""
+    there = os.path.abspath(path)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK):
+        raise UserError(f"--output_dir {path}: {there} is not a folder that can be written to")
+    if os.path.commonpath([os.path.abspath(path), os.getcwd()]) == os.path.abspath(path):
+        raise UserError(f"--output_dir {path} holds the current folder: name a folder of its own")
+    if sampling and os.path.exists(os.path.join(path, "report.json")):
+        raise UserError(
+            f"--output_dir {path} is a run with samples of its own: name another folder for "
+            "those of --sample"
+        )
+
+
+def prepare_output_dir(path, resume):
+    """Create the folder; an existing one is renamed PATH.1, PATH.2, ... unless a run is resumed in
+    it.
+
+    What a killed run left half-written is removed. Raises UserError.
+    """
+    path = os.path.normpath(path)  # "runs/x/" could not be renamed to "runs/x/.1"
+    refuse_output_dir(path)
+    if os.path.isdir(path) and os.listdir(path) and not resume:
+        n = 1
+        while os.path.exists(f"{path}.{n}"):
+            n += 1
+        os.rename(path, f"{path}.{n}")
+        print(f"{path} existed and is now {path}.{n}")
+    os.makedirs(os.path.join(path, "state"), exist_ok=True)
+    for where, folders, files in os.walk(path):
+        for name in [f for f in files if ".tmp-" in f]:
+            os.remove(os.path.join(where, name))
+        for name in [d for d in folders if d.startswith(".tmp-")]:
+            shutil.rmtree(os.path.join(where, name))
+
+
+# ---- state: what a run is resumed from -----------------------------------------------------------
+
+FREE_TO_CHANGE = {
+    "output_dir",
+    "max_train_steps",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "sample",
+    "remeasure_teacher",
+    "preview_samples",
+}  # flags that change no gradient
+
+
+def pack_optimizer(optimizer, prefix):
+    """An optimiser's state as named tensors for a safetensors file."""
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}.{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()}
+
+
+def unpack_optimizer(optimizer, prefix, tensors):
+    """Inverse of pack_optimizer; parameter groups keep the values of this run's flags."""
+    state = {}
+    for key, value in tensors.items():
+        if key.startswith(prefix + "."):
+            i, name = key[len(prefix) + 1 :].split(".")
+            state.setdefault(int(i), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def pack_module(module, prefix):
+    """A module's state as named tensors for a safetensors file."""
+    return {f"{prefix}.{k}": v for k, v in module.state_dict().items()}
+
+
+def unpack_module(module, prefix, tensors):
+    """Inverse of pack_module."""
+    own = {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
+    module.load_state_dict(own)
+
+
+def save_state(output_dir, step, tensors, info, keep=2):
+    """state/step-NNNNNNN/ appears in one rename, complete or not at all; then older ones are
+    removed."""
+    root = os.path.join(output_dir, "state")
+    tmp, final = os.path.join(root, f".tmp-{step}"), os.path.join(root, f"step-{step:07d}")
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.makedirs(tmp)
+    save_tensors(tensors, os.path.join(tmp, "state.safetensors"))
+    save_json({"step": step, **info}, os.path.join(tmp, "state.json"))
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(tmp, final)
+    fsync_folder(root)
+    for old in sorted(n for n in os.listdir(root) if n.startswith("step-"))[:-keep]:
+        shutil.rmtree(os.path.join(root, old), ignore_errors=True)
+
+
+def find_state(output_dir, resume):
+    """--resume_from_checkpoint -> folder of a complete state, None to start afresh. Raises
+    UserError."""
+    if resume is None:
+        return None
+    if resume != "latest":
+        if not os.path.isfile(os.path.join(resume, "state.json")):
+            raise UserError(f"--resume_from_checkpoint {resume}: no state.json there")
+        return resume
+    root = os.path.join(output_dir, "state")
+    names = os.listdir(root) if os.path.isdir(root) else []
+    done = sorted(n for n in names if n.startswith("step-"))
+    if not done:
+        print(f"no complete checkpoint under {root}: starting fresh")
+        return None
+    return os.path.join(root, done[-1])
+
+
+def flags_to_save(args):
+    """The flags that a resumed run must have again."""
+    return {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE}
+
+
+def check_same_flags(info, args):
+    """Flags that alter the loss must be those of the interrupted run. info: its state.json.
+
+    Raises UserError, which names each one that changed.
+    """
+    saved, now = info["flags"], flags_to_save(args)
+    changed = [
+        f"--{k} was {saved.get(k)!r} and is {now.get(k)!r}"
+        for k in sorted(set(saved) | set(now))
+        if saved.get(k) != now.get(k)
+    ]
+    if info["step"] > args.max_train_steps:
+        raise UserError(
+            f"the checkpoint is at step {info['step']}, beyond --max_train_steps "
+            f"{args.max_train_steps}: give at least {info['step']}"
+        )
+    if changed:
+        raise UserError(
+            f"cannot resume with other flags: {'; '.join(changed)}. "
+            "Give the old values or another --output_dir"
+        )
+
+
+def resume(args, modules, optimizers):
+    """Fill modules and optimisers {name: ...} from the state that --resume_from_checkpoint names.
+
+    -> its step and the seconds spent so far; 0 and 0.0 for a fresh start. Raises UserError.
+    """
+    state = find_state(args.output_dir, args.resume_from_checkpoint)
+    if not state:
+        return 0, 0.0
+    info = load_json(os.path.join(state, "state.json"))
+    tensors = load_tensors(os.path.join(state, "state.safetensors"))
+    check_same_flags(info, args)
+    for name, module in modules.items():
+        unpack_module(module, name, tensors)
+    for name, optimizer in optimizers.items():
+        unpack_optimizer(optimizer, name, tensors)
+    return info["step"], info["seconds"]
+
+
+def save_for_resume(args, step, modules, optimizers, seconds):
+    """The state that `resume` reads, for the same modules and optimisers."""
+    tensors = {}
+    for name, module in modules.items():
+        tensors |= pack_module(module, name)
+    for name, optimizer in optimizers.items():
+        tensors |= pack_optimizer(optimizer, name)
+    info = {"flags": flags_to_save(args), "seconds": seconds}
+    save_state(args.output_dir, step, tensors, info)
+
+
+# ---- log.csv -------------------------------------------------------------------------------------
+
+
+class Log:
+    """log.csv: one row a step, flushed; on resume it is cut back to the resumed step."""
+
+    def __init__(self, output_dir, step=0):
+        self.path, self.columns = os.path.join(output_dir, "log.csv"), None
+        kept = []
+        if step and os.path.isfile(self.path):
+            with open(self.path, newline="") as f:
+                rows = list(csv.reader(f))
+            if rows:
+                self.columns = rows[0]
+                whole = [r for r in rows[1:] if len(r) == len(self.columns)]
+                kept = [r for r in whole if r[0].isdigit() and int(r[0]) <= step]
+        text = io.StringIO()
+        if self.columns:
+            csv.writer(text).writerows([self.columns, *kept])
+        atomic_write(self.path, text.getvalue().encode())
+        self.file = open(self.path, "a", newline="")
+
+    def write(self, row):
+        """row: {"step": int, name: number, ...}, the same names every time."""
+        if self.columns is None:
+            self.columns = list(row)
+            csv.writer(self.file).writerow(self.columns)
+        cells = [row[c] for c in self.columns]
+        text = [f"{v:.6g}" if isinstance(v, float) else v for v in cells]
+        csv.writer(self.file).writerow(text)
+        self.file.flush()
+
+
+def peak_memory_mb(device):
+    """Peak memory in MiB: of the GPU's allocator, or of the process on the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
