@@ -12,8 +12,8 @@ level: CA adds content of its level, so it is needed only at cleaner levels than
 input; DM must see faults of all sizes, so it draws from all levels.
 
     paper             here               meaning                                          shape
-    t = 0 noise       u = 1              raw time: here 1 is noise, 0 data; t = shift(u)
-    t_1 < ... < t_N   times              the student's steps, u = 1, (N-1)/N, ..., 1/N    N floats
+    t = 0 noise       u_k = 1            raw time: here 1 is noise, 0 data; t = shift(u)      float
+    t_1 < ... < t_N   times              the student's steps, u = 1, (N-1)/N, ..., 1/N   N floats
     z_t               x_in               input of the student's step k, of its own making (B, ...)
     x = G(z_t)        x                  the student's sample, read as x0                 (B, ...)
     tau_DM, tau_CA    t_dm, t_ca         noise levels of the two terms                    (B,)

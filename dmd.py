@@ -16,7 +16,7 @@ that they reach by themselves.
     mu_real, mu_fake    mu_real, mu_fake   x0 as teacher (guided) and fake see it in x_t   (B, ...)
     t_1 > ... > t_N     times              the student's fixed steps, 1 = noise            N floats
     (DMD2, Sec. 4.5)    x_in, times[k]     input of the student's step k, of its own making (B, ...)
-    D                   logit              real or fake?                                   (B,)
+    D                   gan_logit          real or fake?                                   (B,)
 
 Launch.
     laptop      python dmd.py                        # glyphs, one step, three minutes on two cores

@@ -5,19 +5,19 @@ network trained with the first breaks when all of it is replaced. So only a give
 changes, and training chooses them: each layer mixes both kinds with one weight r, a constraint
 counts the layers below one half, and a regulariser drives every r to 1 (softmax) or 0 (linear).
 Meanwhile the student has to stay a good sampler. At any time of the teacher's own trajectories its
-states should be as likely under the teacher as under itself, which is a KL divergence whose
-gradient is a difference of two scores. Both networks are flow models, so their velocities give
-both scores: the student is its own fake score. No data is needed, only a bank of states that the
-teacher's sampler passes through. The default objective is the simpler regression of Eq. 7, which
-is stable at higher rates; the line marked `paper` is the distribution matching.
+states should be as likely under the teacher as under itself, and the gradient of that KL divergence
+is a difference of two scores. Both networks are flow models, whose velocities give their scores, so
+the student is its own fake score. No data is needed, only a bank of states that the teacher's
+sampler passes through. The default objective is the simpler regression of Eq. 7, which is stable at
+higher learning rates; the line marked `paper` is the distribution matching.
 
-    paper        here       meaning                                                      shape
-    r^(l)        r          weight of softmax attention in layer l                       (layers,)
-    target       target     how many layers become linear                                int
-    x_t, u_t     x_t, v     state and velocity on a trajectory of the teacher's, t = 1 is noise
-    x-hat_t      x_hat      the student's state at time s < t, one step of its own from x_t
-    u, u-hat     v, v_hat   velocities of teacher and student, at x_hat                  (B, ...)
-    s-hat - s    g          difference of the student's and the teacher's score at x_hat (B, ...)
+    paper       here       meaning                                                         shape
+    r^(l)       r          weight of softmax attention in layer l, 1 = softmax             (layers,)
+    target      target     how many layers become linear                                   int
+    x_t, u_t    x_t, v     state and velocity on the teacher's trajectory; t = 1 is noise  (B, ...)
+    x-hat_t     x_hat      state at s < t, one step of the student's from x_t              (B, ...)
+    u, u-hat    v, v_hat   velocities of teacher and student at x_hat                      (B, ...)
+    s-hat - s   g          the student's score at x_hat minus the teacher's                (B, ...)
 
 Launch.
     laptop      python linvideo.py               # clips, 4 of 8 layers, eight minutes on two cores
@@ -31,9 +31,9 @@ Launch.
                     --prompts prompts.safetensors --target_layers 16 --mixed_precision bf16
     sampling    python linvideo.py --sample runs/linvideo-clips/student
 
-Deviations; the reasons are in docs/linvideo.md. There is no code by the authors. Chosen here: the
-way to x_hat (--state), Eq. 9's sign, its gradient straight through the rounding, start and rate of
-r, and a last phase in which exactly `target` layers are fixed (--selection_share).
+Deviations; the reasons are in docs/linvideo.md. The authors have published no code. Chosen here are
+the way to x_hat (--state), the sign of Eq. 9, its gradient straight through the rounding, r's start
+and rate, and a last phase with exactly `target` layers fixed (--selection_share).
 """
 
 import copy
@@ -61,7 +61,7 @@ from models.plumbing.teachers import freeze_teacher, start_teacher, starting_net
 
 
 def velocity(net, x_t, t, cond):
-    """What a flow network predicts, eps - x0; bfloat16 joins the float32 state here.  (B, ...)."""
+    """What a flow network predicts, eps - x0, in x_t's dtype also if the network is bfloat16."""
     return net(x_t, t, **cond).to(x_t.dtype)
 
 
@@ -122,8 +122,7 @@ def matching_loss(x, g):
 
 
 def matching_gradient(v, v_hat, s, weight):
-    """adm_loss's g with a weight of choice, without gradient.  v, v_hat (B, ...), s (B,) -> (B,
-    ...).
+    """adm_loss's g with a weight of choice, a constant.  v, v_hat (B, ...), s (B,) -> (B, ...).
 
     "eq13" is the paper's, "unit" is the bare difference of velocities, and "dmd" is the difference
     of x0 divided by its mean size in each sample, as in DMD.
@@ -255,7 +254,7 @@ class Selection:
         """The trained r of every layer, a list of scalars."""
         return [m.r for m in self.mixed]
 
-    def best(self):
+    def layers_now(self):
         """The layers that would become linear now. Waits for the device."""
         return smallest([r.item() for r in self.r], self.target)
 
@@ -391,9 +390,10 @@ def bank_states(args, draw, bank, teacher, grid):
 
     -> x_t, v (B, ...), t (B,), cond, and k (B,), the place of t in the grid, on the CPU.
     """
-    adm = args.objective.startswith("adm")
-    lands_on_grid = adm and args.state in ("step", "rollout")  # then the last state leads to s = 0
-    k = draw.spread_integer("state", args.sampling_steps - lands_on_grid)
+    usable = args.sampling_steps
+    if args.objective.startswith("adm") and args.state in ("step", "rollout"):
+        usable -= 1  # the sampler's last step leads to s = 0, where there is no score
+    k = draw.spread_integer("state", usable)
     rows = bank.rows(draw.integer("trajectory", args.bank_size), k)
     cond, uncond = teacher.conditions.pick(rows["index"], draw.device)
     x_t, v = rows["x"].to(draw.device), rows["v"].to(draw.device)
@@ -587,12 +587,15 @@ def train(args):
     run.start(**state)  # resumed, where that is asked for
     selection = start_selection(args, mixed)
     bank = make_bank(run, teacher, grid) if run.first < args.max_train_steps else None
+    papers_adm = (args.objective, args.weight, args.regression_weight) == ("adm", "eq13", 0)
     introduce(run, teacher, selection)
 
     for step in run.steps():
         warmup, decay = run.rate(step)
         selecting = selection.layers is None and step < selection.end
         set_rates(args, optimizer, warmup, decay, selecting)
+        if critic:
+            optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
         if selection.layers is None and not selecting:
             end_selection(run, step, selection, student, teacher, bank, grid)
 
@@ -603,25 +606,23 @@ def train(args):
                     loss = critic_turn(args, draw, critic, student, teacher, bank, grid)
                 (loss * run.share).backward()
                 run.note(loss_fake=loss)
-            optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
             run.update(optimizer_fake, "critic")
 
         # ---- the student: its weights, W and r by the objective; teacher and critic are constants
         for draw in run.micro_batches(step, "student", teacher):
             with run.autocast():
-                at = args, draw, student, teacher, bank, grid
                 if args.objective == "mse":
                     x_t, v, t, cond, _ = bank_states(args, draw, bank, teacher, grid)
                     loss, g = regression_loss(student, x_t, v, t, cond)
                 elif args.objective == "dmd":
-                    x0, cond = one_jump(*at)
+                    x0, cond = one_jump(args, draw, student, teacher, bank, grid)
                     eps, t = noise_and_time(draw, teacher)
                     loss, g = dmd_baseline_loss(x0, teacher.net, critic, eps, t, cond)
-                elif is_papers_adm(args):
-                    x_t, _, t, s, cond = step_to_x_hat(*at)
+                elif papers_adm:
+                    x_t, _, t, s, cond = step_to_x_hat(args, draw, student, teacher, bank, grid)
                     loss, g = adm_loss(student, teacher.net, x_t, t, s, cond)
                 else:
-                    x_t, v, t, s, cond = step_to_x_hat(*at)
+                    x_t, v, t, s, cond = step_to_x_hat(args, draw, student, teacher, bank, grid)
                     nets = student, teacher.net, critic or student
                     loss, g = adm_variant_loss(args, *nets, x_t, v, t, s, cond)
             (loss * run.share).backward()
@@ -636,21 +637,16 @@ def train(args):
         if args.ema_decay:
             run.update_ema(ema, student, step)
         if run.end_step(step, show=("loss", "g")):  # True: time to save
-            net = convert(ema, selection.best(), args.feature_map)
+            net = convert(ema, selection.layers_now(), args.feature_map)
             sampler = student_sampler(run, net, teacher, grid)
             report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})
             save_student(run, teacher, net, grid)
             run.save(step)
-    # fixed already, unless the run was cut short while it selected
-    net = convert(ema, selection.best(), args.feature_map).eval()
+    # the layers are fixed already, unless the run was cut short while it selected them
+    net = convert(ema, selection.layers_now(), args.feature_map).eval()
     if run.first >= args.max_train_steps:  # a finished run is written out again, perhaps elsewhere
         save_student(run, teacher, net, grid)
     finish(run, teacher, net, grid)
-
-
-def is_papers_adm(args):
-    """Whether the objective is Eq. 11 to 13 without any change."""
-    return args.objective == "adm" and args.weight == "eq13" and not args.regression_weight
 
 
 # ---- what the run leaves behind ------------------------------------------------------------------
@@ -686,7 +682,7 @@ def finish(run, teacher, net, grid):
     four = student_sampler(run, net, teacher, step_grid(4, teacher.shift))
     students = {"student": (calls * (len(grid) - 1), own), "student_4": (calls * 4, four)}
     extra = {"linear_layers": net.config["linear_layers"], **read_selection(run)}
-    if run.main and teacher.world:  # hours, for a released model, and no row to put it in
+    if run.main and teacher.world:  # else no row takes it, and 200 videos may take hours
         extra["paired_mse"] = paired_error(run, teacher, own, grid)
     if run.main:
         save_selection_picture(run.folder, len(net.self_attentions))
@@ -770,7 +766,8 @@ def parse_args(argv=None):
     p.set_defaults(teacher="clips", max_train_steps=1200, learning_rate=1e-3, lr_warmup_steps=20,
                    ema_decay=0.98, lr_decay_share=0.4, adam_betas=[0.9, 0.99], preview_samples=12,
                    fake_update_ratio=1, learning_rate_fake=1e-3)
-    paper_values(p, **dict.fromkeys(("adam_betas", "weight_decay", "ema_decay"), "not stated"))
+    critic = "not stated; the fake is the critic of adm_critic and dmd"
+    paper_values(p, fake_update_ratio=critic, learning_rate_fake=critic)
     add = p.method.add_argument
     add("--target_layers", type=number(int, 1), default=None,
         help="how many layers become linear (default: half; paper: 16 of 30, 22 of 40)")
@@ -779,9 +776,8 @@ def parse_args(argv=None):
     add("--feature_map", choices=FEATURE_MAPS[:-1], default="hedgehog",
         help="phi of linear attention (paper: hedgehog, Eq. 6)")
     add("--objective", choices=["adm", "mse", "dmd", "adm_critic"], default="mse",
-        help="anytime distribution matching (paper), regression onto the teacher's velocity "
-        "(Eq. 7), few-step DMD with a critic, or adm with a trained critic instead of the "
-        "student's own score (Tab. 4)")
+        help="anytime distribution matching (paper), regression onto the teacher's velocity (Eq. "
+        "7), few-step DMD with a critic, or adm with a critic for the student's score (Tab. 4)")
     add("--state", choices=["part", "step", "jump", "rollout"], default="part",
         help="how adm reaches x_hat from a state of the bank: by a random part of a sampler step, "
         "the whole step, or a jump to any later time; rollout: by one step at the end of the "
@@ -789,7 +785,7 @@ def parse_args(argv=None):
     add("--part", type=number(float, 0.001, 1), default=1.0,
         help="the largest share of a sampler step, for --state part")
     add("--weight", choices=["eq13", "unit", "dmd"], default="eq13",
-        help="weight of adm's gradient: (1 - t) / t (paper), 1, or that of x0 over its mean size")
+        help="of adm's gradient: (1 - t) / t (paper), none, or that of x0 over its mean size")
     add("--regression_weight", type=number(float, 0), default=0.0,
         help="weight of Eq. 7 beside adm (paper: 0)")
     add("--min_time", type=number(float, 0.001, 0.5), default=0.02,
@@ -804,8 +800,7 @@ def parse_args(argv=None):
         help="r of every layer at the start (paper: not stated)")
     add("--selection_share", type=number(float, 0, 1), default=0.3,
         help="share of the run in which r is trained; then the layers are fixed (paper: 1)")
-    add("--sampling_steps", type=number(int, 2), default=20,
-        help="K, Euler steps of teacher and student (Wan: 50)")
+    add("--sampling_steps", type=number(int, 2), default=20, help="K, Euler steps (Wan: 50)")
     add("--uncond_share", type=number(float, 0, 1), default=0.1,
         help="share of samples without condition, where there is guidance")
     add("--critic_steps", type=number(int, 1), default=8,

@@ -38,6 +38,7 @@ uniform before the teacher's shift.
 """
 
 import copy
+from dataclasses import dataclass
 
 import torch
 
@@ -53,44 +54,35 @@ from models.plumbing.teachers import freeze_teacher, start_teacher, starting_net
 
 
 def tdm_loss(
-    x, x_s, teacher, fake, diffusion, eps, s, tau, cond, uncond, fake_cond, guidance_scale
+    x, x_s, teacher, fake, diffusion, eps, s, tau, cond, uncond, fake_cond, guidance_scale, slope
 ):
-    """The student's loss in the form of the authors' demo: x is regressed (Eq. 6 and 11).
+    """The student's loss (Eq. 6 and 11).  -> scalar, g = mu_fake - mu_real (B, ...).
 
-    x_s is noised on from s to tau, and x moves by the difference of the scores there, written as
-    x0:
+    x_s, where the student's step lands, is noised on from s to tau, and moves by the difference of
+    the two scores there, written as x0. Its gradient reaches x_s through x alone:
 
-        r = x - sg(x + mu_real(x_tau) - mu_fake(x_tau)),   loss = sqrt(|r|^2 + c^2) - c
+        r = x_s - sg(x_s + A (mu_real(x_tau) - mu_fake(x_tau))),    A = dx_s / dx = slope (B,)
+        loss = sqrt(|r|^2 + c^2) - c,    c = .00054 sqrt(d)
 
-    with one norm for each sample and c = .00054 sqrt(d), so that every sample's gradient has norm
-    at most 1, whatever its level.  -> scalar, g = mu_fake - mu_real (B, ...).
+    with one norm for each sample, so that its gradient is at most A, whatever the noise level.
     """
-    mu_real, mu_fake = both_scores(
-        x_s, teacher, fake, diffusion, eps, s, tau, cond, uncond, fake_cond, guidance_scale
-    )
-    return pseudo_huber(residual(x, mu_real, mu_fake)), mu_fake - mu_real
-
-
-@torch.no_grad()
-def both_scores(
-    x_s, teacher, fake, diffusion, eps, s, tau, cond, uncond, fake_cond, guidance_scale
-):
-    """x0 as teacher (guided) and fake see it at x_s noised on to tau.  -> mu_real, mu_fake."""
-    x_tau = diffusion.noise_on(x_s, eps, s, tau)
-    mu_real = diffusion.guided_x0(teacher, x_tau, tau, cond, uncond, guidance_scale)
-    mu_fake = diffusion.x0(fake, x_tau, tau, **fake_cond)
-    return mu_real, mu_fake
-
-
-def residual(x, mu_real, mu_fake):
-    """x minus where the scores move it, a constant: its gradient in x is the identity."""
-    return x - (x + (mu_real - mu_fake)).detach()  # exactly 0 where the two agree
-
-
-def pseudo_huber(r):
-    """sqrt(|r|^2 + c^2) - c, mean over samples, c = .00054 sqrt(d) (Eq. 11).  -> scalar."""
+    with torch.no_grad():
+        x_tau = diffusion.noise_on(x_s, eps, s, tau)
+        mu_real = diffusion.guided_x0(teacher, x_tau, tau, cond, uncond, guidance_scale)
+        mu_fake = diffusion.x0(fake, x_tau, tau, **fake_cond)
+    r = expand(slope, x) * (x - (x + (mu_real - mu_fake)).detach())
     c = 0.00054 * r[0].numel() ** 0.5
-    return ((r.square().flatten(1).sum(1) + c**2).sqrt() - c).mean()
+    return ((r.square().flatten(1).sum(1) + c**2).sqrt() - c).mean(), mu_fake - mu_real
+
+
+def step_slope(schedule, t, s, renoise="ode"):
+    """A = dx_s / dx of a step from t to s with its input fixed; positive.  (B,) -> (B,).
+
+    alpha_s - sigma_s alpha_t / sigma_t (flow: (t - s) / t); with fresh noise alpha_s.
+    """
+    if renoise == "sde":
+        return schedule.alpha(s)
+    return schedule.alpha(s) - schedule.sigma(s) * schedule.alpha(t) / schedule.sigma(t)
 
 
 def fake_score_loss(fake, diffusion, x, x_s, eps, s, tau, cond):
@@ -132,32 +124,35 @@ def at_level(diffusion, x_s, eps, s, tau):
 # ---- variants and ablations of the losses --------------------------------------------------------
 
 
-def regression_loss(x, mu_real, mu_fake, loss="pseudo_huber", slope=None):
-    """Other ways to pull x towards sg(x + mu_real - mu_fake).  -> scalar; the gradient reaches x
-    alone.
+def tdm_loss_variant(
+    x, x_s, teacher, fake, diffusion, eps, s, tau, cond, uncond, fake_cond, guidance_scale, **how
+):
+    """`tdm_loss` with another regression: how is that of `trajectory_matching_loss`."""
+    with torch.no_grad():
+        x_tau = diffusion.noise_on(x_s, eps, s, tau)
+        mu_real = diffusion.guided_x0(teacher, x_tau, tau, cond, uncond, guidance_scale)
+        mu_fake = diffusion.x0(fake, x_tau, tau, **fake_cond)
+    return trajectory_matching_loss(x, mu_real, mu_fake, **how), mu_fake - mu_real
 
-    slope (B,): A = dx_s / dx, to regress x_s as the paper prints it: that residual is A times the
-    one of x, so steps that move x_s little weigh little. None: of x, as in the demo. loss
-    "pseudo_huber": Eq. 11. "l2": r^2 / 2 (Tab. 5, without the surrogate). "demo": always of x,
+
+def trajectory_matching_loss(x, mu_real, mu_fake, loss="pseudo_huber", slope=None):
+    """Pulls x towards sg(x + mu_real - mu_fake).  -> scalar; the gradient reaches x alone.
+
+    slope (B,): A = dx_s / dx, to regress x_s as in `tdm_loss`; steps that move x_s little then
+    weigh little. None: x itself is regressed, as in the authors' demo.
+    loss "pseudo_huber": Eq. 11. "l2": r^2 / 2 (Tab. 5, without the surrogate). "demo": always of x,
     sqrt(r^2 + 1e-6) - 1e-3 per element, over the sample's mean |x - mu_real|.
     """
-    r = residual(x, mu_real, mu_fake)
+    r = x - (x + (mu_real - mu_fake)).detach()  # exactly 0 where the two agree
     if loss == "demo":
         error = (x - mu_real).detach().abs().flatten(1).mean(1).clamp_min(1e-8)  # (B,)
         return (((r.square() + 1e-6).sqrt() - 1e-3) / expand(error, r)).mean()
     if slope is not None:
         r = expand(slope, r) * r
-    return 0.5 * r.square().mean() if loss == "l2" else pseudo_huber(r)
-
-
-def step_slope(schedule, t, s, renoise="ode"):
-    """A = dx_s / dx of a step from t to s with its input fixed; positive.  (B,) -> (B,).
-
-    alpha_s - sigma_s alpha_t / sigma_t (flow: (t - s) / t); with fresh noise alpha_s.
-    """
-    if renoise == "sde":
-        return schedule.alpha(s)
-    return schedule.alpha(s) - schedule.sigma(s) * schedule.alpha(t) / schedule.sigma(t)
+    if loss == "l2":
+        return 0.5 * r.square().mean()
+    c = 0.00054 * r[0].numel() ** 0.5
+    return ((r.square().flatten(1).sum(1) + c**2).sqrt() - c).mean()
 
 
 def snr_fake_loss(fake, diffusion, x, x_s, eps, s, tau, cond, max_snr=5.0):
@@ -238,65 +233,81 @@ def sees_K(args, net):
     return True
 
 
-def draw_steps(args, draw, grids):
-    """For every sample its K and one step k of that trajectory.
+@dataclass
+class Segment:
+    """One step of the trajectory, a different one for every sample of a batch.
 
-    The counts of --student_steps take turns over the rows of a batch; one that is named twice has
-    two. -> K (B,), k (B,) ints on the CPU, and t, s, the levels between which step k goes (B,).
+    It goes from x_in (B, ...) at level t to level s, and its sub-interval is (low, high) in raw
+    time; all four are (B,). conds: the condition of student and fake, the teacher's, the
+    unconditional one.
+    """
+
+    x_in: torch.Tensor
+    t: torch.Tensor
+    s: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    conds: tuple
+
+
+def draw_segments(args, draw, student, teacher, grids, see_K):
+    """A K and a step k for every sample; its input is made by the student's own steps.  -> Segment.
+
+    The counts of --student_steps take turns over the rows; one that is named twice has two.
     """
     counts = torch.tensor(args.student_steps)
-    first = draw.agreed("steps", len(counts))
-    K = counts[(torch.tensor(draw.rows) + first) % len(counts)]
-    k = torch.minimum((draw.uniform("j").cpu() * K).long(), K - 1)  # 0 = from noise
-    levels = [grids[n][i : i + 2] for n, i in zip(K.tolist(), k.tolist())]
-    t, s = torch.tensor(levels).to(draw.device).unbind(1)
-    return K, k, t, s
-
-
-def student_input(args, draw, student, teacher, grids, see_K):
-    """A step for every sample, and its input, made by the student's own steps without gradient.
-
-    -> x_in (B, ...), levels t, s of the step and its raw levels low, high (B,), student's cond,
-    cond, uncond.
-    """
+    K = counts[(torch.tensor(draw.rows) + draw.agreed("steps", len(counts))) % len(counts)]
+    k = torch.minimum((draw.on_cpu().uniform("j") * K).long(), K - 1)  # 0 = from noise
     x_in, (cond, uncond) = draw.noise("z"), teacher.conditions.draw(draw)
-    K, k, t, s = draw_steps(args, draw, grids)
-    student_cond = {**cond, **({"steps": K.float().to(draw.device)} if see_K else {})}
-    with torch.no_grad():
+    student_cond = {**cond, "steps": K.float().to(draw.device)} if see_K else cond
+    with torch.no_grad():  # no gradient through the steps before
         for i in range(int(k.max())):
             rows = (k > i).nonzero()[:, 0]  # those that are not yet at their own step
-            levels = [grids[n][i : i + 2] for n in K[rows].tolist()]
-            t_i, s_i = torch.tensor(levels).to(draw.device).unbind(1)
-            rows = rows.to(draw.device)
-            some = {name: v[rows] for name, v in student_cond.items()}
-            fresh = draw.noise(f"renoise{i}")[rows] if args.renoise == "sde" else None
-            step_i = student_step(student, teacher.diffusion, x_in[rows], t_i, s_i, some, fresh)
-            x_in = x_in.index_copy(0, rows, step_i[0])
+            fresh = draw.noise(f"renoise{i}") if args.renoise == "sde" else None
+            x_in = advance(student, teacher, x_in, rows, grids, K, i, student_cond, fresh)
+    t, s = levels(grids, K, k, draw.device)
     low, high = (1 - (k + 1) / K).to(draw.device), (1 - k / K).to(draw.device)
-    return x_in, t, s, low, high, student_cond, cond, uncond
+    return Segment(x_in, t, s, low, high, (student_cond, cond, uncond))
 
 
-def noise_level(args, draw, teacher, s, low, high):
-    """tau, uniform in the raw interval (low, high) of its step, 2 % off both ends, at least s.
+def levels(grids, K, k, device):
+    """Where step k of a trajectory of K steps begins and ends.  K, k (B,) ints -> t, s (B,)."""
+    ends = [grids[n][i : i + 2] for n, i in zip(K.tolist(), k.tolist())]
+    return torch.tensor(ends).to(device).unbind(1)
+
+
+def advance(student, teacher, x_in, rows, grids, K, i, cond, fresh):
+    """The i-th step of these rows, each on the grid of its own K; the others stay.  -> (B, ...)."""
+    t, s = levels(grids, K[rows], torch.full_like(rows, i), x_in.device)
+    rows = rows.to(x_in.device)
+    some = {name: v[rows] for name, v in cond.items()}
+    noise = None if fresh is None else fresh[rows]
+    x_s, _ = student_step(student, teacher.diffusion, x_in[rows], t, s, some, noise)
+    return x_in.index_copy(0, rows, x_s)
+
+
+def noise_level(args, draw, teacher, segment):
+    """tau, uniform in raw time over the step's own interval, 2 % off both ends, at least s.  (B,).
 
     --tau_range to_noise: up to pure noise instead.
     """
-    if args.tau_range == "to_noise":
-        high = torch.ones_like(high)
-    u = low + (high - low) * draw.spread("u", 0.02, 0.98)
-    return torch.maximum(shift(u, teacher.shift), s)
+    to_noise = args.tau_range == "to_noise"
+    high = torch.ones_like(segment.high) if to_noise else segment.high
+    u = segment.low + (high - segment.low) * draw.spread("u", 0.02, 0.98)
+    return torch.maximum(shift(u, teacher.shift), segment.s)
 
 
-def landing(args, draw, student, teacher, x_in, t, s, cond):
-    """The student's step from x_in, and what of it is matched: x_s, or with --match clean its x.
+def landing(args, draw, student, teacher, segment):
+    """The student's step, and what of it is matched: x_s, or with --match clean its x.
 
     -> x_s (B, ...), its level (B,), x.
     """
     noise = draw.noise("renoise") if args.renoise == "sde" else None
-    x_s, x = student_step(student, teacher.diffusion, x_in, t, s, cond, noise)
+    where = segment.x_in, segment.t, segment.s, segment.conds[0]
+    x_s, x = student_step(student, teacher.diffusion, *where, noise)
     if args.match == "clean":
-        return x, torch.zeros_like(s), x
-    return x_s, s, x
+        return x, torch.zeros_like(segment.s), x
+    return x_s, segment.s, x
 
 
 def fake_turn_loss(args, fake, diffusion, x, x_s, eps, s, tau, cond):
@@ -342,12 +353,11 @@ def train(args):
             for draw in run.micro_batches(step, inner, teacher):
                 with run.autocast():
                     with torch.no_grad():  # no gradient into the student
-                        x_in, t, s, low, high, fake_cond, _, _ = student_input(
-                            args, draw, student, teacher, grids, see_K
-                        )
-                        x_s, s_m, x = landing(args, draw, student, teacher, x_in, t, s, fake_cond)
-                    tau, eps = noise_level(args, draw, teacher, s, low, high), draw.noise("eps")
-                    loss = fake_turn_loss(args, fake, diffusion, x, x_s, eps, s_m, tau, fake_cond)
+                        segment = draw_segments(args, draw, student, teacher, grids, see_K)
+                        x_s, s, x = landing(args, draw, student, teacher, segment)
+                    tau, eps = noise_level(args, draw, teacher, segment), draw.noise("eps")
+                    at_tau = x_s, eps, s, tau, segment.conds[0]
+                    loss = fake_turn_loss(args, fake, diffusion, x, *at_tau)
                 (loss * run.share).backward()
                 run.note(loss_fake=loss)
             run.update(optimizer_fake, "fake")
@@ -355,21 +365,19 @@ def train(args):
         # ---- student: one update on its own samples; teacher and fake are constants
         for draw in run.micro_batches(step, "student", teacher):
             with run.autocast():
-                x_in, t, s, low, high, fake_cond, cond, uncond = student_input(
-                    args, draw, student, teacher, grids, see_K
-                )
-                # the one call with gradient
-                x_s, s_m, x = landing(args, draw, student, teacher, x_in, t, s, fake_cond)
-                tau, eps = noise_level(args, draw, teacher, s, low, high), draw.noise("eps")
-                at_tau = diffusion, eps, s_m, tau, cond, uncond, fake_cond, scale
-                if args.loss == "pseudo_huber" and args.regress == "x0":
-                    loss, g = tdm_loss(x, x_s, teacher.net, fake, *at_tau)
+                segment = draw_segments(args, draw, student, teacher, grids, see_K)
+                x_s, s, x = landing(args, draw, student, teacher, segment)  # the one with gradient
+                tau, eps = noise_level(args, draw, teacher, segment), draw.noise("eps")
+                fake_cond, cond, uncond = segment.conds
+                at_tau = diffusion, eps, s, tau, cond, uncond, fake_cond, scale
+                slope = None
+                if args.regress == "x_s" and args.match == "noisy":
+                    slope = step_slope(teacher.schedule, segment.t, s, args.renoise)
+                if args.loss == "pseudo_huber" and slope is not None:
+                    loss, g = tdm_loss(x, x_s, teacher.net, fake, *at_tau, slope)
                 else:
-                    mu_real, mu_fake = both_scores(x_s, teacher.net, fake, *at_tau)
-                    slope, g = None, mu_fake - mu_real
-                    if args.regress == "x_s" and args.match == "noisy":
-                        slope = step_slope(teacher.schedule, t, s, args.renoise)
-                    loss = regression_loss(x, mu_real, mu_fake, args.loss, slope)
+                    how = dict(loss=args.loss, slope=slope)
+                    loss, g = tdm_loss_variant(x, x_s, teacher.net, fake, *at_tau, **how)
             (loss * run.share).backward()
             run.note(loss=loss)
             run.note_rms(g=g)

@@ -89,6 +89,10 @@ class Draws:
         """(rows,) int64 in [0, high), evenly spread over the batch as in `spread`, on the CPU."""
         return (self._spread(name, 0.0, 1.0) * high).long().clamp_max(high - 1)
 
+    def on_cpu(self):
+        """The same draws, left on the CPU: for what decides about control flow or indices."""
+        return Draws(*self.key, self.rows, "cpu", self.shape, self.timestep_shift)
+
     def agreed(self, name, high):
         """One int in [0, high), the same for every row and on every rank."""
         return int(torch.randint(0, high, (), generator=self._generator(name)))

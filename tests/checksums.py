@@ -13,6 +13,7 @@ changes its checksums, and another machine or version of torch may change all of
 
     --only SUBSTRING    settings whose name has it, as "dmd gan" or "phased_dmd" (record, compare)
     --ranks 1 2         which numbers of ranks (record)
+    --names N           how many tensors of a setting are named at most, 10 unless given (compare)
 
 FOLDER holds the tiny teachers, prompts and data files. It is made by the first `record` that does
 not find it (default: FILE-fixtures beside FILE.json), or by `fixtures FOLDER TREE`; both records
@@ -548,19 +549,21 @@ def work(tree, fixtures, folder):
     settings = json.loads(Path(folder, "settings.json").read_text())
     with open(os.path.join(folder, f"results.{rank}"), "w") as results:
         for i, setting in enumerate(settings):
-            out, began = os.path.join(folder, f"run{i}"), time.time()
+            out, began, run = os.path.join(folder, f"run{i}"), time.time(), None
             print(f"==== {setting}", flush=True)
             torch.manual_seed(0)  # should anything draw from it, other settings do not matter
             try:
                 script, flags = flags_of(setting, fixtures, out)
-                importlib.import_module(script).main(flags)
-                result = tensor_sums(out) if rank == 0 else None
+                run = importlib.import_module(script).main
+                run(flags)
+                result, alone = tensor_sums(out) if rank == 0 else None, False
             except (Exception, SystemExit) as e:
                 traceback.print_exc()
                 result = f"{type(e).__name__}: {e}".replace(folder, "WORK")
+                alone = run and not isinstance(e, SystemExit)  # wrong flags stop every rank alike
             print(f"==== {time.time() - began:.1f} s", flush=True)
             print(json.dumps([setting, result]), file=results, flush=True)
-            if isinstance(result, str) and ranks > 1:  # the other ranks may wait for this one
+            if alone and ranks > 1:  # the other ranks may wait for this one
                 os._exit(REPORTED)
             if rank == 0:
                 shutil.rmtree(out, ignore_errors=True)
@@ -667,8 +670,8 @@ def record(tree, file, fixtures, only, ranks):
     Path(file).write_text(json.dumps({"about": about, "settings": all_results}, indent=1) + "\n")
 
 
-def compare(file_a, file_b, only):
-    """Print what differs. -> whether anything does."""
+def compare(file_a, file_b, only, most):
+    """Print what differs, of each setting at most so many tensors. -> whether anything does."""
     a, b = (json.loads(Path(f).read_text()) for f in (file_a, file_b))
     for key in ("fixtures", "torch"):
         if a["about"][key] != b["about"][key]:
@@ -686,12 +689,18 @@ def compare(file_a, file_b, only):
             for file, x in ((file_a, a[name]), (file_b, b[name])):
                 print(f"    {file}: {x if isinstance(x, str) else f'{len(x)} tensors'}")
         else:
-            print(f"{name}:")
-            for tensor in sorted(a[name].keys() | b[name].keys()):
-                if tensor not in b[name] or tensor not in a[name]:
-                    print(f"    {tensor}: only in {file_a if tensor in a[name] else file_b}")
-                elif a[name][tensor] != b[name][tensor]:
-                    print(f"    {tensor}")
+            tensors = sorted(a[name].keys() | b[name].keys())
+            differ = [t for t in tensors if a[name].get(t) != b[name].get(t)]
+            print(f"{name}: {len(differ)} of {len(tensors)} tensors")
+            for t in differ[:most]:
+                where = (
+                    ""
+                    if t in a[name] and t in b[name]
+                    else ": only in " + (file_a if t in a[name] else file_b)
+                )
+                print(f"    {t}{where}")
+            if len(differ) > most:
+                print(f"    and {len(differ) - most} more")
     total = len(a.keys() | b.keys())
     print(f"{equal} of {total} settings equal" + (f", {errors} of them errors" if errors else ""))
     return equal < total or not total
@@ -714,6 +723,7 @@ def main():
     c.add_argument("file_a", metavar="FILE_A.json")
     c.add_argument("file_b", metavar="FILE_B.json")
     c.add_argument("--only", default="", metavar="SUBSTRING")
+    c.add_argument("--names", type=int, default=10, metavar="N", help="of a setting, at most")
     c = commands.add_parser("fixtures", help="make the folder of tiny teachers and data files")
     c.add_argument("folder", metavar="FOLDER")
     c.add_argument("tree", metavar="TREE")
@@ -726,7 +736,7 @@ def main():
         paths = [os.path.abspath(x) for x in (args.tree, args.file, fixtures)]
         record(*paths, args.only, args.ranks)
     elif args.command == "compare":
-        sys.exit(int(compare(args.file_a, args.file_b, args.only)))
+        sys.exit(int(compare(args.file_a, args.file_b, args.only, args.names)))
     elif args.command == "fixtures":
         make_fixtures(args.folder, args.tree)
     else:

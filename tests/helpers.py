@@ -489,9 +489,8 @@ def weights(folder):
 
 
 def without_time(rows):
-    return [
-        {k: v for k, v in r.items() if not k.endswith("_s") and k != "peak_memory_mb"} for r in rows
-    ]
+    """Rows of log.csv without the columns that differ from run to run."""
+    return [{k: v for k, v in r.items() if k not in ("seconds", "peak_memory_mb")} for r in rows]
 
 
 def assert_bit_equal(a, b):

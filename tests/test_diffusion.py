@@ -1,4 +1,7 @@
-"""models/diffusion.py: schedules, predictions, guidance, time and the ODE sampler, against independent formulas."""
+"""models/diffusion.py against independent formulas.
+
+Schedules, predictions, guidance, time and the ODE sampler.
+"""
 
 import itertools
 import math
@@ -44,38 +47,36 @@ def normal(*shape, seed=0):
 
 
 def close(a, b, tolerance=1e-10):
-    torch.testing.assert_close(
-        torch.as_tensor(a, dtype=torch.float64),
-        torch.as_tensor(b, dtype=torch.float64),
-        rtol=tolerance,
-        atol=tolerance,
-    )
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-# ---- predictions -------------------------------------------------------------------------------------------------
+# ---- predictions ---------------------------------------------------------------------------------
 
 
 @every_schedule
 @pytest.mark.parametrize("first, second", list(itertools.product(PREDICTIONS, PREDICTIONS)))
 def test_any_prediction_converts_to_any_other_and_back(schedule, first, second):
-    """x0, eps, flow v, VP v and score are five names of one thing: (x0, eps) -> first -> second -> (x0, eps)."""
+    """x0, eps, flow v, VP v and score say the same: (x0, eps) -> first -> second -> (x0, eps)."""
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     x0, eps = normal(19, 2, 3), normal(19, 2, 3, seed=1)
     a, s, x_t = schedule.alpha(t), schedule.sigma(t), add_noise(schedule, x0, eps, t)
     one = to_x0_eps(from_x0_eps(first, x0, eps, a, s), first, x_t, a, s)
     two = to_x0_eps(from_x0_eps(second, *one, a, s), second, x_t, a, s)
-    close(two[0], x0), close(two[1], eps)
+    close(two[0], x0)
+    close(two[1], eps)
 
 
 @every_schedule
 @pytest.mark.parametrize("kind", ["flow_v", "vp_v"])
 @pytest.mark.parametrize("t", [0.0, 1.0])
 def test_velocities_convert_at_both_ends(schedule, kind, t):
-    """The two velocities determine x0 and eps even at t = 0 and t = 1, where alpha or sigma may vanish."""
+    """The velocities determine x0 and eps at t = 0 and t = 1 too, where alpha or sigma may vanish."""
     x0, eps, t = normal(4, 3), normal(4, 3, seed=1), torch.full((4,), t, dtype=torch.float64)
     a, s = schedule.alpha(t), schedule.sigma(t)
     got = to_x0_eps(from_x0_eps(kind, x0, eps, a, s), kind, add_noise(schedule, x0, eps, t), a, s)
-    close(got[0], x0), close(got[1], eps)
+    close(got[0], x0)
+    close(got[1], eps)
 
 
 def test_predictions_equal_their_textbook_formulas():
@@ -85,7 +86,8 @@ def test_predictions_equal_their_textbook_formulas():
     close(from_x0_eps("flow_v", x0, eps, a, s), [-3.0])
     close(from_x0_eps("vp_v", x0, eps, a, s), [-0.8 - 1.2])
     close(from_x0_eps("score", x0, eps, a, s), [-(x_t - 0.8 * 2) / 0.36])
-    close(from_x0_eps("x0", x0, eps, a, s), [2.0]), close(from_x0_eps("eps", x0, eps, a, s), [-1.0])
+    close(from_x0_eps("x0", x0, eps, a, s), [2.0])
+    close(from_x0_eps("eps", x0, eps, a, s), [-1.0])
 
 
 def test_differences_of_predictions():
@@ -113,21 +115,23 @@ def test_unknown_prediction_is_refused():
 
 
 def test_predict_x0_runs_the_network_and_keeps_the_wider_dtype():
-    """predict_x0 passes conditions on, converts the output, and a bf16 network leaves the state in float32."""
-    x_t, t = (
-        torch.randn(3, 2, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([0.2, 0.5, 1.0]),
-    )
-    net = lambda x, t, label: (x * label[:, None]).bfloat16()  # noqa: E731
+    """predict_x0 passes conditions on and converts; a bf16 network leaves the state in float32."""
+    x_t = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.2, 0.5, 1.0])
+
+    def net(x, t, label):
+        return (x * label[:, None]).bfloat16()
+
     label = torch.tensor([1.0, 2.0, 3.0])
     x0, eps = predict_x0_eps(net, Flow(), "flow_v", x_t, t, label=label)
     v = (x_t * label[:, None]).bfloat16().float()
     assert x0.dtype == torch.float32
-    close(x0, x_t - t[:, None] * v, 1e-6), close(eps, x_t + (1 - t)[:, None] * v, 1e-6)
+    close(x0, x_t - t[:, None] * v, 1e-6)
+    close(eps, x_t + (1 - t)[:, None] * v, 1e-6)
     assert torch.equal(predict_x0(net, Flow(), "flow_v", x_t, t, label=label), x0)
 
 
-# ---- schedules ---------------------------------------------------------------------------------------------------
+# ---- schedules -----------------------------------------------------------------------------------
 
 
 def independent_abar(name, n=1000):
@@ -135,11 +139,10 @@ def independent_abar(name, n=1000):
     abar, product = [], 1.0
     for i in range(n):
         w = i / (n - 1)
-        beta = (
-            1e-4 + w * (0.02 - 1e-4)
-            if name == "linear"
-            else (math.sqrt(0.00085) * (1 - w) + math.sqrt(0.012) * w) ** 2
-        )
+        if name == "linear":
+            beta = 1e-4 + w * (0.02 - 1e-4)
+        else:
+            beta = (math.sqrt(0.00085) * (1 - w) + math.sqrt(0.012) * w) ** 2
         product *= 1 - beta
         abar.append(product)
     if name == "zero_snr":
@@ -155,7 +158,10 @@ def index_times(n=1000, dtype=torch.float64):
 @every_vp
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-6)])
 def test_vp_table_equals_an_independent_product(name, dtype, tolerance):
-    """alpha((i + 1) / n)^2 is alpha-bar of index i, and sigma^2 = 1 - alpha-bar, for every table and in both precisions."""
+    """alpha((i + 1) / n)^2 is alpha-bar of index i, and sigma^2 = 1 - alpha-bar.
+
+    For every table and in both precisions.
+    """
     want, t = independent_abar(name), index_times(dtype=dtype)
     close(SCHEDULES[name].alpha(t).double() ** 2, want, tolerance)
     close(SCHEDULES[name].sigma(t).double() ** 2, 1 - want, tolerance)
@@ -165,35 +171,24 @@ def test_vp_table_equals_an_independent_product(name, dtype, tolerance):
 def test_vp_table_equals_diffusers(name):
     """The tables are diffusers' DDIMScheduler.alphas_cumprod, including rescale_betas_zero_snr."""
     scheduler = pytest.importorskip("diffusers").DDIMScheduler
-    betas = (
-        dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-        if name == "linear"
-        else dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    )
+    betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    if name == "linear":
+        betas = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     theirs = scheduler(**betas, rescale_betas_zero_snr=name == "zero_snr").alphas_cumprod.double()
     close(SCHEDULES[name].alpha(index_times()) ** 2, theirs, 3e-6)
 
 
 def test_stable_diffusion_constants():
-    """Stable Diffusion's known values: abar[999] = .00466 (not zero terminal SNR), [749] = .0566, [499] = .2777, ..."""
-    for index, abar in {
-        999: 0.00466,
-        980: 0.00584,
-        749: 0.0566,
-        499: 0.2777,
-        399: 0.4261,
-        249: 0.6754,
-    }.items():
-        got = (
-            SCHEDULES["scaled_linear"]
-            .alpha(torch.tensor([(index + 1) / 1000], dtype=torch.float64))
-            .item()
-            ** 2
-        )
-        assert got == pytest.approx(abar, abs=0.5 * 10 ** -len(str(abar).split(".")[1]))
+    """Stable Diffusion's known values of alpha-bar, which has no zero terminal SNR."""
+    schedule = SCHEDULES["scaled_linear"]
+    known = {999: 0.00466, 980: 0.00584, 749: 0.0566, 499: 0.2777, 399: 0.4261, 249: 0.6754}
+    for index, abar in known.items():
+        t = torch.tensor([(index + 1) / 1000], dtype=torch.float64)
+        digits = len(str(abar).split(".")[1])
+        assert schedule.alpha(t).item() ** 2 == pytest.approx(abar, abs=0.5 * 10**-digits)
     one = torch.ones(1, dtype=torch.float64)
-    assert SCHEDULES["scaled_linear"].alpha(one).item() == pytest.approx(0.0683, abs=5e-5)
-    assert SCHEDULES["scaled_linear"].sigma(one).item() == pytest.approx(0.9977, abs=5e-5)
+    assert schedule.alpha(one).item() == pytest.approx(0.0683, abs=5e-5)
+    assert schedule.sigma(one).item() == pytest.approx(0.9977, abs=5e-5)
 
 
 @every_schedule
@@ -215,7 +210,7 @@ def test_zero_terminal_snr_ends_in_pure_noise(name):
 
 @every_schedule
 def test_alpha_falls_and_sigma_rises_without_jumps(schedule):
-    """alpha is strictly decreasing, sigma increasing, and neither jumps, between the table's indices too."""
+    """alpha falls strictly, sigma rises strictly, and neither jumps, also between the indices."""
     t = torch.linspace(0, 1, 20001, dtype=torch.float64)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     assert (alpha.diff() < 0).all() and (sigma.diff() > 0).all()
@@ -235,18 +230,21 @@ def test_vp_refuses_other_beta_names():
 
 @every_schedule
 def test_transition_kernel_composes(schedule):
-    """a_{t|s} alpha_s = alpha_t, a^2 sigma_s^2 + b^2 = sigma_t^2, and r -> s -> t is r -> t; from s = 0 it is add_noise."""
-    r, s, t = (
-        torch.tensor(v, dtype=torch.float64)
-        for v in ([0.0, 0.1, 0.3], [0.2, 0.45, 0.5], [0.6, 0.7, 0.9])
-    )
-    (a_rs, b_rs), (a_st, b_st), (a_rt, b_rt) = (
-        transition(schedule, *p) for p in ((r, s), (s, t), (r, t))
-    )
+    """a_{t|s} alpha_s = alpha_t, a^2 sigma_s^2 + b^2 = sigma_t^2, and r -> s -> t is r -> t.
+
+    From s = 0 it is add_noise.
+    """
+    times = [[0.0, 0.1, 0.3], [0.2, 0.45, 0.5], [0.6, 0.7, 0.9]]
+    r, s, t = torch.tensor(times, dtype=torch.float64)
+    a_rs, b_rs = transition(schedule, r, s)
+    a_st, b_st = transition(schedule, s, t)
+    a_rt, b_rt = transition(schedule, r, t)
     close(a_st * schedule.alpha(s), schedule.alpha(t))
     close(a_st**2 * schedule.sigma(s) ** 2 + b_st**2, schedule.sigma(t) ** 2)
-    close(a_st * a_rs, a_rt), close(a_st**2 * b_rs**2 + b_st**2, b_rt**2)
-    close(a_rt[0], schedule.alpha(t)[0]), close(b_rt[0], schedule.sigma(t)[0])
+    close(a_st * a_rs, a_rt)
+    close(a_st**2 * b_rs**2 + b_st**2, b_rt**2)
+    close(a_rt[0], schedule.alpha(t)[0])
+    close(b_rt[0], schedule.sigma(t)[0])
 
 
 @every_schedule
@@ -257,13 +255,14 @@ def test_transition_to_the_same_time_is_the_identity(schedule):
     assert torch.equal(a, torch.ones_like(t)) and torch.equal(b, torch.zeros_like(t))
 
 
-# ---- guidance ----------------------------------------------------------------------------------------------------
+# ---- guidance ------------------------------------------------------------------------------------
 
 
 def test_guidance_forms():
-    """uncond + k (c - u): k = 1 is cond, k = 0 uncond, and the form cond + w (c - u) of other code is k = w + 1."""
+    """u + k (c - u) is c at k = 1 and u at k = 0; other code's form c + w (c - u) is k = w + 1."""
     c, u = normal(5), normal(5, seed=1)
-    close(guide(c, u, 1.0), c), close(guide(c, u, 0.0), u)
+    close(guide(c, u, 1.0), c)
+    close(guide(c, u, 0.0), u)
     for w in (0.5, 3.0, 3.5):
         close(guide(c, u, w + 1), c + w * (c - u))
         assert not torch.allclose(guide(c, u, w), c + w * (c - u))
@@ -281,7 +280,7 @@ def test_guiding_any_prediction_is_guiding_x0(schedule, kind):
     close(to_x0_eps(guided, kind, x_t, a, s)[0], guide(c[0], u[0], 4.0), 1e-9)
 
 
-# ---- time --------------------------------------------------------------------------------------------------------
+# ---- time ----------------------------------------------------------------------------------------
 
 
 def test_shift_of_the_four_step_grid():
@@ -295,10 +294,12 @@ def test_shift_of_the_four_step_grid():
 def test_unshift_inverts_shift(s):
     """unshift(shift(u)) = u, it equals shift by 1 / s, and shift keeps the order and both ends."""
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
-    close(unshift(shift(u, s), s), u, 1e-12), close(unshift(u, s), shift(u, 1 / s), 1e-12)
-    assert (shift(u, s).diff() > 0).all() and (
-        (shift(u, s) >= u - 1e-12).all() if s >= 1 else (shift(u, s) <= u + 1e-12).all()
-    )
+    close(unshift(shift(u, s), s), u, 1e-12)
+    close(unshift(u, s), shift(u, 1 / s), 1e-12)
+    assert (shift(u, s).diff() > 0).all()
+    assert shift(u, s)[0] == 0 and shift(u, s)[-1] == 1
+    raised = shift(u, s) - u
+    assert ((raised if s >= 1 else -raised) >= -1e-12).all()
 
 
 def test_shift_is_a_change_of_snr():
@@ -312,12 +313,8 @@ def test_step_grid_runs_from_one_to_zero(s):
     """steps + 1 strictly descending times, exactly 1 first and exactly 0 last; zero steps are refused."""
     for steps in (1, 2, 7):
         grid = step_grid(steps, s)
-        assert (
-            len(grid) == steps + 1
-            and grid[0] == 1.0
-            and grid[-1] == 0.0
-            and all(a > b for a, b in zip(grid, grid[1:]))
-        )
+        assert len(grid) == steps + 1 and grid[0] == 1.0 and grid[-1] == 0.0
+        assert all(a > b for a, b in itertools.pairwise(grid))
     with pytest.raises(ValueError, match="at least 1"):
         step_grid(0, s)
 
@@ -330,14 +327,14 @@ def test_logit_normal_is_the_sigmoid_of_a_normal():
 
 
 def test_sinusoid_is_cos_then_sin_of_thousand_t():
-    """Features are cos and sin of 1000 t at dim / 2 geometric frequencies, from 1 down towards 1 / max_period."""
+    """cos and sin of 1000 t at dim / 2 geometric frequencies, from 1 down to about 1 / max_period."""
     t = torch.tensor([0.0, 0.25, 1.0])
     got = sinusoid(t, 8, max_period=1e4)
     angle = 1000 * t.double()[:, None] * 1e4 ** (-torch.arange(4, dtype=torch.float64) / 4)
     close(got, torch.cat([angle.cos(), angle.sin()], 1), 1e-4)
 
 
-# ---- sampling ----------------------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 
 def gaussian_denoiser(schedule, m, c):
@@ -352,38 +349,31 @@ def gaussian_denoiser(schedule, m, c):
 
 
 def even_grid(schedule, steps):
-    """Times at which tau = sigma / (alpha + sigma) is evenly spaced: the flow schedule's grid, whatever the schedule."""
+    """Times at which tau = sigma / (alpha + sigma) is evenly spaced, as the flow schedule's are."""
     t = torch.linspace(0, 1, 20001, dtype=torch.float64) ** 2
     tau = schedule.sigma(t) / (schedule.alpha(t) + schedule.sigma(t))
     return np.interp(np.linspace(float(tau[-1]), 0, steps + 1), tau.numpy(), t.numpy()).tolist()
 
 
 def gaussian_errors(schedule, solver, grids, m=0.7, c=0.4):
-    """Largest error of the exactly known map a_1 m + sqrt(a_1^2 c^2 + s_1^2) z -> m + c z, one per grid."""
-    z, one = (
-        torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None],
-        torch.ones(1, dtype=torch.float64),
-    )
+    """Largest error of the known map a_1 m + sqrt(a_1^2 c^2 + s_1^2) z -> m + c z, one per grid."""
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    one = torch.ones(1, dtype=torch.float64)
     a, s = schedule.alpha(one), schedule.sigma(one)
     start = a * m + (a**2 * c**2 + s**2).sqrt() * z
-    return [
-        float(
-            (
-                sample_ode(gaussian_denoiser(schedule, m, c), schedule, start, grid, solver)
-                - (m + c * z)
-            )
-            .abs()
-            .max()
-        )
-        for grid in grids
-    ]
+    exact = gaussian_denoiser(schedule, m, c)
+    ends = (sample_ode(exact, schedule, start, grid, solver) for grid in grids)
+    return [float((x - (m + c * z)).abs().max()) for x in ends]
 
 
 @every_schedule
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
 def test_ode_transports_a_gaussian(schedule, solver, order):
-    """Under the exact denoiser of N(m, c^2) the ODE ends in m + c z, for flow and VP alike: in y = x / (alpha + sigma) one
-    Heun serves them all at second order, Euler (for VP: DDIM) at first."""
+    """Under the exact denoiser of N(m, c^2) the ODE ends in m + c z, for flow and VP alike.
+
+    In y = x / (alpha + sigma) one Heun step serves them all at second order, and Euler (for VP:
+    DDIM) at first.
+    """
     error = gaussian_errors(schedule, solver, [even_grid(schedule, n) for n in (50, 100)])
     assert error[1] < (2e-2 if solver == "euler" else 5e-4)
     assert math.log2(error[0] / error[1]) == pytest.approx(order, abs=0.3)
@@ -391,7 +381,10 @@ def test_ode_transports_a_gaussian(schedule, solver, order):
 
 @every_schedule
 def test_ode_converges_on_the_uniform_grid(schedule):
-    """On step_grid's times too the error vanishes; for VP at first order, the last interval's sigma being ~ sqrt(t)."""
+    """The error vanishes on step_grid's times too.
+
+    For VP it does so at first order, because sigma is about sqrt(t) in the last interval.
+    """
     error = gaussian_errors(schedule, "heun", [step_grid(n) for n in (25, 100)])
     assert error[1] < 0.03 and error[1] < error[0] / 3
 
@@ -399,7 +392,7 @@ def test_ode_converges_on_the_uniform_grid(schedule):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["x0", "flow_v", "vp_v"])
 def test_zero_snr_sampling_is_finite(kind, dtype):
-    """From alpha(1) = 0 the sampler starts and ends in finite numbers, for every prediction that is defined there."""
+    """With alpha(1) = 0 sampling gives finite numbers, for each prediction that is defined there."""
     schedule = SCHEDULES["zero_snr"]
     exact = gaussian_denoiser(schedule, 0.7, 0.4)
 
@@ -415,7 +408,7 @@ def test_zero_snr_sampling_is_finite(kind, dtype):
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
 def test_order_of_the_solvers_on_the_ring(solver, order):
-    """Halving the step halves Euler's error and quarters Heun's, on the ring mixture's exact velocity in float64."""
+    """Halving the step halves Euler's error and quarters Heun's, on the ring's exact velocity."""
     ring, label = RingTeacher(), torch.arange(48) % 5  # four classes and the null label
     z = normal(48, 2)
 
@@ -423,11 +416,9 @@ def test_order_of_the_solvers_on_the_ring(solver, order):
         return to_x0_eps(ring(x, t, label), "flow_v", x, 1 - t, t)
 
     truth = sample_ode(predict, Flow(), z, step_grid(2000), "heun")
-    error = [
-        (sample_ode(predict, Flow(), z, step_grid(n), solver) - truth).norm(dim=1).median()
-        for n in (100, 200, 400)
-    ]
-    rates = [math.log2(a / b) for a, b in zip(error, error[1:])]
+    ends = [sample_ode(predict, Flow(), z, step_grid(n), solver) for n in (100, 200, 400)]
+    error = [(x - truth).norm(dim=1).median() for x in ends]
+    rates = [math.log2(a / b) for a, b in itertools.pairwise(error)]
     assert all(abs(rate - order) < 0.3 for rate in rates), rates
 
 
@@ -441,10 +432,8 @@ def test_euler_steps_are_euler_and_ddim():
 
 
 def test_one_euler_step_returns_the_data_mean():
-    """At t = 1 a flow model's x0 is E[x0]: one Euler step maps every noise to the mean of its class."""
-    one_mode_each = RingTeacher(
-        modes=3, num_classes=3
-    )  # class k is the single Gaussian at means[k]
+    """At t = 1 a flow model's x0 is E[x0]: one Euler step maps every noise to its class's mean."""
+    one_mode_each = RingTeacher(modes=3, num_classes=3)  # class k is the Gaussian at means[k]
     label = torch.tensor([0, 1, 2, 3])  # 3: unconditional, whose mean is the origin
 
     def predict(x, t):
@@ -476,16 +465,14 @@ def test_unknown_solver_is_refused():
 
 def test_noise_has_the_stated_moments():
     """x_t = alpha x0 + sigma eps on numbers, and per-sample t broadcasts over any shape."""
-    x0, eps, t = (
-        normal(3, 2, 4, 4),
-        normal(3, 2, 4, 4, seed=1),
-        torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64),
-    )
-    want = np.stack([(1 - u) * a + u * b for u, a, b in zip(t.numpy(), x0.numpy(), eps.numpy())])
+    x0, eps = normal(3, 2, 4, 4), normal(3, 2, 4, 4, seed=1)
+    t = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    rows = zip(t.numpy(), x0.numpy(), eps.numpy(), strict=True)
+    want = np.stack([(1 - u) * a + u * b for u, a, b in rows])
     close(add_noise(Flow(), x0, eps, t), torch.from_numpy(want))
 
 
-# ---- corners ---------------------------------------------------------------------------------------------------
+# ---- corners -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("s", [0.08, 0.01])

@@ -1,4 +1,7 @@
-"""dmd.py against the papers' formulas: gradient, normaliser, fake score, GAN, rollout, and who is updated when (as in decoupled_dmd.py)."""
+"""dmd.py against the papers' formulas: loss and gradient, fake score, GAN, rollout, update order.
+
+What decoupled_dmd.py and tdm.py have in common with it is tested here for all of them.
+"""
 
 import copy
 import math
@@ -19,7 +22,9 @@ from helpers import (
     has_gradient,
     one_step,
     perturbed,
+    quiet,
     read_log,
+    ring_flags,
     ring_network,
     ring_run,
 )
@@ -28,11 +33,10 @@ import dmd
 import tdm
 from models.diffusion import (
     VP,
+    Diffusion,
     Flow,
     add_noise,
     from_x0_eps,
-    predict_x0,
-    predict_x0_eps,
     sample_ode,
     step_grid,
     to_x0_eps,
@@ -45,11 +49,13 @@ from models.networks.dit import DiT
 from models.networks.ring_mlp import RingMLP
 from models.plumbing import teachers
 from models.plumbing.data import Conditions
-from models.plumbing.teachers import load_teacher
+from models.plumbing.run import Run
+from models.plumbing.teachers import start_teacher
 from models.worlds import load_world
 from models.worlds.ring import RingTeacher
 
 KINDS = ("x0", "eps", "flow_v", "vp_v")
+FLOW_X0, FLOW_V = Diffusion(Flow(), "x0"), Diffusion(Flow(), "flow_v")
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -58,148 +64,224 @@ def normal(*shape, seed=0, dtype=torch.float64):
 
 def small_dit(seed=0, depth=4):
     torch.manual_seed(seed)
-    return perturbed(
-        DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=depth, num_classes=3),
-        seed,
-        std=0.2,
-    )
+    net = DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=depth, num_classes=3)
+    return perturbed(net, seed, std=0.2)
 
 
 def close(a, b, tolerance=1e-10):
-    torch.testing.assert_close(
-        torch.as_tensor(a, dtype=torch.float64),
-        torch.as_tensor(b, dtype=torch.float64),
-        rtol=tolerance,
-        atol=tolerance,
-    )
+    a, b = (torch.as_tensor(v, dtype=torch.float64) for v in (a, b))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-# ---- the matching loss -------------------------------------------------------------------------------------------
+def mean_error(x, x0):
+    """mean |x - x0| of each sample, ready to divide by.  (B, ...) -> (B, 1, ...)."""
+    return (x - x0).abs().mean(tuple(range(1, x.dim())), keepdim=True)
 
 
-def gradient_of(loss_function, x, g):
-    x = x.clone().requires_grad_(True)
-    loss = loss_function(x, g)
-    return torch.autograd.grad(loss, x)[0], float(loss.detach())
+def network_of(x0, diffusion):
+    """A network of the diffusion's kind whose output, read as x0, is x0(x_t, t, **cond)."""
+
+    def net(x_t, t, **cond):
+        mu, alpha, sigma = (
+            x0(x_t, t, **cond),
+            diffusion.schedule.alpha(t),
+            diffusion.schedule.sigma(t),
+        )
+        eps = to_x0_eps(mu, "x0", x_t, alpha, sigma)[1]
+        return from_x0_eps(diffusion.prediction, mu, eps, alpha, sigma)
+
+    return net
 
 
-def test_matching_loss_has_gradient_g_over_numel():
-    """d/dx of the pseudo-loss is g / numel(x) and its value 0.5 mean g^2 (2311.18828, Alg. 2)."""
-    x, g = normal(5, 3, 4), normal(5, 3, 4, seed=1)
-    got, value = gradient_of(dmd.distribution_matching_loss, x, g)
-    close(got, g / g.numel(), 1e-12)
-    assert value == pytest.approx(0.5 * float(g.square().mean()), rel=1e-12)
+def seeing(mu, diffusion=FLOW_X0):
+    """A network that sees mu (B, ...) as the x0 of whatever it is given."""
+    return network_of(lambda x_t, t, **cond: mu, diffusion)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda x, g: F.mse_loss(x, (x - g).detach()),  # no 0.5
-        lambda x, g: 0.5 * F.mse_loss(x, (x - g).detach(), reduction="sum"),
-        lambda x, g: 0.5 * F.mse_loss(x, x - g),  # no stop-gradient
-        lambda x, g: 0.5 * F.mse_loss(x, (x + g).detach()),  # wrong sign
-    ],
-    ids=["no half", "sum", "no stop-gradient", "sign"],
-)
+def levels(n):
+    return torch.linspace(0.1, 0.9, n, dtype=torch.float64)
+
+
+def loss_of(x, mu_real, mu_fake, diffusion=FLOW_X0):
+    """dmd_loss of networks that see mu_real and mu_fake, without guidance.  -> loss, g."""
+    nets = seeing(mu_real, diffusion), seeing(mu_fake, diffusion)
+    eps = normal(*x.shape, seed=99)
+    return dmd.dmd_loss(x, *nets, diffusion, eps, levels(9)[: len(x)], {}, {}, {}, 1)
+
+
+def gradient_of(x, mu_real, mu_fake):
+    """g of dmd_loss."""
+    return loss_of(x, mu_real, mu_fake)[1]
+
+
+# ---- the matching loss ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("schedule", [Flow(), VP()], ids=["flow", "vp"])
+def test_matching_loss_is_algorithm_2(schedule, kind):
+    """d/dx of the loss is g / numel(x), its value 0.5 mean g^2 (2311.18828, Alg. 2), with
+
+    g = (mu_fake - mu_real) / mean|x - mu_real|, whatever the networks predict.
+    """
+    x, mu_r, mu_f = (normal(5, 3, 4, seed=k) for k in range(3))
+    x.requires_grad_(True)
+    loss, g = loss_of(x, mu_r, mu_f, Diffusion(schedule, kind))
+    close(g, (mu_f - mu_r) / mean_error(x.detach(), mu_r), 1e-9)
+    close(torch.autograd.grad(loss, x)[0], g / g.numel(), 1e-12)
+    close(loss.detach(), 0.5 * g.square().mean(), 1e-12)
+
+
+def test_loss_without_the_fake_score_is_the_same_with_mu_fake_at_x():
+    """--no_fake_score, value and gradient; only the teacher is called."""
+    x, mu_r, eps = (normal(5, 3, 4, seed=k) for k in (0, 1, 99))
+    x.requires_grad_(True)
+    loss, g = dmd.dmd_loss_without_fake(x, seeing(mu_r), FLOW_X0, eps, levels(9)[:5], {}, {}, 1)
+    close(g, (x.detach() - mu_r) / mean_error(x.detach(), mu_r), 1e-12)
+    close(torch.autograd.grad(loss, x)[0], g / g.numel(), 1e-12)
+    want, g_want = loss_of(x, mu_r, x.detach())
+    assert torch.equal(loss, want) and torch.equal(g, g_want) and not g.requires_grad
+
+
+WRONG_LOSSES = {
+    "no half": lambda x, g: F.mse_loss(x, (x - g).detach()),
+    "sum": lambda x, g: 0.5 * F.mse_loss(x, (x - g).detach(), reduction="sum"),
+    "no stop-gradient": lambda x, g: 0.5 * F.mse_loss(x, x - g),
+    "sign": lambda x, g: 0.5 * F.mse_loss(x, (x + g).detach()),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LOSSES.values(), ids=WRONG_LOSSES)
 def test_matching_loss_identity_tells_wrong_variants(wrong):
     """The identity above is sharp: the usual mistakes violate it."""
-    x, g = normal(5, 3, 4), normal(5, 3, 4, seed=1)
-    assert not torch.allclose(gradient_of(wrong, x, g)[0], g / g.numel(), rtol=1e-3)
+    x, mu_r, mu_f = (normal(5, 3, 4, seed=k) for k in range(3))
+    g = gradient_of(x, mu_r, mu_f)
+    x.requires_grad_(True)
+    got = torch.autograd.grad(wrong(x, g), x)[0]
+    assert not torch.allclose(got, g / g.numel(), rtol=1e-3)
 
 
-# ---- the gradient ------------------------------------------------------------------------------------------------
+# ---- the gradient --------------------------------------------------------------------------------
 
 
-def test_gradient_is_equation_7_with_equation_8():
-    """w_t a_t (s_fake - s_real), with w_t = (s^2 / a) C S / ||mu_real - x||_1, is a_t times our gradient (the dropped a_t)."""
-    x, mu_r, mu_f, x_t = (normal(4, 3, 5, seed=k) for k in range(4))
-    for schedule in (Flow(), VP()):
-        t = torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
-        a, s = schedule.alpha(t), schedule.sigma(t)
-        score = [from_x0_eps("score", *to_x0_eps(mu, "x0", x_t, a, s), a, s) for mu in (mu_f, mu_r)]
-        w = (s**2 / a) * 15 / (mu_r - x).abs().sum((1, 2))
-        want = (w * a)[:, None, None] * (score[0] - score[1])
-        close(a[:, None, None] * dmd.distribution_matching_gradient(x, mu_r, mu_f), want, 1e-9)
+@pytest.mark.parametrize("schedule", [Flow(), VP()], ids=["flow", "vp"])
+def test_gradient_is_equation_7_with_equation_8(schedule):
+    """w_t a_t (s_fake - s_real), with w_t = (s^2 / a) C S / ||mu_real - x||_1, is a_t times g.
+
+    a_t is the factor that both papers' pseudo-code drops. The networks predict scores.
+    """
+    x, score_r, score_f, eps = (normal(4, 3, 5, seed=k) for k in range(4))
+    t, diffusion = (
+        torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64),
+        Diffusion(schedule, "score"),
+    )
+    a, s = schedule.alpha(t), schedule.sigma(t)
+    nets = (lambda x_t, t: score_r), (lambda x_t, t: score_f)
+    _, g = dmd.dmd_loss(x, *nets, diffusion, eps, t, {}, {}, {}, 1)
+    mu_r = to_x0_eps(score_r, "score", add_noise(schedule, x, eps, t), a, s)[0]
+    w = (s**2 / a) * 15 / (mu_r - x).abs().sum((1, 2))
+    close(a[:, None, None] * g, (w * a)[:, None, None] * (score_f - score_r), 1e-9)
 
 
 def test_normaliser_is_per_sample():
-    """Changing sample i leaves the gradient of sample j bit-equal; a whole-batch mean does not pass."""
+    """Changing sample i leaves the gradient of sample j bit-equal; a batch's mean does not pass."""
 
-    def whole_batch(x, x0_real, x0_fake):
-        return (x0_fake - x0_real) / (x - x0_real).abs().mean()
+    def whole_batch(x, mu_real, mu_fake):
+        return (mu_fake - mu_real) / (x - mu_real).abs().mean()
 
-    x, mu_r, mu_f = (normal(4, 3, 5, seed=k) for k in range(3))
-    others = [0, 2, 3]
-    moved = x.clone()
+    x, mu_r, mu_f, eps = (normal(4, 3, 5, seed=k) for k in range(4))
+    others, moved, t = [0, 2, 3], x.clone(), levels(4)
     moved[1] *= 100
-    kept = dmd.distribution_matching_gradient(x, mu_r, mu_f)[others]
-    assert torch.equal(dmd.distribution_matching_gradient(moved, mu_r, mu_f)[others], kept)
-    assert torch.equal(
-        dmd.distribution_matching_gradient(x[others], mu_r[others], mu_f[others]), kept
-    )
-    assert not torch.allclose(
-        whole_batch(moved, mu_r, mu_f)[others], whole_batch(x, mu_r, mu_f)[others]
-    )
+
+    def gradient(x, rows):
+        nets = seeing(mu_r[rows]), seeing(mu_f[rows])
+        return dmd.dmd_loss(x[rows], *nets, FLOW_X0, eps[rows], t[rows], {}, {}, {}, 1)[1]
+
+    kept = gradient(x, slice(None))[others]
+    assert torch.equal(gradient(moved, slice(None))[others], kept)
+    assert torch.equal(gradient(x, others), kept)
+    wrong = [whole_batch(v, mu_r, mu_f)[others] for v in (moved, x)]
+    assert not torch.allclose(*wrong)
 
 
 def test_gradient_is_dimensionless():
     """Scaling x, mu_real and mu_fake together leaves the gradient unchanged, also per sample."""
     x, mu_r, mu_f = (normal(4, 3, 5, seed=k) for k in range(3))
     k = torch.tensor([0.01, 1.0, 7.0, 1000.0], dtype=torch.float64)[:, None, None]
-    close(
-        dmd.distribution_matching_gradient(k * x, k * mu_r, k * mu_f),
-        dmd.distribution_matching_gradient(x, mu_r, mu_f),
-        1e-12,
-    )
+    close(gradient_of(k * x, k * mu_r, k * mu_f), gradient_of(x, mu_r, mu_f), 1e-12)
 
 
 def test_normaliser_is_the_distance_of_x_not_of_x_t():
-    """The L1 target is the clean student sample x: the mean of |g (x - mu_real) / (mu_fake - mu_real)| is 1 with x, not with x_t."""
+    """The mean of |g (x - mu_real) / (mu_fake - mu_real)| is 1 with the clean x, not with x_t."""
     x, mu_r, mu_f, eps = (normal(2, 3, 5, seed=k) for k in range(4))
-    g = dmd.distribution_matching_gradient(x, mu_r, mu_f)
+    t, one = torch.tensor([0.5, 0.9], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    _, g = dmd.dmd_loss(x, seeing(mu_r), seeing(mu_f), FLOW_X0, eps, t, {}, {}, {}, 1)
     weight = (g / (mu_f - mu_r)).flatten(1)[:, 0]
-    x_t = add_noise(Flow(), x, eps, torch.tensor([0.5, 0.9], dtype=torch.float64))
-    close(weight * (x - mu_r).abs().flatten(1).mean(1), torch.ones(2))
-    assert not torch.allclose(
-        weight * (x_t - mu_r).abs().flatten(1).mean(1),
-        torch.ones(2, dtype=torch.float64),
-        rtol=0.05,
-    )
+    x_t = add_noise(Flow(), x, eps, t)
+    close(weight * (x - mu_r).abs().flatten(1).mean(1), one)
+    assert not torch.allclose(weight * (x_t - mu_r).abs().flatten(1).mean(1), one, rtol=0.05)
 
 
 def test_gradient_is_a_finite_constant():
     """No graph is attached, and a teacher that agrees with x exactly does not divide by zero."""
     x = normal(2, 3).requires_grad_(True)
-    assert not dmd.distribution_matching_gradient(x, x * 2, x * 3).requires_grad
-    assert torch.equal(
-        dmd.distribution_matching_gradient(x, x, x), torch.zeros(2, 3, dtype=torch.float64)
-    )
+    for loss, g in (
+        loss_of(x, x * 2, x * 3),
+        dmd.dmd_loss_without_fake(x, seeing(x * 2), FLOW_X0, x, levels(2), {}, {}, 1),
+    ):
+        assert not g.requires_grad and g.grad_fn is None
+        close(torch.autograd.grad(loss, x)[0], g / 6, 1e-12)  # nothing through the x of mu
+    assert torch.equal(gradient_of(x, x, x), torch.zeros(2, 3, dtype=torch.float64))
+    assert gradient_of(x, x, x + 1).isfinite().all()
 
 
 @pytest.mark.parametrize("guidance, zero", [(1, True), (1.5, False)])
 def test_no_gradient_when_fake_equals_teacher(guidance, zero):
-    """At initialisation fake == teacher: the student's gradient is exactly 0 without guidance, and is not with it."""
+    """At the start fake == teacher: the student's gradient is exactly 0 without guidance alone."""
     teacher = small_dit().requires_grad_(False)
     student, fake = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher)
-    z, eps, t = (
-        normal(6, 1, 4, 4, dtype=torch.float32),
-        normal(6, 1, 4, 4, seed=1, dtype=torch.float32),
-        torch.linspace(0.1, 0.9, 6),
-    )
+    z, eps = (normal(6, 1, 4, 4, seed=k, dtype=torch.float32) for k in range(2))
     cond, uncond = {"label": torch.arange(6) % 3}, {"label": torch.full((6,), 3)}
-    x = predict_x0(student, Flow(), "flow_v", z, torch.ones(6), **cond)
-    x_t = add_noise(Flow(), x.detach(), eps, t)
-    mu_r = dmd.guided_x0(teacher, Flow(), "flow_v", x_t, t, cond, uncond, guidance)
-    g = dmd.distribution_matching_gradient(
-        x, mu_r, predict_x0(fake, Flow(), "flow_v", x_t, t, **cond)
-    )
-    dmd.distribution_matching_loss(x, g).backward()
+    x = FLOW_V.x0(student, z, 1.0, **cond)
+    at_t = FLOW_V, eps, torch.linspace(0.1, 0.9, 6), cond, uncond
+    loss, g = dmd.dmd_loss(x, teacher, fake, *at_t, cond, guidance)
+    loss.backward()
+    assert not has_gradient(fake) and not has_gradient(teacher)
     largest = max(float(p.grad.abs().max()) for p in student.parameters() if p.grad is not None)
-    assert (not g.any() and largest == 0) if zero else (g.abs().max() > 1e-3 and largest > 1e-6)
+    if zero:
+        assert not g.any() and largest == 0
+    else:
+        assert g.abs().max() > 1e-3 and largest > 1e-6
+
+
+@pytest.mark.parametrize("scale", [1, 4.0])
+def test_teacher_is_guided_and_the_fake_is_not(scale):
+    """Who is called in dmd_loss, in order, at which x_t and t, and under which condition."""
+    calls = []
+
+    def recorded(who, slope):
+        def net(x_t, t, label, steps=None):
+            calls.append((who, x_t, t, label, steps))
+            return x_t * (slope + label.double()[:, None])
+
+        return net
+
+    x, eps, t = normal(3, 2), normal(3, 2, seed=1), levels(3)
+    cond, uncond = {"label": torch.ones(3)}, {"label": torch.zeros(3)}
+    fake_cond = {"label": torch.full((3,), 2.0), "steps": torch.full((3,), 7.0)}
+    nets = recorded("teacher", 0.5), recorded("fake", 0.1)
+    _, g = dmd.dmd_loss(x, *nets, FLOW_X0, eps, t, cond, uncond, fake_cond, scale)
+    x_t = add_noise(Flow(), x, eps, t)
+    assert [who for who, *_ in calls] == ["teacher"] * (1 if scale == 1 else 2) + ["fake"]
+    assert all(torch.equal(c[1], x_t) and torch.equal(c[2], t) for c in calls)
+    assert [float(c[3][0]) for c in calls] == ([1.0, 2.0] if scale == 1 else [1.0, 0.0, 2.0])
+    assert all(c[4] is None for c in calls[:-1]) and (calls[-1][4] == 7).all()
+    mu_real = 0.5 * x_t + scale * (1.5 * x_t - 0.5 * x_t)
+    close(g, (2.1 * x_t - mu_real) / mean_error(x, mu_real))
 
 
 def test_guided_x0_calls_and_values():
-    """Guidance 1 is the conditional prediction itself in one call; otherwise two calls, uncond + k (cond - uncond)."""
+    """Guidance 1 is the conditional prediction in one call, else uncond + k (cond - uncond)."""
     calls = []
 
     def net(x, t, label):
@@ -208,14 +290,14 @@ def test_guided_x0_calls_and_values():
 
     x, t = normal(3, 2), torch.full((3,), 0.5, dtype=torch.float64)
     cond, uncond = {"label": torch.ones(3)}, {"label": torch.zeros(3)}
-    plain = dmd.guided_x0(net, Flow(), "flow_v", x, t, cond, uncond, 1)
+    plain = FLOW_V.guided_x0(net, x, t, cond, uncond, 1)
     assert calls == [1.0] and torch.equal(plain, x - 0.5 * x)
-    guided = dmd.guided_x0(net, Flow(), "flow_v", x, t, cond, uncond, 4.0)
+    guided = FLOW_V.guided_x0(net, x, t, cond, uncond, 4.0)
     assert calls == [1.0, 1.0, 0.0]
     close(guided, x + 4 * (plain - x))
 
 
-# ---- Gaussians, where everything is known --------------------------------------------------------------------------
+# ---- Gaussians, where everything is known --------------------------------------------------------
 
 
 def posterior_mean(x_t, m, c, a, s):
@@ -223,24 +305,47 @@ def posterior_mean(x_t, m, c, a, s):
     return m + a * c**2 / (a**2 * c**2 + s**2) * (x_t - a * m)
 
 
+class OneLevel:
+    """A noise schedule with alpha = .8 and sigma = .5 at all times."""
+
+    def alpha(self, t):
+        return torch.full_like(t, 0.8)
+
+    def sigma(self, t):
+        return torch.full_like(t, 0.5)
+
+
 def test_score_difference_is_the_kl_gradient_of_gaussians():
-    """E[a (s_fake - s_real) dG/d(m, c)] is the gradient of KL(N(am, a^2c^2+s^2) || N(am0, a^2c0^2+s^2)): .56228, -.42448 here."""
-    m, c, m0, c0, a, s = (
-        torch.tensor(v, dtype=torch.float64) for v in (0.7, 0.6, -0.2, 1.1, 0.8, 0.5)
-    )
+    """E[a (s_fake - s_real) dG/d(m, c)] is the gradient in (m, c) of
+
+    KL(N(am, a^2c^2+s^2) || N(am0, a^2c0^2+s^2)), which is .56228, -.42448 here. The score
+    difference is read off dmd_loss's g.
+    """
+    values = (0.7, 0.6, -0.2, 1.1, 0.8, 0.5)
+    m, c, m0, c0, a, s = (torch.tensor(v, dtype=torch.float64) for v in values)
     nodes, weights = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(20))
     weights = weights / weights.sum()
-    z, eps = torch.meshgrid(nodes, nodes, indexing="ij")
-    w = weights[:, None] * weights
-    x_t = a * (m + c * z) + s * eps
-    mu_f, mu_r = posterior_mean(x_t, m, c, a, s), posterior_mean(x_t, m0, c0, a, s)
-    a_rows, s_rows = a.expand(20), s.expand(20)
-    score_f, score_r = (
-        from_x0_eps("score", *to_x0_eps(mu, "x0", x_t, a_rows, s_rows), a_rows, s_rows)
-        for mu in (mu_f, mu_r)
+    z, eps = (v.reshape(400, 1) for v in torch.meshgrid(nodes, nodes, indexing="ij"))
+    w = (weights[:, None] * weights).reshape(400, 1)
+    x, t = m + c * z, torch.zeros(400, dtype=torch.float64)
+    x_t = a * x + s * eps
+    teacher, fake = (
+        lambda x_t, t, m=m, c=c: posterior_mean(x_t, m, c, a, s) for m, c in ((m0, c0), (m, c))
     )
+    mu_f, mu_r = fake(x_t, t), teacher(x_t, t)
+    rows = (
+        torch.full((400,), 0.8, dtype=torch.float64),
+        torch.full((400,), 0.5, dtype=torch.float64),
+    )
+    score_f, score_r = (
+        from_x0_eps("score", *to_x0_eps(mu, "x0", x_t, *rows), *rows) for mu in (mu_f, mu_r)
+    )
+    at_t = Diffusion(OneLevel(), "x0"), eps, t
+    _, g = dmd.dmd_loss(x, teacher, fake, *at_t, {}, {}, {}, 1)
     close(score_f - score_r, a * (mu_f - mu_r) / s**2)
-    by_score = [float((w * a * (score_f - score_r) * dG).sum()) for dG in (1, z)]
+    close(a / s**2 * g * mean_error(x, mu_r), score_f - score_r)
+    difference = a / s**2 * g * mean_error(x, mu_r)
+    by_score = [float((w * a * difference * dG).sum()) for dG in (1, z)]
 
     mc = torch.stack([m, c]).requires_grad_(True)
     v1, v2 = a**2 * mc[1] ** 2 + s**2, a**2 * c0**2 + s**2
@@ -250,62 +355,43 @@ def test_score_difference_is_the_kl_gradient_of_gaussians():
 
 
 def unit_nodes(n):
-    """n fixed equally weighted nodes with the normal's quantiles and exactly mean 0, variance 1."""
+    """n equally weighted nodes: the normal's quantiles, with exactly mean 0 and variance 1."""
     z = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(n, dtype=torch.float64) + 0.5) / n)
     return z / z.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("with_fake_score", [True, False])
 def test_without_the_fake_score_the_student_collapses(with_fake_score):
-    """G(z) = m + c z descending our gradient: with the exact fake score c settles at the data's std, with mu_fake = x it decays to 0."""
-    m0, c0 = -0.2, 1.1
-    z, eps = (
-        v.reshape(1, -1) for v in torch.meshgrid(unit_nodes(40), unit_nodes(40), indexing="ij")
-    )
-    t = torch.tensor(
-        [0.2, 0.5, 0.8], dtype=torch.float64
-    )  # three noise levels, each a row of 1600 nodes
-    a, s = (1 - t)[:, None], t[:, None]
+    """G(z) = m + c z descends the script's losses.
+
+    With the exact fake score c settles at the data's std, with mu_fake = x it decays to 0.
+    """
+    m0, c0, nodes = -0.2, 1.1, unit_nodes(40)
+    z, eps = (v.reshape(1, -1) for v in torch.meshgrid(nodes, nodes, indexing="ij"))
+    t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)  # three levels, 1600 nodes at each
+    at_t = FLOW_X0, eps.expand(3, -1), t, {}, {}
     mc = torch.tensor([0.7, 0.6], dtype=torch.float64, requires_grad=True)
+
+    def network(m, c):
+        return lambda x_t, t: posterior_mean(x_t, m, c, 1 - t[:, None], t[:, None])
+
     for _ in range(400):
         m, c = mc
         x = (m + c * z).expand(3, -1)
-        x_t = (a * x + s * eps).detach()
-        mu_f = posterior_mean(x_t, m, c, a, s) if with_fake_score else x
-        g = dmd.distribution_matching_gradient(x, posterior_mean(x_t, m0, c0, a, s), mu_f)
-        mc.data -= 0.1 * torch.autograd.grad(dmd.distribution_matching_loss(x, g), mc)[0]
+        if with_fake_score:
+            loss, _ = dmd.dmd_loss(x, network(m0, c0), network(m, c), *at_t, {}, 1)
+        else:
+            loss, _ = dmd.dmd_loss_without_fake(x, network(m0, c0), *at_t, 1)
+        mc.data -= 0.1 * torch.autograd.grad(loss, mc)[0]
     m, c = mc.tolist()
     assert m == pytest.approx(m0, abs=1e-3)
-    assert c == pytest.approx(c0, abs=1e-2) if with_fake_score else abs(c) < 1e-3
+    if with_fake_score:
+        assert c == pytest.approx(c0, abs=1e-2)
+    else:
+        assert abs(c) < 1e-3
 
 
-# ---- the fake score ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("schedule", [Flow(), VP()], ids=["flow", "vp"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("t", [0.15, 0.6, 0.9])
-def test_fake_score_optimum_is_the_posterior_mean(schedule, kind, t):
-    """On N(m, c^2) the best network w x_t + b under fake_score_loss, read as x0, is E[x0 | x_t], whatever it predicts."""
-    m, c = 0.7, 0.6
-    z, eps = (
-        v.reshape(-1, 1) for v in torch.meshgrid(unit_nodes(30), unit_nodes(30), indexing="ij")
-    )
-    x, times = m + c * z, torch.full((900,), t, dtype=torch.float64)
-
-    def loss(wb):
-        net = lambda x_t, t: DoubleOutput.apply_to(wb[0] * x_t + wb[1])  # noqa: E731
-        return dmd.fake_score_loss(net, schedule, kind, x, eps, times, {})
-
-    zero = torch.zeros(2, dtype=torch.float64)
-    slope, curvature = (
-        torch.autograd.functional.jacobian(loss, zero),
-        torch.autograd.functional.hessian(loss, zero),
-    )
-    w, b = -torch.linalg.solve(curvature, slope)  # the loss is quadratic in (w, b): one Newton step
-    a, s, x_t = schedule.alpha(times), schedule.sigma(times), add_noise(schedule, x, eps, times)
-    mu = to_x0_eps(w * x_t + b, kind, x_t, a, s)[0]
-    close(mu, posterior_mean(x_t, m, c, a[:, None], s[:, None]), 1e-9)
+# ---- the fake score ------------------------------------------------------------------------------
 
 
 class DoubleOutput(torch.Tensor):
@@ -319,40 +405,64 @@ class DoubleOutput(torch.Tensor):
         return self.as_subclass(torch.Tensor)
 
 
-@pytest.mark.parametrize(
-    "kind, schedule, weight",
-    [
-        ("x0", VP(), lambda a, s: 1 + 0 * a),
-        ("eps", VP(), lambda a, s: (a / s) ** 2),
-        ("vp_v", VP(), lambda a, s: 1 / s**2),
-        ("score", VP(), lambda a, s: a**2 / s**4),
-        ("flow_v", Flow(), lambda a, s: 1 / s**2),
-        ("eps", Flow(), lambda a, s: (a / s) ** 2),
-    ],
-    ids=["x0", "eps", "vp_v", "score", "flow_v", "eps of flow"],
-)
-def test_fake_score_loss_is_a_weighted_x0_loss(kind, schedule, weight):
-    """Regressing eps is the x0 loss times (a / s)^2, either velocity 1 / s^2, the score a^2 / s^4: the teacher's own weighting."""
-    x, eps, t = (
-        normal(6, 2, 3),
-        normal(6, 2, 3, seed=1),
-        torch.linspace(0.1, 0.9, 6, dtype=torch.float64),
-    )
+@both
+@pytest.mark.parametrize("schedule", [Flow(), VP()], ids=["flow", "vp"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("t", [0.15, 0.6, 0.9])
+def test_fake_score_optimum_is_the_posterior_mean(script, schedule, kind, t):
+    """On N(m, c^2) the best network w x_t + b under fake_score_loss, read as x0, is E[x0 | x_t]."""
+    m, c, nodes, diffusion = 0.7, 0.6, unit_nodes(30), Diffusion(schedule, kind)
+    z, eps = (v.reshape(-1, 1) for v in torch.meshgrid(nodes, nodes, indexing="ij"))
+    x, times = m + c * z, torch.full((900,), t, dtype=torch.float64)
+
+    def loss(wb):
+        def net(x_t, t):
+            return DoubleOutput.apply_to(wb[0] * x_t + wb[1])
+
+        return script.fake_score_loss(net, diffusion, x, eps, times, {})
+
+    zero = torch.zeros(2, dtype=torch.float64)
+    slope = torch.autograd.functional.jacobian(loss, zero)
+    curvature = torch.autograd.functional.hessian(loss, zero)
+    w, b = -torch.linalg.solve(curvature, slope)  # the loss is quadratic: one Newton step
+    a, s, x_t = schedule.alpha(times), schedule.sigma(times), add_noise(schedule, x, eps, times)
+    mu = to_x0_eps(w * x_t + b, kind, x_t, a, s)[0]
+    close(mu, posterior_mean(x_t, m, c, a[:, None], s[:, None]), 1e-9)
+
+
+WEIGHTINGS = {
+    "x0": ("x0", VP(), lambda a, s: 1 + 0 * a),
+    "eps": ("eps", VP(), lambda a, s: (a / s) ** 2),
+    "vp_v": ("vp_v", VP(), lambda a, s: 1 / s**2),
+    "score": ("score", VP(), lambda a, s: a**2 / s**4),
+    "flow_v": ("flow_v", Flow(), lambda a, s: 1 / s**2),
+    "eps of flow": ("eps", Flow(), lambda a, s: (a / s) ** 2),
+}
+
+
+@both
+@pytest.mark.parametrize("kind, schedule, weight", WEIGHTINGS.values(), ids=WEIGHTINGS)
+def test_fake_score_loss_is_a_weighted_x0_loss(script, kind, schedule, weight):
+    """Regressing eps is the x0 loss times (a / s)^2, either velocity 1 / s^2, the score a^2 / s^4.
+
+    That is the teacher's own weighting.
+    """
+    x, eps, output = (normal(6, 2, 3, seed=k) for k in range(3))
+    t = levels(6)
     a, s, x_t = schedule.alpha(t), schedule.sigma(t), add_noise(schedule, x, eps, t)
-    output = normal(6, 2, 3, seed=2)
     seen = {}
 
     def net(x_t, t, label):
         seen.update(x_t=x_t, t=t, label=label)
         return DoubleOutput.apply_to(output)
 
-    loss = dmd.fake_score_loss(net, schedule, kind, x, eps, t, {"label": 5})
+    loss = script.fake_score_loss(net, Diffusion(schedule, kind), x, eps, t, {"label": 5})
     mu = to_x0_eps(output, kind, x_t, a, s)[0]
     close(loss, (weight(a, s)[:, None, None] * (mu - x).square()).mean(), 1e-9)
     assert torch.equal(seen["x_t"], x_t) and torch.equal(seen["t"], t) and seen["label"] == 5
 
 
-# ---- rollout and sampler -----------------------------------------------------------------------------------------
+# ---- rollout and sampler -------------------------------------------------------------------------
 
 
 class Counting(nn.Module):
@@ -367,30 +477,42 @@ class Counting(nn.Module):
         return self.net(x, t, label)
 
 
+class Noise:
+    """name -> noise of 5 points: "z" and "renoise0", "renoise1", ...; notes what is asked for."""
+
+    def __init__(self, dtype=torch.float64):
+        self.dtype, self.asked = dtype, []
+
+    def __call__(self, name):
+        self.asked.append(name)
+        seed = 0 if name == "z" else 100 + int(name.removeprefix("renoise"))
+        return normal(5, 2, seed=seed, dtype=self.dtype)
+
+
 def setting(steps, dtype=torch.float64):
-    times, z = step_grid(steps, 3.0)[:-1], normal(5, 2, dtype=dtype)
-    return (
-        times,
-        z,
-        {"label": torch.arange(5) % 4},
-        lambda i: normal(5, 2, seed=100 + i, dtype=dtype),
-    )
+    """-> times, z, cond, noise."""
+    noise = Noise(dtype)
+    return step_grid(steps, 3.0)[:-1], noise("z"), {"label": torch.arange(5) % 4}, Noise(dtype)
 
 
 @pytest.mark.parametrize("renoise", ["sde", "ode"])
 @pytest.mark.parametrize("N", [1, 2, 4])
 def test_call_counts(N, renoise):
-    """A rollout to step k costs k calls, the sampler N, none of them guided; noise is drawn between calls only, never after the last."""
+    """A rollout to step k costs k calls, the sampler N, none of them guided.
+
+    Noise is drawn between calls only, never after the last.
+    """
     times, z, cond, _ = setting(N)
     for k in range(N):
         student = Counting()
-        dmd.rollout(student, Flow(), "flow_v", z, times[: k + 1], cond, renoise, lambda i: z)
+        dmd.rollout(student, FLOW_V, Noise(), times[: k + 1], cond, renoise)
         assert len(student.seen) == k
-        predict_x0(student, Flow(), "flow_v", z, z.new_full((5,), times[k]), **cond)
+        FLOW_V.x0(student, z, times[k], **cond)
         assert len(student.seen) == k + 1  # a training sample at step k
-    student, drawn = Counting(), []
-    dmd.sample(student, Flow(), "flow_v", z, times, cond, renoise, lambda i: drawn.append(i) or z)
-    assert len(student.seen) == N and drawn == (list(range(N - 1)) if renoise == "sde" else [])
+    student, noise = Counting(), Noise()
+    dmd.sample(student, FLOW_V, noise, times, cond, renoise)
+    between = [f"renoise{i}" for i in range(N - 1)] if renoise == "sde" else []
+    assert len(student.seen) == N and noise.asked == ["z", *between]
     assert [float(t[0]) for _, t in student.seen] == times
 
 
@@ -398,96 +520,92 @@ def test_rollout_of_no_step_is_the_noise_itself():
     """k = 0 hands back z, bit for bit, also where the schedule's alpha(1) is not 0."""
     z = normal(3, 2)
     for schedule in (Flow(), VP()):
-        assert torch.equal(dmd.rollout(None, schedule, "eps", z, [1.0], {}, "sde", None), z)
+        got = dmd.rollout(None, Diffusion(schedule, "eps"), lambda name: z, [1.0], {}, "sde")
+        assert torch.equal(got, z)
 
 
 def test_one_step_sampler_is_one_call():
-    """N = 1: the sample is predict_x0 at t = 1, without any noise added."""
-    times, z, cond, fresh = setting(1)
-    got = dmd.sample(RingTeacher(), Flow(), "flow_v", z, times, cond, "sde", fresh)
-    assert torch.equal(
-        got,
-        predict_x0(RingTeacher(), Flow(), "flow_v", z, torch.ones(5, dtype=torch.float64), **cond),
-    )
+    """N = 1: the sample is the network's x0 at t = 1, without any noise added."""
+    times, z, cond, noise = setting(1)
+    got = dmd.sample(RingTeacher(), FLOW_V, noise, times, cond, "sde")
+    assert torch.equal(got, FLOW_V.x0(RingTeacher(), z, torch.ones(5, dtype=torch.float64), **cond))
 
 
 @pytest.mark.parametrize("renoise", ["sde", "ode"])
 def test_training_rollout_visits_the_sampler_s_states(renoise):
-    """Backward simulation: with the same noise, the training input at step k is bit-equal to the state the sampler is in."""
-    times, z, cond, fresh = setting(4, torch.float32)
+    """Backward simulation: with the same noise the training input at step k is the sampler's state.
+
+    It is so to the bit.
+    """
+    times, z, cond, noise = setting(4, torch.float32)
     student = Counting(perturbed(RingMLP(dim=32), std=0.2))
-    x0 = dmd.sample(student, Flow(), "flow_v", z, times, cond, renoise, fresh)
+    x0 = dmd.sample(student, FLOW_V, noise, times, cond, renoise)
     visited = list(student.seen)
     for k in range(4):
-        x_t = dmd.rollout(student, Flow(), "flow_v", z, times[: k + 1], cond, renoise, fresh)
-        assert torch.equal(x_t, visited[k][0]) and torch.equal(
-            visited[k][1], z.new_full((5,), times[k])
-        )
+        x_in = dmd.rollout(student, FLOW_V, noise, times[: k + 1], cond, renoise)
+        assert torch.equal(x_in, visited[k][0])
+        assert torch.equal(visited[k][1], z.new_full((5,), times[k]))
     with torch.no_grad():
-        assert torch.equal(
-            x0, predict_x0(student, Flow(), "flow_v", x_t, z.new_full((5,), times[3]), **cond)
-        )
+        assert torch.equal(x0, FLOW_V.x0(student, x_in, times[3], **cond))
 
 
 def test_sde_adds_fresh_noise_and_ode_keeps_the_implied_noise():
-    """ "sde": x_{t'} = a' x0 + s' fresh; "ode" is the Euler solver on the same times, and DDIM under VP."""
-    times, z, cond, fresh = setting(2)
-    t0, t1 = (z.new_full((5,), t) for t in times)
-    x0, _ = predict_x0_eps(RingTeacher(), Flow(), "flow_v", z, t0, **cond)
-    close(
-        dmd.rollout(RingTeacher(), Flow(), "flow_v", z, times, cond, "sde", fresh),
-        add_noise(Flow(), x0, fresh(0), t1),
-    )
-    times, z, cond, fresh = setting(4)
+    """Rule "sde" is x_{t'} = a' x0 + s' fresh; "ode" is Euler, which is DDIM under VP."""
+    times, z, cond, noise = setting(2)
+    x0, _ = FLOW_V.x0_eps(RingTeacher(), z, times[0], **cond)
+    got = dmd.rollout(RingTeacher(), FLOW_V, noise, times, cond, "sde")
+    close(got, add_noise(Flow(), x0, noise("renoise0"), z.new_full((5,), times[1])))
+    times, z, cond, noise = setting(4)
     for schedule in (Flow(), VP()):
-        predict = lambda x, t: predict_x0_eps(RingTeacher(), schedule, "vp_v", x, t, **cond)  # noqa: E731, B023
+        diffusion = Diffusion(schedule, "vp_v")
+
+        def predict(x, t, diffusion=diffusion):
+            return diffusion.x0_eps(RingTeacher(), x, t, **cond)
+
         euler = sample_ode(predict, schedule, z, times + [0.0], "euler")
-        close(dmd.sample(RingTeacher(), schedule, "vp_v", z, times, cond, "ode", fresh), euler)
+        close(dmd.sample(RingTeacher(), diffusion, noise, times, cond, "ode"), euler)
 
 
 def test_sampler_of_an_exact_student_has_the_data_s_law():
-    """With exact conditional sampling at each call, alpha x0 + sigma fresh is a draw of x_t: moments of the states agree with the data."""
+    """With exact conditional sampling at each call, alpha x0 + sigma fresh is a draw of x_t.
+
+    So the moments of the samples agree with the data.
+    """
     m, c, n = 0.7, 0.4, 40000
     times, g = [1.0, 0.8, 0.4], torch.Generator().manual_seed(3)
+    seeds = {"z": 0, "renoise0": 50, "renoise1": 51}
 
-    def student(
-        x, t
-    ):  # draws x0 ~ p(x0 | x_t), the N-step optimum, and returns the velocity that says so
+    def student(x, t):
+        """Draws x0 ~ p(x0 | x_t), the optimum of N steps, and returns the velocity of it."""
         a, s = 1 - t[:, None], t[:, None]
         std = c * s / (a**2 * c**2 + s**2).sqrt()
-        x0 = posterior_mean(x, m, c, a, s) + std * torch.randn(x.shape, generator=g, dtype=x.dtype)
-        return (x - x0) / s
+        noise = torch.randn(x.shape, generator=g, dtype=x.dtype)
+        return (x - (posterior_mean(x, m, c, a, s) + std * noise)) / s
 
-    x = dmd.sample(
-        student,
-        Flow(),
-        "flow_v",
-        normal(n, 1),
-        times,
-        {},
-        "sde",
-        lambda i: normal(n, 1, seed=50 + i),
-    )
-    assert float(x.mean()) == pytest.approx(m, abs=0.01) and float(x.std()) == pytest.approx(
-        c, abs=0.01
-    )
+    def noise(name):
+        return normal(n, 1, seed=seeds[name])
+
+    x = dmd.sample(student, FLOW_V, noise, times, {}, "sde")
+    assert float(x.mean()) == pytest.approx(m, abs=0.01)
+    assert float(x.std()) == pytest.approx(c, abs=0.01)
 
 
 def test_gradient_stops_at_the_rollout():
-    """The student's gradient at step k is that of its k-th call with the input held constant, not that of the whole chain."""
-    times, z, cond, fresh = setting(3, torch.float32)
+    """The student's gradient at step k is that of its k-th call with the input held constant.
+
+    It is not that of the whole chain.
+    """
+    times, _, cond, noise = setting(3, torch.float32)
     student = perturbed(RingMLP(dim=32), std=0.2)
 
     def gradient(make_input):
         student.zero_grad()
-        predict_x0(
-            student, Flow(), "flow_v", make_input(), z.new_full((5,), times[2]), **cond
-        ).square().mean().backward()
-        return torch.cat(
-            [p.grad.flatten() for p in student.parameters() if p.grad is not None]
-        ).clone()
+        FLOW_V.x0(student, make_input(), times[2], **cond).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
-    roll = lambda: dmd.rollout(student, Flow(), "flow_v", z, times, cond, "sde", fresh)  # noqa: E731
+    def roll():
+        return dmd.rollout(student, FLOW_V, noise, times, cond, "sde")
+
     constant = roll().detach()
     with torch.no_grad():
         simulated = roll()
@@ -496,11 +614,11 @@ def test_gradient_stops_at_the_rollout():
     assert not torch.allclose(gradient(lambda: constant), gradient(roll))
 
 
-def test_sample_teacher_is_the_guided_ode():
-    """sample_teacher follows uncond + k (cond - uncond) in velocity space, Heun or Euler, at twice the calls."""
+def test_teacher_s_sampler_is_the_guided_ode():
+    """Diffusion.sample follows uncond + k (cond - uncond) in velocity space, at twice the calls."""
     times, z, cond, _ = setting(6)
     ring, uncond = Counting(), {"label": torch.full((5,), 4)}
-    got = dmd.sample_teacher(ring, Flow(), "flow_v", z, times + [0.0], cond, uncond, 2.0, "heun")
+    got = FLOW_V.sample(ring, z, times + [0.0], cond, uncond, 2.0, "heun")
     assert len(ring.seen) == 2 * (2 * 6 - 1)
 
     def predict(x, t):
@@ -510,29 +628,26 @@ def test_sample_teacher_is_the_guided_ode():
     close(got, sample_ode(predict, Flow(), z, times + [0.0], "heun"), 1e-9)
 
 
-# ---- GAN ---------------------------------------------------------------------------------------------------------
+# ---- GAN -----------------------------------------------------------------------------------------
 
 
-def test_gan_losses_at_zero_logits():
-    """Undecided logits cost 2 ln 2 and ln 2; each loss falls in the direction its player wants."""
+@both
+def test_gan_losses_at_zero_logits(script):
+    """Undecided logits cost 2 ln 2 and ln 2; each loss falls the way that its player wants."""
     zero, one = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    close(dmd.discriminator_loss(zero, zero), 2 * math.log(2), 1e-12)
-    close(dmd.generator_gan_loss(zero), math.log(2), 1e-12)
-    assert (
-        dmd.discriminator_loss(logit_real=one, logit_fake=-one)
-        < dmd.discriminator_loss(zero, zero)
-        < dmd.discriminator_loss(-one, one)
-    )
-    assert dmd.generator_gan_loss(one) < dmd.generator_gan_loss(zero)
+    close(script.discriminator_loss(zero, zero), 2 * math.log(2), 1e-12)
+    close(script.generator_loss(zero), math.log(2), 1e-12)
+    right = script.discriminator_loss(logit_real=one, logit_fake=-one)
+    assert right < script.discriminator_loss(zero, zero) < script.discriminator_loss(-one, one)
+    assert script.generator_loss(one) < script.generator_loss(zero)
     r, f = normal(3), normal(3, seed=1)  # cross-entropy with real = 1, fake = 0
-    ce = F.binary_cross_entropy_with_logits
-    (
-        close(dmd.discriminator_loss(r, f), ce(r, one) + ce(f, zero)),
-        close(dmd.generator_gan_loss(f), ce(f, one)),
-    )
+    cross_entropy = F.binary_cross_entropy_with_logits
+    close(script.discriminator_loss(r, f), cross_entropy(r, one) + cross_entropy(f, zero))
+    close(script.generator_loss(f), cross_entropy(f, one))
 
 
 def gan_setting():
+    """-> student, fake, head, cond, four noises, t."""
     student, fake = small_dit(1), small_dit(2)
     torch.manual_seed(0)
     head, cond = dmd.GanHead(32), {"label": torch.arange(4) % 3}
@@ -540,184 +655,152 @@ def gan_setting():
     return student, fake, head, cond, noise, torch.linspace(0.2, 0.8, 4)
 
 
-def test_discriminator_turn_trains_head_and_encoder_only():
-    """L_D reaches the head and the fake's layers up to the middle block, nothing after it, and not the student."""
-    student, fake, head, cond, (z, real, e1, e2), t = gan_setting()
+@both
+def test_discriminator_turn_trains_head_and_encoder_only(script):
+    """L_D reaches the head and the fake's layers up to the middle block, nothing after it.
+
+    Nor does it reach the student. It is the loss of two logits, each with noise of its own.
+    """
+    student, fake, head, cond, (z, real, _, _), _ = gan_setting()
+    draw = Draws(0, 0, 0, range(4), shape=(1, 4, 4), timestep_shift=2.0)
+    other = {"label": torch.tensor([2, 2, 0, 1])}
     with torch.no_grad():
-        x = predict_x0(student, Flow(), "flow_v", z, torch.ones(4), **cond)
-    logits = [dmd.gan_logit(fake, head, Flow(), y, e, t, cond) for y, e in ((real, e1), (x, e2))]
+        x = FLOW_V.x0(student, z, 1.0, **cond)
+    loss = script.discriminator_turn(draw, fake, head, FLOW_V, x, cond, real, other)
+    logits = [
+        script.gan_logit(fake, head, FLOW_V, y, *draw.eps_t(f"_gan_{name}"), c)
+        for name, y, c in (("real", real, other), ("fake", x, cond))
+    ]
     assert logits[0].shape == (4,)
-    dmd.discriminator_loss(*logits).backward()
+    assert torch.equal(loss, script.discriminator_loss(*logits))
+    loss.backward()
     trained = {n for n, p in fake.named_parameters() if p.grad is not None and p.grad.any()}
-    after = tuple(f"blocks.{i}." for i in range(len(fake.blocks) // 2 + 1, len(fake.blocks))) + (
-        "final",
-        "skip",
-    )
+    last = [f"blocks.{i}." for i in range(len(fake.blocks) // 2 + 1, len(fake.blocks))]
+    after = (*last, "final", "skip")
     assert trained == {n for n, _ in fake.named_parameters() if not n.startswith(after)}
-    assert all(
-        p.grad is None or not p.grad.any()
-        for n, p in fake.named_parameters()
-        if n.startswith(after)
-    )
+    assert all(p.grad is None for n, p in fake.named_parameters() if n.startswith(after))
     assert all(p.grad.any() for p in head.parameters()) and not has_gradient(student)
 
 
-def test_generator_turn_passes_through_the_frozen_fake():
-    """With fake and head frozen the GAN loss still moves x, through the noising (a factor alpha), and leaves no gradient in either."""
+@both
+def test_generator_turn_passes_through_the_frozen_fake(script):
+    """With fake and head frozen the GAN loss moves x through the noising, a factor alpha.
+
+    It leaves no gradient in either network.
+    """
     _, fake, head, cond, (x, _, eps, _), t = gan_setting()
-    fake.requires_grad_(False), head.requires_grad_(False)
+    fake.requires_grad_(False)
+    head.requires_grad_(False)
     x.requires_grad_(True)
-    dmd.generator_gan_loss(dmd.gan_logit(fake, head, Flow(), x, eps, t, cond)).backward()
-    assert (
-        (x.grad.flatten(1).abs().amax(1) > 0).all()
-        and not has_gradient(fake)
-        and not has_gradient(head)
-    )
+    script.generator_loss(script.gan_logit(fake, head, FLOW_V, x, eps, t, cond)).backward()
+    assert (x.grad.flatten(1).abs().amax(1) > 0).all()
+    assert not has_gradient(fake) and not has_gradient(head)
     x_t = add_noise(Flow(), x.detach(), eps, t).requires_grad_(True)
-    dmd.generator_gan_loss(head(fake(x_t, t, return_features=True, **cond))).backward()
+    script.generator_loss(head(fake(x_t, t, return_features=True, **cond))).backward()
     torch.testing.assert_close(x.grad, (1 - t)[:, None, None, None] * x_t.grad)
 
 
-def test_gan_sees_noised_samples():
-    """The logit is of x_t, real or fake alike: at t = 1 under flow it depends on the noise only."""
-    _, fake, head, cond, (x, other, e1, _), _ = gan_setting()
+@both
+def test_gan_sees_noised_samples(script):
+    """The logit is of x_t, real or fake alike: at t = 1 under flow it is of the noise only."""
+    _, fake, head, cond, (x, other, eps, _), _ = gan_setting()
+
+    def logits(level):
+        t = torch.full((4,), level)
+        return [script.gan_logit(fake, head, FLOW_V, y, eps, t, cond) for y in (x, other)]
+
     with torch.no_grad():
-        one, half = torch.ones(4), torch.full((4,), 0.5)
-        assert torch.equal(
-            *(dmd.gan_logit(fake, head, Flow(), y, e1, one, cond) for y in (x, other))
-        )
-        assert not torch.allclose(
-            *(dmd.gan_logit(fake, head, Flow(), y, e1, half, cond) for y in (x, other))
-        )
+        assert torch.equal(*logits(1.0))
+        assert not torch.allclose(*logits(0.5))
 
 
-# ---- the training loop -------------------------------------------------------------------------------------------
+# ---- the training loop ---------------------------------------------------------------------------
 
 
 @each
 @pytest.mark.parametrize("R", [1, 4])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_fake_is_updated_R_times_per_student_update(monkeypatch, tmp_path, script, R, accumulation):
-    """Each step is R fake updates then one student update, whatever the accumulation, and every fake update sees fresh samples."""
-    diary = ring_run(
-        monkeypatch,
-        script,
-        tmp_path,
-        "--fake_update_ratio",
-        str(R),
-        "--gradient_accumulation_steps",
-        str(accumulation),
-    )
-    assert diary.updates == ([("fake-score", "fake")] * R + [("student", "student")]) * 3
+    """Each step is R fake updates, then one of the student, whatever the accumulation.
+
+    Every fake update sees fresh samples.
+    """
+    flags = f"--fake_update_ratio {R} --gradient_accumulation_steps {accumulation}".split()
+    diary = ring_run(monkeypatch, script, tmp_path, *flags)
+    assert diary.updates == (["fake"] * R + ["student"]) * 3
     assert len(diary.fake_samples) == 3 * R * accumulation
-    assert len({tuple(x.flatten().tolist()) for x in diary.fake_samples}) == len(diary.fake_samples)
+    different = {tuple(x.flatten().tolist()) for x in diary.fake_samples}
+    assert len(different) == len(diary.fake_samples)
 
 
 def test_matching_step_in_the_loop(monkeypatch, tmp_path):
-    """Teacher and fake see the same x_t = a x + s eps at t in the shifted dm_range, the teacher guided, the fake not; the fake score
-    itself is trained over all of shifted [0, 1]."""
-    matched, teacher_calls, fake_times = [], [], []
+    """Teacher and fake see the same x_t = a x + s eps at t in the shifted dm_range.
 
-    def on_guided(real, net, schedule, kind, x_t, t, cond, uncond, scale):
-        teacher_calls.append((x_t, t, cond, uncond, scale))
-        return real(net, schedule, kind, x_t, t, cond, uncond, scale)
+    The teacher is guided and the fake is not. The fake itself is trained over all of shifted
+    [0, 1].
+    """
+    matched, fake_times = [], []
 
-    def on_gradient(real, x, x0_real, x0_fake):
-        x_t, t, cond, uncond, scale = teacher_calls[-1]
-        eps = (x_t - (1 - t)[:, None] * x) / t[:, None]
-        fake = predict_x0(diary.fake, Flow(), "flow_v", x_t, t, **cond)
-        velocity = [RingTeacher()(x_t, t, c["label"]) for c in (cond, uncond)]
-        want = x_t - t[:, None] * (velocity[1] + 2.0 * (velocity[0] - velocity[1]))
-        assert scale == 2.0 and (cond["label"] < 4).all() and (uncond["label"] == 4).all()
-        torch.testing.assert_close(x0_fake, fake), torch.testing.assert_close(x0_real, want)
-        matched.append((unshift(t, 3.0), eps.detach()))
-        return real(x, x0_real, x0_fake)
+    def on_dmd_loss(
+        real, x, teacher, fake, diffusion, eps, t, cond, uncond, fake_cond, guidance_scale
+    ):
+        assert teacher is diary.teacher.net and fake is diary.fake and guidance_scale == 2.0
+        assert (cond["label"] < 4).all() and (uncond["label"] == 4).all() and fake_cond == cond
+        before = len(diary.turns[-1])
+        at_t = diffusion, eps, t, cond, uncond, fake_cond, guidance_scale
+        loss, g = real(x, teacher, fake, *at_t)
+        calls, x_t = diary.turns[-1][before:], (1 - t)[:, None] * x.detach() + t[:, None] * eps
+        assert [c.who for c in calls] == ["teacher", "teacher", "fake"]
+        for c, label in zip(calls, (cond["label"], uncond["label"], cond["label"])):
+            torch.testing.assert_close(c.x_t, x_t)
+            assert torch.equal(c.t, t) and torch.equal(c.label, label) and not c.graph
+        with torch.no_grad():
+            velocity = [RingTeacher()(x_t, t, c["label"]) for c in (cond, uncond)]
+            mu_real = x_t - t[:, None] * (velocity[1] + 2.0 * (velocity[0] - velocity[1]))
+            mu_fake = x_t - t[:, None] * fake(x_t, t, cond["label"])
+            seen = diffusion.guided_x0(teacher, x_t, t, cond, uncond, 2.0)
+            torch.testing.assert_close(seen, mu_real)
+            torch.testing.assert_close(diffusion.x0(fake, x_t, t, **fake_cond), mu_fake)
+        want = (mu_fake - mu_real) / mean_error(x.detach(), mu_real)
+        torch.testing.assert_close(g, want, rtol=1e-4, atol=1e-5)
+        matched.append((unshift(t, 3.0), eps))
+        return loss, g
 
-    def on_fake_loss(real, fake, schedule, kind, x, eps, t, cond):
+    def on_fake_loss(real, fake, diffusion, x, eps, t, cond):
         fake_times.append(unshift(t, 3.0))
-        return real(fake, schedule, kind, x, eps, t, cond)
+        return real(fake, diffusion, x, eps, t, cond)
 
     diary = Diary(monkeypatch, dmd)
-    for name, spy in (
-        ("guided_x0", on_guided),
-        ("distribution_matching_gradient", on_gradient),
-        ("fake_score_loss", on_fake_loss),
-    ):
-        diary.wrap(monkeypatch, dmd, name, spy)
-    dmd.main(
-        [
-            "--teacher",
-            "ring",
-            "--output_dir",
-            str(tmp_path),
-            "--max_train_steps",
-            "20",
-            "--train_batch_size",
-            "64",
-            "--guidance_scale",
-            "2",
-            "--timestep_shift",
-            "3",
-            "--fake_update_ratio",
-            "1",
-            "--dm_range",
-            "0.3",
-            "0.6",
-        ]
-    )
+    diary.wrap(monkeypatch, dmd, "dmd_loss", on_dmd_loss)
+    diary.wrap(monkeypatch, dmd, "fake_score_loss", on_fake_loss)
+    flags = "--guidance_scale 2 --timestep_shift 3 --fake_update_ratio 1 --dm_range 0.3 0.6"
+    dmd.main(ring_flags(tmp_path, 20, 64, *flags.split()))
     u, eps = (torch.cat(v) for v in zip(*matched))
     assert len(u) == 20 * 64 and 0.299 < u.min() < 0.31 and 0.59 < u.max() < 0.601
     assert eps.mean().abs() < 0.1 and abs(eps.std() - 1) < 0.1
-    assert (
-        torch.cat(fake_times).min() < 0.02
-        and torch.cat(fake_times).max() > 0.98
-        and abs(torch.cat(fake_times).mean() - 0.5) < 0.04
-    )
+    u = torch.cat(fake_times)
+    assert u.min() < 0.02 and u.max() > 0.98 and abs(u.mean() - 0.5) < 0.04
 
 
 def test_real_input_is_noised_data_with_its_own_label(monkeypatch, tmp_path):
-    """The ablation --student_input real: past the first step the student starts from noised data, under that data's label."""
-    student_inputs = []
+    """--student_input real: past the first step the student starts from noised data.
 
-    def on_predict(real, net, schedule, kind, x_t, t, label, **told):
-        if net is diary.student and t[0] < 0.3:
-            student_inputs.append((x_t, label))
-        return real(net, schedule, kind, x_t, t, label=label, **told)
-
-    diary = Diary(monkeypatch, dmd)
-    real_predict = dmd.predict_x0
-    monkeypatch.setattr(
-        dmd, "predict_x0", lambda *args, **cond: on_predict(real_predict, *args, **cond)
-    )
-    dmd.main(
-        [
-            "--teacher",
-            "ring",
-            "--output_dir",
-            str(tmp_path),
-            "--max_train_steps",
-            "12",
-            "--train_batch_size",
-            "32",
-            "--student_steps",
-            "8",
-            "--student_input",
-            "real",
-            "--fake_update_ratio",
-            "1",
-        ]
-    )
+    It gets the label of that data.
+    """
+    flags = "--student_steps 8 --student_input real --fake_update_ratio 1".split()
+    diary = ring_run(monkeypatch, dmd, tmp_path, *flags, steps=12, batch=32)
     assert {length for length, _ in diary.rollouts} == {0}
-    x_t, label = (torch.cat(v) for v in zip(*student_inputs))
-    nearest = torch.cdist(x_t.double(), RingTeacher().means).argmin(1) % 4
+    calls = [c for turn in diary.turns for c in turn if c.who == "student" and c.t[0] < 0.3]
+    x_in, label = torch.cat([c.x_t for c in calls]), torch.cat([c.label for c in calls])
+    nearest = torch.cdist(x_in.double(), RingTeacher().means).argmin(1) % 4
     assert (nearest == label).double().mean() > 0.7  # chance is 0.25
 
 
 def expected_student_loss(nets, gan=0.0, regression=0.0, no_fake=False, folder=None):
-    """The student's loss of step 0 written out once more from the draws (its gradient is what counts)."""
+    """The student's loss of step 0 written out from the draws; its gradient is what counts."""
     draw = Draws(0, 0, "student", range(8))
-    z, eps, label = draw.normal("z", (2,)), draw.normal("eps", (2,)), draw.integer("cond", 4)
-    t = draw.spread("u", 0.02, 0.98)
+    z, eps = draw.normal("z", (2,)), draw.normal("eps", (2,))
+    label, t = draw.integer("cond", 4), draw.spread("u", 0.02, 0.98)
     x = z - nets["student"](z, torch.ones(8), label)
     x_t = (1 - t[:, None]) * x + t[:, None] * eps
     real = x_t - t[:, None] * RingTeacher()(x_t, t, label)
@@ -726,73 +809,67 @@ def expected_student_loss(nets, gan=0.0, regression=0.0, no_fake=False, folder=N
     loss = (g * x).sum() / x.numel()
     if gan:
         t, eps = draw.spread("u_gan")[:, None], draw.normal("eps_gan", (2,))
-        features = nets["fake"]((1 - t) * x + t * eps, t[:, 0], label, return_features=True)
+        x_t = (1 - t) * x + t * eps
+        features = nets["fake"](x_t, t[:, 0], label, return_features=True)
         loss = loss + gan * F.softplus(-nets["head"](features)).mean()
     if regression:
         pairs = load_tensors(str(folder / "state" / "pairs.safetensors"))
         i = draw.integer("pair", 16)
-        y = pairs["z"][i] - nets["student"](pairs["z"][i], torch.ones(8), pairs["index"][i])
+        z, label = pairs["z"][i], pairs["index"][i]
+        y = z - nets["student"](z, torch.ones(8), label)
         loss = loss + regression * (y - pairs["y"][i]).square().mean()
     return loss
 
 
-@pytest.mark.parametrize(
-    "flags, terms",
-    [
-        ([], {}),
-        (["--gan_weight", "0.3"], {"gan": 0.3}),
-        (["--no_fake_score"], {"no_fake": True}),
-        (
-            ["--regression_weight", "0.25", "--regression_pairs", "16", "--teacher_steps", "2"],
-            {"regression": 0.25},
-        ),
-    ],
-)
+TERMS = {
+    "": {},
+    "--gan_weight 0.3": {"gan": 0.3},
+    "--no_fake_score": {"no_fake": True},
+    "--regression_weight 0.25 --regression_pairs 16 --teacher_steps 2": {"regression": 0.25},
+}
+
+
+@pytest.mark.parametrize("flags, terms", TERMS.items(), ids=TERMS)
 def test_student_gradient_in_the_loop(monkeypatch, tmp_path, flags, terms):
-    """What reaches the student's weights in a real step: matching, GAN, regression and the ablation, each with its own draws, labels and sign."""
-    diary = one_step(monkeypatch, dmd, tmp_path, *flags)
+    """What reaches the student's weights in a real step: matching, GAN, regression, the ablation.
+
+    Each has its own draws, labels and sign.
+    """
+    diary = one_step(monkeypatch, dmd, tmp_path, *flags.split())
     nets, grads = diary.at["student"]
-    want = torch.autograd.grad(
-        expected_student_loss(nets, folder=tmp_path, **terms), list(nets["student"].parameters())
-    )
+    loss = expected_student_loss(nets, folder=tmp_path, **terms)
+    want = torch.autograd.grad(loss, list(nets["student"].parameters()))
     for a, b in zip(grads["student"], want):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
     if "regression" in terms:  # the pairs are the teacher's ODE: two Heun steps from z
-        pairs, teacher = load_tensors(str(tmp_path / "state" / "pairs.safetensors")), RingTeacher()
-        x = pairs["z"]
+        pairs = load_tensors(str(tmp_path / "state" / "pairs.safetensors"))
+        x, teacher = pairs["z"], RingTeacher()
         for t, s in ((1.0, 0.5), (0.5, 0.0)):
             v = teacher(x, torch.full((16,), t), pairs["index"])
             euler = x + (s - t) * v
-            x = (
-                euler
-                if s == 0
-                else x + (s - t) / 2 * (v + teacher(euler, torch.full((16,), s), pairs["index"]))
-            )
+            if s == 0:
+                x = euler
+            else:
+                v_next = teacher(euler, torch.full((16,), s), pairs["index"])
+                x = x + (s - t) / 2 * (v + v_next)
         torch.testing.assert_close(pairs["y"], x, rtol=1e-4, atol=1e-5)
 
 
 @both
 def test_fake_and_discriminator_gradient_in_the_loop(monkeypatch, tmp_path, script):
-    """The fake's turn: denoising of student samples plus w_D times the discriminator, real data under its own labels, three noise levels."""
-    diary = one_step(
-        monkeypatch,
-        script,
-        tmp_path,
-        "--gan_weight",
-        "0.3",
-        "--gan_weight_d",
-        "0.2",
-        "--student_steps",
-        "1",
-        "--seed",
-        "1",
-    )
-    nets, grads = diary.at["fake-score"]
+    """The fake's turn: denoising of student samples plus w_D times the discriminator's loss.
+
+    Real data come under their own labels, and there are three noise levels.
+    """
+    flags = "--gan_weight 0.3 --gan_weight_d 0.2 --student_steps 1 --seed 1".split()
+    diary = one_step(monkeypatch, script, tmp_path, *flags)
+    nets, grads = diary.at["fake"]
     draw = Draws(1, 0, 0, range(8))
     z, label = draw.normal("z", (2,)), draw.integer("cond", 4)
     x = (z - nets["student"](z, torch.ones(8), label)).detach()
     t, eps = draw.spread("u")[:, None], draw.normal("eps", (2,))
-    loss = (nets["fake"]((1 - t) * x + t * eps, t[:, 0], label) - (eps - x)).square().mean()
+    prediction = nets["fake"]((1 - t) * x + t * eps, t[:, 0], label)
+    loss = (prediction - (eps - x)).square().mean()
     data, data_label = load_world("ring").data(20000, 1000004)
     i = draw.integer("real_gan", 20000)
     for name, x0, y, sign in (("fake", x, label, 1), ("real", data[i], data_label[i], -1)):
@@ -800,55 +877,31 @@ def test_fake_and_discriminator_gradient_in_the_loop(monkeypatch, tmp_path, scri
         features = nets["fake"]((1 - t) * x0 + t * eps, t[:, 0], y, return_features=True)
         loss = loss + 0.2 * F.softplus(sign * nets["head"](features)).mean()
     parameters = [*nets["fake"].parameters(), *nets["head"].parameters()]
-    for a, b in zip([*grads["fake"], *grads["head"]], torch.autograd.grad(loss, parameters)):
+    got, want = [*grads["fake"], *grads["head"]], torch.autograd.grad(loss, parameters)
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
 @each
 def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path, script):
-    """student/ holds the EMA, warmed up as (1 + n) / (4 + n); both rates warm up and fall, each its own."""
-    rates, weights = {"student": [], "fake-score": []}, []
+    """student/ holds the EMA, warmed up as (1 + n) / (4 + n); both rates warm up and fall."""
+    rates, weights = {"student": [], "fake": []}, []
 
-    def on_update(real, optimizers, max_norm, what, loss):
-        rates[what].append(optimizers[0].param_groups[0]["lr"])
-        norm = real(optimizers, max_norm, what, loss)
+    def on_update(real, run, optimizer, what):
+        rates[what].append(optimizer.param_groups[0]["lr"])
+        real(run, optimizer, what)
         if what == "student":
             weights.append([p.detach().clone() for p in diary.student.parameters()])
-        return norm
 
     diary = Diary(monkeypatch, script)
-    diary.wrap(monkeypatch, script, "update", on_update)
-    script.main(
-        [
-            "--teacher",
-            "ring",
-            "--output_dir",
-            str(tmp_path),
-            "--max_train_steps",
-            "4",
-            "--train_batch_size",
-            "8",
-            "--fake_update_ratio",
-            "1",
-            "--lr_warmup_steps",
-            "2",
-            "--lr_decay_share",
-            "0.5",
-            "--learning_rate",
-            "1e-2",
-            "--learning_rate_fake",
-            "3e-2",
-            "--ema_decay",
-            "0.45",
-            "--student_steps",
-            "1",
-        ]
-    )
-    assert rates["student"] == pytest.approx([5e-3, 1e-2, 1e-2, 5e-3]) and rates[
-        "fake-score"
-    ] == pytest.approx([1.5e-2, 3e-2, 3e-2, 1.5e-2])
+    diary.wrap(monkeypatch, Run, "update", on_update)
+    flags = """--fake_update_ratio 1 --lr_warmup_steps 2 --lr_decay_share 0.5 --learning_rate 1e-2
+        --learning_rate_fake 3e-2 --ema_decay 0.45 --student_steps 1"""
+    script.main(ring_flags(tmp_path, 4, 8, *flags.split()))
+    assert rates["student"] == pytest.approx([5e-3, 1e-2, 1e-2, 5e-3])
+    assert rates["fake"] == pytest.approx([1.5e-2, 3e-2, 3e-2, 1.5e-2])
     ema = [p.detach().clone() for p in ring_network(0).parameters()]
-    for decay, now in zip((0.25, 0.4, 0.45, 0.45), weights):
+    for decay, now in zip((0.25, 0.4, 0.45, 0.45), weights, strict=True):
         ema = [decay * a + (1 - decay) * b for a, b in zip(ema, now)]
     saved = load_network(str(tmp_path / "student"))[0]
     for a, b in zip(saved.parameters(), ema):
@@ -857,155 +910,109 @@ def test_ema_and_rates_in_the_loop(monkeypatch, tmp_path, script):
 
 @each
 def test_report_of_a_world(monkeypatch, tmp_path, script):
-    """report.json's rows: calls counted with guidance, fd_excess against the data row, fd_teacher against the teacher's samples."""
+    """report.json's rows: calls counted with guidance, fd_excess against the data's row.
+
+    fd_teacher is against the teacher's samples.
+    """
     monkeypatch.setattr(teachers, "fit_ring_network", lambda teacher, seed: ring_network(seed))
-    script.main(
-        [
-            "--teacher",
-            "ring",
-            "--output_dir",
-            str(tmp_path),
-            "--max_train_steps",
-            "2",
-            "--train_batch_size",
-            "8",
-            "--teacher_steps",
-            "4",
-            "--guidance_scale",
-            "2",
-            "--student_steps",
-            "2",
-        ]
-    )
+    flags = "--teacher_steps 4 --guidance_scale 2 --student_steps 2".split()
+    script.main(ring_flags(tmp_path, 2, 8, *flags))
     report = load_json(str(tmp_path / "report.json"))
     rows = {r["name"]: r for r in report["results"]}
-    assert {n: r["nfe"] for n, r in rows.items()} == {
-        "data": 0,
-        "teacher": 14,
-        "teacher_same_steps": 4,
-        "student": 2,
-    }
-    assert (
-        all(r["fd_excess"] == pytest.approx(r["fd"] - rows["data"]["fd"]) for r in rows.values())
-        and rows["data"]["fd_excess"] == 0
-    )
-    assert (
-        rows["student"]["fd_teacher"] > 10 and rows["teacher_same_steps"]["fd_teacher"] > 10
-    )  # untrained, and two Euler steps
-    assert (
-        rows["teacher"]["fd"] < rows["teacher_same_steps"]["fd"]
-        and report["steps"] == 2
-        and report["seed"] == 0
-    )
+    calls = {"data": 0, "teacher": 14, "teacher_same_steps": 4, "student": 2}
+    assert {n: r["nfe"] for n, r in rows.items()} == calls
+    floor = rows["data"]["fd"]
+    assert all(r["fd_excess"] == pytest.approx(r["fd"] - floor) for r in rows.values())
+    assert rows["data"]["fd_excess"] == 0
+    for name in ("student", "teacher_same_steps"):  # untrained, and two Euler steps
+        assert rows[name]["fd_teacher"] > 10
+    assert rows["teacher"]["fd"] < rows["teacher_same_steps"]["fd"]
+    assert report["steps"] == 2 and report["seed"] == 0
     assert {"patch_swd", "accuracy", "diversity"} <= set(rows["student"])
 
 
 def test_no_fake_score_never_updates_the_fake(monkeypatch, tmp_path):
-    """The ablation trains the student alone; the fake keeps its initial weights."""
+    """The ablation trains the student alone; the fake keeps its initial weights, unused."""
     diary = ring_run(monkeypatch, dmd, tmp_path, "--no_fake_score")
-    assert diary.updates == [("student", "student")] * 3
-    assert all(
-        torch.equal(a, b) for a, b in zip(diary.fake.parameters(), ring_network(0).parameters())
-    )
+    assert diary.updates == ["student"] * 3
+    assert not any(c.who == "fake" for turn in diary.turns for c in turn)
+    assert not {"loss_fake", "norm_fake"} & set(read_log(tmp_path)[0])
+    for a, b in zip(diary.fake.parameters(), ring_network(0).parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @each
 def test_accumulation_is_a_larger_batch(monkeypatch, tmp_path, script):
-    """Two micro-batches of 8 are one batch of 16: the same rows are drawn and the same weights result."""
+    """Two micro-batches of 8 are one batch of 16: the same rows are drawn, the same weights result.
+
+    The gradient norms are compared before clipping: Adam alone would forgive a wrong scale.
+    """
     flags = [] if script is tdm else ["--gan_weight", "0.1"]
     one = ring_run(monkeypatch, script, tmp_path / "one", *flags, batch=16)
     monkeypatch.undo()
-    two = ring_run(
-        monkeypatch, script, tmp_path / "two", *flags, "--gradient_accumulation_steps", "2"
-    )
-    assert one.norms == pytest.approx(
-        two.norms, rel=1e-3
-    )  # before clipping: Adam alone would forgive a wrong scale
-    assert any(
-        not torch.equal(a, b)
-        for a, b in zip(one.student.hidden.parameters(), ring_network(0).hidden.parameters())
-    )
-    for a, b in zip(
-        [*one.student.parameters(), *one.fake.parameters()],
-        [*two.student.parameters(), *two.fake.parameters()],
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+    flags += ["--gradient_accumulation_steps", "2"]
+    two = ring_run(monkeypatch, script, tmp_path / "two", *flags)
+    assert one.norms == pytest.approx(two.norms, rel=1e-3)
+    start = ring_network(0).hidden.parameters()
+    assert any(not torch.equal(a, b) for a, b in zip(one.student.hidden.parameters(), start))
+    for of_one, of_two in ((one.student, two.student), (one.fake, two.fake)):
+        for a, b in zip(of_one.parameters(), of_two.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+    compared = set()
     for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        assert a.keys() == b.keys()
         for name in a:
             if name.startswith(("loss", "cos")) or name in ("g", "mean", "std"):
                 assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3, abs=1e-5), name
+                compared.add(name)
+    assert {"loss_fake", "mean", "std"} < compared
 
 
 @both
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_multi_step_training_simulates_the_student(monkeypatch, tmp_path, script, precision):
-    """N = 3: every training input is a rollout of 0 to 2 steps without gradient, one length for the batch, and the call after it
-    sends gradients to every weight (under autocast too, where weights cast during the rollout must not be reused)."""
-    diary = ring_run(
-        monkeypatch,
-        script,
-        tmp_path,
-        "--student_steps",
-        "3",
-        "--mixed_precision",
-        precision,
-        "--fake_update_ratio",
-        "1",
-        steps=6,
-    )
+    """N = 3: every training input is a rollout of 0 to 2 steps, one length for the whole batch.
+
+    It is without gradient. The call after it sends gradients to every weight, under autocast too,
+    where weights that were cast during the rollout must not be used again.
+    """
+    flags = f"--student_steps 3 --mixed_precision {precision} --fake_update_ratio 1".split()
+    diary = ring_run(monkeypatch, script, tmp_path, *flags, steps=6)
     lengths, gradient_on = zip(*diary.rollouts)
     assert len(lengths) == 12 and set(lengths) == {0, 1, 2} and not any(gradient_on)
-    assert all(
-        g["student_all"] for (what, _), g in zip(diary.updates, diary.grads) if what == "student"
-    )
+    of_student = [g for what, g in zip(diary.updates, diary.grads) if what == "student"]
+    assert len(of_student) == 6 and all(g["student_all"] for g in of_student)
 
 
 @both
 @pytest.mark.parametrize("shared", [False, True])
-def test_fake_is_told_the_step_of_its_samples(monkeypatch, tmp_path, script, shared):
-    """N = 3: the fake starts as the teacher's function whatever it is told, then gets the number of rollout steps behind its samples, in
-    all of its calls; with --shared_fake nothing. The student and what is saved of it know of no step."""
-    told, start = [], {}
+def test_fake_is_conditioned_on_the_step_of_its_samples(monkeypatch, tmp_path, script, shared):
+    """N = 3: in all of its calls the fake gets the number of rollout steps behind its samples.
 
-    def on_fake_loss(real, fake, schedule, kind, x, eps, t, cond):
-        if not start:
-            start.update(fake=copy.deepcopy(fake), student=copy.deepcopy(diary.student))
-        told.append((len(diary.rollouts) - 1, cond.get("steps")))
-        return real(fake, schedule, kind, x, eps, t, cond)
+    It starts as the teacher's function whatever the step; with --shared_fake it has no such input.
+    The student, and what is saved of it, knows of no step.
+    """
+    start = {}
 
-    def on_predict(net, schedule, kind, x_t, t, **cond):
-        if net is diary.fake:
-            told.append((len(diary.rollouts) - 1, cond.get("steps")))
-        assert net is diary.fake or "steps" not in cond
-        return real_predict(net, schedule, kind, x_t, t, **cond)
+    def on_start(real, run, **state):
+        start.update({name: copy.deepcopy(state[name]) for name in ("student", "fake")})
+        return real(run, **state)
 
-    diary, real_predict = Diary(monkeypatch, script), script.predict_x0
-    diary.wrap(monkeypatch, script, "fake_score_loss", on_fake_loss)
-    monkeypatch.setattr(script, "predict_x0", on_predict)
-    script.main(
-        [
-            "--teacher",
-            "ring",
-            "--output_dir",
-            str(tmp_path),
-            "--max_train_steps",
-            "8",
-            "--train_batch_size",
-            "4",
-            "--student_steps",
-            "3",
-            "--fake_update_ratio",
-            "1",
-            *(["--shared_fake"] if shared else []),
-        ]
-    )
-    assert len(told) == 16 and {length for length, _ in diary.rollouts} == {0, 1, 2}
-    for i, steps in told:
-        assert (
-            steps is None
-            if shared
-            else (steps == diary.rollouts[i][0]).all() and steps.shape == (4,)
-        )
+    diary = Diary(monkeypatch, script)
+    diary.wrap(monkeypatch, Run, "start", on_start)
+    flags = ["--student_steps", "3", "--fake_update_ratio", "1"]
+    flags += ["--shared_fake"] if shared else []
+    script.main(ring_flags(tmp_path, 8, 4, *flags))
+    assert {length for length, _ in diary.rollouts} == {0, 1, 2}
+    turns = diary.turns[:-1]
+    assert len(turns) == len(diary.rollouts) == 16
+    for turn, (length, _) in zip(turns, diary.rollouts):
+        (steps,) = [c.steps for c in turn if c.who == "fake"]
+        if shared:
+            assert steps is None
+        else:
+            assert (steps == length).all() and steps.shape == (4,)
+        assert all(c.steps is None for c in turn if c.who != "fake")
     x, t, label = normal(5, 2, dtype=torch.float32), torch.rand(5), torch.arange(5) % 4
     extra = {} if shared else {"steps": torch.tensor([0.0, 1, 2, 0, 1])}
     assert torch.equal(start["fake"](x, t, label, **extra), start["student"](x, t, label))
@@ -1015,98 +1022,101 @@ def test_fake_is_told_the_step_of_its_samples(monkeypatch, tmp_path, script, sha
 
 @both
 def test_stop_gradients_in_the_real_loop(monkeypatch, tmp_path, script):
-    """With the GAN on, a fake turn leaves no gradient in the student, a student turn none in fake or head, and neither any in the
-    teacher, whose weights end bit-equal to the file."""
+    """With the GAN on, a fake turn leaves no gradient in the student, a student turn none in fake
+    or head, and neither any in the teacher, whose weights end bit-equal to the file."""
     teacher = small_dit(depth=2)
     save_network(teacher, network_config(teacher), str(tmp_path / "teacher"))
-    save_tensors(
-        {"x0": normal(20, 1, 4, 4, dtype=torch.float32), "cond.label": torch.arange(20) % 3},
-        str(tmp_path / "data.safetensors"),
-    )
+    x0 = normal(20, 1, 4, 4, dtype=torch.float32)
+    data = str(tmp_path / "data.safetensors")
+    save_tensors({"x0": x0, "cond.label": torch.arange(20) % 3}, data)
     diary = Diary(monkeypatch, script)
-    script.main(
-        [
-            "--teacher",
-            str(tmp_path / "teacher"),
-            "--data",
-            str(tmp_path / "data.safetensors"),
-            "--output_dir",
-            str(tmp_path / "run"),
-            "--max_train_steps",
-            "2",
-            "--train_batch_size",
-            "4",
-            "--gan_weight",
-            "0.1",
-            "--checkpointing_steps",
-            "1000",
-        ]
-    )
+    flags = f"""--teacher {tmp_path}/teacher --data {data} --output_dir {tmp_path}/run
+        --max_train_steps 2 --train_batch_size 4 --gan_weight 0.1 --checkpointing_steps 1000"""
+    script.main(flags.split())
     assert len(diary.updates) == 6
-    for (what, _), has in zip(diary.updates, diary.grads):
-        fake_turn = what == "fake-score"
-        assert (has["fake"], has["head"], has["student"], has["teacher"]) == (
-            fake_turn,
-            fake_turn,
-            not fake_turn,
-            False,
-        )
+    for what, has in zip(diary.updates, diary.grads):
+        of_fake = what == "fake"
+        assert (has["fake"], has["head"], has["student"]) == (of_fake, of_fake, not of_fake)
+        assert not has["teacher"]
     assert not any(p.requires_grad for p in diary.teacher.net.parameters())
-    assert all(
-        torch.equal(a, b) for a, b in zip(diary.teacher.net.parameters(), teacher.parameters())
-    )
+    kept = zip(diary.teacher.net.parameters(), teacher.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in kept)
     for net in (diary.student, diary.fake):
         assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), teacher.parameters()))
 
 
-def test_regression_pairs_are_teacher_samples(tmp_path):
-    """DMD v1's (z, y): y is the teacher's ODE sample from z, in whatever batches, and a second call reads the file."""
-    path = str(tmp_path / "pairs.safetensors")
-    args = dmd.parse_args(
-        [
-            "--teacher",
-            "ring",
-            "--regression_pairs",
-            "10",
-            "--teacher_steps",
-            "4",
-            "--train_batch_size",
-            "4",
-        ]
-    )
-    teacher = load_teacher("ring", dmd.WORLDS)
-    conditions = Conditions(args, RingMLP())
-    z, y, index = dmd.make_regression_pairs(
-        args, teacher, conditions, (2,), torch.device("cpu"), path
-    )
-    want = dmd.sample_teacher(
-        teacher.net, Flow(), "flow_v", z, step_grid(4), *conditions.pick(index, "cpu"), 1.0, "heun"
-    )
+# ---- DMD v1's pairs, and the update --------------------------------------------------------------
+
+
+def run_of(folder, *flags):
+    """A Run of dmd.py on the ring that has opened its output folder."""
+    run = Run(dmd.parse_args(["--teacher", "ring", "--output_dir", str(folder), *flags]), "dmd")
+    run.start()
+    return run
+
+
+def test_regression_pairs_are_teacher_samples(monkeypatch, tmp_path):
+    """DMD v1's (z, y): y is the teacher's ODE sample from z, in whatever batches.
+
+    A resumed run reads the file. A run that starts afresh makes new pairs, since those that are
+    there may be of other flags.
+    """
+    quiet(monkeypatch)
+    flags = "--regression_pairs 10 --teacher_steps 4 --train_batch_size 4".split()
+    run = run_of(tmp_path / "run", *flags)
+    teacher = start_teacher(run.args)
+    teacher.conditions = Conditions(run.args, teacher.base)
+    pairs = dmd.teacher_pairs(run, teacher)
+    z, y, index = (pairs[name] for name in ("z", "y", "index"))
+    assert z.shape == y.shape == (10, 2) and index.shape == (10,)
+    cond, uncond = teacher.conditions.pick(index, "cpu")
+    want = FLOW_V.sample(teacher.net, z, step_grid(4), cond, uncond, 1.0, "heun")
     torch.testing.assert_close(y, want)
-    again = dmd.make_regression_pairs(args, None, conditions, (2,), None, path)
-    assert all(torch.equal(a, b) for a, b in zip(again, (z, y, index)))
+    path = tmp_path / "run" / "state" / "pairs.safetensors"
+    stale = {name: v + 1 for name, v in pairs.items()}
+    save_tensors(stale, str(path))
+    run.first = 3  # resumed
+    again = dmd.teacher_pairs(run, None)
+    assert all(torch.equal(again[name], stale[name]) for name in pairs)
+    run.first = 0
+    anew = dmd.teacher_pairs(run, teacher)
+    assert all(torch.equal(anew[name], pairs[name]) for name in pairs)
 
 
-def test_update_clips_and_refuses_what_is_not_finite():
-    """update clips to max_grad_norm, returns the norm before clipping, and stops on NaN before any weight moves."""
+def test_update_clips_and_the_step_refuses_what_is_not_finite(tmp_path):
+    """Run.update clips to max_grad_norm and notes the norm before clipping.
+
+    end_step stops the run on a loss or norm that is not finite, with its name and the number of
+    the update, before anything of that update is logged or saved.
+    """
+    run = run_of(tmp_path / "run", "--max_grad_norm", "1")
     p = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = torch.optim.SGD([p], lr=1.0)
+    step = next(run.steps())
     p.grad = torch.tensor([3.0, 4.0])
-    assert dmd.update([optimizer], 1.0, "student", torch.tensor(0.0)) == pytest.approx(5)
+    run.update(optimizer, "student")
     torch.testing.assert_close(p.data, torch.tensor([0.4, 1.2]))
     assert p.grad is None
-    for loss, grad in ((float("nan"), 1.0), (0.0, float("inf"))):
+    run.end_step(step)
+    assert float(read_log(tmp_path / "run")[0]["norm_student"]) == pytest.approx(5)
+    for loss, grad, says in (
+        (float("nan"), 1.0, "not finite at update 7: loss_dm = nan; the last checkpoint"),
+        (0.0, float("inf"), "not finite at update 7: norm_student = inf; the last checkpoint"),
+    ):
+        step = next(run.steps(6))
+        run.note(loss_dm=torch.tensor(loss))
         p.grad = torch.tensor([grad, 0.0])
-        with pytest.raises(TrainingError, match="not finite"):
-            dmd.update([optimizer], 1.0, "student", torch.tensor(loss))
-        torch.testing.assert_close(p.data, torch.tensor([0.4, 1.2]))
+        run.update(optimizer, "student")
+        with pytest.raises(TrainingError, match=says):
+            run.end_step(step)
+        assert len(read_log(tmp_path / "run")) == 1
 
 
-# ---- draws -------------------------------------------------------------------------------------------------------
+# ---- draws ---------------------------------------------------------------------------------------
 
 
 def test_draws_belong_to_rows():
-    """Row i's numbers depend on (seed, step, inner, name, i) alone: any split, order or number of ranks gives the same."""
+    """Row i's numbers depend on (seed, step, inner, name, i) alone, on no split, order or rank."""
     whole = Draws(5, 3, 0, range(8))
     for rows in ([3], [7, 0, 3], range(4, 8)):
         part = Draws(5, 3, 0, rows)
@@ -1121,54 +1131,54 @@ def test_draws_belong_to_rows():
 def test_draws_differ_in_every_part_of_their_key():
     """Another seed, step, inner update or name is another stream."""
     base = Draws(5, 3, 0, range(4)).normal("z", (4,))
-    others = [
-        Draws(6, 3, 0, range(4)),
-        Draws(5, 4, 0, range(4)),
-        Draws(5, 3, 1, range(4)),
-        Draws(5, 3, "student", range(4)),
-    ]
-    for x in [d.normal("z", (4,)) for d in others] + [Draws(5, 3, 0, range(4)).normal("eps", (4,))]:
+    keys = (6, 3, 0), (5, 4, 0), (5, 3, 1), (5, 3, "student")
+    others = [Draws(*key, range(4)).normal("z", (4,)) for key in keys]
+    for x in [*others, Draws(5, 3, 0, range(4)).normal("eps", (4,))]:
         assert (x != base).all()
 
 
 def test_draws_are_equal_across_processes():
     """Another process with another PYTHONHASHSEED draws the same numbers."""
-    code = "from models.io import Draws; d = Draws(5, 'pairs', 0, range(3)); print(d.normal('z', (2,)).tolist(), d.agreed('k', 10**6))"
+    code = (
+        "from models.draws import Draws; d = Draws(5, 'pairs', 0, range(3)); "
+        "print(d.normal('z', (2,)).tolist(), d.agreed('k', 10**6))"
+    )
     env = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
-    ).stdout
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     d = Draws(5, "pairs", 0, range(3))
-    assert out.strip() == f"{d.normal('z', (2,)).tolist()} {d.agreed('k', 10**6)}"
+    assert out.stdout.strip() == f"{d.normal('z', (2,)).tolist()} {d.agreed('k', 10**6)}"
 
 
 def test_draws_have_the_right_law():
-    """Across 4,000 rows: normal moments, uniform quantiles, integers alike, and no correlation between neighbouring rows, names or steps."""
+    """Over 4,000 rows: normal moments, uniform quantiles, integers alike.
+
+    There is no correlation between neighbouring rows, names or steps.
+    """
     n = 4000
     draw = Draws(0, 1, 0, range(n))
     x, u, k = draw.normal("z", (3,)), draw.uniform("u"), draw.integer("k", 10)
-    assert x.mean(0).abs().max() < 4 / n**0.5 and (x.var(0) - 1).abs().max() < 4 * (2 / n) ** 0.5
-    assert (
-        u.sort().values - (torch.arange(n) + 0.5) / n
-    ).abs().max() < 1.95 / n**0.5  # Kolmogorov-Smirnov at 0.1 %
-    assert (
-        0 <= u.min()
-        and u.max() < 1
-        and (k.bincount(minlength=10) - n / 10).abs().max() < 4 * (n * 0.09) ** 0.5
-    )
+    assert x.mean(0).abs().max() < 4 / n**0.5
+    assert (x.var(0) - 1).abs().max() < 4 * (2 / n) ** 0.5
+    quantiles = (torch.arange(n) + 0.5) / n
+    assert (u.sort().values - quantiles).abs().max() < 1.95 / n**0.5  # Kolmogorov-Smirnov, 0.1 %
+    assert 0 <= u.min() and u.max() < 1
+    assert (k.bincount(minlength=10) - n / 10).abs().max() < 4 * (n * 0.09) ** 0.5
     assert len(x[:, 0].unique()) > n - 5
-    neighbour = [x.roll(1, 0), Draws(0, 2, 0, range(n)).normal("z", (3,)), draw.normal("eps", (3,))]
-    for y in neighbour:
+    next_step = Draws(0, 2, 0, range(n)).normal("z", (3,))
+    for y in (x.roll(1, 0), next_step, draw.normal("eps", (3,))):
         assert ((x.T @ y) / n).abs().max() < 4 / n**0.5
     assert (x.T @ x / n - torch.eye(3)).triu(1).abs().max() < 4 / n**0.5
 
 
 def test_spread_is_uniform_per_row_and_even_over_a_batch():
-    """Over 4,000 steps any one row is uniform, whatever the step before drew; within any batch no gap is wider than three times the mean."""
+    """Over 4,000 steps any one row is uniform, whatever the step before drew.
+
+    Within any batch no gap is wider than three times the mean one.
+    """
     n = 4000
-    u = torch.stack(
-        [Draws(0, step, 0, [0, 5, 63]).spread("u", 0.02, 0.98) for step in range(n)]
-    )  # (n, 3)
+    rows = [Draws(0, step, 0, [0, 5, 63]).spread("u", 0.02, 0.98) for step in range(n)]
+    u = torch.stack(rows)  # (n, 3)
     assert u.min() >= 0.02 and u.max() <= 0.98
     quantile = 0.02 + 0.96 * (torch.arange(n) + 0.5) / n
     assert (u.sort(0).values - quantile[:, None]).abs().max() < 1.95 / n**0.5
@@ -1182,9 +1192,9 @@ def test_spread_is_uniform_per_row_and_even_over_a_batch():
 
 
 def test_agreed_ignores_rows():
-    """One integer for all ranks: whatever the rows, and spread over its range across steps."""
-    assert len({Draws(0, 7, 0, rows).agreed("k", 1000) for rows in ([0], [5, 6], range(64))}) == 1
-    counts = torch.tensor([Draws(0, step, 0, [0]).agreed("k", 4) for step in range(2000)]).bincount(
-        minlength=4
-    )
+    """One integer for all ranks, whatever the rows, and spread over its range across steps."""
+    rows = ([0], [5, 6], range(64))
+    assert len({Draws(0, 7, 0, r).agreed("k", 1000) for r in rows}) == 1
+    drawn = torch.tensor([Draws(0, step, 0, [0]).agreed("k", 4) for step in range(2000)])
+    counts = drawn.bincount(minlength=4)
     assert (counts - 500).abs().max() < 4 * (2000 * 3 / 16) ** 0.5

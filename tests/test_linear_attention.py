@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,14 +28,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
+from kernels import bench_linear_attention  # noqa: E402
 from kernels import linear_attention as la  # noqa: E402
-from kernels.linear_attention import (  # noqa: E402
-    linear_attention,
-    linear_attention_reference,
-    quadratic_oracle,
-)
+from kernels.linear_attention import linear_attention, quadratic_oracle  # noqa: E402
 
-EPS = la.EPS
+EPS, linear_attention_reference = la.EPS, la.linear_attention_reference
 needs_triton = pytest.mark.skipif(la.triton is None, reason="triton is not installed")
 needs_compiler = pytest.mark.skipif(
     not shutil.which("gcc") and not os.environ.get("CC"), reason="torch.compile needs a C compiler"
@@ -367,7 +365,7 @@ def test_triton_is_refused_on_the_cpu_and_not_needed():
 
 
 def test_works_without_triton():
-    """Where triton cannot be imported the reference runs, and backend='triton' says what is missing."""
+    """Where triton cannot be imported the reference runs; backend='triton' says what is missing."""
     code = """
 import sys
 sys.modules["triton"] = None
@@ -388,22 +386,18 @@ except ValueError as e:
 
 # ---- the kernels, interpreted --------------------------------------------------------------------
 #
-# feature map, projections, N_q, N, D, D_v, splits (0: the rule), layout, eps (None: the default), dtype
+# A case is: feature map, projections, N_q, N, D, D_v, splits (0: the rule), layout, eps (None: the
+# default), dtype.
+
+
+def square(feature_map, projections, N, D, splits, layout):
+    """A case with as many queries as keys and values as wide as keys, in float32."""
+    return (feature_map, projections, N, N, D, D, splits, layout, None, "float32")
+
 
 CASES = {
     **{
-        f"hedgehog N={N} D={D} splits={s}": (
-            "hedgehog",
-            True,
-            N,
-            N,
-            D,
-            D,
-            s,
-            layout,
-            None,
-            "float32",
-        )
+        f"hedgehog N={N} D={D} splits={s}": square("hedgehog", True, N, D, s, layout)
         for N, D, s, layout in [
             (1, 16, 1, "plain"),
             (1, 32, 7, "fused"),
@@ -419,7 +413,7 @@ CASES = {
         ]
     },
     **{
-        f"{m} N={N} D={D} splits={s}": (m, False, N, N, D, D, s, layout, None, "float32")
+        f"{m} N={N} D={D} splits={s}": square(m, False, N, D, s, layout)
         for m, N, D, s, layout in [
             ("hedgehog", 197, 16, 2, "fused"),
             ("softmax", 1, 16, 7, "plain"),
@@ -444,11 +438,8 @@ CASES = {
     "float16, softmax": ("softmax", False, 70, 70, 32, 32, 2, "fused", None, "float16"),
     "bfloat16": ("hedgehog", True, 70, 70, 32, 32, 2, "fused", None, "bfloat16"),
 }
-BOUNDS = {
-    "float32": 1e-5,
-    "float16": 2e-3,
-    "bfloat16": 1e-2,
-}  # the interpreter truncates to bfloat16 where a GPU rounds
+# where a GPU rounds to bfloat16, the interpreter truncates
+BOUNDS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 NAMES = ("o", "dq", "dk", "dv", "dw_q", "dw_k")
 
 
@@ -468,14 +459,16 @@ def lay_out(x, layout):
 
 
 def run_case(feature_map, projections, N_q, N, D, D_v, splits, layout, eps, dtype, device="cpu"):
-    """-> {name: [error, bound]} in Frobenius norm, bound = tolerance |ref| + 1e-6 |dO| (float32)."""
+    """Errors of o and all gradients against the oracle, {name: (error, bound)} in Frobenius norm.
+
+    The bound is tolerance (|reference| + |dO| / 10), where the tolerance is that of BOUNDS.
+    """
     dtype = getattr(torch, dtype)
     eps = EPS[feature_map] if eps is None else eps
     x = [a.to(device) for a in inputs(feature_map, 2, N, 2, D, N_q, D_v, projections)]
-    x = [lay_out(a.to(dtype), layout).requires_grad_() for a in x[:3]] + [
-        a.float().requires_grad_() for a in x[3:]
-    ]
-    w = x[3:] or [None, None]
+    w = [a.float().requires_grad_() for a in x[3:]]
+    x = [lay_out(a.to(dtype), layout).requires_grad_() for a in x[:3]] + w
+    w = w or [None, None]
     o = la._forward(*x[:3], *w, feature_map, eps, splits)[0]
     g = lay_out(normal(*o.shape, seed=8).to(device, dtype), layout)
     got = [o, *torch.autograd.grad(o, x, g)]
@@ -484,97 +477,78 @@ def run_case(feature_map, projections, N_q, N, D, D_v, splits, layout, eps, dtyp
     expected = [ref, *torch.autograd.grad(ref, y, g.double())]
     tolerance = BOUNDS[str(dtype)[6:]]
     found = {}
-    for name, a, b in zip(NAMES, got, expected):
-        assert a.shape == b.shape and a.dtype == (torch.float32 if name[:2] == "dw" else dtype), (
-            name,
-            a.shape,
-            a.dtype,
-        )
-        found[name] = (
-            (a.double() - b).norm().item(),
-            tolerance * b.norm().item() + tolerance / 10 * g.double().norm().item(),
-        )
+    for name, a, b in zip(NAMES[: len(got)], got, expected, strict=True):
+        assert a.shape == b.shape, (name, a.shape)
+        assert a.dtype == (torch.float32 if name[:2] == "dw" else dtype), (name, a.dtype)
+        bound = tolerance * b.norm().item() + tolerance / 10 * g.double().norm().item()
+        found[name] = (a.double() - b).norm().item(), bound
     return found
 
 
 def registration():
-    """opcheck of both operators, torch.compile around them, checkpointing, and what they save.  -> {name: (value, bound)}."""
+    """opcheck of both operators, torch.compile around them, checkpointing, and what they save.
+
+    -> {name: (value, bound)}.
+    """
     x = [a.requires_grad_() for a in inputs(N=9, H=2, D=16, dtype=torch.float32)]
-    checks = (
-        "test_schema",
-        "test_autograd_registration",
-        "test_faketensor",
-        "test_aot_dispatch_dynamic",
-    )
+    qkv = [a.detach() for a in x[:3]]
+    checks = ("test_schema", "test_faketensor")
+    more_checks = ("test_autograd_registration", "test_aot_dispatch_dynamic")
+
+    def failures(operator, args, checks):
+        result = torch.library.opcheck(operator, args, test_utils=checks, raise_exception=False)
+        return sum(v != "SUCCESS" for v in result.values())
+
+    def largest_difference(a, b):
+        return max((p - q).abs().max().item() for p, q in zip(a, b, strict=True))
+
+    def call(*x):
+        return linear_attention(*x[:3], "hedgehog", *x[3:], backend="triton")
+
     found = {}
     for name, w in (("with W", x[3:]), ("without W", [None, None])):
-        result = torch.library.opcheck(
-            la._forward, (*x[:3], *w, "hedgehog", 0.0, 2), test_utils=checks, raise_exception=False
-        )
-        found[f"opcheck forward {name}"] = sum(v != "SUCCESS" for v in result.values()), 0
-        saved = la._forward(*[a.detach() for a in x[:3]], *w, "hedgehog", 0.0, 2)
-        args = (
-            torch.randn(2, 9, 2, 16),
-            *[a.detach() for a in x[:3]],
-            *w,
-            *saved,
-            "hedgehog",
-            2,
-            w[0] is not None,
-            False,
-        )
-        result = torch.library.opcheck(
-            la._backward, args, test_utils=("test_schema", "test_faketensor"), raise_exception=False
-        )
-        found[f"opcheck backward {name}"] = sum(v != "SUCCESS" for v in result.values()), 0
-    call = lambda *x: linear_attention(*x[:3], "hedgehog", *x[3:], backend="triton")
+        args = (*x[:3], *w, "hedgehog", 0.0, 2)
+        found[f"opcheck forward {name}"] = failures(la._forward, args, checks + more_checks), 0
+        saved = la._forward(*qkv, *w, "hedgehog", 0.0, 2)
+        g = torch.randn(2, 9, 2, 16)
+        args = (g, *qkv, *w, *saved, "hedgehog", 2, w[0] is not None, False)
+        found[f"opcheck backward {name}"] = failures(la._backward, args, checks), 0
     expected = call(*x)
     got = torch.compile(call, fullgraph=True, backend="aot_eager")(*x)
     grads = [torch.autograd.grad(o.square().sum(), x) for o in (got, expected)]
-    found["torch.compile(fullgraph=True)"] = (
-        max((a - b).abs().max().item() for a, b in zip((got, *grads[0]), (expected, *grads[1]))),
-        1e-6,
-    )
+    difference = largest_difference((got, *grads[0]), (expected, *grads[1]))
+    found["torch.compile(fullgraph=True)"] = difference, 1e-6
     found["checkpoint"] = checkpointed("triton"), 0
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda a: (kept.append(a.numel()), a)[1], lambda a: a
-    ):
+
+    def keep(a):
+        kept.append(a.numel())
+        return a
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda a: a):
         long = [a.requires_grad_() for a in inputs(B=1, N=300, H=1, D=16, dtype=torch.float32)]
         call(*long)
     found["no features are saved"] = max(kept), 300 * 16
     frozen = torch.autograd.grad(call(*x[:3], *[a.detach() for a in x[3:]]).square().sum(), x[:3])
-    found["frozen W, same gradients"] = (
-        max((a - b).abs().max().item() for a, b in zip(frozen, grads[1])),
-        1e-6,
-    )
+    found["frozen W, same gradients"] = largest_difference(frozen, grads[1][:3]), 1e-6
     return found
 
 
 def refusals():
-    """backend="triton" with what the kernels do not take -> {name: (0 if refused by name, 0)}."""
+    """backend="triton" with what the kernels do not take, {name: (0 if refused by name, 0)}."""
     found = {}
+    q24, v24 = normal(1, 4, 2, 24, dtype=torch.float32), normal(2, 8, 3, 24, dtype=torch.float32)
     for what, y, v, message in (
-        (
-            "q of 24",
-            normal(1, 4, 2, 24, dtype=torch.float32),
-            None,
-            "q must have a head size in (16, 32, 64, 128), got 24",
-        ),
-        (
-            "v of 24",
-            x[:, :, :, :16],
-            normal(2, 8, 3, 24, dtype=torch.float32),
-            "v must have a head size in",
-        ),
-        ("float64", X64, None, "q must be float32, bfloat16 or float16"),
+        ("q of 24", q24, q24, "q must have a head size in (16, 32, 64, 128), got 24"),
+        ("v of 24", x, v24, "v must have a head size in"),
+        ("float64", X64, X64, "q must be float32, bfloat16 or float16"),
     ):
         try:
-            linear_attention(y, y, y if v is None else v, backend="triton")
+            linear_attention(y, y, v, backend="triton")
             said = "nothing"
         except ValueError as e:
             said = str(e)
-        found[f"refuses {what}"] = 0 if message in said else 1, 0
+        found[f"refuses {what}"] = int(message not in said), 0
     return found
 
 
@@ -586,40 +560,40 @@ GROUPS = {
 
 
 def interpreter_main():
-    """Prints one JSON line per case: {"case", "found": {name: [value, bound]} or "error", "seconds"}."""
-    import traceback
-
+    """Print a JSON line per case: case, found {name: [value, bound]} or error, seconds."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     assert torch.empty(3).isnan().all() and la.INTERPRET
-    for name, run in {
-        **{n: (lambda c=c: run_case(*c)) for n, c in CASES.items()},
-        **GROUPS,
-    }.items():
+    cases = {name: functools.partial(run_case, *case) for name, case in CASES.items()}
+    for name, run in {**cases, **GROUPS}.items():
         begin, line = time.time(), {"case": name}
         try:
             line["found"] = run()
         except Exception:
             line["error"] = traceback.format_exc()[-3000:]
-        print(
-            "RESULT " + json.dumps({**line, "seconds": round(time.time() - begin, 2)}), flush=True
-        )
+        line["seconds"] = round(time.time() - begin, 2)
+        print("RESULT " + json.dumps(line), flush=True)
 
 
 def environment(**changes):
-    drop = {"TRITON_INTERPRET"}
+    """This process's environment for a child on one thread, with no GPU and no interpreter."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return {**env, **fixed, **changes}
+
+
+def exceeded(found):
+    """What lies above its bound.  {name: (value, bound)} -> {name: text}."""
     return {
-        **{k: v for k, v in os.environ.items() if k not in drop},
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-        **changes,
+        name: f"{value:.3g} > {bound:.3g}"
+        for name, (value, bound) in found.items()
+        if not value <= bound
     }
 
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """{case: its line} from one run of this file under the interpreter."""
+    """One run of this file under the interpreter, {case: its line}."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(Path(__file__).resolve())],
         capture_output=True,
@@ -627,9 +601,8 @@ def interpreted():
         timeout=1200,
         env=environment(TRITON_INTERPRET="1"),
     )
-    lines = [
-        json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")
-    ]
+    printed = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    lines = [json.loads(line.removeprefix("RESULT ")) for line in printed]
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return {line["case"]: line for line in lines}
 
@@ -637,15 +610,10 @@ def interpreted():
 @needs_triton
 @pytest.mark.parametrize("case", [*CASES, *GROUPS])
 def test_kernels(interpreted, case):
-    """Oracle agreement of o and all gradients, and the groups: the properties, registration and refusals of the Triton path."""
+    """o and all gradients agree with the oracle; properties, registration, refusals of Triton."""
     line = interpreted[case]
     assert "error" not in line, line["error"]
-    wrong = {
-        name: f"{value:.3g} > {bound:.3g}"
-        for name, (value, bound) in line["found"].items()
-        if not value <= bound
-    }
-    assert not wrong, wrong
+    assert line["found"] and not exceeded(line["found"]), exceeded(line["found"])
 
 
 # ---- the kernels on a GPU ------------------------------------------------------------------------
@@ -659,41 +627,36 @@ needs_gpu = pytest.mark.skipif(
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_on_a_gpu(case):
     """The interpreter's cases, compiled."""
-    wrong = {
-        name: f"{value:.3g} > {bound:.3g}"
-        for name, (value, bound) in run_case(*CASES[case], device="cuda").items()
-        if not value <= bound
-    }
+    wrong = exceeded(run_case(*CASES[case], device="cuda"))
     assert not wrong, wrong
 
 
 def by_equations(x, g, feature_map, eps, rounding=lambda a: a):
-    """o and all gradients by Eqs. (1) to (5), each line of them once, in the dtype of x = [q, k, v, w_q, w_k] and of g = dL/do.
+    """o and all gradients by Eqs. (1) to (5), each of their lines once.
 
-    rounding: put where the kernels round to bfloat16. What it costs is the error that kernels without another mistake have."""
+    In the dtype of x = [q, k, v, w_q, w_k] and of g = dL/do. rounding stands where the kernels
+    round to bfloat16: the error that it causes is what kernels without another mistake have.
+    """
     q, k, v, *w = x
     D, N = q.shape[-1], k.shape[1]
-    project = lambda a, i: torch.einsum("bnhd,hde->bnhe", a, w[i]) if w else a
+
+    def project(a, i):
+        return torch.einsum("bnhd,hde->bnhe", a, w[i]) if w else a
 
     def back(u, dphi, i):
-        """Through the feature map -> dL/dx, dL/dW."""
+        """Through the feature map.  -> dL/dx, dL/dW or None."""
         du = 0
-        for sign, d in zip((1, -1), dphi.split(D, -1)):
-            p = (sign * u).softmax(-1)
-            du = du + sign * (
-                p * (d - (p * d).sum(-1, keepdim=True))
-                if feature_map in ("hedgehog", "softmax")
-                else d * u.clamp_max(0).exp()
-            )
+        for sign, d in zip((1, -1), dphi.split(D, -1), strict=False):  # one half or two
+            if feature_map in ("hedgehog", "softmax"):
+                p = (sign * u).softmax(-1)
+                du = du + sign * (p * (d - (p * d).sum(-1, keepdim=True)))
+            else:
+                du = du + sign * (d * u.clamp_max(0).exp())
         du = rounding(du)
-        return (
-            (
-                rounding(torch.einsum("bnhe,hde->bnhd", du, w[i])),
-                torch.einsum("bnhd,bnhe->hde", (q, k)[i], du),
-            )
-            if w
-            else (du, None)
-        )
+        if not w:
+            return du, None
+        dx = rounding(torch.einsum("bnhe,hde->bnhd", du, w[i]))
+        return dx, torch.einsum("bnhd,bnhe->hde", (q, k)[i], du)
 
     u_q, u_k = project(q, 0), project(k, 1)
     phi_q, phi_k = (rounding(la.features(u, feature_map)) for u in (u_q, u_k))  # (B, N, H, f)
@@ -705,9 +668,8 @@ def by_equations(x, g, feature_map, eps, rounding=lambda a: a):
     dz = -(phi_q * delta / d).sum(1) / N
     dq, dw_q = back(u_q, (torch.einsum("bhfd,bnhd->bnhf", S, g) - delta * z[:, None]) / d, 0)
     dk, dw_k = back(u_k, torch.einsum("bhfd,bnhd->bnhf", dS, v) + dz[:, None], 1)
-    return [o, dq, dk, rounding(torch.einsum("bhfd,bnhf->bnhd", dS, phi_k))] + [dw_q, dw_k] * bool(
-        w
-    )
+    dv = rounding(torch.einsum("bhfd,bnhf->bnhd", dS, phi_k))
+    return [o, dq, dk, dv] + ([dw_q, dw_k] if w else [])
 
 
 @pytest.mark.parametrize("feature_map", ["hedgehog", "softmax", "elu"])
@@ -716,16 +678,15 @@ def test_equations(feature_map):
     x = [a.requires_grad_() for a in inputs(feature_map, N=9, N_q=6)]
     o = quadratic_oracle(*x[:3], feature_map, *x[3:], eps=0.1)
     g = normal(*o.shape, seed=8)
-    for a, b in zip(
-        by_equations([a.detach() for a in x], g, feature_map, 0.1),
-        [o, *torch.autograd.grad(o, x, g)],
-        strict=True,
-    ):
+    got = by_equations([a.detach() for a in x], g, feature_map, 0.1)
+    for a, b in zip(got, [o, *torch.autograd.grad(o, x, g)], strict=True):
         torch.testing.assert_close(a, b)
 
 
 def errors(got, expected):
-    return {name: relative(a, b) for name, a, b in zip(NAMES, got, expected)}
+    """Relative errors of o and the gradients, {name: float}."""
+    triples = zip(NAMES[: len(got)], got, expected, strict=True)
+    return {name: relative(a, b) for name, a, b in triples}
 
 
 @needs_gpu
@@ -733,19 +694,21 @@ def errors(got, expected):
     "feature_map, D", [("hedgehog", 128), ("softmax", 128), ("hedgehog", 64), ("elu", 64)]
 )
 def test_long_sequences_on_a_gpu(feature_map, D):
-    """bfloat16 at Wan's 32,760 tokens, o and all gradients: the error is that of the kernels' roundings (in float64, above) and no more."""
+    """bfloat16 at Wan's 32,760 tokens: o and all gradients err by the kernels' roundings alone.
+
+    The error of those roundings is computed in float64 by `by_equations`.
+    """
     x = [a.cuda() for a in inputs(feature_map, 1, 32760, 2, D, dtype=torch.float32)]
-    x = [a.bfloat16().requires_grad_() for a in x[:3]] + [
-        a.bfloat16().float().requires_grad_() for a in x[3:]
-    ]  # W's numbers are those the kernels multiply
+    # W holds the numbers that the kernels multiply
+    w = [a.bfloat16().float().requires_grad_() for a in x[3:]]
+    x = [a.bfloat16().requires_grad_() for a in x[:3]] + w
     y = [a.detach().double() for a in x]
     g = normal(1, 32760, 2, D, seed=8).to("cuda", torch.bfloat16)
     o = linear_attention(*x[:3], feature_map, *x[3:], backend="triton")
     expected = by_equations(y, g.double(), feature_map, 0.0)
     found = errors([o, *torch.autograd.grad(o, x, g)], expected)
-    floor = errors(
-        by_equations(y, g.double(), feature_map, 0.0, lambda a: a.bfloat16().double()), expected
-    )
+    rounded = by_equations(y, g.double(), feature_map, 0.0, lambda a: a.bfloat16().double())
+    floor = errors(rounded, expected)
     print(feature_map, D, {name: f"{found[name]:.2e} of {floor[name]:.2e}" for name in found})
     assert all(found[name] <= 1.15 * floor[name] for name in found), (found, floor)
 
@@ -769,8 +732,12 @@ def bench(*flags):
     reason="no triton, or one without NVIDIA's assembler",
 )
 def test_kernels_compile_for_sm_90(tmp_path):
-    """Every launch of a training step in the default configuration, bf16, D = 128, hedgehog with W and softmax: shared memory is at most what a
-    program may have, and few registers spill. The tiles are the fastest on an H100; some that spill a little beat all that do not (docs/kernels.md)."""
+    """Shared memory is at most what a program may have, and few registers spill.
+
+    For every launch of a training step in the default configuration, bf16, D = 128, hedgehog with W
+    and softmax. The tiles are the fastest on an H100: some that spill a little beat all that do not
+    (docs/kernels.md).
+    """
     done = bench("--compile", "sm_90", "--json", str(tmp_path / "c.json"))
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "c.json").read_text())["compiled"]
@@ -781,35 +748,22 @@ def test_kernels_compile_for_sm_90(tmp_path):
 
 
 def test_benchmark_runs_on_the_cpu(tmp_path):
-    """A row for the reference and for SDPA at each length, times and bandwidths, the crossover, and the same in JSON."""
-    done = bench(
-        "--lengths",
-        "32,64",
-        "--heads",
-        "1",
-        "--head_dim",
-        "16",
-        "--repeats",
-        "1",
-        "--seconds",
-        "0.01",
-        "--json",
-        str(tmp_path / "b" / "b.json"),
-    )
+    """Each length has a row for the reference and for SDPA, with times and bandwidths, as in JSON.
+
+    The crossover is printed and stored too.
+    """
+    flags = "--lengths 32,64 --heads 1 --head_dim 16 --repeats 1 --seconds 0.01".split()
+    done = bench(*flags, "--json", str(tmp_path / "b" / "b.json"))
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "b" / "b.json").read_text())
     assert [(r["N"], r["method"]) for r in result["rows"]] == [
         (N, m) for N in (32, 64) for m in ("torch", "sdpa math", "sdpa flash")
     ]
     for r in result["rows"]:
-        assert (
-            r["forward_gbs"] == pytest.approx(4 * r["N"] * 16 * 4 / r["forward_s"] / 1e9)
-            and r["step_s"] > 0
-        )
-    assert [c["what"] for c in result["crossover"]] == [
-        "forward",
-        "forward + backward",
-    ] and "torch beats every SDPA backend" in done.stdout
+        gbs = 4 * r["N"] * 16 * 4 / r["forward_s"] / 1e9
+        assert r["forward_gbs"] == pytest.approx(gbs) and r["step_s"] > 0
+    assert [c["what"] for c in result["crossover"]] == ["forward", "forward + backward"]
+    assert "torch beats every SDPA backend" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -825,8 +779,6 @@ def test_benchmark_runs_on_the_cpu(tmp_path):
     ],
 )
 def test_benchmark_refuses_wrong_flags(flags, capsys):
-    from kernels import bench_linear_attention
-
     with pytest.raises(SystemExit) as e:
         bench_linear_attention.parse_args(flags)
     assert e.value.code == 2 and flags[0] in capsys.readouterr().err
@@ -834,15 +786,15 @@ def test_benchmark_refuses_wrong_flags(flags, capsys):
 
 def test_crossover_is_the_length_from_which_on_it_wins():
     """Not the first win: 16 wins, 32 loses, from 64 on it wins against the best backend."""
-    from kernels.bench_linear_attention import crossover
-
+    methods = ("torch", "sdpa math", "sdpa flash")
+    times = {16: (1, 2, 3), 32: (4, 3, 9), 64: (5, 9, 6), 128: (6, 20, 30)}
     rows = [
         dict(N=N, method=m, forward_s=t)
-        for N, ts in {16: (1, 2, 3), 32: (4, 3, 9), 64: (5, 9, 6), 128: (6, 20, 30)}.items()
-        for m, t in zip(("torch", "sdpa math", "sdpa flash"), ts)
+        for N, ts in times.items()
+        for m, t in zip(methods, ts, strict=True)
     ]
-    assert crossover(rows, "torch") == 64
-    assert crossover(rows[:6], "torch") is None
+    assert bench_linear_attention.crossover(rows, "torch") == 64
+    assert bench_linear_attention.crossover(rows[:6], "torch") is None
 
 
 if __name__ == "__main__":

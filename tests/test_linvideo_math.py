@@ -1,5 +1,8 @@
-"""linvideo.py against the paper's formulas (2510.08318): mixed attention, count and regulariser of r, conversion, scores of flows, Eq. 11 to 13, the bank's
-trajectories."""
+"""linvideo.py against the formulas of its paper (2510.08318).
+
+Mixed attention, the count and the regulariser of r, conversion, scores of flow models, Eq. 11 to
+13 and their variants, and the bank's trajectories.
+"""
 
 import argparse
 import copy
@@ -15,22 +18,30 @@ from kernels import linear_attention as kernels
 from kernels.linear_attention import LinearAttention, features, use_linear_attention
 from linvideo import (
     MixedAttention,
+    adm_loss,
+    adm_variant_loss,
     chosen_layers,
     constraint,
     convert,
+    dmd_baseline_loss,
     flow_matching_loss,
     matching_gradient,
     matching_loss,
     mix_attention,
+    regression_loss,
     regularizer,
     smallest,
     trajectory,
+    wrong_selection,
 )
 from models.diffusion import Flow, guide, sample_teacher, step_grid
+from models.draws import Draws
 from models.files import UserError
-from models.networks import dit, network_from_config, wan
+from models.networks import network_from_config
+from models.networks.layers import attention
 from models.networks.wan import WanTransformer3DModel
 from models.plumbing.data import Bank
+from models.plumbing.flags import refuse
 
 MAPS = kernels.FEATURE_MAPS[:-1]
 
@@ -43,10 +54,8 @@ def dit_case():
 
 def wan_case():
     net = fill(WanTransformer3DModel(**{**TINY_WAN, "num_layers": 4}))
-    x, text = (
-        normal(3, 4, 2, 4, 6, dtype=torch.float32),
-        normal(3, 5, 16, seed=1, dtype=torch.float32),
-    )
+    x = normal(3, 4, 2, 4, 6, dtype=torch.float32)
+    text = normal(3, 5, 16, seed=1, dtype=torch.float32)
     return net, lambda n: n(x, torch.tensor([0.2, 0.7, 1.0]), text)
 
 
@@ -67,18 +76,22 @@ def linear_layer(feature_map="hedgehog", heads=3, dim=4, random=True):
 
 
 def mixed_layer(r, feature_map="hedgehog"):
-    layer = MixedAttention(dit.attention, 3, 4, feature_map, r).double()
-    layer.linear, layer.r.data = linear_layer(feature_map), torch.tensor(r, dtype=torch.float64)
+    layer = MixedAttention(attention, 3, 4, feature_map, r).double()
+    layer.linear = linear_layer(feature_map)
+    layer.r.data = torch.tensor(r, dtype=torch.float64)
     return layer
 
 
-# ---- mixed attention ---------------------------------------------------------------------------------------------------
+# ---- mixed attention -----------------------------------------------------------------------------
 
 
 @every_net
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_r_one_is_the_teacher_bit_for_bit(case, feature_map):
-    """While mixing and once fixed to softmax, whatever the linear branch's weights; r below one is another function."""
+    """While mixing and once fixed to softmax, whatever the weights of the linear attention.
+
+    With an r below one, and with a layer fixed to linear attention, it is another function.
+    """
     net, call = case()
     with torch.no_grad():
         want, student = call(net), copy.deepcopy(net)
@@ -99,138 +112,136 @@ def test_r_one_is_the_teacher_bit_for_bit(case, feature_map):
 def test_r_one_is_softmax_in_every_dtype():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         q, k, v = qkv(dtype=dtype)
-        out = MixedAttention(dit.attention, 3, 4, "hedgehog", 1.0)(q, k, v)
-        assert out.dtype == dtype and torch.equal(out, dit.attention(q, k, v))
-        assert MixedAttention(dit.attention, 3, 4, "hedgehog", 0.3)(q, k, v).dtype == dtype
+        out = MixedAttention(attention, 3, 4, "hedgehog", 1.0)(q, k, v)
+        assert out.dtype == dtype and torch.equal(out, attention(q, k, v))
+        assert MixedAttention(attention, 3, 4, "hedgehog", 0.3)(q, k, v).dtype == dtype
 
 
 @pytest.mark.parametrize("feature_map", MAPS)
 @pytest.mark.parametrize("r", [0.0, 0.25, 0.9, 1.0])
 def test_mixture_and_its_gradient(r, feature_map):
-    """Eq. 8, and d/dr is softmax minus linear, contracted with the incoming gradient; each branch's own gradient is its share."""
+    """Eq. 8. The derivative by r is softmax minus linear, contracted with the incoming gradient.
+
+    The weights of the linear attention get its share of the gradient.
+    """
     layer, (q, k, v), up = mixed_layer(r, feature_map), qkv(), normal(2, 7, 3, 4, seed=5)
-    soft, linear = (
-        F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v))).transpose(1, 2),
-        layer.linear(q, k, v),
-    )
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    soft = F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    linear = layer.linear(q, k, v)
     out = layer(q, k, v)
     close(out, r * soft + (1 - r) * linear, 1e-12)
     (out * up).sum().backward()
     close(layer.r.grad, ((soft - linear) * up).sum().detach(), 1e-10)
-    want = (
-        torch.autograd.grad(((1 - r) * linear * up).sum(), list(layer.linear.parameters()))
-        if feature_map == "hedgehog"
-        else []
-    )
-    for p, g in zip(layer.linear.parameters(), want, strict=True):
+    parameters, want = list(layer.linear.parameters()), []
+    assert bool(parameters) == (feature_map == "hedgehog")
+    if parameters:
+        want = torch.autograd.grad(((1 - r) * linear * up).sum(), parameters)
+    for p, g in zip(parameters, want, strict=True):
         close(p.grad, g, 1e-12)
 
 
 @pytest.mark.parametrize("linear", [True, False])
 def test_a_fixed_layer_calls_one_branch(linear):
-    """The other is not called; r is 0 or 1, has no gradient and gets none; state_dict knows that it is decided."""
+    """The other is not called; r is 0 or 1 and has no gradient; state_dict says that it is so."""
     layer, (q, k, v), calls = mixed_layer(0.4), qkv(), []
-    layer.softmax = lambda *a: calls.append("softmax") or dit.attention(*a)
+    layer.softmax = lambda *a: calls.append("softmax") or attention(*a)
     layer.linear.register_forward_hook(lambda *a: calls.append("linear"))
     layer(q, k, v).sum().backward()
-    assert sorted(calls) == ["linear", "softmax"] and layer.r.grad is not None and not layer.decided
+    assert sorted(calls) == ["linear", "softmax"]
+    assert layer.r.grad is not None and not layer.decided
     layer.fix(linear)
-    assert (
-        layer.r == 1 - linear
-        and not layer.r.requires_grad
-        and layer.r.grad is None
-        and layer.state_dict()["decided"]
-    )
+    assert layer.r == 1 - linear and not layer.r.requires_grad and layer.r.grad is None
+    assert layer.state_dict()["decided"]
     calls.clear()
-    assert torch.equal(layer(q, k, v), layer.linear(q, k, v) if linear else dit.attention(q, k, v))
+    want = layer.linear(q, k, v) if linear else attention(q, k, v)
+    assert torch.equal(layer(q, k, v), want)
     assert set(calls) == ({"linear"} if linear else {"softmax"})
 
 
 @every_net
 def test_mixing_touches_self_attention_alone(case):
-    """One r and one identity W pair per layer, nothing shared between layers; Wan's attention to the text stays a function."""
+    """One r and one identity W pair for each layer, and no storage shared between layers.
+
+    Wan's attention to the text stays a function.
+    """
     net, _ = case()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     mixed = mix_attention(net, "hedgehog", 0.8)
-    assert len(mixed) == 4 and all(
-        place.attend is m for place, m in zip(net.self_attentions, mixed)
-    )
+    assert [place.attend for place in net.self_attentions] == mixed and len(mixed) == 4
     new = {k: v for k, v in net.state_dict().items() if k not in before}
-    assert (
-        len(new) == 4 * 4
-        and all(".attend." in k for k in new)
-        and all(torch.equal(net.state_dict()[k], v) for k, v in before.items())
-    )
+    assert len(new) == 4 * 4 and all(".attend." in k for k in new)
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in before.items())
     assert len({v.data_ptr() for v in net.parameters()}) == len(list(net.parameters()))
     for m in mixed:
-        assert (
-            m.r.shape == ()
-            and m.r.item() == pytest.approx(0.8)
-            and m.r.requires_grad
-            and not m.decided
-        )
+        assert m.r.shape == () and m.r.item() == pytest.approx(0.8)
+        assert m.r.requires_grad and not m.decided
         for w in (m.linear.w_q, m.linear.w_k):
             assert torch.equal(w, torch.eye(net.head_dim).expand(net.heads, -1, -1))
     if isinstance(net, WanTransformer3DModel):
-        assert all(block.attn2.attend is wan.attention for block in net.blocks)
+        assert all(block.attn2.attend is attention for block in net.blocks)
 
 
-# ---- linear attention, as the layer that a student keeps ------------------------------------------------------------------
+# ---- linear attention, as the layer that a student keeps -----------------------------------------
 
 
 @pytest.mark.parametrize("feature_map", ["hedgehog", "softmax", "elu"])
 def test_weights_of_a_query_sum_to_one(feature_map):
-    """v = 1 gives 1, values stay inside each channel's range, and it is (A / row sum) v with A = phi(q) phi(k)^T."""
+    """v = 1 gives 1, and values stay inside each channel's range.
+
+    It is (A / row sum) v with A = phi(q) phi(k)^T.
+    """
     layer, (q, k, v) = linear_layer(feature_map), qkv()
     close(layer(q, k, torch.ones_like(v)), torch.ones(2, 7, 3, 4), 1e-13)
     out = layer(q, k, v)
-    assert (out <= v.amax(1, keepdim=True) + 1e-12).all() and (
-        out >= v.amin(1, keepdim=True) - 1e-12
-    ).all()
-    A = torch.einsum(
-        "bnhf,bmhf->bhnm", features(q, feature_map, layer.w_q), features(k, feature_map, layer.w_k)
-    )
+    assert (out <= v.amax(1, keepdim=True) + 1e-12).all()
+    assert (out >= v.amin(1, keepdim=True) - 1e-12).all()
+    phi_q, phi_k = features(q, feature_map, layer.w_q), features(k, feature_map, layer.w_k)
+    A = torch.einsum("bnhf,bmhf->bhnm", phi_q, phi_k)
     assert (A > 0).all()
     close(out, torch.einsum("bhnm,bmhd->bnhd", A / A.sum(-1, keepdim=True), v), 1e-12)
 
 
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_order_of_keys_does_not_matter(feature_map):
-    """Keys with their values in another order: the same; values alone: not. Queries in another order: outputs in that order."""
-    layer, (q, k, v), order = linear_layer(feature_map), qkv(), torch.tensor([3, 0, 6, 2, 5, 1, 4])
-    out = layer(q, k, v)
+    """Keys and their values in another order change nothing, values alone do.
+
+    Queries in another order give the outputs in that order.
+    """
+    layer, (q, k, v) = linear_layer(feature_map), qkv()
+    order, out = torch.tensor([3, 0, 6, 2, 5, 1, 4]), layer(q, k, v)
     close(layer(q, k[:, order], v[:, order]), out, 1e-12)
     close(layer(q[:, order], k, v), out[:, order], 1e-12)
     assert not torch.allclose(layer(q, k, v[:, order]), out, rtol=1e-2)
 
 
 def test_hedgehog_by_hand():
-    """Eq. 6: two softmaxes, each sums to 1; W = 0 is mean(v); (W_q, W_k) -> -(W_q, W_k) changes nothing, one of them does; W starts as the identity,
-    with queries and keys of their own."""
+    """Eq. 6: two softmaxes, each of which sums to 1.
+
+    W = 0 gives mean(v). (W_q, W_k) -> -(W_q, W_k) changes nothing, one sign alone does. W starts as
+    the identity, with one for queries and one for keys.
+    """
     layer, (q, k, v) = linear_layer(), qkv()
     phi = features(q, "hedgehog", layer.w_q)
     u = torch.einsum("bnhd,hde->bnhe", q, layer.w_q)
     close(phi, torch.cat([u.softmax(-1), (-u).softmax(-1)], -1), 1e-13)
-    (
-        close(phi[..., :4].sum(-1), torch.ones(2, 7, 3), 1e-13),
-        close(phi[..., 4:].sum(-1), torch.ones(2, 7, 3), 1e-13),
-    )
+    close(phi[..., :4].sum(-1), torch.ones(2, 7, 3), 1e-13)
+    close(phi[..., 4:].sum(-1), torch.ones(2, 7, 3), 1e-13)
     out = layer(q, k, v)
     with torch.no_grad():
         layer.w_q.neg_()
         assert not torch.allclose(layer(q, k, v), out, rtol=1e-2)
         layer.w_k.neg_()
         close(layer(q, k, v), out, 1e-12)
-        layer.w_q.zero_(), layer.w_k.zero_()
+        layer.w_q.zero_()
+        layer.w_k.zero_()
         close(layer(q, k, v), v.mean(1, keepdim=True).expand_as(v), 1e-13)
-    start, own = linear_layer(random=False), kernels.linear_attention(q, k, v)  # no W: the identity
+    start, own = linear_layer(random=False), kernels.linear_attention(q, k, v)  # W the identity
     close(start(q, k, v), own, 1e-13)
     with torch.no_grad():
         start.w_k.mul_(2)
     assert not torch.allclose(start(q, k, v), own, rtol=1e-2)
-    assert [name for name, _ in start.named_parameters()] == ["w_q", "w_k"] and not list(
-        linear_layer("elu").parameters()
-    )
+    assert [name for name, _ in start.named_parameters()] == ["w_q", "w_k"]
+    assert not list(linear_layer("elu").parameters())
 
 
 def test_refused_linear_layers():
@@ -243,10 +254,10 @@ def test_refused_linear_layers():
     for feature_map in ("none", "taylor"):
         with pytest.raises(ValueError, match="feature_map must be one of"):
             small_dit(linear_layers=[0], feature_map=feature_map)
-    assert "linear_layers" not in net.config and net.blocks[0].attend is dit.attention
+    assert "linear_layers" not in net.config and net.blocks[0].attend is attention
 
 
-# ---- how many layers, and which ------------------------------------------------------------------------------------------
+# ---- how many layers, and which ------------------------------------------------------------------
 
 
 def r_of(*values):
@@ -257,20 +268,23 @@ def gradient(f, r):
     return torch.autograd.grad(f, r)[0]
 
 
-@pytest.mark.parametrize(
-    "r, linear",
-    [
-        ([0.9, 0.6, 0.51], 0),
-        ([0.9, 0.49, 0.6], 1),
-        ([0.1, 0.2, 0.8], 2),
-        ([0.0, 0.3, 0.4], 3),
-        ([1.0, 0.0, 1.0], 1),
-    ],
-)
+R_AND_COUNTS = [
+    ([0.9, 0.6, 0.51], 0),
+    ([0.9, 0.49, 0.6], 1),
+    ([0.1, 0.2, 0.8], 2),
+    ([0.0, 0.3, 0.4], 3),
+    ([1.0, 0.0, 1.0], 1),
+]
+
+
+@pytest.mark.parametrize("r, linear", R_AND_COUNTS)
 @pytest.mark.parametrize("target", [1, 2, 3])
 def test_constraint_counts_linear_layers(r, linear, target):
-    """Value by rounding, gradient -2 (count - target) in every layer alike (straight through). As printed, sum round(r) - target, it would count
-    the others: another value, and zero elsewhere. Without the straight-through it has no gradient at all."""
+    """Its value counts by rounding; its gradient is -2 (count - target) in every layer alike.
+
+    As printed, sum round(r) - target, it would count the other layers: another value, and zero
+    elsewhere. Without straight-through it would have no gradient at all.
+    """
     r = r_of(*r)
     value = constraint(r, target)
     assert value.item() == (linear - target) ** 2
@@ -281,32 +295,32 @@ def test_constraint_counts_linear_layers(r, linear, target):
 
 
 def test_constraint_pulls_the_count_to_the_target():
-    """From all softmax descent lowers every r, from all linear it raises every r, and at the target it does nothing; flipped, it would run away."""
+    """Too few linear layers lower every r, too many raise every r, and at the target nothing moves.
+
+    With the other sign the count would run away.
+    """
     for start, target, direction in ((0.9, 3, 1), (0.1, 1, -1), (0.1, 4, 0)):
         r = r_of(*[start] * 4)
         assert (gradient(constraint(r, target), r).sign() == direction).all()
     r = r_of(0.9, 0.8, 0.7, 0.6)
     for _ in range(100):
         r = (r - 0.01 * gradient(constraint(r, 2), r)).detach().requires_grad_(True)
-    assert (
-        smallest(r.detach(), 4) == [0, 1, 2, 3] and 1 <= (r < 0.5).sum() <= 3
-    )  # about the target, where rounding flips
+    assert smallest(r.detach(), 4) == [0, 1, 2, 3]
+    assert 1 <= (r < 0.5).sum() <= 3  # about the target, where rounding flips
 
 
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 4.0, 20.0])
 def test_regularizer(alpha):
-    """Eq. 10: 0 at 0 and 1, N at one half, symmetric; alpha = 2 is 4 sum r (1 - r). Its gradient: none at one half, -2 alpha at 1, +2 alpha at 0; for
-    large alpha flat in between."""
-    (
-        close(regularizer(r_of(0, 1, 1), alpha).detach(), 0.0, 1e-13),
-        close(regularizer(r_of(0.5, 0.5, 0.5), alpha).detach(), 3.0, 1e-13),
-    )
+    """Eq. 10: 0 at 0 and 1, N at one half, and symmetric; with alpha = 2 it is 4 sum r (1 - r).
+
+    Its gradient is 0 at one half, -2 alpha at 1 and +2 alpha at 0; a large alpha is flat between.
+    """
+    close(regularizer(r_of(0, 1, 1), alpha).detach(), 0.0, 1e-13)
+    close(regularizer(r_of(0.5, 0.5, 0.5), alpha).detach(), 3.0, 1e-13)
     r = r_of(0.1, 0.35, 0.8)
     value = regularizer(r, alpha)
-    (
-        close(value.detach(), sum(1 - abs(2 * x - 1) ** alpha for x in (0.1, 0.35, 0.8)), 1e-13),
-        close(regularizer(1 - r, alpha).detach(), value.detach(), 1e-13),
-    )
+    close(value.detach(), sum(1 - abs(2 * x - 1) ** alpha for x in (0.1, 0.35, 0.8)), 1e-13)
+    close(regularizer(1 - r, alpha).detach(), value.detach(), 1e-13)
     if alpha == 2:
         close(value.detach(), (4 * r * (1 - r)).sum().detach(), 1e-13)
     r = r_of(0, 0.5, 1)
@@ -318,152 +332,126 @@ def test_regularizer(alpha):
 
 
 def test_when_a_layer_can_leave_one():
-    """At r = 1 the sum of both pulls r down exactly where the target is above alpha: why alpha's start belongs below the target."""
+    """At r = 1 both together pull r down exactly where the target is above alpha.
+
+    That is why alpha's start belongs below the target.
+    """
     for target, alpha in ((16, 20.0), (16, 12.0), (3, 4.0), (4, 3.5)):
         r = r_of(*[1.0] * 30)
-        close(
-            gradient(constraint(r, target) + regularizer(r, alpha), r),
-            torch.full((30,), 2 * target - 2 * alpha),
-            1e-12,
-        )
+        pull = gradient(constraint(r, target) + regularizer(r, alpha), r)
+        close(pull, torch.full((30,), 2 * target - 2 * alpha), 1e-12)
 
 
 def test_smallest():
-    """Exactly `target`, in order of the layers, of equal ones the first, whatever kind of numbers."""
+    """Exactly `target`, in the layers' order, the first of equal ones, for numbers of any kind."""
     r = [0.5, 0.2, 0.9, 0.2, 0.2, 0.5]
-    assert [smallest(r, n) for n in range(7)] == [
-        [],
-        [1],
-        [1, 3],
-        [1, 3, 4],
-        [0, 1, 3, 4],
-        [0, 1, 3, 4, 5],
-        [0, 1, 2, 3, 4, 5],
-    ]
-    assert smallest(torch.tensor(r), 4) == smallest([torch.tensor(x) for x in r], 4) == [0, 1, 3, 4]
-    assert (
-        smallest([1.0] * 5, 2) == [0, 1]
-        and smallest([0.3, 0.2, 0.1], 2) == [1, 2]
-        and all(type(i) is int for i in smallest(torch.tensor(r), 3))
-    )
+    want = [[], [1], [1, 3], [1, 3, 4], [0, 1, 3, 4], [0, 1, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
+    assert [smallest(r, n) for n in range(7)] == want
+    assert smallest(torch.tensor(r), 4) == smallest([torch.tensor(x) for x in r], 4) == want[4]
+    assert smallest([1.0] * 5, 2) == [0, 1] and smallest([0.3, 0.2, 0.1], 2) == [1, 2]
+    assert all(type(i) is int for i in smallest(torch.tensor(r), 3))
 
 
 def choose(count, *select, target=None, seed=0):
-    return chosen_layers(
-        argparse.Namespace(select=list(select), target_layers=target, seed=seed), count
-    )
+    """What these flags choose in a network of `count` layers, or why they are refused."""
+    args = argparse.Namespace(select=list(select), target_layers=target, seed=seed)
+    refuse(wrong_selection(args, count))
+    return chosen_layers(args, count)
 
 
 def test_chosen_layers():
-    assert (
-        choose(8, "learned") == (4, None)
-        and choose(9, "learned") == (4, None)
-        and choose(1, "learned") == (1, None)
-    )
+    assert choose(8, "learned") == choose(9, "learned") == (4, None)
+    assert choose(1, "learned") == (1, None)
     assert choose(8, "learned", target=8) == (8, None)
-    assert (
-        choose(8, "first", target=3) == (3, [0, 1, 2])
-        and choose(8, "last", target=3) == (3, [5, 6, 7])
-        and choose(8, "last", target=8)[1] == list(range(8))
-    )
-    assert (
-        choose(8, "uniform") == (4, [1, 3, 5, 7])
-        and choose(30, "uniform", target=3) == (3, [5, 15, 25])
-        and choose(3, "uniform", target=3)[1] == [0, 1, 2]
-    )
-    assert (
-        choose(8, "6", "1", "5") == (3, [1, 5, 6])
-        and choose(8, "7") == (1, [7])
-        and choose(8, "0", "3", target=2) == (2, [0, 3])
-    )
+    assert choose(8, "first", target=3) == (3, [0, 1, 2])
+    assert choose(8, "last", target=3) == (3, [5, 6, 7])
+    assert choose(8, "last", target=8)[1] == list(range(8))
+    assert choose(8, "uniform") == (4, [1, 3, 5, 7])
+    assert choose(30, "uniform", target=3) == (3, [5, 15, 25])
+    assert choose(3, "uniform", target=3)[1] == [0, 1, 2]
+    assert choose(8, "6", "1", "5") == (3, [1, 5, 6])
+    assert choose(8, "7") == (1, [7])
+    assert choose(8, "0", "3", target=2) == (2, [0, 3])
     drawn = [choose(8, "random", target=3, seed=seed)[1] for seed in range(12)]
-    assert (
-        all(len(set(x)) == 3 and x == sorted(x) and 0 <= x[0] and x[-1] < 8 for x in drawn)
-        and len(set(map(tuple, drawn))) > 6
-    )
-    assert choose(8, "random", target=3, seed=5)[1] == drawn[5] and set(sum(drawn, [])) == set(
-        range(8)
-    )
+    assert all(len(set(x)) == 3 and x == sorted(x) and 0 <= x[0] and x[-1] < 8 for x in drawn)
+    assert len(set(map(tuple, drawn))) > 6
+    assert choose(8, "random", target=3, seed=5)[1] == drawn[5]
+    assert set(sum(drawn, [])) == set(range(8))
 
 
-@pytest.mark.parametrize(
-    "select, target, says",
-    [
-        (["8"], None, "different layers of 0 to 7"),
-        (["1", "1"], None, "--select 1 1: give one of learned, first"),
-        (["-1"], None, "layers of 0 to 7"),
-        (["first", "2"], None, "--select first 2"),
-        (["best"], None, "--select best"),
-        (["1.0"], None, "--select 1.0"),
-        (["\u00b2"], None, "--select"),
-        (["1", "2"], 3, "names 2 layer(s), --target_layers says 3"),
-        (
-            ["learned"],
-            9,
-            "--target_layers 9: this network has 8 self-attention layer(s): give 1 to 8",
-        ),
-        (["first"], 0, "--target_layers 0"),
-    ],
-)
+TOO_MANY = "--target_layers 9: this network has 8 self-attention layer(s): give 1 to 8"
+REFUSED = [
+    (["8"], None, "different layers of 0 to 7"),
+    (["1", "1"], None, "--select 1 1: give one of learned, first"),
+    (["-1"], None, "layers of 0 to 7"),
+    (["first", "2"], None, "--select first 2"),
+    (["best"], None, "--select best"),
+    (["1.0"], None, "--select 1.0"),
+    (["\u00b2"], None, "--select"),
+    (["1", "2"], 3, "names 2 layer(s), --target_layers says 3"),
+    (["learned"], 9, TOO_MANY),
+    (["first"], 0, "--target_layers 0"),
+]
+
+
+@pytest.mark.parametrize("select, target, says", REFUSED)
 def test_refused_choices(select, target, says):
     with pytest.raises(UserError) as error:
         choose(8, *select, target=target)
     assert says in str(error.value)
 
 
-# ---- conversion ----------------------------------------------------------------------------------------------------------
+# ---- conversion ----------------------------------------------------------------------------------
 
 
-@every_net
-@pytest.mark.parametrize("layers", [[1, 3], [0], [0, 1, 2, 3]], ids=str)
-def test_convert(case, layers, monkeypatch):
-    """The mixed network with these r at 0 and the others at 1: one branch each, counted in calls; no weight of the other left; the config builds the
-    same network again; the mixed network is as it was."""
-    net, call = case()
-    original = copy.deepcopy(net)
+def mixed_net(net):
+    """Mix all attention of net, with random weights in the linear one.  -> the layers."""
     mixed = mix_attention(net, "hedgehog", 0.7)
     with torch.no_grad():
         for i, m in enumerate(mixed):
             for s, p in enumerate(m.linear.parameters()):
                 p.copy_(normal(*p.shape, seed=20 + 2 * i + s))
+    return mixed
+
+
+@every_net
+@pytest.mark.parametrize("layers", [[1, 3], [0], [0, 1, 2, 3]], ids=str)
+def test_convert(case, layers, monkeypatch):
+    """The mixed network with r = 0 in these layers and r = 1 in the others, one call for each.
+
+    No weight of the other kind is left, the config builds the same network again, and the mixed
+    network is as it was.
+    """
+    net, call = case()
+    original, mixed = copy.deepcopy(net), mixed_net(net)
     before, out = {k: v.clone() for k, v in net.state_dict().items()}, call(net)
     student = convert(net, layers, "hedgehog")
-    assert (
-        all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-        and torch.equal(call(net), out)
-        and "linear_layers" not in net.config
-    )
-    assert student.config == {**original.config, "linear_layers": layers, "feature_map": "hedgehog"}
-    state, places = (
-        student.state_dict(),
-        [name for name, m in student.named_modules() if isinstance(m, LinearAttention)],
-    )
-    assert len(places) == len(layers) and not any(
-        isinstance(m, MixedAttention) for m in student.modules()
-    )
-    assert set(state) == {
-        *original.state_dict(),
-        *(f"{p}.{w}" for p in places for w in ("w_q", "w_k")),
-    }
-    assert not {v.data_ptr() for v in state.values()} & {
-        v.data_ptr() for v in net.state_dict().values()
-    }
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert torch.equal(call(net), out) and "linear_layers" not in net.config
+    added = {"linear_layers": layers, "feature_map": "hedgehog"}
+    assert student.config == {**original.config, **added}
+    state = student.state_dict()
+    places = [name for name, m in student.named_modules() if isinstance(m, LinearAttention)]
+    assert len(places) == len(layers)
+    assert not any(isinstance(m, MixedAttention) for m in student.modules())
+    own = {f"{place}.{w}" for place in places for w in ("w_q", "w_k")}
+    assert set(state) == {*original.state_dict(), *own}
+    shared = {v.data_ptr() for v in state.values()}
+    assert not shared & {v.data_ptr() for v in net.state_dict().values()}
     for i, m in enumerate(mixed):
         m.fix(linear=i in layers)
     calls, kernel, softmax = [], kernels.linear_attention, F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        kernels, "linear_attention", lambda *a: calls.append("linear") or kernel(*a)
-    )
-    monkeypatch.setattr(
-        F,
-        "scaled_dot_product_attention",
-        lambda *a, **k: calls.append("softmax") or softmax(*a, **k),
-    )
+    counted = {
+        (kernels, "linear_attention"): lambda *a: calls.append("linear") or kernel(*a),
+        (F, "scaled_dot_product_attention"): lambda *a, **k: (
+            calls.append("softmax") or softmax(*a, **k)
+        ),
+    }
+    for place, function in counted.items():
+        monkeypatch.setattr(*place, function)
     got = call(student)
-    if isinstance(
-        student, WanTransformer3DModel
-    ):  # after each self-attention comes the one to the text
-        assert set(calls[1::2]) == {"softmax"}
+    if isinstance(student, WanTransformer3DModel):
+        assert set(calls[1::2]) == {"softmax"}  # after each self-attention comes the text's
         calls = calls[::2]
     assert calls == ["linear" if i in layers else "softmax" for i in range(4)]
     assert torch.equal(got, call(net))
@@ -474,38 +462,34 @@ def test_convert(case, layers, monkeypatch):
 
 @every_net
 def test_converted_features_other_than_hedgehog(case):
-    """They have no weights, and are recorded."""
+    """They have no weights, and the config records them."""
     net, call = case()
     mix_attention(net, "elu", 0.7)[2].fix(linear=True)
     student = convert(net, [2], "elu")
-    assert (
-        student.config["feature_map"] == "elu"
-        and student.self_attentions[2].attend.feature_map == "elu"
-    )
+    assert student.config["feature_map"] == "elu"
+    assert student.self_attentions[2].attend.feature_map == "elu"
     assert not any(".attend." in k for k in student.state_dict())
     for i in (0, 1, 3):
         net.self_attentions[i].attend.fix(linear=False)
     assert torch.equal(call(student), call(net))
 
 
-# ---- scores of flows, Eq. 12 and 13 --------------------------------------------------------------------------------------
+# ---- scores of flows, Eq. 12 and 13 --------------------------------------------------------------
 
 TIMES = torch.tensor([0.02, 0.3, 0.5, 0.8, 0.97], dtype=torch.float64)
 
 
 def gaussian(mean, variance):
-    """Data N(mean, variance) -> its velocity and score at (x (B, d), t (B,))."""
+    """Data N(mean, variance) -> its velocity and its score at (x (B, d), t (B,))."""
 
     def moments(x, t):
         t = t[:, None]
-        away, total = x - (1 - t) * mean, (1 - t) ** 2 * variance + t**2
-        return t, away, total
+        return t, x - (1 - t) * mean, (1 - t) ** 2 * variance + t**2
 
     def velocity(x, t):
         t, away, total = moments(x, t)
-        return t / total * away - (
-            mean + (1 - t) * variance / total * away
-        )  # E[eps | x] - E[x0 | x]
+        x0 = mean + (1 - t) * variance / total * away  # E[x0 | x]
+        return t / total * away - x0  # E[eps | x] - E[x0 | x]
 
     def score(x, t):
         _, away, total = moments(x, t)
@@ -514,69 +498,78 @@ def gaussian(mean, variance):
     return velocity, score
 
 
-TEACHER, STUDENT = (
-    gaussian(torch.tensor([0.3, -1.0], dtype=torch.float64), 0.5),
-    gaussian(torch.tensor([0.8, -1.5], dtype=torch.float64), 2.0),
-)
+TEACHER = gaussian(torch.tensor([0.3, -1.0], dtype=torch.float64), 0.5)
+STUDENT = gaussian(torch.tensor([0.8, -1.5], dtype=torch.float64), 2.0)
 
 
 def test_score_of_a_flow():
     x = normal(5, 2)
     for velocity, score in (TEACHER, STUDENT):
-        close(
-            score(x, TIMES),
-            -(x + (1 - TIMES[:, None]) * velocity(x, TIMES)) / TIMES[:, None],
-            1e-11,
-        )
+        by_velocity = -(x + (1 - TIMES[:, None]) * velocity(x, TIMES)) / TIMES[:, None]
+        close(score(x, TIMES), by_velocity, 1e-11)
 
 
 def test_matching_gradient_is_a_difference_of_scores():
-    """s-hat - s of two Gaussians: the student's minus the teacher's. Signs, the missing weight and its inverse are something else."""
+    """s-hat - s of two Gaussians: the student's minus the teacher's, each at its sample's own time.
+
+    The other sign, no weight and the inverse weight are something else.
+    """
     x = normal(5, 2, seed=1)
-    v_teacher, v_student = TEACHER[0](x, TIMES), STUDENT[0](x, TIMES)
-    want, bare = STUDENT[1](x, TIMES) - TEACHER[1](x, TIMES), v_teacher - v_student
-    close(matching_gradient(x, v_teacher, v_student, TIMES), want, 1e-11)
+    v, v_hat = TEACHER[0](x, TIMES), STUDENT[0](x, TIMES)
+    want, bare = STUDENT[1](x, TIMES) - TEACHER[1](x, TIMES), v - v_hat
+    close(matching_gradient(v, v_hat, TIMES, "eq13"), want, 1e-11)
     ratio = (TIMES / (1 - TIMES))[:, None]
     for wrong in (-want, bare, ratio * bare, bare / TIMES[:, None]):
         assert not torch.allclose(wrong, want, rtol=0.05)
-    close(
-        matching_gradient(x[2:3], v_teacher[2:3], v_student[2:3], TIMES[2:3]), want[2:3], 1e-11
-    )  # a sample's own time
+    close(matching_gradient(v[2:3], v_hat[2:3], TIMES[2:3], "eq13"), want[2:3], 1e-11)
+
+
+def test_adm_g_is_a_difference_of_scores():
+    """The whole loss on two Gaussians: g is s-hat - s at the state that the student's step reaches.
+
+    At x_t, or at time t, it would be something else.
+    """
+    x, t = normal(5, 2, seed=1), TIMES + 0.02
+    loss, g = adm_loss(STUDENT[0], TEACHER[0], x, t, TIMES, {})
+    x_hat = x - 0.02 * STUDENT[0](x, t)
+    close(g, STUDENT[1](x_hat, TIMES) - TEACHER[1](x_hat, TIMES), 1e-11)
+    close(loss, 0.5 * g.square().mean(), 1e-12)
+    for at, time in ((x, TIMES), (x_hat, t)):
+        assert not torch.allclose(STUDENT[1](at, time) - TEACHER[1](at, time), g, rtol=1e-3)
 
 
 def test_matching_gradient_pulls_samples_to_the_teacher():
-    """x - g of a shifted Gaussian of the same width moves from the student's mean towards the teacher's, and by gradient descent arrives there."""
+    """x - g moves from the student's mean to the teacher's, and by gradient descent arrives there.
+
+    Both are Gaussians of the same width.
+    """
     t, mean = torch.tensor([0.4], dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     teacher = gaussian(torch.tensor([1.0]), 1.0)[0]
-    for _ in range(
-        200
-    ):  # the student's mean, from which its velocity follows; its sample at the mean of q_t
+    for _ in range(200):  # the student's mean, and its sample at the mean of q_t
         student, x = gaussian(mean, 1.0)[0], 0.6 * mean
-        mean = mean - matching_gradient(x, teacher(x, t), student(x, t), t)
+        mean = mean - matching_gradient(teacher(x, t), student(x, t), t, "eq13")
     close(mean, torch.ones(1, 1), 1e-6)
 
 
 def test_weights_of_the_matching_gradient():
-    """unit: bare velocities; dmd: of x0 over its mean distance, sample by sample, so of mean size one whatever the scale; equal: zero, not NaN."""
+    """ "unit" is the bare difference of velocities, "dmd" that of x0 over its mean distance.
+
+    The latter goes sample by sample, so that g has mean size one whatever the scale. Where both
+    velocities are equal g is zero, not NaN, and g is a constant.
+    """
     x, a, b = normal(5, 3, 4), normal(5, 3, 4, seed=1), normal(5, 3, 4, seed=2)
     t = TIMES[:, None, None]
-    close(matching_gradient(x, a, b, TIMES, "eq13"), (1 - t) / t * (a - b), 1e-13)
-    close(matching_gradient(x, a, b, TIMES, "unit"), a - b, 1e-13)
-    x0_student, x0_teacher = x - t * b, x - t * a
-    got = matching_gradient(x, a, b, TIMES, "dmd")
-    close(
-        got,
-        (x0_student - x0_teacher) / (x0_student - x0_teacher).abs().mean((1, 2), keepdim=True),
-        1e-10,
-    )
-    (
-        close(matching_gradient(x, 7 * a, 7 * b, TIMES, "dmd"), got, 1e-12),
-        close(got.abs().mean((1, 2)), torch.ones(5), 1e-12),
-    )
+    close(matching_gradient(a, b, TIMES, "eq13"), (1 - t) / t * (a - b), 1e-13)
+    close(matching_gradient(a, b, TIMES, "unit"), a - b, 1e-13)
+    away = (x - t * b) - (x - t * a)  # the student's x0 minus the teacher's
+    got = matching_gradient(a, b, TIMES, "dmd")
+    close(got, away / away.abs().mean((1, 2), keepdim=True), 1e-10)
+    close(matching_gradient(7 * a, 7 * b, TIMES, "dmd"), got, 1e-12)
+    close(got.abs().mean((1, 2)), torch.ones(5), 1e-12)
     for weight in ("eq13", "unit", "dmd"):
-        assert torch.equal(matching_gradient(x, a, a, TIMES, weight), torch.zeros_like(x))
+        assert torch.equal(matching_gradient(a, a, TIMES, weight), torch.zeros_like(a))
         a_, b_ = a.clone().requires_grad_(True), b.clone().requires_grad_(True)
-        assert not matching_gradient(x, a_, b_, TIMES, weight).requires_grad
+        assert not matching_gradient(a_, b_, TIMES, weight).requires_grad
 
 
 def slope(f, x):
@@ -586,7 +579,7 @@ def slope(f, x):
 
 
 def test_matching_loss_has_gradient_g():
-    """g / numel and 1/2 mean g^2. The well-known wrong variants differ."""
+    """g / numel, and the value 1/2 mean g^2. The well-known wrong variants differ."""
     x, g = normal(4, 3, 2), normal(4, 3, 2, seed=1)
     got, value = slope(lambda x: matching_loss(x, g), x)
     close(got, g / g.numel(), 1e-12)
@@ -599,10 +592,8 @@ def test_matching_loss_has_gradient_g():
     }
     for name, f in wrong.items():
         assert not torch.allclose(slope(f, x)[0], got, rtol=0.05), name
-    assert not torch.allclose(
-        slope(lambda x: matching_loss(x, x * g), x)[0],
-        torch.autograd.functional.jvp(lambda x: x * g, x, g)[1],
-    )  # g is a constant
+    through_g = torch.autograd.functional.jvp(lambda x: x * g, x, g)[1]
+    assert not torch.allclose(slope(lambda x: matching_loss(x, x * g), x)[0], through_g)
 
 
 class Tiny(torch.nn.Module):
@@ -610,14 +601,13 @@ class Tiny(torch.nn.Module):
 
     def __init__(self, seed, width=8):
         super().__init__()
-        self.a, self.b = (
-            torch.nn.Parameter(normal(*shape, seed=seed + i))
-            for i, shape in enumerate([(4, width), (width, 3)])
-        )
+        self.a = torch.nn.Parameter(normal(4, width, seed=seed))
+        self.b = torch.nn.Parameter(normal(width, 3, seed=seed + 1))
         self.calls = []
 
     def forward(self, x, t, **cond):
-        self.calls.append(types.SimpleNamespace(x=x, t=t, cond=cond, graph=torch.is_grad_enabled()))
+        call = types.SimpleNamespace(x=x, t=t, cond=cond, graph=torch.is_grad_enabled())
+        self.calls.append(call)
         return torch.tanh(torch.cat([x, t[:, None]], 1) @ self.a) @ self.b
 
 
@@ -629,167 +619,234 @@ def near(net, distance=0.3):
     return other
 
 
-def anytime(student, teacher, x, t, s, weight="eq13", through=False):
-    """Gradient in the student's weights of one step's ADM as linvideo.py composes it -> [tensors], loss."""
-    x_hat = x + (s - t)[:, None] * student(x, t)
-    with torch.set_grad_enabled(through):
-        v_teacher, v_student = teacher(x_hat, s), student(x_hat, s)
-    if through:  # the wrong variant: the score is differentiated too
-        g = ((1 - s) / s)[:, None] * (v_teacher - v_student)
-        loss = (x_hat * g).mean()
-    else:
-        loss = matching_loss(x_hat, matching_gradient(x_hat, v_teacher, v_student, s, weight))
-    return torch.autograd.grad(loss, list(student.parameters())), loss.item()
+def grads(loss, net):
+    return torch.autograd.grad(loss, list(net.parameters()))
+
+
+def variant(student, teacher, x, t, s, weight="eq13", score=None, v=None, beside=0.0, cond=None):
+    """adm_variant_loss with these flags."""
+    args = argparse.Namespace(weight=weight, regression_weight=beside)
+    return adm_variant_loss(args, student, teacher, score or student, x, v, t, s, cond or {})
+
+
+T = torch.tensor([0.3, 0.5, 0.6, 0.8, 0.9, 1.0], dtype=torch.float64)
+S = T - torch.tensor([0.1, 0.05, 0.3, 0.2, 0.01, 0.25], dtype=torch.float64)
 
 
 def test_gradient_in_the_weights_is_equation_12():
-    """E[(s-hat - s) dx_hat/dv dv/dtheta] with dx_hat/dv = s - t, by hand; not through the scores, not with dx_hat/dv = t - s or 1."""
+    """E[(s-hat - s) dx_hat/dv_hat dv_hat/dtheta] with dx_hat/dv_hat = s - t, by hand.
+
+    Not with the scores differentiated, and not with dx_hat/dv_hat = t - s or 1.
+    """
     teacher = Tiny(0)
-    student, x, t = (
-        near(teacher),
-        normal(6, 3, seed=9),
-        torch.tensor([0.3, 0.5, 0.6, 0.8, 0.9, 1.0], dtype=torch.float64),
-    )
-    s = t - torch.tensor([0.1, 0.05, 0.3, 0.2, 0.01, 0.25], dtype=torch.float64)
-    got, loss = anytime(student, teacher, x, t, s)
+    student, x = near(teacher), normal(6, 3, seed=9)
+    loss, g = adm_loss(student, teacher, x, T, S, {})
+    got = grads(loss, student)
     with torch.no_grad():
-        x_hat = x + (s - t)[:, None] * student(x, t)
-        scores = [
-            -(x_hat + (1 - s[:, None]) * net(x_hat, s)) / s[:, None] for net in (student, teacher)
-        ]
-    g = scores[0] - scores[1]
+        x_hat = x + (S - T)[:, None] * student(x, T)
+        scores = []
+        for net in (student, teacher):
+            scores.append(-(x_hat + (1 - S[:, None]) * net(x_hat, S)) / S[:, None])
+    want = scores[0] - scores[1]
+    close(g, want, 1e-12)
 
     def by_hand(factor):
-        return torch.autograd.grad(
-            student(x, t), list(student.parameters()), factor * g / g.numel()
-        )
+        up = factor * want / want.numel()
+        return torch.autograd.grad(student(x, T), list(student.parameters()), up)
 
-    for a, b in zip(got, by_hand((s - t)[:, None])):
+    for a, b in zip(got, by_hand((S - T)[:, None]), strict=True):
         close(a, b, 1e-12)
-    assert loss == pytest.approx(0.5 * float(g.square().mean()), rel=1e-10)
-    for wrong in (
-        by_hand((t - s)[:, None]),
-        by_hand(1.0),
-        anytime(student, teacher, x, t, s, through=True)[0],
-    ):
-        assert not torch.allclose(wrong[0], got[0], rtol=0.05)
+    assert loss.item() == pytest.approx(0.5 * float(want.square().mean()), rel=1e-10)
+    x_hat = x + (S - T)[:, None] * student(x, T)
+    through = ((1 - S) / S)[:, None] * (teacher(x_hat, S) - student(x_hat, S))
+    wrong = [by_hand((T - S)[:, None]), by_hand(1.0), grads((x_hat * through).mean(), student)]
+    for gradient in wrong:
+        assert not torch.allclose(gradient[0], got[0], rtol=0.05)
+
+
+def test_adm_calls():
+    """The student once with a graph; teacher and student without, at the same x_hat and time s."""
+    teacher = Tiny(0)
+    student = near(teacher)
+    student.calls, cond = [], {"label": 4}
+    adm_loss(student, teacher, normal(6, 3, seed=9), T, S, cond)
+    first, own = student.calls
+    (frozen,) = teacher.calls
+    assert first.graph and not own.graph and not frozen.graph
+    assert torch.equal(first.t, T) and torch.equal(own.t, S) and torch.equal(frozen.t, S)
+    assert torch.equal(own.x, frozen.x) and first.cond == own.cond == frozen.cond == cond
+
+
+def test_variants_of_adm():
+    """With Eq. 13's weight the variant is adm_loss itself; other weights change g alone.
+
+    A critic stands for the student's own velocity at x_hat, and the regression is that of the same
+    call onto v.
+    """
+    teacher, x, v = Tiny(0), normal(6, 3, seed=9), normal(6, 3, seed=10)
+    student, critic = near(teacher), Tiny(5)
+    loss, g = adm_loss(student, teacher, x, T, S, {})
+    same, same_g = variant(student, teacher, x, T, S)
+    assert torch.equal(loss, same) and torch.equal(g, same_g)
+    assert all(map(torch.equal, grads(loss, student), grads(same, student)))
+    x_hat = (x + (S - T)[:, None] * student(x, T)).detach()
+    at_x_hat = {name: net(x_hat, S).detach() for name, net in
+                (("teacher", teacher), ("student", student), ("critic", critic))}  # fmt: skip
+    for weight in ("unit", "dmd"):
+        want = matching_gradient(at_x_hat["teacher"], at_x_hat["student"], S, weight)
+        close(variant(student, teacher, x, T, S, weight)[1], want, 1e-12)
+    by_critic, g = variant(student, teacher, x, T, S, score=critic)
+    want = matching_gradient(at_x_hat["teacher"], at_x_hat["critic"], S, "eq13")
+    close(g, want, 1e-12)
+    assert torch.autograd.grad(by_critic, critic.a, allow_unused=True) == (None,)
+    loss = variant(student, teacher, x, T, S)[0]
+    with_both, _ = variant(student, teacher, x, T, S, v=v, beside=2.0)
+    regression, _ = regression_loss(student, x, v, T, {})
+    close(with_both.detach(), (loss + 2.0 * regression).detach(), 1e-12)
+    both = grads(loss + 2.0 * regression, student)
+    for a, b in zip(grads(with_both, student), both, strict=True):
+        close(a, b, 1e-12)
 
 
 @pytest.mark.parametrize("weight", ["eq13", "unit", "dmd"])
 def test_no_gradient_where_student_is_teacher(weight):
     teacher = Tiny(0)
-    grads, loss = anytime(
-        copy.deepcopy(teacher),
-        teacher,
-        normal(6, 3),
-        torch.full((6,), 0.8),
-        torch.full((6,), 0.6),
-        weight,
-    )
-    assert loss == 0 and not any(g.any() for g in grads)
+    student, x = copy.deepcopy(teacher), normal(6, 3)
+    t, s = torch.full((6,), 0.8), torch.full((6,), 0.6)
+    losses = [variant(student, teacher, x, t, s, weight)[0]]
+    if weight == "eq13":
+        losses.append(adm_loss(student, teacher, x, t, s, {})[0])
+    for loss in losses:
+        assert loss == 0 and not any(g.any() for g in grads(loss, student))
 
 
 @pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
 def test_small_steps_are_regression(t):
-    """dt -> 0: direction of the regression onto the teacher's velocity at x_t (Eq. 7), length dt (1 - t) / t of it, both up to O(dt)."""
+    """For s -> t the gradient has the direction of the regression onto the teacher's velocity.
+
+    (Eq. 7.) Its length is (t - s) (1 - t) / t of the regression's, both up to O(t - s).
+    """
     teacher = Tiny(0)
     student, x, at = near(teacher), normal(16, 3, seed=9), torch.full((16,), t, dtype=torch.float64)
-    error = student(x, at) - teacher(x, at).detach()
-    mse = torch.cat(
-        [
-            g.flatten()
-            for g in torch.autograd.grad(0.5 * error.square().mean(), list(student.parameters()))
-        ]
-    )
-    off = []
+    loss, error = regression_loss(student, x, teacher(x, at).detach(), at, {})
+    close(loss.detach(), 0.5 * error.square().mean().detach(), 1e-13)
+    close(error.detach(), (student(x, at) - teacher(x, at)).detach(), 1e-13)
+    mse, off = torch.cat([g.flatten() for g in grads(loss, student)]), []
     for dt in (1e-1, 1e-2, 1e-3, 1e-4):
-        adm = torch.cat([g.flatten() for g in anytime(student, teacher, x, at, at - dt)[0]])
-        off.append(
-            (
-                1 - float(F.cosine_similarity(adm, mse, dim=0)),
-                abs(float(adm.norm() / mse.norm()) / (dt * (1 - t) / t) - 1),
-            )
-        )
+        loss, _ = adm_loss(student, teacher, x, at, at - dt, {})
+        adm = torch.cat([g.flatten() for g in grads(loss, student)])
+        ratio = float(adm.norm() / mse.norm()) / (dt * (1 - t) / t)
+        off.append((1 - float(F.cosine_similarity(adm, mse, dim=0)), abs(ratio - 1)))
     cosines, ratios = zip(*off)
-    assert (
-        cosines[-1] < 1e-6
-        and ratios[-1] < 2e-3
-        and ratios[2] > 5 * ratios[3]
-        and cosines[0] > 50 * cosines[2]
-    )
+    assert cosines[-1] < 1e-6 and ratios[-1] < 2e-3
+    assert ratios[2] > 5 * ratios[3] and cosines[0] > 50 * cosines[2]
 
 
-# ---- trajectories of the teacher, training of the critic -----------------------------------------------------------------
+# ---- the DMD baseline and its critic -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1, 3.0])
-def test_trajectory_is_the_teachers_sampler(scale):
-    """The states are those of Euler's sampler, guided; the velocity beside each is the conditional one there, and the unconditional one if guided."""
-    net, z, grid = Tiny(0), normal(5, 3), step_grid(6, 2.0)
-    velocity = lambda x, t, shift=0.0: Tiny.forward(net, x + shift, t)  # noqa: E731
-    bank = trajectory(velocity, z, grid, {"shift": 0.5}, {"shift": -0.5}, scale)
-    assert set(bank) == {"x", "v"} | ({"v_uncond"} if scale != 1 else set())
-    assert all(v.shape == (5, 6, 3) and not v.requires_grad for v in bank.values()) and torch.equal(
-        bank["x"][:, 0], z
-    )
-    x = z
-    for i in range(6):
-        t = torch.full((5,), grid[i], dtype=torch.float64)
-        cond, uncond = velocity(x, t, 0.5).detach(), velocity(x, t, -0.5).detach()
-        close(bank["x"][:, i], x, 1e-13), close(bank["v"][:, i], cond, 1e-13)
-        if scale != 1:
-            close(bank["v_uncond"][:, i], uncond, 1e-13)
-        x = x + (grid[i + 1] - grid[i]) * guide(cond, uncond, scale)
-    close(
-        sample_teacher(
-            velocity, Flow(), "flow_v", z, grid, {"shift": 0.5}, {"shift": -0.5}, scale, "euler"
-        ),
-        x,
-        1e-12,
-    )
-    assert not any(call.graph for call in net.calls[:6])
+def test_dmd_baseline_loss():
+    """g = (x0 of the critic - x0 of the teacher) / mean |x0 - x0 of the teacher|, at x_t.
+
+    It reaches x0 alone, and neither network is differentiated.
+    """
+    teacher, critic, cond = Tiny(0), Tiny(2), {"label": 4}
+    x0 = normal(5, 3).requires_grad_(True)
+    eps, t = normal(5, 3, seed=1), TIMES
+    loss, g = dmd_baseline_loss(x0, teacher, critic, eps, t, cond)
+    x_t = (1 - t)[:, None] * x0.detach() + t[:, None] * eps
+    (call,), (other,) = teacher.calls, critic.calls
+    for at in (call, other):
+        close(at.x, x_t, 1e-14)
+        assert torch.equal(at.t, t) and at.cond == cond and not at.graph
+    real, fake = (x_t - t[:, None] * net(x_t, t).detach() for net in (teacher, critic))
+    want = (fake - real) / (x0.detach() - real).abs().mean(1, keepdim=True)
+    close(g, want, 1e-11)
+    close(torch.autograd.grad(loss, x0)[0], want / want.numel(), 1e-11)
+    close(loss.detach(), 0.5 * want.square().mean(), 1e-11)
 
 
 def test_flow_matching_loss():
-    """|v(x_t, t) - (eps - x0)|^2, mean, at x_t = (1 - t) x0 + t eps, with its condition; it differentiates the network."""
+    """|v(x_t, t) - (eps - x0)|^2, mean, at x_t = (1 - t) x0 + t eps, with its condition.
+
+    It differentiates the network, and is least for the velocity of the samples' distribution.
+    """
     net, x0, eps, t = Tiny(0), normal(5, 3), normal(5, 3, seed=1), TIMES
     loss = flow_matching_loss(net, x0, eps, t, {"label": 4})
     (call,) = net.calls
     close(call.x, (1 - t)[:, None] * x0 + t[:, None] * eps, 1e-14)
     assert torch.equal(call.t, t) and call.cond == {"label": 4}
     close(loss.detach(), (net(call.x, t).detach() - (eps - x0)).square().mean(), 1e-13)
-    assert all(g.any() for g in torch.autograd.grad(loss, list(net.parameters())))
-    velocity = gaussian(torch.zeros(3, dtype=torch.float64), 1.0)[
-        0
-    ]  # N(0, 1): the best field leaves E|eps - x0|^2 - E|v|^2 = 1 / (t^2 + (1 - t)^2)
-    x0, eps, t = (
-        normal(40000, 3),
-        normal(40000, 3, seed=1),
-        torch.full((40000,), 0.3, dtype=torch.float64),
-    )
+    assert all(g.any() for g in grads(loss, net))
+    # N(0, 1): the best field leaves E|eps - x0|^2 - E|v|^2 = 1 / (t^2 + (1 - t)^2)
+    velocity = gaussian(torch.zeros(3, dtype=torch.float64), 1.0)[0]
+    x0, eps = normal(40000, 3), normal(40000, 3, seed=1)
+    t = torch.full((40000,), 0.3, dtype=torch.float64)
     best = flow_matching_loss(lambda x, t: velocity(x, t), x0, eps, t, {})
-    assert (
-        float(best) == pytest.approx(1 / (0.09 + 0.49), rel=0.02)
-        and flow_matching_loss(lambda x, t: 1.1 * velocity(x, t), x0, eps, t, {}) > best
-    )
+    assert float(best) == pytest.approx(1 / (0.09 + 0.49), rel=0.02)
+    assert flow_matching_loss(lambda x, t: 1.1 * velocity(x, t), x0, eps, t, {}) > best
 
 
-# ---- the bank's files -----------------------------------------------------------------------------------------------------
+# ---- trajectories of the teacher, and the bank's files -------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1, 3.0])
+def test_trajectory_is_the_teachers_sampler(scale):
+    """The states are those of Euler's sampler, guided.
+
+    Beside each is the conditional velocity there and, under guidance, the unconditional one.
+    """
+    net, z, grid = Tiny(0), normal(5, 3), step_grid(6, 2.0)
+
+    def velocity(x, t, shift=0.0):
+        return Tiny.forward(net, x + shift, t)
+
+    conditions = {"shift": 0.5}, {"shift": -0.5}
+    bank = trajectory(velocity, z, grid, *conditions, scale)
+    assert set(bank) == {"x", "v"} | ({"v_uncond"} if scale != 1 else set())
+    assert all(v.shape == (5, 6, 3) and not v.requires_grad for v in bank.values())
+    assert torch.equal(bank["x"][:, 0], z)
+    x = z
+    for i in range(6):
+        t = torch.full((5,), grid[i], dtype=torch.float64)
+        cond, uncond = velocity(x, t, 0.5).detach(), velocity(x, t, -0.5).detach()
+        close(bank["x"][:, i], x, 1e-13)
+        close(bank["v"][:, i], cond, 1e-13)
+        if scale != 1:
+            close(bank["v_uncond"][:, i], uncond, 1e-13)
+        x = x + (grid[i + 1] - grid[i]) * guide(cond, uncond, scale)
+    end = sample_teacher(velocity, Flow(), "flow_v", z, grid, *conditions, scale, "euler")
+    close(end, x, 1e-12)
+    assert not any(call.graph for call in net.calls[:6])
+
+
+def test_draws_of_states():
+    """Evenly spread over the range and on the CPU: the integer part of `spread`'s share of it."""
+    draw = Draws(3, 5, "student", range(40, 72))
+    for high in (1, 4, 50):
+        k = draw.spread_integer("state", high)
+        assert k.dtype == torch.int64 and k.device.type == "cpu" and k.shape == (32,)
+        want = (draw.spread("state") * high).floor().long().clamp(max=high - 1)
+        assert torch.equal(k, want) and 0 <= k.min() and k.max() < high
+    counts = draw.spread_integer("state", 4).bincount(minlength=4)
+    assert counts.min() >= 7 and counts.max() <= 9
 
 
 def open_bank(folder, create=True, **changes):
-    return Bank(str(folder), {**dict(seed=0, grid=[1.0, 0.5, 0.0]), **changes}, 7, 3, create)
+    about = {**dict(seed=0, grid=[1.0, 0.5, 0.0]), **changes}
+    return Bank(str(folder), about, 7, 3, create)
 
 
 def test_bank_gives_back_what_was_put_in(tmp_path):
-    """Seven rows in files of three; each row and state where it belongs, as float32; missing files are counted and only those."""
+    """Seven rows in files of three: each row and state is where it belongs, as float32.
+
+    Missing files are counted, and only those.
+    """
     bank = open_bank(tmp_path / "bank")
-    assert [list(bank.rows_of(part)) for part in range(3)] == [
-        [0, 1, 2],
-        [3, 4, 5],
-        [6],
-    ] and bank.missing() == [0, 1, 2]
-    x, v, index = normal(7, 2, 4).half(), normal(7, 2, 4, seed=1).half(), torch.arange(7) * 10
+    assert [list(bank.rows_of(part)) for part in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert bank.missing() == [0, 1, 2]
+    x, v = normal(7, 2, 4).half(), normal(7, 2, 4, seed=1).half()
+    index = torch.arange(7) * 10
     for part in (2, 0):
         rows = list(bank.rows_of(part))
         bank.write(part, {"index": index[rows], "x": x[rows], "v": v[rows]})
@@ -800,25 +857,21 @@ def test_bank_gives_back_what_was_put_in(tmp_path):
     row, state = torch.tensor([6, 0, 3, 3, 2, 5]), torch.tensor([1, 0, 0, 1, 1, 0])
     for opened in (bank.open(), open_bank(tmp_path / "bank", create=False).open()):
         got = opened.rows(row, state)
-        assert set(got) == {"index", "x", "v"} and got["x"].dtype == got["v"].dtype == torch.float32
-        assert (
-            torch.equal(got["index"], index[row])
-            and torch.equal(got["x"], x[row, state].float())
-            and torch.equal(got["v"], v[row, state].float())
-        )
+        assert set(got) == {"index", "x", "v"}
+        assert got["x"].dtype == got["v"].dtype == torch.float32
+        assert torch.equal(got["index"], index[row])
+        assert torch.equal(got["x"], x[row, state].float())
+        assert torch.equal(got["v"], v[row, state].float())
 
 
 def test_bank_refuses_others_and_broken_files(tmp_path):
     bank = open_bank(tmp_path / "bank")
     for part in range(3):
         n = len(bank.rows_of(part))
-        bank.write(
-            part,
-            {"index": torch.zeros(n).long(), "x": torch.zeros(n, 2, 4), "v": torch.zeros(n, 2, 4)},
-        )
-    with pytest.raises(
-        UserError, match="was made with another seed, grid: name another folder, or remove this one"
-    ):
+        x = torch.zeros(n, 2, 4)
+        bank.write(part, {"index": torch.zeros(n).long(), "x": x, "v": x.clone()})
+    other = "was made with another seed, grid: name another folder, or remove this one"
+    with pytest.raises(UserError, match=other):
         open_bank(tmp_path / "bank", grid=[1.0, 0.0], seed=1)
     with pytest.raises(UserError, match="another batch"):
         Bank(str(tmp_path / "bank"), dict(seed=0, grid=[1.0, 0.5, 0.0]), 7, 4, True)
@@ -829,10 +882,10 @@ def test_bank_refuses_others_and_broken_files(tmp_path):
     path.write_bytes(whole[:-8])
     with pytest.raises(UserError, match="00001.safetensors is truncated"):
         open_bank(tmp_path / "bank").open()
-    for broken in (
-        {"index": torch.zeros(2).long(), "x": torch.zeros(2, 2, 4), "v": torch.zeros(2, 2, 4)},
-        {"index": torch.zeros(3).long(), "x": torch.zeros(3, 2, 4)},
-    ):
+    two, three = torch.zeros(2, 2, 4), torch.zeros(3, 2, 4)
+    too_short = {"index": torch.zeros(2).long(), "x": two, "v": two.clone()}
+    no_v = {"index": torch.zeros(3).long(), "x": three}
+    for broken in (too_short, no_v):
         bank.write(1, broken)
         with pytest.raises(UserError, match="00001.safetensors is not a whole part of a bank"):
             open_bank(tmp_path / "bank").open()

@@ -1,5 +1,8 @@
-"""mdt_dist.py against closed forms: the transport of a Gaussian and of a point, velocity matching and distillation, their stop-gradients, d_norm, guidance,
-the baselines and the sampler. Each identity is also put to the wrong variants that come to mind, which must fail it.
+"""mdt_dist.py against closed forms: transport, velocity matching and distillation, the baselines.
+
+The transports are those of a Gaussian and of a single point. Also tested are the stop-gradients,
+d_norm, guidance and the sampler. The wrong variants that come to mind are put to each identity too,
+and must fail it.
 """
 
 import pytest
@@ -12,6 +15,7 @@ from models.networks.dit import DiT
 
 T = torch.tensor([0.15, 0.4, 0.7, 0.95], dtype=torch.float64)
 M, S = 0.8, 0.6  # mean and standard deviation of the Gaussian data
+NONE = {}, {}, 1  # cond, uncond, guidance scale of a network without conditions
 
 
 def normal(*shape, seed=0):
@@ -19,12 +23,12 @@ def normal(*shape, seed=0):
 
 
 def close(a, b, tolerance=1e-10):
-    torch.testing.assert_close(
-        torch.as_tensor(a, dtype=torch.float64),
-        torch.as_tensor(b, dtype=torch.float64),
-        rtol=tolerance,
-        atol=tolerance,
-    )
+    a, b = (torch.as_tensor(v, dtype=torch.float64) for v in (a, b))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def differ(a, b, **tolerance):
+    return not torch.allclose(a, b, **tolerance)
 
 
 def marginal(x, t, m=M, s=S):
@@ -56,25 +60,34 @@ def small_net(x, t, shift=0.0):
     return torch.tanh(x @ W + 2 * expand(t, x)) + 0.3 * x * expand(t.cos(), x) + shift
 
 
-# ---- the transport and its derivative ----------------------------------------------------------------------------
+def replay(*outputs):
+    """A network that returns these outputs, one call after another, whatever its input."""
+    left = list(outputs)
+    return lambda *args, **cond: left.pop(0)
+
+
+def gradient(loss, inputs):
+    return torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
+
+
+# ---- the transport and its derivative ------------------------------------------------------------
 
 
 def test_transport_of_a_gaussian_satisfies_equation_12():
-    """u = phi + t dphi/dt along the teacher's velocity is that velocity; at t -> 0 phi is the velocity; from t = 1 it ends in the data's law."""
+    """u = phi + t dphi/dt along the teacher's velocity is that velocity.
+
+    At t -> 0 phi is the velocity, and from t = 1 it ends in the data's distribution.
+    """
     x = marginal_points()
     v = gaussian_velocity(x, T)
-    u = gaussian_transport(x, T) + T[:, None] * mdt.time_derivative(
-        gaussian_transport, x, T, v, {}, None
-    )
-    close(u, v, 1e-12)
-    other = gaussian_transport(x, T) + T[:, None] * mdt.time_derivative(
-        gaussian_transport, x, T, v + 0.3, {}, None
-    )
-    assert (other - v).abs().min() > 0.01  # along another velocity it is not
-    still = gaussian_transport(x, T) + T[:, None] * mdt.time_derivative(
-        gaussian_transport, x, T, 0 * v, {}, None
-    )
-    assert (still - v).abs().max() > 0.1  # nor is the derivative in t alone
+
+    def u(w):
+        d = mdt.time_derivative(gaussian_transport, x, T, w, {}, None)
+        return gaussian_transport(x, T) + T[:, None] * d
+
+    close(u(v), v, 1e-12)
+    assert (u(v + 0.3) - v).abs().min() > 0.01  # along another velocity it is not
+    assert (u(0 * v) - v).abs().max() > 0.1  # nor is the derivative in t alone
     tiny = torch.full((4,), 1e-6, dtype=torch.float64)
     close(gaussian_transport(x, tiny), gaussian_velocity(x, tiny), 1e-4)
     z = normal(100_000, 1)
@@ -83,19 +96,20 @@ def test_transport_of_a_gaussian_satisfies_equation_12():
 
 
 def test_finite_difference_is_of_first_order_and_backward():
-    """The residual halves with dt; Alg. 1's form, phi at t in front, errs about half as much as the product rule's difference."""
+    """The residual halves with dt.
+
+    Alg. 1's form, with phi at t in front, errs about half as much as the product rule's difference.
+    """
     x = marginal_points(n=400)
     v = gaussian_velocity(x, T)
+    t = T[:, None]
 
     def residual(dt, product=False):
         d = mdt.time_derivative(gaussian_transport, x, T, v, {}, dt)
         phi = gaussian_transport(x, T)
-        before = phi - dt * d
-        u = (
-            (T[:, None] * phi - (T[:, None] - dt) * before) / dt
-            if product
-            else phi + T[:, None] * d
-        )
+        u = phi + t * d
+        if product:
+            u = (t * phi - (t - dt) * (phi - dt * d)) / dt
         return (u - v).square().mean().sqrt()
 
     for dt in (0.02, 0.01, 0.005):
@@ -104,253 +118,350 @@ def test_finite_difference_is_of_first_order_and_backward():
     seen = []
     mdt.time_derivative(lambda x, t: seen.append((x, t)) or x, x, T, v, {}, 0.01, phi=x)
     ((x_s, s),) = seen  # one call if phi is known, at the earlier point of the trajectory
-    close(x_s, x - 0.01 * v), close(s, T - 0.01)
+    close(x_s, x - 0.01 * v)
+    close(s, T - 0.01)
 
 
 def test_finite_difference_meets_the_exact_derivative_of_a_network():
-    """torch.func.jvp under sdpa_kernel(MATH) is the limit of the difference, for the network of the embedded teachers; neither leaves a gradient."""
+    """torch.func.jvp is the limit of the difference, for the network of the embedded teachers.
+
+    Neither leaves a gradient.
+    """
     torch.manual_seed(0)
-    net = perturbed(
-        DiT(size=(4, 4, 4), patch=(2, 2, 2), channels=1, dim=32, depth=2, num_classes=3), std=0.2
-    ).double()
+    size = dict(size=(4, 4, 4), patch=(2, 2, 2), channels=1, dim=32, depth=2, num_classes=3)
+    net = perturbed(DiT(**size), std=0.2).double()
     x, v, cond = normal(3, 1, 4, 4, 4), normal(3, 1, 4, 4, 4, seed=1), {"label": torch.arange(3)}
     t = torch.tensor([0.2, 0.5, 0.9])
     exact = mdt.time_derivative(net, x, t, v, cond, None)
 
-    def difference(
-        dt,
-    ):  # small: weights at random let the fast sines of the network's clock through
-        with torch.no_grad():
-            return mdt.time_derivative(net, x, t, v, cond, dt)
+    def difference(dt):
+        return mdt.time_derivative(net, x, t, v, cond, dt)
 
+    # dt is small: random weights let the fast sines of the network's clock through
     errors = [(difference(dt) - exact).norm() / exact.norm() for dt in (2e-4, 1e-4)]
     assert errors[1] < 0.15 and errors[0] / errors[1] == pytest.approx(2, rel=0.3)
-    assert (
-        not exact.requires_grad and not mdt.time_derivative(net, x, t, v, cond, 0.01).requires_grad
-    )
+    assert not exact.requires_grad and not difference(0.01).requires_grad
+    torch.testing.assert_close(mdt.exact_derivative(net, x, t, v, cond), exact, rtol=0, atol=0)
 
 
 def test_straight_transport_has_no_residual():
-    """All data at one point: phi = v, constant along its straight trajectories; the difference and the loss vanish, one step lands where many do."""
+    """All data at one point: phi = v is constant along its straight trajectories.
+
+    The difference and the loss vanish, and one step lands where many do.
+    """
     point = normal(1, 7, seed=3)
     net = lambda x, t: (x - point) / expand(t, x)  # noqa: E731
-    x = (1 - T[:, None]) * point + T[:, None] * normal(4, 7)
-    v = net(x, T)
+    x0, z = point.expand(4, 7), normal(4, 7)
+    x = mdt.add_noise(x0, z, T)
+    close(x, (1 - T[:, None]) * point + T[:, None] * z, 1e-15)
     for dt in (0.01, 0.1, None):
-        d = mdt.time_derivative(net, x, T, v, {}, dt)
-        close(d, torch.zeros_like(x), 1e-11)
-        close(mdt.velocity_matching_loss(net(x, T), v, d, T), 0.0, 1e-20)
+        close(mdt.time_derivative(net, x, T, net(x, T), {}, dt), torch.zeros_like(x), 1e-11)
+        loss, residual = mdt.velocity_matching(net, net, x0, z, T, *NONE, dt)
+        close(loss, 0.0, 1e-20)
+        close(residual, torch.zeros_like(x), 1e-11)
     z = normal(5, 7, seed=4)
-    for grid in ([1.0, 0.0], [1.0, 0.5, 0.0], [1.0, 0.8, 0.3, 0.1, 0.0]):
-        close(mdt.sample(net, z, grid, {}, {}), point.expand(5, 7))
+    for times in ([1.0], [1.0, 0.5], [1.0, 0.8, 0.3, 0.1]):
+        close(mdt.sample(net, lambda name: z, times, {}, {}), point.expand(5, 7))
 
 
 def test_residual_is_the_velocity_mismatch_through_the_endpoint_map():
-    """u - w = J (v_S - w) for any network and any tangent w, J = dx0/dx_t, v_S the velocity along which the network's own x0 stays; w = v_S: u = v_S."""
+    """u - w = J (v_S - w) for any network and any tangent w, where J = dx0/dx_t.
+
+    v_S is the velocity along which the network's own x0 stays; with w = v_S, u = v_S.
+    """
     x, w = normal(4, 3), normal(4, 3, seed=1)
     end = lambda x, t: x - t * small_net(x[None], t[None])[0]  # noqa: E731
     J = torch.stack([torch.func.jacrev(end, 0)(x[i], T[i]) for i in range(4)])
-    v_S = torch.stack(
-        [torch.linalg.solve(J[i], -torch.func.jacrev(end, 1)(x[i], T[i])) for i in range(4)]
-    )
-    u = lambda w: small_net(x, T) + T[:, None] * mdt.time_derivative(small_net, x, T, w, {}, None)  # noqa: E731
+    rates = [torch.func.jacrev(end, 1)(x[i], T[i]) for i in range(4)]
+    v_S = torch.stack([torch.linalg.solve(J[i], -rates[i]) for i in range(4)])
+
+    def u(w):
+        d = mdt.time_derivative(small_net, x, T, w, {}, None)
+        return small_net(x, T) + T[:, None] * d
+
     close(u(w) - w, (J @ (v_S - w)[..., None])[..., 0])
     close(u(v_S), v_S)
-    assert (
-        u(w) - v_S
-    ).abs().max() > 0.1  # u is not the network's own velocity, whatever the tangent
+    assert (u(w) - v_S).abs().max() > 0.1  # u depends on the tangent
 
 
 def test_velocity_and_score():
-    """v = -x / (1 - t) - t / (1 - t) score for a Gaussian, and so u - v = -t / (1 - t) (score - score) (App. A.2), by the conversions of models/diffusion.py."""
-    x = marginal_points()
+    """v = -x / (1 - t) - t / (1 - t) score for a Gaussian.
+
+    Hence u - v = -t / (1 - t) (score - score) (App. A.2), by the conversions of
+    models/diffusion.py.
+    """
+    x, t = marginal_points(), T[:, None]
+    alpha, sigma = Flow().alpha(T), Flow().sigma(T)
     for m, s in ((M, S), (-0.3, 1.4)):
         v, (mean, std) = gaussian_velocity(x, T, m, s), marginal(x, T, m, s)
         score = -(x - mean) / std**2
-        close(v, -x / (1 - T[:, None]) - T[:, None] / (1 - T[:, None]) * score)
-        close(
-            score,
-            from_x0_eps(
-                "score",
-                *to_x0_eps(v, "flow_v", x, Flow().alpha(T), Flow().sigma(T)),
-                Flow().alpha(T),
-                Flow().sigma(T),
-            ),
-        )
-        close(score, -(x + (1 - T[:, None]) * v) / T[:, None])
+        close(v, -x / (1 - t) - t / (1 - t) * score)
+        x0, eps = to_x0_eps(v, "flow_v", x, alpha, sigma)
+        close(score, from_x0_eps("score", x0, eps, alpha, sigma))
+        close(score, -(x + (1 - t) * v) / t)
 
 
-# ---- velocity matching -------------------------------------------------------------------------------------------
-
-
-def gradient(loss, inputs):
-    return torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
+# ---- velocity matching ---------------------------------------------------------------------------
 
 
 def test_velocity_matching_is_regression_onto_a_constant():
-    """Value mean |phi + t d - v|^2 (Eq. 13), gradient 2 (phi + t d - v) / numel into phi alone."""
-    phi, v, d = (normal(4, 3, seed=i).requires_grad_() for i in range(3))
-    r = (phi + T[:, None] * d - v).detach()
-    loss = mdt.velocity_matching_loss(phi, v, d, T)
+    """Value mean |phi + t d - v|^2 (Eq. 13), gradient 2 (phi + t d - v) / numel into phi alone.
+
+    d = (phi - phi below) / dt.
+    """
+    phi, v, below, x0, z = (normal(4, 3, seed=i).requires_grad_() for i in range(5))
+    dt, t = 0.2, T[:, None]
+    d = (phi - below) / dt
+    r = (phi + t * d - v).detach()
+    student, teacher = replay(phi, below), replay(v)
+    loss, residual = mdt.velocity_matching(student, teacher, x0, z, T, *NONE, dt)
     close(loss.detach(), r.square().mean())
-    into = gradient(loss, (phi, v, d))
+    close(residual, r)
+    assert not residual.requires_grad
+    into = gradient(loss, (phi, v, below, x0, z))
     close(into[0], 2 * r / r.numel())
-    assert into[1] is None and into[2] is None
-    for wrong in (
-        (phi - (v + T[:, None] * d).detach()),
-        (phi - v.detach() + T[:, None] * (d + phi)),
-        (phi - (v - d).detach()),
-    ):  # sign; graph in d; no t
-        assert not torch.allclose(gradient(wrong.square().mean(), phi)[0], into[0], rtol=1e-2)
+    assert into[1:] == (None, None, None, None)
+    d, v = d.detach(), v.detach()
+    wrong_sign = phi - (v + t * d)
+    graph_in_d = phi - v + t * (phi - below.detach()) / dt
+    without_t = phi - (v - d)
+    for wrong in (wrong_sign, graph_in_d, without_t):
+        assert differ(gradient(wrong.square().mean(), phi)[0], into[0], rtol=1e-2)
+
+
+def test_velocity_matching_asks_at_the_points_of_equation_14():
+    """Teacher at x_t, twice with guidance; student there and at x_t - dt v, guided, at t - dt.
+
+    The transport may end at an edge above 0, and d may be normalised: the target is
+    v - (t - edge) d.
+    """
+    seen, x0, z, dt = [], normal(4, 3), normal(4, 3, seed=1), 0.1
+
+    def network(who, net):
+        return lambda x, t, c: seen.append((who, c, x, t)) or net(x, t) * c
+
+    student, teacher = network("student", small_net), network("teacher", gaussian_velocity)
+    edge = torch.full_like(T, 0.05)
+    flags = {"c": 2.0}, {"c": -1.0}, 3.0, dt, 0.1, edge
+    loss, residual = mdt.velocity_matching(student, teacher, x0, z, T, *flags)
+    t = T[:, None]
+    x_t = (1 - t) * x0 + t * z
+    v = 3 * 2 * gaussian_velocity(x_t, T) - 2 * -1 * gaussian_velocity(x_t, T)
+    want = [("student", 2.0, x_t, T), ("teacher", 2.0, x_t, T), ("teacher", -1.0, x_t, T)]
+    want.append(("student", 2.0, x_t - dt * v, T - dt))
+    assert [call[:2] for call in seen] == [call[:2] for call in want]
+    for call, wanted in zip(seen, want, strict=True):
+        close(call[2], wanted[2])
+        close(call[3], wanted[3])
+    phi = 2 * small_net(x_t, T)
+    d = (phi - 2 * small_net(x_t - dt * v, T - dt)) / dt
+    r = phi - v + (t - 0.05) * d / (d.norm(dim=1, keepdim=True) + 0.1)
+    close(residual, r)
+    close(loss, r.square().mean())
 
 
 def test_at_the_start_the_residual_is_the_derivative_alone():
     """Student = teacher without guidance: phi - (v - t d) = t d."""
-    x = marginal_points()
+    x0, z = M + S * normal(4, 7), normal(4, 7, seed=1)
+    x = mdt.add_noise(x0, z, T)
     v = gaussian_velocity(x, T)
     d = mdt.time_derivative(gaussian_velocity, x, T, v, {}, 0.01, phi=v)
-    close(mdt.velocity_matching_loss(v, v, d, T), (T[:, None] * d).square().mean())
+    loss, residual = mdt.velocity_matching(gaussian_velocity, gaussian_velocity, x0, z, T, *NONE)
+    close(loss, (T[:, None] * d).square().mean())
+    close(residual, T[:, None] * d)
     assert d.abs().mean() > 0.1  # which a curved trajectory has
 
 
+# ---- the baselines -------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("edge", [0.0, 0.1])
-def test_consistency_distillation_is_velocity_matching_with_weight_t_dt(edge):
-    """At one t the gradient of the consistency loss is (t - edge) dt times velocity matching's with the product rule's difference, exactly; with Alg. 1's
-    difference the directions agree nearly, and without the weight or at unequal t they do not."""
+def test_consistency_distillation_is_velocity_matching_with_weight_t_dt(monkeypatch, edge):
+    """At one t its gradient is (t - edge) dt times velocity matching's, exactly.
+
+    That is with the product rule's difference. With Alg. 1's the directions agree nearly; without
+    the weight, or at unequal t, they do not.
+    """
     dt, W = 0.01, normal(3, 3, seed=8).requires_grad_()
     net = lambda x, t: torch.tanh(x @ W + 2 * expand(t, x))  # noqa: E731
-    x, v = normal(5, 3), normal(5, 3, seed=1)
+    x0, z, v = normal(5, 3), normal(5, 3, seed=2), normal(5, 3, seed=1)
 
     def gradients(t):
-        t, low = (
-            torch.full((5,), t, dtype=torch.float64),
-            torch.full((5,), edge, dtype=torch.float64),
-        )
-        phi, x_s = net(x, t), x - dt * v
-        phi_s = net(x_s, t - dt)
-        cm = gradient(mdt.consistency_loss(x, phi, x_s, phi_s, t, t - dt, low), W)[0]
-        d = (
-            (t - low)[:, None] * phi - (t - dt - low)[:, None] * phi_s
-        ) / dt - phi  # the product rule's, over t - edge below
-        vm = gradient(mdt.velocity_matching_loss(phi, v, d / (t - low)[:, None], t - low), W)[0]
-        paper = gradient(
-            mdt.velocity_matching_loss(
-                phi, v, mdt.time_derivative(net, x, t, v, {}, dt, phi), t - low
-            ),
-            W,
-        )[0]
+        t, low = (torch.full((5,), value, dtype=torch.float64) for value in (t, edge))
+        batch = net, lambda x, t: v, x0, z, t, *NONE, dt
+        x = mdt.add_noise(x0, z, t)
+        phi, phi_s = net(x, t).detach(), net(x - dt * v, t - dt).detach()
+        above, below = (t - low)[:, None], (t - dt - low)[:, None]
+        d = ((above * phi - below * phi_s) / dt - phi) / above  # the product rule's, over t - edge
+        cm = gradient(mdt.consistency_distillation(*batch, low)[0], W)[0]
+        paper = gradient(mdt.velocity_matching(*batch, None, low)[0], W)[0]
+        with monkeypatch.context() as m:
+            m.setattr(mdt, "time_derivative", lambda *args: d)
+            vm = gradient(mdt.velocity_matching(*batch, None, low)[0], W)[0]
         return cm, vm, paper
 
     for t in (0.3, 0.8):
         cm, vm, paper = gradients(t)
         close(cm, (t - edge) * dt * vm, 1e-12)
-        assert torch.nn.functional.cosine_similarity(
-            cm.flatten(), paper.flatten(), 0
-        ) > 0.998 and not torch.allclose(paper, vm, rtol=1e-4)
-    assert not torch.allclose(
-        gradients(0.3)[0] / gradients(0.3)[1], gradients(0.8)[0] / gradients(0.8)[1], rtol=0.1
-    )
+        assert torch.nn.functional.cosine_similarity(cm.flatten(), paper.flatten(), 0) > 0.998
+        assert differ(paper, vm, rtol=1e-4)
+    (cm_low, vm_low, _), (cm_high, vm_high, _) = gradients(0.3), gradients(0.8)
+    assert differ(cm_low / vm_low, cm_high / vm_high, rtol=0.1)
 
 
-def test_consistency_loss_stops_the_gradient_below():
-    """No gradient into the lower point, and at edge 0 the loss is that of f = x - t phi."""
-    phi, phi_s, x, x_s, zero = (
-        normal(4, 3).requires_grad_(),
-        normal(4, 3, seed=1).requires_grad_(),
-        normal(4, 3, seed=2),
-        normal(4, 3, seed=3),
-        torch.zeros_like(T),
-    )
-    loss = mdt.consistency_loss(x, phi, x_s, phi_s, T, T - 0.01, zero)
-    close(
-        loss.detach(),
-        (x - T[:, None] * phi - x_s + (T[:, None] - 0.01) * phi_s).detach().square().mean(),
-    )
-    assert gradient(loss, (phi, phi_s))[1] is None
+def test_consistency_distillation_stops_the_gradient_below():
+    """No gradient into the lower point; at edge 0 the loss is that of f = x - t phi."""
+    phi, phi_s, v = (normal(4, 3, seed=i).requires_grad_() for i in range(3))
+    x0, z, t, dt = normal(4, 3, seed=3), normal(4, 3, seed=4), T[:, None], 0.01
+    student, teacher = replay(phi, phi_s), replay(v)
+    loss, residual = mdt.consistency_distillation(student, teacher, x0, z, T, *NONE, dt)
+    x = (1 - t) * x0 + t * z
+    x_s = x - dt * v
+    close(loss.detach(), (x - t * phi - x_s + (t - dt) * phi_s).detach().square().mean())
+    close(residual, (phi - v).detach())
+    into = gradient(loss, (phi, phi_s, v))
+    assert into[0] is not None and into[1:] == (None, None)
 
 
-# ---- velocity distillation ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("ramp", [0.0, 0.4, 1.0])
+def test_continuous_consistency_follows_its_normalised_tangent(ramp):
+    """Gradient tangent / (its rms + .1) / numel into phi alone, tangent phi - v + ramp t d."""
+    phi, v, below = (normal(4, 3, seed=i).requires_grad_() for i in range(3))
+    x0, z, dt = normal(4, 3, seed=3), normal(4, 3, seed=4), 0.2
+    student, teacher = replay(phi, below), replay(v)
+    loss, tangent = mdt.continuous_consistency(student, teacher, x0, z, T, *NONE, dt, ramp)
+    want = (phi - v + ramp * T[:, None] * (phi - below) / dt).detach()
+    g = want / (want.square().mean(1, keepdim=True).sqrt() + 0.1)
+    close(tangent, want)
+    close(loss.detach(), g.square().mean() / 2)
+    into = gradient(loss, (phi, v, below))
+    close(into[0], g / g.numel())
+    assert into[1:] == (None, None)
+
+
+def test_edge_of_a_phase():
+    """The largest of 0, 1/K, ..., (K-1)/K that is at most s; 0 with one phase, also below 0."""
+    s = torch.tensor([-0.2, 0.0, 0.3, 0.34, 0.66, 0.67, 1.0])
+    torch.testing.assert_close(mdt.edge_of(s, 3), torch.tensor([0, 0, 0, 1, 1, 2, 2]) / 3)
+    assert torch.equal(mdt.edge_of(s, 1), torch.zeros(7))
+
+
+# ---- velocity distillation -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
-def test_weights_of_velocity_distillation_against_the_gaussian_kl(t):
-    """One-step samples z - phi(z), phi = a z + b, are Gaussian. With u and v the two marginals' velocities, weight "kl" gives the gradient of KL(p_t | q_t) in
-    a and b exactly; "paper" t / (1 - t) times that, "code" 2 t / (1 - t)^2 times. Expectations over z and z'' by the four points +-1, exact for products."""
-    a, b = (
-        torch.tensor(0.35, dtype=torch.float64, requires_grad=True),
-        torch.tensor(-0.2, dtype=torch.float64, requires_grad=True),
-    )
-    z, z2 = (
-        torch.tensor(v, dtype=torch.float64)[:, None] for v in ([1.0, 1, -1, -1], [1.0, -1, 1, -1])
-    )
+def test_weights_of_velocity_distillation_against_the_gaussian_kl(monkeypatch, t):
+    """Weight "kl" gives the gradient of KL(p_t | q_t) exactly, where u is p's own velocity.
+
+    One-step samples z - phi(z), phi = a z + b, are Gaussian. "paper" gives t / (1 - t) times that
+    gradient in a and b, "code" 2 t / (1 - t)^2 times. Expectations over z and z'' are taken by the
+    four points +-1, which is exact for products.
+    """
+    a, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.35, -0.2))
+    signs = [1.0, 1, -1, -1], [1.0, -1, 1, -1]
+    z, z2 = (torch.tensor(v, dtype=torch.float64)[:, None] for v in signs)
     level = torch.full((4,), t, dtype=torch.float64)
     mean, var = -(1 - t) * b, ((1 - t) * (1 - a)) ** 2 + t**2
     m, s2 = (1 - t) * M, ((1 - t) * S) ** 2 + t**2
     kl = 0.5 * (var / s2 + (mean - m) ** 2 / s2 - 1 - (var / s2).log())
     want = torch.stack(gradient(kl, (a, b)))
-    phi = a * z + b
-    x_t = ((1 - t) * (z - phi) + t * z2).detach()
-    r = gaussian_velocity(x_t, level, -b.item(), 1 - a.item()) - gaussian_velocity(x_t, level)
-    got = {
-        w: torch.stack(
-            gradient(mdt.velocity_distillation_loss(a * z + b, r, level, weight=w), (a, b))
-        )
-        for w in ("kl", "paper", "code")
-    }
-    (
-        close(got["kl"], want),
-        close(got["paper"], t / (1 - t) * want),
-        close(got["code"], 2 * t / (1 - t) ** 2 * want),
-    )
-    assert (
-        not torch.allclose(got["kl"], -want)
-        and not torch.allclose(got["paper"], want, rtol=0.05)
-        or t == 0.5
-    )
+
+    def student(x, t):
+        if (t == 1).all():
+            return a * x + b
+        return gaussian_velocity(x, t, -b, 1 - a)  # with a derivative of zero it is u
+
+    monkeypatch.setattr(mdt, "time_derivative", lambda student, x_t, *args: 0 * x_t)
+    got = {}
+    for weight in ("kl", "paper", "code"):
+        flags = 0.01, None, weight
+        loss, r = mdt.velocity_distillation(student, gaussian_velocity, z, z2, level, *NONE, *flags)
+        got[weight] = torch.stack(gradient(loss, (a, b)))
+        x_t = ((1 - t) * (z - a * z - b) + t * z2).detach()
+        u = gaussian_velocity(x_t, level, -b.item(), 1 - a.item())
+        close(r, u - gaussian_velocity(x_t, level))
+    close(got["kl"], want)
+    close(got["paper"], t / (1 - t) * want)
+    close(got["code"], 2 * t / (1 - t) ** 2 * want)
+    assert differ(got["kl"], -want)
+    assert t == 0.5 or differ(got["paper"], want, rtol=0.05)
 
 
 def test_velocity_distillation_moves_the_one_step_sample_alone():
-    """Value: weighted mean r^2 / numel; gradient w r / numel into phi(z', 1) alone (the square trick of the code)."""
-    for weight, w in (
-        ("code", torch.full_like(T, 2.0)),
-        ("paper", 1 - T),
-        ("kl", (1 - T) ** 2 / T),
-    ):
-        phi, r = normal(4, 3).requires_grad_(), normal(4, 3, seed=1).requires_grad_()
-        loss = mdt.velocity_distillation_loss(phi, r, T, weight=weight)
-        close(loss.detach(), (w[:, None] / 2 * r.detach().square()).mean())
-        into = gradient(loss, (phi, r))
-        close(into[0], w[:, None] * r.detach() / r.numel())
-        assert into[1] is None
-    assert not torch.allclose(
-        gradient((r.detach() + phi).square().mean(), phi)[0], 2 * r.detach() / r.numel()
-    )  # without the second stop-gradient
+    """Value: weighted mean of r^2 / 2; gradient w r / numel into phi(z', 1) alone.
+
+    The first weight, without a name, is the default: the paper's.
+    """
+    kinds = {None: 1 - T, "paper": 1 - T, "code": torch.full_like(T, 2.0), "kl": (1 - T) ** 2 / T}
+    dt, t = 0.2, T[:, None]
+    for weight, w in kinds.items():
+        phi_z, phi, below, v, z1, z2 = (normal(4, 3, seed=i).requires_grad_() for i in range(6))
+        named = {"weight": weight} if weight else {}
+        student, teacher = replay(phi_z, phi, below), replay(v)
+        loss, residual = mdt.velocity_distillation(student, teacher, z1, z2, T, *NONE, dt, **named)
+        r = (phi + t * (phi - below) / dt - v).detach()
+        close(residual, r)
+        close(loss.detach(), (w[:, None] / 2 * r.square()).mean())
+        into = gradient(loss, (phi_z, phi, below, v, z1, z2))
+        close(into[0], w[:, None] * r / r.numel())
+        assert into[1:] == (None,) * 5 and not residual.requires_grad
+        close(mdt.distillation_weight(T, weight or "paper"), w)
+    without_second_stop = gradient((r + phi_z).square().mean(), phi_z)[0]
+    assert differ(without_second_stop, 2 * r / r.numel())
+
+
+def test_velocity_distillation_asks_at_the_student_s_own_samples():
+    """The student at (z', 1), then teacher, student and student below at x noised with z''."""
+    seen, z1, z2, dt = [], normal(4, 3), normal(4, 3, seed=1), 0.1
+
+    def network(who, net):
+        return lambda x, t, c: seen.append((who, c, x, t)) or net(x, t) * c
+
+    student, teacher = network("student", small_net), network("teacher", gaussian_velocity)
+    mdt.velocity_distillation(student, teacher, z1, z2, T, {"c": 2.0}, {"c": -1.0}, 3.0, dt)
+    one, t = torch.ones_like(T), T[:, None]
+    x_t = (1 - t) * (z1 - 2 * small_net(z1, one)) + t * z2
+    v = 8 * gaussian_velocity(x_t, T)  # -1 + 3 (2 + 1)
+    want = [("student", 2.0, z1, one), ("teacher", 2.0, x_t, T), ("teacher", -1.0, x_t, T)]
+    want += [("student", 2.0, x_t, T), ("student", 2.0, x_t - dt * v, T - dt)]
+    assert [call[:2] for call in seen] == [call[:2] for call in want]
+    for call, wanted in zip(seen, want, strict=True):
+        close(call[2], wanted[2])
+        close(call[3], wanted[3])
 
 
 def test_velocity_distillation_rests_at_the_exact_transport():
-    """Student = exact transport: u = v everywhere, also at its own samples; with a difference up to O(dt). The teacher itself does not rest: its residual is t dv/dt."""
-    z = normal(4, 50)
-    x = (1 - T[:, None]) * (z - gaussian_transport(z, torch.ones_like(T))) + T[:, None] * normal(
-        4, 50, seed=1
-    )
+    """Student = exact transport: u = v everywhere, also at its own samples.
+
+    With a difference that holds up to O(dt). The teacher itself does not rest: its residual is
+    t dv/dt.
+    """
+    z, z2 = normal(4, 50), normal(4, 50, seed=1)
+    x = (1 - T[:, None]) * (z - gaussian_transport(z, torch.ones_like(T))) + T[:, None] * z2
     v = gaussian_velocity(x, T)
-    r = {
-        (net, dt): net(x, T) + T[:, None] * mdt.time_derivative(net, x, T, v, {}, dt) - v
-        for net in (gaussian_transport, gaussian_velocity)
-        for dt in (None, 0.01)
-    }
-    assert (
-        r[gaussian_transport, None].abs().max() < 1e-12
-        and r[gaussian_transport, 0.01].square().mean().sqrt() < 0.01
-    )
+    r = {}
+    for net in (gaussian_transport, gaussian_velocity):
+        for dt in (None, 0.01):
+            d = mdt.time_derivative(net, x, T, v, {}, dt)
+            r[net, dt] = net(x, T) + T[:, None] * d - v
+    assert r[gaussian_transport, None].abs().max() < 1e-12
+    assert r[gaussian_transport, 0.01].square().mean().sqrt() < 0.01
     assert r[gaussian_velocity, None].square().mean().sqrt() > 0.2
+    for dt in (None, 0.01):
+        _, residual = mdt.velocity_distillation(
+            gaussian_transport, gaussian_velocity, z, z2, T, *NONE, dt
+        )
+        close(residual, r[gaussian_transport, dt])
 
 
-# ---- d_norm ------------------------------------------------------------------------------------------------------
+# ---- d_norm --------------------------------------------------------------------------------------
 
 
 def test_norm_bounds_the_whole_sample():
-    """|t d| < 1 for a sample of any size; far above .1 its scale does not matter, far below it grows by 10 at most."""
+    """|t d| < 1 for a sample of any size.
+
+    Far above .1 the derivative's scale does not matter; far below it grows by 10 at most.
+    """
     for size in (3, 300, 30_000):
         d = 7 * normal(4, size)
         n = mdt.normalised(d, 4)
@@ -358,55 +469,68 @@ def test_norm_bounds_the_whole_sample():
         close(mdt.normalised(1e6 * d, 4), d / d.norm(dim=1, keepdim=True), 1e-6)
         close(mdt.normalised(1e-9 * d, 4), 1e-8 * d, 1e-6)
     assert mdt.normalised(d, 4, d_norm=None) is d
-    assert (
-        mdt.normalised(7 * normal(1, 30_000), 1).square().mean().sqrt() < 0.0058
-    )  # each element is hardly moved
+    large = mdt.normalised(7 * normal(1, 30_000), 1)
+    assert large.square().mean().sqrt() < 0.0058  # each element is hardly moved
 
 
 def test_rms_norm_does_not_depend_on_the_size():
-    """d / (rms + .1): the same for a sample and for many copies of it side by side; the whole-sample norm is not."""
+    """d / (rms + .1) is the same for a sample and for many copies of it side by side.
+
+    The norm over the whole sample is not.
+    """
     d = normal(4, 30)
     wide = d.repeat(1, 9)
     close(mdt.normalised(wide, 4, d_norm="rms")[:, :30], mdt.normalised(d, 4, d_norm="rms"))
     close(mdt.normalised(d, 4, d_norm="rms"), d / (d.square().mean(1, keepdim=True).sqrt() + 0.1))
-    assert not torch.allclose(mdt.normalised(wide, 4)[:, :30], mdt.normalised(d, 4), rtol=0.1)
+    assert differ(mdt.normalised(wide, 4)[:, :30], mdt.normalised(d, 4), rtol=0.1)
+
+
+def full_grid(samples, side):
+    """coords of every place of the grid, in random order, and a function x -> its points there."""
+    axis = torch.arange(side)
+    coords = torch.cartesian_prod(torch.arange(samples), axis, axis, axis)
+    coords = coords[torch.randperm(len(coords), generator=torch.Generator().manual_seed(0))]
+    return coords, lambda x: x.movedim(1, -1)[coords.unbind(1)]
 
 
 @pytest.mark.parametrize("d_norm", [0.1, 0.5, "rms"])
 def test_norm_is_per_sample_and_the_same_for_points(d_norm):
-    """Changing sample 1 leaves the others' bit-equal, which a norm over the batch would not; the points of a full grid, in any order, get what the dense grid does."""
+    """Changing sample 1 leaves the others bit-equal, which a norm over the batch would not.
+
+    The points of a full grid, in any order, get what the dense grid gets.
+    """
     d = normal(4, 2, 3, 3, 3)
     other = d.clone()
     other[1] *= 100
     kept = [0, 2, 3]
-    assert torch.equal(
-        mdt.normalised(other, 4, d_norm=d_norm)[kept], mdt.normalised(d, 4, d_norm=d_norm)[kept]
-    )
-    assert not torch.allclose((other / other.norm())[kept], (d / d.norm())[kept])
-    side = torch.arange(3)
-    coords = torch.cartesian_prod(torch.arange(4), side, side, side)[
-        torch.randperm(4 * 27, generator=torch.Generator().manual_seed(0))
-    ]
-    at = coords.unbind(1)
-    points = lambda x: x.movedim(1, -1)[at]  # noqa: E731
+    alone, beside = (mdt.normalised(x, 4, d_norm=d_norm)[kept] for x in (d, other))
+    assert torch.equal(alone, beside)
+    assert differ((other / other.norm())[kept], (d / d.norm())[kept])
+    coords, points = full_grid(4, 3)
     close(mdt.normalised(points(d), 4, coords, d_norm), points(mdt.normalised(d, 4, d_norm=d_norm)))
-    phi, v = normal(4, 2, 3, 3, 3, seed=1), normal(4, 2, 3, 3, 3, seed=2)
-    close(
-        mdt.velocity_matching_loss(points(phi), points(v), points(d), T, coords),
-        mdt.velocity_matching_loss(phi, v, d, T),
-    )
+
+
+@pytest.mark.parametrize("d_norm", [None, 0.1, "rms"])
+def test_losses_of_the_points_of_a_full_grid_are_those_of_the_grid(d_norm):
+    """Every loss and its residual, in every weight."""
+    coords, points = full_grid(4, 3)
+    x0, z, phi_z, phi, below, v = (normal(4, 2, 3, 3, 3, seed=i) for i in range(6))
+    edge, dt, cond = torch.full_like(T, 0.1), 0.2, {"coords": coords}
+
+    def check(loss, outputs, *more):
+        student, teacher = replay(*outputs), replay(v)
+        value, residual = loss(student, teacher, x0, z, T, *NONE, dt, *more)
+        student, teacher = replay(*map(points, outputs)), replay(points(v))
+        flags = cond, cond, 1, dt, *more
+        at_points = loss(student, teacher, points(x0), points(z), T, *flags)
+        close(at_points[0], value)
+        close(at_points[1], points(residual))
+
+    check(mdt.velocity_matching, (phi, below), d_norm, edge)
     for weight in ("code", "paper", "kl"):
-        close(
-            mdt.velocity_distillation_loss(points(phi), points(d), T, coords, weight),
-            mdt.velocity_distillation_loss(phi, d, T, weight=weight),
-        )
-    low = torch.full_like(T, 0.1)
-    close(
-        mdt.consistency_loss(
-            points(phi), points(v), points(d), points(phi), T, T - 0.01, low, coords
-        ),
-        mdt.consistency_loss(phi, v, d, phi, T, T - 0.01, low),
-    )
+        check(mdt.velocity_distillation, (phi_z, phi, below), d_norm, weight)
+    check(mdt.consistency_distillation, (phi, below), edge)
+    check(mdt.continuous_consistency, (phi, below), 0.7)
 
 
 def test_norm_of_samples_of_unequal_size():
@@ -414,42 +538,45 @@ def test_norm_of_samples_of_unequal_size():
     coords = torch.tensor([[0, 0, 0, 0], [1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 3]])
     d = normal(4, 2)
     norm, elements = mdt.sample_norm(d, 2, coords)
-    (
-        close(norm, torch.stack([d[[0, 2, 3]].norm(), d[1].norm()])),
-        close(elements, torch.tensor([6.0, 2.0])),
-    )
+    close(norm, torch.stack([d[[0, 2, 3]].norm(), d[1].norm()]))
+    close(elements, torch.tensor([6.0, 2.0]))
 
 
-# ---- guidance, sampler -------------------------------------------------------------------------------------------
+# ---- guidance, sampler ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("w", [-1.0, 0.0, 2.5, 40.0])
 def test_guidance_is_the_papers_in_another_form(w):
-    """uncond + (1 + w)(cond - uncond) = (1 + w) cond - w uncond; w = 0 makes one call, w = -1 is unconditional."""
+    """uncond + (1 + w)(cond - uncond) = (1 + w) cond - w uncond.
+
+    w = 0 makes one call, and w = -1 is unconditional.
+    """
     calls = []
     net = lambda x, t, c: calls.append(c) or x * c  # noqa: E731
-    x = normal(4, 3)
-    got = mdt.velocity(net, x, T, {"c": 3.0}, {"c": -2.0}, 1 + w)
+    x, conds = normal(4, 3), ({"c": 3.0}, {"c": -2.0})
+    got = mdt.velocity(net, x, T, *conds, 1 + w)
     close(got, (1 + w) * 3 * x - w * -2 * x, 1e-12)
     assert calls == ([3.0] if w == 0 else [3.0, -2.0])
-    assert w == 0 or not torch.allclose(
-        mdt.velocity(net, x, T, {"c": 3.0}, {"c": -2.0}, w), got
-    )  # w itself is no scale
+    assert w == 0 or differ(mdt.velocity(net, x, T, *conds, w), got)  # w itself is no scale
 
 
 def test_two_euler_steps_inflate_and_renoising_does_not():
-    """With the exact transport of N(M, S^2): one step is exact; two Euler steps give M + S (1 + S) / sqrt(1 + S^2) z, too wide; noising the clean prediction afresh
-    gives M + S / sqrt(1 + S^2) (S z + z2), of standard deviation S."""
-    z, fresh = normal(6, 3), normal(6, 3, seed=1)
-    close(mdt.sample(gaussian_transport, z, [1.0, 0.0], {}, {}), M + S * z)
-    close(
-        mdt.sample(gaussian_transport, z, [1.0, 0.5, 0.0], {}, {}),
-        M + S * (1 + S) / (1 + S**2) ** 0.5 * z,
-    )
-    close(
-        mdt.sample(gaussian_transport, z, [1.0, 0.5, 0.0], {}, {}, 1.0, lambda i: fresh),
-        M + S / (1 + S**2) ** 0.5 * (S * z + fresh),
-    )
+    """With the exact transport of N(M, S^2) one step is exact.
+
+    Two Euler steps give M + S (1 + S) / sqrt(1 + S^2) z, which is too wide. Noising the predicted
+    sample afresh gives M + S / sqrt(1 + S^2) (S z + z2), of standard deviation S.
+    """
+    noise = {"z": normal(6, 3), "renoise0": normal(6, 3, seed=1)}
+    z, fresh, root = noise["z"], noise["renoise0"], (1 + S**2) ** 0.5
+
+    def sampled(times, renoise="ode"):
+        flags = noise.__getitem__, times, {}, {}, 1.0, renoise
+        return mdt.sample(gaussian_transport, *flags)
+
+    close(sampled([1.0]), M + S * z)
+    close(sampled([1.0], "sde"), M + S * z)  # no noise after the last step
+    close(sampled([1.0, 0.5]), M + S * (1 + S) / root * z)
+    close(sampled([1.0, 0.5], "sde"), M + S / root * (S * z + fresh))
 
 
 def test_sampler_of_points():
@@ -462,11 +589,7 @@ def test_sampler_of_points():
         return mdt.per_element(t, x, coords) * x * c
 
     z = normal(3, 2)
-    got = mdt.sample(
-        net, z, [1.0, 0.5, 0.0], {"c": 1.0, "coords": coords}, {"c": 0.0, "coords": coords}, 2.0
-    )
-    close(got, 0 * z), assert_calls(seen)
-
-
-def assert_calls(seen):
+    cond, uncond = ({"c": c, "coords": coords} for c in (1.0, 0.0))
+    got = mdt.sample(net, lambda name: z, [1.0, 0.5], cond, uncond, 2.0)
+    close(got, 0 * z)
     assert seen == [(c, [t, t]) for t in (1.0, 0.5) for c in (1.0, 0.0)]

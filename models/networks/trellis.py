@@ -635,7 +635,7 @@ class SubmanifoldConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
 
     def forward(self, x, neighbours):
-        """x (N, channels), neighbours (27, N) of a Grid -> (N, out_channels), in at least float32."""
+        """x (N, channels), neighbours (27, N) of a Grid -> (N, out_channels), at least float32."""
         x = F.pad(x, (0, 0, 0, 1))  # a last row of zeros, where there is no neighbour
         y = wide(self.bias)
         for index, weight in zip(neighbours, self.weight.flatten(1, 3).unbind(1), strict=True):
