@@ -483,23 +483,29 @@ def wrong_flags(a, world="not known yet"):
     for flag, (lo, hi) in (("dm_range", a.dm_range), ("ca_range", ca_range)):
         yield lo >= hi, f"--{flag}: LO must be below HI, got {lo:g} {hi:g}"
     two_levels = a.schedule == "shared" and a.ca_range not in (None, a.dm_range)
-    yield two_levels, "--ca_range: --schedule shared draws one level for both, from --dm_range"
+    why = "--ca_range: --schedule shared draws one level for both terms, from --dm_range"
+    yield two_levels, why
     dm_bounded = on.sees_dm and a.schedule == "constrained"
     ca_bounded = on.ca and a.schedule in ("constrained", "hybrid")
-    remedy = "use --schedule full, or a range that starts lower"
-    why = f"--schedule {a.schedule} keeps the last step below {last:g}: {remedy}"
+    why = f"--schedule {a.schedule} keeps the last of {a.student_steps} steps below {last:g}"
+    why += ": use --schedule full, or a range that starts lower"
     yield dm_bounded and a.dm_range[0] >= last, f"--dm_range starts at {a.dm_range[0]:g}, and {why}"
     yield ca_bounded and ca_range[0] >= last, f"--ca_range starts at {ca_range[0]:g}, and {why}"
     nothing = not (on.dm or on.ca or a.gan_weight)
-    yield nothing, "nothing is left to learn from: leave out --no_dm or --no_ca"
-    yield a.observer and not a.no_dm, "--observer looks on where DM is off: give --no_dm with it"
-    yield a.data and not a.gan_weight, "--data is for a GAN: set --gan_weight, or leave --data out"
+    yield nothing, ("nothing is left to learn from: leave out --no_dm or --no_ca, give "
+                    "--guidance_scale above 1, or --gan_weight")
+    alone = a.observer and not a.no_dm
+    yield alone, "--observer looks on where DM is off: give --no_dm with it, or leave it out"
+    unused = a.data and not a.gan_weight
+    yield unused, "--data is for the GAN: set --gan_weight, or leave --data out"
     missing = a.gan_weight and not (a.data or world)
-    yield missing, "real samples are missing: give --data FOLDER or FILE.safetensors"
-    target = a.mean_variance_target
-    yield target and target[1] <= 0, "--mean_variance_target: VAR must be > 0"
-    missing = a.mean_variance_weight and not (target or world)
-    yield missing, "--mean_variance_weight needs --mean_variance_target (paper, SDXL: 0.075 0.81)"
+    yield missing, ("--gan_weight needs data: give --data FOLDER or FILE.safetensors, or "
+                    "--gan_weight 0")
+    variance = (a.mean_variance_target or [0, 1])[1]
+    yield variance <= 0, f"--mean_variance_target: VAR must be > 0, got {variance:g}"
+    missing = a.mean_variance_weight and not (a.mean_variance_target or world)
+    yield missing, ("--mean_variance_weight needs --mean_variance_target MEAN VAR, the averages "
+                    "over real latents (paper, SDXL: 0.075 0.81)")
 # fmt: on
 
 

@@ -388,11 +388,16 @@ def wrong_flags(a, world="not known yet"):
     missing = needs_data(a) and not (a.data or world)
     v1 = a.regression_weight
     yield low >= high, f"--dm_range: LO must be below HI, got {low:g} {high:g}"
-    yield unused, "--data is for a GAN or --student_input real: leave --data out"
-    yield missing, "real samples are missing: give --data FOLDER or FILE.safetensors"
-    yield a.no_fake_score and a.gan_weight, "the GAN sits on the fake score: use --gan_weight 0"
-    yield v1 and not a.teacher_steps, "--regression_weight needs --teacher_steps of at least 1"
-    yield v1 and a.student_steps > 1, "--regression_weight is DMD v1: use --student_steps 1"
+    yield unused, ("--data is for the GAN or --student_input real with several steps: set "
+                   "--gan_weight, or leave --data out")
+    yield missing, ("--gan_weight and --student_input real need data: give --data FOLDER or "
+                    "FILE.safetensors, or --gan_weight 0")
+    yield a.no_fake_score and a.gan_weight, ("--no_fake_score leaves the GAN's head untrained, it "
+                                             "sits on the fake score: use --gan_weight 0")
+    yield v1 and not a.teacher_steps, ("--regression_weight needs teacher samples: give "
+                                       "--teacher_steps of at least 1")
+    several = v1 and a.student_steps > 1
+    yield several, "--regression_weight is DMD v1, a one-step method: use --student_steps 1"
 # fmt: on
 
 

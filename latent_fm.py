@@ -10,15 +10,15 @@ For inpainting and semantic synthesis the network sees more channels beside z_t:
 image with holes and the mask, or a segmentation map. This script also trains the teachers that the
 other scripts distil.
 
-    paper       here                  meaning                                        shape
-    x_0         x                     image in [-1, 1]                               (B, 3, H, W)
-    E, D        to_latents, to_pixels   encoder, whose posterior is sampled, and decoder
-    z_0, z_1    x0, eps               latent (or pixels) and noise                   (B, C, h, w)
-    z_t         x_t                   (1 - t) x0 + t eps                             (B, C, h, w)
-    v_theta     net(x_t, t, **cond)   velocity, regresses eps - x0                   (B, C, h, w)
-    p_u         label_dropout         share of labels that become the null label, K
-    gamma       guidance_scale        v_u + gamma (v_c - v_u), 1 = off
-    m           mask                  1 = hole, 0 = known                            (B, 1, H, W)
+    paper       here                    meaning                                      shape
+    x_0         x                       image in [-1, 1]                             (B, 3, H, W)
+    E, D        to_latents, to_pixels   encoder (its posterior is sampled), decoder
+    z_0, z_1    x0, eps                 latent (or pixels) and noise                 (B, C, h, w)
+    z_t         x_t                     (1 - t) x0 + t eps                           (B, C, h, w)
+    v_theta     net(x_t, t, **cond)     velocity, regresses eps - x0                 (B, C, h, w)
+    p_u         label_dropout           share of labels that become the null label, K
+    gamma       guidance_scale          v_u + gamma (v_c - v_u), 1 = off
+    m           mask                    1 = hole, 0 = known                          (B, 1, H, W)
 
 Launch.
     laptop      python latent_fm.py               # shapes, PCA latents: minutes on two cores
@@ -138,7 +138,7 @@ def semantic_context(maps, classes, factor):
     return F.avg_pool2d(one_hot, factor)
 
 
-def flow_matching_loss_with_floor(net, x0, eps, t, cond, sigma_min):
+def flow_matching_loss_sigma_min(net, x0, eps, t, cond, sigma_min):
     """The official code's path, which keeps noise of size sigma_min in the data (code: 1e-5).
 
     x_t = (1 - t) x0 + (s + (1 - s) t) eps, whose slope is (1 - s) eps - x0, with s = sigma_min.
@@ -386,22 +386,22 @@ def train(args):
             for group in optimizer.param_groups:
                 group["lr"] = rate * warmup * decay
 
-        by_t = torch.zeros(4, 2, device=run.device)
+        totals = torch.zeros(4, 2, device=run.device)
         for draw in run.micro_batches(step, 0, latents):
             x0, cond = training_batch(args, draw, data, space, cache)
             eps, t = draw.noise("eps"), draw_times(args, draw)
             with run.autocast():
+                batch = x0, eps, t, cond
                 if args.sigma_min:
-                    noised = x0, eps, t, cond
-                    loss, error = flow_matching_loss_with_floor(forward, *noised, args.sigma_min)
+                    loss, error = flow_matching_loss_sigma_min(forward, *batch, args.sigma_min)
                 else:
-                    loss, error = flow_matching_loss(forward, x0, eps, t, cond)
+                    loss, error = flow_matching_loss(forward, *batch)
             (loss * run.share).backward()
             run.note(loss=loss)
-            add_by_quarter(by_t, t, error)
+            add_by_quarter(totals, t, error)
         run.update(optimizers, "net")
         run.update_ema(ema, net, step, start=10)
-        by_t = by_t[:, 0] / by_t[:, 1].clamp_min(1)  # 0 in a quarter that no t fell into
+        by_t = totals[:, 0] / totals[:, 1].clamp_min(1)  # 0 in a quarter that no t fell into
         run.note(**{f"loss_t{quarter}": by_t[quarter] for quarter in range(4)})
         lr = args.learning_rate * warmup * decay
         if run.end_step(step, show=("loss",), lr=lr):  # True: time to save
@@ -793,8 +793,8 @@ def evaluate_classes(args, net, world, data, space):
     """--task class and uncond.  -> rows of report.json (worlds only), rows of samples.png."""
     results = measure_world(args, net, world, space) if world else []
     classes, classless = max(1, net.num_classes), not net.num_classes
-    label = balanced_labels(400 if world and world.name == "ring" else 20, classes)
-    rows = []
+    n = 400 if world and world.name == "ring" else 20
+    label, rows = balanced_labels(n, classes), []
     if data is not None:
         rows.append(("data", data_items(data, label, classless)))
     steps = f"{args.sample_steps} {args.solver.capitalize()} steps"
@@ -802,8 +802,7 @@ def evaluate_classes(args, net, world, data, space):
         steps = "dopri5"
     for scale in dict.fromkeys((1.0, args.guidance_scale)):
         asked = None if classless else label
-        scaled = dict(guidance_scale=scale)
-        x, _, nfe = draw_samples(args, net, space, len(label), args.seed + 1, asked, **scaled)
+        x, _, nfe = draw_samples(args, net, space, n, args.seed + 1, asked, guidance_scale=scale)
         guidance = "" if classless else f", guidance {scale:g}"
         rows.append((f"{steps}, {nfe:g} evaluations{guidance}", x))
     return results, rows

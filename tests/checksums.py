@@ -393,12 +393,11 @@ def find(name, *modules):
 def make_fixtures(folder, tree):
     """Tiny teachers, prompts and data files, from the networks and tests/helpers.py of a tree."""
     sys.path[:0] = [os.path.abspath(tree), os.path.join(os.path.abspath(tree), "tests")]
+    import helpers
     import numpy as np
     import torch
     from PIL import Image
     from safetensors.torch import save_file
-
-    import helpers
 
     torch.set_num_threads(1)
     DiT = find("DiT", "models.networks.dit", "models.dit")

@@ -1,9 +1,15 @@
-"""What LFM (arXiv 2307.08698) claims of latent flow matching, on the world `shapes`.
+"""What LFM (arXiv 2307.08698) claims about latent flow matching, on the world `shapes`.
 
-python -m tests.latent_claims cost                                    # latent against pixel, the same network
-python -m tests.latent_claims nfe                                     # Dormand-Prince's evaluations on the Gaussian fit of pixels and latents
-python -m tests.latent_claims quality runs/latent_fm-shapes           # fd against evaluations, Euler and Heun, three sets of noise
-python -m tests.latent_claims guidance runs/latent_fm-shapes          # accuracy, fd, diversity and pixel std against gamma
+Each command prints a Markdown table.
+
+    # cost of latents against pixels, with the same network
+    python -m tests.latent_claims cost
+    # evaluations of Dormand-Prince on the Gaussian fit of pixels and latents
+    python -m tests.latent_claims nfe
+    # fd against evaluations, Euler and Heun, three sets of noise
+    python -m tests.latent_claims quality runs/latent_fm-shapes
+    # accuracy, fd, diversity and pixel std against gamma
+    python -m tests.latent_claims guidance runs/latent_fm-shapes
 """
 
 import argparse
@@ -28,27 +34,21 @@ from models.worlds.measures import balanced_labels  # noqa: E402
 
 
 def network(shape, patch=2):
+    """A DiT with random weights for samples (C, H, W)."""
     torch.manual_seed(0)
-    return DiT(
-        size=shape[1:],
-        patch=[patch] * 2,
-        channels=shape[0],
-        dim=128,
-        depth=4,
-        num_classes=6,
-        cond_dim=48,
-    )
+    width = dict(dim=128, depth=4, num_classes=6, cond_dim=48)
+    return DiT(size=shape[1:], patch=[patch] * 2, channels=shape[0], **width)
 
 
 def flops(net, batch=1):
-    """Of one call. Counted, not timed."""
+    """Floating-point operations of one call for one sample, counted and not timed."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(torch.zeros(batch, *net.latent_shape), torch.ones(batch))
     return counter.get_total_flops() / batch
 
 
 def seconds_a_step(net, batch=16, repeats=3):
-    """Processor seconds of loss and gradient, the least of a few."""
+    """Processor seconds of loss and gradient, the least of a few repeats."""
     x, t, took = torch.randn(batch, *net.latent_shape), torch.rand(batch), []
     for _ in range(repeats):
         began = time.process_time()
@@ -58,8 +58,11 @@ def seconds_a_step(net, batch=16, repeats=3):
 
 
 def gaussian_evaluations(x, tols=(1e-5,), batch=4, seeds=(0,)):
-    """Evaluations of Dormand-Prince on the exact field of the Gaussian with the mean and covariance of x (n, ...), solved in the data's own axes.
-    -> {tolerance: [one for each seed of the noise]}."""
+    """Evaluations of Dormand-Prince on the exact field of a Gaussian, solved in its own axes.
+
+    The Gaussian has the mean and covariance of x (n, ...).
+    -> {tolerance: [one count for each seed of the noise]}.
+    """
     x = x.flatten(1).double()
     mean = x.mean(0)
     var, q = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
@@ -69,25 +72,24 @@ def gaussian_evaluations(x, tols=(1e-5,), batch=4, seeds=(0,)):
         y = (z - (1 - t) * mean) @ q
         return y * ((t - (1 - t) * var) / ((1 - t) ** 2 * var + t**2).clamp_min(1e-30)) @ q.T - mean
 
-    noise = [
-        torch.randn(
-            batch, x.shape[1], generator=torch.Generator().manual_seed(s), dtype=torch.float64
-        )
-        for s in seeds
-    ]
-    return {
-        tol: [dormand_prince(v, z, tol, tol, end=1e-3)[1] for z in noise] for tol in tols
-    }  # without variance there is no velocity at t = 0
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    noise = [torch.randn(batch, x.shape[1], generator=g, dtype=torch.float64) for g in generators]
+    # a direction without variance has no velocity at t = 0, so the solver ends at t = 1e-3
+    return {tol: [dormand_prince(v, z, tol, tol, end=1e-3)[1] for z in noise] for tol in tols}
 
 
 def load(run):
+    """The network of a run of latent_fm.py, its latent space, and the world."""
     folder = student_folder(run)
     net, config = load_network(folder)
     return net, space_beside(folder), load_world("shapes")
 
 
 def rows(run, settings, n=600, seeds=(0, 1, 2)):
-    """settings: [(name, evaluations, keywords of sample)] -> Markdown lines with mean and range over the seeds of the noise."""
+    """Measure samples under several settings, with mean and range over the seeds of the noise.
+
+    settings: [(name, evaluations, keywords of latent_fm.sample)] -> Markdown lines.
+    """
     net, space, world = load(run)
     label = balanced_labels(n, world.num_classes)
     columns = ("fd", "accuracy", "diversity", "patch_swd", "pixel std")
@@ -96,14 +98,18 @@ def rows(run, settings, n=600, seeds=(0, 1, 2)):
         found = []
         for seed in seeds:
             z = torch.randn(n, *net.latent_shape, generator=torch.Generator().manual_seed(seed))
-            x = report.many(
-                lambda a, b: space.to_pixels(sample(net, z[a:b], label[a:b], **keywords)), n
-            )[0]  # noqa: B023
+
+            def draw(first, last, z=z, keywords=keywords):
+                part = sample(net, z[first:last], label[first:last], **keywords)
+                return space.to_pixels(part)
+
+            x = report.many(draw, n)[0]
             found.append({**world.measure(x, label), "pixel std": float(x.std())})
-        cells = [
-            f"{statistics.mean(f[c] for f in found):.3g} ({min(f[c] for f in found):.3g} to {max(f[c] for f in found):.3g})"
-            for c in columns
-        ]
+        cells = []
+        for c in columns:
+            values = [f[c] for f in found]
+            mean = f"{statistics.mean(values):.3g}"
+            cells.append(f"{mean} ({min(values):.3g} to {max(values):.3g})")
         lines.append(f"| {name} | {nfe} | " + " | ".join(cells) + " |")
         print(lines[-1], file=sys.stderr)
     return lines
@@ -112,21 +118,16 @@ def rows(run, settings, n=600, seeds=(0, 1, 2)):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("what", choices=["cost", "nfe", "quality", "guidance"])
-    p.add_argument(
-        "run",
-        nargs="?",
-        default="runs/latent_fm-shapes",
-        help="of latent_fm.py, for quality and guidance",
-    )
+    help_run = "run of latent_fm.py, for quality and guidance"
+    p.add_argument("run", nargs="?", default="runs/latent_fm-shapes", help=help_run)
     args = p.parse_args()
     world = load_world("shapes")
     if args.what == "cost":
         latent, pixel = network(world.latent_shape), network(world.shape)
         print("| | tokens | FLOP a call | s a step of 16 |\n|---|---|---|---|")
         for name, net in (("latent", latent), ("pixel", pixel)):
-            print(
-                f"| {name} | {(net.size[0] // 2) ** 2} | {flops(net):.3g} | {seconds_a_step(net):.3g} |"
-            )
+            tokens = (net.size[0] // 2) ** 2
+            print(f"| {name} | {tokens} | {flops(net):.3g} | {seconds_a_step(net):.3g} |")
     elif args.what == "nfe":
         x = world.data(8000, 31)[0]
         z = world.space.to_latents(x)
@@ -136,43 +137,22 @@ def main():
             ("latents, channels of unit variance", z / z.std((0, 2, 3), keepdim=True)),
             ("pixels", x),
         ):
-            print(
-                f"| {name} | "
-                + " | ".join(
-                    ", ".join(map(str, n))
-                    for n in gaussian_evaluations(a, (1e-3, 1e-5), seeds=(0, 1, 2)).values()
-                )
-                + " |"
-            )
+            counts = gaussian_evaluations(a, (1e-3, 1e-5), seeds=(0, 1, 2)).values()
+            cells = [", ".join(map(str, n)) for n in counts]
+            print(f"| {name} | " + " | ".join(cells) + " |")
     elif args.what == "quality":
-        print(
-            "\n".join(
-                rows(
-                    args.run,
-                    [
-                        (solver, ode_calls(n, solver), dict(steps=n, solver=solver))
-                        for solver, ns in (("euler", (1, 3, 7, 15)), ("heun", (2, 4, 8)))
-                        for n in ns
-                    ],
-                )
-            )
-        )
+        settings = [
+            (solver, ode_calls(n, solver), dict(steps=n, solver=solver))
+            for solver, ns in (("euler", (1, 3, 7, 15)), ("heun", (2, 4, 8)))
+            for n in ns
+        ]
+        print("\n".join(rows(args.run, settings)))
     else:
-        print(
-            "\n".join(
-                rows(
-                    args.run,
-                    [
-                        (
-                            f"gamma {g:g}",
-                            ode_calls(8, "heun") * (1 if g in (0, 1) else 2),
-                            dict(steps=8, guidance_scale=g),
-                        )
-                        for g in (0.0, 1.0, 1.5, 2.0)
-                    ],
-                )
-            )
-        )
+        settings = []
+        for g in (0.0, 1.0, 1.5, 2.0):
+            calls = ode_calls(8, "heun") * (1 if g in (0, 1) else 2)  # twice where guidance acts
+            settings.append((f"gamma {g:g}", calls, dict(steps=8, guidance_scale=g)))
+        print("\n".join(rows(args.run, settings)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Speed of a video transformer with softmax attention, with half of its layers linear, and of the latter in four steps: in one run, random weights.
+"""Speed of a video transformer with softmax attention and with half of its layers linear.
 
-    python -m tests.linvideo_speed                 # a small Wan on a CPU, Wan 1.3B's widths on a GPU
+    python -m tests.linvideo_speed              # a small Wan on a CPU, Wan 1.3B's widths on a GPU
 
-For each number of tokens: milliseconds of one block with either attention and of one call of either network (median of several calls), and the ratios
-of a whole sample: 50 calls of the teacher over 50 and over 4 calls of the student. The paper's figures for Wan at 32,760 and 75,600 tokens on an H100 are
-1.43 to 1.71 and 15.9 to 20.9, text encoder and VAE included, which are not here.
+Weights are random, and everything is measured in one run. For each number of tokens it prints the
+milliseconds of one block with either attention and of one call of either network (medians of
+several calls), and ratios of whole samples: 50 calls of the teacher over 50 and over 4 calls of the
+student. The paper's figures for Wan at 32,760 and 75,600 tokens on an H100 are 1.43 to 1.71 and
+15.9 to 20.9, which include the text encoder and the VAE; here they are left out.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
 
@@ -21,7 +24,7 @@ from models.networks.wan import WAN_1_3B, WanTransformer3DModel, rope_3d  # noqa
 
 
 def milliseconds(call, device, repeats):
-    """Median over `repeats` calls after one that is not counted."""
+    """Milliseconds of call(): the median of `repeats` calls, after one that is not counted."""
     took = []
     for _ in range(repeats + 1):
         if device.type == "cuda":
@@ -38,14 +41,11 @@ def milliseconds(call, device, repeats):
 def main():
     gpu = torch.cuda.is_available()
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument(
-        "--grids",
-        nargs="+",
-        default=["21x30x52", "21x45x80"]
-        if gpu
-        else ["4x8x8", "4x16x16", "8x16x16", "16x16x16", "8x32x32"],
-        help="frames x rows x columns of tokens",
-    )
+    grids = ["4x8x8", "4x16x16", "8x16x16", "16x16x16", "8x32x32"]
+    if gpu:
+        grids = ["21x30x52", "21x45x80"]
+    grid_help = "frames x rows x columns of tokens"
+    p.add_argument("--grids", nargs="+", default=grids, help=grid_help)
     p.add_argument(
         "--layers",
         type=int,
@@ -61,36 +61,33 @@ def main():
     teacher, student = (WanTransformer3DModel(**config).to(device, dtype).eval() for _ in range(2))
     use_linear_attention(student, list(range(1, args.layers, 2)))
     student.to(device, dtype)
+    name = torch.cuda.get_device_name() if gpu else "CPU"
     print(
-        f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}; {args.layers} layers, "
-        f"{config['num_attention_heads']} heads of {config['attention_head_dim']}"
+        f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}; "
+        f"{args.layers} layers, {config['num_attention_heads']} heads of "
+        f"{config['attention_head_dim']}"
     )
     print(
-        "| tokens | softmax block | linear block | ratio | teacher's call | student's call | sample, 50 calls each | teacher's 50 over student's 4 |\n|"
-        + "---|" * 8
+        "| tokens | softmax block | linear block | ratio | teacher's call | student's call "
+        "| sample, 50 calls each | teacher's 50 over student's 4 |"
     )
+    print("|" + "---|" * 8)
     for grid in args.grids:
         f, h, w = map(int, grid.split("x"))
-        x, t = (
-            torch.randn(1, 16, f, 2 * h, 2 * w, device=device, dtype=dtype),
-            torch.full((1,), 0.5, device=device),
-        )
+        x = torch.randn(1, 16, f, 2 * h, 2 * w, device=device, dtype=dtype)
+        t = torch.full((1,), 0.5, device=device)
         text = torch.randn(1, 512, config["text_dim"], device=device, dtype=dtype)
         rope = rope_3d(f, h, w, config["attention_head_dim"], device)
         _, modulation, context = student.condition_embedder(t, text)
         tokens = torch.randn(1, f * h * w, context.shape[2], device=device, dtype=dtype)
-        softmax, linear = (
-            milliseconds(
-                lambda: student.blocks[i](tokens, context, modulation, rope), device, args.repeats
-            )
-            for i in (0, 1)
-        )  # noqa: B023
-        slow, fast = (
-            milliseconds(lambda: net(x, t, text), device, args.repeats)
-            for net in (teacher, student)
-        )  # noqa: B023
+        of_block = (tokens, context, modulation, rope)
+        softmax = milliseconds(partial(student.blocks[0], *of_block), device, args.repeats)
+        linear = milliseconds(partial(student.blocks[1], *of_block), device, args.repeats)
+        slow = milliseconds(partial(teacher, x, t, text), device, args.repeats)
+        fast = milliseconds(partial(student, x, t, text), device, args.repeats)
         print(
-            f"| {f * h * w:,} | {softmax:.1f} ms | {linear:.1f} ms | {softmax / linear:.2f} | {slow:.1f} ms | {fast:.1f} ms | {slow / fast:.2f} "
+            f"| {f * h * w:,} | {softmax:.1f} ms | {linear:.1f} ms | {softmax / linear:.2f} "
+            f"| {slow:.1f} ms | {fast:.1f} ms | {slow / fast:.2f} "
             f"| {50 * slow / (4 * fast):.1f} |",
             flush=True,
         )

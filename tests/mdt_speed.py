@@ -1,10 +1,12 @@
-"""Time of a sample of TRELLIS's structure flow at its real size, random weights: the 25-step teacher with guidance against a student in two and in one step.
+"""Time of a sample of TRELLIS's structure flow at its real size, teacher against student.
 
     python -m tests.mdt_speed                   # seconds on a GPU; an hour or more on two cores
 
-The teacher takes two calls a step where its guidance acts: at all 25 steps, or at those with t in TRELLIS's interval [.5, 1] of times shifted by 3, which are
-19 of 25. The student is called once a step; with guidance it would be twice. The paper's figures, on an A800, both stages and the decoders included: 9.0x in
-one step a stage and 6.5x in two.
+Weights are random. The teacher takes 25 steps, with two calls where its guidance acts: at all 25
+steps, or at those with t in TRELLIS's interval [.5, 1] of times shifted by 3, which are 19 of 25.
+The student takes two steps or one and is called once a step (with guidance it would be twice). The
+paper's figures, on an A800 and with both stages and the decoders included, are 9.0x in one step a
+stage and 6.5x in two.
 """
 
 import argparse
@@ -34,13 +36,12 @@ def main():
         help="image tokens: DINOv2 of 518 x 518 pixels with registers gives 1,374",
     )
     args = p.parse_args()
-    device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
+    device = torch.device("cuda" if gpu else "cpu")
+    dtype = torch.bfloat16 if gpu else torch.float32
     with torch.device(device):
         net = SparseStructureFlowModel(**SS_FLOW_L).to(dtype).eval()
-        x, tokens = (
-            torch.randn(1, *net.latent_shape),
-            torch.randn(1, args.tokens, SS_FLOW_L["cond_channels"], dtype=dtype),
-        )
+        x = torch.randn(1, *net.latent_shape)
+        tokens = torch.randn(1, args.tokens, SS_FLOW_L["cond_channels"], dtype=dtype)
     interval = sum(0.5 <= t <= 1 for t in step_grid(25, 3.0)[:-1])
     rows = {
         "teacher, 25 steps, guided at all": 50,
@@ -48,9 +49,11 @@ def main():
         "student, 2 steps": 2,
         "student, 1 step": 1,
     }
+    name = torch.cuda.get_device_name() if gpu else "CPU"
+    parameters = sum(w.numel() for w in net.parameters())
     print(
-        f"{torch.cuda.get_device_name() if gpu else 'CPU'}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}; "
-        f"{sum(w.numel() for w in net.parameters()):,} parameters, {args.tokens} image tokens, batch 1"
+        f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, {dtype}; "
+        f"{parameters:,} parameters, {args.tokens} image tokens, batch 1"
     )
 
     def sample(calls):

@@ -1,4 +1,4 @@
-"""The transformers with released weights, and how each is held against the class of diffusers that has its name."""
+"""The transformers with released weights, and how each is compared with its class in diffusers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,20 +16,15 @@ def wan_velocity(net, x, t, text):
 
 
 def z_image_velocity(net, x, t, text, text_mask):
-    """Lists instead of padding, one frame, its clock 1 - t, its sign x0 - eps."""
-    p = net.config.all_patch_size[0]
-    return -torch.stack(
-        net(
-            list(x.unsqueeze(2)),
-            1 - t,
-            [row[keep] for row, keep in zip(text, text_mask)],
-            patch_size=p,
-        ).sample
-    ).squeeze(2)
+    """diffusers takes lists, no padding, and one frame; its clock is 1 - t, its sign x0 - eps."""
+    rows = [row[keep] for row, keep in zip(text, text_mask, strict=True)]
+    patch = net.config.all_patch_size[0]
+    out = net(list(x.unsqueeze(2)), 1 - t, rows, patch_size=patch).sample
+    return -torch.stack(out).squeeze(2)
 
 
 def pixart_noise(net, x, t, text, mask, index=None):
-    """As PixArtAlphaPipeline asks for it: its clock, the size in pixels, the first half of the channels."""
+    """As PixArtAlphaPipeline calls it: its clock, sizes in pixels, the first half of channels."""
     H, W = (8 * size for size in x.shape[2:])
     sizes = {
         "resolution": torch.tensor([[H, W]] * len(x)).to(x.dtype),
@@ -45,13 +40,11 @@ class Released:
     module: ModuleType
     name: str  # of the class, here and in diffusers
     tiny: dict  # a config with three (main) blocks
-    reference: (
-        Callable  # what a network of diffusers gives for the arguments of ours, in our convention
-    )
+    reference: Callable  # (network of diffusers, arguments of ours) -> output in our convention
     size: tuple  # of a small latent, without the channels
-    lengths: list  # tokens of two prompts
-    width: str  # key of the config
-    mask: str | None = None  # argument that tells the tokens of a prompt from its padding
+    lengths: list  # numbers of tokens of two prompts
+    width: str  # key of the config that holds the width of the text
+    mask: str | None = None  # argument that marks the tokens of a prompt
 
     def net(self, **config):
         return getattr(self.module, self.name)(**config)
@@ -61,37 +54,40 @@ class Released:
         return getattr(pytest.importorskip("diffusers"), self.name)
 
     def inputs(self, config=None, size=None, lengths=None, seed=1):
-        """-> dict of x, t, text, mask; the padding of text is no zeros, so that whoever looks at it is seen. t is between indices."""
+        """Arguments of a call: x, t between indices, text, and the mask if there is one.
+
+        The padding of text is not zero, so a network that reads it is found out.
+        """
         config, size, lengths = config or self.tiny, size or self.size, lengths or self.lengths
-        g, B, L = (
-            torch.Generator().manual_seed(seed),
-            len(lengths),
-            max(lengths) + (2 if self.mask else 0),
-        )
+        g, B = torch.Generator().manual_seed(seed), len(lengths)
+        L = max(lengths) + (2 if self.mask else 0)
         call = dict(
             x=torch.randn(B, config.get("in_channels", 4), *size, generator=g),
             t=torch.rand(B, generator=g),
             text=torch.randn(B, L, config[self.width], generator=g),
         )
-        return (
-            {**call, self.mask: torch.arange(L) < torch.tensor(lengths)[:, None]}
-            if self.mask
-            else call
-        )
+        if self.mask:
+            call[self.mask] = torch.arange(L) < torch.tensor(lengths)[:, None]
+        return call
 
     def pair(self, config=None):
-        """-> ours and diffusers', of the same weights."""
+        """-> ours and diffusers', with the same weights."""
         ours = fill(self.net(**config or self.tiny))
         reference = self.theirs(**config or self.tiny).eval()
         reference.load_state_dict(ours.state_dict())  # strict: same names, same shapes
         return ours, reference
 
     def error(self, out, want):
-        """Largest difference as a share of the largest value; Wan's is not that of small numbers, so it also counts as it is."""
-        return max(relative(out, want), (out - want).abs().max().item() if self is WAN else 0.0)
+        """Largest difference, as a share of the largest value; Wan's values are not small, so there
+        it also counts as it is."""
+        difference = (out - want).abs().max().item() if self is WAN else 0.0
+        return max(relative(out, want), difference)
 
     def refuses(self, message, config=None, **change):
-        """A small call with this change, or a network with this config, raises ValueError, one line that matches message."""
+        """A small call with this change, or a network with this config, raises ValueError.
+
+        Its text is one line and matches message.
+        """
         with pytest.raises(ValueError, match=message) as error:
             net = self.net(**{**self.tiny, **(config or {})})
             if config is None:

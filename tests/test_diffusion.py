@@ -71,7 +71,7 @@ def test_any_prediction_converts_to_any_other_and_back(schedule, first, second):
 @pytest.mark.parametrize("kind", ["flow_v", "vp_v"])
 @pytest.mark.parametrize("t", [0.0, 1.0])
 def test_velocities_convert_at_both_ends(schedule, kind, t):
-    """The velocities determine x0 and eps at t = 0 and t = 1 too, where alpha or sigma may vanish."""
+    """The velocities give x0 and eps at t = 0 and t = 1 too, where alpha or sigma may vanish."""
     x0, eps, t = normal(4, 3), normal(4, 3, seed=1), torch.full((4,), t, dtype=torch.float64)
     a, s = schedule.alpha(t), schedule.sigma(t)
     got = to_x0_eps(from_x0_eps(kind, x0, eps, a, s), kind, add_noise(schedule, x0, eps, t), a, s)
@@ -80,7 +80,7 @@ def test_velocities_convert_at_both_ends(schedule, kind, t):
 
 
 def test_predictions_equal_their_textbook_formulas():
-    """flow v = eps - x0, vp v = a eps - s x0, score = -(x_t - a x0) / s^2, each at one hand-worked point."""
+    """flow v = eps - x0, VP v = a eps - s x0, score = -(x_t - a x0) / s^2, each worked by hand."""
     x0, eps, a, s = (torch.tensor([v], dtype=torch.float64) for v in (2.0, -1.0, 0.8, 0.6))
     x_t = 0.8 * 2 - 0.6
     close(from_x0_eps("flow_v", x0, eps, a, s), [-3.0])
@@ -91,7 +91,10 @@ def test_predictions_equal_their_textbook_formulas():
 
 
 def test_differences_of_predictions():
-    """s_f - s_r = a (mu_f - mu_r) / s^2 = -(eps_f - eps_r) / s, and for flow mu_f - mu_r = -s (v_f - v_r)."""
+    """s_f - s_r = a (mu_f - mu_r) / s^2 = -(eps_f - eps_r) / s, and mu_f - mu_r = -s (v_f - v_r).
+
+    The last holds for flow.
+    """
     t = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.9 + 0.05
     for schedule in SCHEDULES.values():
         a, s, x_t = schedule.alpha(t), schedule.sigma(t), normal(8)
@@ -135,7 +138,7 @@ def test_predict_x0_runs_the_network_and_keeps_the_wider_dtype():
 
 
 def independent_abar(name, n=1000):
-    """alpha-bar by a plain Python loop; zero_snr by Lin et al.'s Algorithm 1, written out from the paper."""
+    """alpha-bar by a plain Python loop; zero_snr by Algorithm 1 of Lin et al., as printed there."""
     abar, product = [], 1.0
     for i in range(n):
         w = i / (n - 1)
@@ -284,7 +287,7 @@ def test_guiding_any_prediction_is_guiding_x0(schedule, kind):
 
 
 def test_shift_of_the_four_step_grid():
-    """Shift 5 warps 1, .75, .5, .25 to 1, .9375, .8333, .625, the four steps of few-step Wan students."""
+    """Shift 5 takes 1, .75, .5, .25 to 1, .9375, .8333, .625, the four steps of Wan students."""
     for u, t in ((1.0, 1.0), (0.75, 0.9375), (0.5, 5 / 6), (0.25, 0.625), (0.0, 0.0)):
         assert shift(u, 5.0) == pytest.approx(t, abs=1e-12)
     assert step_grid(4, 5.0) == pytest.approx([1, 0.9375, 5 / 6, 0.625, 0], abs=1e-12)
@@ -303,14 +306,14 @@ def test_unshift_inverts_shift(s):
 
 
 def test_shift_is_a_change_of_snr():
-    """For flow, t' / (1 - t') = s t / (1 - t): the shift divides alpha / sigma by s at every time."""
+    """For flow t' / (1 - t') = s t / (1 - t): the shift divides alpha / sigma by s everywhere."""
     u = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
     close(shift(u, 3.0) / (1 - shift(u, 3.0)), 3 * u / (1 - u))
 
 
 @pytest.mark.parametrize("s", [1.0, 1.15, 3.0, 5.0, 12.0])
 def test_step_grid_runs_from_one_to_zero(s):
-    """steps + 1 strictly descending times, exactly 1 first and exactly 0 last; zero steps are refused."""
+    """steps + 1 strictly descending times from exactly 1 to exactly 0; zero steps are refused."""
     for steps in (1, 2, 7):
         grid = step_grid(steps, s)
         assert len(grid) == steps + 1 and grid[0] == 1.0 and grid[-1] == 0.0
@@ -327,7 +330,7 @@ def test_logit_normal_is_the_sigmoid_of_a_normal():
 
 
 def test_sinusoid_is_cos_then_sin_of_thousand_t():
-    """cos and sin of 1000 t at dim / 2 geometric frequencies, from 1 down to about 1 / max_period."""
+    """cos and sin of 1000 t at dim / 2 geometric frequencies, from 1 to about 1 / max_period."""
     t = torch.tensor([0.0, 0.25, 1.0])
     got = sinusoid(t, 8, max_period=1e4)
     angle = 1000 * t.double()[:, None] * 1e4 ** (-torch.arange(4, dtype=torch.float64) / 4)
@@ -392,7 +395,7 @@ def test_ode_converges_on_the_uniform_grid(schedule):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["x0", "flow_v", "vp_v"])
 def test_zero_snr_sampling_is_finite(kind, dtype):
-    """With alpha(1) = 0 sampling gives finite numbers, for each prediction that is defined there."""
+    """With alpha(1) = 0 samples are finite, for every prediction that is defined there."""
     schedule = SCHEDULES["zero_snr"]
     exact = gaussian_denoiser(schedule, 0.7, 0.4)
 
@@ -446,7 +449,7 @@ def test_one_euler_step_returns_the_data_mean():
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_ode_calls_equals_the_calls_made(solver, steps):
-    """ode_calls counts what sample_ode does: N for Euler, 2 N - 1 for Heun, never a call at t = 0."""
+    """ode_calls counts the calls of sample_ode: N for Euler, 2 N - 1 for Heun, never at t = 0."""
     times = []
 
     def predict(x, t):

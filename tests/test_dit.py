@@ -1,4 +1,4 @@
-"""models/dit.py: patches, rotary positions, initialisation, conditioning, swaps."""
+"""models/networks/dit.py: patches, rotary positions, initialisation, conditioning, swaps."""
 
 import copy
 
@@ -15,7 +15,7 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- patches -----------------------------------------------------------------------------------------------------
+# ---- patches -------------------------------------------------------------------------------------
 
 SIZES = [
     ((8, 12), (2, 3), 3),
@@ -28,7 +28,10 @@ SIZES = [
 
 @pytest.mark.parametrize("size, patch, channels", SIZES)
 def test_unpatchify_inverts_patchify(size, patch, channels):
-    """Patches of images, video and other grids go back bit for bit, and there are prod(size) / prod(patch) of them."""
+    """Patches of images, video and other grids go back bit for bit.
+
+    There are prod(size) / prod(patch) of them.
+    """
     x = normal(2, channels, *size)
     tokens = patchify(x, patch)
     per_patch = int(torch.tensor(patch).prod())
@@ -42,37 +45,36 @@ def test_patches_are_the_picture_s_blocks_in_reading_order():
     tokens = patchify(x, (2, 3))
     for i in range(2):
         for j in range(2):
-            assert torch.equal(
-                tokens[0, 2 * i + j], x[0, :, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3].flatten()
-            )
+            block = x[0, :, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3]
+            assert torch.equal(tokens[0, 2 * i + j], block.flatten())
     x = normal(1, 2, 2, 4, 2)
     tokens = patchify(x, (1, 2, 1))
     assert torch.equal(tokens[0, 1 * 4 + 1 * 2 + 0], x[0, :, 1:2, 2:4, 0:1].flatten())
 
 
-# ---- rotary positions ----------------------------------------------------------------------------------------------
+# ---- rotary positions ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grid", [(7,), (3, 4), (2, 3, 4)])
 def test_rope_depends_on_the_difference_of_positions(grid):
-    """q . k after rotation is a function of the two patches' offset alone, axis by axis, and does depend on it."""
+    """q . k after rotation depends on the offset of the two patches, axis by axis, and on nothing
+    else."""
     cos, sin = axial_rope(grid)
     N = int(torch.tensor(grid).prod())
     assert cos.shape == sin.shape == (N, 1, HEAD_DIM // 2)
     q, k = (normal(1, 1, 1, HEAD_DIM, seed=s).expand(1, N, 1, -1) for s in (1, 2))
     scores = torch.einsum("bnhd,bmhd->nm", rotate(q, cos, sin), rotate(k, cos, sin))
-    where = torch.stack(
-        torch.meshgrid(*[torch.arange(g) for g in grid], indexing="ij"), -1
-    ).reshape(N, -1)
+    axes = torch.meshgrid(*[torch.arange(g) for g in grid], indexing="ij")
+    where = torch.stack(axes, -1).reshape(N, -1)
     by_offset = {}
     for n in range(N):
         for m in range(N):
-            by_offset.setdefault(tuple((where[n] - where[m]).tolist()), []).append(
-                scores[n, m].item()
-            )
+            offset = tuple((where[n] - where[m]).tolist())
+            by_offset.setdefault(offset, []).append(scores[n, m].item())
     assert all(max(v) - min(v) < 1e-4 for v in by_offset.values())
     values = sorted(v[0] for v in by_offset.values())
-    assert min(b - a for a, b in zip(values, values[1:])) > 1e-5  # no two offsets are confused
+    gaps = [b - a for a, b in zip(values[:-1], values[1:], strict=True)]
+    assert min(gaps) > 1e-5  # no two offsets are confused
 
 
 def test_rotation_keeps_norms_and_dtype():
@@ -86,18 +88,18 @@ def test_rotation_keeps_norms_and_dtype():
 
 
 def test_attention_is_softmax_attention():
-    """The one attention function equals softmax(q k^T / sqrt(32)) v, head by head."""
+    """attention is softmax(q k^T / sqrt(32)) v, head by head."""
     q, k, v = (normal(2, 5, 3, HEAD_DIM, seed=s) for s in range(3))
     weight = torch.einsum("bnhd,bmhd->bhnm", q, k).div(HEAD_DIM**0.5).softmax(-1)
     torch.testing.assert_close(attention(q, k, v), torch.einsum("bhnm,bmhd->bnhd", weight, v))
 
 
-# ---- the network ---------------------------------------------------------------------------------------------------
+# ---- the network ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size, patch", [((6, 4), (3, 2)), ((2, 4, 4), (1, 2, 2))])
 def test_a_new_network_outputs_zero(size, patch):
-    """adaLN-Zero: every block starts as the identity and the output is exactly 0, of the input's shape, in 2-D and 3-D."""
+    """adaLN-Zero: each block starts as the identity; the output is exactly 0, in 2-D and 3-D."""
     net = small(size=size, patch=patch)
     x, t, label = inputs(net)
     v, features = net(x, t, label), net(x, t, label, return_features=True)
@@ -106,7 +108,7 @@ def test_a_new_network_outputs_zero(size, patch):
 
 
 def test_skip_adds_a_gated_copy_of_the_input():
-    """skip(t) x_t joins the output per channel: alone in an otherwise new network, it is the output."""
+    """skip(t) x_t joins the output per channel: in an otherwise new network it is the output."""
     net = small()
     x, t, label = inputs(net)
     with torch.no_grad():
@@ -133,9 +135,8 @@ def test_output_depends_on_time_label_and_place():
     v = net(x, t, label)
     assert (net(x, t * 0.9, label) != v).flatten(1).any(1).all()
     assert (net(x, t, (label + 1) % 3) != v).flatten(1).any(1).all()
-    with (
-        torch.no_grad()
-    ):  # the same content everywhere: a network without positions would answer alike in every patch
+    # With the same content everywhere, a network without positions would give equal patches.
+    with torch.no_grad():
         tokens = patchify(net(torch.ones_like(x), t, label), net.patch)
     assert not torch.allclose(tokens[:, 0], tokens[:, 1], atol=1e-4)
 
@@ -144,25 +145,23 @@ def test_samples_of_a_batch_do_not_mix():
     """Row i of the output is the output for row i alone."""
     net = perturbed(small())
     x, t, label = inputs(net)
-    torch.testing.assert_close(
-        net(x, t, label)[2:3], net(x[2:3], t[2:3], label[2:3]), rtol=1e-4, atol=1e-5
-    )
+    alone = net(x[2:3], t[2:3], label[2:3])
+    torch.testing.assert_close(net(x, t, label)[2:3], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_no_label_is_the_null_label():
-    """label None and label K are the same network; without classes labels are ignored."""
+    """label None and label K are the same; a network without classes ignores labels."""
     net = perturbed(small())
     x, t, label = inputs(net)
-    assert torch.equal(net(x, t), net(x, t, torch.full((5,), 3))) and not torch.equal(
-        net(x, t), net(x, t, label)
-    )
+    assert torch.equal(net(x, t), net(x, t, torch.full((5,), 3)))
+    assert not torch.equal(net(x, t), net(x, t, label))
     net = perturbed(small(num_classes=0))
     assert torch.equal(net(x, t), net(x, t, label))
 
 
 @pytest.mark.parametrize("depth", [1, 3, 4])
 def test_features_are_the_middle_block_s_tokens(depth):
-    """return_features gives what block depth // 2 puts out in a full pass, (B, N, D)."""
+    """return_features gives the output that block depth // 2 has in a full pass, (B, N, D)."""
     net = perturbed(small(depth=depth))
     x, t, label = inputs(net)
     kept = []
@@ -174,7 +173,8 @@ def test_features_are_the_middle_block_s_tokens(depth):
 
 
 def test_steps_start_without_effect_but_with_a_gradient():
-    """`steps` is zero-initialised: it changes nothing in a network that already works, and can be learnt from there."""
+    """`steps` is zero-initialised: at first it changes nothing in a network, and it can be
+    learned."""
     net = small(steps_cond=True)
     for name, module in net.named_children():
         if name != "steps":
@@ -192,7 +192,10 @@ def test_steps_start_without_effect_but_with_a_gradient():
 
 
 def test_gradient_checkpointing_changes_nothing():
-    """Recomputing blocks gives the same output, gradients and features, also through a frozen network into its input."""
+    """Recomputing blocks gives the same output, features and gradients.
+
+    Also those through a frozen network into its input.
+    """
     net = perturbed(small())
     other = copy.deepcopy(net)
     other.gradient_checkpointing = True
@@ -207,12 +210,13 @@ def test_gradient_checkpointing_changes_nothing():
         z = x.clone().requires_grad_(True)
         n_frozen(z, t, label).sum().backward()
         grads.append([v, y.grad, z.grad, *(p.grad for p in n.parameters())])
-    for a, b in zip(*grads):
+    for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_a_swapped_attention_is_used():
-    """Setting one block's `attend` changes that block: it is called with (B, N, H, 32) and its answer reaches the output."""
+    """The `attend` of one block can be set: it is called with (B, N, H, 32), and its result is
+    used."""
     net = perturbed(small())
     x, t, label = inputs(net)
     v, shapes = net(x, t, label), []
@@ -222,7 +226,8 @@ def test_a_swapped_attention_is_used():
         return v.mean(1, keepdim=True).expand_as(v)
 
     net.blocks[1].attend = mean_attention
-    assert not torch.allclose(net(x, t, label), v) and shapes == [((5, 4, 2, HEAD_DIM),) * 3]
+    assert not torch.allclose(net(x, t, label), v)
+    assert shapes == [((5, 4, 2, HEAD_DIM),) * 3]
     net.blocks[1].attend = attention
     assert torch.equal(net(x, t, label), v)
 
@@ -243,21 +248,27 @@ def test_impossible_sizes_are_refused(changes, word):
 
 
 def test_wrong_inputs_are_refused():
-    """An input of another shape, or `steps` for a network without them, raises ValueError and says what was expected."""
+    """An input of another shape, or `steps` for a network without them, raises ValueError that
+    states what was expected."""
     net = small()
     x, t, label = inputs(net)
     for wrong in (x[:, :1], x[:, :, :3], x[..., None], x.transpose(2, 3)):
         with pytest.raises(ValueError, match=r"\(B, 2, 6, 4\)"):
             net(wrong, t, label)
+    for wrong in (t[:1], t[0], torch.arange(5)):
+        with pytest.raises(ValueError, match=r"pass floats in \[0, 1\] of shape \(5,\)"):
+            net(x, wrong, label)
+    for wrong in (label[:1], label.float()):
+        with pytest.raises(ValueError, match=r"pass classes 0 to 3, integers of shape \(5,\)"):
+            net(x, t, wrong)
     with pytest.raises(ValueError, match="steps_cond"):
         net(x, t, label, steps=torch.ones(5))
 
 
 def test_config_rebuilds_the_network():
-    """DiT(**net.config) has the same parameters' names and shapes, and takes the same state."""
-    net = perturbed(
-        small(steps_cond=True, cond_dim=24, world="glyphs", class_names=["a", "b", "c"])
-    )
+    """DiT(**net.config) has the same names and shapes of parameters, and takes the same state."""
+    names = ["a", "b", "c"]
+    net = perturbed(small(steps_cond=True, cond_dim=24, world="glyphs", class_names=names))
     again = DiT(**net.config)
     again.load_state_dict(net.state_dict())
     x, t, label = inputs(net)

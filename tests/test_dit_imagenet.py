@@ -1,4 +1,8 @@
-"""models/dit_imagenet.py: equal to diffusers and to the official layout written out here; clocks, signs, files, and a run on it."""
+"""models/networks/dit_imagenet.py: equal to diffusers, and to the official network written out
+here.
+
+Also clocks, signs, files, models/convert.py and a run on it.
+"""
 
 import json
 import math
@@ -37,7 +41,7 @@ TINY = dict(
     sample_size=8,
     num_embeds_ada_norm=5,
 )
-CASES = {  # config's changes, sides of the latent
+CASES = {  # changes of the config, sides of the latent
     "plain": ({}, (8, 8)),
     "another_size": ({}, (12, 12)),
     "no_variance": (dict(out_channels=None, in_channels=5), (8, 8)),
@@ -47,7 +51,8 @@ CASES = {  # config's changes, sides of the latent
     "wider": (dict(num_attention_heads=2, attention_head_dim=20, num_layers=2), (8, 8)),
     "no_classes": (dict(num_embeds_ada_norm=0, num_layers=2), (8, 8)),
 }
-# What the scheduler/ of facebook/DiT-XL-2-256 says, and the keys that its config.json has beside those of today's class.
+# scheduler/scheduler_config.json of facebook/DiT-XL-2-256, and the keys that its config.json has
+# beside those of today's class.
 SCHEDULER = dict(
     _class_name="DDIMScheduler",
     beta_start=0.0001,
@@ -70,13 +75,13 @@ def theirs(config):
 
 
 def noise(net, x, t, label, index=None):
-    """As DiTPipeline asks for it: its clock, the first half of the channels where there is a second."""
+    """As DiTPipeline calls it: its clock, and the first half of the channels if there are two."""
     out = net(x, 1000 * t - 1 if index is None else index, label).sample
     return out[:, : x.shape[1]]
 
 
 def inputs(config=TINY, size=(8, 8), n=3, seed=1):
-    """-> dict of x, t between indices, label with the null label last."""
+    """Arguments of a call: x, t between indices, label with the null label last."""
     g, K = torch.Generator().manual_seed(seed), config["num_embeds_ada_norm"]
     return dict(
         x=torch.randn(n, config.get("in_channels", 4), *size, generator=g),
@@ -86,13 +91,13 @@ def inputs(config=TINY, size=(8, 8), n=3, seed=1):
 
 
 def pair(config=TINY, **more):
-    """-> ours and diffusers', of the same weights."""
+    """-> ours and diffusers', with the same weights."""
     ours, reference = fill(DiTTransformer2DModel(**config, **more)), theirs(config)
     reference.load_state_dict(ours.state_dict())  # strict: same names, same shapes
     return ours, reference
 
 
-# ---- the same function as diffusers ------------------------------------------------------------------------
+# ---- the same function as diffusers --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -122,7 +127,7 @@ def test_equal_to_diffusers(case):
 
 @pytest.mark.parametrize("index", [0, 1, 249, 499, 502, 749, 998, 999])
 def test_clock_at_the_indices(index):
-    """Index i is t = (i + 1) / 1000: equal there, and its neighbours are seen to be others."""
+    """Index i is t = (i + 1) / 1000: equal there, and visibly different at its neighbours."""
     ours, reference = pair()
     call = dict(inputs(n=2), t=torch.tensor([(index + 1) / 1000] * 2))
     with torch.no_grad():
@@ -143,15 +148,14 @@ def test_clock_between_the_indices(t):
 
 
 def test_eps_is_the_first_half_of_the_channels():
-    """And the second half, a learned variance, is nowhere: its weights change nothing and get no gradient."""
+    """The second half, a learned variance, is dropped: its weights get no gradient."""
     ours, reference = pair()
     call = inputs()
     with torch.no_grad():
         out = reference(call["x"], 1000 * call["t"] - 1, call["label"]).sample
     eps = ours(**call)
-    assert out.shape[1] == 8 and relative(eps, out[:, :4]) <= 1e-5 < 1e-1 < relative(
-        eps, out[:, 4:]
-    )
+    assert out.shape[1] == 8
+    assert relative(eps, out[:, :4]) <= 1e-5 < 1e-1 < relative(eps, out[:, 4:])
     eps.square().sum().backward()
     grad = ours.proj_out_2.weight.grad.view(4, 8, -1)  # (pixels of a patch, channels, D)
     assert grad[:, :4].abs().sum(-1).all() and not grad[:, 4:].any()
@@ -162,13 +166,17 @@ def test_null_label_is_the_last_row_and_the_default():
     call = inputs()
     with torch.no_grad():
         null = ours(**{**call, "label": torch.full((3,), 5)})
-        assert torch.equal(ours(call["x"], call["t"]), null) and torch.equal(
-            ours(**{**call, "label": torch.full((3,), 5, dtype=torch.int32)}), null
-        )
+        assert torch.equal(ours(call["x"], call["t"]), null)
+        label = torch.full((3,), 5, dtype=torch.int32)
+        assert torch.equal(ours(**{**call, "label": label}), null)
         for k in range(5):
             assert relative(ours(**{**call, "label": torch.full((3,), k)}), null) > 1e-2
-        ours.train()  # dropping labels is for the scripts, which draw by sample; diffusers drops by itself
+        ours.train()  # diffusers drops labels by itself; here the scripts do, by draws of samples
         assert torch.equal(ours(**call), ours(**call))
+
+
+def embedding_table(block):
+    return block.norm1.emb.class_embedder.get_submodule("embedding_table").weight
 
 
 def test_every_block_has_embedders_of_its_own_and_the_last_layer_those_of_the_first():
@@ -178,51 +186,43 @@ def test_every_block_has_embedders_of_its_own_and_the_last_layer_those_of_the_fi
         for i in range(3):
             before = ours(**call)
             for net in (ours, reference):
-                net.transformer_blocks[i].norm1.emb.class_embedder.get_submodule(
-                    "embedding_table"
-                ).weight.neg_()
-            assert (
-                relative(ours(**call), before) > 1e-2
-                and relative(ours(**call), noise(reference, **call)) <= 1e-5
-            )
+                embedding_table(net.transformer_blocks[i]).neg_()
+            assert relative(ours(**call), before) > 1e-2
+            assert relative(ours(**call), noise(reference, **call)) <= 1e-5
 
 
 def test_bfloat16_as_close_to_float32_as_diffusers():
     ours, reference = pair()
     call = inputs()
     low_call = {**call, "x": call["x"].bfloat16()}
-    error = lambda out, exact: ((out.float() - exact).norm() / exact.norm()).item()  # noqa: E731
+
+    def error(out, exact):
+        return ((out.float() - exact).norm() / exact.norm()).item()
+
     with torch.no_grad():
         exact, seen = ours(**call), []
         ours.proj_out_1.register_forward_hook(
             lambda layer, args, out: seen.append((args[0].dtype, out.dtype))
         )
         features = dit_imagenet.time_features(call["t"], None)
-        before = ours.transformer_blocks[0].norm1(features, call["label"])
+        norm1 = ours.transformer_blocks[0].norm1
+        before = norm1(features, call["label"])
         with torch.autocast("cpu", torch.bfloat16):
             autocast = error(ours(**call), exact)
-            assert all(
-                torch.equal(a, b)
-                for a, b in zip(
-                    before, ours.transformer_blocks[0].norm1(features, call["label"]), strict=True
-                )
-            )
+            after = norm1(features, call["label"])
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert seen == [(torch.float32, torch.float32)]
-        for p in [
-            *ours.parameters(),
-            *reference.parameters(),
-        ]:  # positions are float32 in diffusers too
+        # Not the buffers: positions are float32 in diffusers too.
+        for p in [*ours.parameters(), *reference.parameters()]:
             p.data = p.data.bfloat16()
         low, low_theirs = ours(**low_call), noise(reference, **low_call)
         assert low.dtype == torch.bfloat16 and ours(**call).dtype == torch.float32
     low, low_theirs = error(low, exact), error(low_theirs, exact)
-    print(
-        f"errors: autocast {autocast:.1e}, bfloat16 weights {low:.1e}, diffusers' {low_theirs:.1e}"
-    )
+    print(f"errors: autocast {autocast:.1e}, bfloat16 {low:.1e}, diffusers' {low_theirs:.1e}")
     assert 0 < autocast < 0.03 and low < 1.5 * low_theirs + 1e-3 and low < 0.05
 
 
-# ---- names, shapes and configs -----------------------------------------------------------------------------
+# ---- names, shapes and configs -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -242,75 +242,54 @@ def test_bfloat16_as_close_to_float32_as_diffusers():
     ],
 )
 def test_released_sizes_have_diffusers_names_and_shapes(config, parameters, official):
-    """official: parameters of the official layout, which has the embedders once, and the fixed positions (LFM's: the dossier's numbers)."""
+    """official: number of parameters in the official layout, which has the embedders once, and the
+    fixed positions."""
     with torch.device("meta"):
         ours, reference = DiTTransformer2DModel(**config), theirs(config)
     shapes = {k: tuple(v.shape) for k, v in ours.state_dict().items()}
     assert shapes == {k: tuple(v.shape) for k, v in reference.state_dict().items()}
-    dim, rows, tokens = (
-        config["num_attention_heads"] * config["attention_head_dim"],
-        config["num_embeds_ada_norm"] + 1,
-        (config["sample_size"] // 2) ** 2,
-    )
-    assert shapes["transformer_blocks.11.norm1.emb.class_embedder.embedding_table.weight"] == (
-        rows,
-        dim,
-    )
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    rows, side = config["num_embeds_ada_norm"] + 1, config["sample_size"]
+    table = "transformer_blocks.11.norm1.emb.class_embedder.embedding_table.weight"
+    assert shapes[table] == (rows, dim)
     assert shapes["proj_out_2.weight"] == (4 * config["out_channels"], dim)
     assert sum(p.numel() for p in ours.parameters()) == parameters
     embedders = sum(p.numel() for p in ours.transformer_blocks[0].norm1.emb.parameters())
-    assert parameters - (config["num_layers"] - 1) * embedders + tokens * dim == official
-    assert (
-        not list(ours.buffers())
-        and ours.latent_shape == (4, config["sample_size"], config["sample_size"])
-        and ours.num_classes == rows - 1
-    )
+    positions = (side // 2) ** 2 * dim
+    assert parameters - (config["num_layers"] - 1) * embedders + positions == official
+    assert not list(ours.buffers())
+    assert ours.latent_shape == (4, side, side) and ours.num_classes == rows - 1
     assert set(ours.config) == {k for k in reference.config if not k.startswith("_")}
     assert all(ours.config[k] == config[k] == reference.config[k] for k in config)
-    assert (
-        ours.pos_embed.base == reference.pos_embed.base_size
-        and ours.norm_out.eps == reference.norm_out.eps
-    )
-    assert (
-        ours.transformer_blocks[0].norm1.norm.eps == reference.transformer_blocks[0].norm1.norm.eps
-    )
+    assert ours.pos_embed.base == reference.pos_embed.base_size
+    assert ours.norm_out.eps == reference.norm_out.eps
+    first, theirs_first = ours.transformer_blocks[0], reference.transformer_blocks[0]
+    assert first.norm1.norm.eps == theirs_first.norm1.norm.eps
 
 
 def test_defaults_of_the_config_are_diffusers():
     with torch.device("meta"):
         ours, reference = DiTTransformer2DModel(), theirs({})
-    assert (
-        ours.config
-        == {k: v for k, v in reference.config.items() if not k.startswith("_")}
-        == json.loads(json.dumps(ours.config))
-    )
+    assert ours.config == {k: v for k, v in reference.config.items() if not k.startswith("_")}
+    assert ours.config == json.loads(json.dumps(ours.config))
 
 
 def test_class_facts():
     net = DiTTransformer2DModel
-    assert (net.prediction, net.default_shift, net.latent_shape, net.cond_names) == (
-        "eps",
-        1.0,
-        (4, 32, 32),
-        ("label",),
-    )
-    for convention, prediction in (
-        (None, "eps"),
-        ("dit", "eps"),
-        ("sit", "flow_v"),
-        ("lfm", "flow_v"),
-    ):
+    assert (net.prediction, net.default_shift) == ("eps", 1.0)
+    assert (net.latent_shape, net.cond_names) == ((4, 32, 32), ("label",))
+    predictions = {None: "eps", "dit": "eps", "sit": "flow_v", "lfm": "flow_v", "flow": "flow_v"}
+    for convention, prediction in predictions.items():
         net = DiTTransformer2DModel(**TINY, convention=convention)
-        assert net.prediction == prediction and isinstance(
-            net.default_schedule, Flow if prediction == "flow_v" else VP
-        )
-        assert net.config.get("convention") == convention and ("convention" in net.config) == (
-            convention is not None
-        )
+        assert net.prediction == prediction
+        assert isinstance(net.default_schedule, Flow if prediction == "flow_v" else VP)
+        assert net.config.get("convention") == convention
+        assert ("convention" in net.config) == (convention is not None)
 
 
 def test_a_new_network_is_adaln_zeros():
-    """Its output is 0 and every block the identity, the embedders are the same in all blocks, and none of the rest is zero."""
+    """Its output is 0, each block is the identity, all blocks have the same embedders, and nothing
+    else is zero."""
     net, call = DiTTransformer2DModel(**TINY), inputs()
     out, features = net(**call), net(**call, return_features=True)
     assert not out.any() and torch.equal(features, net.pos_embed(call["x"]))
@@ -321,13 +300,12 @@ def test_a_new_network_is_adaln_zeros():
         "proj_out_1.weight",
         "proj_out_2.weight",
     }
-    assert net.transformer_blocks[2].norm1.emb.class_embedder.get_submodule(
-        "embedding_table"
-    ).weight.std().item() == pytest.approx(0.02, rel=0.2)
+    std = embedding_table(net.transformer_blocks[2]).std().item()
+    assert std == pytest.approx(0.02, rel=0.2)
 
 
 def test_weights_and_config_of_diffusers_load_here(tmp_path):
-    """A folder that diffusers wrote, also under the name and with the keys of the released ones."""
+    """A folder that diffusers wrote loads, also with the class and keys of released configs."""
     reference, ours, call = fill(theirs(TINY)), DiTTransformer2DModel(**TINY), inputs()
     reference.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -338,21 +316,21 @@ def test_weights_and_config_of_diffusers_load_here(tmp_path):
             assert relative(net(**call), noise(reference, **call)) <= 1e-5
         assert net.config == ours.config and type(net) is DiTTransformer2DModel
     (tmp_path / "config.json").write_text(json.dumps({**config, **OLD, "num_vector_embeds": 8}))
-    with pytest.raises(
-        UserError,
-        match="does not describe a DiTTransformer2DModel: num_vector_embeds = 8 is not implemented; DiT has None",
-    ):
+    message = (
+        "does not describe a DiTTransformer2DModel: "
+        "num_vector_embeds = 8 is not implemented; DiT has None"
+    )
+    with pytest.raises(UserError, match=message):
         load_network(str(tmp_path))
 
 
-# ---- what the training scripts rely on ---------------------------------------------------------------------
+# ---- what the training scripts rely on -----------------------------------------------------------
 
 
 def test_features_are_the_middle_block_s():
     net, call, seen = pair()[0], inputs(), []
-    net.transformer_blocks[1].register_forward_hook(
-        lambda block, args, out: seen.append(out)
-    )  # of three
+    middle = net.transformer_blocks[1]  # of three
+    middle.register_forward_hook(lambda block, args, out: seen.append(out))
     with torch.no_grad():
         net(**call)
         features = net(**call, return_features=True)
@@ -361,18 +339,20 @@ def test_features_are_the_middle_block_s():
 
 def test_gradient_checkpointing_gives_the_same_gradients(monkeypatch):
     calls, original = [], dit_imagenet.checkpoint
-    monkeypatch.setattr(
-        dit_imagenet, "checkpoint", lambda *a, **k: calls.append(k) or original(*a, **k)
-    )
+
+    def checkpoint(*args, **keywords):
+        calls.append(keywords)
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(dit_imagenet, "checkpoint", checkpoint)
     net, call, gradients = pair()[0], inputs(), []
     for net.gradient_checkpointing in (False, True):
         net.zero_grad()
         leaf = call["x"].clone().requires_grad_()
         net(**{**call, "x": leaf}).square().sum().backward()
         gradients.append([leaf.grad] + [p.grad.clone() for p in net.parameters()])
-    assert calls == [{"use_reentrant": False}] * 3 and all(
-        torch.equal(a, b) for a, b in zip(*gradients)
-    )
+    assert calls == [{"use_reentrant": False}] * 3
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     with torch.no_grad():
         net(**call)
     assert len(calls) == 3  # sampling does not checkpoint
@@ -389,9 +369,8 @@ def test_adapters_pass_to_peft_and_back(tmp_path):
             p += 0.3 * torch.randn(p.shape)
     lora.save(net, "a", str(path))
     assert len(load_file(path)) == 2 * 3 * 6 and not hasattr(reference, "load_lora_adapter")
-    peft.LoraConfig(r=3, lora_alpha=3, target_modules=list(net.lora_targets)).save_pretrained(
-        tmp_path
-    )
+    config = peft.LoraConfig(r=3, lora_alpha=3, target_modules=list(net.lora_targets))
+    config.save_pretrained(tmp_path)
     adapted = peft.PeftModel.from_pretrained(reference, tmp_path)
     lora.load(net, "b", str(path))
     with torch.no_grad():
@@ -400,11 +379,11 @@ def test_adapters_pass_to_peft_and_back(tmp_path):
         assert relative(net(**call, adapter="b"), out) <= 1e-6
 
 
-# ---- the official layout -----------------------------------------------------------------------------------
+# ---- the official layout -------------------------------------------------------------------------
 
 
 def official_state(depth=3, dim=24, patch=2, channels=4, outputs=8, rows=6, side=4, seed=0):
-    """A state dict as DiT, SiT and LFM store it, of random weights that hide nothing."""
+    """A state dict as DiT, SiT and LFM store it, with random weights that hide nothing."""
     shapes = {
         "x_embedder.proj": (dim, channels, patch, patch),
         "t_embedder.mlp.0": (dim, 256),
@@ -420,83 +399,81 @@ def official_state(depth=3, dim=24, patch=2, channels=4, outputs=8, rows=6, side
             f"blocks.{i}.mlp.fc2": (dim, 4 * dim),
             f"blocks.{i}.adaLN_modulation.1": (6 * dim, dim),
         }
+    shapes = {
+        **{f"{name}.weight": shape for name, shape in shapes.items()},
+        **{f"{name}.bias": shape[:1] for name, shape in shapes.items()},
+        "y_embedder.embedding_table.weight": (rows, dim),
+    }
     g = torch.Generator().manual_seed(seed)
-    state = {
-        f"{name}.weight": 0.15 * torch.randn(shape, generator=g) for name, shape in shapes.items()
-    }
-    state |= {
-        f"{name}.bias": 0.15 * torch.randn(shape[0], generator=g) for name, shape in shapes.items()
-    }
-    return {
-        **state,
-        "y_embedder.embedding_table.weight": 0.15 * torch.randn(rows, dim, generator=g),
-        "pos_embed": official_positions(side, dim),
-    }
+    state = {name: 0.15 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    return state | {"pos_embed": official_positions(side, dim)}
 
 
 def official_positions(side, dim):
-    """(1, side^2, dim): the first half of a token's channels is of its column, the second of its row; sines, then cosines, of each."""
+    """(1, side^2, dim): a token's column has the first half of the channels, its row the second.
+
+    Each half is sines, then cosines.
+    """
     out = np.zeros((side, side, dim))
     for row in range(side):
         for column in range(side):
             for half, place in enumerate((column, row)):
                 angles = place / 10000 ** (np.arange(dim // 4) / (dim // 4))
-                out[row, column, half * dim // 2 : (half + 1) * dim // 2] = np.concatenate(
-                    [np.sin(angles), np.cos(angles)]
-                )
+                waves = np.concatenate([np.sin(angles), np.cos(angles)])
+                out[row, column, half * dim // 2 : (half + 1) * dim // 2] = waves
     return torch.from_numpy(out.reshape(1, side * side, dim)).float()
 
 
 def official_forward(state, x, t, y, heads=3):
-    """DiT by its parts, on the official names, in float64 but for the angles, one sample and one head at a time; t is what its
-    sines see. -> all channels of the output."""
+    """DiT written out, with the official names, one sample and one head at a time.
+
+    In float64, except for the angles. t: what the network's sines get. -> all channels of the
+    output.
+    """
     w = {k: v.double() for k, v in state.items()}
     dim, channels, p, _ = w["x_embedder.proj.weight"].shape
     depth, side = sum(k.endswith("qkv.weight") for k in w), x.shape[2] // p
-    linear = lambda name, h: h @ w[f"{name}.weight"].T + w[f"{name}.bias"]  # noqa: E731
-    silu = lambda h: h / (1 + (-h).exp())  # noqa: E731
-    gelu = lambda h: h / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))  # noqa: E731
+
+    def linear(name, h):
+        return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def silu(h):
+        return h / (1 + (-h).exp())
+
+    def gelu(h):
+        return h / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
 
     def norm(h):
         h = h - h.mean(-1, keepdim=True)
         return h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
     images = []
-    for image, time, label in zip(x.double(), t.float(), y):
+    for image, time, label in zip(x.double(), t.float(), y, strict=True):
         angles = (time * torch.exp(-math.log(10000) * torch.arange(128) / 128)).double()
-        c = linear(
-            "t_embedder.mlp.2",
-            silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()]))),
-        )
+        waves = torch.cat([angles.cos(), angles.sin()])
+        c = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", waves)))
         c = c + w["y_embedder.embedding_table.weight"][label]
         rows = []
         for i in range(side):
             for j in range(side):
                 patch = image[:, i * p : (i + 1) * p, j * p : (j + 1) * p]
-                rows.append(
-                    (w["x_embedder.proj.weight"] * patch).sum((1, 2, 3)) + w["x_embedder.proj.bias"]
-                )
+                token = (w["x_embedder.proj.weight"] * patch).sum((1, 2, 3))
+                rows.append(token + w["x_embedder.proj.bias"])
         h = torch.stack(rows) + w["pos_embed"][0]
         for b in range(depth):
             modulation = linear(f"blocks.{b}.adaLN_modulation.1", silu(c))
-            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
-                modulation[i * dim : (i + 1) * dim] for i in range(6)
-            )
-            qkv = linear(
-                f"blocks.{b}.attn.qkv", norm(h) * (1 + scale_msa) + shift_msa
-            )  # (N, q of all heads, k of all heads, v of all heads)
-            out = []
+            parts = [modulation[i * dim : (i + 1) * dim] for i in range(6)]
+            shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = parts
+            # (N, q of all heads, k of all heads, v of all heads)
+            qkv = linear(f"blocks.{b}.attn.qkv", norm(h) * (1 + scale_msa) + shift_msa)
+            out, width = [], dim // heads
             for head in range(heads):
-                q, k, v = (
-                    qkv[:, i * dim + head * dim // heads : i * dim + (head + 1) * dim // heads]
-                    for i in range(3)
-                )
-                out.append((q @ k.T / math.sqrt(dim // heads)).softmax(-1) @ v)
+                first = [i * dim + head * width for i in range(3)]
+                q, k, v = (qkv[:, start : start + width] for start in first)
+                out.append((q @ k.T / math.sqrt(width)).softmax(-1) @ v)
             h = h + gate_msa * linear(f"blocks.{b}.attn.proj", torch.cat(out, dim=1))
-            h = h + gate_mlp * linear(
-                f"blocks.{b}.mlp.fc2",
-                gelu(linear(f"blocks.{b}.mlp.fc1", norm(h) * (1 + scale_mlp) + shift_mlp)),
-            )
+            hidden = linear(f"blocks.{b}.mlp.fc1", norm(h) * (1 + scale_mlp) + shift_mlp)
+            h = h + gate_mlp * linear(f"blocks.{b}.mlp.fc2", gelu(hidden))
         final = linear("final_layer.adaLN_modulation.1", silu(c))
         h = linear("final_layer.linear", norm(h) * (1 + final[dim:]) + final[:dim])
         outputs = h.shape[1] // p**2
@@ -504,14 +481,15 @@ def official_forward(state, x, t, y, heads=3):
         for n, token in enumerate(h):
             for a in range(p):
                 for b in range(p):
-                    picture[:, n // side * p + a, n % side * p + b] = token[
-                        (a * p + b) * outputs : (a * p + b + 1) * outputs
-                    ]
+                    first = (a * p + b) * outputs
+                    pixel = token[first : first + outputs]
+                    picture[:, n // side * p + a, n % side * p + b] = pixel
         images.append(picture)
     return torch.stack(images)
 
 
-# convention: outputs, what the official network is asked and what of its answer is ours, at our t. SiT: noise is its t = 0, velocity its x0 - eps.
+# convention: output channels of the official network, and its output in our convention at our t.
+# SiT's noise is at t = 0, and its velocity is x0 - eps.
 OFFICIAL = {
     "dit": (8, lambda s, x, t, y: official_forward(s, x, 1000 * t - 1, y)),
     "sit": (8, lambda s, x, t, y: -official_forward(s, x, 1 - t, y)),
@@ -528,7 +506,8 @@ def from_state(state, convention):
 
 @official
 def test_official_weights_compute_the_official_function(convention):
-    """Names, thirds of qkv, order of shift, scale and gate, positions, channels of a patch, clock, frequencies and sign, against the plain one above."""
+    """Compared with the plain network above: names, thirds of qkv, order of shift, scale and gate,
+    positions, channels of a patch, clock, frequencies and sign."""
     outputs, answer = OFFICIAL[convention]
     state, call = official_state(outputs=outputs), inputs()
     net = from_state(state, convention)
@@ -537,7 +516,7 @@ def test_official_weights_compute_the_official_function(convention):
     want = answer(state, call["x"], call["t"], call["label"])[:, :4]
     print(convention, f"{relative(out, want):.1e}")
     assert relative(out, want) <= 1e-5 and want.std() > 0.1
-    for other in {None, *OFFICIAL} - {convention}:  # another convention is seen to be another
+    for other in {None, *OFFICIAL} - {convention}:  # another convention gives another output
         with torch.no_grad():
             net.convention, net.sign = other, dit_imagenet.CONVENTIONS[other][3]
             assert relative(net(**call), want) > 1e-3, other
@@ -551,23 +530,20 @@ def test_official_weights_at_the_ends_of_time(convention):
     for t in (0.0, 0.001, 0.999, 1.0):
         call = dict(inputs(n=2), t=torch.tensor([t, t]))
         with torch.no_grad():
-            assert (
-                relative(net(**call), answer(state, call["x"], call["t"], call["label"])[:, :4])
-                <= 1e-5
-            )
+            want = answer(state, call["x"], call["t"], call["label"])[:, :4]
+            assert relative(net(**call), want) <= 1e-5
 
 
 def test_velocities_lead_from_noise_to_data():
-    """The optimal SiT and LFM of data at one point c: its x0 - eps at 1 - t, or eps - x0 at t. One Euler step in our time ends in c."""
-    c, x = (
-        torch.full((2, 4, 8, 8), 0.7),
-        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
-    )
+    """For data at one point c, the optimal SiT gives x0 - eps at 1 - t, and LFM eps - x0 at t.
+
+    One Euler step in our time ends in c.
+    """
+    c = torch.full((2, 4, 8, 8), 0.7)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([1.0, 1.0])
-    for convention, official_velocity in (
-        ("sit", lambda x, s: (c - x) / (1 - s[0])),
-        ("lfm", lambda x, s: (x - c) / s[0]),
-    ):
+    velocities = {"sit": lambda x, s: (c - x) / (1 - s[0]), "lfm": lambda x, s: (x - c) / s[0]}
+    for convention, official_velocity in velocities.items():
         a, b, _, sign, kind = dit_imagenet.CONVENTIONS[convention]
         v = sign * official_velocity(x, a * t + b)
         x0, eps = to_x0_eps(v, kind, x, Flow().alpha(t), Flow().sigma(t))
@@ -581,36 +557,27 @@ def test_names_pass_both_ways(convention):
     state = official_state(outputs=OFFICIAL[convention][0])
     net = from_state(state, convention)
     back = to_official(net)
-    assert back.keys() == state.keys() and all(
-        torch.equal(back[k], v) for k, v in state.items() if k != "pos_embed"
-    )
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[k], v) for k, v in state.items() if k != "pos_embed")
     torch.testing.assert_close(back["pos_embed"], state["pos_embed"], atol=1e-6, rtol=0)
     wrapped = from_official({f"module.{k}": v for k, v in state.items() if k != "pos_embed"})
-    assert wrapped.keys() == net.state_dict().keys() and all(
-        torch.equal(wrapped[k], v) for k, v in net.state_dict().items()
-    )
+    assert wrapped.keys() == net.state_dict().keys()
+    assert all(torch.equal(wrapped[k], v) for k, v in net.state_dict().items())
     with torch.no_grad():
         net.transformer_blocks[1].norm1.emb.timestep_embedder.linear_2.bias += 1
-    with pytest.raises(
-        ValueError, match="the blocks' timestep_embedder.linear_2 differ: these were trained apart"
-    ):
+    message = "the blocks' timestep_embedder.linear_2 differ: these were trained apart"
+    with pytest.raises(ValueError, match=message):
         to_official(net)
 
 
 def test_state_dicts_of_official_networks_have_these_names_and_shapes():
-    """Of DiT-XL/2 at 256: the dossier's shapes; what we make of them is what diffusers has."""
+    """DiT-XL/2 at 256: what we make of the official shapes is what diffusers has."""
+    state = official_state(depth=2, dim=1152, rows=1001, side=16)
+    state = {k: v.to("meta") for k, v in state.items()}
     with torch.device("meta"):
         net = DiTTransformer2DModel(**DIT_XL_2)
-        state = {
-            k: v.to("meta")
-            for k, v in official_state(depth=2, dim=1152, rows=1001, side=16).items()
-        }
-    assert official_config(state, "dit") == {
-        **DIT_XL_2,
-        "num_layers": 2,
-        "norm_eps": 1e-6,
-        "convention": "dit",
-    }
+    changes = {"num_layers": 2, "norm_eps": 1e-6, "convention": "dit"}
+    assert official_config(state, "dit") == {**DIT_XL_2, **changes}
     state.pop("pos_embed")
     made = {k: v.shape for k, v in from_official(state).items()}
     assert made == {
@@ -619,37 +586,30 @@ def test_state_dicts_of_official_networks_have_these_names_and_shapes():
         if not k.startswith("transformer_blocks.") or int(k.split(".")[1]) < 2
     }
     for dim, heads in ((384, 6), (768, 12), (1024, 16), (1152, 16)):
-        assert (
-            official_config(official_state(depth=1, dim=dim, rows=1, side=2), "lfm")[
-                "num_attention_heads"
-            ]
-            == heads
-        )
+        config = official_config(official_state(depth=1, dim=dim, rows=1, side=2), "lfm")
+        assert config["num_attention_heads"] == heads
 
 
 @official
 def test_diffusers_computes_the_same_once_its_frequencies_are_the_official_ones(convention):
-    """What the docstring says: the state dict loads there, and one number in each block is what differs."""
+    """As the file's docstring says: the state dict loads there, and one number in each block
+    differs."""
     state, call = official_state(outputs=OFFICIAL[convention][0]), inputs()
     net = from_state(state, convention)
     reference = theirs({k: v for k, v in net.config.items() if k != "convention"})
     reference.load_state_dict(net.state_dict())
     a, b, _, sign, _ = dit_imagenet.CONVENTIONS[convention]
+    arguments = dict(x=call["x"], t=None, label=call["label"], index=a * call["t"] + b)
     with torch.no_grad():
-        out, before = (
-            net(**call),
-            sign * noise(reference, call["x"], None, call["label"], index=a * call["t"] + b),
-        )
+        out, before = net(**call), sign * noise(reference, **arguments)
         for block in reference.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = 0
-        after = sign * noise(reference, call["x"], None, call["label"], index=a * call["t"] + b)
+        after = sign * noise(reference, **arguments)
     print(f"{convention}: differs by {relative(before, out):.1e}, then {relative(after, out):.1e}")
-    assert relative(after, out) <= 1e-5 and relative(before, out) > (
-        0.1 if convention == "dit" else 1e-4
-    )
-    frequency = [
-        torch.exp(-math.log(1e4) * torch.arange(128).double() / last) for last in (127, 128)
-    ]
+    assert relative(after, out) <= 1e-5
+    assert relative(before, out) > (0.1 if convention == "dit" else 1e-4)
+    i = torch.arange(128).double()
+    frequency = [torch.exp(-math.log(1e4) * i / last) for last in (127, 128)]
     assert 2.8 < 999 * (frequency[0] - frequency[1]).abs().max() < 3  # rad at t = 1
 
 
@@ -672,41 +632,23 @@ def test_converted_folders_are_teachers(tmp_path, convention, flags, prediction)
     outputs, answer = OFFICIAL[convention]
     state, call = official_state(outputs=outputs), inputs()
     save_file(state, tmp_path / "official.safetensors")
-    run_convert(
-        "--input",
-        tmp_path / "official.safetensors",
-        "--output",
-        tmp_path / "out",
-        "--num_attention_heads",
-        "3",
-        *flags,
-    )
+    files = ["--input", tmp_path / "official.safetensors", "--output", tmp_path / "out"]
+    run_convert(*files, "--num_attention_heads", "3", *flags)
+    schedule = VP("linear", 1e-4, 0.02) if prediction == "eps" else Flow()
+    want = answer(state, call["x"], call["t"], call["label"])[:, :4]
     for part in ("out", "out/transformer"):
         teacher = load_teacher(str(tmp_path / part))
-        assert (teacher.prediction, teacher.shift, teacher.config["convention"]) == (
-            prediction,
-            1.0,
-            convention,
-        )
-        assert describe_schedule(teacher.schedule) == describe_schedule(
-            VP("linear", 1e-4, 0.02) if prediction == "eps" else Flow()
-        )
+        assert (teacher.prediction, teacher.shift) == (prediction, 1.0)
+        assert teacher.config["convention"] == convention
+        assert describe_schedule(teacher.schedule) == describe_schedule(schedule)
         with torch.no_grad():
-            assert (
-                relative(
-                    teacher.net(**call), answer(state, call["x"], call["t"], call["label"])[:, :4]
-                )
-                <= 1e-5
-            )
+            assert relative(teacher.net(**call), want) <= 1e-5
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
-    assert index["transformer"] == ["diffusers", "DiTTransformer2DModel"] and index.get(
-        "_class_name"
-    ) == ("DiTPipeline" if prediction == "eps" else None)
+    assert index["transformer"] == ["diffusers", "DiTTransformer2DModel"]
+    assert index.get("_class_name") == ("DiTPipeline" if prediction == "eps" else None)
     (tmp_path / "out" / "scheduler" / "scheduler_config.json").unlink()  # then the network's own
     teacher = load_teacher(str(tmp_path / "out"))
-    assert teacher.prediction == prediction and isinstance(
-        teacher.schedule, VP if prediction == "eps" else Flow
-    )
+    assert teacher.prediction == prediction and type(teacher.schedule) is type(schedule)
 
 
 def test_the_command_runs_and_refuses_in_one_line(tmp_path):
@@ -732,76 +674,64 @@ def test_the_command_runs_and_refuses_in_one_line(tmp_path):
         assert done.stderr.count("\n") == 1
 
 
+def without(name):
+    return lambda state: {k: v for k, v in state.items() if k != name}
+
+
+def with_tensors(**tensors):
+    return lambda state: state | {k.replace("__", "."): v for k, v in tensors.items()}
+
+
+def with_positions(change):
+    return lambda state: state | {"pos_embed": change(state["pos_embed"]).contiguous()}
+
+
+def column_by_column(position):
+    return position.unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2)
+
+
 @pytest.mark.parametrize(
     "change, flags, message",
     [
         (
-            lambda s: s | {"projectors.0.weight": torch.zeros(2)},
+            with_tensors(projectors__0__weight=torch.zeros(2)),
             [],
             "'projectors.0.weight' is no parameter of an official DiT",
         ),
         (
-            lambda s: s | {"blocks.0.attn.q_norm.weight": torch.zeros(2)},
+            with_tensors(blocks__0__attn__q_norm__weight=torch.zeros(2)),
             [],
             "'blocks.0.attn.q_norm.weight' is no parameter",
         ),
+        (without("blocks.1.attn.qkv.bias"), [], "Missing key"),
+        (without("x_embedder.proj.weight"), [], "no tensor 'x_embedder.proj.weight'"),
         (
-            lambda s: {k: v for k, v in s.items() if k != "blocks.1.attn.qkv.bias"},
-            [],
-            "Missing key",
-        ),
-        (
-            lambda s: {k: v for k, v in s.items() if k != "x_embedder.proj.weight"},
-            [],
-            "no tensor 'x_embedder.proj.weight'",
-        ),
-        (
-            lambda s: s | {"pos_embed": s["pos_embed"] + 0.1 * torch.eye(16, 24)},
+            with_positions(lambda position: position + 0.1 * torch.eye(16, 24)),
             [],
             "not the fixed sine positions of a square",
         ),
+        (with_positions(column_by_column), [], "not the fixed sine positions"),
+        (without("pos_embed"), [], "these weights of width 24 do not show sample_size: give it"),
         (
-            lambda s: (
-                s
-                | {
-                    "pos_embed": s["pos_embed"]
-                    .unflatten(1, (4, 4))
-                    .transpose(1, 2)
-                    .flatten(1, 2)
-                    .contiguous()
-                }
-            ),
-            [],
-            "not the fixed sine positions",
-        ),
-        (
-            lambda s: {k: v for k, v in s.items() if k != "pos_embed"},
-            [],
-            "sample_size is not told by these weights of width 24: give it",
-        ),
-        (
-            lambda s: s,
+            dict,
             ["--num_attention_heads", "5"],
             "num_attention_heads = 5 does not divide the width 24",
         ),
         (
-            lambda s: s,
+            dict,
             ["--num_attention_heads", None],
-            "num_attention_heads is not told by these weights of width 24: give it",
+            "these weights of width 24 do not show num_attention_heads: give it",
         ),
         (
-            lambda s: (
-                s
-                | {
-                    "final_layer.linear.weight": torch.zeros(24, 24),
-                    "final_layer.linear.bias": torch.zeros(24),
-                }
+            with_tensors(
+                final_layer__linear__weight=torch.zeros(24, 24),
+                final_layer__linear__bias=torch.zeros(24),
             ),
             [],
             "out_channels = 6 is not implemented",
         ),
-        (lambda s: s, ["--noise_at", "1"], "--prediction flow_v goes with --noise_at"),
-        (lambda s: s, ["--output", "."], "exists: name a new folder"),
+        (dict, ["--noise_at", "1"], "--prediction flow_v goes with --noise_at"),
+        (dict, ["--output", "."], "exists: name a new folder"),
         (None, [], "is a pickle, not safetensors"),
     ],
 )
@@ -815,19 +745,19 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys, change, flags, mess
         "--input": str(path),
         "--output": str(tmp_path / "out"),
         "--num_attention_heads": "3",
-        **dict(zip(flags[::2], flags[1::2])),
+        **dict(zip(flags[::2], flags[1::2], strict=True)),
     }
     flags = [f for pair in given.items() if pair[1] is not None for f in pair]
     assert message in refusal_of(capsys, convert.main, *flags)
     assert not (tmp_path / "out").exists()
 
 
-# ---- sampling, and a run on it -----------------------------------------------------------------------------
+# ---- sampling, and a run on it -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_sampling_and_decoding_are_those_of_the_pipeline(scale):
-    """Euler on the ODE from t = 1 to 0, then models/vae.py, is DiTPipeline with DDIM at the times 999, 749, 499, 249."""
+    """Euler on the ODE, then our AutoencoderKL, is DiTPipeline with DDIM at 999, 749, 499, 249."""
     diffusers = pytest.importorskip("diffusers")
     config = dict(TINY, num_embeds_ada_norm=1000)  # the pipeline's null label is 1000
     ours, reference = pair(config)
@@ -841,9 +771,8 @@ def test_sampling_and_decoding_are_those_of_the_pipeline(scale):
     )
     their_vae = diffusers.AutoencoderKL(**vae.config).eval()
     their_vae.load_state_dict(vae.state_dict())
-    scheduler = diffusers.DDIMScheduler(
-        **{k: v for k, v in SCHEDULER.items() if k != "_class_name"}, timestep_spacing="trailing"
-    )
+    settings = {k: v for k, v in SCHEDULER.items() if k != "_class_name"}
+    scheduler = diffusers.DDIMScheduler(**settings, timestep_spacing="trailing")
     pipe = diffusers.DiTPipeline(reference, their_vae, scheduler)
     pipe.set_progress_bar_config(disable=True)
     label = torch.tensor([3, 700])
@@ -855,151 +784,83 @@ def test_sampling_and_decoding_are_those_of_the_pipeline(scale):
         output_type="pt",
     ).images
     assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
-    x, schedule = (
-        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
-        ours.default_schedule,
-    )
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    schedule, grid = ours.default_schedule, step_grid(4, ours.default_shift)
 
     def predict(x, t):
-        return to_x0_eps(
-            guide(ours(x, t, label), ours(x, t), scale),
-            ours.prediction,
-            x,
-            schedule.alpha(t),
-            schedule.sigma(t),
-        )
+        eps = guide(ours(x, t, label), ours(x, t), scale)
+        return to_x0_eps(eps, ours.prediction, x, schedule.alpha(t), schedule.sigma(t))
 
     with torch.no_grad():
-        pixels = vae.to_pixels(
-            sample_ode(predict, schedule, x, step_grid(4, ours.default_shift), "euler")
-        )
+        pixels = vae.to_pixels(sample_ode(predict, schedule, x, grid, "euler"))
     got = (pixels / 2 + 0.5).clamp(0, 1)
     print(f"difference {relative(got, want):.1e}")
-    assert (
-        relative(got, want) < 1e-4
-        and 0.1 < want.std()
-        and ((want > 0) & (want < 1)).float().mean() > 0.2
-    )
+    assert relative(got, want) < 1e-4
+    assert 0.1 < want.std() and ((want > 0) & (want < 1)).float().mean() > 0.2
 
 
 def save_tiny(root, convention):
     """Flags of a run whose teacher is a pipeline root like facebook/DiT-XL-2-256, or convert's."""
     if convention is None:
         net = fill(DiTTransformer2DModel(**TINY))
-        save_network(
-            net,
-            {**net.config, "_diffusers_version": "0.12.0.dev0", **OLD},
-            str(root / "transformer"),
-        )
+        config = {**net.config, "_diffusers_version": "0.12.0.dev0", **OLD}
+        save_network(net, config, str(root / "transformer"))
         (root / "scheduler").mkdir()
         save_json(SCHEDULER, str(root / "scheduler" / "scheduler_config.json"))
-        save_json(
-            {"_class_name": "DiTPipeline", "transformer": ["diffusers", "Transformer2DModel"]},
-            str(root / "model_index.json"),
-        )
+        index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "Transformer2DModel"]}
+        save_json(index, str(root / "model_index.json"))
     else:
-        save_file(official_state(outputs=OFFICIAL[convention][0]), root.with_suffix(".safetensors"))
-        flags = (
-            []
-            if convention == "dit"
-            else ["--prediction", "flow_v", "--noise_at", "0" if convention == "sit" else "1"]
-        )
-        run_convert(
-            "--input",
-            root.with_suffix(".safetensors"),
-            "--output",
-            root,
-            "--num_attention_heads",
-            "3",
-            *flags,
-        )
-    return [
-        "--teacher",
-        str(root),
-        "--teacher_steps",
-        "2",
-        "--preview_samples",
-        "2",
-        "--learning_rate",
-        "1e-4",
-        "--learning_rate_fake",
-        "2e-4",
-    ]
+        official = root.with_suffix(".safetensors")
+        save_file(official_state(outputs=OFFICIAL[convention][0]), official)
+        flags = ["--input", official, "--output", root, "--num_attention_heads", "3"]
+        if convention != "dit":
+            flags += ["--prediction", "flow_v", "--noise_at", "0" if convention == "sit" else "1"]
+        run_convert(*flags)
+    flags = f"--teacher {root} --teacher_steps 2 --preview_samples 2"
+    return f"{flags} --learning_rate 1e-4 --learning_rate_fake 2e-4".split()
 
 
 @pytest.mark.parametrize("convention", [None, "dit", "sit"])
 def test_student_of_a_run_loads_in_diffusers(tmp_path, convention):
-    """Two steps of DMD, guided: the student is a component of diffusers with the same output, and knows its clock."""
+    """After two guided updates of DMD, the student is a component that diffusers loads and that
+    computes the same there, with its own clock."""
     if convention is None:
         (tmp_path / "teacher").mkdir()
     flags = save_tiny(tmp_path / "teacher", convention)
-    dmd.main(
-        [
-            *flags,
-            "--train_batch_size",
-            "3",
-            "--max_train_steps",
-            "2",
-            "--guidance_scale",
-            "2",
-            "--student_steps",
-            "2",
-            "--output_dir",
-            str(tmp_path / "run"),
-        ]
-    )
+    flags += "--train_batch_size 3 --max_train_steps 2 --guidance_scale 2 --student_steps 2".split()
+    dmd.main([*flags, "--output_dir", str(tmp_path / "run")])
     folder = tmp_path / "run" / "student"
-    assert json.loads((folder / "config.json").read_text()) == json.loads(
-        (tmp_path / "teacher" / "transformer" / "config.json").read_text()
-    )
+    config = json.loads((tmp_path / "teacher" / "transformer" / "config.json").read_text())
+    assert json.loads((folder / "config.json").read_text()) == config
     stored = json.loads((folder / "sampler.json").read_text())
-    kind, schedule = (
-        ("flow_v", Flow()) if convention == "sit" else ("eps", VP("linear", 1e-4, 0.02))
-    )
-    assert (
-        stored["prediction"] == kind
-        and stored["schedule"] == describe_schedule(schedule)
-        and stored["times"] == pytest.approx([1.0, 0.5])
-    )
-    (ours, _), reference = (
-        load_network(str(folder)),
-        pytest.importorskip("diffusers").DiTTransformer2DModel.from_pretrained(folder).eval(),
-    )
+    prediction, schedule = "eps", VP("linear", 1e-4, 0.02)
+    if convention == "sit":
+        prediction, schedule = "flow_v", Flow()
+    assert stored["prediction"] == prediction
+    assert stored["schedule"] == describe_schedule(schedule)
+    assert stored["times"] == pytest.approx([1.0, 0.5])
+    ours, _ = load_network(str(folder))
+    diffusers = pytest.importorskip("diffusers")
+    reference = diffusers.DiTTransformer2DModel.from_pretrained(folder).eval()
     call = inputs()
     a, b, last, sign, _ = dit_imagenet.CONVENTIONS[convention]
     for block in reference.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 128 - last
     with torch.no_grad():
         out = ours(**call)
-        assert (
-            relative(
-                out,
-                sign * noise(reference, call["x"], None, call["label"], index=a * call["t"] + b),
-            )
-            <= 1e-5
-            and out.std() > 0.01
-        )
+        want = sign * noise(reference, call["x"], None, call["label"], index=a * call["t"] + b)
+    assert relative(out, want) <= 1e-5 and out.std() > 0.01
     start = load_file(tmp_path / "teacher" / "transformer" / WEIGHTS)
-    assert all(
-        not torch.equal(v, start[k]) for k, v in ours.state_dict().items()
-    )  # every parameter was trained
-    assert len(read_log(tmp_path / "run")) == 2 and load_file(
-        tmp_path / "run" / "samples.safetensors"
-    )["x0"].shape == (2, 4, 8, 8)
-    dmd.main(
-        [
-            "--sample",
-            str(tmp_path / "run"),
-            "--preview_samples",
-            "2",
-            "--output_dir",
-            str(tmp_path / "samples"),
-        ]
-    )
+    trained = ours.state_dict()
+    assert not any(torch.equal(v, start[k]) for k, v in trained.items())  # every parameter moved
+    assert len(read_log(tmp_path / "run")) == 2
+    assert load_file(tmp_path / "run" / "samples.safetensors")["x0"].shape == (2, 4, 8, 8)
+    flags = ["--sample", str(tmp_path / "run"), "--preview_samples", "2"]
+    dmd.main([*flags, "--output_dir", str(tmp_path / "samples")])
     assert (tmp_path / "samples" / "samples.png").exists()
 
 
-# ---- refusals ----------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1052,7 +913,8 @@ def test_wrong_inputs_are_named(change, message):
         (dict(sample_size=9), "sample_size = 9 does not divide"),
         (
             dict(out_channels=6),
-            "out_channels = 6 is not implemented; DiT has in_channels = 4 or, with a learned variance, twice that",
+            "out_channels = 6 is not implemented; "
+            "DiT has in_channels = 4 or, with a learned variance, twice that",
         ),
         (dict(attention_head_dim=6), "18 must be a multiple of 4"),
         (

@@ -120,7 +120,7 @@ def gradient_of(x, mu_real, mu_fake):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", [Flow(), VP()], ids=["flow", "vp"])
 def test_matching_loss_is_algorithm_2(schedule, kind):
-    """d/dx of the loss is g / numel(x), its value 0.5 mean g^2 (2311.18828, Alg. 2), with
+    """d/dx of the loss is g / numel(x) and its value 0.5 mean g^2 (2311.18828, Alg. 2).
 
     g = (mu_fake - mu_real) / mean|x - mu_real|, whatever the networks predict.
     """
@@ -316,10 +316,10 @@ class OneLevel:
 
 
 def test_score_difference_is_the_kl_gradient_of_gaussians():
-    """E[a (s_fake - s_real) dG/d(m, c)] is the gradient in (m, c) of
+    """E[a (s_fake - s_real) dG/d(m, c)] is a KL's gradient in (m, c), .56228, -.42448 here.
 
-    KL(N(am, a^2c^2+s^2) || N(am0, a^2c0^2+s^2)), which is .56228, -.42448 here. The score
-    difference is read off dmd_loss's g.
+    The KL is that of N(am, a^2c^2+s^2) from N(am0, a^2c0^2+s^2). The score difference is read off
+    dmd_loss's g.
     """
     values = (0.7, 0.6, -0.2, 1.1, 0.8, 0.5)
     m, c, m0, c0, a, s = (torch.tensor(v, dtype=torch.float64) for v in values)

@@ -674,7 +674,7 @@ def by_equations(x, g, feature_map, eps, rounding=lambda a: a):
 
 @pytest.mark.parametrize("feature_map", ["hedgehog", "softmax", "elu"])
 def test_equations(feature_map):
-    """Eqs. (1) to (5) as the file prints them are the quadratic form and its gradient by autograd."""
+    """Eqs. (1) to (5), as the file prints them, give the quadratic form and autograd's gradient."""
     x = [a.requires_grad_() for a in inputs(feature_map, N=9, N_q=6)]
     o = quadratic_oracle(*x[:3], feature_map, *x[3:], eps=0.1)
     g = normal(*o.shape, seed=8)

@@ -1,4 +1,5 @@
-"""Adapters: what they compute, that one call does not disturb another, and the files that other programs read."""
+"""Adapters: what they compute, that calls do not disturb one another, and the files of other
+programs."""
 
 import copy
 import json
@@ -29,20 +30,15 @@ TINY_WAN = dict(
 
 
 def networks():
-    """-> {name: (network whose every weight matters, base frozen, the keyword arguments of a call)}."""
+    """-> {name: (network, arguments of a call)}; each weight matters, and the base is frozen."""
     g = torch.Generator().manual_seed(3)
     dit = perturbed(small_dit())
     x, t, label = dit_inputs(dit, 4)
     torch.manual_seed(0)
     wan, ring = perturbed(WanTransformer3DModel(**TINY_WAN)), perturbed(RingMLP(dim=16))
-    z_image, image = (
-        perturbed(ZImageTransformer2DModel(**TINY_Z_IMAGE)),
-        torch.randn(2, 4, 4, 6, generator=g),
-    )
-    caption, mask = (
-        torch.randn(2, 40, 16, generator=g),
-        torch.arange(40) < torch.tensor([[5], [40]]),
-    )
+    z_image = perturbed(ZImageTransformer2DModel(**TINY_Z_IMAGE))
+    image, caption = torch.randn(2, 4, 4, 6, generator=g), torch.randn(2, 40, 16, generator=g)
+    mask = torch.arange(40) < torch.tensor([[5], [40]])
     pixart = perturbed(PixArtTransformer2DModel(**TINY_PIXART))
     video, text = torch.randn(2, 4, 2, 4, 6, generator=g), torch.randn(2, 3, 10, generator=g)
     return {
@@ -83,11 +79,14 @@ def gradients(net, name):
     return [p.grad for p in lora.parameters(net, name)]
 
 
-# ---- what an adapter computes --------------------------------------------------------------------------------------
+# ---- what an adapter computes --------------------------------------------------------------------
 
 
 def test_layer_is_the_formula():
-    """y = W x + b + (alpha / rank) B A x, against the product written out; another name, or none, is the plain layer."""
+    """y = W x + b + (alpha / rank) B A x, against the product written out.
+
+    With another name, or none, it is the plain layer.
+    """
     torch.manual_seed(0)
     layer = lora.Linear(5, 7).double()
     plain, x = torch.nn.Linear(5, 7).double(), torch.randn(2, 3, 5, dtype=torch.float64)
@@ -96,9 +95,8 @@ def test_layer_is_the_formula():
     trained(net, "a", rank=2, alpha=5, targets=["one"])
     A, B = lora.parameters(net, "a")
     assert A.shape == (2, 5) and B.shape == (7, 2) and A.dtype == B.dtype == torch.float32
-    want = plain(x) + 2.5 * torch.einsum(
-        "ki,or,ri->ko", x.flatten(0, 1), B.double(), A.double()
-    ).view(2, 3, 7)
+    product = torch.einsum("ki,or,ri->ko", x.flatten(0, 1), B.double(), A.double())
+    want = plain(x) + 2.5 * product.view(2, 3, 7)
     torch.testing.assert_close(layer(x, "a"), want, rtol=1e-12, atol=1e-12)
     assert torch.equal(layer(x), plain(x)) and torch.equal(layer(x, "b"), plain(x))
     lora.merge(net, "a")
@@ -123,56 +121,35 @@ def test_fresh_adapter_is_the_base_bit_for_bit(frozen):
     assert list(again.state_dict()) == list(start) and lora.names(again) == []
     torch.manual_seed(5)
     lora.add(again, "other", rank=3, alpha=8)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(lora.parameters(again, "other"), lora.parameters(net, "student"))
-    )
+    pairs = zip(lora.parameters(again, "other"), lora.parameters(net, "student"), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize(
-    "name, layers",
-    [
-        ("dit", {f"blocks.{i}.{k}" for i in range(3) for k in ("qkv", "proj", "mlp.0", "mlp.2")}),
-        ("ring", {"hidden.0", "hidden.1", "hidden.2"}),
-        (
-            "wan",
-            {
-                f"blocks.{i}.{k}"
-                for i in range(2)
-                for k in (
-                    *(f"attn{n}.{q}" for n in "12" for q in ("to_q", "to_k", "to_v", "to_out.0")),
-                    "ffn.net.0.proj",
-                    "ffn.net.2",
-                )
-            },
-        ),
-        (
-            "pixart",
-            {
-                f"transformer_blocks.{i}.{k}"
-                for i in range(2)
-                for k in (
-                    *(f"attn{n}.{q}" for n in "12" for q in ("to_q", "to_k", "to_v", "to_out.0")),
-                    "ff.net.0.proj",
-                    "ff.net.2",
-                )
-            },
-        ),
-        (
-            "z_image",
-            {
-                f"{stack}.{k}"
-                for stack in ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0")
-                for k in (
-                    *(f"attention.{q}" for q in ("to_q", "to_k", "to_v", "to_out.0")),
-                    *(f"feed_forward.w{n}" for n in "123"),
-                )
-            },
-        ),
-    ],
-)
+QKV = ("to_q", "to_k", "to_v", "to_out.0")
+TARGETS = {
+    "dit": {f"blocks.{i}.{k}" for i in range(3) for k in ("qkv", "proj", "mlp.0", "mlp.2")},
+    "ring": {"hidden.0", "hidden.1", "hidden.2"},
+    "wan": {
+        f"blocks.{i}.{k}"
+        for i in range(2)
+        for k in (*(f"attn{n}.{q}" for n in "12" for q in QKV), "ffn.net.0.proj", "ffn.net.2")
+    },
+    "pixart": {
+        f"transformer_blocks.{i}.{k}"
+        for i in range(2)
+        for k in (*(f"attn{n}.{q}" for n in "12" for q in QKV), "ff.net.0.proj", "ff.net.2")
+    },
+    "z_image": {
+        f"{stack}.{k}"
+        for stack in ("layers.0", "layers.1", "noise_refiner.0", "context_refiner.0")
+        for k in (*(f"attention.{q}" for q in QKV), *(f"feed_forward.w{n}" for n in "123"))
+    },
+}
+
+
+@pytest.mark.parametrize("name, layers", TARGETS.items(), ids=list(TARGETS))
 def test_default_targets_all_take_part(name, layers):
-    """Each target has its A and B, and each of these changes the output."""
+    """Each target has an A and a B, and each of these changes the output."""
     net, call = networks()[name]
     trained(net, "a")
     assert set(lora.adapters(net, "a")) == layers
@@ -189,12 +166,10 @@ def test_merge_equals_the_call(frozen):
     keep = copy.deepcopy(net)
     lora.merge(net, "a")
     assert (want - bare).abs().max() > 1e-2
-    torch.testing.assert_close(
-        net(**call), want, rtol=0, atol=2e-6
-    )  # rotations, norms and times stay float32
-    assert lora.names(net) == ["b"] and all(
-        torch.equal(v, other[k]) for k, v in lora.state_dict(net, "b").items()
-    )
+    # Rotations, norms and times stay float32.
+    torch.testing.assert_close(net(**call), want, rtol=0, atol=2e-6)
+    assert lora.names(net) == ["b"]
+    assert all(torch.equal(v, other[k]) for k, v in lora.state_dict(net, "b").items())
     for key, a in lora.adapters(keep, "a").items():
         W = keep.get_submodule(key).weight + a.alpha / a.rank * a.B.double() @ a.A.double()
         torch.testing.assert_close(net.get_submodule(key).weight, W, rtol=1e-13, atol=1e-13)
@@ -228,12 +203,15 @@ def test_gradients_reach_the_called_adapter_only(frozen):
 
 
 def switched(net):
-    """The mistake: the adapter as a state of the network. -> a call that sets it and leaves it set."""
+    """The mistake: an adapter that is a state of the network. -> a call that sets it and leaves it
+    set."""
     state = {}
     for layer in lora.linears(net).values():
-        layer.forward = lambda x, adapter=None, layer=layer: lora.Linear.forward(
-            layer, x, state["adapter"]
-        )
+
+        def forward(x, adapter=None, layer=layer):
+            return lora.Linear.forward(layer, x, state["adapter"])
+
+        layer.forward = forward
 
     def call(adapter, **inputs):
         state["adapter"] = adapter
@@ -244,16 +222,18 @@ def switched(net):
 
 @pytest.mark.parametrize("name", ["dit", "wan", "z_image", "pixart"])
 def test_two_adapters_in_one_backward_with_checkpointing(name):
-    """Blocks are computed again in backward, after both calls: each must be given its own adapter then. A switched state is not."""
+    """Blocks are computed again in backward, after both calls: each then needs its own adapter.
+
+    A state that is switched between calls does not give it to them.
+    """
 
     def run(checkpointing, wrong=False):
         net, inputs = networks()[name]
         trained(trained(net, "student"), "fake", seed=2)
         net.gradient_checkpointing = checkpointing
         call = switched(net) if wrong else net
-        inputs[
-            "x"
-        ].requires_grad_()  # something to differentiate in the first block, as when a sample comes from a network
+        # The first block has something to differentiate, as when the input is a sample.
+        inputs["x"].requires_grad_()
         losses = [call(**inputs, adapter=a).square().mean() for a in ("student", "fake")]
         sum(losses).backward()
         assert all(p.grad is None for k, p in net.named_parameters() if ".lora." not in k)
@@ -261,18 +241,20 @@ def test_two_adapters_in_one_backward_with_checkpointing(name):
 
     want = run(False)
     assert all(g is not None and g.any() for g in want)
-    assert all(torch.equal(a, b) for a, b in zip(run(True), want))
-    assert all(
-        torch.equal(a, b) for a, b in zip(run(False, wrong=True), want)
-    )  # without checkpointing nobody notices
+    assert all(torch.equal(a, b) for a, b in zip(run(True), want, strict=True))
+    # Without checkpointing the mistake does not show.
+    assert all(torch.equal(a, b) for a, b in zip(run(False, wrong=True), want, strict=True))
     assert not all(
         b is not None and torch.allclose(a, b, rtol=1e-2)
-        for a, b in zip(want, run(True, wrong=True))
+        for a, b in zip(want, run(True, wrong=True), strict=True)
     )
 
 
 def test_low_precision(frozen):
-    """bfloat16 weights beside float32 adapters, and autocast, stay near float32; the adapters' gradients are float32."""
+    """bfloat16 weights beside float32 adapters, and autocast, stay near float32.
+
+    The gradients of the adapters are float32.
+    """
     net, call = frozen
     exact = trained(copy.deepcopy(net), "a")(**call, adapter="a")
     with torch.autocast("cpu", torch.bfloat16):
@@ -284,10 +266,8 @@ def test_low_precision(frozen):
     assert all(g.dtype == torch.float32 and g.any() for g in gradients(net, "a"))
     moved = (exact - net(**call).float()).norm()
     for v in (auto, low):
-        assert (
-            0 < (v.float() - exact).norm() < 0.1 * exact.norm()
-            and (v.float() - exact).norm() < 0.5 * moved
-        )
+        error = (v.float() - exact).norm()
+        assert 0 < error < 0.1 * exact.norm() and error < 0.5 * moved
 
 
 @pytest.mark.parametrize("name", ["dit", "wan"])
@@ -299,16 +279,15 @@ def test_compiles_in_one_piece(name):
         torch.testing.assert_close(fast(**call, adapter=adapter), net(**call, adapter=adapter))
 
 
-# ---- training state ------------------------------------------------------------------------------------------------
+# ---- training state ------------------------------------------------------------------------------
 
 
 def test_training_state_round_trip(frozen):
     net, call = frozen
     trained(net, "a")
     state = {k: v.clone() for k, v in lora.state_dict(net, "a").items()}
-    assert [v.shape for v in state.values()] == [
-        p.shape for p in lora.parameters(net, "a")
-    ]  # one fixed order
+    # In one fixed order.
+    assert [v.shape for v in state.values()] == [p.shape for p in lora.parameters(net, "a")]
     other = copy.deepcopy(net)
     lora.remove(other, "a")
     lora.add(other, "a", rank=3, alpha=6)
@@ -336,15 +315,14 @@ def test_a_base_checkpoint_has_no_adapters(frozen, tmp_path):
     assert torch.equal(again(**call), bare) and lora.names(again) == []
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def one_line(call, *words):
     with pytest.raises(ValueError) as error:
         call()
-    assert "\n" not in str(error.value) and all(w in str(error.value) for w in words), str(
-        error.value
-    )
+    text = str(error.value)
+    assert "\n" not in text and all(w in text for w in words), text
 
 
 def test_unknown_names_and_targets_are_refused(frozen):
@@ -358,12 +336,10 @@ def test_unknown_names_and_targets_are_refused(frozen):
     one_line(lambda: lora.add(net, "fake", 2, 2), "already")
     one_line(lambda: lora.add(net, "b", 0, 2), "at least 1")
     one_line(lambda: lora.add(net, "b", 2, 2, targets=[]), "empty list")
-    one_line(
-        lambda: lora.add(net, "b", 2, 2, targets=[net.lora_targets[0], "nowhere"]), "'nowhere'"
-    )
-    one_line(
-        lambda: lora.add(net, "b", 2, 2, targets=[net.lora_targets[0][1:]]), "no layer"
-    )  # part of a name is not its ending
+    first = net.lora_targets[0]
+    one_line(lambda: lora.add(net, "b", 2, 2, targets=[first, "nowhere"]), "'nowhere'")
+    # A part of a name is not its ending.
+    one_line(lambda: lora.add(net, "b", 2, 2, targets=[first[1:]]), "no layer")
     for name in ("", "a.b", "keys", "training"):
         one_line(lambda name=name: lora.add(net, name, 2, 2), "cannot name an adapter")
     assert lora.names(net) == ["fake"]
@@ -376,11 +352,14 @@ def test_a_layer_that_is_no_target_passes_through():
     assert not torch.allclose(net(**call, adapter="a"), net(**call))
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def test_save_and_load(frozen, tmp_path):
-    """The file holds A and (alpha / rank) B under the documented names; loaded, it is the same function, bit for bit with scale 2."""
+    """The file holds A and (alpha / rank) B under the documented names.
+
+    Loaded, it is the same function, bit for bit with scale 2.
+    """
     net, call = frozen
     trained(net, "a", rank=3, alpha=6)
     path = str(tmp_path / "a.safetensors")
@@ -393,31 +372,26 @@ def test_save_and_load(frozen, tmp_path):
         "transformer_blocks.0.attn1.to_q": "base_model.model.transformer_blocks.0.attn1.to_q",
     }.get(first, "transformer." + first)
     A, B = lora.parameters(net, "a")[:2]
-    assert len(stored) == len(lora.parameters(net, "a")) and {v.dtype for v in stored.values()} == {
-        torch.float32
-    }
-    assert torch.equal(stored[f"{prefix}.lora_A.weight"], A) and torch.equal(
-        stored[f"{prefix}.lora_B.weight"], 2 * B
-    )
+    assert len(stored) == len(lora.parameters(net, "a"))
+    assert {v.dtype for v in stored.values()} == {torch.float32}
+    assert torch.equal(stored[f"{prefix}.lora_A.weight"], A)
+    assert torch.equal(stored[f"{prefix}.lora_B.weight"], 2 * B)
     want = net(**call, adapter="a")
     metadata = lora.load(net, "b", path)
     assert (metadata["rank"], metadata["alpha"], metadata["phase"]) == ("3", "6", "2")
-    assert torch.equal(net(**call, adapter="b"), want) and torch.equal(
-        net(**call, adapter="a"), want
-    )
+    assert torch.equal(net(**call, adapter="b"), want)
+    assert torch.equal(net(**call, adapter="a"), want)
     assert {(a.rank, a.alpha) for a in lora.adapters(net, "b").values()} == {(3, 3.0)}
     lora.save(net, "b", str(tmp_path / "b.safetensors"))
     assert all(torch.equal(v, stored[k]) for k, v in load_file(tmp_path / "b.safetensors").items())
 
-    # the same under diffusers' own names
-    save_file(
-        {
-            f"transformer.{key}.lora_{part}.weight": getattr(a, part).detach().clone()
-            for key, a in lora.adapters(net, "b").items()
-            for part in "AB"
-        },
-        tmp_path / "c.safetensors",
-    )
+    # The same under diffusers' own names.
+    renamed = {
+        f"transformer.{key}.lora_{part}.weight": getattr(a, part).detach().clone()
+        for key, a in lora.adapters(net, "b").items()
+        for part in "AB"
+    }
+    save_file(renamed, tmp_path / "c.safetensors")
     lora.load(net, "c", str(tmp_path / "c.safetensors"))
     assert torch.equal(net(**call, adapter="c"), want)
 
@@ -437,40 +411,26 @@ def test_bad_files_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     lora.save(net, "a", str(path))
     good = {k: v.clone() for k, v in load_file(path).items()}
-    q, start = (
-        "diffusion_model.blocks.0.self_attn.q",
-        {k: v.clone() for k, v in net.state_dict().items()},
-    )
+    start = {k: v.clone() for k, v in net.state_dict().items()}
+    q = "diffusion_model.blocks.0.self_attn.q"
+    A, B = q + ".lora_A.weight", q + ".lora_B.weight"
+    elsewhere = "diffusion_model.blocks.7.self_attn.q.lora_A.weight"
 
     def refused(tensors, *words):
         save_file(tensors, path)
         one_line(lambda: lora.load(net, "b", str(path)), str(path), *words)
 
-    refused(
-        {**good, "diffusion_model.blocks.7.self_attn.q.lora_A.weight": torch.zeros(3, 24)},
-        "blocks.7",
-    )
+    refused({**good, elsewhere: torch.zeros(3, 24)}, "blocks.7")
     refused({**good, "diffusion_model.head.head.lora_A.weight": torch.zeros(3, 24)}, "head.head")
-    refused(
-        {**good, q + ".alpha": torch.tensor(4.0)}, "alpha"
-    )  # a file whose scale is not in lora_B
-    refused(
-        {k: v for k, v in good.items() if k != q + ".lora_B.weight"},
-        "lora_A",
-        "both halves",
-        "blocks.0.attn1.to_q",
-    )
-    refused({**good, q + ".lora_A.weight": torch.zeros(3, 23)}, "lora_A", "(3, 23)", "(3, 24)")
-    refused({**good, q + ".lora_B.weight": torch.zeros(24, 4)}, "lora_B", "(24, 4)", "(24, 3)")
-    refused(
-        {
-            **good,
-            q + ".lora_A.weight": torch.zeros(4, 24),
-            q + ".lora_B.weight": torch.zeros(24, 4),
-        },
-        "takes",
-    )  # two ranks in one file
-    refused({**good, q + ".lora_A.weight": torch.zeros(3)}, "(3,)")
+    # In a file with .alpha the scale is not in lora_B.
+    refused({**good, q + ".alpha": torch.tensor(4.0)}, "alpha")
+    half = {k: v for k, v in good.items() if k != B}
+    refused(half, "lora_A", "both halves", "blocks.0.attn1.to_q")
+    refused({**good, A: torch.zeros(3, 23)}, "lora_A", "(3, 23)", "(3, 24)")
+    refused({**good, B: torch.zeros(24, 4)}, "lora_B", "(24, 4)", "(24, 3)")
+    two_ranks = {**good, A: torch.zeros(4, 24), B: torch.zeros(24, 4)}
+    refused(two_ranks, "takes")
+    refused({**good, A: torch.zeros(3)}, "(3,)")
     refused({}, "no adapter")
     one_line(lambda: lora.load(net, "a", str(path)), "already")
     path.write_bytes(b"junk")
@@ -478,20 +438,19 @@ def test_bad_files_are_refused(tmp_path):
         lora.load(net, "b", str(path))
     with pytest.raises(UserError, match="does not exist"):
         lora.load(net, "b", str(tmp_path / "none.safetensors"))
-    assert all(torch.equal(v, start[k]) for k, v in net.state_dict().items()) and lora.names(
-        net
-    ) == ["a"]
+    assert all(torch.equal(v, start[k]) for k, v in net.state_dict().items())
+    assert lora.names(net) == ["a"]
 
 
 @pytest.fixture
 def pipeline():
-    """-> make(high, low): a WanPipeline of diffusers around two networks with our weights, nothing else in it."""
+    """-> make(high, low): a WanPipeline of diffusers around two networks with our weights."""
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
 
     def make(*nets):
         theirs = [diffusers.WanTransformer3DModel(**TINY_WAN).eval() for _ in nets]
-        for a, b in zip(theirs, nets):
+        for a, b in zip(theirs, nets, strict=True):
             a.load_state_dict(lora.base_state_dict(b))
         return diffusers.WanPipeline(
             tokenizer=None,
@@ -507,26 +466,27 @@ def pipeline():
 
 
 def test_wan_pipeline_of_diffusers_loads_the_file(pipeline, tmp_path):
-    """Into transformer/, into transformer_2/ (Wan 2.2), and the same velocities as ours; every tensor of the file arrives."""
+    """It does so into transformer/ and into transformer_2/ (Wan 2.2), and computes our velocities.
+
+    Every tensor of the file arrives.
+    """
     nets = [trained(networks()["wan"][0], "a", alpha=1.5 * seed, seed=seed) for seed in (1, 2)]
     call, paths = networks()["wan"][1], [str(tmp_path / f"{i}.safetensors") for i in range(2)]
     pipe = pipeline(*nets)
-    for net, path in zip(nets, paths):
+    for net, path in zip(nets, paths, strict=True):
         lora.save(net, "a", path)
     pipe.load_lora_weights(paths[0], adapter_name="ours")
     pipe.load_lora_weights(paths[1], adapter_name="ours", load_into_transformer_2=True)
-    for net, theirs in zip(nets, (pipe.transformer, pipe.transformer_2)):
+    for net, theirs in zip(nets, (pipe.transformer, pipe.transformer_2), strict=True):
         with torch.no_grad():
             ours, bare = net(**call, adapter="a"), net(**call)
             v = theirs(call["x"], 1000 * call["t"], call["text"]).sample
-        print(
-            f"difference {(ours - v).abs().max():.1e}, of the adapter {(ours - bare).abs().max():.1e}"
-        )
-        assert (ours - v).abs().max() <= 1e-5 < 1e-2 < (ours - bare).abs().max()
+        error, effect = (ours - v).abs().max(), (ours - bare).abs().max()
+        print(f"difference {error:.1e}, effect of the adapter {effect:.1e}")
+        assert error <= 1e-5 < 1e-2 < effect
         loaded = {k: p for k, p in theirs.named_parameters() if ".lora_" in k}
-        assert len(loaded) == len(lora.parameters(net, "a")) and all(
-            p.any() for p in loaded.values()
-        )
+        assert len(loaded) == len(lora.parameters(net, "a"))
+        assert all(p.any() for p in loaded.values())
 
 
 def test_two_networks_are_adapted_together_and_saved_apart(tmp_path):
@@ -543,26 +503,19 @@ def test_two_networks_are_adapted_together_and_saved_apart(tmp_path):
         lora.load(net, "b", str(tmp_path / name))
     assert torch.equal(two(**call, adapter="b"), want)
     lora.remove(two.low, "b")
-    one_line(lambda: two(**call, adapter="b"), "'b'")  # not silently the bare network on some rows
-    two(
-        call["x"], torch.tensor([0.9, 1.0]), call["text"], adapter="b"
-    )  # where it is not needed, it need not be
+    # The bare network does not silently take over on some rows.
+    one_line(lambda: two(**call, adapter="b"), "'b'")
+    # A network that does not run does not need the adapter.
+    two(call["x"], torch.tensor([0.9, 1.0]), call["text"], adapter="b")
 
 
 def test_metadata_is_plain_text_that_others_ignore(tmp_path):
-    """Header values are strings; diffusers would take lora_adapter_metadata for peft's settings, so there is none."""
+    """Header values are strings. There is no lora_adapter_metadata, which diffusers would take for
+    peft's settings."""
     net, _ = networks()["dit"]
-    lora.save(
-        trained(net, "a", rank=2, alpha=0.3),
-        "a",
-        str(tmp_path / "a"),
-        {"times": json.dumps([1.0, 0.5])},
-    )
+    trained(net, "a", rank=2, alpha=0.3)
+    lora.save(net, "a", str(tmp_path / "a"), {"times": json.dumps([1.0, 0.5])})
     with open_tensors(str(tmp_path / "a")) as f:
         m = f.metadata()
-    assert (
-        m["alpha"] == "0.3"
-        and m["rank"] == "2"
-        and json.loads(m["times"]) == [1.0, 0.5]
-        and "lora_adapter_metadata" not in m
-    )
+    assert m["alpha"] == "0.3" and m["rank"] == "2" and json.loads(m["times"]) == [1.0, 0.5]
+    assert "lora_adapter_metadata" not in m

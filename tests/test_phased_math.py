@@ -1,4 +1,7 @@
-"""phased_dmd.py against the paper's formulas (2510.27684 v3): kernel, subinterval target and its weight, matching direction, phases."""
+"""phased_dmd.py against the paper's formulas (2510.27684 v3).
+
+The kernel, the subinterval target and its weight, the matching direction, the phases.
+"""
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import dmd
 import phased_dmd
 from models.diffusion import (
     VP,
+    Diffusion,
     Flow,
     add_noise,
     expand,
@@ -20,11 +24,21 @@ from models.diffusion import (
     transition,
     unshift,
 )
-from phased_dmd import naive_target, subinterval_target
+from phased_dmd import (
+    fake_score_loss,
+    inner_taper,
+    naive_target,
+    no_taper,
+    normalized_direction,
+    paper_direction,
+    phased_dmd_loss,
+    subinterval_target,
+    taper,
+)
 
 
 class Trigonometric:
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): a third schedule, for formulas that claim to hold for any."""
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): a third schedule; the formulas hold for any."""
 
     def alpha(self, t):
         return torch.cos(torch.pi / 2 * t)
@@ -40,15 +54,9 @@ SCHEDULES = {
     "trigonometric": Trigonometric(),
 }
 KINDS = ("flow_v", "x0", "eps", "vp_v", "score")
-LEVELS = [
-    (0.0, 0.3),
-    (0.2, 0.21),
-    (0.5, 0.53),
-    (0.5, 0.7),
-    (0.625, 0.95),
-    (0.8333, 0.84),
-    (0.8333, 0.9),
-]  # (s, t), some with b^2 < 0.1
+# (s, t), some with b^2 < 0.1
+LEVELS = [(0, 0.3), (0.2, 0.21), (0.5, 0.53), (0.5, 0.7), (0.625, 0.95), (0.8333, 0.84)]
+LEVELS += [(0.8333, 0.9)]
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 flow_and_vp = pytest.mark.parametrize("schedule", [Flow(), VP()], ids=["flow", "vp"])
@@ -58,30 +66,26 @@ def times(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def levels(schedule=None):
-    """The levels as s, t (7,); with a schedule also its alpha_s, sigma_s, alpha_t, sigma_t, a, b, each (7,)."""
+def levels(schedule):
+    """The levels as s, t, and alpha_s, sigma_s, alpha_t, sigma_t, a, b there.  (7,) each."""
     s, t = times(*LEVELS).T
-    return (
-        (s, t)
-        if schedule is None
-        else (
-            s,
-            t,
-            schedule.alpha(s),
-            schedule.sigma(s),
-            schedule.alpha(t),
-            schedule.sigma(t),
-            *transition(schedule, s, t),
-        )
-    )
+    at_s, at_t = (schedule.alpha(s), schedule.sigma(s)), (schedule.alpha(t), schedule.sigma(t))
+    return s, t, *at_s, *at_t, *transition(schedule, s, t)
 
 
-# ---- the kernel --------------------------------------------------------------------------------------------------
+def flow(kind="flow_v"):
+    return Diffusion(Flow(), kind)
+
+
+# ---- the kernel ----------------------------------------------------------------------------------
 
 
 @every_schedule
 def test_kernel_composes(schedule):
-    """Noising 0 -> s -> t is noising to t: alpha_s a = alpha_t and a^2 sigma_s^2 + b^2 = sigma_t^2 (Eq. 2, 3); likewise from any r < s."""
+    """Noising from 0 to s and on to t is noising to t; likewise from any r < s (Eq. 2, 3).
+
+    alpha_s a = alpha_t and a^2 sigma_s^2 + b^2 = sigma_t^2.
+    """
     s, t, alpha_s, sigma_s, alpha_t, sigma_t, a, b = levels(schedule)
     close(alpha_s * a, alpha_t, 1e-13)
     close(a**2 * sigma_s**2 + b**2, sigma_t**2, 1e-13)
@@ -93,29 +97,35 @@ def test_kernel_composes(schedule):
 
 @every_schedule
 def test_kernel_ends(schedule):
-    """From s = 0 the kernel is the schedule, (alpha_t, sigma_t), exactly; to t = s it is (1, 0); the taper is then 0, not 0 times infinity."""
+    """From s = 0 the kernel is the schedule, (alpha_t, sigma_t), exactly; to t = s it is (1, 0).
+
+    The taper is 0 there, not 0 times infinity.
+    """
     t = times(0.1, 0.5, 0.9, 1.0)
     a, b = transition(schedule, 0 * t, t)
     assert torch.equal(a, schedule.alpha(t)) and torch.equal(b, schedule.sigma(t))
     a, b = transition(schedule, t, t)
     assert (a == 1).all() and not b.any()
-    assert torch.equal(phased_dmd.taper(schedule, t, t), torch.zeros_like(t))
+    assert torch.equal(taper(Diffusion(schedule, "flow_v"), t, t), torch.zeros_like(t))
 
 
 def test_kernel_of_flow():
-    """alpha_{t|s} = (1 - t) / (1 - s), sigma_{t|s}^2 = t^2 - ((1 - t) s / (1 - s))^2, written out."""
+    """alpha_{t|s} = (1 - t) / (1 - s), sigma_{t|s}^2 = t^2 - ((1 - t) s / (1 - s))^2."""
     s, t, *_, a, b = levels(Flow())
     close(a, (1 - t) / (1 - s))
     close(b**2, t**2 - ((1 - t) * s / (1 - s)) ** 2)
 
 
-# ---- the target --------------------------------------------------------------------------------------------------
+# ---- the target ----------------------------------------------------------------------------------
 
 
 @every_schedule
 def test_target_is_equations_11_and_12(schedule):
-    """flow_v (alpha_s^2 sigma_t + alpha_t sigma_s^2) / (alpha_s^2 b) eps - x_s / alpha_s; x0 x_s / alpha_s - alpha_t sigma_s^2 / (alpha_s^2 b) eps;
-    eps sigma_t / b eps; score -eps / b, the kernel's own score."""
+    """flow_v: (alpha_s^2 sigma_t + alpha_t sigma_s^2) / (alpha_s^2 b) eps - x_s / alpha_s.
+
+    x0: x_s / alpha_s - alpha_t sigma_s^2 / (alpha_s^2 b) eps. eps: sigma_t / b eps. score: the
+    kernel's own, -eps / b.
+    """
     s, t, alpha_s, sigma_s, alpha_t, sigma_t, _, b = (v[:, None, None] for v in levels(schedule))
     x_s, eps = normal(7, 2, 3), normal(7, 2, 3, seed=1)
     want = {
@@ -126,58 +136,63 @@ def test_target_is_equations_11_and_12(schedule):
         "score": -eps / b,
     }
     for kind, target in want.items():
-        close(subinterval_target(kind, schedule, x_s, eps, s.flatten(), t.flatten()), target)
+        diffusion = Diffusion(schedule, kind)
+        close(subinterval_target(diffusion, x_s, eps, s.flatten(), t.flatten()), target)
 
 
 def test_target_of_flow():
-    """[t + (1 - t) s^2 / (1 - s)^2] / b eps - x_s / (1 - s); the coefficients reach 6 and 15 at s = 5/6, 16 and 45 at s = 15/16."""
-    s, t = levels()
+    """[t + (1 - t) s^2 / (1 - s)^2] / b eps - x_s / (1 - s).
+
+    The coefficients reach 6 and 15 at s = 5/6, 16 and 45 at s = 15/16.
+    """
+    s, t = times(*LEVELS).T
     x_s, eps = normal(7, 4), normal(7, 4, seed=1)
     b = (t**2 - ((1 - t) * s / (1 - s)) ** 2).sqrt()
     want = ((t + (1 - t) * s**2 / (1 - s) ** 2) / b)[:, None] * eps - x_s / (1 - s)[:, None]
-    close(subinterval_target("flow_v", Flow(), x_s, eps, s, t), want)
+    close(subinterval_target(flow(), x_s, eps, s, t), want)
     one, zero = torch.ones(2, 1, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
     s, t = times(5 / 6, 15 / 16), times(0.8436, 0.9409)  # where the taper sets in, b^2 = 0.1
-    close(subinterval_target("flow_v", Flow(), one, zero, s, t)[:, 0], [-6, -16])
-    close(subinterval_target("flow_v", Flow(), zero, one, s, t)[:, 0], [15, 45], 0.01)
+    close(subinterval_target(flow(), one, zero, s, t)[:, 0], [-6, -16])
+    close(subinterval_target(flow(), zero, one, s, t)[:, 0], [15, 45], 0.01)
 
 
 @every_schedule
 @pytest.mark.parametrize("kind", KINDS)
 def test_target_at_clean_level_is_ordinary_training(schedule, kind):
-    """At s = 0, x_s is x0: the target is from_x0_eps(x0, eps), eps - x0 for flow, bit for bit, and so is the naive one."""
-    t = times(0.1, 0.4, 0.7, 1.0)
+    """At s = 0, x_s is x0: the target is the usual one, bit for bit, and so is the naive one."""
+    t, diffusion = times(0.1, 0.4, 0.7, 1.0), Diffusion(schedule, kind)
     x0, eps = normal(4, 3), normal(4, 3, seed=1)
-    target = subinterval_target(kind, schedule, x0, eps, 0 * t, t)
+    target = subinterval_target(diffusion, x0, eps, 0 * t, t)
     assert torch.equal(target, from_x0_eps(kind, x0, eps, schedule.alpha(t), schedule.sigma(t)))
-    assert torch.equal(target, naive_target(kind, schedule, x0, eps, 0 * t, t))
+    assert torch.equal(target, naive_target(diffusion, x0, eps, 0 * t, t))
     assert kind != "flow_v" or torch.equal(target, eps - x0)
 
 
 @every_schedule
 def test_target_at_pure_noise_is_finite(schedule):
-    """At t = 1 (alpha = 0, b = 1 but for VP's rest) nothing divides by alpha_t: eps - x_s / alpha_s for flow_v, x_s / alpha_s for x0."""
+    """At t = 1 (alpha = 0, b = 1, but for VP's rest) nothing divides by alpha_t.
+
+    flow_v: eps - x_s / alpha_s. x0: x_s / alpha_s.
+    """
     s, one = times(0.0, 0.5, 0.9), torch.ones(3, dtype=torch.float64)
     x_s, eps = normal(3, 4), normal(3, 4, seed=1)
-    for kind in KINDS:
-        assert subinterval_target(kind, schedule, x_s, eps, s, one).isfinite().all()
+    y = {k: subinterval_target(Diffusion(schedule, k), x_s, eps, s, one) for k in KINDS}
+    assert all(target.isfinite().all() for target in y.values())
     if float(schedule.alpha(one[:1])) < 1e-12:
-        close(
-            subinterval_target("flow_v", schedule, x_s, eps, s, one),
-            eps - x_s / schedule.alpha(s)[:, None],
-        )
-        close(
-            subinterval_target("x0", schedule, x_s, eps, s, one), x_s / schedule.alpha(s)[:, None]
-        )
+        close(y["flow_v"], eps - x_s / schedule.alpha(s)[:, None])
+        close(y["x0"], x_s / schedule.alpha(s)[:, None])
 
 
 @every_schedule
 def test_targets_of_all_kinds_are_one_pair(schedule):
-    """y_x = (x_t - sigma_t y_eps) / alpha_t and y_v = y_eps - y_x: each kind's target is the same split of x_t into x0 and eps."""
+    """Each kind's target is the same split of x_t into x0 and eps.
+
+    y_x = (x_t - sigma_t y_eps) / alpha_t and y_v = y_eps - y_x.
+    """
     s, t, *_, alpha_t, sigma_t, a, b = levels(schedule)
     x_s, eps = normal(7, 4), normal(7, 4, seed=1)
     x_t = a[:, None] * x_s + b[:, None] * eps
-    y = {kind: subinterval_target(kind, schedule, x_s, eps, s, t) for kind in KINDS}
+    y = {k: subinterval_target(Diffusion(schedule, k), x_s, eps, s, t) for k in KINDS}
     close(y["x0"], (x_t - sigma_t[:, None] * y["eps"]) / alpha_t[:, None], 1e-9)
     close(y["flow_v"], y["eps"] - y["x0"])
     for kind in KINDS:
@@ -187,18 +202,21 @@ def test_targets_of_all_kinds_are_one_pair(schedule):
 
 
 def test_target_in_single_precision():
-    """float32 is enough where the taper lets a sample count: within 1e-4 of float64 for b^2 > 0.005 at s = 15/16."""
+    """float32 is enough where the taper lets a sample count.
+
+    At s = 15/16 it is within 1e-4 of float64 for b^2 > 0.005.
+    """
     t = torch.linspace(0.938, 1.0, 400, dtype=torch.float64)
     s, x_s, eps = torch.full_like(t, 15 / 16), normal(400, 5), normal(400, 5, seed=1)
     b = (t**2 - ((1 - t) * 15) ** 2).sqrt()  # s / (1 - s) = 15
     assert float(b.min()) ** 2 > 0.005
     exact = ((t + (1 - t) * 15**2) / b)[:, None] * eps - 16 * x_s
-    got = subinterval_target("flow_v", Flow(), x_s.float(), eps.float(), s.float(), t.float())
+    got = subinterval_target(flow(), *(v.float() for v in (x_s, eps, s, t)))
     assert got.dtype == torch.float32
     assert ((got - exact).square().mean(1) / exact.square().mean(1)).sqrt().max() < 1e-4
 
 
-# ---- what a fake score learns ------------------------------------------------------------------------------------
+# ---- what a fake score learns --------------------------------------------------------------------
 
 
 class Mixture:
@@ -215,9 +233,8 @@ class Mixture:
 
     def log_density(self, x):
         z = (x[..., None] - self.mean) / self.std
-        return torch.logsumexp(self.weight.log() - self.std.log() - 0.5 * z**2, -1) - 0.5 * np.log(
-            2 * np.pi
-        )
+        unnormalised = torch.logsumexp(self.weight.log() - self.std.log() - 0.5 * z**2, -1)
+        return unnormalised - 0.5 * np.log(2 * np.pi)
 
     def score(self, x):
         z = (x[..., None] - self.mean) / self.std
@@ -230,24 +247,26 @@ class Mixture:
         return self.mean[k] + self.std[k] * torch.randn(n, generator=g, dtype=torch.float64)
 
 
-# a student's x_s: components narrower than sigma_s, so no x0 exists with x_s = alpha_s x0 + sigma_s eps
+# A student's x_s. Its components are narrower than sigma_s, so there is no x0 with
+# x_s = alpha_s x0 + sigma_s eps.
 STUDENT = Mixture([0.2, 0.5, 0.3], [-0.6, 0.1, 0.9], [0.1, 0.2, 0.05])
 
 
 def wanted_output(kind, score, x_t, alpha, sigma):
-    """What a network of this kind says at x_t if grad log p_t there is score: the teacher's own convention (Eq. 5, assumption A2)."""
+    """What a network of this kind says at x_t if grad log p_t there is score.
+
+    It is the teacher's own convention (Eq. 5, assumption A2).
+    """
     return from_x0_eps(kind, *to_x0_eps(score, "score", x_t, alpha, sigma), alpha, sigma)
 
 
 def naive_output(kind, score, x_t, alpha, sigma, a, b):
-    """What the naive target teaches instead: E[x_s | x_t] = (x_t + b^2 score) / a taken for x0, E[eps | x_t] = -b score."""
-    return from_x0_eps(
-        kind,
-        (x_t + expand(b, x_t) ** 2 * score) / expand(a, x_t),
-        -expand(b, x_t) * score,
-        alpha,
-        sigma,
-    )
+    """What the naive target teaches instead.
+
+    E[x_s | x_t] = (x_t + b^2 score) / a is taken for x0, and E[eps | x_t] = -b score for eps.
+    """
+    mean = (x_t + expand(b, x_t) ** 2 * score) / expand(a, x_t)
+    return from_x0_eps(kind, mean, -expand(b, x_t) * score, alpha, sigma)
 
 
 def z_scores(residual, x):
@@ -257,48 +276,38 @@ def z_scores(residual, x):
 
 
 def regression_sample(schedule, s, t, n=400_000):
-    """-> x_s, eps, x_t (n,), the score at x_t, and the rows s, t, alpha_t, sigma_t, a, b (n,)."""
-    s_row, t_row = (
-        torch.full((n,), s, dtype=torch.float64),
-        torch.full((n,), t, dtype=torch.float64),
-    )
+    """-> x_s, eps, x_t, the score at x_t, and the rows s, t, alpha_t, sigma_t, a, b.  (n,) each."""
     one = times(s), times(t)
-    (a, b), alpha, sigma = (
-        transition(schedule, *one),
-        schedule.alpha(one[1]),
-        schedule.sigma(one[1]),
-    )
+    a, b = transition(schedule, *one)
+    alpha, sigma = schedule.alpha(one[1]), schedule.sigma(one[1])
     x_s, eps = STUDENT.sample(n, 5), normal(n, seed=6)
     x_t = a * x_s + b * eps
-    return (
-        x_s,
-        eps,
-        x_t,
-        STUDENT.noised(a, b).score(x_t),
-        s_row,
-        t_row,
-        *(v.expand(n) for v in (alpha, sigma, a, b)),
-    )
+    rows = (v.expand(n) for v in (*one, alpha, sigma, a, b))
+    return x_s, eps, x_t, STUDENT.noised(a, b).score(x_t), *rows
 
 
-@pytest.mark.parametrize(
+three_schedules = pytest.mark.parametrize(
     "schedule", [Flow(), VP(), Trigonometric()], ids=["flow", "vp", "trigonometric"]
 )
+
+
+@three_schedules
 @pytest.mark.parametrize("s, t", [(0.5, 0.7), (0.8333, 0.86)])
 def test_target_is_unbiased_and_the_naive_one_is_not(schedule, s, t):
-    """E[(y - v_true(x_t)) f(x_t)] = 0 for f = 1, x, sin x, x^2 (Eq. 11 and App. A), v_true from the score of p(x_t) = int p(x_t | x_s) p(x_s); z < 3.5
-    at 400,000 samples. eps - x_s fails that, and passes against -x_t / a - (b + b^2 / a) grad log p(x_t), which is what it teaches. All kinds."""
+    """E[(y - v_true(x_t)) f(x_t)] = 0 for f = 1, x, sin x, x^2 (Eq. 11 and App. A), for all kinds.
+
+    v_true is from the score of p(x_t) = int p(x_t | x_s) p(x_s); z < 3.5 at 400,000 samples.
+    eps - x_s fails that, and passes against -x_t / a - (b + b^2 / a) grad log p(x_t), which is what
+    it teaches.
+    """
     x_s, eps, x_t, score, s, t, alpha, sigma, a, b = regression_sample(schedule, s, t)
     for kind in KINDS:
-        true, wrong = (
-            wanted_output(kind, score, x_t, alpha, sigma),
-            naive_output(kind, score, x_t, alpha, sigma, a, b),
-        )
-        naive = naive_target(kind, schedule, x_s, eps, s, t)
-        assert (
-            z_scores(subinterval_target(kind, schedule, x_s, eps, s, t) - true, x_t).abs().max()
-            < 3.5
-        ), kind
+        diffusion = Diffusion(schedule, kind)
+        true = wanted_output(kind, score, x_t, alpha, sigma)
+        wrong = naive_output(kind, score, x_t, alpha, sigma, a, b)
+        y = subinterval_target(diffusion, x_s, eps, s, t)
+        naive = naive_target(diffusion, x_s, eps, s, t)
+        assert z_scores(y - true, x_t).abs().max() < 3.5, kind
         assert z_scores(naive - true, x_t).abs().max() > 50, kind
         assert z_scores(naive - wrong, x_t).abs().max() < 3.5, kind
         if kind == "flow_v":
@@ -306,85 +315,88 @@ def test_target_is_unbiased_and_the_naive_one_is_not(schedule, s, t):
             close(true, -x_t / alpha - (sigma + sigma**2 / alpha) * score, 1e-9)
 
 
-def conditional_mean(target, kind, law, schedule, s, t, x_t):
-    """E[target | x_t] by the trapezoid rule over x_s, for x_s of this law: the optimum of the regression.  s, t (1,), x_t (1, n) -> (1, n)."""
-    a, b = transition(schedule, s, t)
-    x_s = torch.linspace(-6, 6, 6001, dtype=torch.float64)
-    x_s, x = x_s[:, None], x_t  # (grid, 1), (1, n)
-    eps = (x - a * x_s) / b
+def conditional_mean(target, diffusion, law, s, t, x_t):
+    """E[target | x_t] by the trapezoid rule over x_s of this law: the optimum of the regression.
+
+    s, t (1,), x_t (1, n) -> (1, n).
+    """
+    a, b = transition(diffusion.schedule, s, t)
+    x_s = torch.linspace(-6, 6, 6001, dtype=torch.float64)[:, None]  # (grid, 1)
+    eps = (x_t - a * x_s) / b
     weight = torch.softmax(law.log_density(x_s) - 0.5 * eps**2, 0)  # p(x_s | x_t)
-    y = target(kind, schedule, x_s.expand_as(eps)[None], eps[None], s, t)[0]
+    y = target(diffusion, x_s.expand_as(eps)[None], eps[None], s, t)[0]
     return (weight * y).sum(0, keepdim=True)
 
 
-@pytest.mark.parametrize(
-    "schedule", [Flow(), VP(), Trigonometric()], ids=["flow", "vp", "trigonometric"]
-)
+@three_schedules
 @pytest.mark.parametrize("s, t", [(0.5, 0.7), (0.8333, 0.86)])
 def test_matching_direction_where_student_and_teacher_agree(schedule, s, t):
-    """p_fake = p_real: with the optimum of the unbiased regression g = 0 everywhere; with the naive one v_fake - v_real = x_t (1/alpha_t - 1/a)
-    + [(sigma_t + sigma_t^2/alpha_t) - (b + b^2/a)] grad log p, so g pushes a perfect student away."""
+    """p_fake = p_real: with the optimum of the unbiased regression g = 0 everywhere.
+
+    With the naive one v_fake - v_real = x_t (1/alpha_t - 1/a) + [(sigma_t + sigma_t^2/alpha_t) -
+    (b + b^2/a)] grad log p, so that g pushes a perfect student away.
+    """
     s, t, x_t = times(s), times(t), torch.linspace(-1.5, 1.5, 61, dtype=torch.float64)[None]
     (a, b), alpha, sigma = transition(schedule, s, t), schedule.alpha(t), schedule.sigma(t)
-    law = Mixture([0.25, 0.45, 0.3], [-1.5, 0.0, 1.0], [0.2, 0.1, 0.3]).noised(
-        schedule.alpha(s), schedule.sigma(s)
-    )  # data, noised to s
+    data = Mixture([0.25, 0.45, 0.3], [-1.5, 0.0, 1.0], [0.2, 0.1, 0.3])
+    law = data.noised(schedule.alpha(s), schedule.sigma(s))  # data, noised to s
     score = law.noised(a, b).score(x_t)
     real, student = to_x0_eps(score, "score", x_t, alpha, sigma)[0], normal(1, 61)
     lam = alpha / (alpha * sigma + sigma**2)
     shifted = x_t * (1 / alpha - 1 / a) + ((sigma + sigma**2 / alpha) - (b + b**2 / a)) * score
     for kind in KINDS:
+        diffusion = Diffusion(schedule, kind)
         unbiased, naive = (
-            to_x0_eps(
-                conditional_mean(target, kind, law, schedule, s, t, x_t), kind, x_t, alpha, sigma
-            )[0]
+            to_x0_eps(conditional_mean(target, diffusion, law, s, t, x_t), kind, x_t, alpha, sigma)[
+                0
+            ]
             for target in (subinterval_target, naive_target)
         )
-        for weight in ("paper", "normalized"):
-            g = phased_dmd.distribution_matching_gradient(
-                student, real, unbiased, schedule, s, t, weight
-            )
+        for direction in (paper_direction, normalized_direction):
+            g = direction(student, real, unbiased, diffusion, s, t)
             assert g.abs().max() < 1e-7, kind
         if kind == "flow_v":
-            g = phased_dmd.distribution_matching_gradient(
-                student, real, naive, schedule, s, t, "paper"
-            )
+            g = paper_direction(student, real, naive, diffusion, s, t)
             close(g, -lam * a * shifted, 1e-7)
             assert g.abs().max() > 0.05
 
 
 @every_schedule
 def test_variance_of_the_target(schedule):
-    """Data N(0, c^2): Var(y_v | x_t) = sigma_t^2 (alpha_t + sigma_t)^2 / (b^2 V_t) (c^2 + sigma_s^2 / alpha_s^2), V_t = alpha_t^2 c^2 + sigma_t^2; with
-    flow t^2 / (b^2 V_t) (c^2 + s^2 / (1 - s)^2): 26 at s = 5/6 and 226 at s = 15/16 at t = 1, where ordinary training has 1."""
-    c = 0.6
+    """Data N(0, c^2): Var(y_v | x_t) in closed form, with V_t = alpha_t^2 c^2 + sigma_t^2.
+
+    It is sigma_t^2 (alpha_t + sigma_t)^2 / (b^2 V_t) (c^2 + sigma_s^2 / alpha_s^2), for flow
+    t^2 / (b^2 V_t) (c^2 + s^2 / (1 - s)^2): 26 at s = 5/6 and 226 at s = 15/16 at t = 1, where
+    ordinary training has 1.
+    """
+    c, diffusion = 0.6, Diffusion(schedule, "flow_v")
     s, t, alpha_s, sigma_s, alpha_t, sigma_t, a, b = levels(schedule)
     z, eps = grid(30, 2)
     x_s = (alpha_s**2 * c**2 + sigma_s**2).sqrt()[:, None] * z
     x_t = a[:, None] * x_s + b[:, None] * eps
-    y = subinterval_target("flow_v", schedule, x_s, eps.expand(7, -1), s, t)
+    y = subinterval_target(diffusion, x_s, eps.expand(7, -1), s, t)
     v = alpha_t**2 * c**2 + sigma_t**2
     got = (y - linear_fit(x_t, y)(x_t)).square().mean(1)
-    close(
-        got,
-        sigma_t**2 * (alpha_t + sigma_t) ** 2 / (b**2 * v) * (c**2 + sigma_s**2 / alpha_s**2),
-        1e-8,
-    )
+    want = sigma_t**2 * (alpha_t + sigma_t) ** 2 / (b**2 * v) * (c**2 + sigma_s**2 / alpha_s**2)
+    close(got, want, 1e-8)
     if isinstance(schedule, Flow):
         close(got, t**2 / (b**2 * v) * (c**2 + s**2 / (1 - s) ** 2), 1e-8)
         s, one = times(0, 5 / 6, 15 / 16), torch.ones(3, dtype=torch.float64)
         x_s = (((1 - s) ** 2 + s**2).sqrt()[:, None]) * z  # c = 1
-        y = subinterval_target("flow_v", schedule, x_s, eps.expand(3, -1), s, one)
+        y = subinterval_target(diffusion, x_s, eps.expand(3, -1), s, one)
         close((y - linear_fit(eps, y)(eps)).square().mean(1), [1, 26, 226])
 
 
-# ---- the loss ----------------------------------------------------------------------------------------------------
+# ---- the loss ----------------------------------------------------------------------------------
 
 
 @every_schedule
 def test_loss_is_equation_13(schedule):
-    """clamp(1/b^2, 0, 10) ||b F - ((alpha_s^2 sigma_t + alpha_t sigma_s^2) / alpha_s^2 eps - b / alpha_s x_s)||^2 = min(1, 10 b^2) ||F - y_v||^2, at
-    x_t = a x_s + b eps; the mean over the batch, each sample with its own s and t. Untapered it is Eq. 11."""
+    """clamp(1/b^2, 0, 10) ||b F - (e eps - b / alpha_s x_s)||^2, at x_t = a x_s + b eps.
+
+    e = (alpha_s^2 sigma_t + alpha_t sigma_s^2) / alpha_s^2. That is min(1, 10 b^2) ||F - y_v||^2,
+    and its mean over the batch is taken, each sample with its own s and t. Untapered it is Eq. 11.
+    """
     s, t, alpha_s, sigma_s, alpha_t, sigma_t, a, b = levels(schedule)
     x_s, eps, output, seen = normal(7, 2, 3), normal(7, 2, 3, seed=1), normal(7, 2, 3, seed=2), {}
 
@@ -392,112 +404,135 @@ def test_loss_is_equation_13(schedule):
         seen.update(x_t=x_t, t=t, label=label)
         return DoubleOutput.apply_to(output)
 
-    arguments = net, schedule, "flow_v", x_s, eps, s, t, {"label": 5}
-    loss = phased_dmd.fake_score_loss(*arguments)
+    diffusion = Diffusion(schedule, "flow_v")
+    arguments = net, diffusion, x_s, eps, s, t, {"label": 5}
+    loss = fake_score_loss(*arguments)
     assert torch.equal(seen["t"], t) and seen["label"] == 5
     close(seen["x_t"], a[:, None, None] * x_s + b[:, None, None] * eps, 1e-13)
-    e, f = (
-        ((alpha_s**2 * sigma_t + alpha_t * sigma_s**2) / alpha_s**2)[:, None, None],
-        b[:, None, None],
-    )
+    e = ((alpha_s**2 * sigma_t + alpha_t * sigma_s**2) / alpha_s**2)[:, None, None]
+    f = b[:, None, None]
     residual = f * output - (e * eps - f / alpha_s[:, None, None] * x_s)
     close(loss, ((1 / b**2).clamp(0, 10)[:, None, None] * residual.square()).mean())
-    y = subinterval_target("flow_v", schedule, x_s, eps, s, t)
-    taper = phased_dmd.taper(schedule, s, t)
-    close(taper, (10 * b**2).clamp_max(1), 1e-13)
-    assert 0 < int((taper < 0.999).sum()) < 7
-    close(loss, (taper[:, None, None] * (output - y).square()).mean())
-    close(phased_dmd.fake_score_loss(*arguments, tapered=False), (output - y).square().mean())
-    close(
-        phased_dmd.fake_score_loss(*arguments, target=naive_target),
-        (taper[:, None, None] * (output - (eps - x_s)).square()).mean(),
-    )
+    y = subinterval_target(diffusion, x_s, eps, s, t)
+    tapered = taper(diffusion, s, t)
+    close(tapered, (10 * b**2).clamp_max(1), 1e-13)
+    assert 0 < int((tapered < 0.999).sum()) < 7
+    close(loss, (tapered[:, None, None] * (output - y).square()).mean())
+    close(fake_score_loss(*arguments, weight=no_taper), (output - y).square().mean())
+    naive = (tapered[:, None, None] * (output - (eps - x_s)).square()).mean()
+    close(fake_score_loss(*arguments, target=naive_target), naive)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_at_clean_level_is_dmd_s(kind):
-    """s = 0 without the taper is dmd.py's fake score loss (Eq. 8), whatever the kind and schedule; with it, weighted by min(1, 10 sigma_t^2)."""
+    """s = 0 without the taper is dmd.py's fake score loss (Eq. 8), whatever kind and schedule.
+
+    With the taper it is weighted by min(1, 10 sigma_t^2); the default leaves it out there.
+    """
     t = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
     x, eps, output = normal(6, 4), normal(6, 4, seed=1), normal(6, 4, seed=2)
-    net = lambda x_t, t: DoubleOutput.apply_to(output + x_t)  # noqa: E731
+
+    def net(x_t, t):
+        return DoubleOutput.apply_to(output + x_t)
+
     for schedule in SCHEDULES.values():
-        close(
-            phased_dmd.fake_score_loss(net, schedule, kind, x, eps, 0 * t, t, {}, tapered=False),
-            dmd.fake_score_loss(net, schedule, kind, x, eps, t, {}),
-        )
-    error = (
-        (output + add_noise(Flow(), x, eps, t) - from_x0_eps(kind, x, eps, 1 - t, t))
-        .square()
-        .mean(1)
-    )
-    close(
-        phased_dmd.fake_score_loss(net, Flow(), kind, x, eps, 0 * t, t, {}),
-        ((10 * t**2).clamp_max(1) * error).mean(),
-    )
+        diffusion = Diffusion(schedule, kind)
+        want = dmd.fake_score_loss(net, diffusion, x, eps, t, {})
+        for weight in (no_taper, inner_taper):
+            got = fake_score_loss(net, diffusion, x, eps, 0 * t, t, {}, weight=weight)
+            close(got, want)
+    y = from_x0_eps(kind, x, eps, 1 - t, t)
+    error = (output + add_noise(Flow(), x, eps, t) - y).square().mean(1)
+    got = fake_score_loss(net, flow(kind), x, eps, 0 * t, t, {})
+    close(got, ((10 * t**2).clamp_max(1) * error).mean())
 
 
 def test_taper_of_flow_acts_near_s_only():
-    """b^2 < 0.1, where the taper acts, is t < .55 from s = .5, t < .8436 from 5/6, t < .9409 from 15/16: the first 5 to 10 % of (s, 1)."""
+    """b^2 < 0.1, where the taper acts, is the first 5 to 10 % of (s, 1).
+
+    That is t < .55 from s = .5, t < .8436 from 5/6, t < .9409 from 15/16.
+    """
     s = times(0.5, 5 / 6, 15 / 16)
     ends = times(0.55, 0.8436, 0.9409)
-    close(phased_dmd.taper(Flow(), s, ends + 1e-4), torch.ones(3))
-    assert (phased_dmd.taper(Flow(), s, ends - 1e-4) < 0.9999).all()
+    close(taper(flow(), s, ends + 1e-4), torch.ones(3))
+    assert (taper(flow(), s, ends - 1e-4) < 0.9999).all()
     share = (ends - s) / (1 - s)
     assert 0.05 < float(share.min()) and float(share.max()) < 0.1 + 1e-9
     t = times(0.51, 0.52, 0.53, 0.54)
-    close(
-        phased_dmd.taper(Flow(), 0 * t + 0.5, t), 10 * (t**2 - (1 - t) ** 2)
-    )  # sigma_{t|.5}^2 = 2 t - 1
-    close(phased_dmd.taper(Flow(), 0 * t + 0.5, t, high=1.0), 2 * t - 1)
+    close(taper(flow(), 0 * t + 0.5, t), 10 * (t**2 - (1 - t) ** 2))  # sigma_{t|.5}^2 = 2 t - 1
+    close(taper(flow(), 0 * t + 0.5, t, high=1.0), 2 * t - 1)
 
 
-# ---- Gaussians, where everything is known --------------------------------------------------------------------------
+@every_schedule
+def test_inner_taper_is_off_at_clean_level_only(schedule):
+    """Row by row: Eq. 13's weight where s > 0, bit for bit, and 1 where s = 0, also at t = 0."""
+    s, t = times((0.0, 0.05), (0.2, 0.21), (0.5, 0.53), (0.0, 0.0), (0.8333, 0.9)).T
+    diffusion = Diffusion(schedule, "flow_v")
+    got, full = inner_taper(diffusion, s, t), taper(diffusion, s, t)
+    assert torch.equal(got[s > 0], full[s > 0]) and (got[s == 0] == 1).all()
+    assert full[0] < 1 and torch.equal(no_taper(diffusion, s, t), torch.ones_like(t))
+    assert (
+        got.dtype == t.dtype and inner_taper(diffusion, s.float(), t.float()).dtype == torch.float
+    )
+
+
+# ---- Gaussians, where everything is known --------------------------------------------------------
 
 
 def grid(n, dimensions):
-    """n^dimensions equally weighted nodes, each coordinate and product with the normal's first two moments.  -> dimensions rows (1, N)."""
+    """n^dimensions equally weighted nodes with the normal's first two moments, also of products.
+
+    -> `dimensions` rows (1, N).
+    """
     return [v.reshape(1, -1) for v in torch.meshgrid(*[unit_nodes(n)] * dimensions, indexing="ij")]
 
 
 def linear_fit(x, y):
-    """Per row the least-squares line of y over x.  x, y (B, N) -> function of (B, N)."""
+    """Per row the least-squares line of y over x.  x, y (B, N) -> a function of (B, N)."""
     w = ((x - x.mean(1, True)) * y).mean(1, True) / (x - x.mean(1, True)).square().mean(1, True)
     return lambda x_new: y.mean(1, True) + w * (x_new - x.mean(1, True))
 
 
-def fitted_by_loss(schedule, kind, x_s, eps, s, t, **flags):
-    """The minimiser of fake_score_loss over networks w x_t + b with one (w, b) a row.  x_s, eps (B, N), s, t (B,) -> w, b (B, 1)."""
+def fitted_by_loss(diffusion, x_s, eps, s, t, **variant):
+    """The minimiser of fake_score_loss over networks w x_t + b with one (w, b) a row.
+
+    x_s, eps (B, N), s, t (B,) -> w, b (B, 1).
+    """
 
     def loss(wb):
-        net = lambda x_t, t: DoubleOutput.apply_to(wb[0] * x_t + wb[1])  # noqa: E731
-        return phased_dmd.fake_score_loss(net, schedule, kind, x_s, eps, s, t, {}, **flags)
+        def net(x_t, t):
+            return DoubleOutput.apply_to(wb[0] * x_t + wb[1])
+
+        return fake_score_loss(net, diffusion, x_s, eps, s, t, {}, **variant)
 
     zero = torch.zeros(2, len(s), 1, dtype=torch.float64)
     slope = torch.autograd.functional.jacobian(loss, zero).flatten()
     curvature = torch.autograd.functional.hessian(loss, zero).reshape(len(slope), -1)
-    return (-torch.linalg.solve(curvature, slope)).reshape(
-        zero.shape
-    )  # the loss is quadratic in (w, b): one Newton step
+    # the loss is quadratic in (w, b): one Newton step
+    return (-torch.linalg.solve(curvature, slope)).reshape(zero.shape)
 
 
 @every_schedule
 @pytest.mark.parametrize("kind", KINDS)
 def test_fake_score_optimum_is_the_posterior_mean(schedule, kind):
-    """Data N(m, c^2), x_s made from it: the best w x_t + b under Eq. 13, read as x0, is E[x0 | x_t], with and without the taper, though no x0 was
-    seen. With the naive target it is E[x_s | x_t] passed off as x0, far off."""
-    m, c = 0.7, 0.6
+    """Data N(m, c^2), x_s made from it: the best w x_t + b under Eq. 13 is E[x0 | x_t].
+
+    Read as x0, with and without the taper, though no x0 was seen. With the naive target it is
+    E[x_s | x_t] passed off as x0, far off.
+    """
+    m, c, diffusion = 0.7, 0.6, Diffusion(schedule, kind)
     s, t, alpha_s, sigma_s, alpha_t, sigma_t, a, b = levels(schedule)
     z, noise, eps = grid(10, 3)
     x_s, eps = alpha_s[:, None] * (m + c * z) + sigma_s[:, None] * noise, eps.expand(7, -1)
     x_t = a[:, None] * x_s + b[:, None] * eps
     want = posterior_mean(x_t, m, c, alpha_t[:, None], sigma_t[:, None])
 
-    def x0(**flags):
-        weight, bias = fitted_by_loss(schedule, kind, x_s, eps, s, t, **flags)
+    def x0(**variant):
+        weight, bias = fitted_by_loss(diffusion, x_s, eps, s, t, **variant)
         return to_x0_eps(weight * x_t + bias, kind, x_t, alpha_t, sigma_t)[0]
 
     close(x0(), want, 1e-7)
-    close(x0(tapered=False), want, 1e-7)
+    close(x0(weight=no_taper), want, 1e-7)
     off = (x0(target=naive_target) - want).square().mean(1).sqrt()
     close(off[0], 0, 1e-9)  # s = 0
     assert off[1:].min() > 0.02
@@ -505,11 +540,8 @@ def test_fake_score_optimum_is_the_posterior_mean(schedule, kind):
 
 def kl(mean, variance, mean_real, variance_real):
     """KL(N(mean, variance) || N(mean_real, variance_real))."""
-    return 0.5 * (
-        torch.log(variance_real / variance)
-        + (variance + (mean - mean_real) ** 2) / variance_real
-        - 1
-    )
+    distance = (variance + (mean - mean_real) ** 2) / variance_real
+    return 0.5 * (torch.log(variance_real / variance) + distance - 1)
 
 
 def noised_kl(m, kappa, m0, c0, schedule, s, t):
@@ -518,47 +550,47 @@ def noised_kl(m, kappa, m0, c0, schedule, s, t):
     return kl(a * m, a**2 * kappa**2 + b**2, alpha * m0, alpha**2 * c0**2 + sigma**2)
 
 
-def gaussian_student(schedule, s, t, m, kappa, m0, c0, target=subinterval_target, kind="flow_v"):
-    """A student x_s = m + kappa z with m, kappa leaves, the exact teacher of data N(m0, c0^2) and the fake that target teaches, one row a noise
-    level.  -> m, kappa, x_s (B, N) with its graph, x0_real, x0_fake (B, N)."""
+def loss_of(x_s, x0, real, fake, schedule, s, t, direction):
+    """phased_dmd_loss where teacher and fake say these x0.  x_s, x0, real, fake (B, ...)."""
+    networks = (lambda x_t, t: real), (lambda x_t, t: fake)
+    at_t = Diffusion(schedule, "x0"), torch.zeros_like(x_s), s, t
+    return phased_dmd_loss(x_s, x0, *networks, *at_t, {}, {}, {}, 1.0, direction)
+
+
+def gaussian_student(schedule, s, t, m, kappa, m0, c0, target=subinterval_target):
+    """A student x_s = m + kappa z with m, kappa leaves, one row a noise level.
+
+    With the exact teacher of data N(m0, c0^2) and the fake that target teaches.
+    -> m, kappa, x_s (B, N) with its graph, x0_real, x0_fake (B, N).
+    """
     m, kappa = (times(v)[0].clone().requires_grad_(True) for v in (m, kappa))
     z, eps = grid(24, 2)
     x_s = (m + kappa * z).expand(len(s), -1)
     with torch.no_grad():
         (a, b), alpha, sigma = transition(schedule, s, t), schedule.alpha(t), schedule.sigma(t)
         x_t = a[:, None] * x_s + b[:, None] * eps
-        fake = linear_fit(x_t, target(kind, schedule, x_s, eps.expand_as(x_s), s, t))
-        return (
-            m,
-            kappa,
-            x_s,
-            posterior_mean(x_t, m0, c0, alpha[:, None], sigma[:, None]),
-            to_x0_eps(fake(x_t), kind, x_t, alpha, sigma)[0],
-        )
+        y = target(Diffusion(schedule, "flow_v"), x_s, eps.expand_as(x_s), s, t)
+        x0_fake = to_x0_eps(linear_fit(x_t, y)(x_t), "flow_v", x_t, alpha, sigma)[0]
+        x0_real = posterior_mean(x_t, m0, c0, alpha[:, None], sigma[:, None])
+        return m, kappa, x_s, x0_real, x0_fake
 
 
 def gradients(schedule, s, t, direction, target=subinterval_target):
-    """By the surrogate loss, as training does it: d/dm, d/dkappa of the student above; and the same of the KL at t by central differences."""
+    """By the script's loss d/dm and d/dkappa of the student above, and the same of the KL at t.
+
+    The latter by central differences.
+    """
     m, kappa, m0, c0, h = 0.7, 0.6, -0.2, 1.1, 1e-5
-    leaf_m, leaf_kappa, x_s, x0_real, x0_fake = gaussian_student(
-        schedule, s, t, m, kappa, m0, c0, target
-    )
-    loss = phased_dmd.distribution_matching_loss(
-        x_s, direction(x_s.detach(), x0_real, x0_fake, schedule, s, t)
-    )
-    by_loss = torch.stack(torch.autograd.grad(loss, (leaf_m, leaf_kappa)))
-    at = lambda m, kappa: noised_kl(times(m), times(kappa), m0, c0, schedule, s, t)  # noqa: E731
-    by_difference = torch.cat(
-        [
-            (at(m + h, kappa) - at(m - h, kappa)) / (2 * h),
-            (at(m, kappa + h) - at(m, kappa - h)) / (2 * h),
-        ]
-    )
-    return by_loss, by_difference
+    *leaves, x_s, real, fake = gaussian_student(schedule, s, t, m, kappa, m0, c0, target)
+    loss, _ = loss_of(x_s, x_s, real, fake, schedule, s, t, direction)
+    by_loss = torch.stack(torch.autograd.grad(loss, leaves))
 
+    def at(m, kappa):
+        return noised_kl(times(m), times(kappa), m0, c0, schedule, s, t)
 
-def paper_direction(*args):
-    return phased_dmd.distribution_matching_gradient(*args, weight="paper")
+    by_m = (at(m + h, kappa) - at(m - h, kappa)) / (2 * h)
+    by_kappa = (at(m, kappa + h) - at(m, kappa - h)) / (2 * h)
+    return by_loss, torch.cat([by_m, by_kappa])
 
 
 KL_LEVELS = [(0.0, 0.4), (0.5, 0.7), (0.625, 0.95), (0.8333, 0.86)]
@@ -567,8 +599,12 @@ KL_LEVELS = [(0.0, 0.4), (0.5, 0.7), (0.625, 0.95), (0.8333, 0.86)]
 @every_schedule
 @pytest.mark.parametrize("s, t", KL_LEVELS)
 def test_direction_is_the_gradient_of_the_kl_at_t(schedule, s, t):
-    """Eq. 10 for a student x_s = m + kappa z: E[g dx_s/dm], E[g dx_s/dkappa] with w = alpha_t alpha_{t|s} / (alpha_t sigma_t + sigma_t^2) and a fake
-    fitted to Eq. 11 are d/dm, d/dkappa of KL(N(a m, a^2 kappa^2 + b^2) || N(alpha_t m0, alpha_t^2 c0^2 + sigma_t^2)): sign and one alpha_{t|s}."""
+    """Eq. 10 for a student x_s = m + kappa z: the sign is right, and alpha_{t|s} is there once.
+
+    E[g dx_s/dm], E[g dx_s/dkappa] with w = alpha_t alpha_{t|s} / (alpha_t sigma_t + sigma_t^2) and
+    a fake fitted to Eq. 11 are d/dm, d/dkappa of
+    KL(N(a m, a^2 kappa^2 + b^2) || N(alpha_t m0, alpha_t^2 c0^2 + sigma_t^2)).
+    """
     by_loss, by_difference = gradients(schedule, times(s), times(t), paper_direction)
     close(by_loss, by_difference, 1e-7)
 
@@ -596,7 +632,7 @@ def test_kl_gradient_tells_wrong_factors(schedule, factor):
 
 @flow_and_vp
 def test_kl_gradient_tells_the_naive_fake(schedule):
-    """With the fake that eps - x_s teaches the same direction is not the KL's gradient, but for s = 0."""
+    """With the fake that eps - x_s teaches it is not the KL's gradient, but for s = 0."""
     for s, t in KL_LEVELS:
         by_loss, by_difference = gradients(
             schedule, times(s), times(t), paper_direction, naive_target
@@ -604,13 +640,16 @@ def test_kl_gradient_tells_the_naive_fake(schedule):
         assert ((by_loss - by_difference).abs().max() > 0.05 * by_difference.abs().max()) == (s > 0)
 
 
-# ---- the matching direction --------------------------------------------------------------------------------------
+# ---- the matching direction ----------------------------------------------------------------------
 
 
 @every_schedule
 def test_lambda_converts_velocity_and_score(schedule):
-    """lambda_t = 1 / (sigma_t + sigma_t^2 / alpha_t): score = -lambda (v + x_t / alpha_t) (Eq. 5), score_fake - score_real = lambda (v_real - v_fake),
-    x0_fake - x0_real = sigma_t^2 / alpha_t (score_fake - score_real); for flow lambda = (1 - t) / t and x0 = x_t - t v, eps = x_t + (1 - t) v."""
+    """lambda_t = 1 / (sigma_t + sigma_t^2 / alpha_t): score = -lambda (v + x_t / alpha_t) (Eq. 5).
+
+    score_fake - score_real = lambda (v_real - v_fake), and x0_fake - x0_real = sigma_t^2 / alpha_t
+    (score_fake - score_real). For flow lambda = (1 - t) / t, x0 = x_t - t v, eps = x_t + (1 - t) v.
+    """
     t = times(0.1, 0.3, 0.5, 0.7, 0.95)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     x_t, v_real, v_fake = (normal(5, 3, seed=k) for k in range(3))
@@ -622,10 +661,8 @@ def test_lambda_converts_velocity_and_score(schedule):
     score = {name: from_x0_eps("score", *p, alpha, sigma) for name, p in pair.items()}
     close(score["real"], -lam * (v_real + x_t / alpha[:, None]), 1e-9)
     close(score["fake"] - score["real"], lam * (v_real - v_fake), 1e-9)
-    close(
-        pair["fake"][0] - pair["real"][0],
-        (sigma**2 / alpha)[:, None] * (score["fake"] - score["real"]),
-    )
+    of_scores = (sigma**2 / alpha)[:, None] * (score["fake"] - score["real"])
+    close(pair["fake"][0] - pair["real"][0], of_scores)
     close(wanted_output("flow_v", score["real"], x_t, alpha, sigma), v_real, 1e-9)
     if isinstance(schedule, Flow):
         close(lam[:, 0], (1 - t) / t)
@@ -636,54 +673,105 @@ def test_lambda_converts_velocity_and_score(schedule):
 
 @every_schedule
 def test_paper_weight_is_equation_10(schedule):
-    """g = lambda_t alpha_{t|s} (v_real - v_fake), for flow (1 - t)^2 / (t (1 - s)) (v_real - v_fake)."""
+    """g = lambda_t alpha_{t|s} (v_real - v_fake), through networks that predict velocities.
+
+    For flow (1 - t)^2 / (t (1 - s)) (v_real - v_fake).
+    """
     s, t, _, _, alpha, sigma, a, _ = levels(schedule)
     x_t, v_real, v_fake, x_s = (normal(7, 2, 3, seed=k) for k in range(4))
     real, fake = (to_x0_eps(v, "flow_v", x_t, alpha, sigma)[0] for v in (v_real, v_fake))
-    g = phased_dmd.distribution_matching_gradient(x_s, real, fake, schedule, s, t, "paper")
-    close(g, (a * alpha / (alpha * sigma + sigma**2))[:, None, None] * (v_real - v_fake), 1e-9)
-    if isinstance(schedule, Flow):
-        close(g, ((1 - t) ** 2 / (t * (1 - s)))[:, None, None] * (v_real - v_fake), 1e-9)
+    diffusion = Diffusion(schedule, "flow_v")
+    networks = (lambda x_t, t: v_real), (lambda x_t, t: v_fake)
+    at_t = diffusion, normal(7, 2, 3, seed=4), s, t, {}, {}, {}
+    by_loss = phased_dmd_loss(x_s, None, *networks, *at_t, 1.0)[1]  # the paper's is the default
+    for g in (paper_direction(x_s, real, fake, diffusion, s, t), by_loss):
+        close(g, (a * alpha / (alpha * sigma + sigma**2))[:, None, None] * (v_real - v_fake), 1e-9)
+        if isinstance(schedule, Flow):
+            close(g, ((1 - t) ** 2 / (t * (1 - s)))[:, None, None] * (v_real - v_fake), 1e-9)
 
 
 @every_schedule
 def test_normalized_direction(schedule):
-    """(x0_fake - x0_real) / mean|x0_student - x0_real|, each sample by its own error of the student's x0 (not of x_s); the paper's direction times a
-    positive number a sample; with s = 0 and x0_student = x it is dmd.py's, bit for bit. A constant, finite where student and teacher agree."""
+    """(x0_fake - x0_real) / mean|x0_student - x0_real|, each sample by its own error.
+
+    By the error of the student's x0, not of x_s. It is the paper's direction times a positive
+    number a sample; with s = 0 and x0_student = x it is dmd.py's, bit for bit. It is a constant,
+    and finite where student and teacher agree.
+    """
     s, t, _, _, alpha, sigma, a, _ = levels(schedule)
     x_s, student, real, fake = (normal(7, 2, 3, seed=k) for k in range(4))
-    g = phased_dmd.distribution_matching_gradient(
-        student.requires_grad_(True), real, fake, schedule, s, t
-    )
+    x_s.requires_grad_(True)
+    student.requires_grad_(True)
+    _, g = loss_of(x_s, student, real, fake, schedule, s, t, normalized_direction)
     assert not g.requires_grad
     error = (student - real).abs().mean((1, 2)).detach()
     close(g, (fake - real) / error[:, None, None])
-    paper = phased_dmd.distribution_matching_gradient(student, real, fake, schedule, s, t, "paper")
+    _, paper = loss_of(x_s, student, real, fake, schedule, s, t, paper_direction)
     close(paper, (a * alpha / sigma**2 * error)[:, None, None] * g, 1e-9)
     assert not paper.requires_grad
     x = x_s.detach()
-    assert torch.equal(
-        phased_dmd.distribution_matching_gradient(x, real, fake, schedule, 0 * t, t),
-        dmd.distribution_matching_gradient(x, real, fake),
-    )
-    assert not phased_dmd.distribution_matching_gradient(x, x, x, schedule, s, t).any()
-    assert torch.equal(
-        phased_dmd.distribution_matching_gradient(
-            student[[1, 4]], real[[1, 4]], fake[[1, 4]], schedule, s[[1, 4]], t[[1, 4]]
-        ),
-        g[[1, 4]],
-    )
+    networks = (lambda x_t, t: real), (lambda x_t, t: fake)
+    diffusion = Diffusion(schedule, "x0")
+    _, want = dmd.dmd_loss(x, *networks, diffusion, torch.zeros_like(x), t, {}, {}, {}, 1.0)
+    assert torch.equal(normalized_direction(x, real, fake, diffusion, 0 * t, t), want)
+    assert not normalized_direction(x, x, x, diffusion, s, t).any()
+    some = [1, 4]
+    of_some = (v[some] for v in (student, real, fake))
+    assert torch.equal(normalized_direction(*of_some, diffusion, s[some], t[some]), g[some])
 
 
-def test_matching_loss_is_dmd_s():
-    """The surrogate 0.5 mean (x_s - sg(x_s - g))^2: value and gradient g / numel are dmd.py's."""
-    x, g = normal(5, 3, 4).requires_grad_(True), normal(5, 3, 4, seed=1)
-    loss = phased_dmd.distribution_matching_loss(x, g)
-    assert torch.equal(loss, dmd.distribution_matching_loss(x, g))
-    close(torch.autograd.grad(loss, x)[0], g / g.numel(), 1e-12)
+@every_schedule
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_matching_loss_is_dmd_s(schedule, scale):
+    """0.5 mean (x_s - sg(x_s - g))^2: its gradient in x_s is g / numel.
+
+    With s = 0, x0 = x and the normalised direction value, gradient and g are dmd.py's, bit for bit,
+    with the same calls of teacher and fake: noised sample, level, condition, guidance.
+    """
+    x, eps = normal(5, 3, 4).requires_grad_(True), normal(5, 3, 4, seed=1)
+    t, calls = times(0.2, 0.4, 0.6, 0.8, 0.95), []
+
+    def network(who):
+        def net(x_t, t, label):
+            calls.append((who, x_t, t, label))
+            return torch.sin(x_t * (1 + label)) + len(who)
+
+        return net
+
+    networks = network("real"), network("the fake")
+    conds = {"label": 1}, {"label": 2}, {"label": 3}
+    diffusion = Diffusion(schedule, "flow_v")
+    want, g_want = dmd.dmd_loss(x, *networks, diffusion, eps, t, *conds, scale)
+    of_dmd = calls.copy()
+    calls.clear()
+    at_t = diffusion, eps, 0 * t, t
+    loss, g = phased_dmd_loss(x, x, *networks, *at_t, *conds, scale, normalized_direction)
+    assert torch.equal(loss, want) and torch.equal(g, g_want)
+    assert [c[0] for c in calls] == ["real"] * (1 if scale == 1 else 2) + ["the fake"]
+    for ours, theirs in zip(calls, of_dmd, strict=True):
+        assert ours[0] == theirs[0] and ours[3] == theirs[3] and not ours[1].requires_grad
+        assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[2], theirs[2])
+    (slope,) = torch.autograd.grad(loss, x)
+    close(slope, g / g.numel(), 1e-12)
+    assert torch.equal(slope, torch.autograd.grad(want, x)[0])
 
 
-# ---- phases ------------------------------------------------------------------------------------------------------
+# ---- phases --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "steps, phases, want",
+    [
+        (4, 1, [range(0, 4)]),
+        (4, 2, [range(0, 2), range(2, 4)]),
+        (4, 4, [range(0, 1), range(1, 2), range(2, 3), range(3, 4)]),
+        (3, 2, [range(0, 2), range(2, 3)]),
+        (8, 3, [range(0, 3), range(3, 5), range(5, 8)]),
+    ],
+)
+def test_phases_share_out_the_steps(steps, phases, want):
+    """Every step belongs to one phase, in order, and the phases are as even as can be."""
+    assert phased_dmd.phase_steps(steps, phases) == want
 
 
 @pytest.mark.parametrize(
@@ -695,23 +783,28 @@ def test_matching_loss_is_dmd_s():
     ],
 )
 def test_timesteps(shifted, table):
-    """t = S u / (1 + (S - 1) u) at u = 1, 3/4, 1/2, 1/4, 0 (Table 1: shift 5 for Wan, 3 for Qwen; 7 puts s_1 on Wan 2.2's boundary .875)."""
+    """t = S u / (1 + (S - 1) u) at u = 1, 3/4, 1/2, 1/4, 0.
+
+    Table 1: shift 5 for Wan, 3 for Qwen; 7 puts s_1 on Wan 2.2's boundary .875.
+    """
     assert step_grid(4, shifted) == pytest.approx(table, abs=5e-5)
     u = torch.linspace(0, 1, 5, dtype=torch.float64)
     close(shift(u, shifted), shifted * u / (1 + (shifted - 1) * u))
-    assert (
-        shift(0.5, shifted) == step_grid(2, shifted)[1] == step_grid(4, shifted)[2]
-    )  # raw (1/2, 1) is (s_1, 1) of two phases
+    # raw (1/2, 1) is (s_1, 1) of two phases
+    assert shift(0.5, shifted) == step_grid(2, shifted)[1] == step_grid(4, shifted)[2]
 
 
 def test_clamp_of_wan_22():
-    """Phase 1 draws u in (1/2, 1) and clamps t = shift(u, 5) to the teacher's boundary: 1/6 of draws land on .875 (T2V), 2/7 on .9 (I2V), and even
-    there b^2 >= .375 from s_1 = .8333: no taper."""
+    """Phase 1 draws u in (1/2, 1) and clamps t = shift(u, 5) to the teacher's boundary.
+
+    1/6 of draws land on .875 (T2V), 2/7 on .9 (I2V), and even there b^2 >= .375 from s_1 = .8333:
+    no taper.
+    """
     for boundary, atom, variance in ((0.875, 1 / 6, 0.375), (0.9, 2 / 7, 0.56)):
         assert (unshift(boundary, 5) - 0.5) / 0.5 == pytest.approx(atom)
         _, b = transition(Flow(), times(5 / 6), times(boundary))
         assert float(b) ** 2 == pytest.approx(variance)
-        close(phased_dmd.taper(Flow(), times(5 / 6), times(boundary)), [1])
+        close(taper(flow(), times(5 / 6), times(boundary)), [1])
 
 
 PHASES = step_grid(4, 5.0)[1:]  # where each of four phases ends: .9375, .8333, .625, 0
@@ -723,57 +816,58 @@ def noise_levels(s):
     return torch.full((3,), s, dtype=torch.float64), shift(times(0.2, 0.5, 0.8) * (1 - u) + u, 5.0)
 
 
+both_directions = pytest.mark.parametrize(
+    "direction", [paper_direction, normalized_direction], ids=["paper", "normalized"]
+)
+
+
 @flow_and_vp
-@pytest.mark.parametrize("weight", ["paper", "normalized"])
+@both_directions
 @pytest.mark.parametrize("s", PHASES)
-def test_a_perfect_student_stays(schedule, weight, s):
-    """x_s with the law of data noised to s, the fake the minimiser of Eq. 13: no gradient at any sample, in every phase. The naive fake gives some,
-    but in the last phase, where s = 0."""
-    m0, c0 = -0.2, 1.1
+def test_a_perfect_student_stays(schedule, direction, s):
+    """x_s with the law of data noised to s, the fake the minimiser of Eq. 13: no gradient.
+
+    At no sample, in no phase. The naive fake gives some, but for the last phase, where s = 0.
+    """
+    m0, c0, diffusion = -0.2, 1.1, Diffusion(schedule, "flow_v")
     s, t = noise_levels(s)
     alpha_s, sigma_s = float(schedule.alpha(s)[0]), float(schedule.sigma(s)[0])
     z, eps = grid(24, 2)
-    x_s, eps = (
-        (alpha_s * m0 + (alpha_s**2 * c0**2 + sigma_s**2) ** 0.5 * z).expand(3, -1),
-        eps.expand(3, -1),
-    )
+    std = (alpha_s**2 * c0**2 + sigma_s**2) ** 0.5
+    x_s, eps = (alpha_s * m0 + std * z).expand(3, -1), eps.expand(3, -1)
     (a, b), alpha, sigma = transition(schedule, s, t), schedule.alpha(t), schedule.sigma(t)
     x_t = a[:, None] * x_s + b[:, None] * eps
     real = posterior_mean(x_t, m0, c0, alpha[:, None], sigma[:, None])
     largest = {}
     for target in (subinterval_target, naive_target):
-        w, bias = fitted_by_loss(schedule, "flow_v", x_s, eps, s, t, target=target)
+        w, bias = fitted_by_loss(diffusion, x_s, eps, s, t, target=target)
         fake = to_x0_eps(w * x_t + bias, "flow_v", x_t, alpha, sigma)[0]
-        g = phased_dmd.distribution_matching_gradient(x_s, real, fake, schedule, s, t, weight)
-        largest[target] = float(g.abs().max())
+        largest[target] = float(direction(x_s, real, fake, diffusion, s, t).abs().max())
     assert largest[subinterval_target] < 1e-8
     assert largest[naive_target] > 1e-3 if s[0] > 0 else largest[naive_target] < 1e-8
 
 
-@pytest.mark.parametrize("weight", ["paper", "normalized"])
+@both_directions
 @pytest.mark.parametrize("s", PHASES)
-def test_a_wrong_student_gets_there(weight, s):
-    """x_s = m + kappa z descending g, the fake refitted by Eq. 11 at each step: it settles at the law of data noised to s, (1 - s) m0 and
-    sqrt((1 - s)^2 c0^2 + s^2), in every phase. The naive fake leads elsewhere, to a smaller kappa, but in the last phase."""
+def test_a_wrong_student_gets_there(direction, s):
+    """x_s = m + kappa z descending g, the fake refitted by Eq. 11 at each step, settles.
+
+    In every phase at the law of data noised to s, (1 - s) m0 and sqrt((1 - s)^2 c0^2 + s^2). The
+    naive fake leads elsewhere, to a smaller kappa, but for the last phase.
+    """
     m0, c0 = -0.2, 1.1
     s, t = noise_levels(s)
     want = [float((1 - s[0]) * m0), float(((1 - s[0]) ** 2 * c0**2 + s[0] ** 2).sqrt())]
-
     a = (1 - t) / (1 - s)
-    rate = (
-        1 / float((a**2).mean()) if weight == "paper" else 1 - float(s[0])
-    )  # about one over the slope of g in m
+    # about one over the slope of g in m
+    rate = 1 / float((a**2).mean()) if direction is paper_direction else 1 - float(s[0])
 
     def settle(target, steps=150):
         m, kappa = 0.3, 0.5
         for _ in range(steps):
-            leaf_m, leaf_kappa, x_s, real, fake = gaussian_student(
-                Flow(), s, t, m, kappa, m0, c0, target
-            )
-            g = phased_dmd.distribution_matching_gradient(x_s, real, fake, Flow(), s, t, weight)
-            slope = torch.autograd.grad(
-                phased_dmd.distribution_matching_loss(x_s, g), (leaf_m, leaf_kappa)
-            )
+            *leaves, x_s, real, fake = gaussian_student(Flow(), s, t, m, kappa, m0, c0, target)
+            loss, _ = loss_of(x_s, x_s, real, fake, Flow(), s, t, direction)
+            slope = torch.autograd.grad(loss, leaves)
             m, kappa = m - rate * float(slope[0]), kappa - rate * float(slope[1])
         return m, kappa
 
@@ -783,16 +877,18 @@ def test_a_wrong_student_gets_there(weight, s):
     assert s[0] == 0 or naive[1] < 0.95 * want[1]
 
 
-# ---- the paper's experiment ----------------------------------------------------------------------------------------
+# ---- the paper's experiment ----------------------------------------------------------------------
 
 
 def test_figure_2():
-    """Velocity networks of four points, trained from scratch on x_s at s = .5 (Fig. 2): with Eq. 13 their trajectories are the exact ODE's at t = s up
-    to 0.06, with eps - x_s they are off by more than 0.1."""
+    """Velocity networks of four points, trained from scratch on x_s at s = .5 (Fig. 2).
+
+    With Eq. 13 their trajectories are the exact ODE's at t = s up to 0.06, with eps - x_s they are
+    off by more than 0.1.
+    """
     rmse, paths = experiment(seed=0, iterations=1500)
     assert rmse["euler"] < 0.01 and rmse["full"] < 0.06
     assert rmse["unbiased"] < 0.06 < 0.1 < rmse["naive"]
-    assert paths["full"].shape == (101, 200) and paths["unbiased"].shape == paths[
-        "naive"
-    ].shape == (51, 200)
+    assert paths["full"].shape == (101, 200)
+    assert paths["unbiased"].shape == paths["naive"].shape == (51, 200)
     assert torch.equal(paths["full"][0], paths["naive"][0])

@@ -1,4 +1,7 @@
-"""models/pixart.py: what is particular to it. The rest is in test_transformers.py and test_pipeline.py."""
+"""models/networks/pixart.py: what is particular to it.
+
+The rest is in test_transformers.py and test_pipeline.py.
+"""
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ TINY_1024 = dict(TINY, sample_size=128)
 @pytest.mark.parametrize("config", [TINY, TINY_1024], ids=["512", "1024"])
 @pytest.mark.parametrize("index", [0, 1, 249, 499, 502, 749, 998, 999])
 def test_clock_at_the_indices(config, index):
-    """Index i is t = (i + 1) / 1000: equal there, and its neighbours are seen to be others."""
+    """Index i is t = (i + 1) / 1000: equal there, and visibly different at its neighbours."""
     ours, reference = PIXART.pair(config)
     call = dict(PIXART.inputs(config, (4, 4), [3]), t=torch.tensor([(index + 1) / 1000]))
     with torch.no_grad():
@@ -37,13 +40,12 @@ def test_clock_between_the_indices(t):
 
 
 def test_eps_is_the_first_half_of_the_channels():
-    """And the second half, a learned variance, is nowhere: its weights change nothing and get no gradient."""
+    """The second half, a learned variance, is dropped: its weights get no gradient."""
     ours, reference = PIXART.pair(TINY)
     call = PIXART.inputs(TINY, (4, 6), [5, 9])
     with torch.no_grad():
-        out = reference(
-            call["x"], call["text"], 1000 * call["t"] - 1, encoder_attention_mask=call["mask"]
-        ).sample
+        index, mask = 1000 * call["t"] - 1, call["mask"]
+        out = reference(call["x"], call["text"], index, encoder_attention_mask=mask).sample
     assert out.shape[1] == 8
     eps = ours(**call)
     assert relative(eps, out[:, :4]) <= 1e-5 < 1e-1 < relative(eps, out[:, 4:])
@@ -52,24 +54,24 @@ def test_eps_is_the_first_half_of_the_channels():
     assert grad[:, :4].abs().sum(-1).all() and not grad[:, 4:].any()
 
 
-def test_size_of_the_image_is_read_off_x():
-    """Only where the config says so; height and width are told apart, in pixels. Positions make up for nothing here: they are zero."""
+def test_size_of_the_image_is_taken_from_x():
+    """Only where the config says so. Height and width are different inputs, in pixels."""
     for config, changes in ((TINY, False), (TINY_1024, True)):
         net = fill(PixArtTransformer2DModel(**config))
-        called = {
-            size: net.adaln_single(torch.tensor([0.5]), *size)[0]
-            for size in ((32, 32), (32, 48), (48, 32), (64, 64))
-        }
+        sizes = ((32, 32), (32, 48), (48, 32), (64, 64))
+        called = {size: net.adaln_single(torch.tensor([0.5]), *size)[0] for size in sizes}
         different = [relative(called[a], called[b]) > 1e-2 for a in called for b in called if a < b]
         assert all(different) if changes else not any(different)
         seen = []
-        net.adaln_single.register_forward_hook(lambda m, args, out: seen.append(args[1:]))
+        net.adaln_single.register_forward_hook(
+            lambda m, args, out, seen=seen: seen.append(args[1:])
+        )
         net(**PIXART.inputs(config, (4, 6), [3]))
         assert seen == [(32, 48)]
 
 
-def test_the_mask_names_tokens_wherever_they_stand():
-    """Without any, all count alike, as in diffusers, and nothing is NaN."""
+def test_the_mask_marks_tokens_anywhere():
+    """If it marks none, all count alike, as in diffusers, and nothing is NaN."""
     ours, reference = PIXART.pair()
     call = PIXART.inputs(lengths=[5, 2, 8])
     text, mask = call["text"], call["mask"]
@@ -78,16 +80,16 @@ def test_the_mask_names_tokens_wherever_they_stand():
         assert relative(ours(**{**call, "text": text.flip(1), "mask": mask.flip(1)}), eps) < 1e-5
         assert relative(ours(**{**call, "mask": torch.ones_like(mask)}), eps) > 1e-2
         empty = {**call, "mask": mask & torch.tensor([True, False, True])[:, None]}
-        assert (
-            relative(ours(**empty), noise(reference, **empty)) < 1e-3
-        )  # the bias of -10000 rounds the scores
+        # The bias of -10000 rounds the scores.
+        assert relative(ours(**empty), noise(reference, **empty)) < 1e-3
 
 
 def test_positions_are_added_in_float32_and_rounded_once():
     ours, reference = PIXART.pair(TINY_1024)
     x, table = PIXART.inputs(TINY_1024)["x"].bfloat16(), reference.pos_embed.pos_embed
-    ours.to(torch.bfloat16), reference.to(torch.bfloat16)
-    reference.pos_embed.pos_embed = table  # ours has no buffer to be rounded
+    ours.to(torch.bfloat16)
+    reference.to(torch.bfloat16)
+    reference.pos_embed.pos_embed = table  # ours has no buffer that could be rounded
     with torch.no_grad():
         assert (ours.pos_embed(x) == reference.pos_embed(x)).float().mean() > 0.99
 
@@ -97,40 +99,34 @@ def test_positions_are_added_in_float32_and_rounded_once():
 )
 def test_what_follows_from_the_size(config):
     with torch.device("meta"):
-        ours, reference = (
-            net(**dict(config, num_layers=1)) for net in (PixArtTransformer2DModel, PIXART.theirs)
-        )
+        short = dict(config, num_layers=1)
+        ours, reference = PixArtTransformer2DModel(**short), PIXART.theirs(**short)
     assert ours.latent_shape == (4, config["sample_size"], config["sample_size"])
-    assert (ours.pos_embed.base, ours.pos_embed.scale) == (
-        reference.pos_embed.base_size,
-        reference.pos_embed.interpolation_scale,
-    )
-    assert (
-        ours.norm_out.eps == reference.norm_out.eps
-    )  # positions keep tokens too large for outputs to show it
+    assert ours.pos_embed.base == reference.pos_embed.base_size
+    assert ours.pos_embed.scale == reference.pos_embed.interpolation_scale
+    # Positions keep tokens so large that outputs would not show this one.
+    assert ours.norm_out.eps == reference.norm_out.eps
 
 
-# ---- schedule and sampling ---------------------------------------------------------------------------------
+# ---- schedule and sampling -----------------------------------------------------------------------
 
 
 def test_schedule_is_read_from_the_released_scheduler_or_else_pixarts(tmp_path):
-    """A network that predicts the noise must not meet a flow schedule: without a scheduler/ folder it brings its own."""
+    """A network that predicts the noise does not get a flow schedule by default: without a
+    scheduler/ folder it has its own."""
     diffusers = pytest.importorskip("diffusers")
     save_tiny_pixart(tmp_path, 512)
-    abar = diffusers.DPMSolverMultistepScheduler.from_config(
-        PIXART_SCHEDULER
-    ).alphas_cumprod.double()
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(PIXART_SCHEDULER)
+    abar = scheduler.alphas_cumprod.double()
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     for folder in (tmp_path, tmp_path / "transformer", None):
         if folder is None:
             (tmp_path / "transformer").rename(tmp_path / "alone")
             (tmp_path / "scheduler" / "scheduler_config.json").unlink()
             folder = tmp_path / "alone"
-        teacher = load_teacher(str(folder), ())
-        assert isinstance(teacher.schedule, VP) and (teacher.prediction, teacher.shift) == (
-            "eps",
-            1.0,
-        )
+        teacher = load_teacher(str(folder))
+        assert isinstance(teacher.schedule, VP)
+        assert (teacher.prediction, teacher.shift) == ("eps", 1.0)
         assert describe_schedule(teacher.schedule) == {
             "type": "vp",
             "betas": "linear",
@@ -145,13 +141,11 @@ def test_schedule_is_read_from_the_released_scheduler_or_else_pixarts(tmp_path):
 @pytest.mark.parametrize("config", [TINY, TINY_1024], ids=["512", "1024"])
 @pytest.mark.parametrize("scale", [1.0, 3.5])
 def test_sampling_is_that_of_the_pipeline(config, scale):
-    """Euler on the ODE from t = 1 to 0 is PixArtAlphaPipeline with DDIM at the times 999, 749, 499, 249."""
+    """Euler on the ODE is PixArtAlphaPipeline with DDIM at the times 999, 749, 499 and 249."""
     diffusers = pytest.importorskip("diffusers")
     ours, reference = PIXART.pair(config)
-    call, null = (
-        PIXART.inputs(config, (4, 6), [5, 9]),
-        PIXART.inputs(config, (4, 6), [9, 1], seed=5),
-    )
+    call = PIXART.inputs(config, (4, 6), [5, 9])
+    null = PIXART.inputs(config, (4, 6), [9, 1], seed=5)
     scheduler = diffusers.DDIMScheduler(
         beta_start=1e-4,
         beta_end=0.02,
@@ -180,16 +174,15 @@ def test_sampling_is_that_of_the_pipeline(config, scale):
 
     def predict(x, t):
         cond, uncond = (ours(x, t, text=c["text"], mask=c["mask"]) for c in (call, null))
-        return to_x0_eps(
-            guide(cond, uncond, scale), ours.prediction, x, schedule.alpha(t), schedule.sigma(t)
-        )
+        eps, level = guide(cond, uncond, scale), (schedule.alpha(t), schedule.sigma(t))
+        return to_x0_eps(eps, ours.prediction, x, *level)
 
     x = sample_ode(predict, schedule, call["x"], step_grid(4, ours.default_shift), "euler")
     print(f"difference {relative(x, want):.1e}")
     assert relative(x, want) < 1e-4 and relative(call["x"], want) > 0.1
 
 
-# ---- refusals ----------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,7 +220,8 @@ def test_wrong_inputs_are_named(change, message):
         (dict(cross_attention_dim=10), "attention_head_dim = 24"),
         (
             dict(out_channels=6),
-            "out_channels = 6 is not implemented; PixArt has in_channels = 4 or, with a learned variance, twice that",
+            "out_channels = 6 is not implemented; "
+            "PixArt has in_channels = 4 or, with a learned variance, twice that",
         ),
         (dict(attention_head_dim=6, cross_attention_dim=18), "18 must be a multiple of 4"),
         (

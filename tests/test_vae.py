@@ -1,4 +1,8 @@
-"""models/vae.py: equal to diffusers, files pass both ways, the posterior is a Gaussian, latents are normalised as pipelines do."""
+"""AutoencoderKL (models/networks/autoencoders.py).
+
+It equals diffusers, files pass both ways, the posterior is a Gaussian, and latents are normalised
+as pipelines do it.
+"""
 
 import json
 
@@ -59,16 +63,15 @@ def pair(config=TINY):
 
 
 def pixels(config=TINY, n=2, size=(24, 16), seed=1):
-    return (
-        torch.rand(
-            n, config.get("in_channels", 3), *size, generator=torch.Generator().manual_seed(seed)
-        )
-        * 2
-        - 1
-    )
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(n, config.get("in_channels", 3), *size, generator=g) * 2 - 1
 
 
-# ---- the same function as diffusers ------------------------------------------------------------------------
+def normal(*shape, seed=2):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the same function as diffusers --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -78,31 +81,17 @@ def test_equal_to_diffusers(case):
     x = [pixels(CASES[case]).requires_grad_() for _ in range(2)]
     mean, logvar = ours.posterior(x[0])
     want = reference.encode(x[1]).latent_dist
-    latents = [
-        torch.randn(mean.shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        for _ in range(2)
-    ]
+    latents = [normal(*mean.shape).requires_grad_() for _ in range(2)]
     out, want_out = ours.decode(latents[0]), reference.decode(latents[1]).sample
-    assert mean.shape == (
-        2,
-        CASES[case].get("latent_channels", 4),
-        *(s // ours.factor for s in x[0].shape[2:]),
-    )
-    assert (
-        out.shape == (2, CASES[case].get("out_channels", 3), 24, 16)
-        and min(mean.std(), logvar.std(), out.std()) > 0.1
-    )
-    for part, seed in (
-        (mean, 3),
-        (want.mean, 3),
-        (logvar, 4),
-        (want.logvar, 4),
-        (out, 5),
-        (want_out, 5),
-    ):
-        (
-            part * torch.randn(part.shape, generator=torch.Generator().manual_seed(seed))
-        ).sum().backward(retain_graph=True)
+    channels, sides = CASES[case].get("latent_channels", 4), x[0].shape[2:]
+    assert mean.shape == (2, channels, *(s // ours.factor for s in sides))
+    assert out.shape == (2, CASES[case].get("out_channels", 3), 24, 16)
+    assert min(mean.std(), logvar.std(), out.std()) > 0.1
+    parts = {3: (mean, want.mean), 4: (logvar, want.logvar), 5: (out, want_out)}
+    for seed, both in parts.items():
+        for part in both:
+            weight = normal(*part.shape, seed=seed)
+            (part * weight).sum().backward(retain_graph=True)
     errors = {
         "mean": relative(mean, want.mean),
         "logvar": relative(logvar, want.logvar),
@@ -130,28 +119,29 @@ def test_logvar_is_clamped_as_in_diffusers():
 
 def test_dtypes_are_the_weights_inside_and_the_inputs_outside():
     ours, reference = pair()
-    x = pixels()
-    z = torch.randn(2, 4, 3, 2, generator=torch.Generator().manual_seed(2))
+    x, z = pixels(), normal(2, 4, 3, 2)
     with torch.no_grad():
         exact = ours.decode(z)
-        ours.bfloat16(), reference.bfloat16()
+        ours.bfloat16()
+        reference.bfloat16()
         low, want = ours.decode(z.bfloat16()), reference.decode(z.bfloat16()).sample
-        assert (
-            low.dtype == torch.bfloat16
-            and ours.decode(z).dtype == ours.encode(x).dtype == torch.float32
-        )
-    error = lambda out: ((out.float() - exact).norm() / exact.norm()).item()  # noqa: E731
+        assert low.dtype == torch.bfloat16
+        assert ours.decode(z).dtype == ours.encode(x).dtype == torch.float32
+
+    def error(out):
+        return ((out.float() - exact).norm() / exact.norm()).item()
+
     print(f"errors: bfloat16 {error(low):.1e}, diffusers' {error(want):.1e}")
     assert 0 < error(low) < 1.5 * error(want) + 1e-3 and error(low) < 0.1
 
 
-# ---- the posterior and the scale ---------------------------------------------------------------------------
+# ---- the posterior and the scale -----------------------------------------------------------------
 
 
 def test_sample_is_mean_plus_deviation_times_noise():
-    """Given as noise, or drawn by a generator as diffusers draws; without either the mode."""
+    """The noise is given, or drawn by a generator as in diffusers; None gives the mode."""
     ours, reference = pair()
-    x, noise = pixels(), torch.randn(2, 4, 3, 2, generator=torch.Generator().manual_seed(3))
+    x, noise = pixels(), normal(2, 4, 3, 2, seed=3)
     with torch.no_grad():
         mean, logvar = ours.posterior(x)
         want = reference.encode(x).latent_dist
@@ -170,42 +160,31 @@ def test_samples_have_the_mean_and_variance_of_the_posterior():
         mean, logvar = ours.posterior(x)
         drawn = ours.encode(x.expand(n, -1, -1, -1), torch.Generator().manual_seed(0))
     z = (drawn.double() - mean) / logvar.double().exp().sqrt()
-    assert logvar.std() > 0.1  # the deviations differ from each other, so a wrong one shows
-    assert (z.mean(0).abs() < 5 / n**0.5).all() and (
-        (z.var(0) - 1).abs() < 5 * (2 / n) ** 0.5
-    ).all()
+    assert logvar.std() > 0.1  # the deviations differ from one another, so a wrong one shows
+    assert (z.mean(0).abs() < 5 / n**0.5).all()
+    assert ((z.var(0) - 1).abs() < 5 * (2 / n) ** 0.5).all()
     correlation = torch.corrcoef(z.flatten(1).T) - torch.eye(4)
     assert correlation.abs().max() < 5 / n**0.5
 
 
 @pytest.mark.parametrize("config, shift", [(TINY, 0.0), (SIXTEEN, 0.06)], ids=["sd", "sixteen"])
 def test_scale_and_shift_are_those_of_pipelines(config, shift):
-    """latent -> (latent - shift) * scale, and back before decoding; no shift_factor is 0."""
+    """latent -> (latent - shift) * scale, and back before decoding; shift_factor None is 0."""
     ours, reference = pair(config)
     x, scale = pixels(config), config.get("scaling_factor", 0.18215)
-    latent = torch.randn(
-        2, config.get("latent_channels", 4), 3, 2, generator=torch.Generator().manual_seed(2)
-    )
+    latent = normal(2, config.get("latent_channels", 4), 3, 2)
     with torch.no_grad():
         torch.testing.assert_close(ours.denormalise(ours.normalise(latent)), latent)
         torch.testing.assert_close(ours.normalise(latent), (latent - shift) * scale)
+        posterior = reference.encode(x).latent_dist
         z = ours.to_latents(x, torch.Generator().manual_seed(4))
-        assert (
-            relative(
-                z,
-                (reference.encode(x).latent_dist.sample(torch.Generator().manual_seed(4)) - shift)
-                * scale,
-            )
-            <= 1e-5
-        )
-        assert (
-            relative(ours.to_latents(x), (reference.encode(x).latent_dist.mode() - shift) * scale)
-            <= 1e-5
-        )
+        drawn = posterior.sample(torch.Generator().manual_seed(4))
+        assert relative(z, (drawn - shift) * scale) <= 1e-5
+        assert relative(ours.to_latents(x), (posterior.mode() - shift) * scale) <= 1e-5
         assert relative(ours.to_pixels(z), reference.decode(z / scale + shift).sample) <= 1e-5
 
 
-# ---- names, shapes and files -------------------------------------------------------------------------------
+# ---- names, shapes and files ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,18 +203,13 @@ def test_released_sizes_have_diffusers_names_and_shapes(config, tensors, paramet
     with torch.device("meta"):
         ours, reference = AutoencoderKL(**config), theirs(config)
     shapes = {k: tuple(v.shape) for k, v in ours.state_dict().items()}
-    assert (
-        shapes == {k: tuple(v.shape) for k, v in reference.state_dict().items()}
-        and len(shapes) == tensors
-    )
-    assert shapes["encoder.mid_block.attentions.0.to_out.0.weight"] == (512, 512) and shapes[
-        "decoder.up_blocks.2.resnets.0.conv_shortcut.weight"
-    ] == (256, 512, 1, 1)
-    assert (
-        sum(p.numel() for p in ours.parameters()) == parameters
-        and not list(ours.buffers())
-        and ours.factor == 8
-    )
+    assert shapes == {k: tuple(v.shape) for k, v in reference.state_dict().items()}
+    assert len(shapes) == tensors
+    assert shapes["encoder.mid_block.attentions.0.to_out.0.weight"] == (512, 512)
+    shortcut = "decoder.up_blocks.2.resnets.0.conv_shortcut.weight"
+    assert shapes[shortcut] == (256, 512, 1, 1)
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    assert not list(ours.buffers()) and ours.factor == 8
     assert set(ours.config) == {k for k in reference.config if not k.startswith("_")}
     assert all(ours.config[k] == config[k] == reference.config[k] for k in config)
 
@@ -263,13 +237,15 @@ def test_files_pass_both_ways(tmp_path):
         save_network(vae, network_config(vae), str(tmp_path / "ours"))
         back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours")
         assert relative(back.encode(x).latent_dist.mean, want) <= 1e-6
-    assert (
-        load_vae(str(tmp_path / "root"), torch.bfloat16).quant_conv.weight.dtype == torch.bfloat16
-    )
+    low = load_vae(str(tmp_path / "root"), torch.bfloat16)
+    assert low.quant_conv.weight.dtype == torch.bfloat16
 
 
 def test_old_names_of_the_attention_are_accepted(tmp_path):
-    """As sd-vae-ft-mse was uploaded: old names, and a config without what came later. Also by load_state_dict; what we save has today's."""
+    """A folder as sd-vae-ft-mse was uploaded: old names, and a config without what came later.
+
+    load_state_dict takes them too; what we save has today's names.
+    """
     ours, x = pair()[0], pixels()
     old = {new: name for name, new in OLD_NAMES.items()}
 
@@ -279,10 +255,8 @@ def test_old_names_of_the_attention_are_accepted(tmp_path):
         return key
 
     state = {old_name(k): v for k, v in ours.state_dict().items()}
-    assert (
-        len(set(state) - set(ours.state_dict())) == 16
-        and "decoder.mid_block.attentions.0.proj_attn.bias" in state
-    )
+    assert len(set(state) - set(ours.state_dict())) == 16
+    assert "decoder.mid_block.attentions.0.proj_attn.bias" in state
     save_file(state, tmp_path / WEIGHTS)
     later = (
         "shift_factor",
@@ -294,33 +268,24 @@ def test_old_names_of_the_attention_are_accepted(tmp_path):
         "mid_block_add_attention",
         "scaling_factor",
     )
-    save_json(
-        {k: v for k, v in network_config(ours).items() if k not in later},
-        str(tmp_path / "config.json"),
-    )
+    config = {k: v for k, v in network_config(ours).items() if k not in later}
+    save_json(config, str(tmp_path / "config.json"))
     loaded, by_hand = load_vae(str(tmp_path)), AutoencoderKL(**TINY)
     kept = dict(state)
     by_hand.load_state_dict(state)
-    assert state.keys() == kept.keys()  # the caller's dict is left alone
+    assert state.keys() == kept.keys()  # the caller's dict does not change
     for vae in (loaded, by_hand):
         assert all(torch.equal(v, ours.state_dict()[k]) for k, v in vae.state_dict().items())
     assert loaded.config == ours.config
+    theirs = pytest.importorskip("diffusers").AutoencoderKL.from_pretrained(tmp_path)
     with torch.no_grad():
-        assert (
-            relative(
-                pytest.importorskip("diffusers")
-                .AutoencoderKL.from_pretrained(tmp_path)
-                .decode(ours.encode(x))
-                .sample,
-                ours.decode(ours.encode(x)),
-            )
-            <= 1e-5
-        )
+        latent = ours.encode(x)
+        assert relative(theirs.decode(latent).sample, ours.decode(latent)) <= 1e-5
     save_network(loaded, network_config(loaded), str(tmp_path / "new"))
     assert load_file(tmp_path / "new" / WEIGHTS).keys() == ours.state_dict().keys()
 
 
-# ---- refusals ----------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -358,7 +323,8 @@ def test_wrong_configs_are_named(change, message):
     [
         (
             lambda vae: vae.encode(torch.zeros(3, 8, 8)),
-            r"x is torch.float32 \(3, 8, 8\); pass pixels in \[-1, 1\], floats of shape \(B, 3, H, W\)",
+            r"x is torch.float32 \(3, 8, 8\); "
+            r"pass pixels in \[-1, 1\], floats of shape \(B, 3, H, W\)",
         ),
         (
             lambda vae: vae.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)),
@@ -398,20 +364,14 @@ def test_wrong_folders_are_refused(tmp_path, capsys):
     save_tiny_teacher(tmp_path / "net")
     with pytest.raises(UserError, match="is a DiT, not an AutoencoderKL"):
         load_vae(str(tmp_path / "net"))
-    assert "is a AutoencoderKL, which does not denoise" in refusal_of(
-        capsys,
-        dmd.main,
-        "--teacher",
-        str(tmp_path / "root" / "vae"),
-        "--output_dir",
-        str(tmp_path / "run"),
-    )
+    flags = ["--teacher", str(tmp_path / "root" / "vae"), "--output_dir", str(tmp_path / "run")]
+    message = refusal_of(capsys, dmd.main, *flags)
+    assert "is a AutoencoderKL, which does not denoise" in message
     path = tmp_path / "root" / "vae" / WEIGHTS
     state = load_file(path)
     save_file({k: v for k, v in state.items() if "to_q" not in k}, path)
-    with pytest.raises(
-        UserError, match="lacks 'decoder.mid_block.attentions.0.to_q.bias' and 3 more tensors"
-    ):
+    lacks = "lacks 'decoder.mid_block.attentions.0.to_q.bias' and 3 more tensors"
+    with pytest.raises(UserError, match=lacks):
         load_vae(str(tmp_path / "root"))
     save_file({**state, "decoder.mid_block.attentions.0.query.weight": torch.zeros(3, 3)}, path)
     with pytest.raises(UserError, match="'decoder.mid_block.attentions.0.query.weight' has shape"):

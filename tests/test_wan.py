@@ -1,4 +1,7 @@
-"""models/wan.py: what is particular to it, its two networks, roots that hold them. The rest is in test_transformers.py and test_pipeline.py."""
+"""models/networks/wan.py: what is particular to it, its two networks, roots that hold them.
+
+The rest is in test_transformers.py and test_pipeline.py.
+"""
 
 import copy
 import json
@@ -10,7 +13,7 @@ from released import WAN
 
 from models.diffusion import Flow
 from models.files import UserError, save_json
-from models.networks import network_config, save_network, wan
+from models.networks import layers, network_config, save_network
 from models.networks.wan import WAN_A14B, WanTransformer3DModel, WanTwoNetworks
 from models.plumbing.teachers import is_small, load_teacher
 
@@ -38,38 +41,32 @@ def test_attend_can_be_swapped_in_one_block():
         before = net(x, t, text=text)
         net.blocks[1].attn1.attend = uniform
         after = net(x, t, text=text)
-        assert (before - after).abs().max() > 1e-2 and net.blocks[0].attn1.attend is wan.attention
+        assert (before - after).abs().max() > 1e-2
+        assert net.blocks[0].attn1.attend is layers.attention
         assert all(z.shape == (2, 18, 2, 12) for z in seen.values())
 
-        # Rebuild what it should have seen: normalise, then turn the pairs of token (frame, row, column).
+        # Rebuild what it should have seen: normalise, then rotate the pairs of channels by the
+        # token's frame, row and column.
         inner = {}
         attn = net.blocks[1].attn1
         attn.to_q.register_forward_hook(lambda m, a, out: inner.update(q=out))
         net(x, t, text=text)
-        q = (
-            inner["q"]
-            * torch.rsqrt(inner["q"].square().mean(-1, keepdim=True) + 1e-6)
-            * attn.norm_q.weight
-        )
-        q = q.view(
-            2, 3, 2, 3, 2, 12
-        )  # (B, frame, row, column, head, channel); 12 channels = 4 + 4 + 4
+        q = inner["q"]
+        q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6) * attn.norm_q.weight
+        q = q.view(2, 3, 2, 3, 2, 12)  # (B, frame, row, column, head, 4 + 4 + 4 channels)
         for frame, row, column in [(0, 0, 0), (2, 0, 0), (0, 1, 0), (1, 1, 2)]:
             expected = q[:, frame, row, column].clone()  # (B, H, 12)
             for pair_index in range(6):
                 position = (frame, row, column)[pair_index // 2]
-                turn = torch.polar(
-                    torch.ones(()), torch.tensor(position / 10000 ** (pair_index % 2 * 2 / 4))
-                )
-                z = (
-                    torch.complex(expected[..., 2 * pair_index], expected[..., 2 * pair_index + 1])
-                    * turn
-                )
-                expected[..., 2 * pair_index], expected[..., 2 * pair_index + 1] = z.real, z.imag
+                angle = torch.tensor(position / 10000 ** (pair_index % 2 * 2 / 4))
+                real, imaginary = 2 * pair_index, 2 * pair_index + 1
+                z = torch.complex(expected[..., real], expected[..., imaginary])
+                z = z * torch.polar(torch.ones(()), angle)
+                expected[..., real], expected[..., imaginary] = z.real, z.imag
             assert (seen["q"][:, frame * 6 + row * 3 + column] - expected).abs().max() < 1e-5
 
     module = torch.nn.Module()
-    net.blocks[0].attn1.attend = module  # a module with parameters is registered like any other
+    net.blocks[0].attn1.attend = module  # a module is registered like any other
     assert dict(net.named_modules())["blocks.0.attn1.attend"] is module
 
 
@@ -98,11 +95,11 @@ def test_wrong_inputs_and_configs_are_named(change, message):
     WAN.refuses(message, **change)
 
 
-# ---- two networks (Wan 2.2 A14B) ---------------------------------------------------------------------------
+# ---- two networks (Wan 2.2 A14B) -----------------------------------------------------------------
 
 
 def test_a14b_is_what_the_conversion_script_of_diffusers_says():
-    """Its entry for Wan2.2-T2V-A14B (scripts/convert_wan_to_diffusers.py), both networks alike."""
+    """Its entry for Wan2.2-T2V-A14B (scripts/convert_wan_to_diffusers.py), for both networks."""
     assert WAN_A14B == dict(
         added_kv_proj_dim=None,
         attention_head_dim=128,
@@ -118,8 +115,9 @@ def test_a14b_is_what_the_conversion_script_of_diffusers_says():
         qk_norm="rms_norm_across_heads",
         text_dim=4096,
         image_dim=None,
+        # These are not in it: they are the defaults of the class.
         rope_max_seq_len=1024,
-        pos_embed_seq_len=None,  # not in it: the class's defaults
+        pos_embed_seq_len=None,
     )
 
 
@@ -129,7 +127,7 @@ def two_networks(boundary=0.75, **changes):
     return WanTwoNetworks(high, low, boundary).eval()
 
 
-# Times of a batch of five, and the rows that the high-noise network must see at boundary 0.75.
+# Times of a batch of five, and the rows that the high-noise network must get at boundary 0.75.
 TIMES = [
     ([0.2, 1.0, 0.75, 0.0, 0.7499], [1, 2]),  # mixed; the boundary itself is high
     ([0.75, 0.8, 0.9, 1.0, 0.76], [0, 1, 2, 3, 4]),
@@ -154,9 +152,8 @@ def test_each_row_is_computed_by_its_own_network(times, high_rows, checkpointing
         )
     v = two(x, t, text=text)
     low_rows = [i for i in range(5) if i not in high_rows]
-    assert seen["high"] == [len(high_rows)] * bool(
-        high_rows
-    )  # one call with these rows, or none at all
+    # One call with these rows, or none at all.
+    assert seen["high"] == [len(high_rows)] * bool(high_rows)
     assert seen["low"] == [len(low_rows)] * bool(low_rows)
     features = two(x, t, text=text, return_features=True)
     assert v.shape == x.shape and features.shape[0] == 5
@@ -176,15 +173,17 @@ def test_each_row_is_computed_by_its_own_network(times, high_rows, checkpointing
         assert torch.equal(v[rows], want) and torch.equal(features[rows], middle)
         (want * weight[rows]).sum().backward()
         assert torch.equal(x.grad[rows], leaf.grad) and leaf.grad.any()
-        assert all(torch.equal(g, p.grad) for g, p in zip(gradients, alone.parameters()))
+        pairs = zip(gradients, alone.parameters(), strict=True)
+        assert all(torch.equal(g, p.grad) for g, p in pairs)
 
 
 def test_boundary_like_wan_pipeline():
-    """diffusers compares the scheduler's times with boundary_ratio * 1000; the same side for every time near it."""
+    """diffusers compares the scheduler's times with boundary_ratio * 1000. So do we: each time near
+    it is on the same side."""
     for boundary in (0.875, 0.9):
         two = two_networks(boundary)
         used = []
-        two.high.register_forward_hook(lambda m, a, out: used.append(True))
+        two.high.register_forward_hook(lambda m, a, out, used=used: used.append(True))
         x, _, text = WAN.inputs(TINY, (1, 2, 2), [1]).values()
         for step in (0, 1, 874, 875, 876, 899, 900, 901, 1000):
             used.clear()
@@ -200,11 +199,8 @@ def test_two_networks_look_like_one():
     assert two.config["text_dim"] == 10 and two.config["in_channels"] == 4
     assert not two.gradient_checkpointing
     two.gradient_checkpointing = True
-    assert (
-        two.gradient_checkpointing
-        and two.high.gradient_checkpointing
-        and two.low.gradient_checkpointing
-    )
+    assert two.gradient_checkpointing
+    assert two.high.gradient_checkpointing and two.low.gradient_checkpointing
     two.gradient_checkpointing = False
     assert not two.high.gradient_checkpointing and not two.low.gradient_checkpointing
     x, _, text = WAN.inputs(TINY, (2, 4, 4), [3] * 2).values()
@@ -257,47 +253,36 @@ def save_root(root, two, boundary_ratio=0.75, shift=None):
 def test_a_root_with_two_networks_is_loaded(tmp_path):
     two = two_networks()
     root = save_root(tmp_path / "a14b", two, shift=3.0)
-    teacher = load_teacher(root + "/", ("ring",), two_networks=True)
+    teacher = load_teacher(root + "/", two_networks=True)
     x, _, text = WAN.inputs(TINY, (2, 4, 4), [3] * 5).values()
     t = torch.tensor([0.2, 1.0, 0.75, 0.0, 0.7])
-    assert (
-        type(teacher.net) is WanTwoNetworks
-        and not teacher.net.training
-        and teacher.net.boundary == 0.75
-    )
+    assert type(teacher.net) is WanTwoNetworks and not teacher.net.training
+    assert teacher.net.boundary == 0.75
     assert torch.equal(teacher.net(x, t, text=text), two(x, t, text=text))
     assert teacher.folder == root and teacher.label == "a14b" and teacher.world_name is None
-    assert (
-        teacher.config
-        == teacher.config_2
-        == {**network_config(two.high), "_diffusers_version": "0.35.0"}
-    )
-    assert isinstance(teacher.schedule, Flow) and (teacher.prediction, teacher.shift) == (
-        "flow_v",
-        3.0,
-    )
-    low = load_teacher(root, ("ring",), dtype=torch.bfloat16, two_networks=True).net
+    config = {**network_config(two.high), "_diffusers_version": "0.35.0"}
+    assert teacher.config == teacher.config_2 == config
+    assert isinstance(teacher.schedule, Flow)
+    assert (teacher.prediction, teacher.shift) == ("flow_v", 3.0)
+    low = load_teacher(root, dtype=torch.bfloat16, two_networks=True).net
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
-    assert load_teacher(save_root(tmp_path / "b", two), ("ring",), two_networks=True).shift == 12.0
-    assert is_small(root, ("ring",)) is False
+    assert load_teacher(save_root(tmp_path / "b", two), two_networks=True).shift == 12.0
+    assert is_small(root) is False
 
-    # one of its networks alone, and anything else that is one network, loads as before
-    one = load_teacher(root + "/transformer_2", ("ring",), two_networks=True)
-    assert (
-        type(one.net) is WanTransformer3DModel
-        and one.config_2 is None
-        and one.folder.endswith("transformer_2")
-    )
+    # One of its networks alone, and anything else that is one network, load as such.
+    one = load_teacher(root + "/transformer_2", two_networks=True)
+    assert type(one.net) is WanTransformer3DModel and one.config_2 is None
+    assert one.folder.endswith("transformer_2")
     assert one.shift == 3.0 and torch.equal(one.net.proj_out.weight, two.low.proj_out.weight)
-    assert load_teacher("ring", ("ring",), two_networks=True).config_2 is None
+    assert load_teacher("ring", two_networks=True).config_2 is None
 
 
 def test_what_wan_pipeline_saves_is_loaded(tmp_path):
-    """The same root written by diffusers itself, where the first network answers for t >= boundary."""
+    """The same root, written by diffusers itself; there the first network is for t >= boundary."""
     diffusers = pytest.importorskip("diffusers")
     two = two_networks()
     reference = [WAN.theirs(**TINY).eval() for _ in range(2)]
-    for net, ours in zip(reference, (two.high, two.low)):
+    for net, ours in zip(reference, (two.high, two.low), strict=True):
         net.load_state_dict(ours.state_dict())
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
@@ -313,10 +298,8 @@ def test_what_wan_pipeline_saves_is_loaded(tmp_path):
     )
     for component in ("transformer", "transformer_2", "scheduler"):
         getattr(pipe, component).save_pretrained(tmp_path / component)
-    pipe.save_config(
-        tmp_path
-    )  # save_pretrained wants every component; this is its model_index.json
-    teacher = load_teacher(str(tmp_path), (), two_networks=True)
+    pipe.save_config(tmp_path)  # model_index.json; save_pretrained would want every component
+    teacher = load_teacher(str(tmp_path), two_networks=True)
     x, _, text = WAN.inputs(TINY, (2, 4, 4), [3] * 2).values()
     assert teacher.net.boundary == 0.75 and teacher.shift == 3.0
     for time, net in ((0.75, reference[0]), (0.7, reference[1])):
@@ -332,7 +315,7 @@ def test_wrong_roots_are_refused(tmp_path):
 
     def refused(message, **keywords):
         with pytest.raises(UserError, match=message) as error:
-            load_teacher(root, ("ring",), **{"two_networks": True, **keywords})
+            load_teacher(root, **{"two_networks": True, **keywords})
         assert "\n" not in str(error.value) and root in str(error.value)
 
     refused("two-network teacher .*give one of its component folders", two_networks=False)
@@ -352,4 +335,4 @@ def test_wrong_roots_are_refused(tmp_path):
     refused("transformer_2 has no config.json")
     (tmp_path / "root" / "transformer").rename(tmp_path / "elsewhere")
     refused("has transformer_2/ but no transformer/")
-    assert is_small(root, ("ring",)) is False
+    assert is_small(root) is False

@@ -1,4 +1,7 @@
-"""models/z_image.py: what is particular to it. The rest is in test_transformers.py and test_pipeline.py."""
+"""models/networks/z_image.py: what is particular to it.
+
+The rest is in test_transformers.py and test_pipeline.py.
+"""
 
 import pytest
 import torch
@@ -14,17 +17,15 @@ TINY, velocity = Z_IMAGE.tiny, Z_IMAGE.reference
 
 
 def test_epsilon_of_the_last_norm():
-    """Seen where tokens arrive there small: a faint embedding of the image, and blocks that add nothing."""
+    """It shows if tokens are small there: the embedding of the image is small, and blocks add
+    nothing."""
     ours = fill(ZImageTransformer2DModel(**TINY))
     with torch.no_grad():
         for name, p in ours.named_parameters():
-            p *= (
-                1e-3
-                if name.startswith("all_x_embedder")
-                else 0.0
-                if "adaLN_modulation.0" in name
-                else 1.0
-            )
+            if name.startswith("all_x_embedder"):
+                p *= 1e-3
+            elif "adaLN_modulation.0" in name:
+                p *= 0.0
     reference = Z_IMAGE.theirs(**TINY).eval()
     reference.load_state_dict(ours.state_dict())
     call = Z_IMAGE.inputs(TINY, (4, 6), [5])
@@ -37,14 +38,19 @@ def test_epsilon_of_the_last_norm():
 
 @pytest.mark.parametrize("scale", [0.0, 1.5])
 def test_sign_and_clock_are_those_of_the_pipeline(scale):
-    """Euler steps of dx/dt = v from t = 1 to 0 in the velocity of ours are what ZImagePipeline does. Its guidance g is our g + 1."""
+    """Euler steps of dx/dt = v with our velocity, from t = 1 to 0, are what ZImagePipeline does.
+
+    Its guidance g is our g + 1.
+    """
     diffusers = pytest.importorskip("diffusers")
     ours, reference = Z_IMAGE.pair()
     call, null = Z_IMAGE.inputs(TINY, (4, 6), [5, 40]), Z_IMAGE.inputs(TINY, (4, 6), [3, 3], seed=5)
-    listed = [[row[keep] for row, keep in zip(c["text"], c["text_mask"])] for c in (call, null)]
-    pipe = diffusers.ZImagePipeline(
-        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), None, None, None, reference
-    )
+    listed = [
+        [row[keep] for row, keep in zip(c["text"], c["text_mask"], strict=True)]
+        for c in (call, null)
+    ]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = diffusers.ZImagePipeline(scheduler, None, None, None, reference)
     pipe.set_progress_bar_config(disable=True)
     want = pipe(
         prompt_embeds=listed[0],
@@ -58,83 +64,82 @@ def test_sign_and_clock_are_those_of_the_pipeline(scale):
     ).images
     x, grid = call["x"], step_grid(3, ZImageTransformer2DModel.default_shift)
     with torch.no_grad():
-        for t, t_next in zip(grid[:-1], grid[1:]):
+        for t, t_next in zip(grid[:-1], grid[1:], strict=True):
             cond, uncond = (
                 ours(x, torch.full((2,), t), text=c["text"], text_mask=c["text_mask"])
                 for c in (call, null)
             )
             x = x + (t_next - t) * (uncond + (scale + 1) * (cond - uncond))
-    assert (
-        relative(x, want) < 1e-3 and relative(call["x"], want) > 0.1
-    )  # (1000 - 1000 t) / 1000 rounds otherwise than 1 - t
+    # Not closer, because (1000 - 1000 t) / 1000 is rounded differently from 1 - t.
+    assert relative(x, want) < 1e-3 and relative(call["x"], want) > 0.1
 
 
-def test_where_the_tokens_of_a_prompt_stand_is_never_seen():
-    """Only those that the mask names, in their order."""
+def test_the_place_of_a_prompts_tokens_does_not_matter():
+    """Only which ones the mask marks, and their order."""
     net, call = fill(ZImageTransformer2DModel(**TINY)), Z_IMAGE.inputs(lengths=[5, 33, 40])
     text, keep = call["text"], call["text_mask"]
     with torch.no_grad():
         v = net(**call)
-        left = torch.stack(
-            [torch.cat([row[~k], row[k]]) for row, k in zip(text, keep)]
-        )  # padding before the tokens
+        # Padding before the tokens.
+        pairs = zip(text, keep, strict=True)
+        left = torch.stack([torch.cat([row[~k], row[k]]) for row, k in pairs])
         assert torch.equal(net(**{**call, "text": left, "text_mask": keep.flip(1)}), v)
         holes = torch.zeros(3, 84, dtype=torch.bool)
         holes[:, ::2] = keep
-        assert torch.equal(
-            net(**{**call, "text": text.repeat_interleave(2, dim=1), "text_mask": holes}), v
-        )
+        doubled = {"text": text.repeat_interleave(2, dim=1), "text_mask": holes}
+        assert torch.equal(net(**{**call, **doubled}), v)
         longer = F.pad(text, (0, 0, 0, 60)), F.pad(keep, (0, 60))
         assert torch.equal(net(**{**call, "text": longer[0], "text_mask": longer[1]}), v)
 
 
 def test_a_mask_is_used_only_where_prompts_fill_up_differently(monkeypatch):
-    """Attention without one is faster, and the same."""
+    """Attention without a mask is faster, and the same."""
     seen, original = [], z_image.attention
-    monkeypatch.setattr(
-        z_image, "attention", lambda q, k, v, mask: seen.append(mask) or original(q, k, v, mask)
-    )
+
+    def attention(q, k, v, mask):
+        seen.append(mask)
+        return original(q, k, v, mask)
+
+    monkeypatch.setattr(z_image, "attention", attention)
     net = fill(ZImageTransformer2DModel(**TINY))
     with torch.no_grad():
         net(**Z_IMAGE.inputs(TINY, (4, 4), [5, 32, 17]))
         assert len(seen) == 7 and all(m is None for m in seen)
         seen.clear()
         net(**Z_IMAGE.inputs(TINY, (4, 4), [5, 33]))
-    assert [m if m is None else tuple(m.shape) for m in seen] == [None] * 2 + [
-        (2, 1, 1, 64)
-    ] * 2 + [(2, 1, 1, 96)] * 3
+    shapes = [m if m is None else tuple(m.shape) for m in seen]
+    assert shapes == [None] * 2 + [(2, 1, 1, 64)] * 2 + [(2, 1, 1, 96)] * 3
     assert seen[-1].sum(-1).flatten().tolist() == [64, 96] and seen[-1][0, 0, 0, :64].all()
 
 
 def test_rotations_are_never_rounded(monkeypatch):
     angles, original = [], z_image.rotate
-    monkeypatch.setattr(
-        z_image, "rotate", lambda q, cos, sin: angles.append((cos, sin)) or original(q, cos, sin)
-    )
-    net, call = (
-        fill(ZImageTransformer2DModel(**TINY)),
-        Z_IMAGE.inputs(size=(6, 10), lengths=[31, 32, 33]),
-    )
+
+    def rotate(q, cos, sin):
+        angles.append((cos, sin))
+        return original(q, cos, sin)
+
+    monkeypatch.setattr(z_image, "rotate", rotate)
+    net = fill(ZImageTransformer2DModel(**TINY))
+    call = Z_IMAGE.inputs(size=(6, 10), lengths=[31, 32, 33])
+    low = {k: a if k in ("t", "text_mask") else a.bfloat16() for k, a in call.items()}
     with torch.no_grad():
         net(**call)
         with torch.autocast("cpu", torch.bfloat16):
             net(**call)
-        (
-            net.to(torch.bfloat16)(
-                **{k: a if k in ("t", "text_mask") else a.bfloat16() for k, a in call.items()}
-            ),
-            net(**call),
-        )
-    calls = [
-        angles[i : i + 14] for i in range(0, len(angles), 14)
-    ]  # q and k of seven blocks: float32, autocast, bfloat16 twice
-    assert len(calls) == 4 and all(
-        torch.equal(a, b) for c in calls for pair in zip(c, calls[0]) for a, b in zip(*pair)
-    )
+        net.to(torch.bfloat16)
+        net(**low)
+        net(**call)
+    # q and k of seven blocks, in four calls: float32, autocast, and bfloat16 twice.
+    calls = [angles[i : i + 14] for i in range(0, len(angles), 14)]
+    assert len(calls) == 4
+    for c in calls:
+        for (cos, sin), (cos_0, sin_0) in zip(c, calls[0], strict=True):
+            assert torch.equal(cos, cos_0) and torch.equal(sin, sin_0)
 
 
 def test_largest_inputs_are_taken():
-    """The refusals start exactly where diffusers runs out of positions."""
+    """They are refused exactly from where diffusers runs out of positions."""
     ours, reference = Z_IMAGE.pair(dict(TINY, axes_lens=[66, 3, 2]))
     call = Z_IMAGE.inputs(TINY, (6, 4), [64])
     with torch.no_grad():

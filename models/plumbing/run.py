@@ -70,7 +70,7 @@ class Run:
 
     def __init__(self, args, method):
         self.args, self.method, self.folder = args, method, args.output_dir
-        self.began, self.spent = time.time(), 0.0
+        self.began, self.spent = None, 0.0
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.main, self.B = self.rank == 0, args.train_batch_size
@@ -136,8 +136,8 @@ class Run:
             print(text)
 
     def seconds(self):
-        """What the run has taken so far, with what it had taken before it was resumed."""
-        return self.spent + time.time() - self.began
+        """What training has taken so far, with what it had taken before it was resumed."""
+        return self.spent + (time.time() - self.began if self.began else 0.0)
 
     def save(self, step):
         """state/: everything that `start` was given, after the update of this step."""
@@ -148,6 +148,7 @@ class Run:
 
     def steps(self, first=None, last=None, text=None):
         """The steps that are left, or first ... last - 1, with a progress bar that text names."""
+        self.began = self.began or time.time()
         first = self.first if first is None else first
         last = self.args.max_train_steps if last is None else last
         total, quiet = self.args.max_train_steps, not self.main
