@@ -361,8 +361,9 @@ def add_by_quarter(totals, t, error):
 
 
 def train(args):
-    run = Run(args, "latent_fm")
     world = load_world(args.data) if args.data in WORLDS else None
+    refuse(wrong_flags(args, world))
+    run = Run(args, "latent_fm")
     data = load_training_data(args, world)
     space = build_space(args, world, data).to(run.device)
     shape = latent_shape(data, space, run.device)
@@ -1110,10 +1111,6 @@ def parse_args(argv=None):
     if args.sample is None:  # otherwise sample_only does this, with what was saved
         args.data = source
         fill_sampler(args)
-        world = load_world(source) if source in WORLDS else None
-        for wrong, why in wrong_flags(args, world):
-            if wrong:
-                p.error(why)
     return args
 
 

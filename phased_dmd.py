@@ -11,16 +11,16 @@ alpha x_0 + sigma eps of any x_0 at hand, so regressing eps - x_s would be biase
 is not: it is the velocity that belongs to the score of x_t given x_s, whose mean given x_t is the
 score of x_t.
 
-    paper                   here           meaning                                       shape
-    t_0 > ... > t_N         grid           the student's times, shifted, from 1 to 0     N+1 floats
-    s_k                     phase.s, s     end of phase k; scores are taken on (s, 1)    float, (B,)
-    G_k                     phase.expert   takes the steps of phase k                    -
-    F_k                     phase.fake     score of what the experts make up to s        -
-    T                       teacher.net    frozen, guided                                -
-    j                       k              the one student step with a gradient          int
-    x_s                     x_s            the experts' sample at the end of the phase   (B, ...)
-    x_t                     x_t            x_s noised on, a x_s + b eps                  (B, ...)
-    alpha_{t|s}, sigma_{t|s}  a, b         coefficients of that (Eq. 2)                  (B,)
+    paper                     here          meaning                                      shape
+    t_0 > ... > t_N           grid          the student's times, shifted, from 1 to 0    N+1 floats
+    s_k                       phase.s, s    end of phase k; scores are taken on (s, 1)   float, (B,)
+    G_k                       phase.expert  the network that takes its steps             -
+    F_k                       phase.fake    score of the experts' samples                -
+    T                         teacher.net   frozen, guided                               -
+    j                         k             the one student step with a gradient         int
+    x_s                       x_s           the experts' sample at the end of the phase  (B, ...)
+    x_t                       x_t           x_s noised on, a x_s + b eps                 (B, ...)
+    alpha_{t|s}, sigma_{t|s}  a, b          its coefficients (Eq. 2)                     (B,)
 
 Launch.
     laptop      python phased_dmd.py        # clips, 4 steps, 2 phases, four minutes on two cores
@@ -143,8 +143,9 @@ def phased_dmd_loss(
     """The student's distribution matching loss at the end of a phase (Eq. 10).  -> scalar, g.
 
     Its gradient in x_s, with all else constant, is g / numel(x_s), where g (B, ...) is the paper's
-    direction or the normalised one below. x0 (B, ...) is what the student's own last call implies.
-    teacher and fake are networks, called as net(x_t, t, **cond).
+    direction or the normalised one below. x0 (B, ...) is what the student's own last call implies;
+    only the normalised direction uses it. teacher and fake are networks, called as
+    net(x_t, t, **cond).
     """
     with torch.no_grad():
         x_t = diffusion.noise_on(x_s, eps, s, t)
@@ -154,7 +155,7 @@ def phased_dmd_loss(
     return 0.5 * F.mse_loss(x_s, (x_s - g).detach()), g
 
 
-# ---- variants of their parts ---------------------------------------------------------------------
+# ---- variants of direction, target and taper -----------------------------------------------------
 
 
 def normalized_direction(x0, mu_real, mu_fake, diffusion, s, t):
@@ -189,9 +190,9 @@ DIRECTIONS = {"paper": paper_direction, "normalized": normalized_direction}
 # ---- the sampler. experts: one network for each step ---------------------------------------------
 
 
-def student_step(expert, diffusion, x, t, t_next, cond):
+def student_step(expert, diffusion, x_in, t, t_next, cond):
     """One Euler step from t to t_next, floats.  -> x at t_next, the x0 that it implies (B, ...)."""
-    x0, eps = diffusion.x0_eps(expert, x, t, **cond)
+    x0, eps = diffusion.x0_eps(expert, x_in, t, **cond)
     return diffusion.add_noise(x0, eps, t_next), x0
 
 
@@ -270,7 +271,7 @@ class Phase:
     steps: range  # the student's steps that its expert takes
     s: float  # the noise level at which it ends; teacher and fake are compared on (s, 1)
     u_end: float  # the same level before the shift
-    t_min: float  # t is clamped to this: the boundary of a teacher whose first network is in charge
+    t_min: float  # t is clamped to this: the boundary, if only the high-noise network takes part
     start: int  # its updates are start ... end - 1
     end: int
     base: nn.Module  # the teacher's network in charge of its steps
@@ -792,7 +793,8 @@ def parse_args(argv=None):
     p.set_defaults(teacher="clips", max_train_steps=500, train_batch_size=32, learning_rate=5e-4,
                    learning_rate_fake=2e-3, lr_warmup_steps=20, ema_decay=0.99, preview_samples=18)
     paper_values(p, fake_update_ratio="5", adam_betas="0 .999", weight_decay="not stated",
-                 learning_rate_fake="4e-7", lr_decay_share="not stated; here of each phase")
+                 learning_rate="5e-5, of adapters", learning_rate_fake="4e-7", ema_decay="0",
+                 lr_decay_share="not stated; here of each phase")
     add = p.method.add_argument
     add("--student_steps", type=number(int, 1), default=4,
         help="N, network calls of the student (paper: 4)")

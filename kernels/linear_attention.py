@@ -38,8 +38,8 @@ Use.
     # q, k, v (B, N, H, D); w_q, w_k (H, D, D); o (B, N, H, D)
     o = linear_attention(q, k, v, w_q=w_q, w_k=w_k)
 
-LinearAttention, at the end of the file, is the module. Who copies it without the kernels needs
-`features` and `linear_attention_reference`, which is called with the same arguments, besides.
+LinearAttention, at the end of the file, is the module. To copy it without the kernels, take
+`features` and `linear_attention_reference` too, and call the latter in its forward.
 
 q, k and v may be views with any strides, such as those of a fused projection: nothing is copied.
 Triton runs on CUDA for float32, bfloat16 and float16 and for sizes 16, 32, 64 and 128 (given

@@ -32,7 +32,7 @@ def expand(t, x):
 
 
 class Flow:
-    """Rectified flow: alpha = 1 - t, sigma = t."""
+    """Rectified flow: alpha = 1 - t, sigma = t, for t of any shape."""
 
     def alpha(self, t):
         return 1 - t
@@ -41,6 +41,7 @@ class Flow:
         return t
 
     def describe(self):
+        """The schedule in words."""
         return "flow (alpha = 1 - t, sigma = t)"
 
 
@@ -96,6 +97,7 @@ class VP:
         return (1 - self.alpha(t.double()) ** 2).clamp_min(0).sqrt().to(t.dtype)
 
     def describe(self):
+        """The schedule in words."""
         ending = ", zero terminal SNR" if self.zero_snr else ""
         return f"VP ({self.name} betas, {self.n} steps{ending})"
 

@@ -448,7 +448,7 @@ def save_tiny_z_image(root):
 
 
 def save_tiny_pixart(root, variant, class_name="PixArtTransformer2DModel"):
-    """variant 512 or 1024, which is told the image's size; with the scheduler that PixArt was
+    """variant 512 or 1024, which takes the image's size; with the scheduler that PixArt was
     released with."""
     torch.manual_seed(0)
     net = perturbed(PixArtTransformer2DModel(**TINY_PIXART, sample_size=variant // 8))

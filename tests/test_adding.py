@@ -54,7 +54,7 @@ def test_world():
 
 
 def test_world_is_measured(tmp_path, monkeypatch):
-    """build_reference makes its files, here from few items; `measure` tells data from noise."""
+    """build_reference makes its files, here from few items; `measure` separates data from noise."""
     bars = examples()[2].Bars
     real = bars.data
 

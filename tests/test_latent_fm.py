@@ -25,6 +25,7 @@ from models.networks.dit import DiT
 from models.pictures import picture
 from models.plumbing import report
 from models.plumbing.data import load_data, to_unit
+from models.plumbing.run import run_main
 from models.worlds import load_world
 from models.worlds.measures import balanced_labels
 from models.worlds.ring import RingTeacher
@@ -323,7 +324,7 @@ def test_wrong_data(tmp_path, capsys, data):
     for flags, says in wrong:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            latent_fm.run_main(lambda flags=flags: run(tmp_path / "run", *flags))
+            run_main(lambda flags=flags: run(tmp_path / "run", *flags))
         error = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2, flags
         assert says in error[-1] and error[-1].startswith("error: "), (flags, error)

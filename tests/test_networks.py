@@ -342,7 +342,7 @@ def wrong_calls(call):
         "t of one sample": {"t": call["t"][:1]},
         "t of more samples": {"t": torch.rand(B + 1)},
         "t in integers": {"t": torch.tensor([0, 500, 999])},
-        "adapter": {"adapter": "nobody"},
+        "adapter": {"adapter": "missing"},
     }
     if "label" in call:
         wrong["label of one sample"] = {"label": call["label"][:1]}

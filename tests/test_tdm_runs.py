@@ -1,6 +1,7 @@
-"""tdm.py's loop: the gradients of fake and student from the draws alone, who is called where and told what, samples and report by step count, refusals.
+"""tdm.py's loop: the gradients of fake and student from the draws alone, and who is called.
 
-What its runs share with the other scripts' is tested for all in test_dmd_math.py and test_runs.py.
+Also its samples and report by step count, VP teachers, and refusals. What its runs share with the
+other scripts' is tested for all in test_dmd_math.py and test_runs.py.
 """
 
 import types
@@ -24,413 +25,344 @@ from helpers import (
 from safetensors.torch import load_file
 
 import tdm
-from models.diffusion import VP, Flow, expand, shift, step_grid, unshift
+from models.diffusion import VP, Diffusion, Flow, expand, shift, step_grid, unshift
 from models.draws import Draws
 from models.files import load_json
 from models.networks import WEIGHTS, load_network, network_config, save_network
 from models.plumbing import report, teachers
-from models.plumbing.teachers import read_own_sampler, told_steps
+from models.plumbing.teachers import read_own_sampler, with_step_input
 from models.worlds.ring import RingTeacher
 
 SHIFT = 3.0
-BASE = ["--timestep_shift", str(SHIFT), "--guidance_scale", "2.5", "--loss", "pseudo_huber"]
+BASE = f"--timestep_shift {SHIFT} --guidance_scale 2.5 --loss pseudo_huber".split()
+FLOW_V = Diffusion(Flow(), "flow_v")
+
+
+# ---- an update written out -----------------------------------------------------------------------
 
 
 def split(net, schedule, x_t, t, **cond):
     """x0 and eps of a network that predicts flow's velocity, or eps under VP."""
     a, s, out = expand(schedule.alpha(t), x_t), expand(schedule.sigma(t), x_t), net(x_t, t, **cond)
-    return (
-        (x_t - s * out, x_t + a * out) if isinstance(schedule, Flow) else ((x_t - s * out) / a, out)
-    )
+    if isinstance(schedule, Flow):
+        return x_t - s * out, x_t + a * out
+    return (x_t - s * out) / a, out
+
+
+def mixed(schedule, x0, eps, t):
+    """alpha_t x0 + sigma_t eps."""
+    return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
 
 
 def between(schedule, x, eps, s, t):
     """A sample at level s noised on to t."""
     a = schedule.alpha(t) / schedule.alpha(s)
-    return (
-        expand(a, x) * x
-        + expand((schedule.sigma(t) ** 2 - (a * schedule.sigma(s)) ** 2).clamp_min(0).sqrt(), x)
-        * eps
-    )
+    b = (schedule.sigma(t) ** 2 - (a * schedule.sigma(s)) ** 2).clamp_min(0).sqrt()
+    return expand(a, x) * x + expand(b, x) * eps
 
 
 def drawn(draw, counts):
-    """K, in turn over the rows, and step of each."""
-    K = torch.tensor(
-        [counts[(row + draw.agreed("steps", len(counts))) % len(counts)] for row in draw.rows]
-    )
+    """K, in turn over the rows, and the step k of each."""
+    offset = draw.agreed("steps", len(counts))
+    K = torch.tensor([counts[(row + offset) % len(counts)] for row in draw.rows])
     return K, (draw.uniform("j") * K).long()
 
 
-def trajectories(
-    student,
-    schedule,
-    draw,
-    shape,
-    classes,
-    counts=(1, 1, 2, 4),
-    told=True,
-    sde=False,
-    clean=False,
-    fresh=False,
-    to_noise=False,
-    by_x_s=False,
-):
-    """One row at a time, from the draws: what is matched (x, at its level), x0, dx/dx0, and x_tau, tau, eps, label, cond of student and fake."""
-    K, j = drawn(draw, counts)
-    z, eps, label, u = (
-        draw.normal("z", shape),
-        draw.normal("eps", shape),
-        draw.integer("cond", classes),
-        draw.spread("u", 0.02, 0.98),
-    )
+def row_of(student, schedule, draw, shape, i, K, k, cond, how):
+    """The trajectory of row i alone, up to where its step k of K lands.  -> dict of (1, ...)."""
+    grid = [shift(torch.tensor([1 - n / K]), SHIFT) for n in range(K + 1)]
+    x_s = draw.normal("z", shape)[i : i + 1]
+    for n in range(k + 1):
+        x, noise = split(student, schedule, x_s.detach(), grid[n], **cond)
+        if how.sde:
+            noise = draw.normal(f"renoise{n}" if n < k else "renoise", shape)[i : i + 1]
+        x_s = mixed(schedule, x, noise, grid[n + 1])
+    t, s = grid[k], grid[k + 1]
+    low, high = 1 - (k + 1) / K, 1.0 if how.to_noise else 1 - k / K
+    u = low + (high - low) * draw.spread("u", 0.02, 0.98)[i : i + 1]
+    tau = shift(u, SHIFT)
+    assert s <= tau < (1.0 if how.to_noise else t)
+    slope = torch.ones(1)
+    if how.by_x_s and not how.clean:
+        slope = schedule.alpha(s)
+        if not how.sde:
+            slope = slope - schedule.sigma(s) * schedule.alpha(t) / schedule.sigma(t)
+    if how.clean or how.fresh:
+        x_s, s = x, torch.zeros(1)
+    eps = draw.normal("eps", shape)[i : i + 1]
+    x_tau = between(schedule, x_s, eps, s, tau).detach()
+    return dict(x=x, x_s=x_s, s=s, slope=slope, tau=tau, eps=eps, x_tau=x_tau)
+
+
+HOW = dict(counts=(1, 1, 2, 4), see_K=True, sde=False, clean=False, fresh=False)
+HOW |= dict(to_noise=False, by_x_s=False)
+
+
+def trajectories(student, schedule, draw, shape, classes, **how):
+    """Every row by itself, from the draws alone. how: what the flags mean, see HOW.
+
+    -> K, k, label, cond of student and fake, and of row_of: x, what is matched (x_s at level s),
+    slope, x_tau, tau, eps.
+    """
+    how = types.SimpleNamespace(**{**HOW, **how})
+    K, k = drawn(draw, how.counts)
+    cond = {"label": draw.integer("cond", classes)}
+    if how.see_K:
+        cond["steps"] = K.float()
     rows = []
-    for i in range(len(z)):
-        grid = [shift(torch.tensor([1 - n / K[i].item()]), SHIFT) for n in range(K[i] + 1)]
-        cond = {"label": label[i : i + 1], **({"steps": K[i : i + 1].float()} if told else {})}
-        x_s = z[i : i + 1]
-        for n in range(j[i] + 1):
-            x0, noise = split(student, schedule, x_s.detach(), grid[n], **cond)
-            if sde:
-                noise = draw.normal(f"renoise{n}" if n < j[i] else "renoise", shape)[i : i + 1]
-            x_s = (
-                expand(schedule.alpha(grid[n + 1]), x0) * x0
-                + expand(schedule.sigma(grid[n + 1]), x0) * noise
-            )
-        low, high = 1 - (j[i] + 1) / K[i], 1.0 if to_noise else 1 - j[i] / K[i]
-        tau = shift(low + (high - low) * u[i : i + 1], SHIFT)
-        assert grid[j[i] + 1] <= tau < (1.0 if to_noise else grid[j[i]])
-        x, level = (x0, torch.zeros(1)) if clean or fresh else (x_s, grid[j[i] + 1])
-        t, s = grid[j[i]], grid[j[i] + 1]
-        slope = (
-            torch.ones(1)
-            if clean or not by_x_s
-            else schedule.alpha(s)
-            - (0 if sde else schedule.sigma(s) * schedule.alpha(t) / schedule.sigma(t))
-        )
-        rows.append(
-            [x, level, x0, between(schedule, x, eps[i : i + 1], level, tau).detach(), tau, slope]
-        )
-    x, level, x0, x_tau, tau, slope = (torch.cat(v) for v in zip(*rows))
-    cond = {"label": label, **({"steps": K.float()} if told else {})}
-    return types.SimpleNamespace(
-        K=K,
-        j=j,
-        x=x,
-        level=level,
-        x0=x0,
-        slope=slope,
-        x_tau=x_tau,
-        tau=tau,
-        eps=eps,
-        label=label,
-        cond=cond,
-    )
+    for i, (n, step) in enumerate(zip(K.tolist(), k.tolist())):
+        alone = {name: v[i : i + 1] for name, v in cond.items()}
+        rows.append(row_of(student, schedule, draw, shape, i, n, step, alone, how))
+    at = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    return types.SimpleNamespace(K=K, k=k, label=cond["label"], cond=cond, **at)
 
 
-def fake_loss(fake, schedule, at, exact, snr):
-    a, s = expand(schedule.alpha(at.tau), at.x0), expand(schedule.sigma(at.tau), at.x0)
+def fake_loss(fake, schedule, at, exact=False, snr=False):
+    """The fake's loss at these trajectories, as --fake_target and --fake_weight mean it."""
+    a, sigma = expand(schedule.alpha(at.tau), at.x), expand(schedule.sigma(at.tau), at.x)
     x0, eps = split(fake, schedule, at.x_tau, at.tau, **at.cond)
-    b = (s**2 - (a * expand(schedule.sigma(at.level) / schedule.alpha(at.level), s)) ** 2).sqrt()
+    flow, x = isinstance(schedule, Flow), at.x.detach()
     if exact:
-        error = b / s * eps - at.eps
-        return (
-            (error / a if isinstance(schedule, Flow) and not snr else error).square().mean()
-        )  # flow's velocity is off by 1 / alpha of that
-    mix = (at.x_tau - a * at.x0.detach()) / s
+        ratio = expand(schedule.sigma(at.s) / schedule.alpha(at.s), x)
+        b = (sigma**2 - (a * ratio) ** 2).sqrt()
+        error = b / sigma * eps - at.eps
+        # flow's velocity is off by 1 / alpha of that
+        return (error / a if flow and not snr else error).square().mean()
+    mix = (at.x_tau - a * x) / sigma
     weight = ((at.eps.square().flatten(1).mean(1) - mix.square().flatten(1).mean(1)) / 2).exp()
-    error = ((eps - x0) - (mix - at.x0.detach())) if isinstance(schedule, Flow) else eps - mix
     if snr:
-        error = (a / s).clamp(max=5**0.5) * (x0 - at.x0.detach())
+        error = (a / sigma).clamp(max=5**0.5) * (x0 - x)
+    elif flow:
+        error = (eps - x0) - (mix - x)
+    else:
+        error = eps - mix
     return (expand(weight, error) * error.square()).mean()
 
 
-CASES = [  # flags, what they mean for trajectories, for the loss
-    ([], {}, {}),
-    (["--student_steps", "4"], dict(counts=[4], told=False), {}),
-    (["--student_steps", "3", "2"], dict(counts=[3, 2]), {}),
-    (["--untold"], dict(told=False), {}),
-    (["--regress", "x_s"], dict(by_x_s=True), {}),
-    (["--regress", "x_s", "--loss", "l2"], dict(by_x_s=True), dict(loss="l2")),
-    (["--regress", "x_s", "--loss", "demo"], {}, dict(loss="demo")),
-    (["--regress", "x_s", "--renoise", "sde"], dict(by_x_s=True, sde=True), {}),
-    (["--regress", "x_s", "--match", "clean"], dict(clean=True), {}),
-    (["--loss", "l2"], {}, dict(loss="l2")),
-    (["--loss", "demo"], {}, dict(loss="demo")),
-    (["--renoise", "sde"], dict(sde=True), {}),
-    (["--match", "clean"], dict(clean=True), {}),
-    (["--tau_range", "to_noise"], dict(to_noise=True), {}),
-    (["--guidance_scale", "1"], {}, dict(scale=1)),
-    (["--fake_noise", "fresh"], {}, dict(fresh=True)),
-    (["--fake_target", "exact"], {}, dict(exact=True)),
-    (["--fake_weight", "snr"], {}, dict(snr=True)),
-    (["--fake_target", "exact", "--fake_weight", "snr"], {}, dict(exact=True, snr=True)),
-    (["--teacher", "VP"], {}, {}),
-    (
-        ["--teacher", "VP", "--fake_target", "exact", "--match", "clean"],
-        dict(clean=True),
-        dict(exact=True),
-    ),
-    (["--teacher", "VP", "--renoise", "sde"], dict(sde=True), {}),
-]
+def student_loss(teacher, fake, schedule, at, null, scale, loss):
+    """-> loss, its gradient in x, g = mu_fake - mu_real."""
+    with torch.no_grad():
+        labels = at.label, torch.full_like(at.label, null)
+        real, uncond = (split(teacher, schedule, at.x_tau, at.tau, label=y)[0] for y in labels)
+        real = uncond + scale * (real - uncond)
+        g = split(fake, schedule, at.x_tau, at.tau, **at.cond)[0] - real
+    A = expand(at.slope, g)
+    if loss == "l2":
+        return (A * g).square().mean() / 2, A**2 * g / g.numel(), g
+    if loss == "demo":
+        root = (g.square() + 1e-6).sqrt()
+        error = expand((at.x.detach() - real).abs().flatten(1).mean(1), g)
+        return ((root - 1e-3) / error).mean(), g / root / error / g.numel(), g
+    c = 0.00054 * g[0].numel() ** 0.5
+    norm = ((A * g).square().flatten(1).sum(1) + c**2).sqrt()
+    return (norm - c).mean(), A**2 * g / expand(norm, g) / len(g), g
 
 
-@pytest.mark.parametrize("flags, path, means", CASES, ids=[" ".join(case[0]) for case in CASES])
-def test_gradients_and_calls(monkeypatch, tmp_path, flags, path, means):
-    """The first update of fake and student once more, from the draws alone; log.csv's row; and who is called, how often, on which rows, told what."""
-    folder, schedule, shape, classes, scale, teacher = (
-        "ring",
-        Flow(),
-        (2,),
-        4,
-        means.get("scale", 2.5),
-        RingTeacher(),
+def setting(tmp_path, flags):
+    """-> the flags with a folder for VP, a teacher, its schedule, sample shape and classes."""
+    if "VP" not in flags:
+        return flags, RingTeacher(), Flow(), (2,), 4
+    folder = save_tiny_vp_teacher(tmp_path / "vp")
+    schedule, teacher = VP("scaled_linear", 0.00085, 0.012), load_network(folder)[0]
+    return flags.replace("VP", folder), teacher, schedule, (1, 4, 4), 3
+
+
+CASES = {  # flags: what they mean for trajectories, for the losses
+    "--teacher ring": ({}, {}),
+    "--student_steps 4": (dict(counts=[4], see_K=False), {}),
+    "--student_steps 3 2": (dict(counts=[3, 2]), {}),
+    "--untold": (dict(see_K=False), {}),
+    "--regress x_s": (dict(by_x_s=True), {}),
+    "--regress x_s --loss l2": (dict(by_x_s=True), dict(loss="l2")),
+    "--regress x_s --loss demo": ({}, dict(loss="demo")),
+    "--regress x_s --renoise sde": (dict(by_x_s=True, sde=True), {}),
+    "--regress x_s --match clean": (dict(clean=True), {}),
+    "--loss l2": ({}, dict(loss="l2")),
+    "--loss demo": ({}, dict(loss="demo")),
+    "--renoise sde": (dict(sde=True), {}),
+    "--match clean": (dict(clean=True), {}),
+    "--tau_range to_noise": (dict(to_noise=True), {}),
+    "--guidance_scale 1": ({}, dict(scale=1)),
+    "--fake_noise fresh": ({}, dict(fresh=True)),
+    "--fake_target exact": ({}, dict(exact=True)),
+    "--fake_weight snr": ({}, dict(snr=True)),
+    "--fake_target exact --fake_weight snr": ({}, dict(exact=True, snr=True)),
+    "--teacher VP": ({}, {}),
+    "--teacher VP --fake_target exact --match clean": (dict(clean=True), dict(exact=True)),
+    "--teacher VP --renoise sde": (dict(sde=True), {}),
+    "--teacher VP --regress x_s": (dict(by_x_s=True), {}),
+}
+
+
+@pytest.mark.parametrize("flags", CASES)
+def test_gradients_and_calls(monkeypatch, tmp_path, flags):
+    """The first update of fake and student once more, from the draws alone, and log.csv's row.
+
+    And who is called, how often, on which rows, and what it is conditioned on.
+    """
+    path, means = CASES[flags]
+    flags, teacher, schedule, shape, classes = setting(tmp_path, flags)
+    scale, loss_kind = means.get("scale", 2.5), means.get("loss", "pseudo_huber")
+    monkeypatch.setattr(  # the layer that takes K is zero at first, and would hide everything
+        teachers, "with_step_input", lambda net: perturbed(with_step_input(net), seed=1)
     )
-    if "VP" in flags:
-        folder, schedule, shape, classes = (
-            save_tiny_vp_teacher(tmp_path / "vp"),
-            VP("scaled_linear", 0.00085, 0.012),
-            (1, 4, 4),
-            3,
-        )
-        teacher = load_network(folder)[0]
-    real_told = told_steps
-    monkeypatch.setattr(
-        teachers, "told_steps", lambda net: perturbed(real_told(net), seed=1)
-    )  # the new layer is no longer zero
-    diary = one_step(
-        monkeypatch,
-        tdm,
-        tmp_path / "run",
-        *BASE,
-        *[folder if f == "VP" else f for f in flags],
-        "--seed",
-        "2",
-        "--ema_decay",
-        "0",
-    )
-    told, ways = path.get("told", True), {}
-    for what, inner in (("fake-score", 0), ("student", "student")):
+    folder = tmp_path / "run"
+    own = f"{flags} --seed 2 --ema_decay 0".split()
+    diary = one_step(monkeypatch, tdm, folder, *BASE, *own)
+    see_K, paths = path.get("see_K", True), {}
+    for what, inner in (("fake", 0), ("student", "student")):
         nets, grads = diary.at[what]
-        draw = Draws(2, 0, inner, range(8))
-        ways[what] = at = trajectories(
-            nets["student"],
-            schedule,
-            draw,
-            shape,
-            classes,
-            fresh=means.get("fresh") and what == "fake-score",
-            **path,
-        )
-        if what == "fake-score":
-            loss = fake_loss(nets["fake"], schedule, at, means.get("exact"), means.get("snr"))
-            want = torch.autograd.grad(loss, list(nets["fake"].parameters()))
+        fresh = means.get("fresh", False) and what == "fake"
+        at_draw = Draws(2, 0, inner, range(8)), shape, classes
+        paths[what] = at = trajectories(nets["student"], schedule, *at_draw, fresh=fresh, **path)
+        if what == "fake":
+            which = means.get("exact", False), means.get("snr", False)
+            loss_fake = fake_loss(nets["fake"], schedule, at, *which)
+            want = torch.autograd.grad(loss_fake, list(nets["fake"].parameters()))
         else:
-            with torch.no_grad():
-                real, uncond = (
-                    split(teacher, schedule, at.x_tau, at.tau, label=y)[0]
-                    for y in (at.label, torch.full_like(at.label, classes))
-                )
-                real, fake = (
-                    uncond + scale * (real - uncond),
-                    split(nets["fake"], schedule, at.x_tau, at.tau, **at.cond)[0],
-                )
-                g, A = fake - real, expand(at.slope, fake)
-                c = 0.00054 * g[0].numel() ** 0.5
-                norm = expand(((A * g).square().flatten(1).sum(1) + c**2).sqrt(), g)
-                error = expand((at.x0 - real).abs().flatten(1).mean(1), g)
-                by = {
-                    "pseudo_huber": A**2 * g / norm / 8,
-                    "l2": A**2 * g / g.numel(),
-                    "demo": g / (g.square() + 1e-6).sqrt() / error / g.numel(),
-                }
-                by = by[means.get("loss", "pseudo_huber")]
-            want = torch.autograd.grad((at.x0 * by).sum(), list(nets["student"].parameters()))
+            at_tau = schedule, at, classes, scale, loss_kind
+            loss, of_x, g = student_loss(teacher, nets["fake"], *at_tau)
+            want = torch.autograd.grad((at.x * of_x).sum(), list(nets["student"].parameters()))
         largest = max(v.abs().max().item() for v in want)
-        for a, b in zip(grads[what.split("-")[0]], want, strict=True):
+        for a, b in zip(grads[what], want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5 * largest)
         assert largest > 1e-3
-    (row,) = [{name: float(v) for name, v in row.items()} for row in read_log(tmp_path / "run")]
-    value = {
-        "pseudo_huber": (norm - c).mean(),
-        "l2": (A * g).square().mean() / 2,
-        "demo": (((g.square() + 1e-6).sqrt() - 1e-3) / error).mean(),
-    }
     columns = {
-        "loss": value[means.get("loss", "pseudo_huber")],
-        "loss_fake": loss.detach(),
+        "loss": loss,
+        "loss_fake": loss_fake.detach(),
         "g": g.square().mean().sqrt(),
-        "mean": at.x0.detach().mean(),
-        "std": at.x0.detach().std(correction=0),
+        "mean": at.x.detach().mean(),
+        "std": at.x.detach().std(correction=0),
         "norm_student": torch.stack([v.norm() for v in want]).norm(),
     }
-    assert {name: row[name] for name in columns} == pytest.approx(
-        {name: float(v) for name, v in columns.items()}, rel=1e-3
-    )
+    (row,) = read_log(folder)
+    want = {name: float(v) for name, v in columns.items()}
+    assert {name: float(row[name]) for name in columns} == pytest.approx(want, rel=1e-3)
+    assert {*columns, "norm_fake", "step", "seconds", "peak_memory_mb"} == set(row)
+    for what, calls in zip(("fake", "student"), diary.turns):
+        check_calls(calls, paths[what], what == "student", see_K, 1 if scale == 1 else 2, classes)
 
-    guided = 1 if scale == 1 else 2
-    for at, calls, has_teacher in zip(ways.values(), diary.turns, (False, True)):
-        by = {
-            who: [c for c in calls if c.who == who and c.x_t.any()]
-            for who in ("student", "teacher", "fake")
-        }  # zeros are the trial before training
-        assert {who: len(by[who]) for who in by} == {
-            "student": at.j.max() + 1,
-            "teacher": has_teacher * guided,
-            "fake": 1,
-        }
-        for i, call in enumerate(
-            by["student"]
-        ):  # a sample's rollout ends at its own step; then all take theirs together
-            rows = at.j > i if i < at.j.max() else at.j >= 0
-            assert torch.equal(call.label, at.label[rows]) and call.graph == (
-                has_teacher and i == at.j.max()
-            )
-            assert torch.equal(call.steps, at.K[rows].float()) if told else call.steps is None
-        assert [c.graph for c in by["fake"] + by["teacher"]] == [not has_teacher] + [False] * len(
-            by["teacher"]
-        )
-        for call in by["fake"] + by["teacher"]:
-            (
-                torch.testing.assert_close(call.x_t, at.x_tau, rtol=1e-4, atol=1e-4),
-                torch.testing.assert_close(call.t, at.tau),
-            )
-            assert (
-                torch.equal(call.steps, at.K.float())
-                if told and call.who == "fake"
-                else call.steps is None
-            )
-        assert torch.equal(by["fake"][0].label, at.label)
-        assert (
-            not has_teacher
-            or [c.label.tolist() for c in by["teacher"]]
-            == [at.label.tolist(), [classes] * 8][:guided]
-        )
+
+def check_calls(calls, at, student_turn, see_K, guided, null):
+    """Who was called in a turn, how often, where, on which rows, conditioned on what."""
+    by = {
+        who: [c for c in calls if c.who == who and c.x_t.any()]  # zeros: the trial before training
+        for who in ("student", "teacher", "fake")
+    }
+    counts = {who: len(of_it) for who, of_it in by.items()}
+    last = int(at.k.max())
+    assert counts == {"student": last + 1, "teacher": student_turn * guided, "fake": 1}
+    for i, call in enumerate(by["student"]):
+        # a sample's trajectory ends at its own step; then all take theirs together
+        rows = at.k > i if i < last else at.k >= 0
+        assert torch.equal(call.label, at.label[rows])
+        assert call.graph == (student_turn and i == last)
+        assert torch.equal(call.steps, at.K[rows].float()) if see_K else call.steps is None
+    (fake,) = by["fake"]
+    assert fake.graph != student_turn and not any(c.graph for c in by["teacher"])
+    for call in [fake, *by["teacher"]]:
+        torch.testing.assert_close(call.x_t, at.x_tau, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(call.t, at.tau)
+    assert torch.equal(fake.steps, at.K.float()) if see_K else fake.steps is None
+    assert all(c.steps is None for c in by["teacher"])
+    assert torch.equal(fake.label, at.label)
+    if student_turn:
+        labels = [at.label.tolist(), [null] * len(at.label)]
+        assert [c.label.tolist() for c in by["teacher"]] == labels[:guided]
 
 
 @pytest.mark.parametrize("tau_range", ["segment", "to_noise"])
 def test_every_step_of_every_count_and_its_levels(monkeypatch, tmp_path, tau_range):
-    """Over a run: all (K, step) occur, K as often as it is named and steps alike; a step's levels lie in its own raw interval, or reach up to noise, and fill it;
-    no level is below where the step lands. Fake turns leave no gradient in the student, student turns none in the fake, neither any in the teacher."""
-    diary = ring_run(
-        monkeypatch,
-        tdm,
-        tmp_path,
-        *BASE,
-        "--tau_range",
-        tau_range,
-        "--fake_update_ratio",
-        "2",
-        steps=12,
-        batch=24,
-    )
-    assert diary.updates == ([("fake-score", "fake")] * 2 + [("student", "student")]) * 12
-    assert all(
-        (g["fake"], g["student"], g["teacher"]) == (what != "student", what == "student", False)
-        for (what, _), g in zip(diary.updates, diary.grads)
-    )
-    assert all(
-        g["student_all"] for (what, _), g in zip(diary.updates, diary.grads) if what == "student"
-    )
-    u = {}
+    """Over a run all (K, step) occur, K as often as it is named and steps alike.
+
+    A step's levels lie in its own raw interval, or reach up to noise, and fill it; none is below
+    where the step lands. The fake's updates leave no gradient in the student, the student's none in
+    the fake, neither any in the teacher.
+    """
+    flags = f"--tau_range {tau_range} --fake_update_ratio 2".split()
+    diary = ring_run(monkeypatch, tdm, tmp_path, *BASE, *flags, steps=12, batch=24)
+    assert diary.updates == ["fake", "fake", "student"] * 12
+    for what, has in zip(diary.updates, diary.grads):
+        of_student = what == "student"
+        assert (has["fake"], has["student"], has["teacher"]) == (not of_student, of_student, False)
+        assert has["student_all"] or not of_student
+    u = {}  # raw levels tau by (K, step)
     for calls in diary.turns[:-1]:
-        (fake,), last = (
-            [c for c in calls if c.who == "fake"],
-            [c for c in calls if c.who == "student"][-1],
-        )
-        assert torch.equal(fake.steps, last.steps) and all(
-            torch.equal(c.t, fake.t) for c in calls if c.who == "teacher"
-        )
-        for K, t, tau in zip(
-            last.steps.int().tolist(), unshift(last.t, SHIFT), unshift(fake.t, SHIFT)
-        ):
-            u.setdefault((K, round(K * (1 - t.item()))), []).append(tau.item())
+        (fake,) = [c for c in calls if c.who == "fake"]
+        last = [c for c in calls if c.who == "student"][-1]
+        assert torch.equal(fake.steps, last.steps)
+        assert all(torch.equal(c.t, fake.t) for c in calls if c.who == "teacher")
+        raw = unshift(last.t, SHIFT), unshift(fake.t, SHIFT)
+        for K, t, tau in zip(last.steps.int().tolist(), *(v.tolist() for v in raw)):
+            u.setdefault((K, round(K * (1 - t))), []).append(tau)
     assert set(u) == {(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)}
-    n = sum(map(len, u.values()))
-    for (K, j), levels in u.items():
-        low, high = 1 - (j + 1) / K, 1.0 if tau_range == "to_noise" else 1 - j / K
-        assert (
-            low < min(levels) < low + 0.1 * (high - low)
-            and high - 0.1 * (high - low) < max(levels) < high
-        )
-        assert abs(sum(levels) / len(levels) - (low + high) / 2) < 0.12 * (high - low) and len(
-            levels
-        ) / n == pytest.approx({1: 2, 2: 1, 4: 1}[K] / 4 / K, abs=0.04)
+    n, turns = sum(map(len, u.values())), {1: 2, 2: 1, 4: 1}
+    for (K, k), found in u.items():
+        low, high = 1 - (k + 1) / K, 1.0 if tau_range == "to_noise" else 1 - k / K
+        width = high - low
+        assert low < min(found) < low + 0.1 * width
+        assert high - 0.1 * width < max(found) < high
+        assert abs(sum(found) / len(found) - (low + high) / 2) < 0.12 * width
+        assert len(found) / n == pytest.approx(turns[K] / 4 / K, abs=0.04)
 
 
-def test_start_of_a_student_that_is_told(monkeypatch, tmp_path):
-    """Told K, student and fake start as the teacher's function whatever K; with --student_init the student starts there, the fake at the teacher."""
-    teacher, other = (
-        save_tiny_teacher(tmp_path / "teacher"),
-        load_network(save_tiny_teacher(tmp_path / "other"))[0],
-    )
+def test_start_of_a_student_that_is_conditioned_on_K(monkeypatch, tmp_path):
+    """Student and fake with an input for K start as the teacher's function, whatever K is.
+
+    With --student_init the student starts there, the fake at the teacher.
+    """
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    other = load_network(save_tiny_teacher(tmp_path / "other"))[0]
     save_network(perturbed(other, seed=5), network_config(other), str(tmp_path / "other"))
     x, t, label = torch.randn(3, 1, 4, 4), torch.tensor([0.2, 0.6, 1.0]), torch.arange(3)
     for name, flags in (("teacher", []), ("other", ["--student_init", str(tmp_path / "other")])):
         with monkeypatch.context() as m:
             diary = one_step(m, tdm, tmp_path / "run", "--teacher", teacher, *flags)
-        nets = diary.at["fake-score"][0]
+        nets = diary.at["fake"][0]
         for net, start in ((nets["student"], str(tmp_path / name)), (nets["fake"], teacher)):
-            assert torch.equal(
-                net(x, t, label, steps=torch.tensor([1.0, 2, 4])),
-                load_network(start)[0](x, t, label),
-            )
+            got = net(x, t, label, steps=torch.tensor([1.0, 2, 4]))
+            assert torch.equal(got, load_network(start)[0](x, t, label))
         assert not any(p.requires_grad for p in diary.teacher.net.parameters())
-        assert_bit_equal(
-            dict(diary.teacher.net.state_dict()), load_file(tmp_path / "teacher" / WEIGHTS)
-        )
+        kept = load_file(tmp_path / "teacher" / WEIGHTS)
+        assert_bit_equal(dict(diary.teacher.net.state_dict()), kept)
 
 
-# ---- samples, by step count --------------------------------------------------------------------------------------------
+# ---- samples, by step count ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "flags", [["--ema_decay", "0.5"], ["--renoise", "sde"], ["--untold"]], ids=" ".join
-)
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("flags", ["--ema_decay 0.5", "--renoise sde", "--untold"])
 def test_samples_and_report_by_step_count(monkeypatch, tmp_path, capsys, flags):
-    """A row for each K with its calls; its samples are tdm.sample of the saved student over K's own grid, told K; --sample draws them again."""
+    """A row for each K with its calls, whose samples are tdm.sample of the saved student.
+
+    That is over K's own grid and conditioned on K; --sample draws them again.
+    """
     monkeypatch.setattr(teachers, "fit_ring_network", lambda teacher, seed: ring_network(seed))
     seen, pictures, real_finish, real_save = {}, [], report.finish, report.save_samples
 
-    def on_finish(*args):
-        seen.update(times=args[6], students=args[7])
-        return real_finish(*args)
+    def on_finish(run, teacher, times, students, *rest):
+        seen.update(times=times, students=students)
+        return real_finish(run, teacher, times, students, *rest)
+
+    def on_save(folder, rows, world):
+        pictures.append(rows)
+        return real_save(folder, rows, world)
 
     monkeypatch.setattr(report, "finish", on_finish)
-    monkeypatch.setattr(
-        report,
-        "save_samples",
-        lambda folder, rows, world: pictures.append(rows) or real_save(folder, rows, world),
-    )
-    tdm.main(
-        [
-            "--teacher",
-            "ring",
-            "--output_dir",
-            str(tmp_path / "run"),
-            "--max_train_steps",
-            "4",
-            "--train_batch_size",
-            "16",
-            "--teacher_steps",
-            "0",
-            "--timestep_shift",
-            str(SHIFT),
-            "--lr_decay_share",
-            "0",
-            *flags,
-        ]
-    )
-    told, sde = "--untold" not in flags, "sde" in flags
-    rows = {
-        r["name"]: r["nfe"] for r in load_json(str(tmp_path / "run" / "report.json"))["results"]
-    }
-    assert (
-        rows == {"data": 0, "teacher_same_steps": 4, "student": 4, "student_2": 2, "student_1": 1}
-        and seen["times"] == step_grid(4, SHIFT)[:-1]
-    )
-    sampler = load_json(str(tmp_path / "run" / "student" / "sampler.json"))
-    assert sampler == {
+    monkeypatch.setattr(report, "save_samples", on_save)
+    out, again = tmp_path / "run", tmp_path / "samples"
+    short = f"""--teacher ring --output_dir {out} --max_train_steps 4 --train_batch_size 16
+        --teacher_steps 0 --timestep_shift {SHIFT} --lr_decay_share 0"""
+    tdm.main([*short.split(), *flags.split()])
+    see_K, sde = "--untold" not in flags, "sde" in flags
+    rows = {r["name"]: r["nfe"] for r in load_json(str(out / "report.json"))["results"]}
+    steps = {"teacher_same_steps": 4, "student": 4, "student_2": 2, "student_1": 1}
+    assert rows == {"data": 0, **steps}
+    assert seen["times"] == step_grid(4, SHIFT)[:-1]
+    assert load_json(str(out / "student" / "sampler.json")) == {
         "method": "tdm",
         "prediction": "flow_v",
         "schedule": {"type": "flow"},
@@ -439,187 +371,112 @@ def test_samples_and_report_by_step_count(monkeypatch, tmp_path, capsys, flags):
         "rule": "renoise" if sde else "euler",
         "guidance_scale": 1.0,
         "sample_shape": [2],
-        "told_steps": told,
+        "told_steps": see_K,
         "grids": {str(n): step_grid(n, SHIFT) for n in (1, 2, 4)},
     }
-    student, config = load_network(str(tmp_path / "run" / "student"))
-    assert config["steps_cond"] is told and any(
-        not torch.equal(a, b)
-        for a, b in zip(student.hidden.parameters(), ring_network(0).hidden.parameters())
-    )
-    draw, label, samples = Draws(0, "evaluation", 0, range(400)), torch.arange(400) % 4, {}
+    student, config = load_network(str(out / "student"))
+    assert config["steps_cond"] is see_K
+    pairs = zip(student.hidden.parameters(), ring_network(0).hidden.parameters())
+    assert any(not torch.equal(a, b) for a, b in pairs)  # it has learnt something
+
+    draw, label, samples = Draws(0, "evaluation", 0, range(400), shape=(2,)), torch.arange(400), {}
+    label = label % 4
     for n in (1, 2, 4):
-        cond = {"label": label, **({"steps": torch.full((400,), float(n))} if told else {})}
-        fresh = (lambda i: draw.normal(f"renoise{i}", (2,))) if sde else None
-        calls, sample = seen["students"]["student" if n == 4 else f"student_{n}"]
-        samples[n] = tdm.sample(
-            student, Flow(), "flow_v", draw.normal("z", (2,)), step_grid(n, SHIFT), cond, fresh
-        )
-        torch.testing.assert_close(
-            torch.cat([sample(label, 0, 100), sample(label, 100, 400)]),
-            samples[n],
-            rtol=1e-4,
-            atol=1e-5,
-        )
-        for more in [["--student_steps", str(n)]] + [[]] * (n == 4):
-            tdm.main(
-                [
-                    "--sample",
-                    str(tmp_path / "run"),
-                    *more,
-                    "--output_dir",
-                    str(tmp_path / "samples"),
-                ]
-            )
-            torch.testing.assert_close(
-                load_file(tmp_path / "samples" / "samples.safetensors")["x0"],
-                samples[n],
-                rtol=1e-4,
-                atol=1e-5,
-            )
-    at_end = [
-        (text.removeprefix("student, "), x) for text, x in pictures[1] if text.startswith("student")
-    ]
-    assert [text for text, _ in at_end] == ["4 call(s)", "2 call(s)", "1 call(s)"]
-    for text, x in pictures[0] + at_end:  # while training, and at the end
-        torch.testing.assert_close(x, samples[int(text[0])], rtol=1e-4, atol=1e-5)
+        cond = {"label": label}
+        if see_K:
+            cond["steps"] = torch.full((400,), float(n))
+        how = step_grid(n, SHIFT), cond, "sde" if sde else "ode"
+        samples[n] = tdm.sample(student, FLOW_V, draw.noise, *how)
+        calls, sampler = seen["students"]["student" if n == 4 else f"student_{n}"]
+        assert calls == n
+        close(torch.cat([sampler(label, 0, 100), sampler(label, 100, 400)]), samples[n])
+        for more in [f"--student_steps {n}"] + [""] * (n == 4):  # the longest is the default
+            tdm.main(f"--sample {out} --output_dir {again} {more}".split())
+            close(load_file(again / "samples.safetensors")["x0"], samples[n])
+    at_end = [(text, x) for text, x in pictures[1] if text.startswith("student")]
+    assert [text for text, _ in at_end] == [f"student, {n} call(s)" for n in (4, 2, 1)]
     assert [text for text, _ in pictures[0]] == [f"{n} step(s), update 4" for n in (4, 2, 1)]
-    for n in (["3"], ["1", "2"]):
-        assert (
-            f"--student_steps {' '.join(n)}: this student was trained for 1, 2, 4: name one"
-            in refusal_of(
-                capsys,
-                tdm.main,
-                "--sample",
-                str(tmp_path / "run"),
-                "--output_dir",
-                str(tmp_path / "none"),
-                "--student_steps",
-                *n,
-            )
-        )
+    for rows in (pictures[0], at_end):  # while training, and at the end
+        for n, (_, x) in zip((4, 2, 1), rows):
+            close(x, samples[n])
+    for counts in ("3", "1 2"):
+        none = f"--sample {out} --output_dir {tmp_path / 'none'} --student_steps {counts}"
+        says = f"--student_steps {counts}: this student has 1, 2, 4: name one of them"
+        assert says in refusal_of(capsys, tdm.main, *none.split())
 
 
-def test_sampler_is_ddim_told_its_count():
-    """Step by step by hand, n calls for n steps; fresh noise instead of the implied where it is given."""
-    net, calls = perturbed(told_steps(ring_network(0))), []
+@pytest.mark.parametrize("renoise", ["ode", "sde"])
+def test_sampler_is_ddim_conditioned_on_its_count(renoise):
+    """Step by step by hand, n calls for n steps; with "sde" fresh noise instead of the implied."""
+    net, calls = perturbed(with_step_input(ring_network(0))), []
     net.register_forward_hook(lambda *a: calls.append(0))
-    z, label, steps = torch.randn(5, 2), torch.arange(5) % 4, torch.full((5,), 2.0)
-    for fresh in (None, lambda i: torch.full((5, 2), i + 1.0)):
-        x0, eps = split(net, Flow(), z, torch.ones(5), label=label, steps=steps)
-        x = 0.25 * x0 + 0.75 * (fresh(0) if fresh else eps)
-        want = split(net, Flow(), x, torch.full((5,), 0.75), label=label, steps=steps)[0]
-        calls.clear()
-        torch.testing.assert_close(
-            tdm.sample(
-                net, Flow(), "flow_v", z, [1.0, 0.75, 0.0], {"label": label, "steps": steps}, fresh
-            ),
-            want,
-        )
-        assert len(calls) == 2
+    z, half = torch.randn(5, 2), torch.full((5,), 0.75)
+    cond = {"label": torch.arange(5) % 4, "steps": torch.full((5,), 2.0)}
+    noises = {"z": z, "renoise0": torch.full((5, 2), 1.0), "renoise1": torch.full((5, 2), 2.0)}
+    x0, eps = split(net, Flow(), z, torch.ones(5), **cond)
+    x = 0.25 * x0 + 0.75 * (noises["renoise0"] if renoise == "sde" else eps)
+    want = split(net, Flow(), x, half, **cond)[0]
+    calls.clear()
+    got = tdm.sample(net, FLOW_V, noises.get, [1.0, 0.75, 0.0], cond, renoise)
+    torch.testing.assert_close(got, want)
+    assert len(calls) == 2
 
 
-# ---- other teachers, refusals --------------------------------------------------------------------------------------------
+# ---- other teachers, refusals --------------------------------------------------------------------
 
 
 def test_several_counts_need_an_input_for_them(monkeypatch, tmp_path, capsys):
-    """A network that cannot be told K is refused, unless it need not be."""
-    flags = [
-        *save_tiny_wan(tmp_path),
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--max_train_steps",
-        "1",
-        "--student_steps",
-        "1",
-        "2",
-    ]
-    assert (
-        "--student_steps 1 2: a WanTransformer3DModel has no input that could tell it their number"
-        in refusal_of(capsys, tdm.main, *flags)
-    )
+    """A network that cannot be conditioned on K is refused, unless it need not be."""
+    short = f"--output_dir {tmp_path / 'run'} --max_train_steps 1 --student_steps 1 2"
+    flags = [*save_tiny_wan(tmp_path), *short.split()]
+    says = "--student_steps 1 2: a WanTransformer3DModel has no input that could be conditioned on"
+    assert f"{says} their number" in refusal_of(capsys, tdm.main, *flags)
     assert not (tmp_path / "run").exists()
     diary = Diary(monkeypatch, tdm)
     tdm.main([*flags, "--untold", "--train_batch_size", "3"])
-    assert diary.norms[-1] > 0 and not any(
-        c.steps is not None for calls in diary.turns for c in calls
-    )
+    assert diary.norms[-1] > 0
+    assert not any(c.steps is not None for calls in diary.turns for c in calls)
 
 
 @pytest.mark.parametrize("kind", ["vp", "pixart"])
 def test_vp_teachers_from_end_to_end(tmp_path, kind):
-    """Teachers that predict eps under VP: student/ records its count's input if told, the schedule is in sampler.json, --sample draws the run's samples, and
-    those are DDIM's. PixArt's student loads in diffusers."""
-    if kind == "vp":
-        flags, told = (
-            [
-                "--teacher",
-                save_tiny_vp_teacher(tmp_path / "teacher"),
-                "--student_steps",
-                "1",
-                "2",
-                "--teacher_steps",
-                "2",
-                "--preview_samples",
-                "2",
-            ],
-            True,
-        )
+    """Teachers that predict eps under VP, and what their runs leave.
+
+    student/ records an input for K where it has one, the schedule is in sampler.json, --sample
+    draws the run's samples, and those are DDIM's. PixArt's student loads in diffusers.
+    """
+    see_K, out, again = kind == "vp", tmp_path / "run", tmp_path / "samples"
+    if see_K:
+        folder, prompts = save_tiny_vp_teacher(tmp_path / "teacher"), []
+        more = "--student_steps 1 2 --teacher_steps 2 --preview_samples 2"
+        flags = ["--teacher", folder, *more.split()]
+        config_file = tmp_path / "teacher" / "transformer" / "config.json"
     else:
-        flags, told = save_tiny_pixart(tmp_path, 512), False
-    tdm.main(
-        [
-            *flags,
-            "--output_dir",
-            str(tmp_path / "run"),
-            "--max_train_steps",
-            "2",
-            "--train_batch_size",
-            "3",
-        ]
-    )
-    student, config = load_network(str(tmp_path / "run" / "student"))
-    teacher = load_json(str(tmp_path / ("teacher/" * told) / "transformer" / "config.json"))
-    assert config == {**teacher, **({"steps_cond": True} if told else {})}
-    _, sampler, schedule, prediction, _ = read_own_sampler(str(tmp_path / "run"), "tdm")
-    assert (
-        prediction == "eps"
-        and isinstance(schedule, VP)
-        and sampler["times"] == [1.0, 0.5]
-        and sampler["told_steps"] is told
-    )
-    tdm.main(
-        [
-            "--sample",
-            str(tmp_path / "run"),
-            "--output_dir",
-            str(tmp_path / "samples"),
-            "--preview_samples",
-            "2",
-            *([] if told else flags[2:4]),
-        ]
-    )
-    x = load_file(tmp_path / "run" / "samples.safetensors")["x0"]
-    torch.testing.assert_close(
-        load_file(tmp_path / "samples" / "samples.safetensors")["x0"], x, rtol=1e-4, atol=1e-4
-    )
-    if told:
+        flags = save_tiny_pixart(tmp_path, 512)
+        prompts = flags[2:4]
+        config_file = tmp_path / "transformer" / "config.json"
+    tdm.main([*flags, *f"--output_dir {out} --max_train_steps 2 --train_batch_size 3".split()])
+    student, config = load_network(str(out / "student"))
+    changes = {"steps_cond": True} if see_K else {}
+    assert config == {**load_json(str(config_file)), **changes}
+    _, sampler, schedule, prediction, _ = read_own_sampler(str(out), "tdm")
+    assert prediction == "eps" and isinstance(schedule, VP)
+    assert sampler["times"] == [1.0, 0.5] and sampler["told_steps"] is see_K
+    tdm.main([*f"--sample {out} --output_dir {again} --preview_samples 2".split(), *prompts])
+    x = load_file(out / "samples.safetensors")["x0"]
+    close(load_file(again / "samples.safetensors")["x0"], x)
+    if see_K:
         cond = {"label": torch.arange(2), "steps": torch.full((2,), 2.0)}
     else:
-        prompts = load_file(tmp_path / "prompts.safetensors")
-        cond = {name: prompts[f"cond.{name}"][:2] for name in ("text", "mask")}
-    x_t, half = Draws(0, "evaluation", 0, range(2)).normal("z", x.shape[1:]), torch.full((2,), 0.5)
+        rows = load_file(tmp_path / "prompts.safetensors")
+        cond = {name: rows[f"cond.{name}"][:2] for name in ("text", "mask")}
+    z = Draws(0, "evaluation", 0, range(2)).normal("z", x.shape[1:])
+    half = torch.full((2,), 0.5)
     with torch.no_grad():
-        x0, eps = split(student, schedule, x_t, torch.ones(2), **cond)
-        want = split(
-            student,
-            schedule,
-            expand(schedule.alpha(half), x0) * x0 + expand(schedule.sigma(half), x0) * eps,
-            half,
-            **cond,
-        )[0]
+        x0, eps = split(student, schedule, z, torch.ones(2), **cond)
+        want = split(student, schedule, mixed(schedule, x0, eps, half), half, **cond)[0]
     torch.testing.assert_close(x, want, rtol=1e-3, atol=1e-3)
-    if not told:
+    if not see_K:
         diffusers = pytest.importorskip("diffusers")
-        theirs = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "run" / "student")
+        theirs = diffusers.PixArtTransformer2DModel.from_pretrained(out / "student")
         assert_bit_equal(dict(theirs.state_dict()), dict(student.state_dict()))

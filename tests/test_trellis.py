@@ -1,11 +1,14 @@
-"""models/trellis.py against a second implementation on dense grids, TRELLIS's files, sparse data, tokens of images.
+"""models/networks/trellis.py: against a second implementation on dense grids, and TRELLIS's files.
 
-The second implementation reads a state dict by its names, computes sparse convolutions as dense ones on the whole grid, and treats one sample at a time.
+Also sparse data and tokens of images. The second implementation reads a state dict by its names,
+computes sparse convolutions as dense ones on the whole grid, and treats one sample at a time.
 """
 
 import json
 import math
+import shutil
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -21,14 +24,21 @@ from models import encode
 from models.diffusion import Flow
 from models.draws import Draws
 from models.encode import encode_trellis_images
-from models.files import UserError, save_json
-from models.networks import load_network, lora, network_config, save_network, trellis, weights_hash
+from models.files import UserError, load_json, save_json
+from models.networks import (
+    NETWORKS,
+    load_network,
+    lora,
+    network_config,
+    save_network,
+    trellis,
+    weights_hash,
+)
 from models.networks.trellis import (
     SLAT_FLOW_L,
     SS_DECODER,
     SS_ENCODER,
     SS_FLOW_L,
-    ElasticSLatFlowModel,
     SLatFlowModel,
     SparseStructureDecoder,
     SparseStructureEncoder,
@@ -38,7 +48,7 @@ from models.networks.trellis import (
     per_sample_mean,
 )
 from models.plumbing.data import Prompts, load_data
-from models.plumbing.teachers import is_small, load_student_init, load_teacher
+from models.plumbing.teachers import is_small, load_teacher, starting_network
 
 BOTH = dict(
     in_channels=3,
@@ -67,7 +77,7 @@ each = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 
 def points(counts, side, seed=0):
-    """Different voxels of a grid in random order, counts[i] of sample i -> coords (N, 4)."""
+    """Distinct voxels of a grid in random order, counts[i] of sample i -> coords (N, 4)."""
     g = torch.Generator().manual_seed(seed)
     everywhere = torch.cartesian_prod(*[torch.arange(side)] * 3)
     chosen = [everywhere[torch.randperm(side**3, generator=g)[:n]] for n in counts]
@@ -75,22 +85,19 @@ def points(counts, side, seed=0):
 
 
 def inputs(cls, config=None, counts=(40, 90, 7), seed=1):
-    """-> arguments of a call."""
+    """Arguments of a call, by name."""
     c, g, B = config or CLASSES[cls], torch.Generator().manual_seed(seed), len(counts)
     call = dict(
         t=torch.rand(B, generator=g), tokens=torch.randn(B, 5, c["cond_channels"], generator=g)
     )
     if cls is SparseStructureFlowModel:
         return dict(call, x=torch.randn(B, c["in_channels"], *[c["resolution"]] * 3, generator=g))
-    return dict(
-        call,
-        x=torch.randn(sum(counts), c["in_channels"], generator=g),
-        coords=points(counts, c["resolution"]),
-    )
+    x = torch.randn(sum(counts), c["in_channels"], generator=g)
+    return dict(call, x=x, coords=points(counts, c["resolution"]))
 
 
 def network(cls, config=None):
-    """Weights that hide nothing; gamma, which fill does not know, is around 1."""
+    """A network with weights that hide nothing. gamma, which fill does not know, is around 1."""
     net = fill(cls(**(config or CLASSES[cls])))
     with torch.no_grad():
         for name, p in net.named_parameters():
@@ -99,11 +106,11 @@ def network(cls, config=None):
     return net
 
 
-# ---- the second implementation -----------------------------------------------------------------------------
+# ---- the second implementation -------------------------------------------------------------------
 
 
 def normed(x, w=None, b=None, eps=1e-6):
-    """Over the last axis."""
+    """Layer norm over the last axis."""
     y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + eps) ** 0.5
     return y if w is None else y * w + b
 
@@ -113,32 +120,25 @@ def line(W, name, x):
 
 
 def heads_of(W, name, x, gamma, H, norm):
-    """x (n, D) -> (H, n, D / H), each head with norm 8 * gamma if its channels are 64."""
+    """x (n, D) -> (H, n, D / H), each head scaled to norm sqrt(D / H), times gamma."""
     x = x.view(len(x), H, -1).transpose(0, 1)
-    if norm:
-        x = (
-            x
-            / (x * x).sum(-1, keepdim=True).sqrt()
-            * W[f"{name}.{gamma}.gamma"][:, None]
-            * x.shape[-1] ** 0.5
-        )
-    return x
+    if not norm:
+        return x
+    unit = x / (x * x).sum(-1, keepdim=True).sqrt()
+    return unit * W[f"{name}.{gamma}.gamma"][:, None] * x.shape[-1] ** 0.5
 
 
 def mixed(W, name, x, context, H, norm):
     """Attention of one sample, x (n, D)."""
     if context is None:
-        q, k, v = (
-            line(W, name + ".to_qkv", x)[:, i * x.shape[1] : (i + 1) * x.shape[1]] for i in range(3)
-        )
+        D, qkv = x.shape[1], line(W, name + ".to_qkv", x)
+        q, k, v = (qkv[:, i * D : (i + 1) * D] for i in range(3))
     else:
         q, kv = line(W, name + ".to_q", x), line(W, name + ".to_kv", context)
         k, v = kv[:, : x.shape[1]], kv[:, x.shape[1] :]
-    q, k, v = (
-        heads_of(W, name, q, "q_rms_norm", H, norm),
-        heads_of(W, name, k, "k_rms_norm", H, norm),
-        heads_of(W, name, v, "", H, False),
-    )
+    q = heads_of(W, name, q, "q_rms_norm", H, norm)
+    k = heads_of(W, name, k, "k_rms_norm", H, norm)
+    v = heads_of(W, name, v, "", H, False)
     p = torch.softmax(torch.einsum("hnd,hmd->hnm", q, k) / q.shape[-1] ** 0.5, -1)
     return line(W, name + ".to_out", torch.einsum("hnm,hmd->nhd", p, v).reshape(len(x), -1))
 
@@ -150,14 +150,8 @@ def torso(W, c, h, tokens, time):
         b = f"blocks.{i}"
         sh, sc, g, sh2, sc2, g2 = line(W, b + ".adaLN_modulation.1", F.silu(time)).view(6, -1)
         h = h + g * mixed(W, b + ".self_attn", normed(h) * (1 + sc) + sh, None, H, c["qk_rms_norm"])
-        h = h + mixed(
-            W,
-            b + ".cross_attn",
-            normed(h, W[b + ".norm2.weight"], W[b + ".norm2.bias"]),
-            tokens,
-            H,
-            c.get("qk_rms_norm_cross"),
-        )
+        z = normed(h, W[b + ".norm2.weight"], W[b + ".norm2.bias"])
+        h = h + mixed(W, b + ".cross_attn", z, tokens, H, c.get("qk_rms_norm_cross"))
         z = F.gelu(line(W, b + ".mlp.mlp.0", normed(h) * (1 + sc2) + sh2), approximate="tanh")
         h = h + g2 * line(W, b + ".mlp.mlp.2", z)
     return h
@@ -165,9 +159,8 @@ def torso(W, c, h, tokens, time):
 
 def time_of(W, t):
     """One t -> (D,)."""
-    angle = (
-        1000 * t * torch.exp(torch.arange(128) * (-math.log(10000) / 128))
-    )  # float32 like TRELLIS's: a rounded frequency times 1000 is seen
+    # float32, as in TRELLIS: the rounding of a frequency shows when it is multiplied by 1000.
+    angle = 1000 * t * torch.exp(torch.arange(128) * (-math.log(10000) / 128))
     z = torch.cat([torch.cos(angle), torch.sin(angle)]).to(W["out_layer.weight"].dtype)
     return line(W, "t_embedder.mlp.2", F.silu(line(W, "t_embedder.mlp.0", z)))
 
@@ -181,33 +174,24 @@ def place_of(xyz, D):
 
 def plain_ss(W, c, x, t, tokens):
     p, R, rows = c["patch_size"], c["resolution"], []
-    for x1, t1, k1 in zip(x, t, tokens):
+    for x1, t1, k1 in zip(x, t, tokens, strict=True):
         cells = [(i, j, k) for i in range(R // p) for j in range(R // p) for k in range(R // p)]
-        h = torch.stack(
-            [
-                x1[:, i * p : i * p + p, j * p : j * p + p, k * p : k * p + p].reshape(-1)
-                for i, j, k in cells
-            ]
-        )
-        h = line(W, "input_layer", h) + torch.stack(
-            [place_of(cell, c["model_channels"]) for cell in cells]
-        )
+        at_cell = [(slice(None), *(slice(n * p, n * p + p) for n in cell)) for cell in cells]
+        h = line(W, "input_layer", torch.stack([x1[cell].reshape(-1) for cell in at_cell]))
+        h = h + torch.stack([place_of(cell, c["model_channels"]) for cell in cells])
         h = line(W, "out_layer", normed(torso(W, c, h, k1, time_of(W, t1)), eps=1e-5))
         y = torch.zeros(c["out_channels"], R, R, R, dtype=x.dtype)
-        for (i, j, k), v in zip(cells, h):
+        for cell, v in zip(at_cell, h, strict=True):
             y = y.clone()
-            y[:, i * p : i * p + p, j * p : j * p + p, k * p : k * p + p] = v.view(-1, p, p, p)
+            y[cell] = v.view(-1, p, p, p)
         rows.append(y)
     return torch.stack(rows)
 
 
 def to_grid(x, xyz, R):
     """(n, C), (n, 3) -> (1, C, R, R, R), zero elsewhere."""
-    return (
-        torch.zeros(R, R, R, x.shape[1], dtype=x.dtype)
-        .index_put(tuple(xyz.T), x)
-        .permute(3, 0, 1, 2)[None]
-    )
+    grid = torch.zeros(R, R, R, x.shape[1], dtype=x.dtype).index_put(tuple(xyz.T), x)
+    return grid.permute(3, 0, 1, 2)[None]
 
 
 def at(grid, xyz):
@@ -221,25 +205,17 @@ def sparse_conv(W, name, x, xyz, R):
 
 def sparse_res(W, name, x, xyz, R, time):
     scale, shift = line(W, name + ".emb_layers.1", F.silu(time)).view(2, -1)
-    h = sparse_conv(
-        W,
-        name + ".conv1.conv",
-        F.silu(normed(x, W[name + ".norm1.weight"], W[name + ".norm1.bias"])),
-        xyz,
-        R,
-    )
+    h = F.silu(normed(x, W[name + ".norm1.weight"], W[name + ".norm1.bias"]))
+    h = sparse_conv(W, name + ".conv1.conv", h, xyz, R)
     h = sparse_conv(W, name + ".conv2.conv", F.silu(normed(h) * (1 + scale) + shift), xyz, R)
-    return h + (
-        line(W, name + ".skip_connection", x) if name + ".skip_connection.weight" in W else x
-    )
+    if name + ".skip_connection.weight" in W:
+        x = line(W, name + ".skip_connection", x)
+    return h + x
 
 
 def plain_slat(W, c, x, t, tokens, coords):
-    out, stages, more = (
-        torch.zeros(len(x), c["out_channels"], dtype=x.dtype),
-        len(c["io_block_channels"]),
-        c.get("num_io_res_blocks", 2) - 1,
-    )
+    out = torch.zeros(len(x), c["out_channels"], dtype=x.dtype)
+    stages, more = len(c["io_block_channels"]), c.get("num_io_res_blocks", 2) - 1
     join = c.get("use_skip_connection", True)
     for b in range(len(t)):
         mine = (coords[:, 0] == b).nonzero()[:, 0]
@@ -253,10 +229,10 @@ def plain_slat(W, c, x, t, tokens, coords):
             code = (xyz // 2) @ torch.tensor([R * R, R, 1])
             code, parent = code.unique(return_inverse=True)
             levels.append((xyz, R, parent))
-            # what TRELLIS calls the mean includes the zero it starts from
-            h = torch.zeros(len(code), h.shape[1], dtype=h.dtype).scatter_reduce(
-                0, parent[:, None].expand(-1, h.shape[1]), h, "mean", include_self=True
-            )
+            # What TRELLIS calls the mean includes the zero that it starts from.
+            start, index = torch.zeros(len(code), h.shape[1], dtype=h.dtype), parent[:, None]
+            index = index.expand(-1, h.shape[1])
+            h = start.scatter_reduce(0, index, h, "mean", include_self=True)
             xyz, R = torch.stack([code // (R * R), code // R % R, code % R], 1), R // 2
             h = sparse_res(W, f"input_blocks.{block}", h, xyz, R, time)
             block += 1
@@ -274,9 +250,8 @@ def plain_slat(W, c, x, t, tokens, coords):
 
 
 def channel_norm(W, name, x):
-    return normed(x.permute(0, 2, 3, 4, 1), W[name + ".weight"], W[name + ".bias"], 1e-5).permute(
-        0, 4, 1, 2, 3
-    )
+    last = x.permute(0, 2, 3, 4, 1)
+    return normed(last, W[name + ".weight"], W[name + ".bias"], 1e-5).permute(0, 4, 1, 2, 3)
 
 
 def conv(W, name, x, **k):
@@ -291,16 +266,14 @@ def dense_res(W, name, x):
 def plain_encoder(W, c, x):
     h = conv(W, "input_layer", x)
     for i, kind in enumerate("rrdrrdrr"):
-        h = (
-            dense_res(W, f"blocks.{i}", h)
-            if kind == "r"
-            else conv(W, f"blocks.{i}.conv", h, stride=2, padding=0)
-        )
+        if kind == "r":
+            h = dense_res(W, f"blocks.{i}", h)
+        else:
+            h = conv(W, f"blocks.{i}.conv", h, stride=2, padding=0)
     for i in range(2):
         h = dense_res(W, f"middle_block.{i}", h)
-    return conv(W, "out_layer.2", F.silu(channel_norm(W, "out_layer.0", h)))[
-        :, : c["latent_channels"]
-    ]
+    h = conv(W, "out_layer.2", F.silu(channel_norm(W, "out_layer.0", h)))
+    return h[:, : c["latent_channels"]]
 
 
 def plain_decoder(W, c, x):
@@ -320,47 +293,42 @@ def plain_decoder(W, c, x):
 
 
 def errors_of(net, plain, call, dtype):
-    """Relative errors of output and gradients, of float inputs and of every parameter, between both implementations."""
+    """Relative errors between both implementations, by name: output, gradients of float inputs and
+    of every parameter."""
     net.to(dtype).zero_grad()
-    leaves = [
-        {
-            k: v.to(dtype, copy=True).requires_grad_() if k in ("x", "tokens") else v
-            for k, v in call.items()
-        }
-        for _ in range(2)
-    ]
+    leaves = [dict(call), dict(call)]
+    floats = [k for k in call if k in ("x", "tokens")]
+    for k in floats:
+        for leaf in leaves:
+            leaf[k] = call[k].to(dtype, copy=True).requires_grad_()
     W = {k: v.detach().clone().requires_grad_() for k, v in net.state_dict().items()}
     out, want = net(**leaves[0]), plain(W, net.config, **leaves[1])
-    assert (
-        out.shape == want.shape and out.dtype == dtype and want.std() > 0.1
-    )  # a dead network would agree with anything
+    assert out.shape == want.shape and out.dtype == dtype
+    assert want.std() > 0.1  # a dead network would agree with anything
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
     (out * weight).sum().backward()
     (want * weight).sum().backward()
     return {
         "out": relative(out, want),
-        **{
-            k: relative(leaves[0][k].grad, leaves[1][k].grad)
-            for k in leaves[0]
-            if leaves[0][k].requires_grad
-        },
+        **{k: relative(leaves[0][k].grad, leaves[1][k].grad) for k in floats},
         **{name: relative(p.grad, W[name].grad) for name, p in net.named_parameters()},
     }
 
 
 def compare(net, plain, call):
-    """float32: output and gradients by the inputs within 1e-5, by parameters 1e-4 (sums over many points); float64: all within 1e-6, which
-    leaves room for features of time and place, float32 in either."""
+    """float32: output and gradients of the inputs within 1e-5, of parameters, which are sums over
+    many points, within 1e-4. float64: all within 1e-6, because features of time and place are
+    float32."""
     low, high = (errors_of(net, plain, call, dtype) for dtype in (torch.float32, torch.float64))
     ends = {k: e for k, e in low.items() if k in ("out", *call)}
-    print(
-        f"{type(net).__name__}: float32 {' '.join(f'{k} {e:.1e}' for k, e in ends.items())}, parameters {max(low.values()):.1e}, float64 {max(high.values()):.1e}"
-    )
+    text = " ".join(f"{k} {e:.1e}" for k, e in ends.items())
+    largest = f"parameters {max(low.values()):.1e}, float64 {max(high.values()):.1e}"
+    print(f"{type(net).__name__}: float32 {text}, {largest}")
     assert max(ends.values()) <= 1e-5 and max(low.values()) <= 1e-4, low
     assert max(high.values()) <= 1e-6, high
 
 
-# ---- the same function -------------------------------------------------------------------------------------
+# ---- the same function ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -375,12 +343,8 @@ def compare(net, plain, call):
     ids=["plain", "patch_2", "cross_norm", "no_norm", "odd_width"],
 )
 def test_structure_flow_is_the_plain_one(changes):
-    config = {**SS, **changes}
-    compare(
-        network(SparseStructureFlowModel, config),
-        plain_ss,
-        inputs(SparseStructureFlowModel, config),
-    )
+    config, cls = {**SS, **changes}, SparseStructureFlowModel
+    compare(network(cls, config), plain_ss, inputs(cls, config))
 
 
 @pytest.mark.parametrize(
@@ -403,19 +367,18 @@ def test_latent_flow_is_the_plain_one(changes, counts):
 
 
 def test_encoder_and_decoder_are_the_plain_ones():
-    """The encoder gives the posterior's mean: half of the last layer has no gradient."""
+    """The encoder gives the mean of the posterior: half of the last layer has no gradient."""
     x = (torch.rand(2, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     z = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    for cls, plain, call in (
-        (SparseStructureEncoder, plain_encoder, x),
-        (SparseStructureDecoder, plain_decoder, z),
-    ):
+    cases = (
+        (SparseStructureEncoder, plain_encoder, x, [True] * 3 + [False] * 3),
+        (SparseStructureDecoder, plain_decoder, z, [True]),
+    )
+    for cls, plain, call, rows in cases:
         net = network(cls)
         compare(net, plain, {"x": call})
         used = net.out_layer[2].weight.grad.flatten(1).abs().sum(1) > 0
-        assert used.tolist() == (
-            [True] * 3 + [False] * 3 if cls is SparseStructureEncoder else [True]
-        )
+        assert used.tolist() == rows
 
 
 def test_occupied_voxels_become_points():
@@ -427,21 +390,19 @@ def test_occupied_voxels_become_points():
 
 @pytest.mark.parametrize("count", [64, 23, 1])
 def test_submanifold_convolution_is_the_dense_one_on_occupied_voxels(count):
-    """On a full grid everywhere, else with zeros for the empty voxels and no output there; two samples do not see each other."""
+    """Empty voxels count as zero and have no output. Two samples do not see each other."""
     xyz = points([count, count], 4)
     layer, g = trellis.SubmanifoldConv(3, 5), torch.Generator().manual_seed(0)
     x = torch.randn(2 * count, 3, generator=g).requires_grad_()
     dense = torch.zeros(2, 4, 4, 4, 3).index_put(tuple(xyz.T), x).permute(0, 4, 1, 2, 3)
-    want = F.conv3d(dense, layer.weight.permute(0, 4, 1, 2, 3), layer.bias, padding=1).permute(
-        0, 2, 3, 4, 1
-    )[tuple(xyz.T)]
-    out, weight = (
-        layer(x, trellis.make_grid(xyz, 4).neighbours),
-        torch.randn(2 * count, 5, generator=g),
-    )
+    want = F.conv3d(dense, layer.weight.permute(0, 4, 1, 2, 3), layer.bias, padding=1)
+    want = want.permute(0, 2, 3, 4, 1)[tuple(xyz.T)]
+    out = layer(x, trellis.make_grid(xyz, 4).neighbours)
+    weight = torch.randn(2 * count, 5, generator=g)
     leaves = [x, layer.weight, layer.bias]
     got, expected = (torch.autograd.grad((y * weight).sum(), leaves) for y in (out, want))
-    assert max(relative(a, b) for a, b in zip([out, *got], [want, *expected])) <= 1e-5
+    pairs = zip([out, *got], [want, *expected], strict=True)
+    assert max(relative(a, b) for a, b in pairs) <= 1e-5
 
 
 def test_neighbours_are_found_by_place():
@@ -506,32 +467,27 @@ def test_names_shapes_and_counts_of_the_released_sizes():
             f"{name}.conv2.conv.weight": (b, 3, 3, 3, b),
             f"{name}.conv2.conv.bias": (b,),
         }
-        slat |= (
-            {f"{name}.skip_connection.weight": (b, a), f"{name}.skip_connection.bias": (b,)}
-            if a != b
-            else {}
-        )
+        if a != b:
+            slat |= {f"{name}.skip_connection.weight": (b, a), f"{name}.skip_connection.bias": (b,)}
     cases = (
         (SparseStructureFlowModel, SS_FLOW_L, 559_737_864, 489),
         (SLatFlowModel, SLAT_FLOW_L, 600_432_520, 526),
         (SparseStructureEncoder, SS_ENCODER, 59_298_192, 74),
         (SparseStructureDecoder, SS_DECODER, 73_671_201, 74),
     )
-    for (cls, config, values, keys), want in zip(cases, (ss, slat, None, None)):
+    for (cls, config, values, keys), want in zip(cases, (ss, slat, None, None), strict=True):
         with torch.device("meta"):
             net = cls(**config)
         shapes = {k: tuple(v.shape) for k, v in net.state_dict().items()}
         assert (sum(math.prod(s) for s in shapes.values()), len(shapes)) == (values, keys)
         assert want is None or shapes == want
-        assert config.items() <= net.config.items() and net.config == json.loads(
-            json.dumps(net.config)
-        )
-    assert shapes["blocks.2.conv.weight"] == (1024, 512, 3, 3, 3) and shapes[
-        "out_layer.0.weight"
-    ] == (32,)
+        assert config.items() <= net.config.items()
+        assert net.config == json.loads(json.dumps(net.config))
+    assert shapes["blocks.2.conv.weight"] == (1024, 512, 3, 3, 3)
+    assert shapes["out_layer.0.weight"] == (32,)
 
 
-# ---- sparse batches ----------------------------------------------------------------------------------------
+# ---- sparse batches ------------------------------------------------------------------------------
 
 
 def test_a_ragged_batch_is_each_sample_alone():
@@ -556,11 +512,10 @@ def test_a_ragged_batch_is_each_sample_alone():
         assert torch.equal(changed, call["coords"][:, 0] == 1)
 
 
-def test_order_of_points_means_nothing():
+def test_order_of_points_does_not_matter():
+    """Nor the order of samples among them."""
     net, call = network(SLatFlowModel), inputs(SLatFlowModel)
-    order = torch.randperm(
-        len(call["x"]), generator=torch.Generator().manual_seed(3)
-    )  # also mixes the samples
+    order = torch.randperm(len(call["x"]), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         other = {**call, "x": call["x"][order], "coords": call["coords"][order].int()}
         out, same = net(**call), net(**other)
@@ -568,41 +523,36 @@ def test_order_of_points_means_nothing():
     assert relative(same, out[order]) <= 1e-5 and relative(same_features, features) <= 1e-5
 
 
-def test_what_samples_have_reaches_their_points_and_back():
+def test_values_of_samples_reach_their_points_and_back():
     coords = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [1, 2, 0, 0]], dtype=torch.int32)
     assert per_point(torch.tensor([5.0, 7.0]), coords).tolist() == [[7.0], [5.0], [7.0]]
-    assert per_point(torch.tensor([[1.0, 2], [3, 4]]), coords).tolist() == [
-        [3.0, 4.0],
-        [1.0, 2.0],
-        [3.0, 4.0],
-    ]
-    assert per_sample_mean(torch.tensor([[1.0, 3], [2, 4], [5, 7]]), coords, 2).tolist() == [
-        3.0,
-        4.0,
-    ]
+    pairs = per_point(torch.tensor([[1.0, 2], [3, 4]]), coords)
+    assert pairs.tolist() == [[3.0, 4.0], [1.0, 2.0], [3.0, 4.0]]
+    means = per_sample_mean(torch.tensor([[1.0, 3], [2, 4], [5, 7]]), coords, 2)
+    assert means.tolist() == [3.0, 4.0]
 
 
-# ---- what training relies on -------------------------------------------------------------------------------
+# ---- what training relies on ---------------------------------------------------------------------
 
 
 @flows
 def test_forward_mode_derivative_is_that_of_finite_differences(monkeypatch, cls):
-    """Along x and along t, in float64; as a training script asks for it, without reverse mode."""
+    """Along x and along t, in float64, without reverse mode, as a training script takes it."""
 
-    def exact_sinusoid(
-        t, dim
-    ):  # the network's own is float32, too coarse for small differences of t
+    # The network's own sinusoid is float32, too coarse for small differences of t.
+    def exact_sinusoid(t, dim):
         angle = 1000 * t[:, None] * 10000.0 ** -(torch.arange(dim // 2, dtype=t.dtype) / (dim // 2))
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 
-    net, call = (
-        network(cls).double(),
-        {k: v.double() if v.is_floating_point() else v for k, v in inputs(cls).items()},
-    )
+    net = network(cls).double()
+    call = {k: v.double() if v.is_floating_point() else v for k, v in inputs(cls).items()}
     x, t = call.pop("x"), call.pop("t").clamp(0.1, 0.9)
     v = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(4))
     rate = torch.tensor([1.0, 2.0, -1.0], dtype=x.dtype)
-    f = lambda x, t: net(x, t, **call)  # noqa: E731
+
+    def f(x, t):
+        return net(x, t, **call)
+
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         out, with_own = torch.func.jvp(f, (x, t), (v, rate))
         assert torch.equal(out, f(x, t))
@@ -618,7 +568,12 @@ def test_forward_mode_derivative_is_that_of_finite_differences(monkeypatch, cls)
 @flows
 def test_gradient_checkpointing_gives_the_same_gradients(monkeypatch, cls):
     calls, original = [], trellis.checkpoint
-    monkeypatch.setattr(trellis, "checkpoint", lambda *a, **k: calls.append(k) or original(*a, **k))
+
+    def checkpoint(*args, **keywords):
+        calls.append(keywords)
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(trellis, "checkpoint", checkpoint)
     net, call, gradients = network(cls), inputs(cls), []
     for net.gradient_checkpointing in (False, True):
         net.zero_grad()
@@ -626,7 +581,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(monkeypatch, cls):
         net(**{**call, "x": leaf}).square().sum().backward()
         gradients.append([leaf.grad] + [p.grad.clone() for p in net.parameters()])
     assert calls == [{"use_reentrant": False}] * (3 if cls is SparseStructureFlowModel else 7)
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     before = len(calls)
     with torch.no_grad():
         net(**call)
@@ -641,12 +596,12 @@ def test_features_are_the_middle_block_s(cls):
     with torch.no_grad():
         net(**call)
         features = net(**call, return_features=True)
+    want, shape = seen[0], (3, 64, 32)
     if cls is SLatFlowModel:  # without padding
         merged = torch.cat([call["coords"][:, :1], call["coords"][:, 1:] // 2], 1).unique(dim=0)
-        seen = [torch.cat([h[i, : (merged[:, 0] == i).sum()] for i in range(3)]) for h in seen]
-    assert features.shape == (
-        (3, 64, 32) if cls is SparseStructureFlowModel else (len(merged), 32)
-    ) and torch.equal(features, seen[0])
+        want = torch.cat([want[i, : (merged[:, 0] == i).sum()] for i in range(3)])
+        shape = (len(merged), 32)
+    assert features.shape == shape and torch.equal(features, want)
 
 
 @flows
@@ -665,42 +620,36 @@ def test_adapters_are_saved_and_loaded(cls, tmp_path):
         lora.load(other, "b", str(tmp_path / "a.safetensors"))
         assert relative(other(**call, adapter="b"), out) < 1e-5
     stored = load_file(tmp_path / "a.safetensors")
-    assert len(stored) == 2 * 7 * 3 and stored[
-        "transformer.blocks.2.mlp.mlp.2.lora_A.weight"
-    ].shape == (2, 128)
+    assert len(stored) == 2 * 7 * 3
+    assert stored["transformer.blocks.2.mlp.mlp.2.lora_A.weight"].shape == (2, 128)
     net(**call, adapter="a").square().sum().backward()
     assert all(p.grad.any() for p in lora.parameters(net, "a"))
 
 
 @flows
 def test_low_precision(cls):
-    """bfloat16 weights and autocast stay near float32; what scales every token, and the places of tokens, do not lose precision."""
-    net, call, time = (
-        network(cls),
-        inputs(cls),
-        torch.randn(3, 32, generator=torch.Generator().manual_seed(6)),
-    )
+    """bfloat16 weights and autocast stay near float32. What scales every token, and the places of
+    tokens, lose no precision."""
+    net, call = network(cls), inputs(cls)
+    time = torch.randn(3, 32, generator=torch.Generator().manual_seed(6))
+
+    def conditions():
+        modulation = trellis.modulation(net.blocks[0].adaLN_modulation, time, 6)
+        return [net.t_embedder(call["t"]), *modulation]
+
+    def error(out):
+        return ((out.float() - exact).norm() / exact.norm()).item()
+
     with torch.no_grad():
-        exact, conditions = (
-            net(**call),
-            lambda: [
-                net.t_embedder(call["t"]),
-                *trellis.modulation(net.blocks[0].adaLN_modulation, time, 6),
-            ],
-        )
-        before = conditions()
-        error = lambda out: ((out.float() - exact).norm() / exact.norm()).item()  # noqa: E731
+        exact, before = net(**call), conditions()
         with torch.autocast("cpu", torch.bfloat16):
             assert 0 < error(net(**call)) < 0.03
             assert all(torch.equal(a, b) for a, b in zip(before, conditions(), strict=True))
         for p in net.parameters():
             p.data = p.data.bfloat16()
         low = net(**{**call, "x": call["x"].bfloat16(), "tokens": call["tokens"].bfloat16()})
-        assert (
-            low.dtype == torch.bfloat16
-            and 0 < error(low) < 0.05
-            and net(**call).dtype == torch.float32
-        )
+        assert low.dtype == torch.bfloat16 and 0 < error(low) < 0.05
+        assert net(**call).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -713,30 +662,16 @@ def test_low_precision(cls):
 def test_class_facts(cls, facts):
     assert (cls.prediction, cls.default_shift, cls.latent_shape, cls.cond_names) == facts
     c = CLASSES[cls]
-    assert (
-        cls(**c).latent_shape == (3, *[c["resolution"]] * 3)
-        and ElasticSLatFlowModel is SLatFlowModel
-    )
+    assert cls(**c).latent_shape == (3, *[c["resolution"]] * 3)
+    assert NETWORKS["ElasticSLatFlowModel"] is SLatFlowModel
+    # fmt: off
     assert [round(m, 5) for m in trellis.SLAT_MEAN] == [
-        -2.16875,
-        -0.00435,
-        -0.13352,
-        -0.08418,
-        -0.52712,
-        0.72387,
-        -1.14145,
-        1.20394,
+        -2.16875, -0.00435, -0.13352, -0.08418, -0.52712, 0.72387, -1.14145, 1.20394,
     ]
     assert [round(s, 5) for s in trellis.SLAT_STD] == [
-        2.37765,
-        2.38638,
-        2.12442,
-        2.17486,
-        2.66394,
-        2.37119,
-        2.62174,
-        2.68452,
+        2.37765, 2.38638, 2.12442, 2.17486, 2.66394, 2.37119, 2.62174, 2.68452,
     ]
+    # fmt: on
 
 
 COORDS = points((40, 90, 7), 8)
@@ -849,21 +784,21 @@ def test_wrong_configs_are_named(cls, change, message):
     assert "\n" not in str(error.value)
 
 
-# ---- files -------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def half(tensors):
-    """As TRELLIS stores a network: float16 in the blocks' layers alone."""
-    torso = [
-        k
-        for k in tensors
-        if "blocks." in k and "norm" not in k or "middle_block" in k and "norm" not in k
-    ]
-    return {k: v.half() if k in torso else v for k, v in tensors.items()}
+    """As TRELLIS stores a network: float16 only in layers of the blocks, other than norms."""
+
+    def halved(key):
+        return "norm" not in key and ("blocks." in key or "middle_block" in key)
+
+    return {k: v.half() if halved(k) else v for k, v in tensors.items()}
 
 
 def save_root(root, classes=CLASSES):
-    """A TRELLIS root: pipeline.json, and each network under ckpts/. -> {class: path without suffix}"""
+    """Write a TRELLIS root: pipeline.json, and each network under ckpts/. -> {class: path without
+    suffix}."""
     (root / "ckpts").mkdir(exist_ok=True)
     paths = {}
     for cls, config in classes.items():
@@ -871,35 +806,25 @@ def save_root(root, classes=CLASSES):
         name = "ElasticSLatFlowModel" if cls is SLatFlowModel else cls.__name__
         save_json({"name": name, "args": {**config, "use_fp16": True}}, paths[cls] + ".json")
         save_file(half(network(cls).state_dict()), paths[cls] + ".safetensors")
-    save_json(
-        {
-            "name": "TrellisImageTo3DPipeline",
-            "args": {"models": {k.__name__: f"ckpts/{k.__name__.lower()}_fp16" for k in classes}},
-        },
-        str(root / "pipeline.json"),
-    )
+    models = {cls.__name__: f"ckpts/{cls.__name__.lower()}_fp16" for cls in classes}
+    pipeline = {"name": "TrellisImageTo3DPipeline", "args": {"models": models}}
+    save_json(pipeline, str(root / "pipeline.json"))
     return paths
 
 
 @each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_half_precision_files_load(tmp_path, cls, dtype):
-    """With or without suffix; fixed features of places keep float32."""
+    """By their path with or without suffix. Fixed features of places keep float32."""
     path, want = save_root(tmp_path, {cls: CLASSES[cls]})[cls], half(network(cls).state_dict())
     assert {v.dtype for v in want.values()} == {torch.float16, torch.float32}
     for source in (path, path + ".json", path + ".safetensors", str(tmp_path / "ckpts")):
         net, config = load_network(source, dtype)
-        assert (
-            config == json.loads(open(path + ".json").read())
-            and not net.training
-            and config["args"].items() <= net.config.items()
-        )
-        state = net.state_dict()
-        assert all(
-            v.dtype == (torch.float32 if k == "pos_emb" else dtype)
-            and torch.equal(v, want[k].to(v.dtype))
-            for k, v in state.items()
-        )
+        assert config == load_json(path + ".json") and not net.training
+        assert config["args"].items() <= net.config.items()
+        for k, v in net.state_dict().items():
+            assert v.dtype == (torch.float32 if k == "pos_emb" else dtype)
+            assert torch.equal(v, want[k].to(v.dtype))
     if hasattr(net, "prediction"):
         call, exact = inputs(cls), network(cls)
         with torch.no_grad():
@@ -908,7 +833,8 @@ def test_half_precision_files_load(tmp_path, cls, dtype):
 
 @each
 def test_what_we_save_is_read_back_and_keeps_the_layout(tmp_path, cls):
-    """CLASS.json with no added keys and CLASS.safetensors with exactly the network's tensors, without adapters."""
+    """CLASS.json with no key added, and CLASS.safetensors with exactly the network's tensors,
+    without adapters."""
     net, config = load_network(save_root(tmp_path, {cls: CLASSES[cls]})[cls])
     if hasattr(net, "lora_targets"):
         lora.add(net, "a", rank=1, alpha=1)
@@ -916,16 +842,12 @@ def test_what_we_save_is_read_back_and_keeps_the_layout(tmp_path, cls):
     save_network(net, config, str(folder))
     name = config["name"]
     assert sorted(p.name for p in folder.iterdir()) == [f"{name}.json", f"{name}.safetensors"]
-    assert json.loads((folder / f"{name}.json").read_text()) == config and set(config) == {
-        "name",
-        "args",
-    }
+    assert load_json(str(folder / f"{name}.json")) == config and set(config) == {"name", "args"}
     assert set(load_file(folder / f"{name}.safetensors")) == set(cls(**CLASSES[cls]).state_dict())
     for source in (str(folder), str(folder / name)):
         again, config_again = load_network(source)
-        assert config_again == config and all(
-            torch.equal(v, net.state_dict()[k]) for k, v in again.state_dict().items()
-        )
+        assert config_again == config
+        assert all(torch.equal(v, net.state_dict()[k]) for k, v in again.state_dict().items())
         assert weights_hash(source) == weights_hash(str(folder))
     assert network_config(again) == {"name": cls.__name__, "args": again.config}
 
@@ -949,37 +871,39 @@ def test_what_we_save_is_read_back_and_keeps_the_layout(tmp_path, cls):
         ("width", "has shape (192,), ss_fp16.json asks for (288,)"),
         (
             "more blocks",
-            "lacks 'blocks.3.adaLN_modulation.1.bias' and 19 more tensors: the checkpoint does not match its ss_fp16.json",
+            "lacks 'blocks.3.adaLN_modulation.1.bias' and 19 more tensors: "
+            "the checkpoint does not match its ss_fp16.json",
         ),
         (
             "fewer blocks",
-            "has 'blocks.2.adaLN_modulation.1.bias', which a SparseStructureFlowModel of this ss_fp16.json does not",
+            "has 'blocks.2.adaLN_modulation.1.bias', "
+            "which a SparseStructureFlowModel of this ss_fp16.json does not",
         ),
         ("nothing", "is not a folder"),
         (
             "two pairs",
-            "has no config.json: give the folder of one network (slat_fp16, ss_fp16 in it are such)",
+            "has no config.json: "
+            "give the folder of one network (slat_fp16, ss_fp16 in it are such)",
         ),
         (
             "root",
-            "is a TRELLIS root of several networks: give the path of one (ckpts/slat_fp16, ckpts/ss_fp16 in it are such)",
+            "is a TRELLIS root of several networks: "
+            "give the path of one (ckpts/slat_fp16, ckpts/ss_fp16 in it are such)",
         ),
     ],
 )
 def test_bad_files_end_in_one_line(tmp_path, how, message):
     (tmp_path / "ckpts").mkdir()
     path = str(tmp_path / "ckpts" / "ss_fp16")
-    config, weights = (
-        {"name": "SparseStructureFlowModel", "args": dict(SS, use_fp16=True)},
-        half(network(SparseStructureFlowModel).state_dict()),
-    )
-    change = {
+    config = {"name": "SparseStructureFlowModel", "args": dict(SS, use_fp16=True)}
+    weights = half(network(SparseStructureFlowModel).state_dict())
+    changes = {
         "rope": dict(pe_mode="rope"),
         "unknown key": dict(depth=3),
         "more blocks": dict(num_blocks=4),
         "fewer blocks": dict(num_blocks=2),
-    }.get(how, {})
-    config["args"] |= change
+    }
+    config["args"] |= changes.get(how, {})
     if how == "no key":
         del config["args"]["resolution"]
     elif how == "class":
@@ -994,9 +918,8 @@ def test_bad_files_end_in_one_line(tmp_path, how, message):
     save_file(weights, path + ".safetensors")
     text, source = open(path + ".json").read(), path
     if how in ("no json", "no weights", "pt beside json", "nothing"):
-        for suffix in {"no json": [".json"], "nothing": [".json", ".safetensors"]}.get(
-            how, [".safetensors"]
-        ):
+        missing = {"no json": [".json"], "nothing": [".json", ".safetensors"]}
+        for suffix in missing.get(how, [".safetensors"]):
             (tmp_path / "ckpts" / f"ss_fp16{suffix}").unlink()
         if how == "pt beside json":
             torch.save(weights, path + ".pt")
@@ -1009,9 +932,7 @@ def test_bad_files_end_in_one_line(tmp_path, how, message):
         open(path + ".json", "w").write(text[:-4] if how == "broken json" else "[1]")
     elif how in ("two pairs", "root"):
         for suffix in (".json", ".safetensors"):
-            (tmp_path / "ckpts" / f"slat_fp16{suffix}").write_bytes(
-                open(path + suffix, "rb").read()
-            )
+            shutil.copyfile(path + suffix, tmp_path / "ckpts" / f"slat_fp16{suffix}")
         source = str(tmp_path / "ckpts") if how == "two pairs" else str(tmp_path)
         save_json({"args": {"models": {}}}, str(tmp_path / "pipeline.json"))
     with pytest.raises(UserError) as error:
@@ -1022,102 +943,52 @@ def test_bad_files_end_in_one_line(tmp_path, how, message):
 def test_a_component_is_a_teacher(tmp_path):
     paths = save_root(tmp_path)
     for cls in (SparseStructureFlowModel, SLatFlowModel):
-        teacher = load_teacher(paths[cls], ())
-        assert (
-            isinstance(teacher.schedule, Flow)
-            and (teacher.prediction, teacher.shift) == ("flow_v", 3.0)
-            and teacher.world_name is None
-        )
-        assert (teacher.folder, teacher.label) == (
-            paths[cls],
-            f"{cls.__name__.lower()}_fp16",
-        ) and isinstance(teacher.net, cls)
-        assert not is_small(paths[cls], ())
-        assert load_student_init(paths[cls], teacher.net).config == teacher.net.config
+        teacher = load_teacher(paths[cls])
+        assert isinstance(teacher.schedule, Flow) and isinstance(teacher.net, cls)
+        assert (teacher.prediction, teacher.shift) == ("flow_v", 3.0)
+        assert teacher.world_name is None and teacher.folder == paths[cls]
+        assert teacher.label == f"{cls.__name__.lower()}_fp16"
+        assert not is_small(paths[cls])
+        teacher.base, args = teacher.net, types.SimpleNamespace(student_init=paths[cls])
+        student = starting_network(args, teacher)
+        assert student.config == teacher.net.config and student is not teacher.net
     for source, message in (
         (paths[SparseStructureDecoder], "SparseStructureDecoder, which does not denoise"),
         (str(tmp_path), "is a TRELLIS root"),
         (str(tmp_path / "ckpts" / "missing"), "neither an embedded world"),
     ):
         with pytest.raises(UserError, match=message):
-            load_teacher(source, ())
+            load_teacher(source)
 
 
 def test_a_run_leaves_a_student_in_the_same_layout(tmp_path, capsys):
-    """The first stage is dense: a script made for images distils it, conditioned on tokens from a file as encode writes it, and refuses the second."""
+    """The first stage is dense: a script for images distils it, conditioned on tokens from a file
+    as encode writes it. It refuses the second stage."""
     path = save_root(tmp_path)[SparseStructureFlowModel]
-    g = torch.Generator().manual_seed(0)
-    save_file(
-        {
-            "cond.tokens": torch.randn(4, 5, 10, generator=g).half(),
-            "uncond.tokens": torch.zeros(1, 5, 10).half(),
-        },
-        str(tmp_path / "tokens.safetensors"),
-    )
-    flags = [
-        "--teacher",
-        path,
-        "--prompts",
-        str(tmp_path / "tokens.safetensors"),
-        "--teacher_steps",
-        "2",
-        "--preview_samples",
-        "2",
-        "--student_steps",
-        "2",
-        "--learning_rate",
-        "1e-4",
-        "--learning_rate_fake",
-        "2e-4",
-        "--max_train_steps",
-        "2",
-        "--train_batch_size",
-        "2",
-        "--guidance_scale",
-        "2",
-    ]
-    dmd.main([*flags, "--output_dir", str(tmp_path / "run")])
-    folder = tmp_path / "run" / "student"
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "SparseStructureFlowModel.json",
-        "SparseStructureFlowModel.safetensors",
-        "sampler.json",
-    ]
-    assert json.loads((folder / "SparseStructureFlowModel.json").read_text()) == json.loads(
-        open(path + ".json").read()
-    )
-    student, start = load_network(str(folder))[0], load_network(path)[0]
-    moved = {
-        k for k, v in student.state_dict().items() if not torch.equal(v, start.state_dict()[k])
-    }
-    assert moved == set(student.state_dict()) - {"pos_emb"} and len(read_log(tmp_path / "run")) == 2
-    assert load_teacher(str(tmp_path / "run"), ()).shift == 3.0
-    assert "coords is missing" in refusal_of(
-        capsys,
-        dmd.main,
-        *flags[:1],
-        save_root(tmp_path)[SLatFlowModel],
-        *flags[2:],
-        "--output_dir",
-        str(tmp_path / "slat"),
-    )
-    assert not (tmp_path / "slat").exists()
-    dmd.main(
-        [
-            "--sample",
-            str(folder),
-            "--prompts",
-            str(tmp_path / "tokens.safetensors"),
-            "--preview_samples",
-            "2",
-            "--output_dir",
-            str(tmp_path / "drawn"),
-        ]
-    )
+    tokens = str(tmp_path / "tokens.safetensors")
+    cond = torch.randn(4, 5, 10, generator=torch.Generator().manual_seed(0)).half()
+    save_file({"cond.tokens": cond, "uncond.tokens": torch.zeros(1, 5, 10).half()}, tokens)
+    flags = f"--prompts {tokens} --teacher_steps 2 --preview_samples 2 --student_steps 2 "
+    flags += "--learning_rate 1e-4 --learning_rate_fake 2e-4 --max_train_steps 2 "
+    flags = (flags + "--train_batch_size 2 --guidance_scale 2").split()
+    dmd.main([*flags, "--teacher", path, "--output_dir", str(tmp_path / "run")])
+    folder, name = tmp_path / "run" / "student", "SparseStructureFlowModel"
+    files = [f"{name}.json", f"{name}.safetensors", "sampler.json"]
+    assert sorted(p.name for p in folder.iterdir()) == files
+    assert load_json(str(folder / files[0])) == load_json(path + ".json")
+    student, start = (load_network(p)[0].state_dict() for p in (str(folder), path))
+    moved = {k for k, v in student.items() if not torch.equal(v, start[k])}
+    assert moved == set(student) - {"pos_emb"} and len(read_log(tmp_path / "run")) == 2
+    assert load_teacher(str(tmp_path / "run")).shift == 3.0
+    second = ["--teacher", save_root(tmp_path)[SLatFlowModel], "--output_dir"]
+    message = refusal_of(capsys, dmd.main, *flags, *second, str(tmp_path / "slat"))
+    assert "coords is missing" in message and not (tmp_path / "slat").exists()
+    flags = ["--sample", str(folder), "--prompts", tokens, "--preview_samples", "2"]
+    dmd.main([*flags, "--output_dir", str(tmp_path / "drawn")])
     assert load_file(tmp_path / "drawn" / "samples.safetensors")["x0"].shape == (2, 3, 4, 4, 4)
 
 
-# ---- data --------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 def sparse_file(path, **change):
@@ -1129,16 +1000,16 @@ def sparse_file(path, **change):
         "offsets": torch.tensor([0, 4, 5, 11]),
         "cond.tokens": torch.randn(3, 5, 10, generator=g).half(),
     }
-    tensors.update(change)
-    save_file({k: v for k, v in tensors.items() if v is not None}, str(path))
-    return {k: v for k, v in tensors.items() if v is not None}
+    tensors = {k: v for k, v in {**tensors, **change}.items() if v is not None}
+    save_file(tensors, str(path))
+    return tensors
 
 
 def test_sparse_data_is_read_sample_by_sample(tmp_path):
     stored = sparse_file(tmp_path / "d.safetensors")
     with pytest.raises(UserError, match="points of a grid, which are not welcome here"):
-        load_data(str(tmp_path / "d.safetensors"), (), 8)
-    x0, cond, names = load_data(str(tmp_path / "d.safetensors"), (), 8, sparse=True)
+        load_data(str(tmp_path / "d.safetensors"), 8)
+    x0, cond, names = load_data(str(tmp_path / "d.safetensors"), 8, sparse=True)
     assert len(x0) == 3 and set(cond) == {"tokens"} and names is None
     feats, coords = x0[torch.tensor([2, 0, 2])]
     rows = torch.tensor([*range(5, 11), *range(4), *range(5, 11)])
@@ -1146,23 +1017,17 @@ def test_sparse_data_is_read_sample_by_sample(tmp_path):
     assert coords.dtype == torch.int64 and torch.equal(coords[:, 1:], stored["coords"][rows].long())
     assert coords[:, 0].tolist() == [0] * 6 + [1] * 4 + [2] * 6
     assert torch.equal(cond["tokens"][torch.tensor([2])], stored["cond.tokens"][2:].float())
-    net = network(SLatFlowModel)
-    assert net(feats, torch.rand(3), cond["tokens"][torch.tensor([2, 0, 2])], coords).shape == (
-        16,
-        3,
-    )
+    tokens = cond["tokens"][torch.tensor([2, 0, 2])]
+    assert network(SLatFlowModel)(feats, torch.rand(3), tokens, coords).shape == (16, 3)
 
 
 def test_dense_data_is_read_with_its_tokens(tmp_path):
-    save_file(
-        {"x0": torch.randn(4, 3, 4, 4, 4), "cond.tokens": torch.randn(4, 5, 10).half()},
-        str(tmp_path / "d.safetensors"),
-    )
-    x0, cond, _ = load_data(str(tmp_path / "d.safetensors"), ())
+    stored = {"x0": torch.randn(4, 3, 4, 4, 4), "cond.tokens": torch.randn(4, 5, 10).half()}
+    save_file(stored, str(tmp_path / "d.safetensors"))
+    x0, cond, _ = load_data(str(tmp_path / "d.safetensors"))
     index = torch.tensor([3, 1])
-    assert network(SparseStructureFlowModel)(
-        x0[index], torch.rand(2), cond["tokens"][index]
-    ).shape == (2, 3, 4, 4, 4)
+    out = network(SparseStructureFlowModel)(x0[index], torch.rand(2), cond["tokens"][index])
+    assert out.shape == (2, 3, 4, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -1204,13 +1069,14 @@ def test_broken_sparse_data_ends_in_one_line(tmp_path, change, message):
     if change == "truncated":
         path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError) as error:
-        load_data(str(path), (), 8, sparse=True)
+        load_data(str(path), 8, sparse=True)
     assert message in str(error.value) and "\n" not in str(error.value), str(error.value)
 
 
 def test_noise_of_points_belongs_to_samples():
     both = Draws(0, 5, 0, [3, 4]).points("eps", [6, 2], 3)
-    assert both.shape == (8, 3) and torch.equal(both[6:], Draws(0, 5, 0, [4]).points("eps", [2], 3))
+    assert both.shape == (8, 3)
+    assert torch.equal(both[6:], Draws(0, 5, 0, [4]).points("eps", [2], 3))
     same_size = Draws(0, 5, 0, [3, 4]).points("eps", [6, 6], 3)
     assert torch.equal(same_size[:6], both[:6]) and not torch.equal(same_size[6:], both[:6])
     others = [
@@ -1254,39 +1120,28 @@ def test_tokens_are_those_of_trellis(dinov2, tmp_path, capsys):
     rgba[10:20, 20:50] = [200, 100, 50, 255]
     rgba[0, 0, 3] = 100  # too faint to count
     Image.fromarray(rgba).save(tmp_path / "images" / "b.png")
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8)).save(
-        tmp_path / "images" / "a.png"
-    )
+    noise = np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "images" / "a.png")
     output = tmp_path / "new" / "tokens.safetensors"
     flags = ["--images", str(tmp_path / "images"), "--output", str(output)]
     encode.main([*flags, "--dinov2", str(dinov2)])
     assert "cond.tokens (2, 1374, 8) torch.float16" in capsys.readouterr().out
     stored = load_file(tmp_path / "new" / "tokens.safetensors")
-    assert (
-        set(stored) == {"cond.tokens", "uncond.tokens"}
-        and not stored["uncond.tokens"].any()
-        and stored["uncond.tokens"].shape == (1, 1374, 8)
-    )
+    assert set(stored) == {"cond.tokens", "uncond.tokens"}
+    assert not stored["uncond.tokens"].any() and stored["uncond.tokens"].shape == (1, 1374, 8)
 
-    import transformers
-
+    transformers = pytest.importorskip("transformers")
     model = transformers.Dinov2WithRegistersModel.from_pretrained(dinov2).eval()
-    mean, std = (
-        torch.tensor([0.485, 0.456, 0.406])[:, None, None],
-        torch.tensor([0.229, 0.224, 0.225])[:, None, None],
-    )
-    # opaque: x 20..49, y 10..19; middle (34.5, 14.5), side int(1.2 * 29) = 34
-    cropped = (
-        Image.fromarray(rgba)
-        .crop((17.5, -2.5, 51.5, 31.5))
-        .resize((518, 518), Image.Resampling.LANCZOS)
-    )
-    cropped = np.asarray(cropped).astype(np.float32) / 255
-    plain = np.asarray(
-        Image.open(tmp_path / "images" / "a.png").resize((518, 518), Image.Resampling.LANCZOS)
-    )
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    # Opaque are x 20..49, y 10..19: the middle is (34.5, 14.5), and the side int(1.2 * 29) = 34.
+    cropped = Image.fromarray(rgba).crop((17.5, -2.5, 51.5, 31.5))
+    cropped = np.asarray(cropped.resize((518, 518), Image.Resampling.LANCZOS))
+    cropped = cropped.astype(np.float32) / 255
+    plain = Image.open(tmp_path / "images" / "a.png")
+    plain = np.asarray(plain.resize((518, 518), Image.Resampling.LANCZOS))
     want = [plain, (cropped[..., :3] * cropped[..., 3:] * 255).astype(np.uint8)]
-    for pixels, row in zip(want, stored["cond.tokens"]):
+    for pixels, row in zip(want, stored["cond.tokens"], strict=True):
         x = (torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1) - mean) / std
         with torch.no_grad():
             h = model(x[None], output_hidden_states=True).hidden_states[-1][0]

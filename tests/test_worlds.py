@@ -21,6 +21,7 @@ from models.networks.latent_space import LatentSpace
 from models.networks.ring_mlp import RingMLP
 from models.plumbing import report
 from models.worlds import WORLDS, load_world, voxels
+from models.worlds.__main__ import main as command
 from models.worlds.clips import MOVING, SPEEDS, Clips
 from models.worlds.glyphs import Glyphs, render_glyphs
 from models.worlds.measures import (
@@ -79,7 +80,7 @@ def scores(measured):
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_world_keeps_the_contract(name):
-    """What models/worlds/__init__.py promises: attributes, shapes, dtypes, ranges, repeatability."""
+    """What models/worlds/__init__.py promises: attributes, shapes, dtypes, ranges, determinism."""
     world = load_world(name)
     K = world.num_classes
     assert world.name == name and isinstance(world.shape, tuple) and K > 1
@@ -162,12 +163,13 @@ def test_world_with_a_latent_space(name):
 
 
 def test_contract_names_every_attribute_that_is_used():
-    """Whatever scripts and plumbing ask of `world` stands in the docstring of models/worlds."""
+    """Whatever scripts, plumbing and orderings ask of a world stands in the contract."""
     contract = models.worlds.__doc__
-    sources = [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py")]
+    sources = [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py"), ROOT / "tests" / "orderings.py"]
     sources += [*(ROOT / "models" / "plumbing").glob("*.py")]
     text = "\n".join(path.read_text() for path in sources)
-    used = set(re.findall(r"\bworld\.(\w+)", text))
+    used = set(re.findall(r"\bworld\.(\w+)|\bload_world\([^()]*\)\.(\w+)", text))
+    used = {name for pair in used for name in pair if name}
     used |= set(re.findall(r"attr\(\s*(?:\w+\.)?world,\s*\"(\w+)\"", text))
     assert {"data", "measure", "moments", "picture", "num_classes"} <= used
     missing = {name for name in used if not re.search(rf"\b{name}\b", contract)}
@@ -195,7 +197,7 @@ def test_ring_score_is_the_gradient_of_log_p(t, label):
 
 
 def test_ring_posterior_serves_vp_schedules():
-    """posterior takes any alpha, sigma: Tweedie's score (a E[x0 | x] - x) / s^2 holds for VP too."""
+    """posterior takes any alpha, sigma: score = (a E[x0 | x] - x) / s^2 (Tweedie) under VP too."""
     ring, x, t = RingTeacher(), normal(8, 2), full(8, 0.4)
     a, s = VP().alpha(t), VP().sigma(t)
     score = (a[:, None] * ring.posterior(x, a, s)[1] - x) / s[:, None] ** 2
@@ -954,6 +956,34 @@ def test_shipped_classifier_of_voxels_is_small_and_right():
 
 
 # ---- the rest ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["moons", "ring"])
+def test_command_refuses_what_has_no_files(name, capsys):
+    """python -m models.worlds takes the worlds that have files: the ring is a formula."""
+    with pytest.raises(SystemExit) as e:
+        command([name])
+    assert e.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(w in said for w in (name, *WORLDS[1:]))
+
+
+def test_command_builds_the_files_of_one_world(monkeypatch):
+    """The classifier and its statistics, and for shapes the autoencoder first."""
+    built = []
+    for part in ("build_autoencoder", "build_reference"):
+
+        def note(world, part=part, **sizes):
+            built.append((part, world.name))
+
+        monkeypatch.setattr(f"models.worlds.__main__.{part}", note)
+    command(["glyphs"])
+    command(["shapes"])
+    assert built == [
+        ("build_reference", "glyphs"),
+        ("build_autoencoder", "shapes"),
+        ("build_reference", "shapes"),
+    ]
 
 
 def test_unknown_world_is_refused():

@@ -62,7 +62,7 @@ may have more inputs than these, but they must be optional.
 
 WanTwoNetworks keeps the contract without being in NETWORKS: it is built of two networks, not of a
 config. Autoencoders (models/networks/autoencoders.py; SparseStructureEncoder,
-SparseStructureDecoder) have config and files alike, but do not denoise and have no `prediction`.
+SparseStructureDecoder) have a config and files too, but do not denoise and have no `prediction`.
 docs/adding.md has an example.
 """
 
@@ -102,7 +102,7 @@ NETWORKS = {
     "SparseStructureDecoder": SparseStructureDecoder,
     "SLatFlowModel": SLatFlowModel,
     # The name of PixArt's and DiT's class in older versions of diffusers and in the released
-    # configs; network_from_config tells the two apart.
+    # configs; network_from_config decides which of the two it is.
     "Transformer2DModel": PixArtTransformer2DModel,
     # The name in TRELLIS's released configs. That class differs only in how it saves memory there.
     "ElasticSLatFlowModel": SLatFlowModel,

@@ -253,7 +253,7 @@ class Run:
             seconds, memory = time.perf_counter() - self.clock, peak_memory_mb(self.device)
             row = {**more, **row, "seconds": seconds, "peak_memory_mb": memory}
             self.log.write({"step": step + 1, **row})
-            shown = {n: f"{row[n]:.3f}" for n in show if n in row}
+            shown = {n: f"{row[n]:.4g}" for n in show if n in row}
             self.bar.set_postfix(shown, refresh=False)
         last = step + 1 == self.args.max_train_steps
         return last or (step + 1) % self.args.checkpointing_steps == 0

@@ -16,7 +16,7 @@ The contract: what every world has, and the rest of the code may use.
         label".
     shape
         Of one item: (2,) for points, (C, H, W), (C, T, H, W) for videos, (C, D, H, W) for voxels.
-        Values are in [-1, 1], those of points about.
+        Values are in [-1, 1]; points may lie a little beyond.
     data(n, seed, label=None) -> x0 (n, *shape) float32, label (n,) int64
         n items, a function of the arguments alone. label (n,) int64 asks for these classes and
         comes back; without it classes are drawn, all equally likely.
@@ -44,6 +44,8 @@ Every world also has one of two kinds of teacher:
 
 Some worlds have more:
 
+    exact
+        The closed form itself, a RingTeacher (ring).
     video = False
         Items have five axes with the batch, and are no videos all the same (voxels).
     scenes(n, seed, label=None) -> x0, label, maps (n, H, W) uint8; map_classes

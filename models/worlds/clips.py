@@ -7,7 +7,7 @@ shapes at the wrong speeds is found out.
 import numpy as np
 import torch
 
-from models import pictures
+from models.pictures import tile
 from models.worlds.features import FeatureWorld
 
 # class -> share of clips that stand still, lowest and highest speed of the others, pixels per frame
@@ -118,4 +118,4 @@ class Clips(FeatureWorld):
         """Clips (n, 1, T, 16, 16) -> one column per clip, up to four frames from top to bottom."""
         T = x.shape[2]
         frames = np.linspace(0, T - 1, min(4, T)).round().astype(int)
-        return np.concatenate([pictures.tile(x[:, :, i]) for i in frames])
+        return np.concatenate([tile(x[:, :, i]) for i in frames])

@@ -8,7 +8,7 @@ import functools
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from models import pictures
+from models.pictures import tile
 from models.worlds.features import FeatureWorld
 
 SUPERSAMPLE = 4  # glyphs are drawn at 64x64 and box-filtered to 16x16
@@ -78,4 +78,4 @@ class Glyphs(FeatureWorld):
 
     def picture(self, x):
         """Digits (n, 3, 16, 16) side by side, three times as large -> (50, 50 n, 3) uint8."""
-        return pictures.tile(x)
+        return tile(x)
