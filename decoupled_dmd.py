@@ -214,13 +214,13 @@ def rollout(student, diffusion, noise, times, cond, renoise):
     renoise "sde": fresh noise after step i, noise("renoise<i>") (DMD2, Sec. 4.4); "ode": the noise
     that the student implies, an Euler step.  noise: name -> (B, ...).  -> (B, ...)
     """
-    x = noise("z")
+    x_in = noise("z")
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
-        x0, eps = diffusion.x0_eps(student, x, t, **cond)
+        x, eps = diffusion.x0_eps(student, x_in, t, **cond)
         if renoise == "sde":
             eps = noise(f"renoise{i}")
-        x = diffusion.add_noise(x0, eps, t_next)
-    return x
+        x_in = diffusion.add_noise(x, eps, t_next)
+    return x_in
 
 
 @torch.no_grad()
@@ -239,7 +239,8 @@ def student_input(args, draw, student, teacher, times):
 
     -> k, x_in (B, ...), cond, uncond.
     """
-    k, (cond, uncond) = draw.agreed("k", len(times)), teacher.conditions.draw(draw)
+    k = draw.agreed("k", len(times))
+    cond, uncond = teacher.conditions.draw(draw)
     with torch.no_grad():
         x_in = rollout(student, teacher.diffusion, draw.noise, times[: k + 1], cond, args.renoise)
     return k, x_in, cond, uncond
@@ -251,7 +252,8 @@ def fake_sees_step(args, net):
 
 
 def step_input(k, draw, on):
-    """What the fake is conditioned on beside the sample's own condition: the step that made it."""
+    """What the fake is conditioned on beside the sample's own condition: k, the step that made
+    it."""
     return {"steps": torch.full((len(draw.rows),), float(k), device=draw.device)} if on else {}
 
 
@@ -287,7 +289,7 @@ def train(args):
     fake = trainable_copy(args, teacher.base, run.device, see_step)
     freeze_teacher(args, teacher, run.device)
     real = real_batches(args, teacher, run.device) if args.gan_weight else None
-    features = try_network(student, teacher, run.device, return_features=True)  # (1, N, D)
+    features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
     torch.manual_seed(stable_hash(args.seed, "head"))
     head = GanHead(features.shape[-1]).to(run.device)
     ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
@@ -314,14 +316,13 @@ def train(args):
                     with torch.no_grad():  # no gradient into the student
                         x = diffusion.x0(student, x_in, times[k], **cond)
                     step_k = step_input(k, draw, see_step)
-                    cond |= step_k
-                    loss = loss_fake = fake_score_loss(fake, diffusion, x, *draw.eps_t(), cond)
+                    fake_cond = {**cond, **step_k}
+                    noise = draw.eps_t()
+                    loss = loss_fake = fake_score_loss(fake, diffusion, x, *noise, fake_cond)
                     if args.gan_weight:
                         x_real, cond_real = real(draw, "real_gan")
-                        cond_real |= step_k
-                        loss_d = discriminator_turn(
-                            draw, fake, head, diffusion, x, cond, x_real, cond_real
-                        )
+                        real_too = x, fake_cond, x_real, {**cond_real, **step_k}
+                        loss_d = discriminator_turn(draw, fake, head, diffusion, *real_too)
                         loss = loss_fake + args.gan_weight_d * loss_d
                         run.note(loss_d=loss_d)
                 (loss * run.share).backward()
@@ -335,7 +336,7 @@ def train(args):
             with run.autocast():
                 k, x_in, cond, uncond = student_input(args, draw, student, teacher, times)
                 x = diffusion.x0(student, x_in, times[k], **cond)  # the one call with gradient
-                x.retain_grad()
+                x.retain_grad()  # for the log
                 fake_cond = {**cond, **step_input(k, draw, see_step)}
                 u_k = 1 - k / args.student_steps
                 range_dm, range_ca = noise_ranges(args.schedule, u_k, args.dm_range, args.ca_range)
@@ -395,12 +396,12 @@ def student_sampler(run, student, teacher, times, renoise):
     """-> a function (index, first, last) -> student samples, of the conditions
     index[first:last]."""
 
-    def draw(index, a, b):
-        noise = report.evaluation_noise(run, teacher.shape, a, b)
-        cond, _ = teacher.conditions.pick(index[a:b], run.device)
+    def samples(index, first, last):
+        noise = report.evaluation_noise(run, teacher.shape, first, last)
+        cond, _ = teacher.conditions.pick(index[first:last], run.device)
         return sample(student, teacher.diffusion, noise, times, cond, renoise)
 
-    return draw
+    return samples
 
 
 def sample_only(args):

@@ -10,29 +10,31 @@ regression onto teacher samples; DMD2 drops that, trains the fake score several 
 update, adds a GAN on the fake's middle features, and trains students of several steps on states
 that they reach by themselves.
 
-    paper               here               meaning                                         shape
-    x = G(z)            x                  the student's sample, read as x0                (B, ...)
-    x_t                 x_t                x noised to a random level t                    (B, ...)
-    mu_real, mu_fake    mu_real, mu_fake   x0 as teacher (guided) and fake see it in x_t   (B, ...)
-    t_1 > ... > t_N     times              the student's fixed steps, 1 = noise            N floats
-    (DMD2, Sec. 4.5)    x_in, times[k]     input of the student's step k, of its own making (B, ...)
-    D                   gan_logit          real or fake?                                   (B,)
+    paper              here              meaning                                            shape
+    x = G(z)           x                 the student's sample, read as x0                   (B, ...)
+    x_t                x_t               x noised to a random level t                       (B, ...)
+    mu_real, mu_fake   mu_real, mu_fake  x0 as teacher (guided) and fake see it in x_t      (B, ...)
+    t_1 > ... > t_N    times             the student's fixed steps, 1 = noise               N floats
+    x_{t_i}            x_in, k           the input of step k, made by the steps before it   (B, ...)
+    D                  gan_logit         real or fake?                                      (B,)
 
 Launch.
     laptop      python dmd.py                        # glyphs, one step, three minutes on two cores
                 python dmd.py --teacher ring                          # seconds
                 python dmd.py --teacher runs/latent_fm-FOLDER         # your own, see latent_fm.py
-    paper       python dmd.py --fake_update_ratio 5 --gan_weight 5e-3 --shared_fake      # DMD2
+    paper       python dmd.py --fake_update_ratio 5 --gan_weight 3e-3         # DMD2, one step
+                python dmd.py --fake_update_ratio 5 --gan_weight 5e-3 --student_steps 4 \
+                    --shared_fake                                          # DMD2, four steps
     paper, v1   python dmd.py --fake_update_ratio 1 --regression_weight 0.25
     torchrun    torchrun --nproc-per-node 8 dmd.py --teacher Wan2.1-T2V-1.3B-Diffusers \
                     --prompts prompts.safetensors --student_steps 4 --mixed_precision bf16
     sampling    python dmd.py --sample runs/dmd-glyphs/student
 
 Deviations; the reasons are in docs/dmd.md. The gradient drops Eq. 7's factor alpha_t, as both
-papers' pseudo-code does. One step is one student update. The regression is L2, not LPIPS. Noise
-levels are spread evenly over a batch. With several steps the fake is conditioned on the step
-(--shared_fake: the papers' fake, which is not). Averaged weights, betas and falling rates suit
-short runs.
+papers' pseudo-code does. One step is one student update, and fake updates see fresh samples. The
+regression is L2, not LPIPS; the GAN's head an MLP on tokens. Noise levels are drawn before the
+teacher's shift, evenly over a batch. With several steps the fake is conditioned on the step
+(--shared_fake: not, as in the papers). Optimiser settings and averaged weights suit short runs.
 """
 
 import copy
@@ -76,7 +78,8 @@ def dmd_loss(x, teacher, fake, diffusion, eps, t, cond, uncond, fake_cond, guida
 def fake_score_loss(fake, diffusion, x, eps, t, cond):
     """Denoising loss on detached student samples (v1, Eq. 6).  -> scalar.
 
-    In the space the network predicts, which is the weighting its teacher was trained with.
+    The error is taken in the space that the network predicts, unweighted, as its teacher was
+    trained.
     """
     x_t = diffusion.add_noise(x, eps, t)
     return F.mse_loss(fake(x_t, t, **cond).float(), diffusion.target(x, eps, t))
@@ -107,7 +110,10 @@ def generator_loss(logit_fake):
 
 
 def dmd_loss_without_fake(x, teacher, diffusion, eps, t, cond, uncond, guidance_scale):
-    """Ablation: mu_fake = x, the real score alone. It collapses to modes (v1, Fig. 3)."""
+    """Ablation: the real score alone, which collapses to modes (v1, Fig. 3).  -> scalar, g.
+
+    Without fake score mu_fake is x_t / alpha_t; x, its mean over the noise, stands for it.
+    """
     with torch.no_grad():
         x_t = diffusion.add_noise(x, eps, t)
         mu_real = diffusion.guided_x0(teacher, x_t, t, cond, uncond, guidance_scale)
@@ -125,13 +131,13 @@ def rollout(student, diffusion, noise, times, cond, renoise):
     renoise "sde": fresh noise after step i, noise("renoise<i>") (DMD2, Sec. 4.4); "ode": the noise
     that the student implies, an Euler step.  noise: name -> (B, ...).  -> (B, ...)
     """
-    x = noise("z")
+    x_in = noise("z")
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
-        x0, eps = diffusion.x0_eps(student, x, t, **cond)
+        x, eps = diffusion.x0_eps(student, x_in, t, **cond)
         if renoise == "sde":
             eps = noise(f"renoise{i}")
-        x = diffusion.add_noise(x0, eps, t_next)
-    return x
+        x_in = diffusion.add_noise(x, eps, t_next)
+    return x_in
 
 
 @torch.no_grad()
@@ -150,7 +156,8 @@ def student_input(args, draw, student, teacher, times, real=None):
 
     -> k, x_in (B, ...), cond, uncond.
     """
-    k, (cond, uncond) = draw.agreed("k", len(times)), teacher.conditions.draw(draw)
+    k = draw.agreed("k", len(times))
+    cond, uncond = teacher.conditions.draw(draw)
     if args.student_input == "real" and k > 0:  # ablation: noised data, never met at test time
         x_real, cond = real(draw, "real_input")
         return k, teacher.diffusion.add_noise(x_real, draw.noise("z"), times[k]), cond, uncond
@@ -165,7 +172,8 @@ def fake_sees_step(args, net):
 
 
 def step_input(k, draw, on):
-    """What the fake is conditioned on beside the sample's own condition: the step that made it."""
+    """What the fake is conditioned on beside the sample's own condition: k, the step that made
+    it."""
     return {"steps": torch.full((len(draw.rows),), float(k), device=draw.device)} if on else {}
 
 
@@ -181,7 +189,7 @@ def train(args):
     fake = trainable_copy(args, teacher.base, run.device, see_step)
     freeze_teacher(args, teacher, run.device)
     real = real_batches(args, teacher, run.device) if needs_data(args) else None
-    features = try_network(student, teacher, run.device, return_features=True)  # (1, N, D)
+    features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
     torch.manual_seed(stable_hash(args.seed, "head"))
     head = GanHead(features.shape[-1]).to(run.device)
     ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
@@ -208,14 +216,13 @@ def train(args):
                     with torch.no_grad():  # no gradient into the student
                         x = diffusion.x0(student, x_in, times[k], **cond)
                     step_k = step_input(k, draw, see_step)
-                    cond |= step_k
-                    loss = loss_fake = fake_score_loss(fake, diffusion, x, *draw.eps_t(), cond)
+                    fake_cond = {**cond, **step_k}
+                    noise = draw.eps_t()
+                    loss = loss_fake = fake_score_loss(fake, diffusion, x, *noise, fake_cond)
                     if args.gan_weight:
                         x_real, cond_real = real(draw, "real_gan")
-                        cond_real |= step_k
-                        loss_d = discriminator_turn(
-                            draw, fake, head, diffusion, x, cond, x_real, cond_real
-                        )
+                        real_too = x, fake_cond, x_real, {**cond_real, **step_k}
+                        loss_d = discriminator_turn(draw, fake, head, diffusion, *real_too)
                         loss = loss_fake + args.gan_weight_d * loss_d
                         run.note(loss_d=loss_d)
                 (loss * run.share).backward()
@@ -229,7 +236,7 @@ def train(args):
             with run.autocast():
                 k, x_in, cond, uncond = student_input(args, draw, student, teacher, times, real)
                 x = diffusion.x0(student, x_in, times[k], **cond)  # the one call with gradient
-                x.retain_grad()
+                x.retain_grad()  # for the log
                 eps, t = draw.eps_t("", *args.dm_range)
                 fake_cond = {**cond, **step_input(k, draw, see_step)}
                 at_t = diffusion, eps, t, cond, uncond
@@ -251,7 +258,9 @@ def train(args):
                     run.note(loss_regression=loss_regression)
             (loss * run.share).backward()
             g_dm = g / g.numel()  # what the matching term alone sends into x
-            run.note(g_dm=g_dm.norm(), g_gan=(x.grad / run.share - g_dm).norm())
+            run.note(g_dm=g_dm.norm())
+            if args.gan_weight:
+                run.note(g_gan=(x.grad / run.share - g_dm).norm())
             run.note_samples(x)
         run.update(optimizer, "student")
         fake.requires_grad_(True)
@@ -272,7 +281,7 @@ def train(args):
 
 
 def teacher_pairs(run, teacher):
-    """(z, y): teacher ODE samples, made once, kept beside the run (v1, Sec. 3.2).
+    """(z, y): teacher ODE samples, made once, kept beside the run (v1, Sec. 3.3).
 
     -> {"z" (n, ...), "y" (n, ...), "index" (n,): which condition}.
     """
@@ -284,9 +293,8 @@ def teacher_pairs(run, teacher):
         y = []
         for z_part, i in zip(z.split(run.B), index.split(run.B)):
             cond, uncond = teacher.conditions.pick(i, run.device)
-            x = z_part.to(run.device)
-            scale = args.guidance_scale
-            y.append(teacher.diffusion.sample(teacher.net, x, grid, cond, uncond, scale, "heun"))
+            how = cond, uncond, args.guidance_scale, "heun"
+            y.append(teacher.diffusion.sample(teacher.net, z_part.to(run.device), grid, *how))
         save_tensors({"z": z, "y": torch.cat([v.cpu() for v in y]), "index": index}, path)
     run.wait_for_all()
     return load_tensors(path)
@@ -296,8 +304,8 @@ def regression_loss(draw, pairs, student, teacher, t):
     """L2 onto teacher samples, on a batch of pairs of its own (v1, Eq. 9).  -> scalar."""
     i = draw.integer("pair", len(pairs["z"]))
     cond, _ = teacher.conditions.pick(pairs["index"][i], draw.device)
-    y = teacher.diffusion.x0(student, pairs["z"][i].to(draw.device), t, **cond)
-    return F.mse_loss(y, pairs["y"][i].to(draw.device))
+    z, y = pairs["z"][i].to(draw.device), pairs["y"][i].to(draw.device)
+    return F.mse_loss(teacher.diffusion.x0(student, z, t, **cond), y)
 
 
 # ---- what the run leaves behind ------------------------------------------------------------------
@@ -307,12 +315,12 @@ def student_sampler(run, student, teacher, times, renoise):
     """-> a function (index, first, last) -> student samples, of the conditions
     index[first:last]."""
 
-    def draw(index, a, b):
-        noise = report.evaluation_noise(run, teacher.shape, a, b)
-        cond, _ = teacher.conditions.pick(index[a:b], run.device)
+    def samples(index, first, last):
+        noise = report.evaluation_noise(run, teacher.shape, first, last)
+        cond, _ = teacher.conditions.pick(index[first:last], run.device)
         return sample(student, teacher.diffusion, noise, times, cond, renoise)
 
-    return draw
+    return samples
 
 
 def sample_only(args):

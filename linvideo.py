@@ -4,36 +4,38 @@ The idea. Self-attention over all n tokens of a video costs O(n^2) and linear at
 network trained with the first breaks when all of it is replaced. So only a given number of layers
 changes, and training chooses them: each layer mixes both kinds with one weight r, a constraint
 counts the layers below one half, and a regulariser drives every r to 1 (softmax) or 0 (linear).
-Meanwhile the student has to stay a good sampler. At any time of the teacher's own trajectories its
-states should be as likely under the teacher as under itself, and the gradient of that KL divergence
-is a difference of two scores. Both networks are flow models, whose velocities give their scores, so
+Meanwhile the student has to stay a good sampler. At every time t the states that it reaches should
+have the distribution of the teacher's, and the gradient of the KL divergence between the two is a
+difference of two scores. Both networks are flow models, whose velocities give their scores, so
 the student is its own fake score. No data is needed, only a bank of states that the teacher's
 sampler passes through. The default objective is the simpler regression of Eq. 7, which is stable at
 higher learning rates; the line marked `paper` is the distribution matching.
 
-    paper       here       meaning                                                         shape
-    r^(l)       r          weight of softmax attention in layer l, 1 = softmax             (layers,)
-    target      target     how many layers become linear                                   int
-    x_t, u_t    x_t, v     state and velocity on the teacher's trajectory; t = 1 is noise  (B, ...)
-    x-hat_t     x_hat      state at s < t, one step of the student's from x_t              (B, ...)
-    u, u-hat    v, v_hat   velocities of teacher and student at x_hat                      (B, ...)
-    s-hat - s   g          the student's score at x_hat minus the teacher's                (B, ...)
+    paper         here      meaning                                                      shape
+    r^(l)         r         weight of softmax attention in layer l, 1 = softmax          (layers,)
+    target        target    how many layers become linear                                int
+    x_t, u_t      x_t, v_t  state and velocity on the teacher's trajectory; t = 1: noise (B, ...)
+    x-hat_t       x_hat     the student's state at s < t, one step of its from x_t       (B, ...)
+    u, u-hat      v, v_hat  velocities of teacher and student at x_hat                   (B, ...)
+    Eq. 12 and 13 g         the student's score at x_hat minus the teacher's             (B, ...)
+    alpha         alpha     exponent of the regulariser (Eq. 10)                         float
 
 Launch.
-    laptop      python linvideo.py               # clips, 4 of 8 layers, eight minutes on two cores
+    laptop      python linvideo.py               # clips, 4 of 8 layers, five minutes on two cores
     then        python dmd.py --teacher clips --student_init runs/linvideo-clips/student \
                     --student_steps 4 --timestep_shift 2
     paper       python linvideo.py --objective adm --learning_rate 1e-4 --selection_share 1 \
                     --selection_weight 0.01 --alpha 20 2
-    ablations   python linvideo.py --no_regularizer                 # Tab. 3
-                python linvideo.py --objective adm_critic           # Tab. 4; or dmd
+    ablations   python linvideo.py --no_regularizer                 # Tab. 3, with Eq. 7
+                python linvideo.py --objective adm_critic --weight unit --learning_rate 1e-4
     torchrun    torchrun --nproc-per-node 8 linvideo.py --teacher Wan2.1-T2V-1.3B-Diffusers \
                     --prompts prompts.safetensors --target_layers 16 --mixed_precision bf16
     sampling    python linvideo.py --sample runs/linvideo-clips/student
 
 Deviations; the reasons are in docs/linvideo.md. The authors have published no code. Chosen here are
 the way to x_hat (--state), the sign of Eq. 9, its gradient straight through the rounding, r's start
-and rate, and a last phase with exactly `target` layers fixed (--selection_share).
+and rate, and a last phase with exactly `target` layers fixed (--selection_share). By default lambda
+is .001 and alpha falls from 2-4 to 2 (paper: .01, 20 to 2). The bank is guided, the losses are not.
 """
 
 import copy
@@ -57,7 +59,7 @@ from models.plumbing.flags import distillation_parser, number, paper_values, par
 from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
 
-# ---- the losses. x_t, v, g (B, ...), t, s (B,), s < t; networks: net(x_t, t, **cond) -> velocity -
+# ---- the losses. x_t, v_t, g (B, ...), s < t (B,); networks: net(x_t, t, **cond) -> velocity -----
 
 
 def velocity(net, x_t, t, cond):
@@ -85,9 +87,9 @@ def adm_loss(student, teacher, x_t, t, s, cond):
     return 0.5 * (x_hat - (x_hat - g).detach()).square().mean(), g
 
 
-def regression_loss(student, x_t, v, t, cond):
-    """Regression onto the teacher's velocity v at x_t (Eq. 7).  -> scalar, its error (B, ...)."""
-    error = velocity(student, x_t, t, cond) - v
+def regression_loss(student, x_t, v_t, t, cond):
+    """Regression onto the teacher's velocity v_t at x_t (Eq. 7).  -> scalar, its error (B, ...)."""
+    error = velocity(student, x_t, t, cond) - v_t
     return 0.5 * error.square().mean(), error
 
 
@@ -125,7 +127,7 @@ def matching_gradient(v, v_hat, s, weight):
     """adm_loss's g with a weight of choice, a constant.  v, v_hat (B, ...), s (B,) -> (B, ...).
 
     "eq13" is the paper's, "unit" is the bare difference of velocities, and "dmd" is the difference
-    of x0 divided by its mean size in each sample, as in DMD.
+    of x0 divided by the mean |x0 of the student - x0 of the teacher| at x_hat of each sample.
     """
     difference = (v - v_hat).detach()
     if weight == "eq13":
@@ -139,8 +141,8 @@ def matching_gradient(v, v_hat, s, weight):
 def adm_variant_loss(args, student, teacher, score, x_t, v_t, t, s, cond):
     """adm_loss with --weight, and with --regression_weight of Eq. 7 beside it.  -> scalar, g.
 
-    score: the network whose score is the student's, itself or a critic. v_t: the teacher's velocity
-    at x_t, which only the regression needs.
+    score: the network that gives the student's score, the student itself or a critic. v_t: the
+    teacher's velocity at x_t, which only the regression needs.
     """
     v_hat_t = velocity(student, x_t, t, cond)
     x_hat = x_t + expand(s - t, x_t) * v_hat_t
@@ -222,7 +224,7 @@ def convert(net, layers, feature_map):
     mixed = [place.attend for place in net.self_attentions]
     use_linear_attention(net, layers, feature_map)
     for i, (place, m) in enumerate(zip(net.self_attentions, mixed)):
-        del place.attend  # a module's attribute that becomes a plain function
+        del place.attend  # nn.Module refuses a plain function under a registered module's name
         place.attend = m.linear if i in layers else m.softmax
     return net
 
@@ -310,10 +312,11 @@ def chosen_layers(args, count):
 
 @torch.no_grad()
 def trajectory(teacher, z, grid, cond, uncond, guidance_scale):
-    """The paper's pairs (x_t, u_t) on the teacher's guided Euler trajectory from z along the grid.
+    """Pairs (x_t, u_t) as in Sec. 4.2, on the teacher's guided Euler trajectory from z along the
+    grid.
 
     z (B, ...) -> {"x": states at grid[:-1] (B, K, ...), "v": the conditional velocity at each, and
-    under guidance "v_uncond": the unconditional one}.
+    under guidance "v_uncond": the unconditional one}. The paper does not say which one u_t is.
     """
     x, states, conditional, unconditional = z, [], [], []
     for t, t_next in zip(grid[:-1], grid[1:]):
@@ -368,13 +371,13 @@ def student_sampler(run, student, teacher, grid):
     -> a function (index, first, last) -> samples, of the conditions index[first:last].
     """
 
-    def draw(index, a, b):
-        z = report.evaluation_noise(run, teacher.shape, a, b)("z")
-        cond, uncond = teacher.conditions.pick(index[a:b], run.device)
+    def samples(index, first, last):
+        z = report.evaluation_noise(run, teacher.shape, first, last)("z")
+        cond, uncond = teacher.conditions.pick(index[first:last], run.device)
         scale = run.args.guidance_scale
         return teacher.diffusion.sample(student, z, grid, cond, uncond, scale, "euler")
 
-    return draw
+    return samples
 
 
 # ---- what a turn works on: states of the bank, and the student's step to x_hat -------------------
@@ -388,7 +391,7 @@ def times_at(grid, k, device):
 def bank_states(args, draw, bank, teacher, grid):
     """One state of the bank for each of these rows, some of them without their condition.
 
-    -> x_t, v (B, ...), t (B,), cond, and k (B,), the place of t in the grid, on the CPU.
+    -> x_t, v_t (B, ...), t (B,), cond, and k (B,), the place of t in the grid, on the CPU.
     """
     usable = args.sampling_steps
     if args.objective.startswith("adm") and args.state in ("step", "rollout"):
@@ -396,12 +399,12 @@ def bank_states(args, draw, bank, teacher, grid):
     k = draw.spread_integer("state", usable)
     rows = bank.rows(draw.integer("trajectory", args.bank_size), k)
     cond, uncond = teacher.conditions.pick(rows["index"], draw.device)
-    x_t, v = rows["x"].to(draw.device), rows["v"].to(draw.device)
+    x_t, v_t = rows["x"].to(draw.device), rows["v"].to(draw.device)
     if args.guidance_scale != 1:
         drop = draw.uniform("drop") < args.uncond_share
         cond = {name: torch.where(expand(drop, c), uncond[name], c) for name, c in cond.items()}
-        v = torch.where(expand(drop, v), rows["v_uncond"].to(draw.device), v)
-    return x_t, v, times_at(grid, k, draw.device), cond, k
+        v_t = torch.where(expand(drop, v_t), rows["v_uncond"].to(draw.device), v_t)
+    return x_t, v_t, times_at(grid, k, draw.device), cond, k
 
 
 def part_of_step(draw, t, t_next, part):
@@ -438,18 +441,18 @@ def own_state(args, draw, student, teacher, grid):
 def step_to_x_hat(args, draw, student, teacher, bank, grid):
     """Where the student's step to x_hat begins and ends, by --state.
 
-    -> x_t (B, ...), v (B, ...) or None off the bank, t, s (B,), cond.
+    -> x_t (B, ...), v_t (B, ...) or None off the bank, t, s (B,), cond.
     """
     if args.state == "rollout":
         x_t, t, s, cond = own_state(args, draw, student, teacher, grid)
         return x_t, None, t, s, cond
-    x_t, v, t, cond, k = bank_states(args, draw, bank, teacher, grid)
+    x_t, v_t, t, cond, k = bank_states(args, draw, bank, teacher, grid)
     s = times_at(grid, k + 1, draw.device)  # --state step
     if args.state == "part":
         s = part_of_step(draw, t, s, args.part)
     elif args.state == "jump":
         s = any_later_time(draw, k, args.sampling_steps, teacher.shift)
-    return x_t, v, t, s.clamp_min(args.min_time), cond
+    return x_t, v_t, t, s.clamp_min(args.min_time), cond
 
 
 def one_jump(args, draw, student, teacher, bank, grid):
@@ -462,7 +465,7 @@ def one_jump(args, draw, student, teacher, bank, grid):
 
 
 def noise_and_time(draw, teacher):
-    """-> eps (B, ...), t (B,) at which a critic works, u ~ U[.02, .98] before the shift."""
+    """-> eps (B, ...), t (B,) of the critic and of DMD's loss, u ~ U[.02, .98] before the shift."""
     return draw.noise("eps"), shift(draw.uniform("u", 0.02, 0.98), teacher.shift)
 
 
@@ -510,8 +513,8 @@ def velocity_error(run, student, teacher, bank, grid):
     for first in range(0, 256, run.B):
         rows = range(first, first + run.B)
         draw = Draws(run.args.seed, "check", 0, rows, run.device, teacher.shape)
-        x_t, v, t, cond, _ = bank_states(run.args, draw, bank, teacher, grid)
-        errors.append((student(x_t, t, **cond).float() - v).square().flatten(1).mean(1))
+        x_t, v_t, t, cond, _ = bank_states(run.args, draw, bank, teacher, grid)
+        errors.append((student(x_t, t, **cond).float() - v_t).square().flatten(1).mean(1))
     return float(torch.cat(errors).mean())
 
 
@@ -579,8 +582,7 @@ def train(args):
     try_network(teacher.base, teacher, run.device)
     ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
     optimizer = student_optimizer(args, student, mixed)
-    state = dict(student=student, optimizer=optimizer)
-    state |= {"ema": ema} if args.ema_decay else {}
+    state = dict(student=student, ema=ema, optimizer=optimizer)
     if critic:
         optimizer_fake = adam(args, [critic.parameters()], args.learning_rate_fake)
         state |= dict(critic=critic, optimizer_fake=optimizer_fake)
@@ -612,8 +614,8 @@ def train(args):
         for draw in run.micro_batches(step, "student", teacher):
             with run.autocast():
                 if args.objective == "mse":
-                    x_t, v, t, cond, _ = bank_states(args, draw, bank, teacher, grid)
-                    loss, g = regression_loss(student, x_t, v, t, cond)
+                    x_t, v_t, t, cond, _ = bank_states(args, draw, bank, teacher, grid)
+                    loss, g = regression_loss(student, x_t, v_t, t, cond)
                 elif args.objective == "dmd":
                     x0, cond = one_jump(args, draw, student, teacher, bank, grid)
                     eps, t = noise_and_time(draw, teacher)
@@ -622,9 +624,9 @@ def train(args):
                     x_t, _, t, s, cond = step_to_x_hat(args, draw, student, teacher, bank, grid)
                     loss, g = adm_loss(student, teacher.net, x_t, t, s, cond)
                 else:
-                    x_t, v, t, s, cond = step_to_x_hat(args, draw, student, teacher, bank, grid)
+                    x_t, v_t, t, s, cond = step_to_x_hat(args, draw, student, teacher, bank, grid)
                     nets = student, teacher.net, critic or student
-                    loss, g = adm_variant_loss(args, *nets, x_t, v, t, s, cond)
+                    loss, g = adm_variant_loss(args, *nets, x_t, v_t, t, s, cond)
             (loss * run.share).backward()
             run.note(loss=loss)
             run.note_rms(g=g)

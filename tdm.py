@@ -1,7 +1,7 @@
 """Trajectory distribution matching, TDM (2503.06674 v2): deterministic few-step students.
 
 The idea. Trajectory distillation (consistency models and their kin) makes a student follow the
-teacher's ODE sample by sample, which is hard; distribution matching (DMD) looks at the last sample
+teacher's ODE sample by sample, which is hard; distribution matching (DMD) looks at clean samples
 only, and its few-step students need fresh noise at every step. TDM matches distributions along the
 student's own deterministic trajectory: wherever a step of the student lands, at level s, its
 samples should have the teacher's distribution at that level. So noise the landing point x_s on, to
@@ -10,31 +10,31 @@ teacher and fake score there. The intervals (s, t) of the K steps are disjoint: 
 belongs to one step, and one fake score serves all steps. With student and fake conditioned on K,
 one network learns several step counts at once.
 
-    paper                   here      meaning                                              shape
-    t_K=T > ... > t_0 = 0   grid      the student's levels, from the noise: grid[0] = 1    K + 1
-    x_{t_{i+1}}             x_in      input of one step, made by the steps before it       (B, ...)
-    x-hat_{t_i} = f_theta   x         the clean prediction of that step                    (B, ...)
-    x_{t_i}                 x_s       where the step lands: alpha_s x + sigma_s eps-hat    (B, ...)
-    x_tau                   x_tau     x_s noised on inside the step's own interval         (B, ...)
+    paper                   here       meaning                                             shape
+    t_K=T > ... > t_0 = 0   grid       the student's levels, from the noise: grid[0] = 1   K + 1
+    t_{i+1}, t_i            t, s       where step k = K - 1 - i begins, and where it lands (B,)
+    x_{t_{i+1}}             x_in       its input, made by the steps before it              (B, ...)
+    x-hat_{t_i} = f_theta   x          its clean prediction                                (B, ...)
+    x_{t_i}                 x_s        where it lands: alpha_s x + sigma_s eps-hat         (B, ...)
+    x_tau                   x_tau      x_s noised on, within the step's own interval       (B, ...)
     f_phi, f_psi            mu_real, mu_fake   x0 as teacher (guided) and fake see it in x_tau
-    K                       K         how many steps the trajectory has                    (B,)
 
 Launch.
     laptop      python tdm.py                       # glyphs, K = 1, 2 and 4 in one student, minutes
                 python tdm.py --teacher ring        # seconds
     paper       python tdm.py --student_steps 4 --regress x_s --fake_update_ratio 1
+    paper, K    python tdm.py --student_steps 1 2 4 --regress x_s --fake_update_ratio 1      # Eq. 8
     ablations   python tdm.py --untold              # Tab. 5: nobody is conditioned on K
                 python tdm.py --loss l2             # Tab. 5: no surrogate metric
-                python tdm.py --fake_noise fresh    # Tab. 5: no importance sampling
-                python tdm.py --match clean         # Tab. 7: match x instead of x_s
     torchrun    torchrun --nproc-per-node 8 tdm.py --teacher PixArt-XL-2-512x512 \
-                    --prompts prompts.safetensors --mixed_precision bf16
+                    --prompts prompts.safetensors --gradient_accumulation_steps 4 \
+                    --mixed_precision bf16
     sampling    python tdm.py --sample runs/tdm-glyphs/student --student_steps 2
 
-Deviations; the reasons are in docs/tdm.md. (K, step) are drawn for each sample. Fake updates see
-fresh samples. x is regressed, as in the authors' demo; --regress x_s is the paper's. The demo's
-importance weight is biased for all steps but the last; --fake_target exact is not. Noise levels are
-uniform before the teacher's shift.
+Deviations; the reasons are in docs/tdm.md. x is regressed, as in the authors' demo; --regress x_s
+is the paper's. Eq. 7's target biases the fake at every step but the last; --fake_target exact does
+not. The K take turns over a batch, K = 1 in two of four rows. tau keeps 2 % off both ends. Fake
+updates see fresh samples. Optimiser settings and averaged weights suit short runs.
 """
 
 import copy
@@ -54,23 +54,25 @@ from models.plumbing.teachers import freeze_teacher, start_teacher, starting_net
 
 
 def tdm_loss(
-    x, x_s, teacher, fake, diffusion, eps, s, tau, cond, uncond, fake_cond, guidance_scale, slope
+    x_s, teacher, fake, diffusion, eps, s, tau, cond, uncond, fake_cond, guidance_scale, slope
 ):
     """The student's loss (Eq. 6 and 11).  -> scalar, g = mu_fake - mu_real (B, ...).
 
-    x_s, where the student's step lands, is noised on from s to tau, and moves by the difference of
-    the two scores there, written as x0. Its gradient reaches x_s through x alone:
+    x_s, where the student's step lands, is noised on from s to tau and moves by the difference of
+    the two scores there, written as x0, times A = dx_s / dx = slope (B,): as far as it would move
+    if the step had predicted x + mu_real - mu_fake instead of x.
 
-        r = x_s - sg(x_s + A (mu_real(x_tau) - mu_fake(x_tau))),    A = dx_s / dx = slope (B,)
+        r = x_s - sg(x_s + A (mu_real(x_tau) - mu_fake(x_tau)))
         loss = sqrt(|r|^2 + c^2) - c,    c = .00054 sqrt(d)
 
-    with one norm for each sample, so that its gradient is at most A, whatever the noise level.
+    with one norm for each sample, so that its gradient in x_s is at most 1, whatever the level. By
+    default x is regressed instead: `tdm_loss_variant`.
     """
     with torch.no_grad():
         x_tau = diffusion.noise_on(x_s, eps, s, tau)
         mu_real = diffusion.guided_x0(teacher, x_tau, tau, cond, uncond, guidance_scale)
         mu_fake = diffusion.x0(fake, x_tau, tau, **fake_cond)
-    r = expand(slope, x) * (x - (x + (mu_real - mu_fake)).detach())
+    r = x_s - (x_s + expand(slope, x_s) * (mu_real - mu_fake)).detach()
     c = 0.00054 * r[0].numel() ** 0.5
     return ((r.square().flatten(1).sum(1) + c**2).sqrt() - c).mean(), mu_fake - mu_real
 
@@ -88,9 +90,10 @@ def step_slope(schedule, t, s, renoise="ode"):
 def fake_score_loss(fake, diffusion, x, x_s, eps, s, tau, cond):
     """Loss of the fake score on detached student samples, x_s noised on to tau (Eq. 7).  -> scalar.
 
-    It denoises towards the student's own x, weighted by `importance_weight`, in the space the
-    network predicts, as its teacher was trained. Its optimum is E[x | x_tau], which is the score's
-    only where s = 0; `exact_fake_loss` is unbiased everywhere.
+    It denoises towards the student's own x, weighted by `importance_weight`, in the space that the
+    network predicts. Its optimum is close to E[x | x_tau], which gives the score of x_tau only
+    where s = 0: before the last step the noise in x_s is the student's own, not fresh.
+    `exact_fake_loss` is unbiased at every step.
     """
     x_tau, alpha, sigma = at_level(diffusion, x_s, eps, s, tau)
     prediction = fake(x_tau, tau, **cond).to(x_tau.dtype)
@@ -165,28 +168,32 @@ def snr_fake_loss(fake, diffusion, x, x_s, eps, s, tau, cond, max_snr=5.0):
 
 
 def exact_fake_loss(fake, diffusion, x_s, eps, s, tau, cond):
-    """Denoising score matching of x_tau given x_s: the optimum is the score of x_tau at every step.
+    """Denoising score matching of x_tau given x_s: unbiased at every step.  -> scalar.
 
-    The conditional score is -eps / b, b^2 the variance of x_tau given x_s. The pair (x0, eps) that
-    stands for it, times r = b / sigma_tau <= 1, is regressed in the space the network predicts.  ->
-    scalar.
+    x_tau = a x_s + b eps has the conditional score -eps / b. The pair (x0, eps) with that score,
+
+        (sigma_tau / b) eps   and   x_s / alpha_s - alpha_tau sigma_s^2 / (alpha_s^2 b) eps,
+
+    is regressed in the space that the network predicts, times ratio = b / sigma_tau <= 1, because b
+    goes to 0 where tau meets s.
     """
     x_tau, alpha, sigma = at_level(diffusion, x_s, eps, s, tau)
     prediction = fake(x_tau, tau, **cond).to(x_tau.dtype)
-    r = expand(transition(diffusion.schedule, s, tau)[1] / sigma, eps)
+    _, b = transition(diffusion.schedule, s, tau)
+    ratio = expand(b / sigma, eps)
     alpha_s, sigma_s = diffusion.schedule.alpha(s), diffusion.schedule.sigma(s)
-    r_x0 = r * x_s / expand(alpha_s, x_s)
-    r_x0 = r_x0 - expand(alpha * sigma_s**2 / (alpha_s**2 * sigma), eps) * eps
-    target = from_x0_eps(diffusion.prediction, r_x0, eps, alpha, sigma)
-    return (r * prediction - target).square().mean()
+    x0_part = ratio * x_s / expand(alpha_s, x_s)
+    x0_part = x0_part - expand(alpha * sigma_s**2 / (alpha_s**2 * sigma), eps) * eps
+    target = from_x0_eps(diffusion.prediction, x0_part, eps, alpha, sigma)
+    return (ratio * prediction - target).square().mean()
 
 
 def exact_fake_loss_of_eps(fake, diffusion, x_s, eps, s, tau, cond):
-    """The same as |b / sigma_tau eps_fake - eps|^2.  -> scalar."""
+    """The same in the noise, |b / sigma_tau eps_fake - eps|^2.  -> scalar."""
     x_tau, _, sigma = at_level(diffusion, x_s, eps, s, tau)
     _, eps_fake = diffusion.x0_eps(fake, x_tau, tau, **cond)
-    r = expand(transition(diffusion.schedule, s, tau)[1] / sigma, eps)
-    return (r * eps_fake - eps).square().mean()
+    _, b = transition(diffusion.schedule, s, tau)
+    return (expand(b / sigma, eps) * eps_fake - eps).square().mean()
 
 
 # ---- the sampler ---------------------------------------------------------------------------------
@@ -209,12 +216,12 @@ def sample(student, diffusion, noise, grid, cond, renoise="ode"):
     noise: name -> (B, ...). renoise "sde": fresh noise after step i, noise("renoise<i>")
     (ablation).
     """
-    x = noise("z")
+    x_in = noise("z")
     for i, (t, s) in enumerate(zip(grid[:-1], grid[1:])):
         fresh = noise(f"renoise{i}") if renoise == "sde" else None
-        levels = x.new_full((len(x),), t), x.new_full((len(x),), s)
-        x, _ = student_step(student, diffusion, x, *levels, cond, fresh)
-    return x
+        levels = x_in.new_full((len(x_in),), t), x_in.new_full((len(x_in),), s)
+        x_in, _ = student_step(student, diffusion, x_in, *levels, cond, fresh)
+    return x_in
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -287,14 +294,14 @@ def advance(student, teacher, x_in, rows, grids, K, i, cond, fresh):
 
 
 def noise_level(args, draw, teacher, segment):
-    """tau, uniform in raw time over the step's own interval, 2 % off both ends, at least s.  (B,).
+    """tau, uniform in raw time over the step's own interval, 2 % off both ends.  (B,).
 
     --tau_range to_noise: up to pure noise instead.
     """
     to_noise = args.tau_range == "to_noise"
     high = torch.ones_like(segment.high) if to_noise else segment.high
     u = segment.low + (high - segment.low) * draw.spread("u", 0.02, 0.98)
-    return torch.maximum(shift(u, teacher.shift), segment.s)
+    return torch.maximum(shift(u, teacher.shift), segment.s)  # u >= low, up to rounding
 
 
 def landing(args, draw, student, teacher, segment):
@@ -374,7 +381,7 @@ def train(args):
                 if args.regress == "x_s" and args.match == "noisy":
                     slope = step_slope(teacher.schedule, segment.t, s, args.renoise)
                 if args.loss == "pseudo_huber" and slope is not None:
-                    loss, g = tdm_loss(x, x_s, teacher.net, fake, *at_tau, slope)
+                    loss, g = tdm_loss(x_s, teacher.net, fake, *at_tau, slope)  # the paper's
                 else:
                     how = dict(loss=args.loss, slope=slope)
                     loss, g = tdm_loss_variant(x, x_s, teacher.net, fake, *at_tau, **how)
@@ -423,14 +430,14 @@ def student_samplers(run, student, teacher, grids, see_K, renoise):
     """-> {K: a function (index, first, last) -> student samples in K steps}, the longest first."""
 
     def sampler(n):
-        def draw(index, a, b):
-            noise = report.evaluation_noise(run, teacher.shape, a, b)
-            cond, _ = teacher.conditions.pick(index[a:b], run.device)
+        def samples(index, first, last):
+            noise = report.evaluation_noise(run, teacher.shape, first, last)
+            cond, _ = teacher.conditions.pick(index[first:last], run.device)
             if see_K:
-                cond["steps"] = torch.full((b - a,), float(n), device=run.device)
+                cond["steps"] = torch.full((last - first,), float(n), device=run.device)
             return sample(student, teacher.diffusion, noise, grids[n], cond, renoise)
 
-        return draw
+        return samples
 
     return {n: sampler(n) for n in sorted(grids, reverse=True)}
 
@@ -456,7 +463,8 @@ def sample_only(args):
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-PRESETS = {  # the flags' defaults suit small DiTs; released: the paper's values for PixArt-alpha
+PRESETS = {  # the flags' defaults suit small DiTs; released: the paper's for PixArt-alpha, but
+    # for one sample a rank and micro-batch
     "glyphs": dict(timestep_shift=2.0),
     "ring": dict(
         max_train_steps=600, learning_rate=5e-4, learning_rate_fake=1e-3, train_batch_size=256,
@@ -489,8 +497,8 @@ def parse_args(argv=None):
         help="of the fake score: the step's x with importance weights (paper), or exact denoising "
         "of x_s noised on")
     add("--fake_weight", choices=["network", "snr"], default="network",
-        help="of the importance target: in the space the network predicts, or x0 times min(SNR, 5) "
-        "(demo)")
+        help="of the fake's loss: in the space the network predicts, or x0 times min(SNR, 5) "
+        "(demo); with --fake_target exact snr is the noise's, |b / sigma_tau eps_fake - eps|^2")
     add("--loss", choices=["pseudo_huber", "demo", "l2"], default="pseudo_huber",
         help="Eq. 11 per sample (paper), per element and normalised (demo), or squares (Tab. 5)")
     add("--regress", choices=["x0", "x_s"], default="x0", help="what the loss moves: the step's x "

@@ -989,8 +989,9 @@ def test_multi_step_training_simulates_the_student(monkeypatch, tmp_path, script
 def test_fake_is_conditioned_on_the_step_of_its_samples(monkeypatch, tmp_path, script, shared):
     """N = 3: in all of its calls the fake gets the number of rollout steps behind its samples.
 
-    It starts as the teacher's function whatever the step; with --shared_fake it has no such input.
-    The student, and what is saved of it, knows of no step.
+    So it does in the discriminator's calls, also for real samples. It starts as the teacher's
+    function whatever the step; with --shared_fake it has no such input. The student, and what is
+    saved of it, knows of no step.
     """
     start = {}
 
@@ -1000,18 +1001,19 @@ def test_fake_is_conditioned_on_the_step_of_its_samples(monkeypatch, tmp_path, s
 
     diary = Diary(monkeypatch, script)
     diary.wrap(monkeypatch, Run, "start", on_start)
-    flags = ["--student_steps", "3", "--fake_update_ratio", "1"]
+    flags = "--student_steps 3 --fake_update_ratio 1 --gan_weight 0.1".split()
     flags += ["--shared_fake"] if shared else []
     script.main(ring_flags(tmp_path, 8, 4, *flags))
     assert {length for length, _ in diary.rollouts} == {0, 1, 2}
     turns = diary.turns[:-1]
     assert len(turns) == len(diary.rollouts) == 16
-    for turn, (length, _) in zip(turns, diary.rollouts):
-        (steps,) = [c.steps for c in turn if c.who == "fake"]
+    for i, (turn, (length, _)) in enumerate(zip(turns, diary.rollouts)):
+        of_fake = [c.steps for c in turn if c.who == "fake"]
+        assert len(of_fake) == (2 if i % 2 else 3)  # fake and student turns alternate
         if shared:
-            assert steps is None
+            assert of_fake == [None] * len(of_fake)
         else:
-            assert (steps == length).all() and steps.shape == (4,)
+            assert all((steps == length).all() and steps.shape == (4,) for steps in of_fake)
         assert all(c.steps is None for c in turn if c.who != "fake")
     x, t, label = normal(5, 2, dtype=torch.float32), torch.rand(5), torch.arange(5) % 4
     extra = {} if shared else {"steps": torch.tensor([0.0, 1, 2, 0, 1])}
@@ -1022,8 +1024,11 @@ def test_fake_is_conditioned_on_the_step_of_its_samples(monkeypatch, tmp_path, s
 
 @both
 def test_stop_gradients_in_the_real_loop(monkeypatch, tmp_path, script):
-    """With the GAN on, a fake turn leaves no gradient in the student, a student turn none in fake
-    or head, and neither any in the teacher, whose weights end bit-equal to the file."""
+    """A fake turn leaves no gradient in the student, a student turn none in fake or head.
+
+    So it is with the GAN on. Neither leaves any in the teacher, whose weights end bit-equal to the
+    file.
+    """
     teacher = small_dit(depth=2)
     save_network(teacher, network_config(teacher), str(tmp_path / "teacher"))
     x0 = normal(20, 1, 4, 4, dtype=torch.float32)
