@@ -53,7 +53,12 @@ from models.plumbing.flags import distillation_parser, number, paper_values, par
 from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
 
-# ---- the losses. x, eps (B, ...), t (B,); diffusion: noise schedule and prediction type ----------
+# ---- the losses ----------------------------------------------------------------------------------
+#
+# x, eps (B, ...); t (B,) floats in [0, 1], 0 = data, 1 = noise. diffusion: a Diffusion(schedule,
+# prediction) of models/diffusion.py; schedule has alpha(t) and sigma(t), and the prediction ("eps",
+# "flow_v" = eps - x0, ...) is that of student, teacher and fake. Networks are called as
+# net(x_t, t, **cond) and return a tensor like x_t; cond, uncond, fake_cond: dicts, {} for none.
 
 
 def dmd_loss(x, teacher, fake, diffusion, eps, t, cond, uncond, fake_cond, guidance_scale):
@@ -63,8 +68,8 @@ def dmd_loss(x, teacher, fake, diffusion, eps, t, cond, uncond, fake_cond, guida
 
         g = (mu_fake(x_t) - mu_real(x_t)) / mean|x - mu_real(x_t)|                (v1, Eq. 7 and 8)
 
-    with one mean for each sample, so that all noise levels pull with similar strength. teacher and
-    fake are networks, called as net(x_t, t, **cond).
+    with one mean for each sample, so that all noise levels pull with similar strength. t = shift(u)
+    with u ~ U[.02, .98] here, U[0, 1] for fake and GAN. guidance_scale 1 is off.
     """
     with torch.no_grad():
         x_t = diffusion.add_noise(x, eps, t)
@@ -81,13 +86,17 @@ def fake_score_loss(fake, diffusion, x, eps, t, cond):
     The error is taken in the space that the network predicts, unweighted, as its teacher was
     trained.
     """
+    x = x.detach()
     x_t = diffusion.add_noise(x, eps, t)
     return F.mse_loss(fake(x_t, t, **cond).float(), diffusion.target(x, eps, t))
 
 
 def gan_logit(fake, head, diffusion, x, eps, t, cond):
     """Real or fake? Read from the fake's middle features of the noised sample (DMD2, 4.3).
-    (B,)."""
+
+    fake(..., return_features=True) returns these features (B, tokens, width) instead of a
+    prediction.  -> (B,).
+    """
     x_t = diffusion.add_noise(x, eps, t)  # noise makes real and fake overlap
     return head(fake(x_t, t, return_features=True, **cond).float())
 
@@ -97,15 +106,22 @@ def discriminator_loss(logit_real, logit_fake):
     return F.softplus(logit_fake).mean() + F.softplus(-logit_real).mean()
 
 
-def discriminator_turn(draw, fake, head, diffusion, x, cond, x_real, cond_real):
-    """The discriminator's loss on student samples x and real ones, each with noise of its own."""
-    logit_fake = gan_logit(fake, head, diffusion, x, *draw.eps_t("_gan_fake"), cond)
-    logit_real = gan_logit(fake, head, diffusion, x_real, *draw.eps_t("_gan_real"), cond_real)
+def discriminator_turn(fake, head, diffusion, x, noise, cond, x_real, noise_real, cond_real):
+    """The discriminator's loss on student samples x and real ones.  -> scalar.
+
+    noise, noise_real: pairs (eps, t), drawn apart.
+    """
+    logit_fake = gan_logit(fake, head, diffusion, x.detach(), *noise, cond)
+    logit_real = gan_logit(fake, head, diffusion, x_real, *noise_real, cond_real)
     return discriminator_loss(logit_real, logit_fake)
 
 
 def generator_loss(logit_fake):
-    """The student's side; the gradient passes through the frozen fake into x.  -> scalar."""
+    """The student's side, on the gan_logit of its samples.  -> scalar.
+
+    The gradient passes through fake and head into x, and reaches their weights too: freeze both
+    before, as `train` does, or drop their gradients before their next update.
+    """
     return F.softplus(-logit_fake).mean()
 
 
@@ -128,6 +144,7 @@ def dmd_loss_without_fake(x, teacher, diffusion, eps, t, cond, uncond, guidance_
 def rollout(student, diffusion, noise, times, cond, renoise):
     """From noise("z") at times[0] to the student's input at times[-1]: len(times) - 1 calls.
 
+    times: without the final 0; an eps network needs alpha(times[0]) > 0.
     renoise "sde": fresh noise after step i, noise("renoise<i>") (DMD2, Sec. 4.4); "ode": the noise
     that the student implies, an Euler step.  noise: name -> (B, ...).  -> (B, ...)
     """
@@ -221,8 +238,9 @@ def train(args):
                     loss = loss_fake = fake_score_loss(fake, diffusion, x, *noise, fake_cond)
                     if args.gan_weight:
                         x_real, cond_real = real(draw, "real_gan")
-                        real_too = x, fake_cond, x_real, {**cond_real, **step_k}
-                        loss_d = discriminator_turn(draw, fake, head, diffusion, *real_too)
+                        samples = x, draw.eps_t("_gan_fake"), fake_cond
+                        samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
+                        loss_d = discriminator_turn(fake, head, diffusion, *samples)
                         loss = loss_fake + args.gan_weight_d * loss_d
                         run.note(loss_d=loss_d)
                 (loss * run.share).backward()

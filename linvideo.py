@@ -77,7 +77,8 @@ def adm_loss(student, teacher, x_t, t, s, cond):
         g = (1 - s) / s (v - v_hat)                                             (Eq. 12 and 13)
 
     which is a constant: it reaches the student through x_hat alone. The loss has the gradient
-    g / numel(g) in x_hat.
+    g / numel(g) in x_hat. 0 < s < t <= 1; keep s >= .02, since (1 - s) / s diverges. Both networks
+    predict eps - x0, without guidance.
     """
     x_hat = x_t + expand(s - t, x_t) * velocity(student, x_t, t, cond)  # the call with gradient
     with torch.no_grad():
@@ -107,7 +108,9 @@ def constraint(r, target):
 def regularizer(r, alpha):
     """sum 1 - |2 r - 1|^alpha (Eq. 10): 0 where r is 0 or 1, and 1 where it is one half.
 
-    A large alpha makes it flat in between.  r (layers,) -> scalar.
+    A large alpha > 1 makes it flat in between. Keep r in [0, 1] after every update, since outside
+    this falls without bound. Where all r are equal and above one half, `constraint` moves them only
+    if alpha (2 r - 1)^(alpha - 1) < target.  r (layers,) -> scalar.
     """
     return (1 - (2 * r - 1).abs() ** alpha).sum()
 
@@ -181,8 +184,10 @@ def flow_matching_loss(critic, x0, eps, t, cond):
 class MixedAttention(nn.Module):
     """r softmax attention + (1 - r) linear attention of the same q, k, v (Eq. 8).
 
-    q, k, v (B, n, heads, head_dim), after norm and rotation -> the same shape. r is one trained
-    number; at r = 1 this is the softmax attention, bit for bit. After `fix` only one is computed.
+    q, k, v (B, n, heads, head_dim), after norm and rotation -> the same shape. softmax: the layer's
+    own attention, called as softmax(q, k, v) without a mask. r is one trained number; at r = 1 this
+    is the softmax attention, bit for bit. After `fix` only one is computed; a state that is loaded
+    needs `fix` again where `decided` is set.
     """
 
     def __init__(self, softmax, heads, head_dim, feature_map, r):

@@ -39,7 +39,8 @@ Use.
     o = linear_attention(q, k, v, w_q=w_q, w_k=w_k)
 
 LinearAttention, at the end of the file, is the module. To copy it without the kernels, take
-`features` and `linear_attention_reference` too, and call the latter in its forward.
+`features`, `linear_attention_reference`, FEATURE_MAPS, TINY and EPS too, and call the reference in
+its forward, with eps=EPS[feature_map].
 
 q, k and v may be views with any strides, such as those of a fused projection: nothing is copied.
 Triton runs on CUDA for float32, bfloat16 and float16 and for sizes 16, 32, 64 and 128 (given

@@ -666,10 +666,12 @@ def test_discriminator_turn_trains_head_and_encoder_only(script):
     other = {"label": torch.tensor([2, 2, 0, 1])}
     with torch.no_grad():
         x = FLOW_V.x0(student, z, 1.0, **cond)
-    loss = script.discriminator_turn(draw, fake, head, FLOW_V, x, cond, real, other)
+    noise, noise_real = draw.eps_t("_gan_fake"), draw.eps_t("_gan_real")
+    both_samples = x, noise, cond, real, noise_real, other
+    loss = script.discriminator_turn(fake, head, FLOW_V, *both_samples)
     logits = [
-        script.gan_logit(fake, head, FLOW_V, y, *draw.eps_t(f"_gan_{name}"), c)
-        for name, y, c in (("real", real, other), ("fake", x, cond))
+        script.gan_logit(fake, head, FLOW_V, y, *n, c)
+        for y, n, c in ((real, noise_real, other), (x, noise, cond))
     ]
     assert logits[0].shape == (4,)
     assert torch.equal(loss, script.discriminator_loss(*logits))

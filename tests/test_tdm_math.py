@@ -764,30 +764,36 @@ def test_one_step_student_is_dmd_s(which):
 
 
 def student_loss(x, x_s, *at_tau, loss="pseudo_huber", slope=None):
-    """The loss that train calls.  at_tau: the other arguments of tdm_loss but slope.  -> loss, g.
+    """The loss that train calls with --loss, and with a slope for --regress x_s.  -> loss, g.
 
-    Eq. 11 of x_s is tdm_loss, and that of x is tdm_loss with a slope of 1; both are
-    tdm_loss_variant's to the bit.
+    at_tau: the arguments that tdm_loss and tdm_loss_variant share.
     """
-    value, g = tdm_loss_variant(x, x_s, *at_tau, loss=loss, slope=slope)
-    if loss == "pseudo_huber":
-        slope = torch.ones(len(x), dtype=x.dtype) if slope is None else slope
-        whole, g_whole = tdm_loss(x, x_s, *at_tau, slope)
-        assert torch.equal(value, whole) and torch.equal(g, g_whole)
-        value = whole
+    if loss == "pseudo_huber" and slope is not None:
+        value, g = tdm_loss(x_s, *at_tau, slope)
+    else:
+        value, g = tdm_loss_variant(x, x_s, *at_tau, loss=loss, slope=slope)
     assert not g.requires_grad
     return value, g
 
 
 def loss_of(x, mu_real, mu_fake, loss="pseudo_huber", slope=None):
-    """The student's loss of networks that see mu_real and mu_fake, whatever x_tau is."""
+    """The student's loss of networks that see mu_real and mu_fake, whatever x_tau is.
+
+    x_s is slope times x, plus something that does not depend on x, as a step makes it.
+    """
     nets, n = (seeing(mu_real), seeing(mu_fake)), len(x)
-    x_s, eps = normal(*x.shape, seed=98), normal(*x.shape, seed=99)
+    one = torch.ones(n, dtype=x.dtype)
+    x_s = expand(one if slope is None else slope, x) * x + normal(*x.shape, seed=98)
     levels = (torch.full((n,), v, dtype=torch.float64) for v in (0.3, 0.6))
-    at_tau = FLOW_X0, eps, *levels, {}, {}, {}, 1
-    value, g = student_loss(x, x_s, *nets, *at_tau, loss=loss, slope=slope)
+    at_tau = *nets, FLOW_X0, normal(*x.shape, seed=99), *levels, {}, {}, {}, 1
+    value, g = student_loss(x, x_s, *at_tau, loss=loss, slope=slope)
     assert torch.equal(g, mu_fake.detach() - mu_real.detach())
-    assert torch.equal(value, trajectory_matching_loss(x, mu_real, mu_fake, loss, slope))
+    matching = trajectory_matching_loss(x, mu_real, mu_fake, loss, slope)
+    close(value, matching, 1e-9)
+    if slope is None:
+        assert torch.equal(value, matching)
+        whole, _ = tdm_loss(x, *at_tau, one)  # Eq. 11 of x is tdm_loss of x with a slope of 1
+        assert loss != "pseudo_huber" or torch.equal(value, whole)
     return value
 
 
@@ -807,9 +813,9 @@ def dmd_g(x, mu_real, mu_fake):
 @every_network
 @pytest.mark.parametrize("renoise", ["ode", "sde"])
 def test_tdm_loss_is_the_variant_with_the_paper_s_choices(which, renoise):
-    """Through real networks, to the bit: loss, g and the student's gradient.
+    """Through real networks: loss, g and the student's gradient.
 
-    Without the slope it is another loss.
+    tdm_loss moves x_s itself, the variant x by the slope. Without the slope it is another loss.
     """
     teacher, fake, *_ = networks(which)
     (z, eps, t, cond, uncond), diffusion = draws(which), diffusion_of(which)
@@ -818,11 +824,12 @@ def test_tdm_loss_is_the_variant_with_the_paper_s_choices(which, renoise):
     x_s, x = student_step(student, diffusion, z, t, s, cond, noise)
     slope = step_slope(diffusion.schedule, t, s, renoise)
     at_tau = teacher, fake, diffusion, eps, s, tau, cond, uncond, cond, 3.0
-    loss, g = tdm_loss(x, x_s, *at_tau, slope)
+    loss, g = tdm_loss(x_s, *at_tau, slope)
     variant, g_variant = tdm_loss_variant(x, x_s, *at_tau, loss="pseudo_huber", slope=slope)
-    assert torch.equal(loss, variant) and torch.equal(g, g_variant)
-    got, want = gradients(student, loss), gradients(student, variant)
-    assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in got)
+    close(loss, variant, 1e-9)
+    assert torch.equal(g, g_variant)
+    tolerance = 1e-9 if which == "ring" else 1e-6  # the DiT turns queries and keys in float32
+    assert_close_gradients(gradients(student, loss), gradients(student, variant), tolerance)
     of_x, _ = tdm_loss_variant(x, x_s, *at_tau, loss="pseudo_huber")
     assert not torch.isclose(loss, of_x, rtol=0.01)
 
@@ -854,8 +861,8 @@ REGRESSIONS = {  # x_s, x, A = dx_s / dx, d = mu_real - mu_fake -> the loss's re
 def test_gradient_is_that_of_regressing_x_s(which, renoise, wrong):
     """The student's weights get the gradient of regressing x_s on sg(x_s + A (mu_real - mu_fake)).
 
-    That is Eq. 6 as printed, written out here with x_s itself; x_s may come with a graph or without
-    one. The usual mistakes have another gradient.
+    That is Eq. 6 as printed, written out. It reaches the weights through x, A times the direction
+    of the residual; without x_s's graph there is none. The usual mistakes have another gradient.
     """
     teacher, fake, *_ = networks(which)
     (z, eps, t, cond, uncond), diffusion = draws(which), diffusion_of(which)
@@ -865,12 +872,11 @@ def test_gradient_is_that_of_regressing_x_s(which, renoise, wrong):
     x_s, x = student_step(student, diffusion, z, t, s, cond, noise)
     slope = step_slope(schedule, t, s, renoise)
     at_tau = teacher, fake, diffusion, eps, s, tau, cond, uncond, cond, 3.0
-    loss, g = tdm_loss(x, x_s, *at_tau, slope)
+    loss, g = tdm_loss(x_s, *at_tau, slope)
     got = gradients(student, loss)
-    without_graph, _ = tdm_loss(x, x_s.detach(), *at_tau, slope)
-    assert torch.equal(loss, without_graph)
-    other = gradients(student, without_graph)
-    assert got.keys() == other.keys() and all(torch.equal(got[k], other[k]) for k in got)
+    tolerance = 1e-9 if which == "ring" else 1e-6
+    frozen = [copy.deepcopy(net).requires_grad_(False) for net in (teacher, fake)]
+    assert not tdm_loss(x_s.detach(), *frozen, *at_tau[2:], slope)[0].requires_grad
 
     x_tau = noise_on(schedule, x_s, eps, s, tau)
     mu_real = diffusion.guided_x0(teacher, x_tau, tau, cond, uncond, 3.0)
@@ -884,7 +890,11 @@ def test_gradient_is_that_of_regressing_x_s(which, renoise, wrong):
 
     want = gradients(student, literal("as printed"))
     close(loss, literal("as printed"), 1e-10)
-    assert_close_gradients(got, want, 1e-9 if which == "ring" else 1e-6)
+    assert_close_gradients(got, want, tolerance)
+    r = -expand(slope, x) * d.detach()
+    root = (r.square().flatten(1).sum(1) + c**2).sqrt()
+    through_x = gradients(student, x, expand(slope / root / len(x), x) * r)
+    assert_close_gradients(got, through_x, tolerance)
     mistaken = gradients(student, literal(wrong))
     off = sum((want[k] - mistaken[k]).square().sum() for k in want).sqrt()
     norm = sum(v.square().sum() for v in want.values()).sqrt()
@@ -914,7 +924,7 @@ def test_teacher_is_guided_and_the_fake_is_not(whole, scale):
     nets = recorded("teacher", 0.5), recorded("fake", 0.1)
     at_tau = FLOW_X0, eps, s, tau, cond, uncond, fake_cond, scale
     if whole:
-        _, g = tdm_loss(x, x_s, *nets, *at_tau, torch.ones(3))
+        _, g = tdm_loss(x_s, *nets, *at_tau, torch.ones(3))
     else:
         _, g = tdm_loss_variant(x, x_s, *nets, *at_tau, loss="demo")
     x_tau = noise_on(Flow(), x_s, eps, s, tau)
@@ -1002,13 +1012,13 @@ def test_no_pull_where_fake_is_the_teacher(which, loss):
     (x, eps, t, cond, uncond), diffusion = draws(which), diffusion_of(which)
     s, tau = 0.5 * t, 0.8 * t
 
-    def gradient(scale):
+    def gradient(scale, slope=None):
         leaf, nets = x.clone().requires_grad_(True), (teacher, copy.deepcopy(teacher))
-        at_tau = diffusion, eps, s, tau, cond, uncond, cond, scale
-        value, _ = student_loss(leaf, x, *nets, *at_tau, loss=loss)
+        at_tau = *nets, diffusion, eps, s, tau, cond, uncond, cond, scale
+        value, _ = student_loss(leaf, leaf, *at_tau, loss=loss, slope=slope)
         return torch.autograd.grad(value, leaf)[0]
 
-    assert not gradient(1.0).any()
+    assert not gradient(1.0).any() and not gradient(1.0, step_slope(diffusion.schedule, t, s)).any()
     with torch.no_grad():
         x_tau = noise_on(diffusion.schedule, x, eps, s, tau)
         c, u = (diffusion.x0(teacher, x_tau, tau, **v) for v in (cond, uncond))
@@ -1290,10 +1300,12 @@ def test_zero_terminal_snr():
     real = diffusion.x0(net, x_tau, one)
     for loss in LOSSES:
         assert pull(x, real, x, loss).isfinite().all()
-        leaf = x.clone().requires_grad_(True)
-        at_tau = net, constant(0 * x), diffusion, eps, s, one, {}, {}, {}, 1
-        value, _ = student_loss(leaf, x_s, *at_tau, loss=loss)
-        assert value.isfinite() and torch.autograd.grad(value, leaf)[0].isfinite().all()
+        for slope in (None, step_slope(schedule, one, s)):
+            leaf = x.clone().requires_grad_(True)
+            x_s, _ = step_to(schedule, leaf, z, one, s)
+            at_tau = net, constant(0 * x), diffusion, eps, s, one, {}, {}, {}, 1
+            value, _ = student_loss(leaf, x_s, *at_tau, loss=loss, slope=slope)
+            assert value.isfinite() and torch.autograd.grad(value, leaf)[0].isfinite().all()
     for K in (1, 2, 4):
         assert sample(net, diffusion, lambda name: z, step_grid(K), {}).isfinite().all()
     of_eps = student_step(net, Diffusion(schedule, "eps"), z, one, s, {})[0]
