@@ -50,7 +50,12 @@ from models.plumbing.flags import distillation_parser, number, paper_values, par
 from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
 
-# ---- the losses. x, eps (B, ...), s, t, tau (B,); diffusion: schedule and prediction type --------
+# ---- the losses ----------------------------------------------------------------------------------
+#
+# x, x_s, eps (B, ...); s < tau < t (B,) floats in [0, 1], 0 = data, 1 = noise: the student's step
+# goes from t to s, and tau is drawn in between. diffusion: a Diffusion(schedule, prediction) of
+# models/diffusion.py; the prediction ("eps", "flow_v" = eps - x0, ...) is that of student, teacher
+# and fake. Networks are called as net(x_t, t, **cond); cond, uncond, fake_cond: dicts, {} for none.
 
 
 def tdm_loss(
@@ -65,8 +70,9 @@ def tdm_loss(
         r = x_s - sg(x_s + A (mu_real(x_tau) - mu_fake(x_tau)))
         loss = sqrt(|r|^2 + c^2) - c,    c = .00054 sqrt(d)
 
-    with one norm for each sample, so that its gradient in x_s is at most 1, whatever the level. By
-    default x is regressed instead: `tdm_loss_variant`.
+    with one norm for each sample, so that its gradient in x_s is at most 1, whatever the level.
+    x_s comes from `student_step` with its graph, slope from `step_slope` with that step's t and s.
+    By default x is regressed instead: `tdm_loss_variant`.
     """
     with torch.no_grad():
         x_tau = diffusion.noise_on(x_s, eps, s, tau)
@@ -93,17 +99,18 @@ def fake_score_loss(fake, diffusion, x, x_s, eps, s, tau, cond):
     It denoises towards the student's own x, weighted by `importance_weight`, in the space that the
     network predicts. Its optimum is close to E[x | x_tau], which gives the score of x_tau only
     where s = 0: before the last step the noise in x_s is the student's own, not fresh.
-    `exact_fake_loss` is unbiased at every step.
+    `exact_fake_loss` is unbiased at every step: the one to copy unless you want the paper's.
     """
+    x, x_s = x.detach(), x_s.detach()
     x_tau, alpha, sigma = at_level(diffusion, x_s, eps, s, tau)
     prediction = fake(x_tau, tau, **cond).to(x_tau.dtype)
     eps_mix = to_x0_eps(x, "x0", x_tau, alpha, sigma)[1]  # x_tau = alpha x + sigma eps_mix
     target = from_x0_eps(diffusion.prediction, x, eps_mix, alpha, sigma)
     error = (prediction - target).square().flatten(1).mean(1)  # (B,)
-    return (importance_weight(x, eps, eps_mix) * error).mean()
+    return (importance_weight(eps, eps_mix) * error).mean()
 
 
-def importance_weight(x, eps, eps_mix):
+def importance_weight(eps, eps_mix):
     """q(x_tau | x) / q(x_tau | x_s), tempered as in the authors' demo (Sec. 4.1).  -> (B,).
 
     It should let a fake that is trained at noised-on x_s count as one trained at noised x. The
@@ -163,7 +170,7 @@ def snr_fake_loss(fake, diffusion, x, x_s, eps, s, tau, cond, max_snr=5.0):
     x_tau, alpha, sigma = at_level(diffusion, x_s, eps, s, tau)
     x0_fake = diffusion.x0(fake, x_tau, tau, **cond)
     eps_mix = to_x0_eps(x, "x0", x_tau, alpha, sigma)[1]
-    importance, snr = importance_weight(x, eps, eps_mix), (alpha / sigma) ** 2
+    importance, snr = importance_weight(eps, eps_mix), (alpha / sigma) ** 2
     return (importance * snr.clamp(max=max_snr) * mean_square(x0_fake - x)).mean()
 
 
@@ -200,7 +207,9 @@ def exact_fake_loss_of_eps(fake, diffusion, x_s, eps, s, tau, cond):
 
 
 def student_step(student, diffusion, x_in, t, s, cond, noise=None):
-    """One step of the trajectory, t -> s: DDIM, which is Euler for flow.  -> x_s, x (B, ...).
+    """One step of the trajectory, t -> s: DDIM, which is Euler for flow.
+
+    -> x_s, where it lands, and x, its clean prediction, in this order; both (B, ...).
 
     t, s (B,): rows may be at different steps. noise: stochastic instead, x_s = alpha_s x + sigma_s
     noise.
@@ -213,8 +222,8 @@ def student_step(student, diffusion, x_in, t, s, cond, noise=None):
 def sample(student, diffusion, noise, grid, cond, renoise="ode"):
     """The few-step sampler: len(grid) - 1 calls, no guidance, deterministic.  -> x0 (B, ...).
 
-    noise: name -> (B, ...). renoise "sde": fresh noise after step i, noise("renoise<i>")
-    (ablation).
+    grid: 1 > ... > 0, with the final 0, as step_grid(K). noise: name -> (B, ...). renoise "sde":
+    fresh noise after step i, noise("renoise<i>") (ablation).
     """
     x_in = noise("z")
     for i, (t, s) in enumerate(zip(grid[:-1], grid[1:])):

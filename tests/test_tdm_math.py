@@ -207,7 +207,7 @@ def test_importance_weight_is_the_demo_s(schedule):
     got, log = weight_of(schedule, x, x_s, eps, s, tau), log_weight(eps, eps_mix)
     assert got.shape == (6,)
     close(got, log.exp(), 1e-11)
-    close(importance_weight(x, eps, eps_mix), log.exp(), 1e-12)
+    close(importance_weight(eps, eps_mix), log.exp(), 1e-12)
     assert got.min() < 0.95 and got.max() > 1.05  # so that these differ
     for wrong in (-log, 6 * log, 2 * log, log.mean().expand(6)):
         assert not torch.allclose(got, wrong.exp(), rtol=0.05)
@@ -215,7 +215,7 @@ def test_importance_weight_is_the_demo_s(schedule):
     alone = weight_of(schedule, x[two], x_s[two], eps[two], s[two], tau[two])
     close(alone, got[two], 1e-13)
     assert torch.equal(
-        importance_weight(x[two], eps[two], eps_mix[two]), importance_weight(x, eps, eps_mix)[two]
+        importance_weight(eps[two], eps_mix[two]), importance_weight(eps, eps_mix)[two]
     )
 
 
@@ -1264,6 +1264,9 @@ def test_fake_s_loss_reaches_the_fake_alone(which, target):
         at_tau = x, x_s, eps, 0.5 * t, 0.8 * t, cond
         fake_loss(fake, diffusion, *at_tau, target, weight).backward()
         assert not has_gradient(student) and all(p.grad is not None for p in fake.parameters())
+    attached = student_step(student, diffusion, z, t, 0.5 * t, cond)[::-1]  # x, x_s with a graph
+    fake_score_loss(fake, diffusion, *attached, eps, 0.5 * t, 0.8 * t, cond).backward()
+    assert not has_gradient(student)
 
 
 # ---- no signal left at t = 1 ---------------------------------------------------------------------
