@@ -167,6 +167,7 @@ def trajectory_matching_loss(x, mu_real, mu_fake, loss="pseudo_huber", slope=Non
 
 def snr_fake_loss(fake, diffusion, x, x_s, eps, s, tau, cond, max_snr=5.0):
     """`fake_score_loss` in x0, times min(SNR, 5), as the demo weights it.  -> scalar."""
+    x, x_s = x.detach(), x_s.detach()
     x_tau, alpha, sigma = at_level(diffusion, x_s, eps, s, tau)
     x0_fake = diffusion.x0(fake, x_tau, tau, **cond)
     eps_mix = to_x0_eps(x, "x0", x_tau, alpha, sigma)[1]
@@ -184,6 +185,7 @@ def exact_fake_loss(fake, diffusion, x_s, eps, s, tau, cond):
     is regressed in the space that the network predicts, times ratio = b / sigma_tau <= 1, because b
     goes to 0 where tau meets s.
     """
+    x_s = x_s.detach()
     x_tau, alpha, sigma = at_level(diffusion, x_s, eps, s, tau)
     prediction = fake(x_tau, tau, **cond).to(x_tau.dtype)
     _, b = transition(diffusion.schedule, s, tau)
@@ -197,6 +199,7 @@ def exact_fake_loss(fake, diffusion, x_s, eps, s, tau, cond):
 
 def exact_fake_loss_of_eps(fake, diffusion, x_s, eps, s, tau, cond):
     """The same in the noise, |b / sigma_tau eps_fake - eps|^2.  -> scalar."""
+    x_s = x_s.detach()
     x_tau, _, sigma = at_level(diffusion, x_s, eps, s, tau)
     _, eps_fake = diffusion.x0_eps(fake, x_tau, tau, **cond)
     _, b = transition(diffusion.schedule, s, tau)
