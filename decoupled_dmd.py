@@ -241,8 +241,7 @@ def rollout(student, diffusion, noise, times, cond, renoise):
 
 @torch.no_grad()
 def sample(student, diffusion, noise, times, cond, renoise="sde"):
-    """The few-step sampler: len(times) calls, no guidance, no noise after the last.  -> x0 (B,
-    ...)."""
+    """The few-step sampler: len(times) calls, no guidance, no noise after the last.  -> x."""
     x_in = rollout(student, diffusion, noise, times, cond, renoise)
     return diffusion.x0(student, x_in, times[-1], **cond)
 
@@ -268,8 +267,7 @@ def fake_sees_step(args, net):
 
 
 def step_input(k, draw, on):
-    """What the fake is conditioned on beside the sample's own condition: k, the step that made
-    it."""
+    """The fake's further condition: k, the student step that made the sample."""
     return {"steps": torch.full((len(draw.rows),), float(k), device=draw.device)} if on else {}
 
 
@@ -410,8 +408,7 @@ def mean_variance_target(args, world):
 
 
 def student_sampler(run, student, teacher, times, renoise):
-    """-> a function (index, first, last) -> student samples, of the conditions
-    index[first:last]."""
+    """-> a function (index, first, last) -> samples of the conditions index[first:last]."""
 
     def samples(index, first, last):
         noise = report.evaluation_noise(run, teacher.shape, first, last)

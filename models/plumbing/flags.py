@@ -13,8 +13,7 @@ from models.plumbing.teachers import is_small
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in --help, no abbreviations, one line for a wrong flag, and five
-    groups.
+    """argparse with five groups, defaults in --help, no abbreviations, one line for a wrong flag.
 
     p.method, p.ablations, p.optimiser, p.run and p.shown are the groups, in the order of --help.
     """
@@ -149,8 +148,7 @@ def paper_values(p, **values):
 
 
 def default_output_dir(method, source, sampled):
-    """runs/<method>-<teacher or data>; samples drawn from a run's student go to runs/<that
-    run>-samples."""
+    """runs/<method>-<teacher or data>, or runs/<run>-samples for what --sample draws from a run."""
     if sampled is None:
         return os.path.join("runs", f"{method}-{os.path.basename(os.path.abspath(source))}")
     path = os.path.abspath(sampled)
@@ -187,8 +185,7 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
 
 
 def refuse(rules):
-    """rules: pairs (wrong, why). The first that is wrong ends the run: UserError with its
-    reason."""
+    """rules: pairs (wrong, why). Raises UserError with the reason of the first that is wrong."""
     for wrong, why in rules:
         if wrong:
             raise UserError(why)

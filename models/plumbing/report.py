@@ -24,8 +24,7 @@ from models.worlds.measures import balanced_labels, moments_distance
 
 
 def many(draw_samples, n, batch=500):
-    """Run draw_samples(first, last) over n samples in batches.  -> (n, ...) on the CPU, ms per
-    sample."""
+    """draw_samples(first, last) over n samples in batches.  -> (n, ...) on the CPU, ms a sample."""
     began = time.perf_counter()
     x = torch.cat([draw_samples(i, min(n, i + batch)).float().cpu() for i in range(0, n, batch)])
     return x, 1000 * (time.perf_counter() - began) / n
@@ -72,8 +71,7 @@ def save_previews(run, teacher, samplers):
 
 
 def decoded(rows, student):
-    """Rows of latents, [(text, (n, ...)), ...], as pixels where an autoencoder lies beside the
-    network.
+    """Rows of latents, [(text, (n, ...)), ...], as pixels if the network has an autoencoder.
 
     student: the network's folder, None for a closed form.
     """
@@ -139,8 +137,7 @@ def load_student(run, conditions_of=Conditions):
 
 
 def write_samples(run, teacher, sampler, calls):
-    """What --sample leaves: samples.png (a GIF too for videos) and the latents. Raises
-    UserError."""
+    """What --sample leaves: samples.png, for videos a GIF too, and latents. Raises UserError."""
     try:
         with run.autocast():
             x = preview(run, teacher, sampler)
@@ -250,8 +247,7 @@ def measured(world, label, sampler, row):
 
 
 def measured_teacher(run, teacher, label, sampler, key, row):
-    """The same for a teacher in many steps: measured once, stored beside the teacher, then
-    copied."""
+    """The same for a teacher in many steps: measured once, stored beside it, then copied."""
     folder, scale = teacher.folder, run.args.guidance_scale
     if not folder:
         return measured(teacher.world, label, sampler, row)

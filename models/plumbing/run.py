@@ -88,8 +88,7 @@ class Run:
     # ---- ranks
 
     def mean_over_ranks(self, *values):
-        """Scalars (tensors or numbers) averaged over ranks.  -> list of floats, read all at
-        once."""
+        """Scalars (tensors or numbers) averaged over ranks.  -> floats, all read at once."""
         v = torch.stack([torch.as_tensor(x, device=self.device).detach().float() for x in values])
         if dist.is_initialized():
             dist.all_reduce(v)
@@ -229,8 +228,7 @@ class Run:
         self.note(**{name: value.detach().square().mean() for name, value in values.items()})
 
     def note_samples(self, x):
-        """Mean and standard deviation of samples, over all that are noted in this step on all
-        ranks."""
+        """Mean and standard deviation of all samples noted in this step, on all ranks."""
         self.note(mean=x.detach().mean(), std=x.detach().square().mean())
 
     def end_step(self, step, show=(), **more):
@@ -272,8 +270,7 @@ class Run:
 
 
 def refuse_output_dir(path, sampling=False):
-    """Raises UserError where nothing can be written, and where samples would replace a run's
-    own."""
+    """Raises UserError where nothing can be written, or samples would replace a run's own."""
     there = os.path.abspath(path)
     while not os.path.exists(there):
         there = os.path.dirname(there)
@@ -352,8 +349,7 @@ def unpack_module(module, prefix, tensors):
 
 
 def save_state(output_dir, step, tensors, info, keep=2):
-    """state/step-NNNNNNN/ appears in one rename, complete or not at all; then older ones are
-    removed."""
+    """state/step-NNNNNNN/ appears in one rename, complete or not at all; old ones then go."""
     root = os.path.join(output_dir, "state")
     tmp, final = os.path.join(root, f".tmp-{step}"), os.path.join(root, f"step-{step:07d}")
     shutil.rmtree(tmp, ignore_errors=True)
@@ -368,8 +364,7 @@ def save_state(output_dir, step, tensors, info, keep=2):
 
 
 def find_state(output_dir, resume):
-    """--resume_from_checkpoint -> folder of a complete state, None to start afresh. Raises
-    UserError."""
+    """--resume_from_checkpoint -> folder of a complete state, or None. Raises UserError."""
     if resume is None:
         return None
     if resume != "latest":

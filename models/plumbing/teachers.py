@@ -161,8 +161,7 @@ def load_teacher(name, dtype=torch.float32, two_networks=False):
 
 
 def how_it_was_trained(net, root, folder):
-    """-> schedule, prediction, shift: from scheduler/, else sampler.json, else the network's
-    class."""
+    """-> schedule, prediction, shift: from scheduler/, or sampler.json, or the network's class."""
     beside = os.path.dirname(os.path.abspath(folder))
     for where in (os.path.join(root, "scheduler"), os.path.join(beside, "scheduler")):
         if os.path.isfile(os.path.join(where, "scheduler_config.json")):
@@ -203,8 +202,7 @@ def freeze_teacher(args, teacher, device):
 
 
 def starting_network(args, teacher):
-    """What the student is a copy of: --student_init's network, or else the teacher's. Raises
-    UserError.
+    """What the student is a copy of: --student_init's network, or the teacher's. Raises UserError.
 
     --student_init may be any network of the teacher's architecture, also one with linear attention.
     """
