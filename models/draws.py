@@ -9,7 +9,7 @@ import zlib
 
 import torch
 
-from models.diffusion import shift
+from models.diffusion import shift, unshift
 
 
 def stable_hash(*key):
@@ -25,11 +25,16 @@ class Draws:
                      they stay on the CPU.
     shape:           that of one sample, for `noise` and `eps_t`.
     timestep_shift:  the teacher's, for `eps_t`.
+    total:           how many rows all ranks have together in this update, for `spread`; None: these
+                     are all of them.
     """
 
-    def __init__(self, seed, step, inner, rows, device="cpu", shape=None, timestep_shift=1.0):
+    def __init__(
+        self, seed, step, inner, rows, device="cpu", shape=None, timestep_shift=1.0, total=None
+    ):
         self.key, self.rows, self.device = (seed, step, inner), list(rows), torch.device(device)
         self.shape, self.timestep_shift = shape, timestep_shift
+        self.total = total or max(self.rows) + 1
 
     def _generator(self, *key):
         return torch.Generator().manual_seed(stable_hash(*self.key, *key))
@@ -69,17 +74,18 @@ class Draws:
     def spread(self, name, low=0.0, high=1.0):
         """(rows,) float32, each uniform in [low, high), and evenly spread over it together.
 
-        One offset is drawn for all rows, and the row times the golden ratio is added to it modulo 1
-        (Variational Diffusion Models, 2107.00630 App. I.1, with a step that suits any batch size).
-        It is meant for noise levels: a batch that covers them evenly gives a gradient with the same
-        mean and less variance.
+        The rows of all ranks divide [low, high) into `total` equal parts, in an order that is drawn
+        anew for every name, and stand at the same place within their parts (Variational Diffusion
+        Models, 2107.00630 App. I.1). It is meant for noise levels: a batch that covers them evenly
+        gives a gradient with the same mean and less variance. Two names are independent.
         """
         return self.to_device(self._spread(name, low, high))
 
     def _spread(self, name, low, high):
-        offset = torch.rand((), dtype=torch.float64, generator=self._generator(name))
-        u = (offset + torch.tensor(self.rows, dtype=torch.float64) * (5**0.5 - 1) / 2) % 1
-        return (low + (high - low) * u).float()
+        generator = self._generator(name)
+        place = torch.rand((), dtype=torch.float64, generator=generator)
+        part = torch.randperm(self.total, generator=generator)[torch.tensor(self.rows)]
+        return (low + (high - low) * (part + place) / self.total).float()
 
     def integer(self, name, high):
         """(rows,) int64 in [0, high), on the CPU."""
@@ -91,7 +97,7 @@ class Draws:
 
     def on_cpu(self):
         """The same draws, left on the CPU: for what decides about control flow or indices."""
-        return Draws(*self.key, self.rows, "cpu", self.shape, self.timestep_shift)
+        return Draws(*self.key, self.rows, "cpu", self.shape, self.timestep_shift, self.total)
 
     def agreed(self, name, high):
         """One int in [0, high), the same for every row and on every rank."""
@@ -104,9 +110,18 @@ class Draws:
         return self.normal(name, self.shape)
 
     def eps_t(self, name="", low=0.0, high=1.0):
-        """A noise and a noise level for every row.
+        """A noise and a noise level for every row, the level's range stated before the shift.
 
         -> eps (rows, *shape), t = shift(u) (rows,) with u ~ U[low, high) by `spread`.
         """
         u = self.spread("u" + name, low, high)
         return self.normal("eps" + name, self.shape), shift(u, self.timestep_shift)
+
+    def eps_t_within(self, name, t_low, t_high):
+        """The same with a range that is stated in t: u is uniform where t_low <= t <= t_high.
+
+        Shifted by 5, a range of [.02, .98] in u would be [.093, .996] in t.
+        """
+        s = self.timestep_shift
+        eps, t = self.eps_t(name, unshift(t_low, s), unshift(t_high, s))
+        return eps, t.clamp(t_low, t_high)  # no further than rounding

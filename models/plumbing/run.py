@@ -27,6 +27,7 @@ import time
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -171,15 +172,23 @@ class Run:
         """The draws of every micro-batch of this rank. turn: which update of the step, part of the
         draws' key. teacher: its shape and shift are those of the draws.  -> Draws, one a
         micro-batch."""
-        for micro in range(self.args.gradient_accumulation_steps):
-            row = (micro * self.world_size + self.rank) * self.B
-            rows = range(row, row + self.B)
-            yield Draws(self.args.seed, step, turn, rows, self.device, teacher.shape, teacher.shift)
+        micro_batches, per_micro = self.args.gradient_accumulation_steps, self.world_size * self.B
+        for micro in range(micro_batches):
+            row = micro * per_micro + self.rank * self.B
+            yield Draws(
+                *(self.args.seed, step, turn, range(row, row + self.B), self.device),
+                *(teacher.shape, teacher.shift, micro_batches * per_micro),
+            )
 
     def autocast(self):
-        """Networks run in bfloat16 inside, where --mixed_precision says so."""
+        """Networks run in bfloat16 inside, where --mixed_precision says so.
+
+        The cache of bfloat16 weights is off: it costs 2 bytes a parameter, and before PyTorch 2.11
+        weights that were cached under no_grad got no gradient in a later call (pytorch #112583).
+        """
         enabled = self.args.mixed_precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        kind = self.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
     def update(self, optimizers, what):
         """Average gradients over ranks, clip them together, step. optimizers: one, or a list.
@@ -230,6 +239,16 @@ class Run:
     def note_samples(self, x):
         """Mean and standard deviation of all samples noted in this step, on all ranks."""
         self.note(mean=x.detach().mean(), std=x.detach().square().mean())
+
+    def note_scores(self, mu_real, mu_fake):
+        """How far apart teacher and fake are (B, ...): dm_cos, dm_rel_gap, averaged over samples.
+
+        dm_cos is the cosine of their clean predictions, dm_rel_gap |mu_fake - mu_real| / |mu_real|.
+        A healthy run has a gap that shrinks, but not to nothing.
+        """
+        real, fake = mu_real.detach().flatten(1).float(), mu_fake.detach().flatten(1).float()
+        gap = (fake - real).norm(dim=1) / real.norm(dim=1).clamp_min(1e-8)
+        self.note(dm_cos=F.cosine_similarity(real, fake).mean(), dm_rel_gap=gap.mean())
 
     def end_step(self, step, show=(), **more):
         """Average what was noted over ranks, log it, refuse what is not finite.  -> True: time to
