@@ -11,7 +11,7 @@ belongs to one step, and one fake score serves all steps. With student and fake 
 one network learns several step counts at once.
 
     paper                   here       meaning                                             shape
-    t_K=T > ... > t_0 = 0   grid       the student's levels, from the noise: grid[0] = 1   K + 1
+    t_K=T > ... > t_0 = 0   grid       the student's levels, from the noise: grid[0] = T   K + 1
     t_{i+1}, t_i            t, s       where step k = K - 1 - i begins, and where it lands (B,)
     x_{t_{i+1}}             x_in       its input, made by the steps before it              (B, ...)
     x-hat_{t_i} = f_theta   x          its clean prediction                                (B, ...)
@@ -31,10 +31,11 @@ Launch.
                     --mixed_precision bf16
     sampling    python tdm.py --sample runs/tdm-glyphs/student --student_steps 2
 
-Deviations; the reasons are in docs/tdm.md. x is regressed, as in the authors' demo; --regress x_s
-is the paper's. Eq. 7's target biases the fake at every step but the last; --fake_target exact does
-not. The K take turns over a batch, K = 1 in two of four rows. tau keeps 2 % off both ends. Fake
-updates see fresh samples. Optimiser settings and averaged weights suit short runs.
+Deviations; the reasons are in docs/tdm.md. x_s is regressed, as in the paper, where the network
+predicts noise; elsewhere x, as in the authors' demo (--regress). Eq. 7's target biases the fake at
+every step but the last; --fake_target exact does not. The K take turns over a batch, K = 1 in two
+of four rows. tau keeps 2 % of its interval off both ends. Fake updates see fresh samples, and their
+gradient is clipped. Optimiser settings and averaged weights suit short runs.
 """
 
 import copy
@@ -42,7 +43,7 @@ from dataclasses import dataclass
 
 import torch
 
-from models.diffusion import expand, from_x0_eps, ode_step, shift, step_grid, to_x0_eps, transition
+from models.diffusion import expand, from_x0_eps, ode_step, shift, to_x0_eps, transition, unshift
 from models.files import UserError
 from models.plumbing import report
 from models.plumbing.data import Conditions, try_network
@@ -61,7 +62,9 @@ from models.plumbing.teachers import freeze_teacher, start_teacher, starting_net
 def tdm_loss(
     x_s, teacher, fake, diffusion, eps, s, tau, cond, uncond, fake_cond, guidance_scale, slope
 ):
-    """The student's loss (Eq. 6 and 11).  -> scalar, g = mu_fake - mu_real (B, ...).
+    """The student's loss (Eq. 6 and 11).
+
+    -> scalar; g = mu_fake - mu_real, mu_real, mu_fake (B, ...), constants, for the log.
 
     x_s, where the student's step lands, is noised on from s to tau and moves by the difference of
     the two scores there, written as x0, times A = dx_s / dx = slope (B,): as far as it would move
@@ -72,7 +75,7 @@ def tdm_loss(
 
     with one norm for each sample, so that its gradient in x_s is at most 1, whatever the level.
     x_s comes from `student_step` with its graph, slope from `step_slope` with that step's t and s.
-    By default x is regressed instead: `tdm_loss_variant`.
+    Where the network does not predict noise x is regressed instead: `tdm_loss_variant`.
     """
     with torch.no_grad():
         x_tau = diffusion.noise_on(x_s, eps, s, tau)
@@ -80,7 +83,8 @@ def tdm_loss(
         mu_fake = diffusion.x0(fake, x_tau, tau, **fake_cond)
     r = x_s - (x_s + expand(slope, x_s) * (mu_real - mu_fake)).detach()
     c = 0.00054 * r[0].numel() ** 0.5
-    return ((r.square().flatten(1).sum(1) + c**2).sqrt() - c).mean(), mu_fake - mu_real
+    loss = ((r.square().flatten(1).sum(1) + c**2).sqrt() - c).mean()
+    return loss, mu_fake - mu_real, mu_real, mu_fake
 
 
 def step_slope(schedule, t, s, renoise="ode"):
@@ -137,12 +141,16 @@ def at_level(diffusion, x_s, eps, s, tau):
 def tdm_loss_variant(
     x, x_s, teacher, fake, diffusion, eps, s, tau, cond, uncond, fake_cond, guidance_scale, **how
 ):
-    """`tdm_loss` with another regression: how is that of `trajectory_matching_loss`."""
+    """`tdm_loss` with another regression: how is that of `trajectory_matching_loss`.
+
+    -> scalar; g, mu_real, mu_fake (B, ...), as `tdm_loss`.
+    """
     with torch.no_grad():
         x_tau = diffusion.noise_on(x_s, eps, s, tau)
         mu_real = diffusion.guided_x0(teacher, x_tau, tau, cond, uncond, guidance_scale)
         mu_fake = diffusion.x0(fake, x_tau, tau, **fake_cond)
-    return trajectory_matching_loss(x, mu_real, mu_fake, **how), mu_fake - mu_real
+    loss = trajectory_matching_loss(x, mu_real, mu_fake, **how)
+    return loss, mu_fake - mu_real, mu_real, mu_fake
 
 
 def trajectory_matching_loss(x, mu_real, mu_fake, loss="pseudo_huber", slope=None):
@@ -209,6 +217,15 @@ def exact_fake_loss_of_eps(fake, diffusion, x_s, eps, s, tau, cond):
 # ---- the sampler ---------------------------------------------------------------------------------
 
 
+def trajectory(K, timestep_shift, T=1.0):
+    """The student's levels T = t_K > ... > t_0 = 0 (Eq. 8).  -> K + 1 floats, from T to 0.
+
+    They are uniform in raw time; T, in (0, 1], is a level after the shift.
+    """
+    u_T = shift(T, 1 / timestep_shift)  # unshift, in the form that leaves T = 1 exactly 1
+    return [T] + [shift(u_T * (1 - i / K), timestep_shift) for i in range(1, K + 1)]
+
+
 def student_step(student, diffusion, x_in, t, s, cond, noise=None):
     """One step of the trajectory, t -> s: DDIM, which is Euler for flow.
 
@@ -225,8 +242,9 @@ def student_step(student, diffusion, x_in, t, s, cond, noise=None):
 def sample(student, diffusion, noise, grid, cond, renoise="ode"):
     """The few-step sampler: len(grid) - 1 calls, no guidance, deterministic.  -> x0 (B, ...).
 
-    grid: 1 > ... > 0, with the final 0, as step_grid(K). noise: name -> (B, ...). renoise "sde":
-    fresh noise after step i, noise("renoise<i>") (ablation).
+    grid: T > ... > 0, with the final 0, as `trajectory` gives it; standard normal noise is taken
+    for x at T. noise: name -> (B, ...). renoise "sde": fresh noise after step i,
+    noise("renoise<i>") (ablation).
     """
     x_in = noise("z")
     for i, (t, s) in enumerate(zip(grid[:-1], grid[1:])):
@@ -256,16 +274,13 @@ def sees_K(args, net):
 class Segment:
     """One step of the trajectory, a different one for every sample of a batch.
 
-    It goes from x_in (B, ...) at level t to level s, and its sub-interval is (low, high) in raw
-    time; all four are (B,). conds: the condition of student and fake, the teacher's, the
-    unconditional one.
+    It goes from x_in (B, ...) at level t (B,) to level s (B,). conds: the condition of student and
+    fake, the teacher's, the unconditional one.
     """
 
     x_in: torch.Tensor
     t: torch.Tensor
     s: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
     conds: tuple
 
 
@@ -285,8 +300,7 @@ def draw_segments(args, draw, student, teacher, grids, see_K):
             fresh = draw.noise(f"renoise{i}") if args.renoise == "sde" else None
             x_in = advance(student, teacher, x_in, rows, grids, K, i, student_cond, fresh)
     t, s = levels(grids, K, k, draw.device)
-    low, high = (1 - (k + 1) / K).to(draw.device), (1 - k / K).to(draw.device)
-    return Segment(x_in, t, s, low, high, (student_cond, cond, uncond))
+    return Segment(x_in, t, s, (student_cond, cond, uncond))
 
 
 def levels(grids, K, k, device):
@@ -306,14 +320,16 @@ def advance(student, teacher, x_in, rows, grids, K, i, cond, fresh):
 
 
 def noise_level(args, draw, teacher, segment):
-    """tau, uniform in raw time over the step's own interval, 2 % off both ends.  (B,).
+    """tau, uniform in raw time over the step's own interval (s, t), 2 % of it off both ends.  (B,).
 
-    --tau_range to_noise: up to pure noise instead.
+    The interval and its 2 % are in t, after the shift: in raw time 2 % would be the cleanest 9 % of
+    a single step under shift 5. --tau_range to_noise: up to the largest level T instead.
     """
-    to_noise = args.tau_range == "to_noise"
-    high = torch.ones_like(segment.high) if to_noise else segment.high
-    u = segment.low + (high - segment.low) * draw.spread("u", 0.02, 0.98)
-    return torch.maximum(shift(u, teacher.shift), segment.s)  # u >= low, up to rounding
+    s, to_noise = segment.s, args.tau_range == "to_noise"
+    high = torch.full_like(s, args.max_time) if to_noise else segment.t
+    margin = 0.02 * (high - s)
+    low, high = unshift(s + margin, teacher.shift), unshift(high - margin, teacher.shift)
+    return shift(low + (high - low) * draw.spread("u"), teacher.shift)
 
 
 def landing(args, draw, student, teacher, segment):
@@ -327,6 +343,22 @@ def landing(args, draw, student, teacher, segment):
     if args.match == "clean":
         return x, torch.zeros_like(segment.s), x
     return x_s, segment.s, x
+
+
+def regresses_x_s(args, prediction):
+    """Whether the loss moves x_s, where the step lands (paper), or the step's x (demo).
+
+    --regress, or by what networks predict, so that no step drowns the others: Eq. 11 pulls every
+    sample with strength 1. Predicted noise moves x by sigma / alpha, for PixArt 157 at t = 1 and
+    .95 at t = .25, so that regressing x would train the first step alone; it moves x_s by 8.1 to
+    .95. A predicted x or velocity moves x by .25 to 1 in four steps, but x_s up to 19 times less at
+    the first than at the last.
+    """
+    if args.match == "clean":  # what is matched is x
+        return False
+    if args.regress is None:
+        return prediction in ("eps", "score")
+    return args.regress == "x_s"
 
 
 def fake_turn_loss(args, fake, diffusion, x, x_s, eps, s, tau, cond):
@@ -347,8 +379,9 @@ def train(args):
     teacher = start_teacher(args)
     teacher.conditions = Conditions(args, teacher.base)
     diffusion, scale = teacher.diffusion, args.guidance_scale
-    grids = {n: step_grid(n, teacher.shift) for n in args.student_steps}  # 1 = grid[0] > ... > 0
-    see_K = sees_K(args, teacher.base)
+    # T = grid[0] > ... > 0 for every K
+    grids = {n: trajectory(n, teacher.shift, args.max_time) for n in args.student_steps}
+    see_K, of_x_s = sees_K(args, teacher.base), regresses_x_s(args, teacher.prediction)
     student = trainable_copy(args, starting_network(args, teacher), run.device, see_K)
     fake = trainable_copy(args, teacher.base, run.device, see_K)
     freeze_teacher(args, teacher, run.device)
@@ -389,17 +422,18 @@ def train(args):
                 tau, eps = noise_level(args, draw, teacher, segment), draw.noise("eps")
                 fake_cond, cond, uncond = segment.conds
                 at_tau = diffusion, eps, s, tau, cond, uncond, fake_cond, scale
-                slope = None
-                if args.regress == "x_s" and args.match == "noisy":
+                slope = None  # of x; the paper's is of x_s
+                if of_x_s:
                     slope = step_slope(teacher.schedule, segment.t, s, args.renoise)
-                if args.loss == "pseudo_huber" and slope is not None:
-                    loss, g = tdm_loss(x_s, teacher.net, fake, *at_tau, slope)  # the paper's
+                if of_x_s and args.loss == "pseudo_huber":
+                    loss, g, *mu = tdm_loss(x_s, teacher.net, fake, *at_tau, slope)
                 else:
                     how = dict(loss=args.loss, slope=slope)
-                    loss, g = tdm_loss_variant(x, x_s, teacher.net, fake, *at_tau, **how)
+                    loss, g, *mu = tdm_loss_variant(x, x_s, teacher.net, fake, *at_tau, **how)
             (loss * run.share).backward()
             run.note(loss=loss)
             run.note_rms(g=g)
+            run.note_scores(*mu)  # mu_real, mu_fake
             run.note_samples(x)
         run.update(optimizer, "student")
         if args.ema_decay:
@@ -476,7 +510,7 @@ def sample_only(args):
 # ---- flags ---------------------------------------------------------------------------------------
 
 PRESETS = {  # the flags' defaults suit small DiTs; released: the paper's for PixArt-alpha, but
-    # for one sample a rank and micro-batch
+    # for one sample a rank and micro-batch (give --gradient_accumulation_steps for its batch of 32)
     "glyphs": dict(timestep_shift=2.0),
     "ring": dict(
         max_train_steps=600, learning_rate=5e-4, learning_rate_fake=1e-3, train_batch_size=256,
@@ -485,9 +519,9 @@ PRESETS = {  # the flags' defaults suit small DiTs; released: the paper's for Pi
     "released": dict(
         max_train_steps=500, learning_rate=2e-6, learning_rate_fake=2e-5, fake_update_ratio=1,
         train_batch_size=1, ema_decay=0.0, adam_betas=[0.0, 0.999], max_grad_norm=1.0,
-        lr_warmup_steps=0, lr_decay_share=0.0, student_steps=[4], guidance_scale=3.5,
-        preview_samples=2,
+        lr_warmup_steps=0, lr_decay_share=0.0, student_steps=[4], preview_samples=2,
     ),
+    **{f"PixArt-alpha {size}": dict(guidance_scale=3.5) for size in (256, 512, 1024)},
     "sample": dict(student_steps=None),
 }  # fmt: skip
 
@@ -503,8 +537,10 @@ def parse_args(argv=None):
     add("--student_steps", type=number(int, 1), nargs="+", default=[1, 1, 2, 4],
         help="K, the student's step counts (paper: 4, or 1 2 4 in one); they take turns over a "
         "batch, one that is named twice has two")
+    add("--max_time", type=number(float, high=1, above=0), default=1.0, metavar="T",
+        help="t where the first step begins, after the shift (paper: 1; demo: .9)")
     add("--tau_range", choices=["segment", "to_noise"], default="segment",
-        help="noise levels of a step: its own interval (paper), or up to pure noise")
+        help="noise levels of a step: its own interval (paper), or up to T")
     add("--fake_target", choices=["importance", "exact"], default="importance",
         help="of the fake score: the step's x with importance weights (paper), or exact denoising "
         "of x_s noised on")
@@ -513,8 +549,9 @@ def parse_args(argv=None):
         "(demo); with --fake_target exact snr is the noise's, |b / sigma_tau eps_fake - eps|^2")
     add("--loss", choices=["pseudo_huber", "demo", "l2"], default="pseudo_huber",
         help="Eq. 11 per sample (paper), per element and normalised (demo), or squares (Tab. 5)")
-    add("--regress", choices=["x0", "x_s"], default="x0", help="what the loss moves: the step's x "
-        "(demo), or x_s where it lands (paper), which gives early steps less weight")
+    add("--regress", choices=["x0", "x_s"], default=None, help="what the loss moves: the step's x "
+        "(demo), or x_s where it lands (paper); None: x_s if the network predicts noise, where x "
+        "would train the first step alone, else x0")
     add = p.ablations.add_argument
     add("--untold", action="store_true", help="condition neither student nor fake on K (Tab. 5)")
     add("--match", choices=["noisy", "clean"], default="noisy",
@@ -529,8 +566,11 @@ def parse_args(argv=None):
 
 def wrong_flags(a):
     """Flags that do not go together: pairs (wrong, why)."""
-    both = a.match == "clean" and a.fake_noise == "fresh"
+    clean, x_s = a.match == "clean", a.regress == "x_s"
+    both = clean and a.fake_noise == "fresh"
     yield both, "--fake_noise: with --match clean the fake sees noised x anyway; leave it out"
+    yield x_s and clean, "--regress x_s: with --match clean x itself is matched; leave it out"
+    yield x_s and a.loss == "demo", "--regress x_s: --loss demo is of x; leave one of them out"
 # fmt: on
 
 

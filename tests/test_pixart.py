@@ -5,12 +5,22 @@ The rest is in test_transformers.py and test_pipeline.py.
 
 import pytest
 import torch
-from helpers import PIXART_SCHEDULER, fill, relative, save_tiny_pixart
+from helpers import PIXART_SCHEDULER, fill, quiet, relative, save_tiny_pixart
 from released import PIXART
 
+import tdm
 from models.diffusion import VP, guide, sample_ode, step_grid, to_x0_eps
+from models.files import save_json
 from models.networks.pixart import PIXART_512, PIXART_1024, PixArtTransformer2DModel
-from models.plumbing.teachers import describe_schedule, load_teacher
+from models.plumbing import report
+from models.plumbing.run import Run
+from models.plumbing.teachers import (
+    describe_schedule,
+    load_teacher,
+    start_teacher,
+    starting_network,
+    trainable_copy,
+)
 
 TINY, noise = PIXART.tiny, PIXART.reference
 TINY_1024 = dict(TINY, sample_size=128)
@@ -37,6 +47,40 @@ def test_clock_between_the_indices(t):
         eps = ours(**call)
         assert relative(eps, noise(reference, **call, index=torch.tensor([1000 * t - 1]))) <= 1e-5
         assert relative(ours(**{**call, "t": call["t"] + 5e-4}), eps) > 1e-4
+
+
+def test_clock_of_another_table_of_betas(tmp_path, monkeypatch):
+    """With n = 500 betas index i is t = (i + 1) / 500; a clock of 1000 asks for twice the index.
+
+    So it is for the teacher, what starts from it, and a saved student that is sampled.
+    """
+    flags = save_tiny_pixart(tmp_path, 512)
+    scheduler = {**PIXART_SCHEDULER, "num_train_timesteps": 500}
+    save_json(scheduler, str(tmp_path / "scheduler" / "scheduler_config.json"))
+    quiet(monkeypatch)
+    out = ["--output_dir", str(tmp_path / "run")]
+    tdm.main([*flags, *out, "--max_train_steps", "1", "--train_batch_size", "2"])
+    args = tdm.parse_args([*flags, "--student_init", str(tmp_path / "run")])
+    teacher = start_teacher(args)
+    copied = trainable_copy(args, teacher.net, torch.device("cpu"))
+    started = starting_network(args, teacher)
+    again = ["--sample", str(tmp_path / "run"), "--output_dir", str(tmp_path / "samples")]
+    sampled = report.load_student(Run(tdm.parse_args([*again, *flags[2:4]]), "tdm"))[0]
+    call = PIXART.inputs(teacher.net.config, (4, 4), [3])
+    call["t"] = torch.tensor([0.5])
+    for net in (teacher.net, copied, started, sampled):
+        reference = PIXART.theirs(**net.config).eval()
+        reference.load_state_dict(net.state_dict())
+        with torch.no_grad():
+            eps = net(**call)
+            assert relative(eps, noise(reference, **call, index=torch.tensor([249]))) <= 1e-5
+            assert relative(eps, noise(reference, **call, index=torch.tensor([499]))) > 1e-3
+
+
+def test_diffusers_keeps_no_part_of_it_in_float32():
+    """So a bfloat16 teacher is bfloat16 throughout, unlike Wan's."""
+    assert not PIXART.theirs._keep_in_fp32_modules
+    assert not getattr(PixArtTransformer2DModel, "keep_float32", ())
 
 
 def test_eps_is_the_first_half_of_the_channels():

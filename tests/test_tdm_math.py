@@ -8,6 +8,7 @@ import copy
 import functools
 import inspect
 import math
+import types
 
 import pytest
 import torch
@@ -24,23 +25,30 @@ from models.diffusion import (
     expand,
     from_x0_eps,
     noise_on,
+    shift,
     step_grid,
     to_x0_eps,
     transition,
+    unshift,
 )
+from models.draws import Draws
 from models.worlds.ring import RingTeacher
 from tdm import (
+    Segment,
     exact_fake_loss,
     exact_fake_loss_of_eps,
     fake_score_loss,
     fake_turn_loss,
     importance_weight,
+    noise_level,
+    regresses_x_s,
     sample,
     snr_fake_loss,
     step_slope,
     student_step,
     tdm_loss,
     tdm_loss_variant,
+    trajectory,
     trajectory_matching_loss,
 )
 
@@ -151,6 +159,61 @@ def test_landing_factors_of_the_demo():
     x = torch.ones(4, dtype=torch.float64)
     A = torch.autograd.functional.jacobian(lambda x: step_to(LINEAR, x, EPS[0], t, s)[0], x)
     close(A.diagonal(), times(0.083, 0.263, 0.525, 1.0), 2e-3)
+
+
+# ---- the trajectory's levels ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timestep_shift", [1.0, 2.2, 5.0])
+@pytest.mark.parametrize("T", [1.0, 0.9, 0.3])
+def test_trajectory_is_uniform_in_raw_time_from_T(timestep_shift, T):
+    """K + 1 levels from T, a level after the shift, to 0: u_i = u_T i / K (Eq. 8).
+
+    From T = 1 they are those of every sampler here, to the bit. Grids of K = 1, 2, 4 nest.
+    """
+    grids = {K: trajectory(K, timestep_shift, T) for K in (1, 2, 4)}
+    assert grids[4][::2] == grids[2] and grids[4][::4] == grids[1] == [T, 0.0]
+    u = [unshift(t, timestep_shift) for t in grids[4]]
+    assert u == pytest.approx([u[0] * v for v in (1, 0.75, 0.5, 0.25, 0)], rel=1e-12)
+    if T == 1:
+        assert grids[4] == step_grid(4, timestep_shift)
+    else:  # T before the shift would begin elsewhere
+        assert timestep_shift == 1 or abs(shift(T, timestep_shift) - T) > 0.01
+
+
+def test_trajectory_of_the_demo():
+    """T = 900 of 1000 indices: the inputs 899, 674, 449 and 224.
+
+    There an error of the noise is 60 times as large in x; at index 999 it is 157 times.
+    """
+    grid = trajectory(4, 1.0, 0.9)
+    assert grid == pytest.approx(DEMO_GRID)
+    assert [round(1000 * t - 1) for t in grid[:-1]] == [899, 674, 449, 224]
+    error = LINEAR.sigma(times(0.9, 1.0)) / LINEAR.alpha(times(0.9, 1.0))
+    close(error, times(60.0, 157.0), 5e-3)
+
+
+@pytest.mark.parametrize("timestep_shift", [1.0, 2.0, 5.0, 6.0])
+@pytest.mark.parametrize("flags", ["", "--max_time 0.9", "--tau_range to_noise"])
+def test_levels_of_a_step_fill_its_interval(timestep_shift, flags):
+    """tau is uniform in raw time between s and t, but for 2 % of t - s, in t, at either end.
+
+    So a single step is matched from t = .02 to .98 whatever the shift. With 2 % of raw time its
+    cleanest .093 would be left out under shift 5. "to_noise": up to T instead of t.
+    """
+    args, n = tdm.parse_args(flags.split()), 1000
+    grid = {K: trajectory(K, timestep_shift, args.max_time) for K in (1, 4)}
+    for K, k in ((1, 0), (4, 0), (4, 1), (4, 3)):
+        t, s = grid[K][k : k + 2]
+        segment = Segment(None, torch.full((n,), t), torch.full((n,), s), ())
+        draw, teacher = Draws(0, 0, 0, range(n)), types.SimpleNamespace(shift=timestep_shift)
+        tau = noise_level(args, draw, teacher, segment)
+        top = args.max_time if args.tau_range == "to_noise" else t
+        low, high = s + 0.02 * (top - s), top - 0.02 * (top - s)
+        assert tau.min() >= low - 1e-6 and tau.max() <= high + 1e-6
+        u, (a, b) = unshift(tau, timestep_shift), (unshift(v, timestep_shift) for v in (low, high))
+        even = a + (b - a) * (torch.arange(n) + 0.5) / n
+        torch.testing.assert_close(u.sort().values, even, rtol=0, atol=0.6 * (b - a) / n + 1e-6)
 
 
 # ---- noising on, and the importance weight -------------------------------------------------------
@@ -739,8 +802,10 @@ def test_one_step_student_is_dmd_s(which):
 
     asked = [[Asked(teacher), Asked(fake)] for _ in range(2)]
     at_tau = eps, 0 * tau, tau, cond, uncond, cond, 3.0
-    loss, g = tdm_loss_variant(x, x_s, *asked[0], diffusion, *at_tau, loss="l2")
-    loss_dmd, g_dmd = dmd.dmd_loss(x_dmd, *asked[1], diffusion, eps, tau, cond, uncond, cond, 3.0)
+    loss, g, *_ = tdm_loss_variant(x, x_s, *asked[0], diffusion, *at_tau, loss="l2")
+    loss_dmd, g_dmd, *_ = dmd.dmd_loss(
+        x_dmd, *asked[1], diffusion, eps, tau, cond, uncond, cond, 3.0
+    )
     for ours, theirs in zip(*asked):
         assert len(ours.calls) == len(theirs.calls) > 0
         for (x_t, t), (x_t_dmd, t_dmd) in zip(ours.calls, theirs.calls):
@@ -769,10 +834,10 @@ def student_loss(x, x_s, *at_tau, loss="pseudo_huber", slope=None):
     at_tau: the arguments that tdm_loss and tdm_loss_variant share.
     """
     if loss == "pseudo_huber" and slope is not None:
-        value, g = tdm_loss(x_s, *at_tau, slope)
+        value, g, *mu = tdm_loss(x_s, *at_tau, slope)
     else:
-        value, g = tdm_loss_variant(x, x_s, *at_tau, loss=loss, slope=slope)
-    assert not g.requires_grad
+        value, g, *mu = tdm_loss_variant(x, x_s, *at_tau, loss=loss, slope=slope)
+    assert torch.equal(g, mu[1] - mu[0]) and not any(v.requires_grad for v in (g, *mu))
     return value, g
 
 
@@ -792,7 +857,7 @@ def loss_of(x, mu_real, mu_fake, loss="pseudo_huber", slope=None):
     close(value, matching, 1e-9)
     if slope is None:
         assert torch.equal(value, matching)
-        whole, _ = tdm_loss(x, *at_tau, one)  # Eq. 11 of x is tdm_loss of x with a slope of 1
+        whole, *_ = tdm_loss(x, *at_tau, one)  # Eq. 11 of x is tdm_loss of x with a slope of 1
         assert loss != "pseudo_huber" or torch.equal(value, whole)
     return value
 
@@ -824,13 +889,13 @@ def test_tdm_loss_is_the_variant_with_the_paper_s_choices(which, renoise):
     x_s, x = student_step(student, diffusion, z, t, s, cond, noise)
     slope = step_slope(diffusion.schedule, t, s, renoise)
     at_tau = teacher, fake, diffusion, eps, s, tau, cond, uncond, cond, 3.0
-    loss, g = tdm_loss(x_s, *at_tau, slope)
-    variant, g_variant = tdm_loss_variant(x, x_s, *at_tau, loss="pseudo_huber", slope=slope)
+    loss, *of_loss = tdm_loss(x_s, *at_tau, slope)
+    variant, *rest = tdm_loss_variant(x, x_s, *at_tau, loss="pseudo_huber", slope=slope)
     close(loss, variant, 1e-9)
-    assert torch.equal(g, g_variant)
+    assert len(of_loss) == 3 and all(map(torch.equal, of_loss, rest))  # g, mu_real, mu_fake
     tolerance = 1e-9 if which == "ring" else 1e-6  # the DiT turns queries and keys in float32
     assert_close_gradients(gradients(student, loss), gradients(student, variant), tolerance)
-    of_x, _ = tdm_loss_variant(x, x_s, *at_tau, loss="pseudo_huber")
+    of_x, *_ = tdm_loss_variant(x, x_s, *at_tau, loss="pseudo_huber")
     assert not torch.isclose(loss, of_x, rtol=0.01)
 
 
@@ -872,7 +937,7 @@ def test_gradient_is_that_of_regressing_x_s(which, renoise, wrong):
     x_s, x = student_step(student, diffusion, z, t, s, cond, noise)
     slope = step_slope(schedule, t, s, renoise)
     at_tau = teacher, fake, diffusion, eps, s, tau, cond, uncond, cond, 3.0
-    loss, g = tdm_loss(x_s, *at_tau, slope)
+    loss, g, *_ = tdm_loss(x_s, *at_tau, slope)
     got = gradients(student, loss)
     tolerance = 1e-9 if which == "ring" else 1e-6
     frozen = [copy.deepcopy(net).requires_grad_(False) for net in (teacher, fake)]
@@ -924,15 +989,17 @@ def test_teacher_is_guided_and_the_fake_is_not(whole, scale):
     nets = recorded("teacher", 0.5), recorded("fake", 0.1)
     at_tau = FLOW_X0, eps, s, tau, cond, uncond, fake_cond, scale
     if whole:
-        _, g = tdm_loss(x_s, *nets, *at_tau, torch.ones(3))
+        _, g, mu_real, mu_fake = tdm_loss(x_s, *nets, *at_tau, torch.ones(3))
     else:
-        _, g = tdm_loss_variant(x, x_s, *nets, *at_tau, loss="demo")
+        _, g, mu_real, mu_fake = tdm_loss_variant(x, x_s, *nets, *at_tau, loss="demo")
     x_tau = noise_on(Flow(), x_s, eps, s, tau)
     assert [who for who, *_ in calls] == ["teacher"] * (1 if scale == 1 else 2) + ["fake"]
     assert all(torch.equal(c[1], x_tau) and torch.equal(c[2], tau) and not c[5] for c in calls)
     assert [float(c[3][0]) for c in calls] == ([1.0, 2.0] if scale == 1 else [1.0, 0.0, 2.0])
     assert all(c[4] is None for c in calls[:-1]) and (calls[-1][4] == 4).all()
-    close(g, 2.1 * x_tau - (0.5 * x_tau + scale * x_tau), 1e-12)
+    close(mu_real, 0.5 * x_tau + scale * x_tau, 1e-12)  # guided
+    close(mu_fake, 2.1 * x_tau, 1e-12)
+    close(g, mu_fake - mu_real, 1e-12)
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (4, 3, 5), (4, 2, 3, 2)], ids=str)
@@ -966,6 +1033,140 @@ def test_slope_is_the_step_s_derivative(schedule, grid, renoise):
     assert (want > 0).all() and abs(want[-1] - schedule.alpha(s[-1:])) < 1e-4
     if isinstance(schedule, Flow) and renoise == "ode":
         close(want, (t - s) / t, 1e-10)
+
+
+OUTPUT_MOVES_X = {  # |dx / d output| for what networks predict
+    "x0": lambda alpha, sigma: torch.ones_like(alpha),
+    "eps": lambda alpha, sigma: sigma / alpha,
+    "score": lambda alpha, sigma: sigma**2 / alpha,
+    "flow_v": lambda alpha, sigma: sigma / (alpha + sigma),
+    "vp_v": lambda alpha, sigma: sigma,
+}
+NO_SNR = SCHEDULES["vp, zero terminal snr"]
+TEACHERS = {  # schedule, prediction, shift, T
+    "PixArt": (LINEAR, "eps", 1.0, 1.0),
+    "PixArt from T = .9": (LINEAR, "eps", 1.0, 0.9),
+    "Stable Diffusion": (VP(), "eps", 1.0, 1.0),
+    "score": (VP(), "score", 1.0, 1.0),
+    **{f"vp_v, {n}": (v, "vp_v", 1.0, 1.0) for n, v in (("linear", LINEAR), ("no snr", NO_SNR))},
+    **{f"x0, {n}": (v, "x0", 1.0, 1.0) for n, v in (("linear", LINEAR), ("no snr", NO_SNR))},
+    **{f"x0, flow, shift {s:g}": (Flow(), "x0", s, 1.0) for s in (1.0, 2.0, 6.0)},
+    **{f"flow, shift {s:g}": (Flow(), "flow_v", s, 1.0) for s in (1.0, 2.0, 3.0, 5.0, 6.0)},
+}
+UNEVEN = {  # (teacher, what is regressed): how much the strongest step pulls over the weakest
+    ("PixArt", "x0"): 165.0,
+    ("PixArt from T = .9", "x0"): 72.5,
+    ("Stable Diffusion", "x0"): 21.1,
+    ("score", "x0"): 36.9,
+    ("x0, linear", "x_s"): 19.4,
+    ("vp_v, linear", "x_s"): 13.4,
+    ("flow, shift 6", "x_s"): 12.7,
+}
+
+
+def pulls(schedule, kind, grid, of_x_s):
+    """How strongly each step's samples pull on the network's output under Eq. 11.
+
+    -> by autograd through the step, and by hand, (K,) each.
+    """
+    t, s = times(*grid[:-1]), times(*grid[1:])
+    output, x_in, eps, mu_real, mu_fake = (normal(len(t), 64, seed=k) for k in range(5))
+    diffusion, A = Diffusion(schedule, kind), step_slope(schedule, t, s)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+
+    def sees(mu):
+        def net(x_tau, tau):
+            level = schedule.alpha(tau), schedule.sigma(tau)
+            return from_x0_eps(kind, mu, to_x0_eps(mu, "x0", x_tau, *level)[1], *level)
+
+        return net
+
+    output.requires_grad_(True)
+    x_s, x = student_step(constant(output), diffusion, x_in, t, s, {})
+    at_tau = sees(mu_real), sees(mu_fake), diffusion, eps, s, 0.5 * (s + t), {}, {}, {}, 1
+    loss, _ = student_loss(x, x_s, *at_tau, slope=A if of_x_s else None)
+    got = torch.autograd.grad(loss, output)[0].norm(dim=1) * len(t)
+    moved = A if of_x_s else torch.ones_like(A)
+    size = moved * (mu_real - mu_fake).norm(dim=1)
+    direction = size / (size**2 + (0.00054 * 8) ** 2).sqrt()  # nearly 1
+    return got, OUTPUT_MOVES_X[kind](alpha, sigma) * moved * direction
+
+
+@pytest.mark.parametrize("which", TEACHERS)
+def test_no_step_of_four_drowns_the_others(which):
+    """By default the four steps pull on the network's output within a factor of 10 of each other.
+
+    Regressing the other of x and x_s, the strongest may pull 165 times as hard as the weakest.
+    """
+    schedule, kind, timestep_shift, T = TEACHERS[which]
+    grid = trajectory(4, timestep_shift, T)
+    for world in ("ring", "glyphs", "clips", "no world"):
+        args = tdm.parse_args(["--teacher", world])
+        got, want = pulls(schedule, kind, grid, regresses_x_s(args, kind))
+        close(got, want, 1e-9)
+        assert got.max() < 10 * got.min()
+    for regress in ("x0", "x_s"):
+        of_x_s = regresses_x_s(tdm.parse_args(["--regress", regress]), kind)
+        assert of_x_s == (regress == "x_s")
+        got, want = pulls(schedule, kind, grid, of_x_s)
+        close(got, want, 1e-9)
+        if (which, regress) in UNEVEN:
+            assert float(got.max() / got.min()) == pytest.approx(UNEVEN[which, regress], rel=0.02)
+
+
+class NearlyRight(torch.nn.Module):
+    """A network that is right for data N(0, 1) up to a small part, which has all its weights."""
+
+    def __init__(self, schedule, kind, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.schedule, self.kind = schedule, kind
+        layers = torch.nn.Linear(17, 32), torch.nn.Tanh(), torch.nn.Linear(32, 16)
+        self.wrong = torch.nn.Sequential(*layers).double()
+
+    def forward(self, x_t, t):
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        unit = x_t / expand(alpha**2 + sigma**2, x_t)
+        x0, eps = expand(alpha, x_t) * unit, expand(sigma, x_t) * unit
+        right = from_x0_eps(self.kind, x0, eps, alpha, sigma)
+        return right + self.wrong(torch.cat([unit, t[:, None]], 1))
+
+
+def weights_gradients(schedule, kind, grid, of_x_s, n=256):
+    """Norms of the gradient in a student's weights, of samples that are all at one step.  (K,)."""
+    student, fake, teacher = (NearlyRight(schedule, kind, seed) for seed in range(3))
+    diffusion, norms = Diffusion(schedule, kind), []
+    for k, (t, s) in enumerate(zip(grid, grid[1:])):
+        t, s = (torch.full((n,), v, dtype=torch.float64) for v in (t, s))
+        z, eps = (normal(n, 16, seed=2 * k + i) for i in range(2))
+        x_in = expand(variance(schedule, t, 1.0).sqrt(), z) * z
+        x_s, x = student_step(student, diffusion, x_in, t, s, {})
+        tau, slope = s + 0.5 * (t - s), step_slope(schedule, t, s) if of_x_s else None
+        at_tau = teacher, fake, diffusion, eps, s, tau, {}, {}, {}, 1
+        loss, _ = student_loss(x, x_s, *at_tau, slope=slope)
+        grads = torch.autograd.grad(loss, list(student.parameters()))
+        norms.append(torch.stack([g.norm() for g in grads]).norm())
+    return torch.stack(norms)
+
+
+@pytest.mark.parametrize("which", TEACHERS)
+def test_no_step_of_four_drowns_the_others_in_the_weights(which):
+    """The same of gradients in a network's weights, whatever it predicts."""
+    schedule, kind, timestep_shift, T = TEACHERS[which]
+    grid = trajectory(4, timestep_shift, T)
+    by_default = weights_gradients(*(schedule, kind, grid), regresses_x_s(tdm.parse_args([]), kind))
+    assert by_default.max() < 10 * by_default.min()
+    for regress in ("x0", "x_s"):
+        if (which, regress) in UNEVEN:
+            uneven = weights_gradients(schedule, kind, grid, regress == "x_s")
+            assert uneven.max() > 10 * uneven.min()
+
+
+def test_what_is_regressed_by_default():
+    """x_s where the network predicts noise, else x; x where x itself is matched."""
+    for kind in KINDS:
+        assert regresses_x_s(tdm.parse_args([]), kind) == (kind in ("eps", "score"))
+        assert not regresses_x_s(tdm.parse_args(["--match", "clean"]), kind)
 
 
 def test_loss_is_of_x_s():
@@ -1166,7 +1367,7 @@ def descend(schedule, grid, C, target, steps=200):
         x_s, x = step_to(schedule, by_row(leaf) * x_in, x_in, t, s)
         fake = best_fake(schedule, x.detach(), x_s.detach(), eps, s, tau, target=target)
         at_tau = diffusion, eps, s, tau, {}, {}, {}, 1
-        loss, _ = tdm_loss_variant(x, x_s, gains(real), gains(fake), *at_tau, loss="l2")
+        loss, *_ = tdm_loss_variant(x, x_s, gains(real), gains(fake), *at_tau, loss="l2")
         slope = torch.autograd.grad(loss, leaf)[0]
         h = h - 2 * n * K * slope / inputs.square().mean(-1)
     want = torch.stack([variance(schedule, torch.full_like(C, v), C) for v in grid[1:]], 1)

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from helpers import (
+    PIXART_SCHEDULER,
     Diary,
     assert_bit_equal,
     one_step,
@@ -27,8 +28,9 @@ from safetensors.torch import load_file
 import tdm
 from models.diffusion import VP, Diffusion, Flow, expand, shift, step_grid, unshift
 from models.draws import Draws
-from models.files import load_json
+from models.files import load_json, save_json
 from models.networks import WEIGHTS, load_network, network_config, save_network
+from models.networks.pixart import PIXART_512, PIXART_1024
 from models.plumbing import report, teachers
 from models.plumbing.teachers import read_own_sampler, with_step_input
 from models.worlds.ring import RingTeacher
@@ -78,12 +80,12 @@ def row_of(student, schedule, draw, shape, i, K, k, cond, how):
             noise = draw.normal(f"renoise{n}" if n < k else "renoise", shape)[i : i + 1]
         x_s = mixed(schedule, x, noise, grid[n + 1])
     t, s = grid[k], grid[k + 1]
-    low, high = 1 - (k + 1) / K, 1.0 if how.to_noise else 1 - k / K
-    u = low + (high - low) * draw.spread("u", 0.02, 0.98)[i : i + 1]
-    tau = shift(u, SHIFT)
-    assert s <= tau < (1.0 if how.to_noise else t)
+    top = torch.ones(1) if how.to_noise else t
+    low, high = (unshift(v, SHIFT) for v in (0.98 * s + 0.02 * top, 0.02 * s + 0.98 * top))
+    tau = shift(low + (high - low) * draw.spread("u")[i : i + 1], SHIFT)
+    assert s < tau < top
     slope = torch.ones(1)
-    if how.by_x_s and not how.clean:
+    if how.by_x_s:
         slope = schedule.alpha(s)
         if not how.sde:
             slope = slope - schedule.sigma(s) * schedule.alpha(t) / schedule.sigma(t)
@@ -140,22 +142,23 @@ def fake_loss(fake, schedule, at, exact=False, snr=False):
 
 
 def student_loss(teacher, fake, schedule, at, null, scale, loss):
-    """-> loss, its gradient in x, g = mu_fake - mu_real."""
+    """-> loss, its gradient in x, mu_real, mu_fake."""
     with torch.no_grad():
         labels = at.label, torch.full_like(at.label, null)
         real, uncond = (split(teacher, schedule, at.x_tau, at.tau, label=y)[0] for y in labels)
         real = uncond + scale * (real - uncond)
-        g = split(fake, schedule, at.x_tau, at.tau, **at.cond)[0] - real
+        guess = split(fake, schedule, at.x_tau, at.tau, **at.cond)[0]
+    g = guess - real
     A = expand(at.slope, g)
     if loss == "l2":
-        return (A * g).square().mean() / 2, A**2 * g / g.numel(), g
+        return (A * g).square().mean() / 2, A**2 * g / g.numel(), real, guess
     if loss == "demo":
         root = (g.square() + 1e-6).sqrt()
         error = expand((at.x.detach() - real).abs().flatten(1).mean(1), g)
-        return ((root - 1e-3) / error).mean(), g / root / error / g.numel(), g
+        return ((root - 1e-3) / error).mean(), g / root / error / g.numel(), real, guess
     c = 0.00054 * g[0].numel() ** 0.5
     norm = ((A * g).square().flatten(1).sum(1) + c**2).sqrt()
-    return (norm - c).mean(), A**2 * g / expand(norm, g) / len(g), g
+    return (norm - c).mean(), A**2 * g / expand(norm, g) / len(g), real, guess
 
 
 def setting(tmp_path, flags):
@@ -174,9 +177,7 @@ CASES = {  # flags: what they mean for trajectories, for the losses
     "--untold": (dict(see_K=False), {}),
     "--regress x_s": (dict(by_x_s=True), {}),
     "--regress x_s --loss l2": (dict(by_x_s=True), dict(loss="l2")),
-    "--regress x_s --loss demo": ({}, dict(loss="demo")),
     "--regress x_s --renoise sde": (dict(by_x_s=True, sde=True), {}),
-    "--regress x_s --match clean": (dict(clean=True), {}),
     "--loss l2": ({}, dict(loss="l2")),
     "--loss demo": ({}, dict(loss="demo")),
     "--renoise sde": (dict(sde=True), {}),
@@ -187,10 +188,12 @@ CASES = {  # flags: what they mean for trajectories, for the losses
     "--fake_target exact": ({}, dict(exact=True)),
     "--fake_weight snr": ({}, dict(snr=True)),
     "--fake_target exact --fake_weight snr": ({}, dict(exact=True, snr=True)),
-    "--teacher VP": ({}, {}),
+    "--teacher VP": (dict(by_x_s=True), {}),  # it predicts noise
+    "--teacher VP --loss l2": (dict(by_x_s=True), dict(loss="l2")),
+    "--teacher VP --loss demo": ({}, dict(loss="demo")),
     "--teacher VP --fake_target exact --match clean": (dict(clean=True), dict(exact=True)),
-    "--teacher VP --renoise sde": (dict(sde=True), {}),
-    "--teacher VP --regress x_s": (dict(by_x_s=True), {}),
+    "--teacher VP --renoise sde": (dict(by_x_s=True, sde=True), {}),
+    "--teacher VP --regress x0": ({}, {}),
 }
 
 
@@ -221,16 +224,20 @@ def test_gradients_and_calls(monkeypatch, tmp_path, flags):
             want = torch.autograd.grad(loss_fake, list(nets["fake"].parameters()))
         else:
             at_tau = schedule, at, classes, scale, loss_kind
-            loss, of_x, g = student_loss(teacher, nets["fake"], *at_tau)
+            loss, of_x, real, guess = student_loss(teacher, nets["fake"], *at_tau)
             want = torch.autograd.grad((at.x * of_x).sum(), list(nets["student"].parameters()))
         largest = max(v.abs().max().item() for v in want)
         for a, b in zip(grads[what], want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5 * largest)
         assert largest > 1e-3
+    g, (flat_real, flat_guess) = guess - real, (v.flatten(1) for v in (real, guess))
+    gap = (flat_guess - flat_real).norm(dim=1) / flat_real.norm(dim=1)
     columns = {
         "loss": loss,
         "loss_fake": loss_fake.detach(),
         "g": g.square().mean().sqrt(),
+        "dm_cos": torch.cosine_similarity(flat_real, flat_guess).mean(),
+        "dm_rel_gap": gap.mean(),
         "mean": at.x.detach().mean(),
         "std": at.x.detach().std(correction=0),
         "norm_student": torch.stack([v.norm() for v in want]).norm(),
@@ -275,8 +282,8 @@ def check_calls(calls, at, student_turn, see_K, guided, null):
 def test_every_step_of_every_count_and_its_levels(monkeypatch, tmp_path, tau_range):
     """Over a run all (K, step) occur, K as often as it is named and steps alike.
 
-    A step's levels lie in its own raw interval, or reach up to noise, and fill it; none is below
-    where the step lands. The fake's updates leave no gradient in the student, the student's none in
+    A step's levels lie in its own interval, or reach up to noise, and fill it; none is below where
+    the step lands. The fake's updates leave no gradient in the student, the student's none in
     the fake, neither any in the teacher.
     """
     flags = f"--tau_range {tau_range} --fake_update_ratio 2".split()
@@ -327,6 +334,48 @@ def test_start_of_a_student_that_is_conditioned_on_K(monkeypatch, tmp_path):
         assert_bit_equal(dict(diary.teacher.net.state_dict()), kept)
 
 
+def norms_by_step(monkeypatch, folder, flags):
+    """Norm of a student's gradient in the first update of a run, all of whose rows are at step k.
+
+    k = 0 ... 3 of four. The student, and the fake with it, are a little off the teacher.
+    """
+    norms = []
+    for k in range(4):
+
+        def at_step_k(real, draw, name, *args, k=k):
+            if name == "j":
+                return torch.full((len(draw.rows),), (k + 0.5) / 4)
+            return real(draw, name, *args)
+
+        with monkeypatch.context() as m:
+            diary = Diary(m, tdm)
+            diary.wrap(m, Draws, "uniform", at_step_k)
+            diary.wrap(m, tdm, "trainable_copy", lambda real, *a: perturbed(real(*a), 7, 0.02))
+            short = "--max_train_steps 1 --train_batch_size 16 --fake_update_ratio 1"
+            out = ["--output_dir", str(folder / str(k))]
+            tdm.main([*flags, *short.split(), "--student_steps", "4", *out])
+        norms.append(diary.norms[-1])
+    return norms
+
+
+@pytest.mark.parametrize("teacher", ["ring", "glyphs", "clips", "pixart", "wan"])
+def test_no_step_of_four_drowns_the_others(monkeypatch, tmp_path, teacher):
+    """With a teacher's default flags the four steps' gradients are within a factor of 10.
+
+    Regressing x, PixArt's first step would have more than 100 times its last one's.
+    """
+    flags = ["--teacher", teacher]
+    if teacher == "pixart":
+        flags = [*save_tiny_pixart(tmp_path, 512), "--guidance_scale", "3.5"]
+    if teacher == "wan":
+        flags = save_tiny_wan(tmp_path)
+    norms = norms_by_step(monkeypatch, tmp_path / "by-default", flags)
+    assert max(norms) < 10 * min(norms)
+    if teacher == "pixart":
+        of_x = norms_by_step(monkeypatch, tmp_path / "x", [*flags, "--regress", "x0"])
+        assert of_x[0] > 100 * of_x[3]
+
+
 # ---- samples, by step count ----------------------------------------------------------------------
 
 
@@ -341,7 +390,8 @@ def test_samples_and_report_by_step_count(monkeypatch, tmp_path, capsys, flags):
     That is over K's own grid and conditioned on K; --sample draws them again.
     """
     monkeypatch.setattr(teachers, "fit_ring_network", lambda teacher, seed: ring_network(seed))
-    seen, pictures, real_finish, real_save = {}, [], report.finish, report.save_samples
+    seen, pictures, saved, real_finish = {}, [], [], report.finish
+    real_save, real_student = report.save_samples, report.save_student
 
     def on_finish(run, teacher, times, students, *rest):
         seen.update(times=times, students=students)
@@ -351,11 +401,16 @@ def test_samples_and_report_by_step_count(monkeypatch, tmp_path, capsys, flags):
         pictures.append(rows)
         return real_save(folder, rows, world)
 
+    def on_student(*args, **more):
+        real_student(*args, **more)
+        saved.append(load_network(str(out / "student"))[0])
+
     monkeypatch.setattr(report, "finish", on_finish)
+    monkeypatch.setattr(report, "save_student", on_student)
     monkeypatch.setattr(report, "save_samples", on_save)
     out, again = tmp_path / "run", tmp_path / "samples"
     short = f"""--teacher ring --output_dir {out} --max_train_steps 4 --train_batch_size 16
-        --teacher_steps 0 --timestep_shift {SHIFT} --lr_decay_share 0"""
+        --teacher_steps 0 --timestep_shift {SHIFT} --lr_decay_share 0 --checkpointing_steps 2"""
     tdm.main([*short.split(), *flags.split()])
     see_K, sde = "--untold" not in flags, "sde" in flags
     rows = {r["name"]: r["nfe"] for r in load_json(str(out / "report.json"))["results"]}
@@ -379,14 +434,15 @@ def test_samples_and_report_by_step_count(monkeypatch, tmp_path, capsys, flags):
     pairs = zip(student.hidden.parameters(), ring_network(0).hidden.parameters())
     assert any(not torch.equal(a, b) for a, b in pairs)  # it has learnt something
 
-    draw, label, samples = Draws(0, "evaluation", 0, range(400), shape=(2,)), torch.arange(400), {}
-    label = label % 4
+    draw, label = Draws(0, "evaluation", 0, range(400), shape=(2,)), torch.arange(400) % 4
+    samples, early = {}, {}  # of the finished student, of the one that was saved at update 2
     for n in (1, 2, 4):
         cond = {"label": label}
         if see_K:
             cond["steps"] = torch.full((400,), float(n))
         how = step_grid(n, SHIFT), cond, "sde" if sde else "ode"
         samples[n] = tdm.sample(student, FLOW_V, draw.noise, *how)
+        early[n] = tdm.sample(saved[0], FLOW_V, draw.noise, *how)
         calls, sampler = seen["students"]["student" if n == 4 else f"student_{n}"]
         assert calls == n
         close(torch.cat([sampler(label, 0, 100), sampler(label, 100, 400)]), samples[n])
@@ -395,10 +451,11 @@ def test_samples_and_report_by_step_count(monkeypatch, tmp_path, capsys, flags):
             close(load_file(again / "samples.safetensors")["x0"], samples[n])
     at_end = [(text, x) for text, x in pictures[1] if text.startswith("student")]
     assert [text for text, _ in at_end] == [f"student, {n} call(s)" for n in (4, 2, 1)]
-    assert [text for text, _ in pictures[0]] == [f"{n} step(s), update 4" for n in (4, 2, 1)]
-    for rows in (pictures[0], at_end):  # while training, and at the end
+    assert [text for text, _ in pictures[0]] == [f"{n} step(s), update 2" for n in (4, 2, 1)]
+    for rows, want in ((pictures[0], early), (at_end, samples)):  # while training, and at the end
         for n, (_, x) in zip((4, 2, 1), rows):
-            close(x, samples[n])
+            close(x, want[n])
+    assert not torch.allclose(early[4], samples[4], rtol=0.01)
     for counts in ("3", "1 2"):
         none = f"--sample {out} --output_dir {tmp_path / 'none'} --student_steps {counts}"
         says = f"--student_steps {counts}: this student has 1, 2, 4: name one of them"
@@ -422,6 +479,26 @@ def test_sampler_is_ddim_conditioned_on_its_count(renoise):
     assert len(calls) == 2
 
 
+def test_a_first_step_below_noise(tmp_path):
+    """--max_time .9: the grids begin there, in training, in sampler.json and for --sample."""
+    out, again = tmp_path / "run", tmp_path / "samples"
+    short = f"""--teacher ring --output_dir {out} --max_train_steps 2 --train_batch_size 16
+        --teacher_steps 0 --timestep_shift {SHIFT} --student_steps 1 2 --ema_decay 0"""
+    tdm.main([*short.split(), "--max_time", "0.9"])
+    saved = load_json(str(out / "student" / "sampler.json"))
+    top = 0.9 / (0.9 + SHIFT * 0.1)  # in raw time
+    half = SHIFT * top / 2 / (1 + (SHIFT - 1) * top / 2)
+    assert saved["times"] == pytest.approx([0.9, half])
+    assert saved["grids"] == {"1": [0.9, 0.0], "2": pytest.approx([0.9, half, 0.0])}
+    student, _ = load_network(str(out / "student"))
+    z, label = Draws(0, "evaluation", 0, range(400)).normal("z", (2,)), torch.arange(400) % 4
+    cond = {"label": label, "steps": torch.ones(400)}
+    with torch.no_grad():
+        want = split(student, Flow(), z, torch.full((400,), 0.9), **cond)[0]
+    tdm.main(f"--sample {out} --output_dir {again} --student_steps 1".split())
+    close(load_file(again / "samples.safetensors")["x0"], want)
+
+
 # ---- other teachers, refusals --------------------------------------------------------------------
 
 
@@ -436,6 +513,33 @@ def test_several_counts_need_an_input_for_them(monkeypatch, tmp_path, capsys):
     tdm.main([*flags, "--untold", "--train_batch_size", "3"])
     assert diary.norms[-1] > 0
     assert not any(c.steps is not None for calls in diary.turns for c in calls)
+
+
+def test_settings_of_released_teachers(tmp_path):
+    """PixArt-alpha has the paper's guidance 3.5, others their own; the rest is the paper's."""
+
+    def args_of(config, scheduler):
+        for name, text in (
+            ("transformer/config", config),
+            ("scheduler/scheduler_config", scheduler),
+        ):
+            path = tmp_path / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            save_json(text, str(path))
+        args = tdm.parse_args(["--teacher", str(tmp_path / "transformer")])
+        rates = args.learning_rate, args.learning_rate_fake
+        assert (*rates, args.max_train_steps, args.student_steps) == (2e-6, 2e-5, 500, [4])
+        assert (args.adam_betas, args.max_grad_norm, args.fake_update_ratio) == ([0.0, 0.999], 1, 1)
+        return args
+
+    for config in (PIXART_512, PIXART_1024):
+        pixart = {"_class_name": "PixArtTransformer2DModel", **config}
+        assert args_of(pixart, PIXART_SCHEDULER).guidance_scale == 3.5
+        lcm = {**PIXART_SCHEDULER, "_class_name": "LCMScheduler"}
+        assert args_of(pixart, lcm).guidance_scale == 1.0  # it has guidance in its weights
+    wan = {"_class_name": "WanTransformer3DModel", "num_layers": 30, "num_attention_heads": 12}
+    wan = args_of({**wan, "in_channels": 16}, {"_class_name": "UniPCMultistepScheduler"})
+    assert (wan.guidance_scale, wan.timestep_shift) == (5.0, 5.0)
 
 
 @pytest.mark.parametrize("kind", ["vp", "pixart"])

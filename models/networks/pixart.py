@@ -11,7 +11,7 @@ and predicts the noise.
 
     symbol   meaning                                                        shape
     x        latent at time t, the VAE's * scaling_factor                   (B, 4, H, W)
-    t        time in [0, 1]; index i of 1000 betas is t = (i + 1) / 1000    (B,)
+    t        time in [0, 1]; index i of n betas is t = (i + 1) / n          (B,)
     text     T5 features                                                    (B, L, 4096)
     mask     true or 1 where text is a token of the prompt                  (B, L)
     h        tokens, N = H/2 * W/2, row by row                              (B, N, D)
@@ -21,7 +21,8 @@ for a run, so they are no arguments: `forward` takes them from x, in pixels, as 
 does.
 
 State dicts load into `diffusers.PixArtTransformer2DModel`, and back, unconverted. Its clock is the
-index; `AdaLNSingle.forward` converts ours, and nothing else does. Its output has 8 channels, the
+index of its betas, of which every release has n = 1000; `AdaLNSingle.forward` converts ours, and
+nothing else does. Another n goes into `clock_steps`. Its output has 8 channels, the
 noise and a learned variance, which nothing here uses and `forward` drops. PixArt-Sigma
 (2403.04692) is the same transformer. The two ends of a real pipeline, prompts to features and
 latents to images, are commands:
@@ -142,10 +143,10 @@ class AdaLNSingle(nn.Module):
             self.emb["aspect_ratio_embedder"] = TwoLayers(TIME_DIM, dim // 3, nn.SiLU())
         self.linear = nn.Linear(dim, 6 * dim)
 
-    def forward(self, t, height, width):
+    def forward(self, t, height, width, clock_steps=1000):
         """t (B,) in [0, 1], height and width in pixels -> time, modulation.
 
-        time (B, D) and modulation (B, 6, D) are float32.
+        time (B, D) and modulation (B, 6, D) are float32. clock_steps: n, the number of betas.
         """
 
         def embed(name, x):
@@ -155,8 +156,8 @@ class AdaLNSingle(nn.Module):
         # Every block's scale and gate come from here, so autocast must not lower their precision:
         # float32 weights give float32. bfloat16 weights compute in bfloat16, as in diffusers.
         with torch.autocast(t.device.type, enabled=False):
-            # PixArt's clock is the index, 999 = noise.
-            time = embed("timestep_embedder", 1000 * t.float() - 1)  # (B, D)
+            # PixArt's clock is the index, n - 1 = noise.
+            time = embed("timestep_embedder", clock_steps * t.float() - 1)  # (B, D)
             if "resolution_embedder" in self.emb:
                 sizes = torch.tensor([height, width, height / width], device=t.device)
                 resolution = embed("resolution_embedder", sizes[:2])
@@ -212,6 +213,7 @@ class PixArtTransformer2DModel(nn.Module):
     prediction = "eps"
     default_schedule = VP("linear", 0.0001, 0.02)
     default_shift = 1.0
+    clock_steps = 1000  # entries of the schedule's table; a teacher with another table has its own
     latent_shape = (4, 64, 64)  # 512 x 512; an instance has that of its config
     cond_names = ("text", "mask")
     lora_targets = (
@@ -324,7 +326,8 @@ class PixArtTransformer2DModel(nn.Module):
         check_mask("mask", mask, text)
         lora.check(self, adapter)
         grid = [size // self.patch_size for size in x.shape[2:]]  # rows, columns of tokens
-        time, modulation = self.adaln_single(t, *(PIXELS * size for size in x.shape[2:]))
+        sides = (PIXELS * size for size in x.shape[2:])
+        time, modulation = self.adaln_single(t, *sides, clock_steps=self.clock_steps)
         h = self.pos_embed(x)  # (B, N, D)
         text = text.to(self.caption_projection.linear_1.weight.dtype)
         context = self.caption_projection(text)  # (B, L, D)
