@@ -17,24 +17,24 @@ input; DM must see faults of all sizes, so it draws from all levels.
     z_t               x_in               input of the student's step k, of its own making (B, ...)
     x = G(z_t)        x                  the student's sample, read as x0                 (B, ...)
     tau_DM, tau_CA    t_dm, t_ca         noise levels of the two terms                    (B,)
-    s_real, s_fake    mu_cond, mu_fake   their x0 at x_dm, x_ca; mu_uncond: no condition  (B, ...)
+    s_real, s_fake    mu_real, mu_fake   their x0 at x_dm; at x_ca mu_cond and mu_uncond   (B, ...)
     alpha             alpha              guidance scale; 1 leaves DM alone                float
     -Delta_DM, _CA    g_dm, g_ca         gradients in x; their sum is DMD's (Eq. 6)       (B, ...)
 
 Launch.
     laptop      python decoupled_dmd.py                    # glyphs, four steps, four minutes
                 python decoupled_dmd.py --teacher ring     # seconds
-    paper       python decoupled_dmd.py --shared_fake --fake_update_ratio 5 --dm_range 0 1 \
-                    --ca_range 0 1
+    paper       python decoupled_dmd.py --shared_fake --fake_update_ratio 5
     ablations   python decoupled_dmd.py --schedule shared    # DMD; also full, constrained (Table 1)
                 python decoupled_dmd.py --no_dm       # CA alone: sharp, then runs away (Fig. 2)
     torchrun    torchrun --nproc-per-node 8 decoupled_dmd.py --teacher Z-Image \
-                    --prompts prompts.safetensors --mixed_precision bf16 --gradient_checkpointing
+                    --prompts prompts.safetensors --mixed_precision bf16 \
+                    --gradient_checkpointing --gradient_accumulation_steps 16
     sampling    python decoupled_dmd.py --sample runs/decoupled_dmd-glyphs/student
 
 Deviations; the reasons are in docs/decoupled_dmd.md. Scores are written as x0 predictions. Released
 teachers get a normaliser, "branch". The fake is conditioned on the student's step (--shared_fake:
-the paper's, which is not). Noise levels keep 2 % off both ends in the student's update.
+the paper's, which is not).
 """
 
 import copy
@@ -60,11 +60,13 @@ from models.plumbing.teachers import freeze_teacher, start_teacher, starting_net
 
 
 def decoupled_dmd_loss(x, teacher, fake, diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha):
-    """The student's loss (Alg. 1, lambda = 1).  -> scalar, g_dm, g_ca (B, ...).
+    """The student's loss (Alg. 1, lambda = 1).
+
+    -> scalar; g_dm, g_ca, mu_real, mu_fake (B, ...), constants: the last two for the log.
 
     Its gradient in x, with all else constant, is (g_dm + g_ca) / numel(x), where
 
-        g_dm = mu_fake(x_dm) - mu_cond(x_dm)                                                 (Eq. 6)
+        g_dm = mu_fake(x_dm) - mu_real(x_dm)                                                 (Eq. 6)
         g_ca = (alpha - 1) (mu_uncond(x_ca) - mu_cond(x_ca))
 
     at_dm and at_ca are pairs (eps, t): noise and noise level of the two terms. With the same pair
@@ -73,14 +75,15 @@ def decoupled_dmd_loss(x, teacher, fake, diffusion, at_dm, at_ca, cond, uncond, 
     (eps_dm, t_dm), (eps_ca, t_ca) = at_dm, at_ca
     with torch.no_grad():
         x_dm, x_ca = diffusion.add_noise(x, eps_dm, t_dm), diffusion.add_noise(x, eps_ca, t_ca)
-        mu_cond = diffusion.x0(teacher, x_dm, t_dm, **cond)
-        g_dm = diffusion.x0(fake, x_dm, t_dm, **fake_cond) - mu_cond
+        mu_real = mu_cond = diffusion.x0(teacher, x_dm, t_dm, **cond)
+        mu_fake = diffusion.x0(fake, x_dm, t_dm, **fake_cond)
+        g_dm = mu_fake - mu_real
         if at_ca is not at_dm:
             mu_cond = diffusion.x0(teacher, x_ca, t_ca, **cond)
         mu_uncond = diffusion.x0(teacher, x_ca, t_ca, **uncond)
         g_ca = (alpha - 1) * (mu_uncond - mu_cond)
         g = g_dm + g_ca
-    return 0.5 * F.mse_loss(x, (x - g).detach()), g_dm, g_ca
+    return 0.5 * F.mse_loss(x, (x - g).detach()), g_dm, g_ca, mu_real, mu_fake
 
 
 def noise_ranges(levels, u_k, dm_range, ca_range):
@@ -171,8 +174,8 @@ def ablated_loss(
 ):
     """The same with a term off, or with a normaliser. ablation: see `Ablation`.
 
-    -> scalar, g_dm, g_ca; the gradient of a term that is off is 0, or, with an observer, what it
-    would have been.
+    -> scalar; g_dm, g_ca, mu_real, mu_fake. The gradient of a term that is off is 0, or, with an
+    observer, what it would have been; where nothing sees the fake, mu_fake is mu_real.
     """
     (eps_dm, t_dm), (eps_ca, t_ca) = at_dm, at_ca
     with torch.no_grad():
@@ -195,7 +198,7 @@ def ablated_loss(
         by_ca = {"none": None, "branch": mu_cond, "shared": mu_guided}[ablation.normalizer]
         g_dm, g_ca = normalised(g_dm, x, by_dm), normalised(g_ca, x, by_ca)
         g = g_dm + g_ca if ablation.dm else g_ca
-    return 0.5 * F.mse_loss(x, (x - g).detach()), g_dm, g_ca
+    return 0.5 * F.mse_loss(x, (x - g).detach()), g_dm, g_ca, mu_real, mu_fake
 
 
 def normalised(g, x, mu):
@@ -360,19 +363,19 @@ def train(args):
                     at_ca = draw.eps_t("_ca", *range_ca)
                 at_t = diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha
                 if ablation.none:
-                    loss, g_dm, g_ca = decoupled_dmd_loss(x, teacher.net, fake, *at_t)
+                    loss, g_dm, g_ca, *mu = decoupled_dmd_loss(x, teacher.net, fake, *at_t)
                 else:
-                    loss, g_dm, g_ca = ablated_loss(x, teacher.net, fake, *at_t, ablation)
+                    loss, g_dm, g_ca, *mu = ablated_loss(x, teacher.net, fake, *at_t, ablation)
                 run.note(loss_dm_ca=loss)
+                if ablation.sees_dm:
+                    run.note_scores(*mu)  # mu_real, mu_fake
                 if args.mean_variance_weight:
                     loss_mean_variance = mean_variance_loss(x, *moments)
                     loss = loss + args.mean_variance_weight * loss_mean_variance
                     run.note(loss_mean_variance=loss_mean_variance)
                 if args.gan_weight:
-                    noise = draw.eps_t("_gan")
-                    loss_gan = generator_loss(
-                        gan_logit(fake, head, diffusion, x, *noise, fake_cond)
-                    )
+                    logit = gan_logit(fake, head, diffusion, x, *draw.eps_t("_gan"), fake_cond)
+                    loss_gan = generator_loss(logit)
                     loss = loss + args.gan_weight * loss_gan
                     run.note(loss_gan=loss_gan)
             (loss * run.share).backward()
@@ -437,10 +440,11 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
     ),
     "released": dict(
         max_train_steps=1000, learning_rate=1e-6, learning_rate_fake=1e-5, fake_update_ratio=5,
-        train_batch_size=1, ema_decay=0.0, adam_betas=[0.0, 0.99], weight_decay=0.01,
-        lr_warmup_steps=0, lr_decay_share=0.0, student_steps=8, guidance_scale=4.0,
+        train_batch_size=1, ema_decay=0.0, adam_betas=[0.9, 0.999], weight_decay=0.01,
+        lr_warmup_steps=0, lr_decay_share=0.0, student_steps=4, guidance_scale=4.0,
         preview_samples=2, normalizer="branch",
     ),
+    "ZImageTransformer2DModel": dict(student_steps=8),  # Turbo's; shift 3, alpha 5: releases.py
 }  # fmt: skip
 
 
@@ -464,10 +468,10 @@ def parse_args(argv=None):
         help="gradients as they are (paper), over DMD's mean|x - guided x0|, or each over its own "
         "mean|x - conditional x0| (as the authors are reported to do)")
     add("--ca_range", type=number(float, 0, 1), nargs=2, default=None, metavar=("LO", "HI"),
-        help="u ~ U[LO, HI] of CA, before the schedule's bound and the shift (default: .02 .98; "
-        "the paper's [0, .05] is .95 1 here)")
-    add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.02, 0.98], metavar=("LO", "HI"),
-        help="the same of DM (paper: 0 1)")
+        help="u ~ U[LO, HI] of CA, before the schedule's bound and before the shift (default and "
+        "paper: 0 1; the paper's [0, .05] is .95 1 here)")
+    add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LO", "HI"),
+        help="the same of DM, before the shift (paper: 0 1)")
     add("--mean_variance_weight", type=number(float, 0), default=0.0,
         help="weight of Eq. 7's KL on each image's mean and variance (paper: not stated); 0 = off")
     add("--mean_variance_target", type=float, nargs=2, default=None, metavar=("MEAN", "VAR"),
@@ -487,14 +491,14 @@ def parse_args(argv=None):
     add("--observer", action="store_true", help="with --no_dm: train the fake all the same and "
         "log what DM would have done (paper, Sec. 4.2)")
     args = parse(p, argv, "decoupled_dmd", PRESETS, wrong_flags)
-    args.ca_range = args.ca_range or (args.dm_range if args.schedule == "shared" else [0.02, 0.98])
+    args.ca_range = args.ca_range or (args.dm_range if args.schedule == "shared" else [0.0, 1.0])
     return args
 
 
 def wrong_flags(a, world="not known yet"):
     """Flags that do not go together: pairs (wrong, why). world: the teacher's, None without one."""
     on, last = Ablation(a), 1 / a.student_steps  # last: raw time of the student's last step
-    ca_range = a.ca_range or [0.02, 0.98]
+    ca_range = a.ca_range or [0.0, 1.0]
     for flag, (lo, hi) in (("dm_range", a.dm_range), ("ca_range", ca_range)):
         yield lo >= hi, f"--{flag}: LO must be below HI, got {lo:g} {hi:g}"
     two_levels = a.schedule == "shared" and a.ca_range not in (None, a.dm_range)

@@ -26,14 +26,17 @@ Launch.
                 python dmd.py --fake_update_ratio 5 --gan_weight 5e-3 --student_steps 4 \
                     --shared_fake                                          # DMD2, four steps
     paper, v1   python dmd.py --fake_update_ratio 1 --regression_weight 0.25
+    two stages  python dmd.py --student_init runs/dmd-glyphs --fake_init runs/dmd-glyphs \
+                    --gan_weight 1 --learning_rate 4e-4            # the GAN after convergence
     torchrun    torchrun --nproc-per-node 8 dmd.py --teacher Wan2.1-T2V-1.3B-Diffusers \
-                    --prompts prompts.safetensors --student_steps 4 --mixed_precision bf16
+                    --prompts prompts.safetensors --mixed_precision bf16 \
+                    --gradient_checkpointing --gradient_accumulation_steps 8
     sampling    python dmd.py --sample runs/dmd-glyphs/student
 
 Deviations; the reasons are in docs/dmd.md. The gradient drops Eq. 7's factor alpha_t, as both
 papers' pseudo-code does. One step is one student update, and fake updates see fresh samples. The
-regression is L2, not LPIPS; the GAN's head an MLP on tokens. Noise levels are drawn before the
-teacher's shift, evenly over a batch. With several steps the fake is conditioned on the step
+regression is L2, not LPIPS; the GAN's head an MLP on tokens. Noise levels are spread evenly over a
+batch and have the teacher's shift. With several steps the fake is conditioned on the step
 (--shared_fake: not, as in the papers). Optimiser settings and averaged weights suit short runs.
 """
 
@@ -45,13 +48,20 @@ import torch.nn.functional as F
 
 from models.diffusion import expand, step_grid
 from models.draws import Draws, stable_hash
-from models.files import load_tensors, save_tensors
+from models.files import UserError, load_tensors, open_tensors, save_tensors
+from models.networks import load_network
 from models.networks.gan import GanHead
 from models.plumbing import report
 from models.plumbing.data import Conditions, real_batches, try_network
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
-from models.plumbing.run import Run, run_main
-from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
+from models.plumbing.run import Run, find_state, run_main
+from models.plumbing.teachers import (
+    freeze_teacher,
+    network_folder,
+    start_teacher,
+    starting_network,
+    trainable_copy,
+)
 
 # ---- the losses ----------------------------------------------------------------------------------
 #
@@ -62,14 +72,16 @@ from models.plumbing.teachers import freeze_teacher, start_teacher, starting_net
 
 
 def dmd_loss(x, teacher, fake, diffusion, eps, t, cond, uncond, fake_cond, guidance_scale):
-    """The student's distribution matching loss (v1, Alg. 2).  -> scalar, g (B, ...).
+    """The student's distribution matching loss (v1, Alg. 2).
+
+    -> scalar; g, mu_real, mu_fake (B, ...), constants, for the log.
 
     Its gradient in x, with all else constant, is g / numel(x), where
 
         g = (mu_fake(x_t) - mu_real(x_t)) / mean|x - mu_real(x_t)|                (v1, Eq. 7 and 8)
 
-    with one mean for each sample, so that all noise levels pull with similar strength. t = shift(u)
-    with u ~ U[.02, .98] here, U[0, 1] for fake and GAN. guidance_scale 1 is off.
+    with one mean for each sample, so that all noise levels pull with similar strength. t lies in
+    [.02, .98] here, in [0, 1] for fake and GAN. guidance_scale 1 is off.
     """
     with torch.no_grad():
         x_t = diffusion.add_noise(x, eps, t)
@@ -77,7 +89,7 @@ def dmd_loss(x, teacher, fake, diffusion, eps, t, cond, uncond, fake_cond, guida
         mu_fake = diffusion.x0(fake, x_t, t, **fake_cond)
         error = (x - mu_real).abs().flatten(1).mean(1)  # (B,)
         g = (mu_fake - mu_real) / expand(error.clamp_min(1e-8), x)
-    return 0.5 * F.mse_loss(x, (x - g).detach()), g
+    return 0.5 * F.mse_loss(x, (x - g).detach()), g, mu_real, mu_fake
 
 
 def fake_score_loss(fake, diffusion, x, eps, t, cond):
@@ -126,16 +138,18 @@ def generator_loss(logit_fake):
 
 
 def dmd_loss_without_fake(x, teacher, diffusion, eps, t, cond, uncond, guidance_scale):
-    """Ablation: the real score alone, which collapses to modes (v1, Fig. 3).  -> scalar, g.
+    """Ablation: the real score alone, which collapses to modes (v1, Fig. 3).
 
     Without fake score mu_fake is x_t / alpha_t; x, its mean over the noise, stands for it.
+    -> scalar; g, mu_real, mu_fake (B, ...), as `dmd_loss`.
     """
     with torch.no_grad():
         x_t = diffusion.add_noise(x, eps, t)
         mu_real = diffusion.guided_x0(teacher, x_t, t, cond, uncond, guidance_scale)
         error = (x - mu_real).abs().flatten(1).mean(1)  # (B,)
-        g = (x - mu_real) / expand(error.clamp_min(1e-8), x)
-    return 0.5 * F.mse_loss(x, (x - g).detach()), g
+        mu_fake = x.detach()
+        g = (mu_fake - mu_real) / expand(error.clamp_min(1e-8), x)
+    return 0.5 * F.mse_loss(x, (x - g).detach()), g, mu_real, mu_fake
 
 
 # ---- the sampler ---------------------------------------------------------------------------------
@@ -184,7 +198,20 @@ def student_input(args, draw, student, teacher, times, real=None):
 
 def fake_sees_step(args, net):
     """Whether the fake, a network like net, is conditioned on the student's step (docs/dmd.md)."""
-    return args.student_steps > 1 and not args.shared_fake and "steps_cond" in net.config
+    return count_steps(args) > 1 and not args.shared_fake and "steps_cond" in net.config
+
+
+def count_steps(args):
+    """N, the number of the student's steps."""
+    return len(args.student_times or range(args.student_steps))
+
+
+def needs_fake(args):
+    """Whether anything reads the fake: the matching term as a score, or the GAN for its features.
+
+    It is trained as a score for either, as in the authors' GAN-only runs.
+    """
+    return args.gan_weight > 0 or (args.dm_weight > 0 and not args.no_fake_score)
 
 
 def step_input(k, draw, on):
@@ -198,10 +225,10 @@ def train(args):
     refuse(wrong_flags(args, teacher.world))
     teacher.conditions = Conditions(args, teacher.base)
     diffusion, scale = teacher.diffusion, args.guidance_scale
-    times = step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... > t_N, shifted
+    times = args.student_times or step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... t_N
     see_step = fake_sees_step(args, teacher.base)
     student = trainable_copy(args, starting_network(args, teacher), run.device)
-    fake = trainable_copy(args, teacher.base, run.device, see_step)
+    fake = starting_fake(args, teacher, run.device, see_step)
     freeze_teacher(args, teacher, run.device)
     real = real_batches(args, teacher, run.device) if needs_data(args) else None
     features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
@@ -224,7 +251,7 @@ def train(args):
         optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
 
         # ---- fake score and discriminator: R updates, each on fresh samples of the current student
-        for inner in range(0 if args.no_fake_score else args.fake_update_ratio):
+        for inner in range(args.fake_update_ratio if needs_fake(args) else 0):
             for draw in run.micro_batches(step, inner, teacher):
                 with run.autocast():
                     k, x_in, cond, _ = student_input(args, draw, student, teacher, times, real)
@@ -253,19 +280,20 @@ def train(args):
                 k, x_in, cond, uncond = student_input(args, draw, student, teacher, times, real)
                 x = diffusion.x0(student, x_in, times[k], **cond)  # the one call with gradient
                 x.retain_grad()  # for the log
-                eps, t = draw.eps_t("", *args.dm_range)
                 fake_cond = {**cond, **step_input(k, draw, see_step)}
-                at_t = diffusion, eps, t, cond, uncond
-                if args.no_fake_score:
-                    loss, g = dmd_loss_without_fake(x, teacher.net, *at_t, scale)
-                else:
-                    loss, g = dmd_loss(x, teacher.net, fake, *at_t, fake_cond, scale)
-                run.note(loss_dm=loss)
+                loss = g_dm = x.new_zeros(())
+                if args.dm_weight:
+                    at_t = diffusion, *draw.eps_t_within("", *args.dm_range), cond, uncond
+                    if args.no_fake_score:
+                        loss_dm, g, *mu = dmd_loss_without_fake(x, teacher.net, *at_t, scale)
+                    else:
+                        loss_dm, g, *mu = dmd_loss(x, teacher.net, fake, *at_t, fake_cond, scale)
+                    loss, g_dm = args.dm_weight * loss_dm, args.dm_weight * g / g.numel()
+                    run.note(loss_dm=loss_dm, g_dm=g_dm.norm())
+                    run.note_scores(*mu)  # mu_real, mu_fake
                 if args.gan_weight:
-                    noise = draw.eps_t("_gan")
-                    loss_gan = generator_loss(
-                        gan_logit(fake, head, diffusion, x, *noise, fake_cond)
-                    )
+                    logit = gan_logit(fake, head, diffusion, x, *draw.eps_t("_gan"), fake_cond)
+                    loss_gan = generator_loss(logit)
                     loss = loss + args.gan_weight * loss_gan
                     run.note(loss_gan=loss_gan)
                 if pairs:
@@ -273,9 +301,7 @@ def train(args):
                     loss = loss + args.regression_weight * loss_regression
                     run.note(loss_regression=loss_regression)
             (loss * run.share).backward()
-            g_dm = g / g.numel()  # what the matching term alone sends into x
-            run.note(g_dm=g_dm.norm())
-            if args.gan_weight:
+            if args.gan_weight:  # g_dm is what the matching term alone sends into x
                 run.note(g_gan=(x.grad / run.share - g_dm).norm())
             run.note_samples(x)
         run.update(optimizer, "student")
@@ -293,6 +319,37 @@ def train(args):
     report.finish(run, teacher, times, {"student": (len(times), sampler)}, parameters)
 
 
+# ---- training in two stages ----------------------------------------------------------------------
+
+
+def starting_fake(args, teacher, device, see_step):
+    """The fake score, a copy of the teacher or of what --fake_init names. Raises UserError.
+
+    That is a network, or the newest state of a run, whose fake has followed its student so far. One
+    that was not conditioned on the student's step starts with that input at zero.
+    """
+    fake, path = trainable_copy(args, teacher.base, device, see_step), args.fake_init
+    if not path:
+        return fake
+    state = find_state(path, "latest")
+    if not state and os.path.isfile(os.path.join(network_folder(path), "sampler.json")):
+        raise UserError(f"--fake_init {path} is a student, no score: give its run, with its state/")
+    if state:
+        tensors = load_tensors(os.path.join(state, "state.safetensors"))
+        saved = {k.removeprefix("fake."): v for k, v in tensors.items() if k.startswith("fake.")}
+    else:
+        saved = load_network(network_folder(path))[0].state_dict()
+    own = fake.state_dict()
+    missing = {k for k in own if k not in saved and not k.startswith("steps.")}
+    if missing or any(k not in own or own[k].shape != v.shape for k, v in saved.items()):
+        raise UserError(
+            f"--fake_init {path}: it has no fake of this run's shapes: give a network like the "
+            "teacher's, or a run from this teacher with as many student steps or one"
+        )
+    fake.load_state_dict(saved, strict=False)
+    return fake
+
+
 # ---- DMD v1's regression -------------------------------------------------------------------------
 
 
@@ -302,7 +359,9 @@ def teacher_pairs(run, teacher):
     -> {"z" (n, ...), "y" (n, ...), "index" (n,): which condition}.
     """
     args, path = run.args, os.path.join(run.folder, "state", "pairs.safetensors")
-    if run.main and not (run.first and os.path.isfile(path)):  # a run that never saved has no pairs
+    about = {"teacher_steps": str(args.teacher_steps)}  # which may change while the term is off
+    there = run.first and os.path.isfile(path)  # a run that never saved has no pairs
+    if run.main and not (there and open_tensors(path).metadata() in (about, None)):
         draw = Draws(args.seed, "pairs", 0, range(args.regression_pairs), shape=teacher.shape)
         z, index = draw.noise("z"), teacher.conditions.index(draw)
         grid = step_grid(args.teacher_steps, teacher.shift)
@@ -311,7 +370,7 @@ def teacher_pairs(run, teacher):
             cond, uncond = teacher.conditions.pick(i, run.device)
             how = cond, uncond, args.guidance_scale, "heun"
             y.append(teacher.diffusion.sample(teacher.net, z_part.to(run.device), grid, *how))
-        save_tensors({"z": z, "y": torch.cat([v.cpu() for v in y]), "index": index}, path)
+        save_tensors({"z": z, "y": torch.cat([v.cpu() for v in y]), "index": index}, path, about)
     run.wait_for_all()
     return load_tensors(path)
 
@@ -355,11 +414,20 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
         max_train_steps=400, learning_rate=5e-4, learning_rate_fake=1e-3, fake_update_ratio=5,
         train_batch_size=256, ema_decay=0.95, adam_betas=[0.0, 0.99], lr_decay_share=0.7,
     ),
-    "released": dict(
+    "released": dict(  # Self-Forcing's for Wan 1.3B; shift and guidance are in releases.py
         max_train_steps=4000, learning_rate=2e-6, learning_rate_fake=4e-7, fake_update_ratio=5,
-        train_batch_size=1, ema_decay=0.99, adam_betas=[0.0, 0.99], weight_decay=0.01,
+        train_batch_size=1, ema_decay=0.99, adam_betas=[0.0, 0.999], weight_decay=0.01,
         lr_warmup_steps=0, lr_decay_share=0.0, student_steps=4, guidance_scale=4.0,
         preview_samples=2,
+    ),
+    # DMD2's for its nearest teachers, EDM on ImageNet and SDXL: warm-up over 500 critic updates
+    "DiTTransformer2DModel": dict(
+        learning_rate=2e-6, learning_rate_fake=2e-6, adam_betas=[0.9, 0.999], ema_decay=0.0,
+        lr_warmup_steps=100, student_steps=1,
+    ),
+    "PixArtTransformer2DModel": dict(
+        learning_rate=5e-7, learning_rate_fake=5e-7, adam_betas=[0.9, 0.999], ema_decay=0.0,
+        lr_warmup_steps=100,
     ),
 }  # fmt: skip
 
@@ -374,10 +442,15 @@ def parse_args(argv=None):
     add = p.method.add_argument
     add("--student_steps", type=number(int, 1), default=1,
         help="N, network calls of the student (paper: 1 or 4)")
+    add("--student_times", type=number(float, above=0, high=1), nargs="+", default=None,
+        metavar="T", help="these steps instead, in t, after the shift (paper, SDXL in one step: "
+        "index 399 of 1000, 0.4)")
     add("--renoise", choices=["sde", "ode"], default="sde",
         help="between student steps: fresh noise (paper), or Euler")
     add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.02, 0.98], metavar=("LO", "HI"),
-        help="u ~ U[LO, HI] of the student's loss, before the shift (paper: .02 .98)")
+        help="t of the student's loss lies in [LO, HI], after the shift (paper: .02 .98)")
+    add("--dm_weight", type=number(float, 0), default=1.0,
+        help="weight of the matching loss; 0 = off: the GAN or the regression alone (paper: 1)")
     add("--data", default=None, help="real samples for the GAN: a world, an image folder, or "
         "FILE.safetensors with x0 and cond.* (default: the world's)")
     add("--gan_weight", type=number(float, 0), default=0.0,
@@ -388,6 +461,9 @@ def parse_args(argv=None):
         help="lambda of DMD v1's regression onto teacher samples (paper: 0.25); 0 = off")
     add("--regression_pairs", type=number(int, 1), default=1000,
         help="number of teacher samples for it")
+    p.run.add_argument("--fake_init", default=None, metavar="FOLDER",
+        help="start the fake here instead of from the teacher: a network, or a run, whose newest "
+        "state has one")
     add = p.ablations.add_argument
     add("--student_input", choices=["backsim", "real"], default="backsim",
         help="later steps start from the student's own states (paper) or from noised data")
@@ -400,7 +476,7 @@ def parse_args(argv=None):
 
 def needs_data(args):
     """Whether real samples take part in training."""
-    return args.gan_weight > 0 or (args.student_input == "real" and args.student_steps > 1)
+    return args.gan_weight > 0 or (args.student_input == "real" and count_steps(args) > 1)
 
 
 # fmt: off
@@ -409,7 +485,7 @@ def wrong_flags(a, world="not known yet"):
     low, high = a.dm_range
     unused = a.data and not needs_data(a)
     missing = needs_data(a) and not (a.data or world)
-    v1 = a.regression_weight
+    v1, times = a.regression_weight, a.student_times or []
     yield low >= high, f"--dm_range: LO must be below HI, got {low:g} {high:g}"
     yield unused, ("--data is for the GAN or --student_input real with several steps: set "
                    "--gan_weight, or leave --data out")
@@ -419,8 +495,17 @@ def wrong_flags(a, world="not known yet"):
                                              "sits on the fake score: use --gan_weight 0")
     yield v1 and not a.teacher_steps, ("--regression_weight needs teacher samples: give "
                                        "--teacher_steps of at least 1")
-    several = v1 and a.student_steps > 1
+    several = v1 and count_steps(a) > 1
     yield several, "--regression_weight is DMD v1, a one-step method: use --student_steps 1"
+    nothing = not (a.dm_weight or a.gan_weight or v1)
+    yield nothing, ("--dm_weight 0 leaves nothing to learn from: give --gan_weight or "
+                    "--regression_weight")
+    yield a.no_fake_score and not a.dm_weight, ("--no_fake_score is about the matching loss, which "
+                                                "--dm_weight 0 takes out: leave one of them out")
+    yield a.fake_init and not needs_fake(a), ("--fake_init: nothing reads the fake score here: "
+                                              "leave it out")
+    rising = any(t <= later for t, later in zip(times, times[1:]))
+    yield rising, f"--student_times must descend, got {' '.join(f'{t:g}' for t in times)}"
 # fmt: on
 
 

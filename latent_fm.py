@@ -38,7 +38,11 @@ of maps is trained. The networks are DiTs, the paper's ADM is not here.
 """
 
 import argparse
+import hashlib
+import json
+import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -61,6 +65,7 @@ from models.diffusion import (
 )
 from models.draws import Draws, stable_hash
 from models.files import UserError, open_tensors, save_json, save_tensors
+from models.muon import Muon
 from models.networks import load_network, network_config, save_network, weights_hash
 from models.networks.autoencoders import Identity, PatchPCA
 from models.networks.dit import DiT
@@ -68,7 +73,7 @@ from models.networks.dit_imagenet import DIT_B_2, DIT_L_2, DIT_XL_2, DiTTransfor
 from models.networks.latent_space import LatentSpace, load_space, space_beside
 from models.networks.ring_mlp import RingMLP
 from models.plumbing import report
-from models.plumbing.data import Rows, load_data, to_unit
+from models.plumbing.data import CROPS, Rows, load_data, to_unit
 from models.plumbing.flags import (
     Parser,
     add_run_flags,
@@ -79,7 +84,7 @@ from models.plumbing.flags import (
 )
 from models.plumbing.run import Run, refuse_output_dir, run_main
 from models.plumbing.teachers import describe_schedule, read_own_sampler
-from models.worlds import WORLDS, load_world
+from models.worlds import WORLDS, load_world, refuse_ambiguous
 from models.worlds.masks import draw_masks
 from models.worlds.measures import balanced_labels
 from models.worlds.shapes import overlap
@@ -309,9 +314,31 @@ def sample(
 # ---- training ------------------------------------------------------------------------------------
 
 
+def fall(args, left):
+    """What share of its learning rate a network trains with.  -> factor within [0, 1].
+
+    left: falls from 1 to 0 in the last part of the run, as `Run.rate` gives it. The factor falls
+    with it, in a straight line or along half a cosine, from 1 to --lr_final / --learning_rate.
+    """
+    floor = args.lr_final / args.learning_rate
+    height = left if args.lr_schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+    return floor + (1 - floor) * height
+
+
 def mirrored(x, flip):
     """x (B, ..., W), with the items that flip (B,) says mirrored; flip None: x itself."""
     return x if flip is None else torch.where(expand(flip, x), x.flip(-1), x)
+
+
+def mirrored_maps(maps, flip, mirror):
+    """maps (B, H, W) of class numbers, mirrored where flip (B,) says so; flip None: maps itself.
+
+    mirror (256,): the class that each class is in a mirror, where left and right change places.
+    """
+    if flip is None:
+        return maps
+    theirs = mirror.to(maps.device)[maps.long()].to(maps.dtype).flip(-1)
+    return torch.where(expand(flip, maps), theirs, maps)
 
 
 def condition(args, draw, data, space, i, flip, x):
@@ -326,7 +353,7 @@ def condition(args, draw, data, space, i, flip, x):
         mask = draw_masks(x.shape[-1], draw.integer("mask", 2**62)).to(draw.device)
         return {"context": inpainting_context(space, x, mask)}
     if args.task == "semantic":
-        maps = mirrored(data.maps[i].to(draw.device), flip)
+        maps = mirrored_maps(data.maps[i].to(draw.device), flip, data.map_mirror)
         return {"context": semantic_context(maps, data.map_classes, space.factor)}
     return {}
 
@@ -336,7 +363,7 @@ def training_batch(args, draw, data, space, cache):
     i, x = draw.integer("item", len(data.x)), None
     flip = draw.uniform("flip") < 0.5 if args.hflip else None
     if cache is None or args.task == "inpaint":
-        x = mirrored(to_unit(data.x[i]).to(draw.device), flip)  # (B, 3, H, W)
+        x = mirrored(to_unit(data.x[i].to(draw.device)), flip)  # (B, 3, H, W)
     if cache is None:
         mean, std = space.moments(x)  # of the encoder's posterior, each (B, C, h, w)
     else:
@@ -382,10 +409,11 @@ def train(args):
     introduce(run, data, space, net, shape)
 
     for step in run.steps():
-        warmup, decay = run.rate(step)
+        warmup, left = run.rate(step)
+        lr_factor = warmup * fall(args, left)
         for optimizer, rate in zip(optimizers, rates):
             for group in optimizer.param_groups:
-                group["lr"] = rate * warmup * decay
+                group["lr"] = rate * lr_factor
 
         totals = torch.zeros(4, 2, device=run.device)
         for draw in run.micro_batches(step, 0, latents):
@@ -404,15 +432,12 @@ def train(args):
         run.update_ema(ema, net, step, start=10)
         by_t = totals[:, 0] / totals[:, 1].clamp_min(1)  # 0 in a quarter that no t fell into
         run.note(**{f"loss_t{quarter}": by_t[quarter] for quarter in range(4)})
-        lr = args.learning_rate * warmup * decay
-        if run.end_step(step, show=("loss",), lr=lr):  # True: time to save
+        if run.end_step(step, show=("loss",), lr=args.learning_rate * lr_factor):  # True: save
             save_student(run, ema, space)
             run.save(step)
     if run.first >= args.max_train_steps:  # a finished run is written out again, perhaps elsewhere
         save_student(run, ema, space)
-    if run.main:
-        saved, _ = load_network(os.path.join(run.folder, "student"))
-        finish(run, saved.to(run.device), world, data, space)
+    finish(run, as_saved(args, ema), world, data, space)
     run.wait_for_all()
 
 
@@ -427,6 +452,7 @@ class TrainingData:
     label         (N,) int64, or None
     num_classes   of the labels, 0 for tasks without; class_names: a list of them, or None
     maps          class numbers (N, H, W), or None; map_classes: how many there are
+    map_mirror    (256,) int64, what each class of a map is in a mirror; None without --hflip
     """
 
     x: Any
@@ -435,6 +461,7 @@ class TrainingData:
     class_names: list | None = None
     maps: Any = None
     map_classes: int = 0
+    map_mirror: Any = None
 
 
 def load_training_data(args, world):
@@ -446,7 +473,8 @@ def load_training_data(args, world):
     maps = args.maps or bool(world)  # a world has its own
     maps = maps if args.task == "semantic" else None
     flat = args.task != "class"  # without classes, images need no subfolders
-    found = load_data(args.data, args.resolution, args.pool, args.seed, flat, maps)
+    how = dict(flat=flat, maps=maps, crop=args.crop)
+    found = load_data(args.data, args.resolution, args.pool, args.seed, **how)
     x, cond, class_names = found
     data = TrainingData(x, cond.get("label"))
     if args.task == "class" and data.label is None:
@@ -459,6 +487,8 @@ def load_training_data(args, world):
         data.num_classes, data.class_names = count_classes(where, world, data.label), class_names
     if args.task == "semantic":
         data.maps, data.map_classes = check_maps(where, world, x, cond.get("map"))
+        if args.hflip:
+            data.map_mirror = mirror_classes(map_names(args, world, data.map_classes))
     return data
 
 
@@ -488,6 +518,42 @@ def check_maps(where, world, x, maps):
     if not len(known):
         raise UserError(f"{where}: every map is 255, no class, everywhere: give maps with classes")
     return maps, getattr(world, "map_classes", None) or 1 + int(known.max())
+
+
+def map_names(args, world, classes):
+    """Names of the maps' classes, from --map_names; a world's have no sides. Raises UserError."""
+    if world:
+        return []
+    try:
+        with open(args.map_names, encoding="utf-8") as f:
+            names = json.load(f)
+    except (OSError, ValueError) as e:
+        raise UserError(f"--map_names {args.map_names} is not readable JSON: {e}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'--map_names {args.map_names}: wanted a list, ["background", "skin", ...]')
+    if len(names) < classes:
+        raise UserError(
+            f"--map_names {args.map_names} names {len(names)} classes, and the maps have {classes}"
+        )
+    return names
+
+
+SIDES = {"l": "r", "r": "l", "left": "right", "right": "left"}  # as words of a class's name
+
+
+def mirror_classes(names):
+    """What each class becomes in a mirror: l_brow is r_brow, left_arm right_arm, skin itself.
+
+    names: of the classes 0, 1, ... -> (256,) int64. Raises UserError for a side without the other.
+    """
+    mirror, there = torch.arange(256), [name.lower() for name in names]
+    for k, name in enumerate(there):
+        words = re.split(r"([ _-]+)", name)
+        other = "".join(SIDES.get(word, word) for word in words)
+        if other not in there:
+            raise UserError(f"--map_names: {name!r} has no {other!r}, which it is in a mirror")
+        mirror[k] = there.index(other)
+    return mirror
 
 
 def build_space(args, world, data):
@@ -550,25 +616,35 @@ def cache_latents(run, data, space):
     """--cache_latents: encode every item once, with --hflip its mirror image too.
 
     -> means and standard deviations of the posteriors, each Rows of the file, (N, 1 or 2, C, h, w).
-    Rank 0 makes the file where it is not there. Raises UserError for another data set's.
+    Rank 0 makes the file where it is not there. Raises UserError for a file that was made of other
+    pixels, in another order, or by another autoencoder.
     """
     args, path = run.args, run.args.cache_latents
-    names = ("data", "resolution", "hflip", "pca_patch", "pca_channels")
-    about = {name: str(getattr(args, name)) for name in names}
+    about = {name: str(getattr(args, name)) for name in ("hflip", "pca_patch", "pca_channels")}
     about["autoencoder"] = args.autoencoder if space.folder is None else weights_hash(space.folder)
+    about["pixels"] = pixels_hash(data.x)
     if run.main and not os.path.isfile(path):
         moments = encode_all(data, space, args.train_batch_size, args.hflip, run.device)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         save_tensors(moments, path, about)
     run.wait_for_all()  # nobody reads the file before it is whole
     file = open_tensors(path)
-    same = (file.metadata() or {}) == about and {"mean", "std"} <= set(file.keys())
-    if not same or file.get_slice("mean").get_shape()[0] != len(data.x):
+    there = file.metadata() or {}
+    other = [name for name in about if there.get(name) != about[name]]
+    if other or not {"mean", "std"} <= set(file.keys()):
         raise UserError(
-            f"--cache_latents {path} was made for other data, flags or autoencoder: "
-            "name another file, or remove this one"
+            f"--cache_latents {path} was made with other {', '.join(other) or 'tensors'}: "
+            "name another file, or remove this one and it is made again"
         )
     return Rows(file, "mean"), Rows(file, "std")
+
+
+def pixels_hash(x):
+    """A hash of all items x (N, ...) in their order: a cache belongs to what was encoded."""
+    digest = hashlib.sha256()
+    for index in torch.arange(len(x)).split(256):
+        digest.update(x[index].numpy())
+    return digest.hexdigest()
 
 
 def encode_all(data, space, batch, hflip, device):
@@ -682,11 +758,11 @@ def build_optimizers(args, net):
     ]
     muon = {id(p) for p in inside} if args.optimizer == "muon" else set()
     rest = [p for p in net.parameters() if id(p) not in muon]
-    adam = dict(betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True)
+    adam = dict(betas=args.adam_betas, weight_decay=args.weight_decay, fused=True)
     optimizers = [torch.optim.AdamW(rest, lr=args.learning_rate, **adam)]
     if muon:
         decay = args.weight_decay
-        optimizers.append(torch.optim.Muon(inside, lr=args.learning_rate_muon, weight_decay=decay))
+        optimizers.append(Muon(inside, lr=args.learning_rate_muon, weight_decay=decay))
     return optimizers, [args.learning_rate, args.learning_rate_muon]
 
 
@@ -701,6 +777,15 @@ def introduce(run, data, space, net, shape):
         f"{data.num_classes} classes; {space.describe()}; {type(net).__name__} on {shape} with "
         f"{parameters:,} parameters on {run.device} x {run.world_size}"
     )
+
+
+@torch.no_grad()
+def as_saved(args, net):
+    """The network that student/ holds: in eval mode, and with --save_fp16 rounded."""
+    if args.save_fp16:
+        for p in net.parameters():
+            p.copy_(p.half())
+    return net.eval()
 
 
 def save_student(run, net, space):
@@ -729,6 +814,7 @@ def save_student(run, net, space):
         "data": args.data,
         "maps": args.maps,
         "resolution": args.resolution,
+        "crop": args.crop,
     }
     save_json(sampler, os.path.join(folder, "sampler.json"))
 
@@ -737,11 +823,14 @@ def save_student(run, net, space):
 def finish(run, net, world, data, space):
     """Measure a saved network, write samples.png and, after training, report.json; print a table.
 
-    data: what the run trained on, or None for --sample of a task that needs none.
+    All ranks call it and share out the samples, in the precision that networks train in. data: what
+    the run trained on, or None for --sample of a task that needs none.
     """
     args = run.args
     evaluate = evaluate_context if args.task in ("inpaint", "semantic") else evaluate_classes
-    results, rows = evaluate(args, net, world, data, space)
+    results, rows = evaluate(run, net, world, data, space)
+    if not run.main:
+        return
     report.save_samples(run.folder, rows, world)
     if args.sample is None:
         parameters = sum(p.numel() for p in net.parameters())
@@ -750,13 +839,14 @@ def finish(run, net, world, data, space):
     print(f"samples: {os.path.join(run.folder, 'samples.png')}")
 
 
-def draw_samples(args, net, space, n, seed, label=None, context=None, **changes):
+def draw_samples(run, net, space, n, seed, label=None, context=None, **changes):
     """n samples from this seed's noise, with the solver and guidance of the flags.
 
     label (n,), context (n, C', h, w): on the CPU. changes: arguments of `sample` in place of the
-    flags. -> pixels (n, ...) on the CPU, milliseconds a sample, velocity evaluations.
+    flags. -> pixels (n, ...) on the CPU of rank 0, None on the others; milliseconds a sample and
+    velocity evaluations of this rank's share.
     """
-    device, calls = next(net.parameters()).device, []
+    args, calls = run.args, []
     noise = torch.randn(n, *net.latent_shape, generator=torch.Generator().manual_seed(seed))
     settings = dict(
         steps=args.sample_steps,
@@ -771,17 +861,18 @@ def draw_samples(args, net, space, n, seed, label=None, context=None, **changes)
 
     def part(first, last):
         z, its_label, its_context = (
-            None if v is None else v[first:last].to(device) for v in (noise, label, context)
+            None if v is None else v[first:last].to(run.device) for v in (noise, label, context)
         )
-        return space.to_pixels(
-            sample(net, z, its_label, context=its_context, calls=calls, **settings)
-        )
+        z = sample(net, z, its_label, context=its_context, calls=calls, **settings)
+        with torch.autocast(run.device.type, enabled=False):  # the autoencoder in float32
+            return space.to_pixels(z)
 
+    shape, batch = space.pixel_shape(net.latent_shape), 500 if is_exact(space) else 16
     try:
-        x, ms = report.many(part, n, 500 if is_exact(space) else 16)
+        x, ms = report.many_on_all_ranks(run, part, n, shape, batch)
     except ValueError as e:
         raise UserError(f"--solver {args.solver}: {e}") from None
-    return x, ms, sum(calls) / len(calls)
+    return x, ms, sum(calls) / max(1, len(calls))
 
 
 def add_excess(results):
@@ -790,9 +881,9 @@ def add_excess(results):
         row["fd_excess"] = row["fd"] - results[0]["fd"]
 
 
-def evaluate_classes(args, net, world, data, space):
+def evaluate_classes(run, net, world, data, space):
     """--task class and uncond.  -> rows of report.json (worlds only), rows of samples.png."""
-    results = measure_world(args, net, world, space) if world else []
+    args, results = run.args, measure_world(run, net, world, space) if world else []
     classes, classless = max(1, net.num_classes), not net.num_classes
     n = 400 if world and world.name == "ring" else 20
     label, rows = balanced_labels(n, classes), []
@@ -803,7 +894,7 @@ def evaluate_classes(args, net, world, data, space):
         steps = "dopri5"
     for scale in dict.fromkeys((1.0, args.guidance_scale)):
         asked = None if classless else label
-        x, _, nfe = draw_samples(args, net, space, n, args.seed + 1, asked, guidance_scale=scale)
+        x, _, nfe = draw_samples(run, net, space, n, args.seed + 1, asked, guidance_scale=scale)
         guidance = "" if classless else f", guidance {scale:g}"
         rows.append((f"{steps}, {nfe:g} evaluations{guidance}", x))
     return results, rows
@@ -820,25 +911,29 @@ def data_items(data, label, classless):
     return to_unit(data.x[torch.stack(index)])
 
 
-def measure_world(args, net, world, space):
-    """2,000 samples of a world each: data, through the autoencoder, and by several solvers."""
-    label = balanced_labels(2000, world.num_classes)
-    device = next(net.parameters()).device
+def measure_world(run, net, world, space):
+    """2,000 samples of a world each: data, through the autoencoder, and by several solvers.
+
+    Rows without measures on ranks other than 0.
+    """
+    args, label = run.args, balanced_labels(2000, world.num_classes)
 
     def row(name, nfe, x, **more):
-        measures = world.measure(x, label)
+        measures = world.measure(x, label) if run.main else {}
         if not net.num_classes:  # these compare with the label, which such a network does not see
             for measure in ("accuracy", "log_p", "diversity"):
                 measures.pop(measure, None)
         return {"name": name, "nfe": nfe, **more, **measures}
 
     def reconstruct(first, last):
-        return space.to_pixels(space.to_latents(x[first:last].to(device)))
+        with torch.autocast(run.device.type, enabled=False):
+            return space.to_pixels(space.to_latents(x[first:last].to(run.device)))
 
     x = world.data(2000, 777, label)[0]
     results = [row("data", 0, x)]
     if not space.trivial:
-        results.append(row("reconstruction", 0, report.many(reconstruct, 2000)[0]))
+        again, _ = report.many_on_all_ranks(run, reconstruct, 2000, x.shape[1:])
+        results.append(row("reconstruction", 0, again))
     runs = [
         ("teacher", 1.0, {}),
         ("guided", args.guidance_scale, {}),
@@ -850,26 +945,30 @@ def measure_world(args, net, world, space):
             continue
         asked = label if net.num_classes else None
         changes |= dict(guidance_scale=scale)
-        x, ms, nfe = draw_samples(args, net, space, 2000, args.seed, asked, **changes)
+        x, ms, nfe = draw_samples(run, net, space, 2000, args.seed, asked, **changes)
         calls = nfe if scale in (0, 1) else 2 * nfe
         results.append(row(name, calls, x, guidance_scale=scale, ms_per_sample=ms))
-    add_excess(results)
+    if run.main:
+        add_excess(results)
     return results
 
 
-def evaluate_context(args, net, world, data, space):
+def evaluate_context(run, net, world, data, space):
     """--task inpaint and semantic: how well holes are filled, or the map is followed.
 
     "shuffled" is with another item's condition, the measure of a network that does not look at it.
     Worlds are measured on fresh items, folders on items of the training set. -> rows of
     report.json, rows of samples.png.
     """
+    args = run.args
     x, maps, label = evaluation_items(args, world, data)
     context, mask = evaluation_context(args, net, data, space, x, maps)
     n = len(x)
-    made, ms, nfe = draw_samples(args, net, space, n, args.seed, context=context)
+    made, ms, nfe = draw_samples(run, net, space, n, args.seed, context=context)
     # each item with its neighbour's condition; the neighbour has another class
-    other, _, _ = draw_samples(args, net, space, n, args.seed, context=context.roll(1, 0))
+    other, _, _ = draw_samples(run, net, space, n, args.seed, context=context.roll(1, 0))
+    if not run.main:
+        return [], []
     row = {"name": "teacher", "nfe": nfe, "ms_per_sample": ms}
     if args.task == "inpaint":
         x_out = composite(made, x, mask)
@@ -962,6 +1061,7 @@ def sample_only(args):
     args.task = saved.get("task", "class")
     args.data, args.maps = args.data or saved.get("data"), args.maps or saved.get("maps")
     args.resolution = saved.get("resolution", args.resolution)
+    args.crop = saved.get("crop", args.crop)
     args.pool = 1000  # of a world's training items only the number of map classes is wanted
     name = config.get("world") or args.data
     world = load_world(name) if name in WORLDS else None
@@ -972,6 +1072,7 @@ def sample_only(args):
     data = load_training_data(args, world) if with_context else None
     os.makedirs(run.folder, exist_ok=True)
     finish(run, net.to(run.device), world, data, space)
+    run.wait_for_all()
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -989,7 +1090,8 @@ PRESETS = {
 MAPS = dict(max_train_steps=1200)  # --task semantic: a map says most of what there is to learn
 SIZED = dict(
     max_train_steps=400000, optimizer="adamw", learning_rate=1e-4, lr_warmup_steps=0,
-    lr_decay_share=0.0, weight_decay=0.0, ema_decay=0.9999,
+    lr_decay_share=0.0, lr_schedule="cosine", weight_decay=0.0, ema_decay=0.9999,
+    adam_betas=[0.9, 0.999], max_grad_norm=0.0, crop="adm",
 )  # fmt: skip
 # The sampler's flags where they are not given. They are None until then, so that --sample knows
 # which ones to read from sampler.json.
@@ -1011,7 +1113,12 @@ def add_data_flags(p):
         help="pixels a side; only for image folders (paper: 256, 512, 1024)")
     add("--pool", type=number(int, 100), default=100000,
         help="items drawn from a world to train on")
-    add("--hflip", action="store_true", help="mirror half of the items (paper: on, for all data)")
+    add("--crop", choices=CROPS, default="lanczos", help="how an image of a folder becomes a "
+        "square: our own way, ADM's (paper: ImageNet), or torchvision's Resize (paper: LSUN)")
+    add("--hflip", action="store_true", help="mirror half of the items (paper: on for classes and "
+        "uncond; its code for inpainting and maps does not)")
+    add("--map_names", default=None, metavar="FILE", help="--hflip with --task semantic: JSON "
+        "list of the maps' classes, so that l_brow and r_brow change places in a mirror image")
     add("--autoencoder", default="identity", help="identity (pixels), pca, or the folder of an "
         "AutoencoderKL or of a pipeline with vae/ (paper: stabilityai/sd-vae-ft-mse, f = 8)")
     add("--pca_patch", type=number(int, 1), default=4,
@@ -1061,8 +1168,14 @@ def add_training_flags(p):
     add("--learning_rate_muon", type=number(float, above=0), default=0.02,
         help="Muon's learning rate")
     add("--weight_decay", type=number(float, 0), default=0.01, help="AdamW weight decay (paper: 0)")
-    add("--lr_decay_share", type=number(float, 0, 1), default=1.0,
-        help="last share of the run with a linear decay to 0; 0 = constant (paper)")
+    add("--adam_betas", type=number(float, 0, 0.99999), nargs=2, default=[0.9, 0.99],
+        help="AdamW betas (paper: 0.9 0.999)")
+    add("--lr_decay_share", type=number(float, 0, 1), default=1.0, help="last share of the run "
+        "in which the rates fall; 0 = constant (paper: 0 for LSUN and ImageNet, 1 for faces)")
+    add("--lr_schedule", choices=["linear", "cosine"], default="linear",
+        help="how they fall: in a straight line, or along half a cosine (paper)")
+    add("--lr_final", type=number(float, 0), default=0.0,
+        help="what --learning_rate falls to, and Muon's in proportion (paper: 1e-5)")
 
 
 def add_sampler_flags(p):
@@ -1098,6 +1211,7 @@ def parse_args(argv=None):
     p.set_defaults(max_grad_norm=1.0, checkpointing_steps=1000, guidance_scale=None)
     argv = sys.argv[1:] if argv is None else argv
     known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+    refuse_ambiguous("--data", known.data)
     source = known.data or (None if known.sample else "shapes")
     p.set_defaults(**PRESETS.get(source, {}))
     if source == "shapes" and known.task == "semantic":
@@ -1138,6 +1252,7 @@ def wrong_flags(a, world):
     misplaced = a.maps and not (semantic and images and os.path.isdir(a.maps))
     with_context = a.task in ("inpaint", "semantic")
     sized = a.network in PAPER_NETWORKS and (with_context or a.t_scale not in (1, 1000))
+    sides = a.hflip and semantic and not world
     yield low > high, f"--guidance_interval: LO must not be above HI, got {low:g} {high:g}"
     yield guided, f"--guidance_scale {scale}: --task {a.task} has no labels to guide by"
     yield inpaint_file, "--task inpaint encodes images in every step: give --data FOLDER or a world"
@@ -1146,6 +1261,14 @@ def wrong_flags(a, world):
         f"{data}: --task semantic needs --maps FOLDER, a PNG of class numbers for each image")
     yield misplaced, (
         f"--maps {a.maps}: a folder of maps goes with --task semantic and --data FOLDER of images")
+    yield sides and not a.map_names, (
+        "--hflip: a mirror exchanges left and right classes: give --map_names FILE, a JSON list of "
+        "the maps' class names, or leave --hflip out")
+    yield a.map_names and not sides, (
+        f"--map_names {a.map_names}: has an effect only with --task semantic --hflip on maps of "
+        "your own: leave it out")
+    yield a.lr_final > a.learning_rate, (
+        f"--lr_final {a.lr_final:g} is above --learning_rate {a.learning_rate:g}: lower it")
     yield sized, (
         f"--network {a.network}: for --task class or uncond, and --t_scale 1 or 1000; "
         "use --network small")

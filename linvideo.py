@@ -8,8 +8,9 @@ Meanwhile the student has to stay a good sampler. At every time t the states tha
 have the distribution of the teacher's, and the gradient of the KL divergence between the two is a
 difference of two scores. Both networks are flow models, whose velocities give their scores, so
 the student is its own fake score. No data is needed, only a bank of states that the teacher's
-sampler passes through. The default objective is the simpler regression of Eq. 7, which is stable at
-higher learning rates; the line marked `paper` is the distribution matching.
+sampler passes through. In the limit of short steps that is a regression onto the teacher's velocity
+at the student's own states (--objective adm). The default, also for released models, is the simpler
+one of Eq. 7 at the teacher's states, which measures the same and costs least.
 
     paper         here      meaning                                                      shape
     r^(l)         r         weight of softmax attention in layer l, 1 = softmax          (layers,)
@@ -24,9 +25,10 @@ Launch.
     laptop      python linvideo.py               # clips, 4 of 8 layers, five minutes on two cores
     then        python dmd.py --teacher clips --student_init runs/linvideo-clips/student \
                     --student_steps 4 --timestep_shift 2
-    paper       python linvideo.py --objective adm --learning_rate 1e-4 --selection_share 1 \
-                    --selection_weight 0.01 --alpha 20 2
+    paper       python linvideo.py --objective adm --state part --weight eq13 --count round \
+                    --learning_rate 1e-4 --selection_share 1 --selection_weight 0.01 --alpha 20 2
     ablations   python linvideo.py --no_regularizer                 # Tab. 3, with Eq. 7
+                python linvideo.py --objective adm                  # the student's own states
                 python linvideo.py --objective adm_critic --weight unit --learning_rate 1e-4
     torchrun    torchrun --nproc-per-node 8 linvideo.py --teacher Wan2.1-T2V-1.3B-Diffusers \
                     --prompts prompts.safetensors --target_layers 16 --mixed_precision bf16
@@ -34,13 +36,16 @@ Launch.
 
 Deviations; the reasons are in docs/linvideo.md. The authors have published no code. Chosen here are
 the way to x_hat (--state), the sign of Eq. 9, its gradient straight through the rounding, r's start
-and rate, and a last phase with exactly `target` layers fixed (--selection_share). By default lambda
-is .001 and alpha falls from 2-4 to 2 (paper: .01, 20 to 2). The bank is guided, the losses are not.
+and rate, the shape of phi's W, and a last phase with exactly `target` layers fixed. By default
+lambda is .001, alpha falls from 4 to 2 (paper: .01, 20 to 2), and released models get a count
+without rounding (--count soft). The bank is guided, the losses are not.
 """
 
 import copy
 import csv
+import math
 import os
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +56,7 @@ from tqdm import tqdm
 from kernels.linear_attention import FEATURE_MAPS, LinearAttention, use_linear_attention
 from models.diffusion import Flow, add_noise, expand, guide, shift, step_grid
 from models.draws import Draws
-from models.files import load_json, save_json
-from models.networks import weights_hash
+from models.files import UserError, load_json, open_tensors, save_json, save_tensors
 from models.plumbing import report
 from models.plumbing.data import Bank, Conditions, try_network
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
@@ -68,7 +72,7 @@ def velocity(net, x_t, t, cond):
 
 
 def adm_loss(student, teacher, x_t, t, s, cond):
-    """Anytime distribution matching (Sec. 4.2).  -> scalar, g (B, ...).
+    """Anytime distribution matching (Sec. 4.2).  -> scalar; g, v, v_hat (B, ...).
 
     One Euler step of the student takes x_t to x_hat at time s. A flow's score at x_hat is
     -(x_hat + (1 - s) v) / s, so the KL divergence of the student's distribution there from the
@@ -85,13 +89,19 @@ def adm_loss(student, teacher, x_t, t, s, cond):
         v = velocity(teacher, x_hat, s, cond)
         v_hat = velocity(student, x_hat, s, cond)  # the student is its own score
         g = expand((1 - s) / s, x_hat) * (v - v_hat)
-    return 0.5 * (x_hat - (x_hat - g).detach()).square().mean(), g
+    return 0.5 * (x_hat - (x_hat - g).detach()).square().mean(), g, v, v_hat
 
 
 def regression_loss(student, x_t, v_t, t, cond):
-    """Regression onto the teacher's velocity v_t at x_t (Eq. 7).  -> scalar, its error (B, ...)."""
-    error = velocity(student, x_t, t, cond) - v_t
-    return 0.5 * error.square().mean(), error
+    """Regression onto the teacher's velocity v_t at x_t.  -> scalar; error, v_t, v_hat (B, ...).
+
+    At states of the teacher's trajectories this is Eq. 7. At states of the student's own it is the
+    limit of Eq. 11 to 13 for short steps, in which x_hat is x_t and the gradient in v_hat is the
+    difference of velocities there (--state policy; derived in docs/linvideo.md). x_t is a constant.
+    """
+    v_hat = velocity(student, x_t, t, cond)
+    error = v_hat - v_t
+    return 0.5 * error.square().mean(), error, v_t, v_hat.detach()
 
 
 def constraint(r, target):
@@ -109,13 +119,22 @@ def regularizer(r, alpha):
     """sum 1 - |2 r - 1|^alpha (Eq. 10): 0 where r is 0 or 1, and 1 where it is one half.
 
     A large alpha > 1 makes it flat in between. Keep r in [0, 1] after every update, since outside
-    this falls without bound. Where all r are equal and above one half, `constraint` moves them only
-    if alpha (2 r - 1)^(alpha - 1) < target.  r (layers,) -> scalar.
+    this falls without bound.  r (layers,) -> scalar.
     """
     return (1 - (2 * r - 1).abs() ** alpha).sum()
 
 
 # ---- variants of the losses, and baselines (Tab. 4) ----------------------------------------------
+
+
+def soft_constraint(r, target):
+    """Eq. 9 with layers counted as sum (1 - r), without rounding.  r (layers,) -> scalar.
+
+    With rounding, all r fall to one half together, and there the constraint's gradient, the same
+    for all, changes its sign from update to update: what tells one layer from another drowns. This
+    count changes smoothly, and one layer can fall while another rises.
+    """
+    return ((1 - r).sum() - target) ** 2
 
 
 def matching_loss(x, g):
@@ -130,7 +149,8 @@ def matching_gradient(v, v_hat, s, weight):
     """adm_loss's g with a weight of choice, a constant.  v, v_hat (B, ...), s (B,) -> (B, ...).
 
     "eq13" is the paper's, "unit" is the bare difference of velocities, and "dmd" is the difference
-    of x0 divided by the mean |x0 of the student - x0 of the teacher| at x_hat of each sample.
+    of x0 divided by the mean |x0 of the student - x0 of the teacher| at x_hat of each sample. All
+    of them are gradients in x_hat.
     """
     difference = (v - v_hat).detach()
     if weight == "eq13":
@@ -142,31 +162,40 @@ def matching_gradient(v, v_hat, s, weight):
 
 
 def adm_variant_loss(args, student, teacher, score, x_t, v_t, t, s, cond):
-    """adm_loss with --weight, and with --regression_weight of Eq. 7 beside it.  -> scalar, g.
+    """adm_loss with --weight, and with --regression_weight of Eq. 7 beside it.
 
     score: the network that gives the student's score, the student itself or a critic. v_t: the
-    teacher's velocity at x_t, which only the regression needs.
+    teacher's velocity at x_t, which only the regression needs. A gradient in x_hat reaches v_hat_t
+    times s - t, which is random and small; with the weight "velocity" g is the gradient in v_hat_t
+    itself, the bare difference of velocities at x_hat.  -> scalar; g, v, v_hat (B, ...).
     """
     v_hat_t = velocity(student, x_t, t, cond)
     x_hat = x_t + expand(s - t, x_t) * v_hat_t
     with torch.no_grad():
         v = velocity(teacher, x_hat, s, cond)
         v_hat = velocity(score, x_hat, s, cond)
-    g = matching_gradient(v, v_hat, s, args.weight)
-    loss = matching_loss(x_hat, g)
+    if args.weight == "velocity":
+        g = v_hat - v
+        loss = matching_loss(v_hat_t, g)
+    else:
+        g = matching_gradient(v, v_hat, s, args.weight)
+        loss = matching_loss(x_hat, g)
     if args.regression_weight:
         loss = loss + args.regression_weight * (0.5 * (v_hat_t - v_t).square().mean())
-    return loss, g
+    return loss, g, v, v_hat
 
 
 def dmd_baseline_loss(x0, teacher, critic, eps, t, cond):
-    """DMD's loss on one-jump samples x0, as a few-step student would have it.  -> scalar, g."""
+    """DMD's loss on one-jump samples x0, as a few-step student would have it.
+
+    -> scalar; g, v, v_critic (B, ...).
+    """
     with torch.no_grad():
         x_t = add_noise(Flow(), x0, eps, t)
         v, v_critic = velocity(teacher, x_t, t, cond), velocity(critic, x_t, t, cond)
         error = (x0 - x_t + expand(t, x_t) * v).abs().flatten(1).mean(1)  # |x0 - teacher's x0|
         g = expand(t / error.clamp_min(1e-8), x_t) * (v - v_critic)
-    return matching_loss(x0, g), g
+    return matching_loss(x0, g), g, v, v_critic
 
 
 def flow_matching_loss(critic, x0, eps, t, cond):
@@ -276,13 +305,33 @@ def start_selection(args, mixed):
     """The selection that --select asks for, in the state that a resumed run has reached."""
     target, layers = chosen_layers(args, len(mixed))
     end = min(int(args.max_train_steps * args.selection_share), args.max_train_steps - 1)
-    alpha = args.alpha or (min(4.0, max(2.0, target)), 2.0)
-    selection = Selection(mixed, target, end, alpha)
+    selection = Selection(mixed, target, end, exponents(args, len(mixed), target))
     if layers is None and mixed[0].decided:
         layers = [i for i, m in enumerate(mixed) if m.r == 0]
     if layers is not None:
         selection.fix(layers)
     return selection
+
+
+def r_is_held(args, layers, target, alpha):
+    """Whether all r, equal at the start, are pulled up to softmax and so no layer is selected.
+
+    The regulariser pulls r > 1/2 up with 2 alpha (2 r - 1)^(alpha - 1), the constraint pulls it
+    down with 2 (target - count). Without the regulariser the constraint alone moves them.
+    """
+    r = args.r_init
+    count = layers * (1 - r) if args.count == "soft" else 0.0
+    if r <= 0.5 or args.no_regularizer:
+        return False
+    return alpha * (2 * r - 1) ** (alpha - 1) >= target - count
+
+
+def exponents(args, layers, target):
+    """--alpha: the regulariser's exponent at the start and at the end of the selection."""
+    if args.alpha:
+        return tuple(args.alpha)
+    # 20 is flat at r = .9, where 4 would hold every r if few layers are wanted
+    return (20.0 if r_is_held(args, layers, target, 4.0) else 4.0), 2.0
 
 
 RULES = ("learned", "first", "last", "uniform", "random")
@@ -316,44 +365,83 @@ def chosen_layers(args, count):
 
 
 @torch.no_grad()
-def trajectory(teacher, z, grid, cond, uncond, guidance_scale):
-    """Pairs (x_t, u_t) as in Sec. 4.2, on the teacher's guided Euler trajectory from z along the
-    grid.
+def trajectory(teacher, z, grid, cond, uncond, guidance_scale, sampler=None):
+    """Pairs (x_t, u_t) as in Sec. 4.2, on a guided Euler trajectory from z along the grid.
 
+    sampler: the network whose trajectory it is, the teacher itself unless it is given. The
+    velocities are the teacher's, also at states of a student's.
     z (B, ...) -> {"x": states at grid[:-1] (B, K, ...), "v": the conditional velocity at each, and
     under guidance "v_uncond": the unconditional one}. The paper does not say which one u_t is.
     """
-    x, states, conditional, unconditional = z, [], [], []
+    x, found = z, {"x": [], "v": [], "v_uncond": []}
+    conds = [cond] if guidance_scale == 1 else [cond, uncond]
     for t, t_next in zip(grid[:-1], grid[1:]):
         at = z.new_full((len(z),), t)
-        v = v_guided = velocity(teacher, x, at, cond)
-        if guidance_scale != 1:
-            unconditional.append(velocity(teacher, x, at, uncond))
-            v_guided = guide(v, unconditional[-1], guidance_scale)
-        states.append(x)
-        conditional.append(v)
-        x = x + (t_next - t) * v_guided
-    parts = {"x": states, "v": conditional, "v_uncond": unconditional}
-    return {name: torch.stack(part, 1) for name, part in parts.items() if part}
+        v = own = [velocity(teacher, x, at, c) for c in conds]
+        if sampler:
+            own = [velocity(sampler, x, at, c) for c in conds]
+        for name, value in zip(found, (x, *v)):
+            found[name].append(value)
+        x = x + (t_next - t) * (guide(*own, guidance_scale) if len(own) == 2 else own[0])
+    return {name: torch.stack(parts, 1) for name, parts in found.items() if parts}
+
+
+def bank_size(run, folder):
+    """How many trajectories the bank has: --bank_size, or those of a bank that is there already.
+
+    Else so many that no state is read twice, and at most the paper's 50,000 states.
+    """
+    args, path = run.args, os.path.join(folder, "bank.json")
+    if args.bank_size:
+        return args.bank_size
+    if os.path.isfile(path):
+        return int(load_json(path)["trajectories"])
+    per_update = run.world_size * args.train_batch_size * args.gradient_accumulation_steps
+    return -(-min(50_000, args.max_train_steps * per_update) // args.sampling_steps)
+
+
+def bytes_of_trajectory(args, teacher):
+    """What one trajectory takes on disk: float16 states and velocities."""
+    tensors = 2 if args.guidance_scale == 1 else 3
+    return 2 * tensors * args.sampling_steps * math.prod(teacher.shape)
+
+
+def announce(run, teacher, folder, rows, whose, remedy):
+    """Say what trajectories take on disk before they are written. Raises UserError if too much."""
+    size, there = rows * bytes_of_trajectory(run.args, teacher), os.path.abspath(folder)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    free = shutil.disk_usage(there).free
+    take = f"{rows:,} trajectories of the {whose} take {size / 1e6:,.1f} MB in {folder}"
+    if size > free:
+        raise UserError(f"{take}, where {free / 1e6:,.1f} MB are free: {remedy}")
+    if rows:
+        run.say(take)
 
 
 def make_bank(run, teacher, grid):
     """The teacher's trajectories on disk, each written once, by the rank whose share it is.
 
-    Those that are there already are kept.  -> an open Bank. Raises UserError for another one's.
+    Those that are there already are kept.  -> an open Bank. Raises UserError for another one's, and
+    where the disk is too small.
     """
     args, conditions = run.args, teacher.conditions
+    folder = args.bank or os.path.join(run.folder, "bank")
+    size = bank_size(run, folder)
     about = {
-        "teacher": weights_hash(teacher.folder),
-        "trajectories": args.bank_size,
+        "teacher": teacher.fingerprint(),
+        "trajectories": size,
         "grid": grid,
         "guidance_scale": args.guidance_scale,
         "seed": args.seed,
         "shape": list(teacher.shape),
         "prompts": conditions.prompts and conditions.prompts.fingerprint(),
     }
-    folder = args.bank or os.path.join(run.folder, "bank")
-    bank = Bank(folder, about, args.bank_size, args.bank_batch, create=run.main)
+    bank = Bank(folder, about, size, args.bank_batch, create=False)
+    rows = sum(len(bank.rows_of(part)) for part in bank.missing())
+    remedy = "lower --bank_size or --sampling_steps, or name a --bank FOLDER on a larger disk"
+    announce(run, teacher, folder, rows, "teacher", remedy)
+    bank = Bank(folder, about, size, args.bank_batch, create=run.main)
     run.wait_for_all()  # until the folder is ready
     # a share goes by the files' numbers, because others' files may appear while this rank looks
     mine = [part for part in bank.missing() if part % run.world_size == run.rank]
@@ -368,6 +456,87 @@ def make_bank(run, teacher, grid):
         bank.write(part, {"index": index, **{name: x.half() for name, x in states.items()}})
     run.wait_for_all()
     return bank.open()
+
+
+class OwnTrajectories:
+    """The student's latest trajectories: a ring of files that starts as the teacher's bank.
+
+    They are numbered as they are made, --fresh of them every --fresh_every updates. `rows` counts
+    back from the latest; where the student has not made so many yet, it takes one of the bank's.
+    What an update makes is read from the next one on, when every rank has written its share.
+
+    size   how many of the latest trajectories are read
+    kept   how many are kept for a run that is resumed from the last checkpoint but one
+    made   how many the student has made before this update
+    """
+
+    def __init__(self, args, folder):
+        self.args, self.folder, self.size = args, folder, args.own_trajectories
+        lasting = 2 * args.checkpointing_steps // args.fresh_every + 2
+        self.kept = self.size + args.fresh * lasting
+
+    def begin(self, step, bank=None):
+        """An update begins. bank: the teacher's, an open Bank."""
+        self.made, self.bank = self.args.fresh * -(-step // self.args.fresh_every), bank
+
+    def path(self, i):
+        """The file of this trajectory."""
+        return os.path.join(self.folder, f"{i:08d}.safetensors")
+
+    def rows(self, row, state):
+        """One state of each of B trajectories, as `Bank.rows` gives them."""
+        found = []
+        for r, k in zip(row.tolist(), state.tolist()):
+            i = self.made - 1 - r
+            if i < 0:
+                at = torch.tensor([-1 - i]) % self.bank.size
+                found.append(self.bank.rows(at, torch.tensor([k])))
+                continue
+            with open_tensors(self.path(i)) as f:
+                names = [name for name in f.keys() if name != "index"]
+                parts = {name: f.get_slice(name)[k : k + 1].float() for name in names}
+                found.append({"index": f.get_tensor("index"), **parts})
+        return {name: torch.cat([one[name] for one in found]) for name in found[0]}
+
+    def write(self, i, tensors):
+        """Write this trajectory, and remove the one that no checkpoint needs any more."""
+        save_tensors(tensors, self.path(i))
+        if os.path.isfile(self.path(i - self.kept)):
+            os.remove(self.path(i - self.kept))
+
+
+def start_own_trajectories(run, teacher):
+    """-> OwnTrajectories. Raises UserError where they have gone, or the disk is too small."""
+    args, own = run.args, OwnTrajectories(run.args, os.path.join(run.folder, "own"))
+    own.begin(run.first)
+    if 0 < run.first < args.max_train_steps and not os.path.isfile(own.path(own.made - 1)):
+        raise UserError(
+            f"{own.path(own.made - 1)} is not there, but a run with --state policy goes on with "
+            "the trajectories that its student has made: copy the interrupted run's folder own/"
+        )
+    whole = args.fresh * -(-args.max_train_steps // args.fresh_every) - own.made
+    remedy = "lower --own_trajectories, --fresh or --checkpointing_steps"
+    announce(run, teacher, own.folder, min(own.kept, whole), "student", remedy)
+    os.makedirs(own.folder, exist_ok=True)
+    return own
+
+
+def make_own_trajectories(run, step, own, bank, student, teacher, grid):
+    """Where it is time, roll the student out and write this rank's share of the trajectories."""
+    args, conditions = run.args, teacher.conditions
+    own.begin(step, bank)
+    mine = [i for i in range(own.made, own.made + args.fresh) if i % run.world_size == run.rank]
+    if step % args.fresh_every or not mine:
+        return
+    draw = Draws(args.seed, "own", 0, mine, run.device, teacher.shape)
+    index = conditions.index(draw)
+    cond, uncond = conditions.pick(index, run.device)
+    z, scale = draw.noise("z"), args.guidance_scale
+    with run.autocast():
+        states = trajectory(teacher.net, z, grid, cond, uncond, scale, sampler=student)
+    for row, i in enumerate(mine):
+        one = {name: x[row].half() for name, x in states.items()}
+        own.write(i, {"index": index[row, None], **one})
 
 
 def student_sampler(run, student, teacher, grid):
@@ -393,16 +562,15 @@ def times_at(grid, k, device):
     return torch.tensor(grid)[k].to(device)
 
 
-def bank_states(args, draw, bank, teacher, grid):
+def bank_states(args, draw, bank, teacher, grid, last_step=True):
     """One state of the bank for each of these rows, some of them without their condition.
 
+    bank: a Bank, or OwnTrajectories. last_step: whether the state before the sampler's last step is
+    among them.
     -> x_t, v_t (B, ...), t (B,), cond, and k (B,), the place of t in the grid, on the CPU.
     """
-    usable = args.sampling_steps
-    if args.objective.startswith("adm") and args.state in ("step", "rollout"):
-        usable -= 1  # the sampler's last step leads to s = 0, where there is no score
-    k = draw.spread_integer("state", usable)
-    rows = bank.rows(draw.integer("trajectory", args.bank_size), k)
+    k = draw.spread_integer("state", args.sampling_steps - (not last_step))
+    rows = bank.rows(draw.integer("trajectory", bank.size), k)
     cond, uncond = teacher.conditions.pick(rows["index"], draw.device)
     x_t, v_t = rows["x"].to(draw.device), rows["v"].to(draw.device)
     if args.guidance_scale != 1:
@@ -424,23 +592,16 @@ def any_later_time(draw, k, steps, timestep_shift):
 
 
 @torch.no_grad()
-def roll_out(args, draw, student, teacher, grid, cond, uncond):
-    """The student's own trajectory from noise along a grid, guided.  -> x at its last time."""
-    z, scale = draw.noise("z"), args.guidance_scale
-    return teacher.diffusion.sample(student, z, grid, cond, uncond, scale, "euler")
-
-
 def own_state(args, draw, student, teacher, grid):
-    """A state of the student's own trajectory, the same step of the sampler for the whole batch.
-
-    -> x_t (B, ...), t, t_next (B,), cond.
+    """A state of the student's own guided trajectory, after another step of the sampler in each
+    row.  -> x_t (B, ...), t, t_next (B,), cond.
     """
-    k = 1 + draw.agreed("i", args.sampling_steps - 2)
+    k = 1 + draw.spread_integer("i", args.sampling_steps - 2)
     cond, uncond = teacher.conditions.draw(draw)
-    x_t = roll_out(args, draw, student, teacher, grid[: k + 1], cond, uncond)
-    every = torch.full((len(draw.rows),), k)
-    t, t_next = times_at(grid, every, draw.device), times_at(grid, every + 1, draw.device)
-    return x_t, t, t_next, cond
+    z, scale = draw.noise("z"), args.guidance_scale
+    states = trajectory(student, z, grid[:-1], cond, uncond, scale)["x"]
+    x_t = states[torch.arange(len(k)), k]
+    return x_t, times_at(grid, k, draw.device), times_at(grid, k + 1, draw.device), cond
 
 
 def step_to_x_hat(args, draw, student, teacher, bank, grid):
@@ -451,7 +612,9 @@ def step_to_x_hat(args, draw, student, teacher, bank, grid):
     if args.state == "rollout":
         x_t, t, s, cond = own_state(args, draw, student, teacher, grid)
         return x_t, None, t, s, cond
-    x_t, v_t, t, cond, k = bank_states(args, draw, bank, teacher, grid)
+    # the last step leads to s = 0, where Eq. 13 diverges: its weight outdoes all others'
+    last_step = args.state == "jump"
+    x_t, v_t, t, cond, k = bank_states(args, draw, bank, teacher, grid, last_step)
     s = times_at(grid, k + 1, draw.device)  # --state step
     if args.state == "part":
         s = part_of_step(draw, t, s, args.part)
@@ -481,8 +644,9 @@ def critic_turn(args, draw, critic, student, teacher, bank, grid):
             x0, cond = one_jump(args, draw, student, teacher, bank, grid)
         else:
             cond, uncond = teacher.conditions.draw(draw)
-            coarse = step_grid(args.critic_steps, teacher.shift)
-            x0 = roll_out(args, draw, student, teacher, coarse, cond, uncond)
+            coarse, scale = step_grid(args.critic_steps, teacher.shift), args.guidance_scale
+            z = draw.noise("z")
+            x0 = teacher.diffusion.sample(student, z, coarse, cond, uncond, scale, "euler")
     return flow_matching_loss(critic, x0, *noise_and_time(draw, teacher), cond)
 
 
@@ -501,7 +665,8 @@ def pull_on_r(run, step, selection):
     args, (first, last) = run.args, selection.alpha
     alpha = first + (last - first) * step / max(1, selection.end - 1)
     r = torch.stack(selection.r)
-    losses = constraint(r, selection.target), regularizer(r, alpha)
+    count = soft_constraint if args.count == "soft" else constraint
+    losses = count(r, selection.target), regularizer(r, alpha)
     pulls = [torch.stack([p.grad for p in selection.r])]
     for loss in losses:
         (gradient,) = torch.autograd.grad(loss, r, retain_graph=True)
@@ -513,14 +678,17 @@ def pull_on_r(run, step, selection):
 
 @torch.no_grad()
 def velocity_error(run, student, teacher, bank, grid):
-    """Mean squared error of the student's velocity on 256 fixed states of the bank.  -> float."""
-    errors = []
-    for first in range(0, 256, run.B):
-        rows = range(first, first + run.B)
-        draw = Draws(run.args.seed, "check", 0, rows, run.device, teacher.shape)
+    """Mean squared error of the student's velocity on 256 fixed states of the bank, which the ranks
+    share.  -> float."""
+    errors = torch.zeros((), device=run.device)
+    for first in range(run.rank * run.B, 256, run.world_size * run.B):
+        rows = range(first, min(first + run.B, 256))
+        draw = Draws(run.args.seed, "check", 0, rows, run.device, teacher.shape, total=256)
         x_t, v_t, t, cond, _ = bank_states(run.args, draw, bank, teacher, grid)
-        errors.append((student(x_t, t, **cond).float() - v_t).square().flatten(1).mean(1))
-    return float(torch.cat(errors).mean())
+        with run.autocast():
+            v_hat = velocity(student, x_t, t, cond)
+        errors += (v_hat - v_t).square().flatten(1).mean(1).sum()
+    return run.mean_over_ranks(errors * run.world_size / 256)[0]
 
 
 def end_selection(run, step, selection, student, teacher, bank, grid):
@@ -593,9 +761,13 @@ def train(args):
         state |= dict(critic=critic, optimizer_fake=optimizer_fake)
     run.start(**state)  # resumed, where that is asked for
     selection = start_selection(args, mixed)
-    bank = make_bank(run, teacher, grid) if run.first < args.max_train_steps else None
     papers_adm = (args.objective, args.weight, args.regression_weight) == ("adm", "eq13", 0)
     introduce(run, teacher, selection)
+    own = None  # the student's own trajectories, with --state policy
+    if (args.objective, args.state) == ("adm", "policy"):
+        own = start_own_trajectories(run, teacher)
+    if run.first < args.max_train_steps:
+        bank = make_bank(run, teacher, grid)
 
     for step in run.steps():
         warmup, decay = run.rate(step)
@@ -605,6 +777,9 @@ def train(args):
             optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
         if selection.layers is None and not selecting:
             end_selection(run, step, selection, student, teacher, bank, grid)
+
+        if own:
+            make_own_trajectories(run, step, own, bank, student, teacher, grid)
 
         # ---- the critic of the baselines: R updates, each on samples of the current student
         for inner in range(args.fake_update_ratio if critic else 0):
@@ -618,23 +793,24 @@ def train(args):
         # ---- the student: its weights, W and r by the objective; teacher and critic are constants
         for draw in run.micro_batches(step, "student", teacher):
             with run.autocast():
-                if args.objective == "mse":
-                    x_t, v_t, t, cond, _ = bank_states(args, draw, bank, teacher, grid)
-                    loss, g = regression_loss(student, x_t, v_t, t, cond)
+                if args.objective == "mse" or own:  # on the teacher's states, or the student's
+                    x_t, v_t, t, cond, _ = bank_states(args, draw, own or bank, teacher, grid)
+                    loss, g, v, v_hat = regression_loss(student, x_t, v_t, t, cond)
                 elif args.objective == "dmd":
                     x0, cond = one_jump(args, draw, student, teacher, bank, grid)
                     eps, t = noise_and_time(draw, teacher)
-                    loss, g = dmd_baseline_loss(x0, teacher.net, critic, eps, t, cond)
+                    loss, g, v, v_hat = dmd_baseline_loss(x0, teacher.net, critic, eps, t, cond)
                 elif papers_adm:
                     x_t, _, t, s, cond = step_to_x_hat(args, draw, student, teacher, bank, grid)
-                    loss, g = adm_loss(student, teacher.net, x_t, t, s, cond)
+                    loss, g, v, v_hat = adm_loss(student, teacher.net, x_t, t, s, cond)
                 else:
-                    x_t, v_t, t, s, cond = step_to_x_hat(args, draw, student, teacher, bank, grid)
+                    places = step_to_x_hat(args, draw, student, teacher, bank, grid)
                     nets = student, teacher.net, critic or student
-                    loss, g = adm_variant_loss(args, *nets, x_t, v_t, t, s, cond)
+                    loss, g, v, v_hat = adm_variant_loss(args, *nets, *places)
             (loss * run.share).backward()
             run.note(loss=loss)
             run.note_rms(g=g)
+            run.note_scores(v, v_hat)
         pull_on_r(run, step, selection)
         run.update(optimizer, "student")
         with torch.no_grad():
@@ -663,16 +839,14 @@ def introduce(run, teacher, selection):
     """Print what is trained, and a note where no layer could ever leave softmax attention."""
     args, target, first = run.args, selection.target, selection.alpha[0]
     how = f"{target} of {len(selection.mixed)} layers linear ({args.feature_map})"
-    bank = f"bank of {args.bank_size} trajectories of {args.sampling_steps} states"
-    what = f"{how}, {' '.join(args.select)}; {args.objective}; {bank}"
+    objective = args.objective if args.objective in ("mse", "dmd") else f"adm, {args.state}"
+    sampler = f"{args.sampling_steps} Euler steps"
+    what = f"{how}, {' '.join(args.select)}; {objective}; {sampler}"
     report.introduce(run, teacher, teacher.base, what)
-    up = 0.0  # half of the regulariser's pull at the start; half of the constraint's is the target
-    if args.r_init > 0.5 and not args.no_regularizer:
-        up = first * (2 * args.r_init - 1) ** (first - 1)
-    if selection.layers is None and up >= target:
+    if selection.layers is None and r_is_held(args, len(selection.mixed), target, first):
         run.say(
             f"note: with {target} linear layer(s), --r_init {args.r_init:g} and --alpha {first:g} "
-            "the regulariser holds every r at 1; lower one of the two"
+            "the regulariser holds every r at 1; lower --r_init, or give --no_regularizer"
         )
 
 
@@ -689,7 +863,7 @@ def finish(run, teacher, net, grid):
     four = student_sampler(run, net, teacher, step_grid(4, teacher.shift))
     students = {"student": (calls * (len(grid) - 1), own), "student_4": (calls * 4, four)}
     extra = {"linear_layers": net.config["linear_layers"], **read_selection(run)}
-    if run.main and teacher.world:  # else no row takes it, and 200 videos may take hours
+    if teacher.world:  # else no row takes it, and 200 videos may take hours
         extra["paired_mse"] = paired_error(run, teacher, own, grid)
     if run.main:
         save_selection_picture(run.folder, len(net.self_attentions))
@@ -757,11 +931,12 @@ def sample_only(args):
 
 PRESETS = {  # the flags' defaults suit small networks; what other teachers change of them
     "clips": dict(timestep_shift=2.0),
-    "released": dict(  # the paper's values where it gives them
+    "released": dict(  # the paper's updates and lambda; docs/linvideo.md says why the rest
         max_train_steps=3000, train_batch_size=1, learning_rate=1e-5, learning_rate_features=1e-4,
         guidance_scale=5.0, sampling_steps=50, ema_decay=0.0, max_grad_norm=1.0, lr_warmup_steps=0,
-        lr_decay_share=0.0, alpha=[20.0, 2.0], bank_size=1000, bank_batch=1, preview_samples=2,
-        gradient_checkpointing=True, objective="adm", selection_weight=0.01,
+        lr_decay_share=0.0, bank_size=None, bank_batch=1, preview_samples=2,
+        preview_every=500, gradient_checkpointing=True, count="soft", selection_weight=0.01,
+        own_trajectories=64, fresh=8, fresh_every=25,
     ),
 }  # fmt: skip
 
@@ -785,24 +960,33 @@ def parse_args(argv=None):
     add("--objective", choices=["adm", "mse", "dmd", "adm_critic"], default="mse",
         help="anytime distribution matching (paper), regression onto the teacher's velocity (Eq. "
         "7), few-step DMD with a critic, or adm with a critic for the student's score (Tab. 4)")
-    add("--state", choices=["part", "step", "jump", "rollout"], default="part",
-        help="how adm reaches x_hat from a state of the bank: by a random part of a sampler step, "
-        "the whole step, or a jump to any later time; rollout: by one step at the end of the "
-        "student's own trajectory (paper: not stated)")
+    add("--state", choices=["policy", "part", "step", "jump", "rollout"], default=None,
+        help="what adm takes for x_hat (paper: not stated). policy: states of the student's own "
+        "sampler, the limit of short steps. From a state of the bank: part, by a random part of a "
+        "sampler step; step, by the whole step; jump, to any later time. rollout: by one step from "
+        "a state of the student's own (default: policy; part for adm_critic)")
     add("--part", type=number(float, 0.001, 1), default=1.0,
         help="the largest share of a sampler step, for --state part")
-    add("--weight", choices=["eq13", "unit", "dmd"], default="eq13",
-        help="of adm's gradient: (1 - t) / t (paper), none, or that of x0 over its mean size")
+    add("--weight", choices=["eq13", "velocity", "unit", "dmd"], default="velocity",
+        help="of adm's gradient where a step leads to x_hat: (1 - t) / t (paper); velocity, none "
+        "and without the step's length; unit, none; dmd, that of x0 over its mean size")
+    add("--own_trajectories", type=number(int, 1), default=256,
+        help="of the student, the latest, whose states --state policy reads")
+    add("--fresh", type=number(int, 1), default=2,
+        help="trajectories that the student then makes at a time, all ranks together")
+    add("--fresh_every", type=number(int, 1), default=1, help="updates from one time to the next")
     add("--regression_weight", type=number(float, 0), default=0.0,
         help="weight of Eq. 7 beside adm (paper: 0)")
     add("--min_time", type=number(float, 0.001, 0.5), default=0.02,
         help="smallest time of x_hat; at 0 Eq. 13 diverges")
+    add("--count", choices=["round", "soft"], default="round",
+        help="how the constraint counts linear layers: rounded, with a gradient straight through "
+        "(paper), or as the sum of 1 - r")
     add("--selection_weight", type=number(float, 0), default=0.001,
         help="lambda of constraint and regulariser (paper: .01, its reduction is not stated)")
     add("--alpha", type=number(float, above=1), nargs=2, default=None, metavar=("FIRST", "LAST"),
         help="the regulariser's exponent, which falls linearly while layers are selected (paper: "
-        "20 2; default: FIRST is the number of linear layers within 2 to 4, LAST is 2; with a "
-        "larger FIRST an r at 1 cannot leave)")
+        "20 2; default: 4 2, or 20 2 where so few layers are wanted that 4 would hold every r)")
     add("--r_init", type=number(float, 0, 1), default=0.9,
         help="r of every layer at the start (paper: not stated)")
     add("--selection_share", type=number(float, 0, 1), default=0.3,
@@ -824,19 +1008,31 @@ def parse_args(argv=None):
     add("--bank", default=None, metavar="FOLDER", help="the teacher's trajectories: written there "
         "once, read where they are there already (default: OUTPUT_DIR/bank)")
     add("--bank_size", type=number(int, 1), default=2560,
-        help="trajectories of K states each (paper: 50,000 states)")
+        help="trajectories of K states each (paper: 50,000 states; None: those of a bank that is "
+        "there, else as many as the run reads once, at most 50,000 states)")
     add("--bank_batch", type=number(int, 1), default=64, help="trajectories in a file of the bank")
-    return parse(p, argv, "linvideo", PRESETS, wrong_flags)
+    args = parse(p, argv, "linvideo", PRESETS, wrong_flags)
+    args.state = args.state or STATES.get(args.objective, "part")
+    return args
+
+
+STATES = {"adm": "policy"}  # --state, by --objective
 
 
 def wrong_flags(a):
     """Flags that do not go together: pairs (wrong, why)."""
-    rollout, beside = a.state == "rollout", a.regression_weight > 0
+    state = a.state or STATES.get(a.objective, "part")
+    rollout, beside, policy = state == "rollout", a.regression_weight > 0, state == "policy"
     adm = a.objective.startswith("adm")
     yield rollout and a.sampling_steps < 3, \
         "--state rollout needs --sampling_steps of at least 3"
     yield beside and not adm, "--regression_weight is for --objective adm or adm_critic"
-    yield beside and rollout, "--regression_weight needs states of the bank, not --state rollout"
+    yield beside and (rollout or policy), (f"--regression_weight needs states of the bank, not "
+                                           f"--state {state}: give --state part")
+    yield policy and a.objective != "adm", (f"--state policy is for --objective adm, not "
+                                            f"{a.objective}: leave --state out")
+    yield policy and a.weight != "velocity", (f"--weight {a.weight} is for a step to x_hat, which "
+                                              "--state policy does not take: give --state part")
 
 
 def wrong_networks(a, teacher, start):

@@ -28,7 +28,7 @@ Launch.
     baselines   python mdt_dist.py --arm cm     # consistency distillation; scm: in continuous time
     torchrun    torchrun --nproc-per-node 8 mdt_dist.py --data latents.safetensors \
                     --teacher TRELLIS-image-large/ckpts/ss_flow_img_dit_L_16l8_fp16 \
-                    --mixed_precision bf16
+                    --mixed_precision bf16 --gradient_accumulation_steps 4     # batch 256
     sampling    python mdt_dist.py --sample runs/mdt_dist-voxels/student --student_steps 1
 
 Deviations; the reasons are in docs/mdt_dist.md. By default t is logit-normal and VD has weight 2,
@@ -45,11 +45,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.diffusion import Flow, expand, guide, logit_normal, shift, step_grid
-from models.files import save_tensors
+from models.files import save_json, save_tensors
+from models.networks import config_class
+from models.networks.trellis import pipeline_entry
 from models.plumbing import report
 from models.plumbing.data import (
     Conditions,
     DataConditions,
+    load_conditions,
     load_paired_data,
     ragged,
     to_unit,
@@ -97,8 +100,9 @@ def velocity_distillation(
         x = z1 - phi_z
         x_t = add_noise(x, z2, t, coords)
         v = velocity(teacher, x_t, t, cond, uncond, guidance_scale)
-        phi = student(x_t, t, **cond).to(x_t.dtype)
-        d = time_derivative(student, x_t, t, v, cond, dt, phi)
+        with in_float32(x_t):  # of which the derivative takes differences
+            phi = student(x_t, t, **cond).to(x_t.dtype)
+            d = time_derivative(student, x_t, t, v, cond, dt, phi)
         d = normalised(d, len(t), coords, d_norm)
         residual = phi + per_element(t, d, coords) * d - v
         w = per_element(distillation_weight(t, weight), residual, coords)
@@ -109,13 +113,22 @@ def velocity_distillation(
 def time_derivative(student, x_t, t, v, cond, dt, phi=None):
     """dphi/dt along the trajectory of velocity v: a backward difference (Eq. 14).  -> (B, ...).
 
-    [phi(x_t, t) - phi(x_t - dt v, t - dt)] / dt, without gradient. phi: the student's output at
-    (x_t, t), where it is known. dt None: the exact derivative instead.
+    [phi(x_t, t) - phi(x_t - dt v, t - dt)] / dt, without gradient and in float32: the rounding of
+    bfloat16 divided by dt is as large as the derivative. phi: the student's output at (x_t, t),
+    where it is known; under autocast it is computed again. dt None: the exact derivative instead.
     """
-    if dt is None:
-        return exact_derivative(student, x_t, t, v, cond)
-    phi = student(x_t, t, **cond).to(x_t.dtype) if phi is None else phi.detach()
-    return (phi - student(x_t - dt * v, t - dt, **cond).to(x_t.dtype)) / dt
+    if torch.is_autocast_enabled(x_t.device.type):
+        phi = None
+    with in_float32(x_t):
+        if dt is None:
+            return exact_derivative(student, x_t, t, v, cond)
+        phi = student(x_t, t, **cond).to(x_t.dtype) if phi is None else phi.detach()
+        return (phi - student(x_t - dt * v, t - dt, **cond).to(x_t.dtype)) / dt
+
+
+def in_float32(x):
+    """A context without autocast on x's device: networks compute in the dtype of their weights."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def velocity(net, x_t, t, cond, uncond, guidance_scale):
@@ -246,17 +259,21 @@ def continuous_consistency(
 
 
 @torch.no_grad()
-def sample(student, noise, times, cond, uncond, guidance_scale=1.0, renoise="ode"):
+def sample(
+    student, noise, times, cond, uncond, guidance_scale=1.0, renoise="ode", guided=(0.0, 1.0)
+):
     """The few-step sampler, from noise("z") at times[0] = 1: Euler with the average velocity.
 
     A step from t to s is x_s = x_t - (t - s) phi(x_t, t); the last one leads to 0. renoise "sde":
     x_s is the predicted sample noised afresh with noise("renoise<i>") instead (not in the paper).
-    Guidance doubles the len(times) calls.  noise: name -> (B, ...) or (M, C).  -> x0.
+    guided: the lowest and highest t with guidance; there a step takes two calls, elsewhere one.
+    noise: name -> (B, ...) or (M, C).  -> x0. The ODE of a teacher is sampled like this too.
     """
     x, coords = noise("z"), cond.get("coords")
     samples = len(x) if coords is None else int(coords[:, 0].max()) + 1
     for i, (t, s) in enumerate(zip(times, [*times[1:], 0.0])):
-        phi = velocity(student, x, x.new_full((samples,), t), cond, uncond, guidance_scale)
+        scale = guidance_scale if guided[0] <= t <= guided[1] else 1
+        phi = velocity(student, x, x.new_full((samples,), t), cond, uncond, scale)
         if renoise == "sde" and s > 0:
             x = (1 - s) * (x - t * phi) + s * noise(f"renoise{i}")
         else:
@@ -275,9 +292,10 @@ def from_data(draw, data, data_cond, teacher):
     """
     index = draw.integer("data", len(data))
     cond = {name: draw.to_device(rows[index]) for name, rows in data_cond.items()}
-    uncond = {name: torch.zeros_like(v) for name, v in cond.items()}
     if "label" in cond:
-        uncond["label"] = torch.full_like(cond["label"], teacher.base.num_classes)
+        uncond = {"label": torch.full_like(cond["label"], teacher.base.num_classes)}
+    else:
+        uncond = teacher.conditions.unconditional(cond)
     if not is_sparse(teacher.base):
         return draw.to_device(to_unit(data[index])), cond, uncond, draw.noise
     x0, coords = data[index]
@@ -339,7 +357,7 @@ def train(args):
     if "label" in teacher.base.cond_names:
         teacher.conditions = Conditions(args, teacher.base)
     else:
-        teacher.conditions = DataConditions(data, data_cond)
+        teacher.conditions = DataConditions(data, data_cond, args.data, teacher.base)
     student = trainable_copy(args, starting_network(args, teacher), run.device)
     freeze_teacher(args, teacher, run.device)
     try_network(teacher.base, teacher, run.device)
@@ -355,33 +373,34 @@ def train(args):
         warmup, decay = run.rate(step)
         optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * decay
         for draw in run.micro_batches(step, "student", teacher):
-            with run.autocast():
-                x0, cond, uncond, noise = from_data(draw, data, data_cond, teacher)
-                t, z = time_of(args, draw, "t"), noise("z")
-                loss = 0.0
-                if args.arm != "vd":
-                    loss_vm, r = matching(args, student, teacher, x0, z, t, cond, uncond, step)
-                    loss = loss + args.vm_weight * loss_vm
-                    run.note(loss_vm=loss_vm)
-                    run.note_rms(r_vm=r)
-                if args.arm in ("mdt", "vd"):
-                    z1, z2, t2 = noise("z1"), z, t
-                    if not args.shared_noise:  # a noise and a time of its own (Alg. 1)
-                        z2, t2 = noise("z2"), time_of(args, draw, "t2")
-                    loss_vd, r = distillation(args, student, teacher, z1, z2, t2, cond, uncond)
-                    loss = loss + args.vd_loss_weight * loss_vd  # Eq. 18
-                    run.note(loss_vd=loss_vd)
-                    run.note_rms(r_vd=r)
-            (loss * run.share).backward()
+            x0, cond, uncond, noise = from_data(draw, data, data_cond, teacher)
+            t, z = time_of(args, draw, "t"), noise("z")
+            # The gradients of both terms add up (Eq. 18). A backward pass for each, at once, keeps
+            # the activations of one network call where their sum would keep those of two.
+            if args.arm != "vd":
+                with run.autocast():
+                    loss, r = matching(args, student, teacher, x0, z, t, cond, uncond, step)
+                (args.vm_weight * loss * run.share).backward()
+                run.note(loss_vm=loss)
+                run.note_rms(r_vm=r)
+            if args.arm in ("mdt", "vd"):
+                z1, z2, t2 = noise("z1"), z, t
+                if not args.shared_noise:  # a noise and a time of its own (Alg. 1)
+                    z2, t2 = noise("z2"), time_of(args, draw, "t2")
+                with run.autocast():
+                    loss, r = distillation(args, student, teacher, z1, z2, t2, cond, uncond)
+                (args.vd_loss_weight * loss * run.share).backward()
+                run.note(loss_vd=loss)
+                run.note_rms(r_vd=r)
         run.update(optimizer, "student")
         if args.ema_decay:
-            run.update_ema(ema, student, step)
+            run.update_ema(ema, student, step, args.ema_start)
         if run.end_step(step, show=("loss_vm", "loss_vd")):  # True: time to save
             save_previews(run, teacher, ema, step + 1)
-            report.save_student(run, teacher, ema, times, guidance_scale=args.student_guidance)
+            save_student(run, teacher, ema, times)
             run.save(step)
     if run.first >= args.max_train_steps:  # a finished run is written out again, perhaps elsewhere
-        report.save_student(run, teacher, ema, times, guidance_scale=args.student_guidance)
+        save_student(run, teacher, ema, times)
     finish(run, teacher, ema.eval(), times)
 
 
@@ -397,13 +416,13 @@ def introduce(run, teacher, student, samples):
     report.introduce(run, teacher, student, text)
 
 
-def student_sampler(run, student, teacher, times, guidance_scale, renoise):
-    """-> a function (index, first, last) -> student samples of the conditions index[first:last]."""
+def sampler_of(run, net, teacher, times, guidance_scale, renoise="ode", guided=(0.0, 1.0)):
+    """-> a function (index, first, last) -> net's samples of the conditions index[first:last]."""
 
     def draw(index, a, b):
         cond, uncond = teacher.conditions.pick(index[a:b], run.device)
         noise = report.evaluation_noise(run, teacher.shape, a, b, cond.get("coords"))
-        return sample(student, noise, times, cond, uncond, guidance_scale, renoise)
+        return sample(net, noise, times, cond, uncond, guidance_scale, renoise, guided)
 
     return draw
 
@@ -414,8 +433,28 @@ def student_samplers(run, student, teacher):
     samplers = {}
     for steps in sorted(set(args.student_steps), reverse=True):
         times, scale = step_grid(steps, teacher.shift)[:-1], args.student_guidance
-        samplers[steps] = student_sampler(run, student, teacher, times, scale, args.renoise)
+        samplers[steps] = sampler_of(run, student, teacher, times, scale, args.renoise)
     return samplers
+
+
+def teacher_sampler(run, teacher):
+    """The teacher in --teacher_steps Euler steps, as its authors sample it.  -> calls, sampler."""
+    args = run.args
+    s = teacher.shift if args.teacher_shift is None else args.teacher_shift
+    times, guided = step_grid(max(1, args.teacher_steps), s)[:-1], args.teacher_guidance_interval
+    twice = 0 if args.guidance_scale == 1 else sum(guided[0] <= t <= guided[1] for t in times)
+    sampler = sampler_of(run, teacher.net, teacher, times, args.guidance_scale, guided=guided)
+    return len(times) + twice, sampler
+
+
+def save_student(run, teacher, student, times):
+    """student/, and in a student of TRELLIS pipeline_entry.json, by which TRELLIS samples it."""
+    scale, folder = run.args.student_guidance, os.path.join(run.folder, "student")
+    report.save_student(run, teacher, student, times, guidance_scale=scale)
+    if run.main and hasattr(student, "stage") and run.args.renoise == "ode":
+        path = os.path.join(os.path.abspath(folder), config_class(teacher.config))
+        entry = pipeline_entry(student, path, len(times), teacher.shift, scale)
+        save_json(entry, os.path.join(folder, "pipeline_entry.json"))
 
 
 def save_previews(run, teacher, student, update):
@@ -429,12 +468,16 @@ def save_previews(run, teacher, student, update):
 def save_points(run, teacher, sampler):
     """samples.safetensors of a sparse student: coords, feats, offsets, as --data has them.
 
-    The points are those of the first --preview_samples samples of --data.
+    The points are those of the first --preview_samples samples of --data. All ranks call it, and
+    each draws these few samples; rank 0 writes them.
     """
     index = teacher.conditions.preview(run.args.preview_samples)
-    x = sampler(index, 0, len(index)).cpu()
+    with run.autocast():
+        x = sampler(index, 0, len(index)).cpu()
     coords = teacher.conditions.pick(index, "cpu")[0]["coords"]
-    save_tensors(ragged(x, coords), os.path.join(run.folder, "samples.safetensors"))
+    if run.main:
+        os.makedirs(run.folder, exist_ok=True)
+        save_tensors(ragged(x, coords), os.path.join(run.folder, "samples.safetensors"))
 
 
 def calls_per_step(guidance_scale):
@@ -445,14 +488,14 @@ def calls_per_step(guidance_scale):
 def finish(run, teacher, student, times):
     """report.json and samples: every step count of the student, and the teacher by Euler in as few.
 
-    Sparse samples are only written: there is no picture and no measure of them.
+    Sparse samples are only written: there is no picture and no measure of them. All ranks call it.
     """
     args, longest = run.args, len(times)
     parameters = sum(p.numel() for p in student.parameters())
     samplers = student_samplers(run, student, teacher)
     if is_sparse(student):
+        save_points(run, teacher, samplers[longest])
         if run.main:
-            save_points(run, teacher, samplers[longest])
             report.save_report(run, args.teacher, parameters, [])
         run.wait_for_all()
         return
@@ -463,39 +506,48 @@ def finish(run, teacher, student, times):
         if n != longest:
             sampler = report.teacher_sampler(run, teacher, step_grid(n, teacher.shift), "euler")
             students[f"teacher_{n}"] = n * calls_per_step(args.guidance_scale), sampler
+    own_way = args.teacher_shift is not None or args.teacher_guidance_interval != [0.0, 1.0]
+    fine = teacher_sampler(run, teacher) if own_way else None
     extra = {}
-    if run.main and teacher.world and args.teacher_steps:
-        extra = transport_errors(run, teacher, students, times)
-    report.finish(run, teacher, times, students, parameters, extra, "euler")
+    if teacher.world and args.teacher_steps:
+        extra = transport_errors(run, teacher, students, times, fine)
+    report.finish(run, teacher, times, students, parameters, extra, "euler", fine)
 
 
-def transport_errors(run, teacher, students, times):
+def transport_errors(run, teacher, students, times, fine):
     """paired_mse of each row, over 200 samples: the transport error (Eq. 10 at t = 1).
 
-    It is the mean square distance to the many-step teacher's sample of the same noise.
-    students: {row name: (calls, sampler)}.  -> {row name: {"paired_mse": float}}.
+    It is the mean square distance to the many-step teacher's sample of the same noise. students:
+    {row name: (calls, sampler)}; fine: the same of that teacher, None: --teacher_steps of its own
+    grid.  -> {row name: {"paired_mse": float}} on rank 0, {} on the others.
     """
     index = teacher.conditions.preview(200)
 
     def drawn(sampler):
-        return report.many(lambda a, b: sampler(index, a, b), len(index))[0]
+        n = len(index)
+        return report.many_on_all_ranks(run, lambda a, b: sampler(index, a, b), n, teacher.shape)[0]
 
-    ends = drawn(report.teacher_sampler(run, teacher, None, "euler"))
+    ends = drawn(fine[1] if fine else report.teacher_sampler(run, teacher, None, "euler"))
     samplers = {name: sampler for name, (_, sampler) in students.items()}
     samplers["teacher_same_steps"] = report.teacher_sampler(run, teacher, [*times, 0.0], "euler")
-    return {
-        name: {"paired_mse": float((drawn(sampler) - ends).square().mean())}
-        for name, sampler in samplers.items()
-    }
+    samples = {name: drawn(sampler) for name, sampler in samplers.items()}
+    if not run.main:
+        return {}
+    return {name: {"paired_mse": float((x - ends).square().mean())} for name, x in samples.items()}
 
 
 def conditions_of(args, net):
-    """Conditions of --sample: classes or, for a network without them, the rows of --data."""
+    """Conditions of --sample: classes or, for a network without them, the rows of --data.
+
+    A dense network needs no x0 there: what models.encode writes will do. Raises UserError.
+    """
     if "label" in net.cond_names:
         return Conditions(args, net)
+    if not is_sparse(net):
+        return load_conditions(args.data, net)
     shape = tuple(args.sample_shape or net.latent_shape)
     like = types.SimpleNamespace(base=net, config=net.config, shape=shape, world=None)
-    return DataConditions(*load_paired_data(args, like, is_sparse(net)))
+    return DataConditions(*load_paired_data(args, like, sparse=True), args.data, net)
 
 
 def sample_only(args):
@@ -508,9 +560,9 @@ def sample_only(args):
     steps = args.student_steps[0] if args.student_steps else len(saved["times"])
     times, scale = step_grid(steps, teacher.shift)[:-1], saved["guidance_scale"]
     renoise = "sde" if saved["rule"] == "renoise" else "ode"
-    sampler = student_sampler(run, student, teacher, times, scale, renoise)
+    sampler = sampler_of(run, student, teacher, times, scale, renoise)
+    try_network(student, teacher, run.device)
     if is_sparse(student):
-        os.makedirs(run.folder, exist_ok=True)
         save_points(run, teacher, sampler)
     else:
         report.write_samples(run, teacher, sampler, steps * calls_per_step(scale))
@@ -518,13 +570,21 @@ def sample_only(args):
 
 # ---- flags ---------------------------------------------------------------------------------------
 
+# How TRELLIS's own pipeline.json samples both stages: 25 steps, rescale_t 3, guided for t >= .5.
+TRELLIS_SAMPLES = dict(teacher_shift=3.0, teacher_guidance_interval=[0.5, 1.0])
 PRESETS = {  # the flags' defaults suit small networks; a released teacher gets the paper's values
     "released": dict(
         max_train_steps=6000, train_batch_size=8, learning_rate=4e-8, d_norm=0.1, guidance_vm=41.0,
-        guidance_vd=101.0, ema_decay=0.9999, adam_betas=[0.9, 0.999], max_grad_norm=1.0,
-        lr_warmup_steps=0, lr_decay_share=0.0, student_guidance=6.0, guidance_scale=6.0,
-        timestep_shift=1.0, preview_samples=4,
+        guidance_vd=101.0, ema_decay=0.9999, ema_start=1, adam_betas=[0.9, 0.999],
+        max_grad_norm=1.0, lr_warmup_steps=0, lr_decay_share=0.0, student_guidance=6.0,
+        guidance_scale=6.0, timestep_shift=1.0, preview_samples=4,
     ),
+    # the two stages of TRELLIS; the second's previews in the released code have w = .1
+    "SparseStructureFlowModel": dict(max_train_steps=6000, learning_rate=4e-8, **TRELLIS_SAMPLES),
+    "SLatFlowModel": dict(
+        max_train_steps=4000, learning_rate=1e-8, student_guidance=1.1, **TRELLIS_SAMPLES
+    ),
+    "TRELLIS text structure": dict(student_guidance=8.5),  # as TRELLIS samples it; not the paper's
 }  # fmt: skip
 
 
@@ -542,8 +602,14 @@ def parse_args(argv=None):
     p.set_defaults(teacher="voxels", max_train_steps=120, train_batch_size=32, learning_rate=1e-4,
                    lr_warmup_steps=20, ema_decay=0.99, lr_decay_share=0.5, adam_betas=[0.9, 0.99],
                    teacher_steps=25)
-    paper_values(p, lr_decay_share="0", adam_betas="torch's .9 .999", weight_decay="0",
+    paper_values(p, learning_rate="4e-8, TRELLIS's second stage 1e-8", weight_decay="0",
+                 max_train_steps="6000, second stage 4000", lr_decay_share="0",
+                 train_batch_size="256 in all", adam_betas="torch's .9 .999", ema_decay=".9999",
                  teacher_steps="25, by Euler")
+    p.optimiser.add_argument(
+        "--ema_start", type=number(int, 1), default=4,
+        help="the average's decay at update n is at most n / (n + START - 1), so that it soon "
+        "forgets the teacher's weights; 1 = --ema_decay from the first update (code)")
     add = p.method.add_argument
     add("--student_steps", type=number(int, 1), nargs="+", default=None,
         help="step counts that are measured; training is the same (paper: 1 and 2). None: 1 and 2, "
@@ -556,10 +622,10 @@ def parse_args(argv=None):
     add("--dt", type=number(float, 1e-5, 0.5), default=0.01,
         help="step of the finite difference, and of cm (paper: .01)")
     add("--t_law", choices=["logit_normal", "uniform"], default="logit_normal",
-        help="distribution of t: sigmoid(1 + normal) (code), or uniform (Alg. 1)")
+        help="distribution of t: sigmoid(1 + normal) (code), or uniform (paper, Alg. 1)")
     add("--vd_weight", choices=["code", "paper", "kl"], default="code",
-        help="of velocity distillation by t: 2 (released code), 1 - t (Eq. 17), or (1 - t)^2 / t "
-        "(the KL of Eq. 15)")
+        help="of velocity distillation by t: 2 (released code), 1 - t (paper, Eq. 17), or "
+        "(1 - t)^2 / t (the KL of Eq. 15)")
     add("--d_norm", type=norm_kind, default="none", metavar="C|rms|none",
         help="the derivative as it is (none, paper), over its norm + C per sample (code: .1), or "
         "over its root mean square + .1")
@@ -572,7 +638,24 @@ def parse_args(argv=None):
     add("--guidance_vd", type=number(float, 0), default=1.0,
         help="the teacher's guidance in velocity distillation (paper: w = 100, here 101)")
     add("--student_guidance", type=number(float, 0), default=1.0,
-        help="guidance of the student's samples (TRELLIS: w = 5, here 6, two calls a step)")
+        help="guidance of the student's samples, two calls a step (TRELLIS: w = 5, here 6; the "
+        "released code's previews: w = 3 and, in the second stage, .1, here 4 and 1.1)")
+    add_further_flags(p)
+    args = parse(p, argv, "mdt_dist", PRESETS, wrong_flags)
+    if not (args.student_steps or args.sample):
+        args.student_steps = [1, 2]
+    return args
+
+
+def add_further_flags(p):
+    """Flags of the teacher's row, and ablations."""
+    add = p.shown.add_argument
+    add("--teacher_shift", type=number(float, above=0), default=None, metavar="S",
+        help="timestep shift of the many-step teacher's grid alone (TRELLIS: 3); None: "
+        "--timestep_shift")
+    add("--teacher_guidance_interval", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0],
+        metavar=("LOW", "HIGH"), help="the many-step teacher is guided for t within these "
+        "(TRELLIS: .5 1)")
     add = p.ablations.add_argument
     add("--derivative", choices=["difference", "jvp"], default="difference",
         help="of phi along the trajectory: Eq. 14 (paper), or exact")
@@ -584,10 +667,6 @@ def parse_args(argv=None):
         help="of scm: updates over which the derivative's part grows to its full weight")
     add("--renoise", choices=["ode", "sde"], default="ode",
         help="between student steps: Euler (paper), or fresh noise on the predicted sample (ours)")
-    args = parse(p, argv, "mdt_dist", PRESETS, wrong_flags)
-    if not (args.student_steps or args.sample):
-        args.student_steps = [1, 2]
-    return args
 # fmt: on
 
 
@@ -598,6 +677,9 @@ def wrong_flags(a, teacher=None):
     is_flow = not teacher or (isinstance(teacher.schedule, Flow) and prediction == "flow_v")
     in_one = a.arm not in ("vm", "cm")
     yield a.prompts, "--prompts: conditions come with --data here, as cond.*"
+    low, high = a.teacher_guidance_interval
+    yield low > high, (f"argument --teacher_guidance_interval: {low:g} is above {high:g}; give the "
+                       "lower end first")
     yield a.phases > 1 and in_one, (f"argument --phases: {a.arm} leads from noise to data in one "
                                     "phase; more are for --arm vm and cm")
     yield a.arm == "cm" and a.derivative == "jvp", (

@@ -31,16 +31,18 @@ Launch.
     paper       python phased_dmd.py --dmd_weight paper --taper all --shared_fake \
                     --fake_update_ratio 5 --ema_decay 0
     torchrun    torchrun --nproc-per-node 8 phased_dmd.py --teacher Wan2.2-T2V-A14B-Diffusers \
-                    --prompts prompts.safetensors --mixed_precision bf16 --fake_lora_rank 64
+                    --prompts prompts.safetensors --mixed_precision bf16 \
+                    --gradient_checkpointing --fake_lora_rank 64 --sample_shape 16 1 90 160
     sampling    python phased_dmd.py --sample runs/phased_dmd-clips/student
 
 Deviations; reasons in docs/phased_dmd.md. The gradient has DMD's normalised weight. Eq. 13's taper
 is left out where s = 0. With several steps in a phase the fake is conditioned on the step. Noise
-levels keep 2 % off both ends in the student's turn, and are spread evenly over a batch. Full
-copies, averaged weights, betas and falling rates suit short runs of small networks.
+levels are spread evenly over a batch, and none is below .02 in the student's turn. Full copies,
+averaged weights, betas and falling rates suit short runs of small networks.
 """
 
 import copy
+import math
 import os
 from dataclasses import dataclass
 
@@ -48,23 +50,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.diffusion import expand, shift, step_grid, transition
+from models.diffusion import expand, shift, step_grid, transition, unshift
 from models.draws import Draws, stable_hash
-from models.files import UserError, load_json, load_tensors
+from models.files import UserError, load_json
 from models.networks import load_network, lora, save_network
 from models.plumbing import report
 from models.plumbing.data import Conditions, try_network
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import (
     Run,
-    check_same_flags,
-    find_state,
-    flags_to_save,
+    is_stored,
     pack_module,
     pack_optimizer,
     refuse_output_dir,
     run_main,
-    save_state,
     unpack_module,
     unpack_optimizer,
 )
@@ -72,9 +71,10 @@ from models.plumbing.teachers import (
     Teacher,
     freeze_teacher,
     is_small,
+    network_from,
     read_own_sampler,
+    set_clock,
     start_teacher,
-    starting_network,
     student_folder,
     with_step_input,
 )
@@ -140,22 +140,34 @@ def phased_dmd_loss(
     x_s, x0, teacher, fake, diffusion, eps, s, t, cond, uncond, fake_cond, guidance_scale,
     direction=paper_direction,
 ):  # fmt: skip
-    """The student's distribution matching loss at the end of a phase (Eq. 10).  -> scalar, g.
+    """The student's distribution matching loss at the end of a phase (Eq. 10).
 
-    Its gradient in x_s, with all else constant, is g / numel(x_s), where g (B, ...) is the paper's
-    direction or the normalised one below. x0 (B, ...) is what the student's own last call implies;
-    only the normalised direction uses it. teacher and fake are networks, called as
-    net(x_t, t, **cond).
+    -> scalar; g, mu_real, mu_fake (B, ...), constants, for the log.
+
+    Its gradient in x_s, with all else constant, is g / numel(x_s), where g is the paper's direction
+    or the normalised one below. x0 (B, ...) is what the student's own last call implies; only the
+    normalised direction uses it. teacher and fake are networks, called as net(x_t, t, **cond).
     """
     with torch.no_grad():
         x_t = diffusion.noise_on(x_s, eps, s, t)
         mu_real = diffusion.guided_x0(teacher, x_t, t, cond, uncond, guidance_scale)
         mu_fake = diffusion.x0(fake, x_t, t, **fake_cond)
         g = direction(x0, mu_real, mu_fake, diffusion, s, t)
-    return 0.5 * F.mse_loss(x_s, (x_s - g).detach()), g
+    return 0.5 * F.mse_loss(x_s, (x_s - g).detach()), g, mu_real, mu_fake
 
 
-# ---- variants of direction, target and taper -----------------------------------------------------
+# ---- variants of loss, direction, target and taper -----------------------------------------------
+
+
+def clean_sample_loss(x0, g):
+    """The same value, with g sent into the clean sample x0 that the step implies.  -> scalar.
+
+    The authors' trainer does that with the normalised direction. A flow step from t_j has
+    x_s = x_in - (t_j - s) v and x0 = x_in - t_j v, so that v gets t_j g in place of (t_j - s) g:
+    1 and .9375 in place of .1667 and .1042 in the first of two phases at shift 5. Where s = 0 both
+    are the same.
+    """
+    return 0.5 * F.mse_loss(x0, (x0 - g).detach())
 
 
 def normalized_direction(x0, mu_real, mu_fake, diffusion, s, t):
@@ -277,6 +289,7 @@ class Phase:
     base: nn.Module  # the teacher's network in charge of its steps
     init: nn.Module  # what the expert starts from: base, or the network of --student_init
     fake_base: nn.Module  # what the fake starts from: all that is in charge somewhere on (s, 1)
+    given: str | None = None  # the adapter of base that the expert begins as (--student_init)
     expert: Expert | None = None  # stays; all below exists while the phase is being trained
     fake: Expert | None = None
     ema: Expert | None = None  # the expert's average, or the expert itself
@@ -294,10 +307,7 @@ def phase_steps(student_steps, phases):
 def plan_phases(args, teacher, device):
     """-> the K phases, without networks of their own. Raises UserError."""
     N, K, updates = args.student_steps, args.phases, args.max_train_steps
-    grid, given = step_grid(N, teacher.shift), None
-    if args.student_init:
-        given = starting_network(args, teacher).to(device)
-    phases = []
+    grid, phases = step_grid(N, teacher.shift), []
     for i, steps in enumerate(phase_steps(N, K)):
         base = network_at(teacher, grid[steps.start])
         high = base is not teacher.base and base is teacher.base.high
@@ -311,18 +321,87 @@ def plan_phases(args, teacher, device):
                 start=round(updates * i / K),
                 end=round(updates * (i + 1) / K),
                 base=base,
-                init=base if given is None else given,
+                init=base,
                 fake_base=base if high else teacher.base,
             )
         )
+    if args.student_init:
+        give_starts(args, teacher, phases, device)
     return phases
 
 
 def network_at(teacher, t):
-    """The base network that is in charge at time t: of two networks one (Wan 2.2)."""
+    """The base network of a student's step at time t: of two networks one (Wan 2.2)."""
     if not hasattr(teacher.base, "boundary"):
         return teacher.base
-    return teacher.base.high if t >= teacher.base.boundary else teacher.base.low
+    return teacher.base.high if is_high(t, teacher.base.boundary) else teacher.base.low
+
+
+def is_high(t, boundary):
+    """Whether a student's step at t is of the high-noise network.
+
+    One at exactly the boundary is not: LightX2V decides by a step's index, and at shift 7 the third
+    of four steps, t = .875, is of the low-noise network. The teacher is asked for scores on either
+    side by its own rule, t >= boundary.
+    """
+    return t > boundary + 1e-6
+
+
+def give_starts(args, teacher, phases, device):
+    """What the experts start from, of --student_init: full experts from a network, else from an
+    adapter of their base. Raises UserError."""
+    loaded = {}
+    for phase, source in zip(phases, starting_sources(args.student_init, teacher, phases)):
+        path = lora.adapter_file(source)
+        if args.lora_rank and path is None:
+            raise UserError(
+                f"--student_init {source} starts full experts, not adapters: give --lora_rank 0 "
+                "with it"
+            )
+        if not args.lora_rank:
+            key = source, id(phase.base)
+            if key not in loaded:
+                loaded[key] = network_from(source, teacher, phase.base).to(device)
+            phase.init = loaded[key]
+            continue
+        phase.given = f"given{phase.number}"
+        try:
+            lora.load(phase.base, phase.given, path)
+        except ValueError as error:
+            raise UserError(f"--student_init: {error}") from None
+        rank = max(a.rank for a in lora.adapters(phase.base, phase.given).values())
+        if rank > args.lora_rank:
+            raise UserError(f"--student_init: {path} has rank {rank}: give --lora_rank {rank}")
+
+
+def starting_sources(init, teacher, phases):
+    """--student_init -> for every phase the LoRA file or the folder of a network that is meant.
+
+    init itself, or what a folder has for each: experts of ours, or a pair for two networks under
+    LightX2V's or diffusers' names. Raises UserError.
+    """
+    folder, K = student_folder(init), len(phases)
+    pairs = {
+        "transformer": ["high_noise_model.safetensors", "transformer"],
+        "transformer_2": ["low_noise_model.safetensors", "transformer_2"],
+    }
+
+    def inside(number, which=None):
+        names = [f"expert{number}.safetensors", f"expert{number}", *pairs.get(which, [])]
+        paths = [os.path.join(folder, name) for name in names]
+        return next((path for path in paths if os.path.exists(path)), None)
+
+    found = [inside(phase.number, side(teacher, phase)) for phase in phases]
+    if inside(K + 1) or (any(found) and not all(found)):
+        raise UserError(f"--student_init {init} does not have one expert for each of {K} phases")
+    if any(found):
+        return found
+    if hasattr(teacher.base, "boundary"):
+        raise UserError(
+            f"--student_init {init} is one network, and this teacher has two: give a folder with "
+            "high_noise_model.safetensors and low_noise_model.safetensors"
+        )
+    return [init] * K
 
 
 def per_step(phases, networks):
@@ -360,6 +439,9 @@ def start_phase(args, phases, phase, info, tensors):
     """
     n, resumed = phase.number, info["phase"] + 1
     phase.expert = new_expert(args, phase.init, f"expert{n}", args.lora_rank)
+    if phase.given:
+        lora.start_from(phase.base, phase.expert.adapter, phase.given)
+        lora.remove(phase.base, phase.given)
     before = phases[: n - 1]
     if args.expert_init == "previous" and before and before[-1].base is phase.base:
         phase.expert.load_state_dict(before[-1].expert.state_dict())
@@ -382,7 +464,7 @@ def start_phase(args, phases, phase, info, tensors):
     phase.optimizer_fake = torch.optim.AdamW(phase.fake.parameters(), lr=rate_fake, **adam)
     if tensors and n == resumed:
         unpack_module(phase.fake, "fake", tensors)
-        if args.ema_decay:
+        if args.ema_decay and is_stored("ema", tensors):  # else it begins as the expert
             unpack_module(phase.ema, "ema", tensors)
         unpack_optimizer(phase.optimizer, "optimizer", tensors)
         unpack_optimizer(phase.optimizer_fake, "optimizer_fake", tensors)
@@ -431,14 +513,17 @@ def student_sample_all_steps(draw, phase, experts, teacher, grid, gradient):
     return x_s, x0, cond, uncond, k
 
 
-def noise_above(draw, phase, low, high):
+def noise_above(draw, phase, t_low=0.0, t_high=1.0):
     """What x_s is noised on with, to a level t in (s, 1).  -> eps (B, ...), s, t (B,).
 
-    t is drawn before the shift, u evenly from that share [low, high] of (u_end, 1) (Fig. 9). Where
-    only a high-noise teacher is in charge, t is clamped to its boundary, not drawn again (App. B).
+    u = unshift(t) is uniform where t is in (s, 1) and in [t_low, t_high] (Fig. 9), but for the
+    first thousandth above s > 0, where Eq. 11's target is infinite. Where only a high-noise teacher
+    is in charge, t is clamped to its boundary, not drawn again (App. B).
     """
-    u = phase.u_end + (1 - phase.u_end) * draw.spread("u", low, high)
-    t = shift(u, draw.timestep_shift).clamp_min(phase.t_min)
+    S = draw.timestep_shift
+    u_low = phase.u_end + (1e-3 * (1 - phase.u_end) if phase.s else 0.0)
+    u = draw.spread("u", max(u_low, unshift(t_low, S)), unshift(t_high, S))
+    t = shift(u, S).clamp_min(phase.t_min)
     return draw.noise("eps"), torch.full_like(t, phase.s), t
 
 
@@ -461,7 +546,7 @@ def train(args):
     grid = step_grid(args.student_steps, teacher.shift)  # t_0 = 1 > ... > t_N = 0
     phases = plan_phases(args, teacher, run.device)
     try_network(teacher.base, teacher, run.device)
-    info, tensors = read_state(args, phases)
+    info, tensors = read_state(run, phases)
     run.spent = info["seconds"]
     run.open_folder(info["step"])
     report.introduce(run, teacher, teacher.base, describe(args, grid, phases))
@@ -472,7 +557,6 @@ def train(args):
             continue  # it was over when the run was interrupted
         experts = per_step(phases, [p.expert for p in phases[: phase.number]])
         updates = phase.end - phase.start
-        low = 1e-3 if phase.s else 0.0  # the fake's levels keep off s, where its target is infinite
 
         for step in run.steps(max(info["step"], phase.start), phase.end, f"phase {phase.number}"):
             n = step - phase.start  # rates and average start again in every phase
@@ -483,7 +567,7 @@ def train(args):
             # ---- fake score: R updates, each on fresh samples of the experts
             for inner in range(args.fake_update_ratio):
                 for draw in run.micro_batches(step, inner, teacher):
-                    eps, s, t = noise_above(draw, phase, low, 1.0)
+                    eps, s, t = noise_above(draw, phase)
                     with run.autocast():
                         x_s, _, cond, _, k = draw_sample(
                             draw, phase, experts, teacher, grid, gradient=False
@@ -506,11 +590,14 @@ def train(args):
                     )
                     step_k = step_input(k - phase.steps.start, draw, phase.see_step)
                     at_t = diffusion, eps, s, t, cond, uncond, cond | step_k
-                    loss, g = phased_dmd_loss(
+                    loss, g, mu_real, mu_fake = phased_dmd_loss(
                         x_s, x0, teacher.net, phase.fake, *at_t, scale, direction
                     )
+                    if args.regress == "x0":  # as the authors' trainer; Eq. 10 is of x_s
+                        loss = clean_sample_loss(x0, g)
                 (loss * run.share).backward()
                 run.note(loss_dm=loss, g_dm=(g / g.numel()).norm())
+                run.note_scores(mu_real, mu_fake)
                 run.note_samples(x_s)
             run.update(phase.optimizer, "student")
             if args.ema_decay:
@@ -547,38 +634,36 @@ def describe(args, grid, phases):
 # ---- what the run leaves behind ------------------------------------------------------------------
 
 
-def read_state(args, phases):
+def read_state(run, phases):
     """--resume_from_checkpoint -> its state.json and its tensors (None). Raises UserError.
 
-    state.json has step, seconds, flags, phase (from 0) and phase_start, the updates before it.
+    Beside what every state.json has, phase (from 0) and phase_start, the updates before it.
     """
-    folder = find_state(args.output_dir, args.resume_from_checkpoint)
-    if not folder:
+    info, tensors = run.read_state()
+    updates = run.args.max_train_steps
+    if info is None:
         return {"step": 0, "phase": 0, "phase_start": 0, "seconds": 0.0}, None
-    info = load_json(os.path.join(folder, "state.json"))
-    tensors = load_tensors(os.path.join(folder, "state.safetensors"))
-    check_same_flags(info, args)
     for phase in phases[info["phase"] + 1 :]:
         if phase.end <= info["step"]:
             raise UserError(
                 f"the checkpoint is at step {info['step']} in phase {info['phase'] + 1}, and with "
-                f"--max_train_steps {args.max_train_steps} phase {phase.number} would end at step "
+                f"--max_train_steps {updates} phase {phase.number} would end at step "
                 f"{phase.end}, without an update: give more"
             )
     return info, tensors
 
 
 def save(run, phases, phase, teacher, grid, step):
-    """samples.png, student/ and state/ after this step, on rank 0.
+    """samples.png, student/ and state/ after this step.
 
     The average stands for the phase's expert, and for later ones the networks they will start from.
     """
+    trained = [p.expert for p in phases[: phase.number - 1]] + [phase.ema]
+    later = [Expert(p.init, p.given) for p in phases[phase.number :]]
+    sampler = student_sampler(run, per_step(phases, trained + later), teacher, grid[:-1])
+    report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})  # by all ranks
     if not run.main:
         return
-    trained = [p.expert for p in phases[: phase.number - 1]] + [phase.ema]
-    later = [Expert(p.init) for p in phases[phase.number :]]
-    sampler = student_sampler(run, per_step(phases, trained + later), teacher, grid[:-1])
-    report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})
     save_student(run, trained, phases, teacher, grid)
     tensors = pack_module(phase.fake, "fake")
     if phase.ema is not phase.expert:
@@ -587,13 +672,11 @@ def save(run, phases, phase, teacher, grid, step):
     tensors |= pack_optimizer(phase.optimizer_fake, "optimizer_fake")
     for p in phases[: phase.number]:
         tensors |= pack_module(p.expert, f"expert{p.number}")
-    info = {"flags": flags_to_save(run.args), "phase": phase.number - 1}
-    info |= {"phase_start": phase.start, "seconds": run.seconds()}
-    save_state(run.folder, step + 1, tensors, info)
+    run.save_state(step, tensors, phase=phase.number - 1, phase_start=phase.start)
 
 
 def save_student(run, trained, phases, teacher, grid):
-    """student/: expertK/ in the teacher's own layout, or expertK.safetensors as an adapter file.
+    """student/: expertK/ in the teacher's own layout, or an adapter's file or folder.
 
     sampler.json ties them to their steps. trained: the experts so far.
     """
@@ -602,14 +685,17 @@ def save_student(run, trained, phases, teacher, grid):
     args, folder = run.args, os.path.join(run.folder, "student")
     os.makedirs(folder, exist_ok=True)
     for phase, expert in zip(phases, trained):
-        path = os.path.join(folder, weights_name(args, phase))
+        path, net = os.path.join(folder, weights_name(args, phase)), expert.net
         if args.lora_rank:
             times = " ".join(f"{t:.6g}" for t in grid)
             about = {"expert": f"{phase.number} of {len(phases)}", "times": times}
-            lora.save(expert.net, expert.adapter, path, {"method": run.method, **about})
+            about |= {"method": run.method}
+            save_adapter = lora.save_peft if lora.is_for_peft(net) else lora.save
+            save_adapter(net, expert.adapter, path, about, LORA_DTYPES[args.lora_dtype])
         else:
             second = side(teacher, phase) == "transformer_2"
-            save_network(expert.net, teacher.config_2 if second else teacher.config, path)
+            linear = {k: net.config[k] for k in ("linear_layers", "feature_map") if k in net.config}
+            save_network(net, {**(teacher.config_2 if second else teacher.config), **linear}, path)
     described = [
         {
             "weights": weights_name(args, phase),
@@ -622,12 +708,31 @@ def save_student(run, trained, phases, teacher, grid):
     base = args.teacher if args.teacher in WORLDS else os.path.abspath(args.teacher)
     more = {"phase_ends": [phase.s for phase in phases], "experts": described}
     more |= {"lora_rank": args.lora_rank, "base": base, "seed": args.seed}
+    if hasattr(teacher.base, "boundary"):
+        more["boundary_ratio"] = boundary_between(teacher, grid)
+    if teacher.loras:
+        more["teacher_lora"] = list(teacher.loras)
     report.save_sampler(run, teacher, grid[:-1], **more)
 
 
+LORA_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
 def weights_name(args, phase):
-    """Where an expert is saved, in student/."""
-    return f"expert{phase.number}" + (".safetensors" if args.lora_rank else "")
+    """Where an expert is saved, in student/: a folder, or an adapter's file."""
+    one_file = args.lora_rank and not lora.is_for_peft(phase.init)
+    return f"expert{phase.number}" + (".safetensors" if one_file else "")
+
+
+def boundary_between(teacher, grid):
+    """The boundary_ratio by which t >= boundary_ratio gives every step its own expert.
+
+    It is the teacher's, unless a step is at exactly that; then in the middle of the two steps.
+    """
+    boundary = teacher.base.boundary
+    above = min(t for t in grid if is_high(t, boundary))
+    below = max(t for t in grid if not is_high(t, boundary))
+    return boundary if below < boundary - 1e-6 else (above + below) / 2
 
 
 def side(teacher, phase):
@@ -695,10 +800,13 @@ def load_student(run):
     folder, saved, schedule, prediction, own_shift = read_own_sampler(args.sample, run.method)
     refuse(wrong_flags_for(args, folder, saved))
     args.teacher = args.teacher or saved["base"]
+    args.teacher_lora = args.teacher_lora or saved.get("teacher_lora")
     if saved["lora_rank"]:
         networks, world_name = load_adapters(args, folder, saved, run.device)
     else:
         loaded = [load_network(os.path.join(folder, e["weights"])) for e in saved["experts"]]
+        for net, _ in loaded:
+            set_clock(net, schedule)
         networks = [Expert(net.to(run.device)) for net, _ in loaded]
         world_name = loaded[0][1].get("world")
     like = Teacher(None, None, folder, schedule, prediction, own_shift, world_name, args.sample)
@@ -726,7 +834,8 @@ def load_adapters(args, folder, saved, device):
             if (e["network"] is None) == two:
                 kind = "one network" if two else "two networks"
                 raise ValueError(f"{args.teacher} is no teacher of {kind}")
-            lora.load(net, name, os.path.join(folder, e["weights"]))
+            path = os.path.join(folder, e["weights"])
+            lora.load(net, name, lora.adapter_file(path) or path)
         except ValueError as error:
             raise UserError(
                 f"{error}; the adapters belong on {saved['base']}, name it with --teacher"
@@ -755,10 +864,14 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
     ),
     "released": dict(  # the paper's values, where it gives any
         max_train_steps=800, train_batch_size=1, learning_rate=5e-5, learning_rate_fake=4e-7,
-        fake_update_ratio=5, guidance_scale=4.0, ema_decay=0.0, adam_betas=[0.0, 0.999],
-        weight_decay=0.01, lr_warmup_steps=0, lr_decay_share=0.0, lora_rank=64, timestep_shift=5.0,
-        preview_samples=2,
+        fake_update_ratio=5, ema_decay=0.0, adam_betas=[0.0, 0.999], weight_decay=0.01,
+        lr_warmup_steps=0, lr_decay_share=0.0, lora_rank=64, preview_samples=2,
     ),
+    # Shift: Table 1, which has 3 for Qwen-Image (not implemented here). Guidance: LightX2V's
+    # phased_dmd configs. Other teachers keep their own of models/plumbing/releases.py.
+    "WanTransformer3DModel": dict(timestep_shift=5.0, guidance_scale=4.0),
+    "Wan 2.1 T2V 1.3B": dict(guidance_scale=5.0),
+    "Wan 2.1 T2V 14B": dict(guidance_scale=5.0),
 }  # fmt: skip
 
 
@@ -803,11 +916,15 @@ def parse_args(argv=None):
         "(paper: 2, and 4 in Table 6; 1 = few-step DMD)")
     add("--dmd_weight", choices=["normalized", "paper"], default="normalized",
         help="weight of the matching gradient: DMD's in x0 space, or Eq. 10 (paper)")
+    add("--regress", choices=["x_s", "x0"], default="x_s",
+        help="what the matching gradient moves: the sample at the end of the phase (paper, Eq. "
+        "10), or the clean sample that its step implies, as the authors' trainer does; the same "
+        "where s = 0")
     add("--taper", choices=["inner", "all", "none"], default="inner",
         help="Eq. 13's clamp: in phases with s > 0, in all (paper), or nowhere")
-    add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.02, 0.98], metavar=("LO", "HI"),
-        help="share of the interval (u of s, 1), before the shift, that the student's loss draws "
-        "from (paper: not stated)")
+    add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.02, 1.0], metavar=("LO", "HI"),
+        help="bounds of t, after the shift, in the student's loss, within (s, 1) of its phase "
+        "(paper: (s, 1); Eq. 10 and DMD's weight are singular at 0)")
     add("--expert_init", choices=["teacher", "previous"], default="teacher",
         help="an expert starts from the teacher (paper), or from the expert before it if that is "
         "of the same network")
@@ -816,6 +933,8 @@ def parse_args(argv=None):
         "learning rate")
     add("--lora_alpha", type=number(float, above=0), default=8.0,
         help="alpha of all adapters, their scale is alpha / rank (paper: 8)")
+    add("--lora_dtype", choices=list(LORA_DTYPES), default="float32",
+        help="of the adapter files in student/; bf16 halves them")
     add("--fake_lora_rank", type=number(int, 0), default=0,
         help="rank of the fake's adapter, which saves memory, is not conditioned on the step and "
         "needs the adapters' learning rate; 0 = a full copy (paper)")
@@ -841,23 +960,47 @@ def wrong_flags(a, teacher=None):
     yield a.max_train_steps < a.phases, (
         f"--max_train_steps {a.max_train_steps} are shared out over --phases {a.phases}: give at "
         "least one step each")
-    yield a.student_init and a.lora_rank, (
-        "--student_init starts full experts, not adapters: give --lora_rank 0 with it")
-    if teacher is None or not hasattr(teacher.base, "boundary"):
+    if teacher is None:
         return
-    boundary, grid = teacher.base.boundary, step_grid(a.student_steps, teacher.shift)
-    at = [f"{t:.4g}" for t in grid]
-    for steps in phase_steps(a.student_steps, a.phases):
+    grid = step_grid(a.student_steps, teacher.shift)
+    s = grid[phase_steps(a.student_steps, a.phases)[0].stop]
+    yield high <= s, (
+        f"--dm_range {low:g} {high:g}: the first phase takes scores above its end {s:.4g}; give "
+        f"--dm_range {low:g} 1")
+    if hasattr(teacher.base, "boundary"):
+        yield from wrong_steps(a.student_steps, a.phases, grid, teacher.base.boundary)
+
+
+def wrong_steps(N, K, grid, boundary):
+    """The same for a teacher of two networks: steps that leave a phase or a network without one."""
+    above, at = [is_high(t, boundary) for t in grid[:-1]], [f"{t:.4g}" for t in grid]
+    for steps in phase_steps(N, K):
         first, end = steps.start, steps.stop
-        yield grid[first] >= boundary > grid[end - 1], (
+        yield above[first] != above[end - 1], (
             f"steps {', '.join(at[first:end])} of one phase lie on both sides of the teacher's "
             f"boundary {boundary:g}: an expert starts from one of its two networks; use "
-            "--timestep_shift 5 or more --phases")
-    yield grid[-2] >= boundary, (
+            + (f"--timestep_shift {fitting_shift(N, K, boundary):g}, or " if K > 1 else "")
+            + f"--phases {N}")
+    N, K = (N, max(K, 2)) if N > 1 else (4, 2)
+    yield all(above), (
         f"all steps {', '.join(at[:-1])} lie above the teacher's boundary {boundary:g}: its "
-        "low-noise network would have none; use more --student_steps or a smaller "
-        "--timestep_shift")
-    yield a.student_init, "--student_init is one network, and this teacher has two: leave it out"
+        f"low-noise network would have none; use --student_steps {N} --phases {K} "
+        f"--timestep_shift {fitting_shift(N, K, boundary):g}")
+
+
+def fitting_shift(N, K, boundary):
+    """A shift at which each of K > 1 phases is of one network, and both networks have one.
+
+    It is the paper's 5 where that does it, else the nearest at which a phase ends at the boundary.
+    """
+    ends = [1 - steps.stop / N for steps in phase_steps(N, K)[:-1]]
+    exact = [boundary * (1 - u) / (u * (1 - boundary)) for u in ends]  # shift(u, S) = boundary
+    for S in [5.0, *sorted(exact, key=lambda S: abs(math.log(S / 5)))]:
+        S = float(f"{S:g}")  # as a message has it
+        above = [is_high(t, boundary) for t in step_grid(N, S)[:-1]]
+        mixed = any(above[p.start] != above[p.stop - 1] for p in phase_steps(N, K))
+        if not mixed and not all(above):
+            return S
 
 
 def wrong_flags_for(a, folder, saved):

@@ -48,8 +48,8 @@ class Flow:
 class VP:
     """Variance-preserving diffusion with a table of betas (DDPM 2006.11239, Stable Diffusion).
 
-    betas:    "linear" (DDPM, PixArt) or "scaled_linear" (linear in sqrt(beta), Stable Diffusion);
-              another name raises ValueError.
+    betas:    "linear" (DDPM, PixArt), "scaled_linear" (linear in sqrt(beta), Stable Diffusion), or
+              the n betas themselves, which need no ends; something else raises ValueError.
     zero_snr: rescale so that alpha(1) is exactly 0 (Lin 2305.08891, Alg. 1).
 
     Index i of the table's n entries is t = (i + 1) / n, so the indices 999, 749, 499 and 249 of
@@ -65,9 +65,13 @@ class VP:
             beta = torch.linspace(beta_start, beta_end, n, dtype=torch.float64)
         elif betas == "scaled_linear":
             beta = torch.linspace(beta_start**0.5, beta_end**0.5, n, dtype=torch.float64) ** 2
+        elif not isinstance(betas, str) and len(betas) == n:
+            betas = [float(b) for b in betas]
+            beta = torch.tensor(betas, dtype=torch.float64)
         else:
-            raise ValueError(f"betas must be 'linear' or 'scaled_linear', got {betas!r}")
-        self.name, self.n, self.zero_snr = betas, n, zero_snr
+            what = repr(betas) if isinstance(betas, str) else f"{len(betas)} numbers"
+            raise ValueError(f"betas must be 'linear', 'scaled_linear' or {n} numbers, got {what}")
+        self.betas, self.n, self.zero_snr = betas, n, zero_snr
         self.beta_start, self.beta_end = beta_start, beta_end
         sqrt_abar = torch.cumprod(1 - beta, 0).sqrt()
         if zero_snr:  # keep alpha at index 0, move the last index to exactly 0
@@ -99,7 +103,16 @@ class VP:
     def describe(self):
         """The schedule in words."""
         ending = ", zero terminal SNR" if self.zero_snr else ""
-        return f"VP ({self.name} betas, {self.n} steps{ending})"
+        kind = self.betas if isinstance(self.betas, str) else "given"
+        return f"VP ({kind} betas, {self.n} steps{ending})"
+
+    def in_diffusers(self):
+        """The table as entries of a scheduler_config.json."""
+        table = {"num_train_timesteps": self.n, "rescale_betas_zero_snr": self.zero_snr}
+        if isinstance(self.betas, list):
+            return {**table, "trained_betas": self.betas}
+        ends = {"beta_start": self.beta_start, "beta_end": self.beta_end}
+        return {**table, "beta_schedule": self.betas, **ends}
 
 
 def add_noise(schedule, x0, eps, t):

@@ -2,16 +2,24 @@
 
     python -m models.encode --teacher FOLDER --prompts_txt prompts.txt --output prompts.safetensors
     python -m models.encode --images FOLDER --output tokens.safetensors
+    python -m models.encode --teacher FOLDER --images FOLDER --resolution 512 \\
+        --output data.safetensors
 
-The first form takes a diffusers pipeline folder of Wan, Z-Image, PixArt-alpha or PixArt-Sigma. The
-class that model_index.json names, or without that file the class of the transformer, decides how
-prompts are encoded and the defaults of --negative_prompt and --max_length. The second form is
-TRELLIS's; --teacher may name its root, but nothing is read there: the image encoder is elsewhere.
+The first form takes a diffusers pipeline folder of Wan, Z-Image, PixArt-alpha or PixArt-Sigma, or
+the root of one of TRELLIS's text models. The class that model_index.json names, or without that
+file the class of the transformer, decides how prompts are encoded and the defaults of
+--negative_prompt and --max_length. The second form is for TRELLIS's image models; --teacher may
+name their root. TRELLIS's encoders of prompts and images are not in its root: --clip, --dinov2. The
+third form makes real data for a GAN on the teachers of the first: images, or for Wan animated ones
+with --frames, and a caption for each of them, through the pipeline's autoencoder (models/pairs.py).
 
 The output is what the scripts take as --prompts: one row of "cond.*" for each prompt or image, and
-a single row of "uncond.*". Only the functions here need transformers, which training never imports.
+a single row of "uncond.*". The third form's has "x0" beside, and is what they take as --data, too.
+Only the functions here need transformers, which training never imports.
 """
 
+import contextlib
+import functools
 import html
 import importlib
 import os
@@ -25,30 +33,40 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from models import pairs as pairing
 from models.decode import load, require
 from models.files import UserError, load_json, save_tensors
 from models.networks import trellis_path
+from models.networks.trellis import CLIP_WIDTH
 from models.plumbing.flags import Parser, number
 from models.plumbing.run import run_main
 
 
 @torch.no_grad()
-def encode_t5(kind, pipeline_folder, prompts, max_length):
-    """Features of prompts (list of N str) by the T5 encoder of class `kind`; longer ones are cut.
+def t5_rows(kind, pipeline_folder, prompts, max_length):
+    """Features of prompts (list of str) by the T5 encoder of class `kind`; longer ones are cut.
 
-    Returns text (N, max_length, D) in the encoder's dtype and mask (N, max_length) bool, true for
-    a prompt's tokens, on the CPU. Raises UserError if a library or folder is missing.
+    -> one after the other, text (max_length, D) in the encoder's dtype and mask (max_length,) bool,
+    true for the prompt's tokens, on the CPU. Raises UserError if a library or folder is missing.
     """
     tokenizer = load("transformers", "AutoTokenizer", pipeline_folder, "tokenizer")
     encoder = load("transformers", kind, pipeline_folder, "text_encoder", dtype="auto")
     settings = dict(padding="max_length", max_length=max_length, truncation=True)
-    rows = []
     for prompt in prompts:  # one at a time: 512 x 4096 activations through 24 layers
         tokens = tokenizer([prompt], return_tensors="pt", **settings).to(encoder.device)
         features = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state  # (1, L, D)
-        rows.append((features.cpu(), tokens.attention_mask.bool().cpu()))
-    text, mask = (torch.cat(part) for part in zip(*rows, strict=True))
-    return text, mask
+        yield features[0].cpu(), tokens.attention_mask[0].bool().cpu()
+
+
+def together(rows):
+    """Rows {name: (L, D) or (L,)}, the last of which is the negative prompt's, as a file has them.
+
+    -> {"cond.NAME": (N, L, ...), "uncond.NAME": (1, L, ...)}; shorter rows end with zeros.
+    """
+    rows = list(rows)
+    stacked = {k: pad_sequence([row[k] for row in rows], batch_first=True) for k in rows[0]}
+    cond = {f"cond.{k}": v[:-1] for k, v in stacked.items()}
+    return cond | {f"uncond.{k}": v[-1:] for k, v in stacked.items()}
 
 
 # The negative prompt that Wan samples with by default (wan/configs/shared_config.py).
@@ -69,6 +87,13 @@ def clean_prompt(text):
     return re.sub(r"\s+", " ", text).strip()
 
 
+def wan_rows(pipeline_folder, prompts, max_length):
+    """{"text": (max_length, D)} of each prompt, see `encode_wan`."""
+    cleaned = [clean_prompt(prompt) for prompt in prompts]
+    for text, keep in t5_rows("UMT5EncoderModel", pipeline_folder, cleaned, max_length):
+        yield {"text": text.masked_fill(~keep[:, None], 0)}
+
+
 def encode_wan(pipeline_folder, prompts, negative_prompt=NEGATIVE_PROMPT, max_length=512):
     """UMT5 features of prompts (list of N str), as WanPipeline computes them; longer ones are cut.
 
@@ -76,13 +101,28 @@ def encode_wan(pipeline_folder, prompts, negative_prompt=NEGATIVE_PROMPT, max_le
     encoder's dtype; D = 4096 in Wan. Rows after a prompt's last token are zero: Wan has no mask and
     is trained that way. Raises UserError if a library or folder is missing.
     """
-    cleaned = [clean_prompt(prompt) for prompt in [*prompts, negative_prompt]]
-    text, keep = encode_t5("UMT5EncoderModel", pipeline_folder, cleaned, max_length)
-    text = text.masked_fill(~keep[..., None], 0)
-    return {"cond.text": text[:-1], "uncond.text": text[-1:]}
+    return together(wan_rows(pipeline_folder, [*prompts, negative_prompt], max_length))
+
+
+def z_image_tokens(tokenizer, prompt, max_length):
+    """A prompt in Qwen3's chat template, at most max_length tokens.  -> input_ids (1, n), ..."""
+    template = dict(tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **template)
+    return tokenizer([text], max_length=max_length, truncation=True, return_tensors="pt")
 
 
 @torch.no_grad()
+def z_image_rows(pipeline_folder, prompts, max_length):
+    """{"text": (n, D), "text_mask": (n,)} of each prompt's n tokens, see `encode_z_image`."""
+    tokenizer = load("transformers", "AutoTokenizer", pipeline_folder, "tokenizer")
+    encoder = load("transformers", "AutoModel", pipeline_folder, "text_encoder", dtype="auto")
+    for prompt in prompts:  # one at a time, so there is no padding to mask
+        tokens = z_image_tokens(tokenizer, prompt, max_length).to(encoder.device)
+        output = encoder(tokens.input_ids, tokens.attention_mask, output_hidden_states=True)
+        text = output.hidden_states[-2][0].cpu()  # (n, D), before the last layer
+        yield {"text": text, "text_mask": torch.ones(len(text), dtype=torch.bool)}
+
+
 def encode_z_image(pipeline_folder, prompts, negative_prompt="", max_length=512):
     """Qwen3 features of prompts (list of N str), as ZImagePipeline computes them; longer are cut.
 
@@ -91,20 +131,14 @@ def encode_z_image(pipeline_folder, prompts, negative_prompt="", max_length=512)
     L is the longest prompt's number of tokens, with those of the chat template, and at most
     max_length. Raises UserError if a library or folder is missing.
     """
-    tokenizer = load("transformers", "AutoTokenizer", pipeline_folder, "tokenizer")
-    encoder = load("transformers", "AutoModel", pipeline_folder, "text_encoder", dtype="auto")
-    template = dict(tokenize=False, add_generation_prompt=True, enable_thinking=True)
-    settings = dict(max_length=max_length, truncation=True, return_tensors="pt")
-    rows = []
-    for prompt in [*prompts, negative_prompt]:  # one at a time, so there is no padding to mask
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **template)
-        tokens = tokenizer([text], **settings).to(encoder.device)
-        output = encoder(tokens.input_ids, tokens.attention_mask, output_hidden_states=True)
-        rows.append(output.hidden_states[-2][0].cpu())  # (n, D), before the last layer
-    text = pad_sequence(rows, batch_first=True)  # (N + 1, L, D)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
-    cond = {"cond.text": text[:-1], "cond.text_mask": mask[:-1]}
-    return cond | {"uncond.text": text[-1:], "uncond.text_mask": mask[-1:]}
+    return together(z_image_rows(pipeline_folder, [*prompts, negative_prompt], max_length))
+
+
+def pixart_rows(pipeline_folder, prompts, max_length):
+    """{"text": (max_length, D), "mask": (max_length,)} of each prompt, see `encode_pixart`."""
+    cleaned = [prompt.lower().strip() for prompt in prompts]
+    for text, mask in t5_rows("T5EncoderModel", pipeline_folder, cleaned, max_length):
+        yield {"text": text, "mask": mask}
 
 
 def encode_pixart(pipeline_folder, prompts, negative_prompt="", max_length=120):
@@ -116,10 +150,7 @@ def encode_pixart(pipeline_folder, prompts, negative_prompt="", max_length=120):
     clean_caption, which also removes URLs and the like, is for scraped captions and not used.
     PixArt-Sigma has max_length 300. Raises UserError if a library or folder is missing.
     """
-    cleaned = [prompt.lower().strip() for prompt in [*prompts, negative_prompt]]
-    text, mask = encode_t5("T5EncoderModel", pipeline_folder, cleaned, max_length)
-    cond = {"cond.text": text[:-1], "cond.mask": mask[:-1]}
-    return cond | {"uncond.text": text[-1:], "uncond.mask": mask[-1:]}
+    return together(pixart_rows(pipeline_folder, [*prompts, negative_prompt], max_length))
 
 
 DINOV2 = "facebook/dinov2-with-registers-large"
@@ -197,6 +228,39 @@ def encode_trellis_images(folder, dinov2=DINOV2):
     return {"cond.tokens": tokens, "uncond.tokens": torch.zeros_like(tokens[:1])}
 
 
+CLIP, CLIP_TOKENS = "openai/clip-vit-large-patch14", 77  # its name, and as many as it has places
+
+
+@torch.no_grad()
+def encode_trellis_text(root, prompts, negative_prompt="", max_length=CLIP_TOKENS, clip=None):
+    """CLIP's tokens of prompts (list of N str), as TrellisTextTo3DPipeline's; longer ones are cut.
+
+    clip: a transformers folder, or a name that is downloaded; None: the one that pipeline.json in
+    root names, else CLIP. Returns {"cond.tokens": (N, max_length, 768), "uncond.tokens": (1,
+    max_length, 768)} on the CPU in float16, the precision in which TRELLIS uses them: all tokens
+    after the model's last norm, also those of the padding, for TRELLIS has no mask. Raises
+    UserError.
+    """
+    library, described = require("transformers"), os.path.join(root, "pipeline.json")
+    if clip is None and os.path.isfile(described):
+        clip = load_json(described).get("args", {}).get("text_cond_model")
+    clip = str(clip or CLIP)
+    if max_length > CLIP_TOKENS:
+        raise UserError(f"--max_length {max_length}: CLIP takes at most {CLIP_TOKENS} tokens")
+    try:
+        tokenizer = library.AutoTokenizer.from_pretrained(clip)
+        model = library.CLIPTextModel.from_pretrained(clip, use_safetensors=True).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--clip {clip} cannot be loaded: {error}") from None
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    settings = dict(padding="max_length", max_length=max_length, truncation=True)
+    rows = []
+    for prompt in [*prompts, negative_prompt]:
+        ids = tokenizer([prompt], return_tensors="pt", **settings).input_ids
+        rows.append(model(ids.to(model.device)).last_hidden_state.half().cpu())  # (1, L, D)
+    return {"cond.tokens": torch.cat(rows[:-1]), "uncond.tokens": rows[-1]}
+
+
 # By the class of the pipeline, or of the transformer where there is no model_index.json: function,
 # default negative prompt, default tokens per prompt (None: PixArt-alpha and PixArt-Sigma differ in
 # it but not in their transformer's class).
@@ -209,18 +273,21 @@ TEXT_TEACHERS = {
     "PixArtSigmaPipeline": (encode_pixart, "", 300),
     "PixArtTransformer2DModel": (encode_pixart, "", None),
     "Transformer2DModel": (encode_pixart, "", None),  # its name in older versions of diffusers
+    "TrellisTextTo3DPipeline": (encode_trellis_text, "", CLIP_TOKENS),
 }
 
 
 def teacher_class(folder):
-    """The class of a diffusers pipeline or of its transformer, or "TRELLIS". Raises UserError."""
+    """The class of a diffusers pipeline or of its transformer, "TrellisTextTo3DPipeline" for a root
+    or a network of TRELLIS's text models, or "TRELLIS" for the others. Raises UserError.
+    """
     for name in ("model_index.json", "transformer/config.json"):
         path = os.path.join(folder, name)
         if os.path.isfile(path) and "_class_name" in (config := load_json(path)):
             return str(config["_class_name"])
     inside = [os.path.join(folder, name) for name in ("pipeline.json", "ckpts")]
     if any(map(os.path.exists, inside)) or trellis_path(folder):
-        return "TRELLIS"
+        return "TrellisTextTo3DPipeline" if takes_text(folder) else "TRELLIS"
     fault = "has no model_index.json, transformer/config.json or pipeline.json"
     raise UserError(
         f"--teacher {folder} {fault if os.path.isdir(folder) else 'is not a folder'}: pass a "
@@ -228,10 +295,19 @@ def teacher_class(folder):
     )
 
 
-def encode_text(folder, prompts_txt, negative_prompt=None, max_length=None):
-    """Features of a text file's prompts, by the class of the teacher; None is that class's default.
+def takes_text(path):
+    """Whether TRELLIS's root, or one of its networks, is conditioned on prompts."""
+    network, described = trellis_path(path), os.path.join(path, "pipeline.json")
+    if network and os.path.isfile(network + ".json"):
+        return load_json(network + ".json").get("args", {}).get("cond_channels") == CLIP_WIDTH
+    return os.path.isfile(described) and "text_cond_model" in load_json(described).get("args", {})
 
-    Raises UserError for a folder or file that does not fit.
+
+def settings_of(folder, negative_prompt=None, max_length=None, clip=None):
+    """How the prompts of a teacher are encoded, with the defaults of its class in place of None.
+
+    clip: of `encode_trellis_text`. -> function, negative prompt, tokens a prompt. Raises UserError
+    for a folder that does not fit.
     """
     name = teacher_class(folder)
     if name not in TEXT_TEACHERS:
@@ -239,6 +315,12 @@ def encode_text(folder, prompts_txt, negative_prompt=None, max_length=None):
         known = ", ".join(n for n in TEXT_TEACHERS if n.endswith("Pipeline"))
         raise UserError(f"--teacher {folder} is {name}, and --prompts_txt is for {known}: {remedy}")
     encode, *defaults = TEXT_TEACHERS[name]
+    if encode is encode_trellis_text:
+        encode = functools.partial(encode, clip=clip)
+    elif clip is not None:
+        raise UserError(
+            f"--clip has no effect with a {name}, which has its own encoder: leave it out"
+        )
     negative_prompt = defaults[0] if negative_prompt is None else negative_prompt
     max_length = max_length or defaults[1]
     if max_length is None:
@@ -246,6 +328,15 @@ def encode_text(folder, prompts_txt, negative_prompt=None, max_length=None):
             f"--teacher {folder} has no model_index.json to tell PixArt-alpha from PixArt-Sigma: "
             "pass --max_length 120 for alpha, 300 for Sigma"
         )
+    return encode, negative_prompt, max_length
+
+
+def encode_text(folder, prompts_txt, negative_prompt=None, max_length=None, clip=None):
+    """Features of a text file's prompts, by the class of the teacher; None is that class's default.
+
+    clip: of `encode_trellis_text`. Raises UserError for a folder or file that does not fit.
+    """
+    encode, *settings = settings_of(folder, negative_prompt, max_length, clip)
     try:
         lines = Path(prompts_txt).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -253,45 +344,124 @@ def encode_text(folder, prompts_txt, negative_prompt=None, max_length=None):
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"--prompts_txt {prompts_txt} holds no prompt; write one prompt a line")
+    with blamed_on(folder):
+        return encode(folder, prompts, *settings)
+
+
+@contextlib.contextmanager
+def blamed_on(folder):
+    """Errors inside are those of a folder with an incomplete tokenizer, text_encoder or vae."""
     try:
-        return encode(folder, prompts, negative_prompt, max_length)
-    except (OSError, ValueError) as error:  # an incomplete tokenizer or text_encoder folder
+        yield
+    except (OSError, ValueError) as error:
         raise UserError(f"--teacher {folder}: {error}") from None
 
 
-def main(argv=None):
+ROWS = {encode_wan: wan_rows, encode_z_image: z_image_rows, encode_pixart: pixart_rows}
+
+
+def encode_pairs(args):
+    """--images with captions, for a teacher of prompts: write --output.  -> {name: shape}
+
+    Raises UserError.
+    """
+    encode, negative, max_length = settings_of(args.teacher, args.negative_prompt, args.max_length)
+    if args.resolution is None:
+        raise UserError("--images with captions: give --resolution H W, or one number for squares")
+    size, frames = (args.resolution * 2)[:2], args.frames or 1
+    pairs = pairing.find_pairs(args.images, args.captions)
+    with blamed_on(args.vae or args.teacher):
+        to_latent = pairing.load_encoder(args.vae or args.teacher, size, frames)
+    length = max_length
+    if encode is encode_z_image:  # the one whose rows are as long as their prompts
+        tokenizer = load("transformers", "AutoTokenizer", args.teacher, "tokenizer")
+        prompts = [negative, *(caption for _, caption in pairs)]
+        tokens = (z_image_tokens(tokenizer, prompt, max_length) for prompt in prompts)
+        length = max(each.input_ids.shape[1] for each in tokens)
+
+    def text_rows(captions):
+        with blamed_on(args.teacher):
+            yield from ROWS[encode](args.teacher, [*captions, negative], max_length)
+
+    return pairing.write_pairs(args.output, pairs, size, frames, to_latent, text_rows, length)
+
+
+# What is read, and which of the optional flags have an effect then.
+FORMS = {
+    "--prompts_txt": ("negative_prompt", "max_length", "clip"),
+    "--images without a teacher of prompts": ("dinov2",),
+    "--images with captions": (
+        *("captions", "resolution", "frames", "vae"),
+        *("negative_prompt", "max_length"),
+    ),
+}
+
+
+def form_of(args):
+    """Which of FORMS the flags ask for. Raises UserError for flags that do not go together."""
+    prompts, images, pairs = FORMS
+    form = prompts
+    if args.images is not None:
+        name = teacher_class(args.teacher) if args.teacher else "TRELLIS"
+        form = images if name == "TRELLIS" else pairs
+        if form == pairs and TEXT_TEACHERS.get(name, [None])[0] not in ROWS:
+            raise UserError(
+                f"--teacher {args.teacher} is {name}, and --images is for TRELLIS's image models "
+                "and for Wan, Z-Image and PixArt: pass their root, or --prompts_txt instead"
+            )
+    elif args.teacher is None:
+        raise UserError("--prompts_txt needs --teacher: pass a diffusers pipeline folder")
+    for flag in {flag for flags in FORMS.values() for flag in flags} - set(FORMS[form]):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag} has no effect with {form}: leave it out")
+    return form
+
+
+# fmt: off
+def parse_args(argv):
     p = Parser(prog="python -m models.encode", description=__doc__.partition("\n")[0])
-    p.add_argument("--teacher", help="diffusers pipeline folder; with --images optional")
+    add = p.add_argument
+    add("--teacher", help="diffusers pipeline folder; with --images of TRELLIS optional")
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts_txt", help="UTF-8 text file, one prompt a line")
-    source.add_argument("--images", help="folder of images, one for each object, no background")
-    p.add_argument("--output", required=True, help="safetensors file to write: cond.*, uncond.*")
-    p.add_argument("--negative_prompt", help="prompt of uncond.*; if left out, the pipeline's own")
-    p.add_argument("--max_length", type=number(int, 1), help="tokens per prompt, the rest is cut")
-    p.add_argument("--dinov2", help=f"encoder of --images, folder or name; if left out, {DINOV2}")
-    args = p.parse_args(argv)
-    used = "--prompts_txt" if args.images is None else "--images"
-    for flag in ("dinov2",) if args.images is None else ("negative_prompt", "max_length"):
-        if getattr(args, flag) is not None:
-            raise UserError(f"--{flag} has no effect with {used}: leave it out")
-    if args.images is None and args.teacher is None:
-        raise UserError("--prompts_txt needs --teacher: pass a diffusers pipeline folder")
-    if args.images is None:
-        tensors = encode_text(args.teacher, args.prompts_txt, args.negative_prompt, args.max_length)
-    elif args.teacher is None or teacher_class(args.teacher) == "TRELLIS":
-        tensors = encode_trellis_images(args.images, args.dinov2 or DINOV2)
-    else:
-        raise UserError(
-            f"--teacher {args.teacher} is {teacher_class(args.teacher)}, and --images is for "
-            "TRELLIS: pass its root, or --prompts_txt instead of --images"
-        )
+    source.add_argument("--images", help="folder of images: for TRELLIS one for each object, "
+        "without background; for teachers of prompts with captions")
+    add("--output", required=True, help="safetensors file to write: cond.*, uncond.*, and x0")
+    add("--negative_prompt", help="prompt of uncond.*; if left out, the pipeline's own")
+    add("--max_length", type=number(int, 1), help="tokens per prompt, the rest is cut")
+    add("--dinov2", help=f"encoder of --images, folder or name; if left out, {DINOV2}")
+    add("--clip", help="encoder of prompts for TRELLIS, folder or name; if left out, that "
+        f"of the root's pipeline.json, else {CLIP}")
+    add("--captions", metavar="FILE", help='captions of --images: FILE.json, {"NAME": "CAPTION"}, '
+        "or FILE.jsonl with file_name and text; if left out, NAME.txt beside each image")
+    add("--resolution", type=number(int, 8), nargs="+", metavar="PIXELS",
+        help="H W of --images with captions, or one number; their centre is cut out")
+    add("--frames", type=number(int, 1), help="of each animated image, for Wan: 1, 5, 9, ...; "
+        "if left out, 1")
+    add("--vae", metavar="FOLDER", help="autoencoder of --images with captions, where it is not "
+        "in --teacher")
+    return p.parse_args(argv)
+# fmt: on
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    form = form_of(args)
     try:
         os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
-        save_tensors(tensors, args.output)
+        if form == "--images with captions":
+            shapes = encode_pairs(args)
+        else:
+            if form == "--prompts_txt":
+                settings = args.negative_prompt, args.max_length, args.clip
+                tensors = encode_text(args.teacher, args.prompts_txt, *settings)
+            else:
+                tensors = encode_trellis_images(args.images, args.dinov2 or DINOV2)
+            save_tensors(tensors, args.output)
+            shapes = {k: f"{tuple(v.shape)} {v.dtype}" for k, v in tensors.items()}
     except OSError as error:
         raise UserError(f"cannot write --output {args.output}: {error}; name a new file") from None
-    shapes = ", ".join(f"{k} {tuple(v.shape)} {v.dtype}" for k, v in tensors.items())
-    print(f"{args.output}: {shapes}")
+    print(f"{args.output}: {', '.join(f'{k} {shape}' for k, shape in shapes.items())}")
 
 
 if __name__ == "__main__":

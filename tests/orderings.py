@@ -72,8 +72,9 @@ class Method:
 
 M, FOUR, SEVERAL = Method, "--student_steps 4", "--student_steps 1 2 4"
 CD, FRESH = "tests.consistency", "student_4_sde"
-GIVEN, ADM = "--select 0 2 6 7", "--objective adm --learning_rate 1e-4"  # of linvideo
-ADM_GIVEN, ADM_UNIT = f"{GIVEN} {ADM}", f"{GIVEN} {ADM} --weight unit"
+GIVEN, LOW = "--select 0 2 6 7", "--learning_rate 1e-4"  # of linvideo
+PART = f"{GIVEN} --objective adm --state part"
+PRINTED, UNIT = f"{PART} --weight eq13", f"{PART} --weight unit"
 FOUR_DMD = f"{FOUR} --timestep_shift 2 --max_train_steps 300"  # of a clips teacher
 AT = {4: "student", 2: "student_2", 1: "student_1"}  # steps: row of a report
 
@@ -123,7 +124,8 @@ TDM = {
     "clean": M("match x instead of x_s (Tab. 7)", f"{FOUR} --match clean"),
     "no-is": M("without importance sampling (Tab. 5)", f"{FOUR} --fake_noise fresh"),
     "exact": M("exact target of the fake", f"{FOUR} --fake_target exact"),
-    "to-noise": M("levels of a step up to pure noise", f"{FOUR} --tau_range to_noise"),
+    "to-noise": M("levels of a step up to pure noise (the fake not conditioned on the step)",
+                  f"{FOUR} --tau_range to_noise"),
     "x_s": M("regress x_s instead of x (as printed)", f"{FOUR} --regress x_s"),
     "demo": M("the demo's loss, per element", f"{FOUR} --loss demo"),
     "l2": M("squares (Tab. 5)", f"{FOUR} --loss l2"),
@@ -151,17 +153,25 @@ LINVIDEO = {
     "random": M("random layers", "--select random"),
     "fixed": M("the learned layers, fixed from the start", layers_of="learned"),
     "no-reg": M("learned, without the regulariser (Tab. 3)", "--no_regularizer"),
-    "mse": M("MSE (Eq. 7), given layers as in the next rows", GIVEN),
+    "soft": M("learned, the count not rounded", "--count soft"),
+    "mse": M("MSE (Eq. 7), given layers as in the next rows, rate 1e-3", GIVEN),
+    "mse-low": M("MSE, rate 1e-4", f"{GIVEN} {LOW}"),
     "mse-time": M("MSE, 1.7 times the updates: ADM's time", GIVEN, longer=1.7),
-    "adm": M("ADM (Eq. 11 to 13), part of a step", ADM_GIVEN),
-    "adm-unit": M("ADM without the weight (1 - t) / t", ADM_UNIT),
-    "adm-step": M("ADM, whole steps", f"{ADM_UNIT} --state step"),
-    "adm-jump": M("ADM, jumps", f"{ADM_UNIT} --state jump"),
-    "adm-rollout": M("ADM, the student's own trajectory", f"{ADM_UNIT} --state rollout"),
-    "adm-mse": M("ADM with MSE beside it, the rate of MSE",
-                 f"{GIVEN} --objective adm --weight unit --regression_weight 1"),
-    "adm-critic": M("ADM with a trained critic", f"{ADM_UNIT} --objective adm_critic"),
-    "dmd": M("few-step DMD loss (Tab. 4)", f"{ADM_GIVEN} --objective dmd"),
+    "adm-policy": M("ADM at the student's own states, 1e-3", f"{GIVEN} --objective adm"),
+    "adm-policy-low": M("the same, 1e-4", f"{GIVEN} --objective adm {LOW}"),
+    "adm-velocity": M("ADM, part of a step, its length left out of the weight, 1e-3", PART),
+    "adm-velocity-low": M("the same, 1e-4", f"{PART} {LOW}"),
+    "adm": M("ADM as printed (Eq. 11 to 13), part of a step, 1e-3", PRINTED),
+    "adm-low": M("the same, 1e-4", f"{PRINTED} {LOW}"),
+    "adm-unit": M("ADM without the weight (1 - t) / t, 1e-3", UNIT),
+    "adm-unit-low": M("the same, 1e-4", f"{UNIT} {LOW}"),
+    "adm-step": M("the same, whole steps", f"{UNIT} {LOW} --state step"),
+    "adm-jump": M("the same, jumps", f"{UNIT} {LOW} --state jump"),
+    "adm-rollout": M("the same, a step from the student's own states",
+                     f"{UNIT} {LOW} --state rollout"),
+    "adm-mse": M("ADM with MSE beside it, 1e-3", f"{UNIT} --regression_weight 1"),
+    "adm-critic": M("ADM with a trained critic, 1e-4", f"{UNIT} {LOW} --objective adm_critic"),
+    "dmd": M("few-step DMD loss (Tab. 4), 1e-4", f"{GIVEN} {LOW} --objective dmd"),
     **{f"target-{n}": M(f"{n} layers", f"--target_layers {n}") for n in (2, 6, 8)},
     **{f"map-{name}": M(f"given layers, feature map {name}", f"{GIVEN} --feature_map {name}")
        for name in ("softmax", "elu", "relu")},
@@ -169,7 +179,7 @@ LINVIDEO = {
                    init="learned"),
     "dmd-only": M("dmd.py in 4 steps, softmax attention", FOUR_DMD, script="dmd"),
     "joint": M("one stage: the row of DMD's loss, sampled in 4 steps",
-               f"{ADM_GIVEN} --objective dmd", of="dmd", row="student_4"),
+               f"{GIVEN} {LOW} --objective dmd", of="dmd", row="student_4"),
 }
 
 # Each is measured in two steps and in one. VM + VD makes 7 network calls an update, the others 3.

@@ -56,7 +56,7 @@ def written_out(nets, k, **means):
     -> x; g_dm, g_ca as they are without switches; the loss with them; that of the other terms.
     """
     flags = dict(schedule="hybrid", normalizer="branch", alpha=2.5, dm=1, ca=1, renoise="sde")
-    flags |= dict(dm_range=(0.02, 0.98), ca_range=(0.02, 0.98), see_step=True)
+    flags |= dict(dm_range=(0.0, 1.0), ca_range=(0.0, 1.0), see_step=True)
     flags |= dict(gan=0.0, mean_variance=0.0, target=None)
     a = types.SimpleNamespace(**{**flags, **means})
     draw, teacher = Draws(seed_for(k), 0, "student", range(8)), RingTeacher()
@@ -205,11 +205,11 @@ def test_student_gradient_by_term(monkeypatch, tmp_path, flags, means, real_call
 
 @pytest.mark.parametrize("alpha, gan", [("2.5", "0"), ("1", "0.3")])
 def test_one_level_and_one_normalizer_is_dmd(monkeypatch, tmp_path, alpha, gan):
-    """--schedule shared --normalizer shared is dmd.py with a guided teacher.
+    """--schedule shared --normalizer shared is dmd.py with a guided teacher, over all levels.
 
     The first gradient is the same, and so are the weights after three updates.
     """
-    flags = f"{BASE} --guidance_scale {alpha} --gan_weight {gan}".split()
+    flags = f"{BASE} --guidance_scale {alpha} --gan_weight {gan} --dm_range 0 1".split()
     first, after = [], []
     for script, more in ((dmd, ""), (decoupled_dmd, "--schedule shared --normalizer shared")):
         folder, given = tmp_path / script.__name__, [*flags, *more.split()]
@@ -248,7 +248,7 @@ def test_levels_and_what_the_fake_is_conditioned_on(monkeypatch, tmp_path, sched
     flags = f"{BASE} --fake_update_ratio 1 --gan_weight 0.1 --schedule {schedule}"
     flags += " --dm_range 0.1 0.9" + (" --shared_fake" if shared_fake else "")
     decoupled_dmd.main(ring_flags(tmp_path, 12, 16, *flags.split()))
-    ca_range = (0.1, 0.9) if schedule == "shared" else (0.02, 0.98)
+    ca_range = (0.1, 0.9) if schedule == "shared" else (0.0, 1.0)
     terms = (  # call of the teacher, range, whether u_k bounds it
         (0, (0.1, 0.9), schedule == "constrained"),
         (-1, ca_range, schedule in ("constrained", "hybrid")),
@@ -273,6 +273,26 @@ def test_levels_and_what_the_fake_is_conditioned_on(monkeypatch, tmp_path, sched
     assert max(gaps) < 0.2  # 16 levels spread evenly leave no wide gap at either end
     u = torch.cat(fake_times)
     assert {k_of(0, step) for step in range(12)} == {0, 1, 2} and u.min() < 0.05 and u.max() > 0.95
+
+
+@pytest.mark.parametrize("s", [3, 5, 6])
+def test_default_levels_reach_the_clean_end(monkeypatch, tmp_path, s):
+    """DM's u ~ U(0, 1) and CA's U(0, u_k), then the shift, as the authors: t from 0 on.
+
+    A range that leaves out 2 % of u would begin at t = .058, .093, .109 with shift 3, 5, 6.
+    """
+    diary = Diary(monkeypatch, decoupled_dmd)
+    flags = f"--student_steps {N} --timestep_shift {s} --guidance_scale 2.5 --fake_update_ratio 1"
+    decoupled_dmd.main(ring_flags(tmp_path, 6, 256, *flags.split()))
+    reached = set()
+    for step, calls in enumerate(diary.turns[1:-1:2]):
+        dm, ca = (c.t for c in [c for c in calls if c.who == "teacher"][:2])
+        k = k_of(0, step)
+        top = float(shift(1 - k / N, s))
+        assert 0 <= dm.min() < s / 256 < 0.03 and 0.99 < dm.max() <= 1
+        assert 0 <= ca.min() < s / 256 and 0.97 * top < ca.max() <= top + 1e-6
+        reached.add(k)
+    assert len(reached) > 1
 
 
 # ---- who needs the fake --------------------------------------------------------------------------
@@ -402,7 +422,7 @@ def test_flags_that_go_together(monkeypatch, tmp_path, flags):
 
 def test_ranges_by_schedule():
     """CA's own range is not DM's, except where one level is drawn for both."""
-    ranges = {"": [0.02, 0.98], "--schedule shared": [0.2, 0.7], "--ca_range 0 1": [0, 1]}
+    ranges = {"": [0, 1], "--schedule shared": [0.2, 0.7], "--ca_range 0.1 0.9": [0.1, 0.9]}
     for flags, ca_range in ranges.items():
         args = decoupled_dmd.parse_args(f"--dm_range 0.2 0.7 {flags}".split())
         assert args.ca_range == ca_range
@@ -431,11 +451,11 @@ def test_vp_teacher_from_end_to_end(tmp_path, monkeypatch):
 
     def on_loss(x, teacher, fake, diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha):
         at_t = diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha
-        loss, g_dm, g_ca = real(x, teacher, fake, *at_t)
+        loss, g_dm, g_ca, *scores = real(x, teacher, fake, *at_t)
         draw = Draws(0, len(seen), "student", range(4))
         k, label, null = draw.agreed("k", 4), draw.integer("cond", 3), torch.full((4,), 3)
         with torch.no_grad():
-            at_dm, at_ca = ("u", "eps", 0.02, 0.98), ("u_ca", "eps_ca", 0.02, min(0.98, 1 - k / 4))
+            at_dm, at_ca = ("u", "eps", 0.0, 1.0), ("u_ca", "eps_ca", 0.0, 1 - k / 4)
             steps = torch.full((4,), float(k))
             mu_fake = x0(fake, x, *at_dm, label=label, steps=steps)
             want = mu_fake - x0(net, x, *at_dm, label=label)
@@ -443,7 +463,7 @@ def test_vp_teacher_from_end_to_end(tmp_path, monkeypatch):
             want = x0(net, x, *at_ca, label=null) - x0(net, x, *at_ca, label=label)
             torch.testing.assert_close(g_ca, 2 * want, rtol=1e-4, atol=1e-4)
         seen.append((g_dm, g_ca))
-        return loss, g_dm, g_ca
+        return loss, g_dm, g_ca, *scores
 
     monkeypatch.setattr(decoupled_dmd, "decoupled_dmd_loss", on_loss)
     flags = f"""--teacher {folder} --output_dir {tmp_path}/run --max_train_steps 2

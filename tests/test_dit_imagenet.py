@@ -4,10 +4,12 @@ here.
 Also clocks, signs, files, models/convert.py and a run on it.
 """
 
+import copy
 import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +18,11 @@ from helpers import ENV, ROOT, fill, read_log, refusal_of, relative
 from safetensors.torch import load_file, save_file
 
 import dmd
+import latent_fm
 from models import convert
 from models.diffusion import VP, Flow, guide, sample_ode, step_grid, to_x0_eps
 from models.files import UserError, save_json
-from models.networks import WEIGHTS, dit_imagenet, load_network, lora, save_network
+from models.networks import WEIGHTS, dit_imagenet, load_network, lora, network_config, save_network
 from models.networks.autoencoders import AutoencoderKL
 from models.networks.dit_imagenet import (
     DIT_B_2,
@@ -31,6 +34,7 @@ from models.networks.dit_imagenet import (
     official_config,
     to_official,
 )
+from models.plumbing.run import Run, pack_module, unpack_module
 from models.plumbing.teachers import describe_schedule, load_teacher
 
 TINY = dict(
@@ -101,10 +105,12 @@ def pair(config=TINY, **more):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equal_to_diffusers(case):
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "apart"])
+def test_equal_to_diffusers(case, shared):
+    """The function and its gradients. That of a shared embedder is the sum over its copies'."""
     changes, size = CASES[case]
     config = {**TINY, **changes}
-    ours, reference = pair(config)
+    ours, reference = pair(config, shared_embedders=shared)
     calls = [inputs(config, size) for _ in range(2)]
     for call in calls:
         call["x"].requires_grad_()
@@ -121,7 +127,12 @@ def test_equal_to_diffusers(case):
     assert max(errors.values()) <= 1e-5
     parameters = dict(reference.named_parameters())
     for name, p in ours.named_parameters():
-        want = parameters[name].grad
+        copies = [name]
+        if shared and ".norm1.emb." in name:
+            end = name.partition(".norm1.emb.")[2]
+            copies = [other for other in parameters if other.endswith(f".norm1.emb.{end}")]
+            assert len(copies) == config["num_layers"]
+        want = sum(parameters[copy].grad for copy in copies)
         assert torch.allclose(p.grad, want, rtol=1e-4, atol=1e-4 * max(1, want.abs().max())), name
 
 
@@ -179,8 +190,8 @@ def embedding_table(block):
     return block.norm1.emb.class_embedder.get_submodule("embedding_table").weight
 
 
-def test_every_block_has_embedders_of_its_own_and_the_last_layer_those_of_the_first():
-    ours, reference = pair()
+def test_embedders_apart_are_those_of_each_block_and_the_last_layer_has_those_of_the_first():
+    ours, reference = pair(shared_embedders=False)
     call = inputs()
     with torch.no_grad():
         for i in range(3):
@@ -242,8 +253,8 @@ def test_bfloat16_as_close_to_float32_as_diffusers():
     ],
 )
 def test_released_sizes_have_diffusers_names_and_shapes(config, parameters, official):
-    """official: number of parameters in the official layout, which has the embedders once, and the
-    fixed positions."""
+    """parameters: their number in diffusers, which has the embedders in each block. official: in
+    the official layout, which has them once, as we do, and the fixed positions."""
     with torch.device("meta"):
         ours, reference = DiTTransformer2DModel(**config), theirs(config)
     shapes = {k: tuple(v.shape) for k, v in ours.state_dict().items()}
@@ -253,10 +264,8 @@ def test_released_sizes_have_diffusers_names_and_shapes(config, parameters, offi
     table = "transformer_blocks.11.norm1.emb.class_embedder.embedding_table.weight"
     assert shapes[table] == (rows, dim)
     assert shapes["proj_out_2.weight"] == (4 * config["out_channels"], dim)
-    assert sum(p.numel() for p in ours.parameters()) == parameters
-    embedders = sum(p.numel() for p in ours.transformer_blocks[0].norm1.emb.parameters())
-    positions = (side // 2) ** 2 * dim
-    assert parameters - (config["num_layers"] - 1) * embedders + positions == official
+    assert sum(p.numel() for p in reference.parameters()) == parameters
+    assert sum(p.numel() for p in ours.parameters()) + (side // 2) ** 2 * dim == official
     assert not list(ours.buffers())
     assert ours.latent_shape == (4, side, side) and ours.num_classes == rows - 1
     assert set(ours.config) == {k for k in reference.config if not k.startswith("_")}
@@ -305,8 +314,11 @@ def test_a_new_network_is_adaln_zeros():
 
 
 def test_weights_and_config_of_diffusers_load_here(tmp_path):
-    """A folder that diffusers wrote loads, also with the class and keys of released configs."""
-    reference, ours, call = fill(theirs(TINY)), DiTTransformer2DModel(**TINY), inputs()
+    """A folder that diffusers wrote loads, also with the class and keys of released configs.
+
+    Copies of the embedders that differ are refused, and the remedy works.
+    """
+    (ours, reference), call = pair(), inputs()
     reference.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for more in ({}, OLD):
@@ -315,6 +327,14 @@ def test_weights_and_config_of_diffusers_load_here(tmp_path):
         with torch.no_grad():
             assert relative(net(**call), noise(reference, **call)) <= 1e-5
         assert net.config == ours.config and type(net) is DiTTransformer2DModel
+    fill(reference).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="this network has one for both: put .shared_embedders.: f"):
+        load_network(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "shared_embedders": False}))
+    net, _ = load_network(str(tmp_path))
+    with torch.no_grad():
+        assert relative(net(**call), noise(reference, **call)) <= 1e-5
+    assert net.config == {**ours.config, "shared_embedders": False}
     (tmp_path / "config.json").write_text(json.dumps({**config, **OLD, "num_vector_embeds": 8}))
     message = (
         "does not describe a DiTTransformer2DModel: "
@@ -325,6 +345,53 @@ def test_weights_and_config_of_diffusers_load_here(tmp_path):
 
 
 # ---- what the training scripts rely on -----------------------------------------------------------
+
+
+def trained(net, steps=3):
+    """The network after a few updates of AdamW, as latent_fm.py makes them."""
+    args = latent_fm.parse_args(["--data", "x", "--network", "DiT-B/2", "--learning_rate", "1e-2"])
+    (optimizer,), _ = latent_fm.build_optimizers(args, net)
+    for seed in range(steps):
+        net(**inputs(seed=seed)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return net, optimizer
+
+
+def is_shared(net):
+    """Whether all blocks have the very same embedders."""
+    return len({id(block.norm1.emb) for block in net.transformer_blocks}) == 1
+
+
+def test_shared_embedders_stay_one_through_training_copies_and_files(tmp_path):
+    """Counted, updated and averaged once, and exported to the official layout afterwards."""
+    net, optimizer = trained(fill(DiTTransformer2DModel(**TINY, convention="flow")))
+    names = [name for name, _ in net.named_parameters() if ".norm1.emb." in name]
+    assert len(names) == 5 and all(name.startswith("transformer_blocks.0.") for name in names)
+    assert len(optimizer.state) == len(list(net.parameters()))
+    official = to_official(net)
+    assert official["y_embedder.embedding_table.weight"].shape == (6, 24)
+    keys = [key for key in net.state_dict() if ".norm1.emb." in key]
+    assert len(keys) == 5 * len(net.transformer_blocks)  # in diffusers' layout
+    save_network(net, network_config(net), str(tmp_path))
+    again, _ = load_network(str(tmp_path))
+    copied, averaged = copy.deepcopy(net), copy.deepcopy(net)
+    for other in (again, copied, averaged):
+        assert is_shared(other)
+        assert all(torch.equal(v, net.state_dict()[k]) for k, v in other.state_dict().items())
+    trained(copied)
+    flags = SimpleNamespace(
+        ema_decay=0.9, output_dir="x", train_batch_size=1, gradient_accumulation_steps=1
+    )
+    Run(flags, "x").update_ema(averaged, copied, step=100)
+    for key, value in averaged.state_dict().items():
+        want = 0.9 * net.state_dict()[key] + 0.1 * copied.state_dict()[key]
+        torch.testing.assert_close(value, want)
+    tensors = pack_module(net, "net")
+    assert sum(".norm1.emb." in key for key in tensors) == 5  # a run's state has them once
+    unpack_module(copied, "net", tensors)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in copied.state_dict().items())
+    assert is_shared(copied)
 
 
 def test_features_are_the_middle_block_s():
@@ -563,11 +630,16 @@ def test_names_pass_both_ways(convention):
     wrapped = from_official({f"module.{k}": v for k, v in state.items() if k != "pos_embed"})
     assert wrapped.keys() == net.state_dict().keys()
     assert all(torch.equal(wrapped[k], v) for k, v in net.state_dict().items())
+    apart = DiTTransformer2DModel(**net.config, shared_embedders=False)
+    apart.load_state_dict(net.state_dict())
+    assert to_official(apart).keys() == state.keys()
     with torch.no_grad():
-        net.transformer_blocks[1].norm1.emb.timestep_embedder.linear_2.bias += 1
+        apart.transformer_blocks[1].norm1.emb.timestep_embedder.linear_2.bias += 1
     message = "the blocks' timestep_embedder.linear_2 differ: these were trained apart"
     with pytest.raises(ValueError, match=message):
-        to_official(net)
+        to_official(apart)
+    with pytest.raises(ValueError, match="this network has one for both"):
+        net.load_state_dict(apart.state_dict())
 
 
 def test_state_dicts_of_official_networks_have_these_names_and_shapes():
@@ -853,6 +925,7 @@ def test_student_of_a_run_loads_in_diffusers(tmp_path, convention):
     start = load_file(tmp_path / "teacher" / "transformer" / WEIGHTS)
     trained = ours.state_dict()
     assert not any(torch.equal(v, start[k]) for k, v in trained.items())  # every parameter moved
+    to_official(ours)  # the blocks' embedders are still one
     assert len(read_log(tmp_path / "run")) == 2
     assert load_file(tmp_path / "run" / "samples.safetensors")["x0"].shape == (2, 4, 8, 8)
     flags = ["--sample", str(tmp_path / "run"), "--preview_samples", "2"]

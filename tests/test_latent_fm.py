@@ -22,6 +22,7 @@ import latent_fm
 from models.diffusion import Flow, ode_calls, predict_x0_eps, sample_ode, step_grid
 from models.networks import WEIGHTS, load_network
 from models.networks.dit import DiT
+from models.networks.dit_imagenet import DIT_B_2
 from models.pictures import picture
 from models.plumbing import report
 from models.plumbing.data import load_data, to_unit
@@ -195,6 +196,9 @@ def test_the_line_marked_paper_is_the_paper():
         lr_decay_share=0,
         weight_decay=0,
         ema_decay=0,
+        adam_betas=[0.9, 0.999],
+        max_grad_norm=0,
+        crop="adm",
         solver="dopri5",
         atol=1e-5,
         rtol=1e-5,
@@ -222,13 +226,17 @@ def state(folder):
     return load_file(last / "state.safetensors") | {f"s.{k}": v for k, v in student.items()}
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_resume_is_bit_equal(tmp_path, data, optimizer, monkeypatch):
+@pytest.mark.parametrize(
+    "optimizer, network", [("muon", "small"), ("adamw", "small"), ("adamw", "DiT-B/2")]
+)
+def test_resume_is_bit_equal(tmp_path, data, optimizer, network, monkeypatch):
     """Stopped in step 5 and resumed from step 4, with either optimiser.
 
-    log.csv has every step once.
+    log.csv has every step once. The paper's networks have embedders that all blocks share.
     """
-    flags = ["--data", data, "--optimizer", optimizer, "--logit_normal"]
+    sizes = dict(num_layers=2, num_attention_heads=2, attention_head_dim=8)
+    monkeypatch.setitem(latent_fm.PAPER_NETWORKS, "DiT-B/2", {**DIT_B_2, **sizes})
+    flags = ["--data", data, "--optimizer", optimizer, "--logit_normal", "--network", network]
     run(tmp_path / "whole", *flags)
     with monkeypatch.context() as m:
         calls, real = [], latent_fm.flow_matching_loss

@@ -73,6 +73,7 @@ def folder(tmp_path_factory):
         for kind, a in (("images", image), ("maps", numbers)):
             (root / kind / name).mkdir(parents=True, exist_ok=True)
             Image.fromarray(a).save(root / kind / name / f"{i:03d}.png")
+    (root / "names.json").write_text('["background", "circle", "square"]')
     torch.manual_seed(0)
     vae = AutoencoderKL(**VAE)
     config = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.35.0", **vae.config}
@@ -271,7 +272,7 @@ def test_folder_through_a_vae(tmp_path, folder, task, flags):
     """
     out, file = tmp_path / "run", tmp_path / "latents.safetensors"
     if task == "semantic":
-        flags = [*flags, "--maps", folder / "maps"]
+        flags = [*flags, "--maps", folder / "maps", "--map_names", folder / "names.json"]
     more = ["--task", task, *flags, "--cache_latents", file, "--latent_norm", "channel"]
     run(out, *through_vae(folder, *more))
     cached = load_file(file)
@@ -328,6 +329,7 @@ def test_flips_reach_images_and_maps_alike(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(LatentSpace, "moments", on_image)
     monkeypatch.setattr(latent_fm, "semantic_context", on_map)
     flags = ["--task", "semantic", "--maps", folder / "maps", "--hflip"]
+    flags += ["--map_names", folder / "names.json"]
     sizes = ["--train_batch_size", 32, "--patch_size", 8]
     run(tmp_path / "run", "--data", folder / "images", *flags, *sizes)
     for x, maps in zip(images[:3], seen[:3]):
@@ -425,7 +427,10 @@ def wrong_input(folder, tmp_path):
         (f"{images} --task inpaint {sized}", "use --network small"),
         (f"--data clips {sized}", "square images only; use --network small"),
         (f"{images} {vae} {sized} --t_scale 7", "--t_scale 1 or 1000"),
-        (f"{images} {vae} --cache_latents {tmp_path}/other.safetensors", "made for other data"),
+        (
+            f"{images} {vae} --cache_latents {tmp_path}/other.safetensors",
+            "was made with other hflip, pca_patch",
+        ),
         ("--data clips --patch_size 2 2", "one for each of the 3 axes"),
         ("--guidance_interval 0.6 0.5", "LO must not be above HI"),
         ("--solver rk4", "invalid choice"),
@@ -462,6 +467,58 @@ def test_wrong_autoencoder_of_a_saved_run(tmp_path, folder, capsys):
     assert "put it back" in refusal_of(capsys, latent_fm.main, *again)
     save_json({**about, "mean": [0.0, 1.0], "std": [1.0, 1.0]}, str(path))
     assert "has numbers for 2 channels" in refusal_of(capsys, latent_fm.main, *again)
+
+
+def test_samples_have_the_precision_of_the_run(tmp_path, folder, monkeypatch):
+    """At the end and with --sample networks run in bfloat16 where training did; decoders never."""
+    seen, calls, decode = [], [], LatentSpace.to_pixels
+    guided = latent_fm.guided_velocity
+
+    def on_call(*args):
+        calls.append(torch.is_autocast_enabled("cpu"))
+        return guided(*args)
+
+    def on_decode(self, z):
+        seen.append((torch.is_autocast_enabled("cpu"), z.dtype))
+        return decode(self, z)
+
+    monkeypatch.setattr(latent_fm, "guided_velocity", on_call)
+    monkeypatch.setattr(LatentSpace, "to_pixels", on_decode)
+    run(tmp_path / "low", *through_vae(folder, "--mixed_precision", "bf16"))
+    assert calls and all(calls) and set(seen) == {(False, torch.float32)}
+    for precision in ("bf16", "no"):
+        calls.clear()
+        sample(tmp_path / "low", tmp_path / precision, "--mixed_precision", precision)
+        assert calls and set(calls) == {precision == "bf16"}
+
+
+def test_ranks_share_out_the_samples(tmp_path, folder, monkeypatch):
+    """Rank 1 draws the rows that it is given, of one process's noise, and measures nothing."""
+    run(tmp_path / "one", *POOL)
+    drawn, real = [], latent_fm.sample
+
+    def on_sample(net, noise, *rest, **more):
+        drawn.append(noise)
+        return real(net, noise, *rest, **more)
+
+    def asked(run, draw, n, shape, batch=500):  # what rank 1 is given and gives back
+        assert tuple(shape) == (3, 32, 32)
+        draw(10, 20)
+        return None, 0.0
+
+    monkeypatch.setattr(latent_fm, "sample", on_sample)
+    monkeypatch.setattr(report, "many_on_all_ranks", asked)
+    monkeypatch.setattr(report, "save_samples", lambda *a: pytest.fail("only rank 0 writes"))
+    real_init = latent_fm.Run.__init__
+
+    def second(self, *args):
+        real_init(self, *args)
+        self.main, self.rank = False, 1
+
+    monkeypatch.setattr(latent_fm.Run, "__init__", second)
+    sample(tmp_path / "one", tmp_path / "two")
+    whole = torch.randn(2000, 12, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn[0], whole[10:20])
 
 
 # ---- flags ---------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TINY_WAN, dit_inputs, fill, perturbed, small_dit
+from numpy.polynomial.hermite_e import hermegauss
+from numpy.polynomial.legendre import leggauss
 from test_dmd_math import close, normal
 
 from kernels import linear_attention as kernels
@@ -20,17 +22,24 @@ from linvideo import (
     MixedAttention,
     adm_loss,
     adm_variant_loss,
+    bank_states,
     chosen_layers,
     constraint,
     convert,
     dmd_baseline_loss,
+    exponents,
     flow_matching_loss,
     matching_gradient,
     matching_loss,
     mix_attention,
+    own_state,
+    parse_args,
+    r_is_held,
     regression_loss,
     regularizer,
     smallest,
+    soft_constraint,
+    step_to_x_hat,
     trajectory,
     wrong_selection,
 )
@@ -331,15 +340,95 @@ def test_regularizer(alpha):
     assert g[0] < 0 < g[1] and (g[1] < 1e-5) == (alpha == 20)
 
 
-def test_when_a_layer_can_leave_one():
-    """At r = 1 both together pull r down exactly where the target is above alpha.
+@pytest.mark.parametrize("count", ["round", "soft"])
+@pytest.mark.parametrize("start", [1.0, 0.9, 0.7, 0.5])
+def test_when_all_r_are_held_at_one(count, start):
+    """Both pulls together raise an r above one half exactly where `r_is_held` says so.
 
-    That is why alpha's start belongs below the target.
+    At r = 1 that is where alpha is not below the target. At .9 it is not: there the paper's 20
+    pulls with .58 and 4 with 4.1, so 20 lets any target go, and 4 holds the ones below 3.
     """
-    for target, alpha in ((16, 20.0), (16, 12.0), (3, 4.0), (4, 3.5)):
-        r = r_of(*[1.0] * 30)
-        pull = gradient(constraint(r, target) + regularizer(r, alpha), r)
-        close(pull, torch.full((30,), 2 * target - 2 * alpha), 1e-12)
+    of_count = {"round": constraint, "soft": soft_constraint}[count]
+    for target in (1, 2, 3, 4, 16, 22):
+        for alpha in (2.0, 3.5, 4.0, 12.0, 20.0):
+            args = argparse.Namespace(r_init=start, count=count, no_regularizer=False)
+            r = r_of(*[start] * 30)
+            pull = gradient(of_count(r, target) + regularizer(r, alpha), r)[0].item()
+            assert r_is_held(args, 30, target, alpha) == (start > 0.5 and pull <= 1e-9)
+            if start == 1:
+                assert pull == pytest.approx(2 * target - 2 * alpha)
+                assert (pull <= 0) == (alpha >= target)
+            args.no_regularizer = True
+            assert not r_is_held(args, 30, target, alpha)
+    if (start, count) == (0.9, "round"):
+        r = r_of(0.9)
+        pulls = [-gradient(regularizer(r, alpha), r).item() for alpha in (20.0, 4.0)]
+        assert pulls == pytest.approx([0.576, 4.096], rel=1e-2)
+
+
+def test_default_exponents():
+    """From 4 to 2, but from 20 where 4 would hold every r; the command line goes first."""
+    args = argparse.Namespace(r_init=0.9, count="round", no_regularizer=False, alpha=None)
+    assert [exponents(args, 8, n)[0] for n in (1, 2, 3, 4, 8)] == [20, 20, 4, 4, 4]
+    args.count = "soft"  # at .9 it counts .8 of 8 layers as linear already
+    assert [exponents(args, 8, n)[0] for n in (1, 2, 3, 4)] == [20, 20, 4, 4]
+    assert exponents(args, 30, 16) == (4.0, 2.0)
+    args.alpha = [7.0, 3.0]
+    assert exponents(args, 8, 1) == (7.0, 3.0)
+
+
+def test_soft_count():
+    """sum (1 - r) counts without rounding, and its gradient is -2 (count - target) in every layer.
+
+    For r of 0 and 1 it is Eq. 9.
+    """
+    r = r_of(0.9, 0.6, 0.5, 0.25)
+    close(soft_constraint(r, 2).detach(), (1.75 - 2) ** 2, 1e-13)
+    close(gradient(soft_constraint(r, 2), r), torch.full((4,), 0.5), 1e-13)
+    hard = r_of(0, 1, 1, 0)
+    for target in (1, 2, 3):
+        close(soft_constraint(hard, target).detach(), constraint(hard, target).detach(), 1e-13)
+
+
+def selected(of_count, weight, alpha, cost, layers=30, target=16, updates=900):
+    """Selection alone: layer l costs (1 - r) c_l, whose gradient has noise of its own size.
+
+    c_l ~ U(0, 2 cost), Adam at 1e-2, r from .9. -> how many r end within (.1, .9), and which share
+    of the cheapest layers is among the `target` smallest.
+    """
+    generator = torch.Generator().manual_seed(0)
+    c = 2 * cost * torch.rand(layers, generator=generator)
+    r = torch.full((layers,), 0.9, requires_grad=True)
+    adam = torch.optim.Adam([r], 1e-2, betas=(0.9, 0.99))
+    for update in range(updates):
+        power = alpha[0] + (alpha[1] - alpha[0]) * update / (updates - 1)
+        (g,) = torch.autograd.grad(of_count(r, target) + regularizer(r, power), r)
+        r.grad = weight * g + c * (torch.randn(layers, generator=generator) - 1)
+        adam.step()
+        with torch.no_grad():
+            r.clamp_(0, 1)
+    r = r.detach()
+    right = set(c.argsort()[:target].tolist()) & set(smallest(r, target))
+    return int(((r > 0.1) & (r < 0.9)).sum()), len(right) / target
+
+
+@pytest.mark.parametrize("cost", [1e-5, 1e-4, 1e-3])
+def test_released_defaults_decide_the_layers(cost):
+    """30 layers, of which 16 become linear: at the end every r has an end, and the right ones.
+
+    The size of the objective's gradient on a released model's r is not known, so this holds over
+    two orders of magnitude. With rounding and the paper's lambda and exponents all 30 stay between:
+    the count's gradient is the same for all r, Adam makes steps of one size of it, and all go to
+    one half together, where the count changes its sign at every update and Eq. 10 has no slope.
+    """
+    args = parse_args(["--teacher", "/nowhere/Wan2.1-T2V-1.3B-Diffusers"])
+    assert args.count == "soft"
+    alpha = exponents(args, 30, 16)
+    undecided, right = selected(soft_constraint, args.selection_weight, alpha, cost)
+    assert undecided <= 1 and right > 0.9
+    undecided, _ = selected(constraint, 0.01, (20.0, 2.0), cost)
+    assert undecided > (29 if cost < 1e-3 else 5)
+    assert cost > 1e-5 or selected(constraint, 0.001, (4.0, 2.0), cost)[0] > 20
 
 
 def test_smallest():
@@ -530,10 +619,12 @@ def test_adm_g_is_a_difference_of_scores():
     At x_t, or at time t, it would be something else.
     """
     x, t = normal(5, 2, seed=1), TIMES + 0.02
-    loss, g = adm_loss(STUDENT[0], TEACHER[0], x, t, TIMES, {})
+    loss, g, v, v_hat = adm_loss(STUDENT[0], TEACHER[0], x, t, TIMES, {})
     x_hat = x - 0.02 * STUDENT[0](x, t)
     close(g, STUDENT[1](x_hat, TIMES) - TEACHER[1](x_hat, TIMES), 1e-11)
     close(loss, 0.5 * g.square().mean(), 1e-12)
+    close(v, TEACHER[0](x_hat, TIMES), 1e-12)
+    close(v_hat, STUDENT[0](x_hat, TIMES), 1e-12)
     for at, time in ((x, TIMES), (x_hat, t)):
         assert not torch.allclose(STUDENT[1](at, time) - TEACHER[1](at, time), g, rtol=1e-3)
 
@@ -640,7 +731,7 @@ def test_gradient_in_the_weights_is_equation_12():
     """
     teacher = Tiny(0)
     student, x = near(teacher), normal(6, 3, seed=9)
-    loss, g = adm_loss(student, teacher, x, T, S, {})
+    loss, g, _, _ = adm_loss(student, teacher, x, T, S, {})
     got = grads(loss, student)
     with torch.no_grad():
         x_hat = x + (S - T)[:, None] * student(x, T)
@@ -685,9 +776,9 @@ def test_variants_of_adm():
     """
     teacher, x, v = Tiny(0), normal(6, 3, seed=9), normal(6, 3, seed=10)
     student, critic = near(teacher), Tiny(5)
-    loss, g = adm_loss(student, teacher, x, T, S, {})
-    same, same_g = variant(student, teacher, x, T, S)
-    assert torch.equal(loss, same) and torch.equal(g, same_g)
+    loss, *found = adm_loss(student, teacher, x, T, S, {})
+    same, *same_found = variant(student, teacher, x, T, S)
+    assert torch.equal(loss, same) and all(map(torch.equal, found, same_found))
     assert all(map(torch.equal, grads(loss, student), grads(same, student)))
     x_hat = (x + (S - T)[:, None] * student(x, T)).detach()
     at_x_hat = {name: net(x_hat, S).detach() for name, net in
@@ -695,20 +786,21 @@ def test_variants_of_adm():
     for weight in ("unit", "dmd"):
         want = matching_gradient(at_x_hat["teacher"], at_x_hat["student"], S, weight)
         close(variant(student, teacher, x, T, S, weight)[1], want, 1e-12)
-    by_critic, g = variant(student, teacher, x, T, S, score=critic)
+    by_critic, g, v_real, v_fake = variant(student, teacher, x, T, S, score=critic)
+    assert torch.equal(v_real, at_x_hat["teacher"]) and torch.equal(v_fake, at_x_hat["critic"])
     want = matching_gradient(at_x_hat["teacher"], at_x_hat["critic"], S, "eq13")
     close(g, want, 1e-12)
     assert torch.autograd.grad(by_critic, critic.a, allow_unused=True) == (None,)
     loss = variant(student, teacher, x, T, S)[0]
-    with_both, _ = variant(student, teacher, x, T, S, v=v, beside=2.0)
-    regression, _ = regression_loss(student, x, v, T, {})
+    with_both = variant(student, teacher, x, T, S, v=v, beside=2.0)[0]
+    regression = regression_loss(student, x, v, T, {})[0]
     close(with_both.detach(), (loss + 2.0 * regression).detach(), 1e-12)
     both = grads(loss + 2.0 * regression, student)
     for a, b in zip(grads(with_both, student), both, strict=True):
         close(a, b, 1e-12)
 
 
-@pytest.mark.parametrize("weight", ["eq13", "unit", "dmd"])
+@pytest.mark.parametrize("weight", ["eq13", "velocity", "unit", "dmd"])
 def test_no_gradient_where_student_is_teacher(weight):
     teacher = Tiny(0)
     student, x = copy.deepcopy(teacher), normal(6, 3)
@@ -728,18 +820,201 @@ def test_small_steps_are_regression(t):
     """
     teacher = Tiny(0)
     student, x, at = near(teacher), normal(16, 3, seed=9), torch.full((16,), t, dtype=torch.float64)
-    loss, error = regression_loss(student, x, teacher(x, at).detach(), at, {})
+    v_t = teacher(x, at).detach()
+    loss, error, v, v_hat = regression_loss(student, x, v_t, at, {})
+    assert v is v_t and not v_hat.requires_grad
+    close((v_hat - v).detach(), error.detach(), 1e-13)
     close(loss.detach(), 0.5 * error.square().mean().detach(), 1e-13)
     close(error.detach(), (student(x, at) - teacher(x, at)).detach(), 1e-13)
     mse, off = torch.cat([g.flatten() for g in grads(loss, student)]), []
     for dt in (1e-1, 1e-2, 1e-3, 1e-4):
-        loss, _ = adm_loss(student, teacher, x, at, at - dt, {})
+        loss = adm_loss(student, teacher, x, at, at - dt, {})[0]
         adm = torch.cat([g.flatten() for g in grads(loss, student)])
         ratio = float(adm.norm() / mse.norm()) / (dt * (1 - t) / t)
         off.append((1 - float(F.cosine_similarity(adm, mse, dim=0)), abs(ratio - 1)))
     cosines, ratios = zip(*off)
     assert cosines[-1] < 1e-6 and ratios[-1] < 2e-3
     assert ratios[2] > 5 * ratios[3] and cosines[0] > 50 * cosines[2]
+
+
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
+def test_small_steps_with_the_weight_velocity(t):
+    """For s -> t the gradient is that of regression at the same states, in length too.
+
+    That is --state policy, where x_hat is a state of the student's own.
+    """
+    teacher = Tiny(0)
+    student, x, at = near(teacher), normal(16, 3, seed=9), torch.full((16,), t, dtype=torch.float64)
+    loss, *_ = regression_loss(student, x, teacher(x, at).detach(), at, {})
+    want = torch.cat([g.flatten() for g in grads(loss, student)])
+    off = []
+    for dt in (1e-1, 1e-2, 1e-3):
+        loss, *_ = variant(student, teacher, x, at, at - dt, "velocity")
+        got = torch.cat([g.flatten() for g in grads(loss, student)])
+        off.append(float((got - want).norm() / want.norm()))
+    assert off[2] < 1e-2 and off[1] > 5 * off[2]
+
+
+def test_kl_divergence_is_a_regression_at_the_students_states():
+    """KL(q_s | p_s) = int_s^1 (1 - t) / t E |v_hat - v|^2 dt over x_t of the student's own flow.
+
+    And its mean over s is int_0^1 (1 - t) E |v_hat - v|^2 dt. This is why the limit of Eq. 11 to 13
+    is a regression at the student's states. At the teacher's states, or with other weights, the
+    integral is another number. Two Gaussians, whose flows' laws are known at every t.
+    """
+    p, q = (0.3, 0.5), (0.8, 2.0)  # mean and variance of the data of teacher and student
+    fields = [gaussian(torch.tensor([m], dtype=torch.float64), v)[0] for m, v in (p, q)]
+
+    def law(of, t):  # of x_t
+        return (1 - t) * of[0], (1 - t) ** 2 * of[1] + t**2
+
+    def kl(s):
+        (m, v), (m_hat, v_hat) = law(p, s), law(q, s)
+        return 0.5 * (v_hat / v + (m_hat - m) ** 2 / v - 1 + (v / v_hat).log())
+
+    def by_matching_gradient(t, at=q):
+        """E g (v - v_hat), which is (1 - t) / t E |v_hat - v|^2: five points make it exact."""
+        nodes, weights = hermegauss(5)
+        mean, variance = law(at, t)
+        x = mean[:, None] + variance.sqrt()[:, None] * torch.from_numpy(nodes)
+        v, v_hat = (f(x.reshape(-1, 1), t.repeat_interleave(5)) for f in fields)
+        g = matching_gradient(v, v_hat, t.repeat_interleave(5), "eq13")
+        share = torch.from_numpy(weights / weights.sum())
+        return ((g * (v - v_hat)).view(-1, 5) * share).sum(1)
+
+    def integral(f, s):
+        nodes, weights = (torch.from_numpy(x) for x in leggauss(200))
+        return ((1 - s) / 2 * weights * f(s + (1 - s) * (nodes + 1) / 2)).sum()
+
+    for s in (0.05, 0.2, 0.7):
+        want = kl(torch.tensor(s, dtype=torch.float64))
+        close(integral(by_matching_gradient, s), want, 1e-9)
+        wrong = [
+            integral(lambda t: by_matching_gradient(t, p), s),  # the teacher's states
+            integral(lambda t: by_matching_gradient(t) * t / (1 - t), s),  # without the weight
+            integral(lambda t: by_matching_gradient(t) * t, s),  # with 1 - t
+        ]
+        assert all(abs(x / want - 1) > 0.03 for x in wrong)
+    close(integral(lambda t: t * by_matching_gradient(t), 0.0), integral(kl, 0.0), 1e-8)
+
+
+class Levels(torch.nn.Module):
+    """One velocity for every point of a grid and zero elsewhere, whatever x is."""
+
+    def __init__(self, grid):
+        super().__init__()
+        self.grid = torch.tensor(grid)
+        self.v = torch.nn.Parameter(torch.zeros(len(grid)))
+
+    def forward(self, x, t, **cond):
+        at = (t[:, None] == self.grid[None]).float()
+        return (at @ self.v)[:, None].expand_as(x)
+
+
+def shares(state, weight, last_level=None, rows=4000, steps=20):
+    """Shares of the gradient by level, where the teacher's velocity is everywhere one above.
+
+    A bank of zeros over 20 steps shifted by 2. last_level: the wrong variant that begins at all
+    levels.  -> (levels,), and the sizes of one row's gradient over their mean (rows,).
+    """
+    grid = step_grid(steps, 2.0)
+    args = argparse.Namespace(state=state, weight=weight, part=1.0, min_time=0.02)
+    args.sampling_steps, args.guidance_scale, args.regression_weight = steps, 1.0, 0.0
+    student, draw = Levels(grid), Draws(0, 0, 0, range(rows))
+    conditions = types.SimpleNamespace(pick=lambda index, device: ({}, {}))
+    teacher = types.SimpleNamespace(conditions=conditions, shift=2.0)
+    zeros = torch.zeros(rows, 1)
+    bank = types.SimpleNamespace(size=1, rows=lambda *a: dict(index=zeros, x=zeros, v=1 + zeros))
+
+    def one(x, t, **cond):
+        return torch.ones_like(x)
+
+    if state == "policy":
+        x_t, v_t, t, cond, _ = bank_states(args, draw, bank, teacher, grid)
+        loss, *_ = regression_loss(student, x_t, v_t, t, cond)
+        s = t - 1
+    else:
+        x_t, v_t, t, s, cond = step_to_x_hat(args, draw, student, teacher, bank, grid)
+        if last_level:
+            x_t, v_t, t, _, k = bank_states(args, draw, bank, teacher, grid)
+            s = t + draw.uniform("part") * (torch.tensor(grid)[k + 1] - t)
+            s = s.clamp_min(0.02)
+        loss, *_ = adm_variant_loss(args, student, one, student, x_t, v_t, t, s, cond)
+    (g,) = torch.autograd.grad(loss, student.v)
+    return (g / g.sum())[:-1]
+
+
+def effective(share):
+    return 1 / share.square().sum().item()
+
+
+def test_share_of_the_gradient_by_level():
+    """20 levels: which velocities learn. Regression, and so --state policy, weights all alike.
+
+    So does the weight "velocity", which leaves out the last level alone. Eq. 13's weight at a
+    random part of a step puts nearly all on few levels; where the sampler's last step is a part
+    too, two thirds are on it alone. "unit" still has the length of the steps in it.
+    """
+    policy = shares("policy", "velocity")
+    close(policy, torch.full((20,), 0.05), 1e-5)
+    for state in ("part", "step"):
+        velocity = shares(state, "velocity")
+        assert velocity[-1] == 0
+        assert velocity[:-1].min() > 0.9 / 19 and velocity[:-1].max() < 1.1 / 19
+    eq13 = shares("part", "eq13")
+    assert eq13[-1] == 0 and eq13[14:].sum() > 0.7 and effective(eq13) < 8
+    unit = shares("part", "unit")
+    assert unit[-1] == 0 and 15 < effective(unit) < 18.5
+    wrong = shares("part", "eq13", last_level=True)
+    assert 0.6 < wrong[-1] < 0.72 and wrong[15:].sum() > 0.9 and effective(wrong) < 2.6
+
+
+def test_the_weight_velocity_has_no_random_factor():
+    """A row's gradient does not depend on how far its random step goes; with "unit" it does.
+
+    The velocities are constants here.
+    """
+    t, sizes = torch.full((64,), 0.5), {}
+    s = t - 0.1 * Draws(0, 0, 0, range(64)).uniform("part")
+    for weight in ("velocity", "unit"):
+        net = types.SimpleNamespace(v=torch.zeros(64, 1, requires_grad=True))
+        student = lambda x, at, net=net: torch.where((at == 0.5)[:, None], net.v, 0 * x)  # noqa: E731
+        loss, *_ = variant(student, lambda x, at: 0 * x + 1, torch.zeros(64, 1), t, s, weight)
+        sizes[weight] = torch.autograd.grad(loss, net.v)[0].abs()
+    assert sizes["velocity"].std() < 1e-6 * sizes["velocity"].mean()
+    assert sizes["unit"].std() > 0.4 * sizes["unit"].mean()
+
+
+def test_losses_are_float32_under_autocast():
+    """With networks that answer in bfloat16 the losses are those of their answers in float32."""
+    weight = normal(3, 3, dtype=torch.float32)
+
+    def student(x, t, **cond):
+        return x @ weight * t[:, None].to(torch.bfloat16)
+
+    def teacher(x, t, **cond):
+        return 0.5 * student(x, t)
+
+    x, t, s = normal(6, 3, dtype=torch.float32), T.float(), S.float()
+    losses = {
+        "adm": lambda: adm_loss(student, teacher, x, t, s, {}),
+        "velocity": lambda: variant(student, teacher, x, t, s, "velocity"),
+        "unit": lambda: variant(student, teacher, x, t, s, "unit", v=x, beside=0.5),
+        "regression": lambda: regression_loss(student, x, 0.5 * x, t, {}),
+        "dmd": lambda: dmd_baseline_loss(x, teacher, student, x.flip(0), s, {}),
+        "critic": lambda: (flow_matching_loss(student, x, x.flip(0), t, {}),),
+    }
+    for name, f in losses.items():
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            found = f()
+        assert all(value.dtype == torch.float32 for value in found), name
+        if len(found) == 4:
+            loss, g, v, v_hat = found
+            rounded = [value.bfloat16().float() for value in (v, v_hat)]
+            assert torch.equal(v, rounded[0]) or name == "regression"
+            assert torch.equal(v_hat, rounded[1])
+            extra = 0.5 * 0.5 * (student(x, t) - x).square().mean() if name == "unit" else 0.0
+            assert loss.item() == pytest.approx(float(0.5 * g.square().mean() + extra), rel=1e-2)
 
 
 # ---- the DMD baseline and its critic -------------------------------------------------------------
@@ -753,12 +1028,14 @@ def test_dmd_baseline_loss():
     teacher, critic, cond = Tiny(0), Tiny(2), {"label": 4}
     x0 = normal(5, 3).requires_grad_(True)
     eps, t = normal(5, 3, seed=1), TIMES
-    loss, g = dmd_baseline_loss(x0, teacher, critic, eps, t, cond)
+    loss, g, v, v_critic = dmd_baseline_loss(x0, teacher, critic, eps, t, cond)
     x_t = (1 - t)[:, None] * x0.detach() + t[:, None] * eps
     (call,), (other,) = teacher.calls, critic.calls
     for at in (call, other):
         close(at.x, x_t, 1e-14)
         assert torch.equal(at.t, t) and at.cond == cond and not at.graph
+    close(v, teacher(x_t, t).detach(), 1e-13)
+    close(v_critic, critic(x_t, t).detach(), 1e-13)
     real, fake = (x_t - t[:, None] * net(x_t, t).detach() for net in (teacher, critic))
     want = (fake - real) / (x0.detach() - real).abs().mean(1, keepdim=True)
     close(g, want, 1e-11)
@@ -820,9 +1097,52 @@ def test_trajectory_is_the_teachers_sampler(scale):
     assert not any(call.graph for call in net.calls[:6])
 
 
+@pytest.mark.parametrize("scale", [1, 3.0])
+def test_trajectory_of_the_student_with_the_teachers_velocities(scale):
+    """The states are those of the student's sampler, guided; the velocities there the teacher's."""
+    teacher, student = Tiny(0), near(Tiny(0))
+    z, grid = normal(5, 3), step_grid(6, 2.0)
+
+    def shifted(net):
+        return lambda x, t, shift=0.0: Tiny.forward(net, x + shift, t)
+
+    conditions = {"shift": 0.5}, {"shift": -0.5}
+    nets = shifted(teacher), shifted(student)
+    own = trajectory(nets[0], z, grid, *conditions, scale, sampler=nets[1])
+    of_student = trajectory(nets[1], z, grid, *conditions, scale)
+    assert torch.equal(own["x"], of_student["x"]) and set(own) == set(of_student)
+    for i in range(6):
+        t = torch.full((5,), grid[i], dtype=torch.float64)
+        names = [("v", 0.5)] + ([("v_uncond", -0.5)] if scale != 1 else [])
+        for name, shift in names:
+            close(own[name][:, i], nets[0](own["x"][:, i], t, shift).detach(), 1e-13)
+            assert not torch.allclose(own[name][:, i], of_student[name][:, i], rtol=1e-2)
+    assert not any(call.graph for call in (*teacher.calls[:6], *student.calls[:6]))
+
+
+def test_a_state_of_the_students_own_trajectory_for_every_row():
+    """--state rollout: rows stop at places of their own, evenly spread, not all at the same."""
+    net, grid, draw = near(Tiny(0)), step_grid(6, 2.0), Draws(0, 0, 0, range(8), shape=(3,))
+    args = argparse.Namespace(sampling_steps=6, guidance_scale=1.0)
+    conditions = types.SimpleNamespace(draw=lambda draw: ({}, {}))
+    teacher = types.SimpleNamespace(conditions=conditions)
+    student = net.float()
+    x, t, t_next, _ = own_state(args, draw, student, teacher, grid)
+    k = 1 + draw.spread_integer("i", 4)
+    assert sorted(k.tolist()) == [1, 1, 2, 2, 3, 3, 4, 4]
+    z = draw.noise("z")
+    for row in range(8):
+        state = z[row, None]
+        for a, b in zip(grid[: k[row]], grid[1:]):
+            state = state + (b - a) * student(state, torch.tensor([a])).detach()
+        close(x[row, None], state, 1e-5)
+        assert t[row] == torch.tensor(grid[k[row]])
+        assert t_next[row] == torch.tensor(grid[k[row] + 1])
+
+
 def test_draws_of_states():
     """Evenly spread over the range and on the CPU: the integer part of `spread`'s share of it."""
-    draw = Draws(3, 5, "student", range(40, 72))
+    draw = Draws(3, 5, "student", range(32))
     for high in (1, 4, 50):
         k = draw.spread_integer("state", high)
         assert k.dtype == torch.int64 and k.device.type == "cpu" and k.shape == (32,)

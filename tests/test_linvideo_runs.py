@@ -50,6 +50,7 @@ FEW = f"""--max_train_steps 3 --selection_share 0.67 --train_batch_size 8 --bank
     --weight eq13 --objective adm --alpha 4 2 --r_init 0.8 --learning_rate 1e-3
     --learning_rate_r 0.02 --selection_weight 0.05 --teacher_steps 2 --preview_samples 3""".split()
 GUIDED = ["--guidance_scale", "2.5", "--uncond_share", "0.4"]
+POLICY = "--state policy --weight velocity --own_trajectories 6 --fresh 3 --fresh_every 1"
 PULLS = ["r_objective", "r_constraint", "r_regularizer"]
 TINY = dict(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=4, num_classes=3)
 
@@ -120,9 +121,9 @@ class Diary:
             self.watch("critic", net)
         return real(net, x0, *rest)
 
-    def on_trajectory(self, real, *args):
-        self.trajectories += 1
-        return real(*args)
+    def on_trajectory(self, real, *args, **more):
+        self.trajectories += not more  # else the student's own
+        return real(*args, **more)
 
     def on_update(self, real, run, optimizer, what):
         names = [who for who in ("student", "critic", "teacher") if getattr(self, who)]
@@ -155,44 +156,63 @@ def read_bank(folder):
 # ---- every update once more ----------------------------------------------------------------------
 
 
+def one_of(bank, row):
+    """A trajectory of a bank, {name: (...)}."""
+    return {name: tensor[row] for name, tensor in bank.items()}
+
+
 class Update:
-    """A micro-batch of an update from its draws, in other words than linvideo.py's."""
+    """A micro-batch of an update from its draws, in other words than linvideo.py's.
 
-    def __init__(self, args, bank, draw):
+    own: the student's trajectories before this update, the first one first, for --state policy.
+    """
+
+    def __init__(self, args, bank, draw, own=()):
         self.args, self.bank, self.draw, self.B = args, bank, draw, len(draw.rows)
-        self.grid = torch.tensor([shift(1 - i / K, SHIFT) for i in range(K + 1)])
+        self.grid, self.own = torch.tensor([shift(1 - i / K, SHIFT) for i in range(K + 1)]), own
 
-    def state(self):
+    def trajectories(self):
+        """The trajectory of every row: one of the bank, or of the latest of student and bank."""
+        if self.args.state != "policy":
+            row = self.draw.integer("trajectory", BANK)
+            return [one_of(self.bank, r) for r in row]
+        endless = [*reversed(self.own), *(one_of(self.bank, r % BANK) for r in range(99))]
+        row = self.draw.integer("trajectory", self.args.own_trajectories)
+        return [endless[r] for r in row]
+
+    def state(self, every=False):
         a, adm = self.args, self.args.objective.startswith("adm")
-        last = K - 1 if adm and a.state in ("step", "rollout") else K
+        last = K - 1 if adm and a.state in ("part", "step", "rollout") and not every else K
         i = (self.draw.spread("state") * last).floor().long().clamp(max=last - 1)
-        row = self.draw.integer("trajectory", BANK)
-        x, v = self.bank["x"][row, i].float(), self.bank["v"][row, i].float()
-        label = self.bank["index"][row].clone()
+        rows = self.trajectories()
+        x, v = (torch.stack([r[k][j].float() for r, j in zip(rows, i)]) for k in ("x", "v"))
+        label = torch.stack([r["index"] for r in rows])
         if a.guidance_scale != 1:
             none = self.draw.uniform("drop") < a.uncond_share
             label[none] = 3
-            v[none] = self.bank["v_uncond"][row, i].float()[none]
+            of_none = torch.stack([r["v_uncond"][j].float() for r, j in zip(rows, i)])
+            v[none] = of_none[none]
         return i, x, v, label
 
     def roll_out(self, student, times, label):
-        x, scale = self.draw.normal("z", (1, 4, 4)), self.args.guidance_scale
+        """-> states at all of these times."""
+        x, scale = [self.draw.normal("z", (1, 4, 4))], self.args.guidance_scale
         with torch.no_grad():
             for t, s in zip(times[:-1], times[1:]):
                 at = torch.full((self.B,), float(t))
-                v = student(x, at, label=label)
+                v = student(x[-1], at, label=label)
                 if scale != 1:
-                    none = student(x, at, label=torch.full_like(label, 3))
+                    none = student(x[-1], at, label=torch.full_like(label, 3))
                     v = none + scale * (v - none)
-                x = x + (float(s) - float(t)) * v
+                x.append(x[-1] + (float(s) - float(t)) * v)
         return x
 
     def x_hat(self, student):
         """-> x_hat, its time, labels."""
         if self.args.state == "rollout":
-            i = torch.full((self.B,), 1 + self.draw.agreed("i", K - 2))
+            i = 1 + (self.draw.spread("i") * (K - 2)).floor().long().clamp(max=K - 3)
             label = self.draw.integer("cond", 3)
-            x = self.roll_out(student, self.grid[: int(i[0]) + 1], label)
+            x = torch.stack(self.roll_out(student, self.grid, label), 1)[range(self.B), i]
         else:
             i, x, _, label = self.state()
         t, s = self.grid[i], self.grid[i + 1]
@@ -201,22 +221,26 @@ class Update:
         if self.args.state == "jump":
             s = shift((1 - i / K) * self.draw.uniform("jump"), SHIFT)
         s = s if self.args.state == "rollout" else s.clamp(min=self.args.min_time)
-        return x - expand(t - s, x) * student(x, t, label=label), s, label
+        v_hat = student(x, t, label=label)
+        return v_hat, x - expand(t - s, x) * v_hat, s, label
 
     def student_loss(self, student, teacher, critic):
-        """-> loss with the right gradient and value, mean square of g."""
+        """-> loss with the right gradient and value, mean square of g, both velocities' scores."""
         a = self.args
-        if a.objective == "mse":
+        if a.objective == "mse" or a.state == "policy":
             i, x, v, label = self.state()
-            g = student(x, self.grid[i], label=label) - v
-            return g.square().mean() / 2, g.detach().square().mean()
+            own = student(x, self.grid[i], label=label)
+            g = own - v
+            return g.square().mean() / 2, g.detach().square().mean(), *scores(v, own)
         if a.objective == "dmd":
             return self.dmd_loss(student, teacher, critic)
-        x, s, label = self.x_hat(student)
+        v_hat, x, s, label = self.x_hat(student)
         with torch.no_grad():
             at, score = expand(s, x), student if critic is None else critic
             v, own = teacher(x, s, label=label), score(x, s, label=label)
-            if a.weight == "dmd":
+            if a.weight == "velocity":
+                x, g = v_hat, own - v
+            elif a.weight == "dmd":
                 g = at * (v - own) / (at * (v - own)).abs().mean((1, 2, 3), keepdim=True)
             elif a.weight == "unit":
                 g = v - own
@@ -224,10 +248,10 @@ class Update:
                 g = (-(x + (1 - at) * own) + (x + (1 - at) * v)) / at
         loss, square = self.surrogate(x, g)
         if a.regression_weight:
-            i, x, v, label = self.state()
-            error = student(x, self.grid[i], label=label) - v
+            i, x_t, v_t, label = self.state()
+            error = student(x_t, self.grid[i], label=label) - v_t
             loss = loss + a.regression_weight * error.square().mean() / 2
-        return loss, square
+        return loss, square, *scores(v, own)
 
     def dmd_loss(self, student, teacher, critic):
         i, x, _, label = self.state()
@@ -236,9 +260,10 @@ class Update:
         eps, at = self.draw.normal("eps", (1, 4, 4)), expand(t, x)
         with torch.no_grad():
             x_t = (1 - at) * x0 + at * eps
-            real, fake = (x_t - at * net(x_t, t, label=label) for net in (teacher, critic))
+            v, own = (net(x_t, t, label=label) for net in (teacher, critic))
+            real, fake = (x_t - at * velocity for velocity in (v, own))
             g = (fake - real) / (x0 - real).abs().mean((1, 2, 3), keepdim=True)
-        return self.surrogate(x0, g)
+        return *self.surrogate(x0, g), *scores(v, own)
 
     @staticmethod
     def surrogate(x, g):
@@ -252,11 +277,18 @@ class Update:
                 x0 = x - expand(self.grid[i], x) * student(x, self.grid[i], label=label)
             else:
                 label = self.draw.integer("cond", 3)
-                x0 = self.roll_out(student, step_grid(self.args.critic_steps, SHIFT), label)
+                x0 = self.roll_out(student, step_grid(self.args.critic_steps, SHIFT), label)[-1]
         t = shift(self.draw.uniform("u", 0.02, 0.98), SHIFT)
         eps = self.draw.normal("eps", (1, 4, 4))
         x_t = x0 + expand(t, x0) * (eps - x0)
         return (critic(x_t, t, label=label) - eps + x0).square().mean()
+
+
+def scores(v, own):
+    """Cosine and relative gap of the student's velocity, or its critic's, and the teacher's."""
+    v, own = v.flatten(1), own.detach().flatten(1)
+    cosine = (v * own).sum(1) / (v.norm(dim=1) * own.norm(dim=1))
+    return cosine.mean(), ((own - v).norm(dim=1) / v.norm(dim=1)).mean()
 
 
 def assert_gradients(got, loss, net):
@@ -285,6 +317,13 @@ CASES = [
     "--state rollout",
     "--weight unit",
     "--weight dmd",
+    "--weight velocity",
+    "--weight velocity --state step --regression_weight 0.5",
+    "POLICY",
+    "POLICY --fresh_every 2 --own_trajectories 4 --gradient_accumulation_steps 2",
+    "GUIDED POLICY --selection_share 0",
+    "--count soft",
+    "--count soft --objective mse",
     "--objective mse --state step",
     "--objective adm_critic --critic_steps 3",
     "--objective dmd",
@@ -307,7 +346,7 @@ class Case:
     """A run of one of the CASES, and what its checks need."""
 
     def __init__(self, monkeypatch, tmp_path, case):
-        flags = case.replace("GUIDED", " ".join(GUIDED)).split()
+        flags = case.replace("GUIDED", " ".join(GUIDED)).replace("POLICY", POLICY).split()
         self.folder, self.teacher_folder = tmp_path / "run", save_dit(tmp_path / "teacher")
         self.diary = run(monkeypatch, self.folder, "--teacher", self.teacher_folder, *flags)
         self.args = linvideo.parse_args(["--teacher", self.teacher_folder, *FEW, *flags])
@@ -315,12 +354,36 @@ class Case:
         self.teacher = load_network(self.teacher_folder)[0]
         self.micro = self.args.gradient_accumulation_steps
         self.selected = self.args.select == ["learned"]
+        self.end = min(int(3 * self.args.selection_share), 2)
         self.has_critic = self.args.objective in ("adm_critic", "dmd")
 
     def batches(self, step, inner):
         rows = [range(8 * m, 8 * m + 8) for m in range(self.micro)]
-        draws = [Draws(self.args.seed, step, inner, r) for r in rows]
-        return [Update(self.args, self.bank, draw) for draw in draws]
+        draws = [Draws(self.args.seed, step, inner, r, total=8 * self.micro) for r in rows]
+        return [Update(self.args, self.bank, draw, self.own(step)) for draw in draws]
+
+    def own(self, step):
+        """The trajectories that the student has made before this update, each from its number."""
+        a, made = self.args, []
+        for earlier in range(0, step, a.fresh_every) if a.state == "policy" else ():
+            student = self.diary.of("student")[earlier].nets["student"]
+            draw = Draws(a.seed, "own", 0, range(len(made), len(made) + a.fresh))
+            at, label = Update(a, self.bank, draw), draw.integer("cond", 3)
+            x = torch.stack(at.roll_out(student, at.grid, label)[:-1], 1)  # (fresh, K, ...)
+            found = {"x": x, **self.teachers_velocities(x, at.grid, label)}
+            found = {"index": label, **{name: value.half() for name, value in found.items()}}
+            made += [one_of(found, i) for i in range(a.fresh)]
+        return made
+
+    def teachers_velocities(self, x, grid, label):
+        labels = {"v": label, "v_uncond": torch.full_like(label, 3)}
+        with torch.no_grad():
+            return {
+                name: torch.stack(
+                    [self.teacher(x[:, i], grid[i].expand(len(x)), label=y) for i in range(K)], 1
+                )
+                for name, y in labels.items()
+            }
 
     def check_critic(self, step):
         """-> the critic's loss in this step, a mean over its R updates."""
@@ -340,17 +403,20 @@ class Case:
         student, critic = u.nets["student"], u.nets.get("critic")
         batches = self.batches(step, "student")
         losses = [batch.student_loss(student, self.teacher, critic) for batch in batches]
-        loss, square = (sum(values) / self.micro for values in zip(*losses))
+        loss, square, *of_v = (sum(values) / self.micro for values in zip(*losses))
         mixed = [place.attend for place in student.self_attentions]
         want = {"step": step + 1, "loss": loss.item(), "g": square.sqrt().item()}
+        want |= {name: x.item() for name, x in zip(("dm_cos", "dm_rel_gap"), of_v)}
         if self.has_critic:
             want["loss_fake"] = self.check_critic(step)
-        if self.selected and step < 2:
+        if self.selected and step < self.end:
             r, alpha = torch.stack([m.r for m in mixed]), 4.0 - 2.0 * step
+            soft = a.count == "soft"
+            count = (1 - r).sum().item() if soft else int((r < 0.5).sum())
             power = (2 * r - 1).sign() * (2 * r - 1).abs() ** (alpha - 1)
             pulls = [
                 torch.stack(torch.autograd.grad(loss, [m.r for m in mixed], retain_graph=True)),
-                0.05 * -2 * (int((r < 0.5).sum()) - 2) * torch.ones(4),
+                0.05 * -2 * (count - 2) * torch.ones(4),
                 0.05 * -2 * alpha * power,
             ]
             want |= {name: pull.norm().item() for name, pull in zip(PULLS, pulls)}
@@ -377,20 +443,21 @@ class Case:
             [c for c in u.calls if c.who == who] for who in ("student", "teacher", "critic")
         )
         guided = 1 if a.guidance_scale == 1 else 2
-        rolled = 0
-        if a.state == "rollout":
-            rolled = 1 + self.batches(step, "student")[0].draw.agreed("i", K - 2)
+        rolled = K - 1 if a.state == "rollout" else 0
         # the velocity's error before and after the end of the selection
-        check = 2 * 32 if self.selected and step == 2 and not self.has_critic else 0
-        own = a.objective == "adm"
-        assert len(student) == self.micro * (guided * rolled + 1 + own) + check
+        check = 2 * 32 if self.selected and step == self.end and not self.has_critic else 0
+        policy = a.state == "policy"
+        fresh = K * guided if policy and step % a.fresh_every == 0 else 0
+        own = a.objective == "adm" and not policy
+        assert len(student) == self.micro * (guided * rolled + 1 + own) + check + fresh
         assert len(critic) == self.micro * self.has_critic
         # the bank's three files, and a trial
         made = 3 * K * guided + 1 if step == 0 and not self.has_critic else 0
-        assert len(teacher) == self.micro * (a.objective != "mse") + made
+        asked = a.objective != "mse" and not policy
+        assert len(teacher) == self.micro * asked + made + fresh
         assert [c.graph for c in student].count(True) == self.micro
         assert not any(c.graph for c in teacher + critic)
-        if a.objective.startswith("adm"):
+        if a.objective.startswith("adm") and not policy:
             score, frozen = (critic if self.has_critic else student)[-1], teacher[-1]
             assert torch.equal(score.x, frozen.x) and torch.equal(score.t, frozen.t)
             assert score.t.min() >= 0.15 - 1e-7
@@ -413,8 +480,10 @@ def test_gradients_and_calls(monkeypatch, tmp_path, flags):
     plain = args.objective == "adm" and args.weight == "eq13" and not args.regression_weight
     names = {"mse": "regression_loss", "dmd": "dmd_baseline_loss"}
     name = names.get(args.objective, "adm_loss" if plain else "adm_variant_loss")
+    name = "regression_loss" if args.state == "policy" else name
     assert diary.losses == [name] * 3 * case.micro
     columns = {"step", "loss", "g", "norm_student", *PULLS, "r_0", "r_1", "r_2", "r_3", "seconds"}
+    columns |= {"dm_cos", "dm_rel_gap"}
     columns |= {"loss_fake", "norm_critic"} if case.has_critic else set()
     assert set(case.rows[0]) == columns | {"peak_memory_mb"}
     linear = load_json(str(case.folder / "student" / "config.json"))["linear_layers"]
@@ -476,14 +545,16 @@ def selection_run(monkeypatch, folder, *flags):
     return run(monkeypatch, folder, *long, *strong, *flags)
 
 
-# r_init, alpha (None: the default), target, whether r moves
+# r_init, alpha (None: the default, which is 20 2 for one or two layers), target, whether r moves
 STARTS = [
     ("0.9", ["4", "2"], 4, True),
     ("1", ["3.5", "2"], 4, True),
     ("1", ["20", "8"], 4, False),
     ("0.9", None, 2, True),
     ("0.9", None, 5, True),
-    ("0.9", None, 1, False),
+    ("0.9", None, 1, True),
+    ("0.9", ["4", "2"], 2, False),
+    ("0.9", ["20", "2"], 2, True),
     ("0.7", None, 1, True),
 ]
 
@@ -496,7 +567,7 @@ def test_r_moves_before_the_layers_are_fixed(
 
     Exactly `target` layers with the smallest r end linear; selection.json has what was before. From
     r = 1 they move where the target is above alpha; where it is below none ever leaves, which the
-    run says. alpha's own start is within 2 to 4.
+    run says. From .9 they leave an alpha of 20 for any target, but not one of 4 for two layers.
     """
     if alpha is None:  # FEW without its alpha
         at = FEW.index("--alpha")
@@ -515,7 +586,7 @@ def test_r_moves_before_the_layers_are_fixed(
     assert found["linear_by_rounding"] == sum(x < 0.5 for x in found["r"])
     assert found["undecided"] == sum(0.1 < x < 0.9 for x in found["r"])
     assert (min(map(min, rows[:22])) < 0.5) == moves
-    assert moves or found["r"] == [1.0] * 6
+    assert moves or found["r"] == [1.0] * 6 or init == "0.9"
     by_r = sorted(range(6), key=lambda i: found["r"][i])
     linear = found["linear_layers"]
     assert linear == sorted(by_r[:target]) == [i for i in range(6) if rows[-1][i] == 0]
@@ -539,7 +610,7 @@ def test_velocity_error_of_the_selection(monkeypatch, tmp_path):
         place.attend.only = None
         place.attend.r.fill_(found["r"][i])
     at = Update(args, bank, Draws(0, "check", 0, range(256)))
-    i, x, v, label = at.state()
+    i, x, v, label = at.state(every=True)
     for net, name in ((mixed, "velocity_error_before"), (fixed, "velocity_error_after")):
         with torch.no_grad():
             error = (net(x, at.grid[i], label=label) - v).square().mean().item()
@@ -645,7 +716,7 @@ def test_gradient_checkpointing_changes_nothing(monkeypatch, tmp_path):
             assert g is other is None or torch.allclose(g, other, rtol=1e-4, atol=1e-7), k
 
 
-@pytest.mark.parametrize("kind", ["dit", "wan"])
+@pytest.mark.parametrize("kind", ["dit", "wan", "policy"])
 def test_low_precision(monkeypatch, tmp_path, kind):
     """Under bf16 autocast, bank included, all gradients are float32: of weights, r and features.
 
@@ -655,7 +726,8 @@ def test_low_precision(monkeypatch, tmp_path, kind):
         teacher = wan_flags(tmp_path / "teacher")
     else:
         teacher = ["--teacher", save_dit(tmp_path / "teacher")]
-    flags = [*teacher, "--target_layers", "1", "--guidance_scale", "2", "--objective", "mse"]
+    flags = [*teacher, "--target_layers", "1", "--guidance_scale", "2", "--r_init", "0.5"]
+    flags += POLICY.split() if kind == "policy" else ["--objective", "mse"]
     runs = []
     for precision in ("no", "bf16"):
         with monkeypatch.context() as m:
@@ -698,13 +770,18 @@ def killed_run(m, folder, stop, *flags):
 
 
 CHANGED = [
-    (["--state", "jump"], "--state was 'part' and is 'jump'"),
+    (["--state", "jump", "--weight", "unit"], "--state was "),
     (["--bank_size", "11"], "--bank_size"),
     (["--r_init", "0.7"], "--r_init"),
     (["--select", "first"], "--select"),
-    (["--learning_rate_r", "0.5"], "--learning_rate_r"),
+    (["--min_time", "0.05"], "--min_time was "),
 ]
-INTERRUPTED = [[], ["--objective", "adm_critic", "--critic_steps", "2"], ["--select", "2"]]
+INTERRUPTED = [
+    [],
+    ["--objective", "adm_critic", "--critic_steps", "2"],
+    ["--select", "2"],
+    [*POLICY.split(), "--checkpointing_steps", "1"],
+]
 
 
 @pytest.mark.parametrize("flags", INTERRUPTED, ids=" ".join)
@@ -782,8 +859,8 @@ def test_nan_stops_the_run(monkeypatch, tmp_path, capsys):
 
     def broken(real, *args):
         calls.append(0)
-        loss, g = real(*args)
-        return (loss * float("nan"), g) if len(calls) == 5 else (loss, g)
+        loss, *more = real(*args)
+        return loss * (float("nan") if len(calls) == 5 else 1.0), *more
 
     with monkeypatch.context() as m:
         quiet(m)
@@ -855,6 +932,125 @@ def test_bank_of_other_prompts(monkeypatch, tmp_path, capsys):
         assert "was made with another prompts" in refusal_of(capsys, linvideo.main, *flags)
 
 
+def test_default_size_of_a_released_models_bank(tmp_path):
+    """As many trajectories as a run reads states, each once; at most the paper's 50,000 states.
+
+    Where a bank is there it has the size that it has, also for a run of another length.
+    """
+
+    def size(*flags, ranks=1):
+        args = linvideo.parse_args(["--teacher", "/nowhere/Wan2.1-T2V-1.3B-Diffusers", *flags])
+        return linvideo.bank_size(types.SimpleNamespace(args=args, world_size=ranks), str(tmp_path))
+
+    assert size() == 3000 / 50 and size(ranks=8) == 480  # batch 1
+    assert size(ranks=32) == size("--train_batch_size", "64") == 1000
+    assert size("--gradient_accumulation_steps", "4") == 240
+    assert size("--sampling_steps", "20", "--max_train_steps", "61") == 4
+    assert size("--bank_size", "7", ranks=8) == 7
+    assert linvideo.parse_args([]).bank_size == 2560
+    (tmp_path / "bank.json").write_text('{"trajectories": 33}')
+    assert size(ranks=8) == 33 and size("--bank_size", "7") == 7
+
+
+def test_a_longer_run_keeps_its_bank(monkeypatch, tmp_path):
+    """Without --bank_size a bank has what the first run reads; that one is reused as it is."""
+    quiet(monkeypatch)
+    at = FEW.index("--bank_size")
+    flags = [*FEW[:at], *FEW[at + 2 :], "--output_dir", str(tmp_path / "run")]
+    flags += ["--teacher", save_dit(tmp_path / "teacher"), "--objective", "mse"]
+    monkeypatch.setitem(linvideo.PRESETS, str(tmp_path / "teacher"), dict(bank_size=None))
+    linvideo.main(flags)
+    files = sorted((tmp_path / "run" / "bank").glob("*.safetensors"))
+    assert load_json(str(tmp_path / "run" / "bank" / "bank.json"))["trajectories"] == 5
+    longer = ["--max_train_steps", "5", "--resume_from_checkpoint", "latest"]
+    linvideo.main([*flags, *longer])
+    assert sorted((tmp_path / "run" / "bank").glob("*.safetensors")) == files
+    assert len(read_log(tmp_path / "run")) == 5
+
+
+def test_disk_that_trajectories_take(monkeypatch, tmp_path, capsys):
+    """Said before they are written; refused, with a remedy that works, where it is not there.
+
+    Files are a little larger than that for their headers. What is there already is not counted.
+    """
+    quiet(monkeypatch)
+    flags = ["--output_dir", str(tmp_path / "run"), *FEW, "--max_train_steps", "1"]
+    flags += ["--bank", str(tmp_path / "bank"), "--teacher", save_dit(tmp_path / "teacher")]
+    flags += GUIDED
+    one = 3 * K * 16 * 2  # x, v and v_uncond of 16 float16 numbers each at K states
+    free = [0]
+    usage = lambda path: types.SimpleNamespace(free=free[0])  # noqa: E731
+    monkeypatch.setattr(linvideo.shutil, "disk_usage", usage)
+    free[0] = BANK * one - 1
+    said = refusal_of(capsys, linvideo.main, *flags)
+    assert f"{BANK} trajectories of the teacher take 0.0 MB in {tmp_path / 'bank'}" in said
+    assert "lower --bank_size" in said and not list((tmp_path / "bank").glob("*.safetensors"))
+    free[0] = 8 * one
+    linvideo.main([*flags, "--bank_size", "8"])
+    assert "8 trajectories of the teacher take" in capsys.readouterr().out
+    written = sum(p.stat().st_size for p in (tmp_path / "bank").glob("*.safetensors"))
+    assert 8 * one < written < 8 * one + 2000
+    free[0] = 0
+    linvideo.main([*flags, "--bank_size", "8"])
+    assert "trajectories of the" not in capsys.readouterr().out
+    policy = [*flags, "--bank_size", "8", *POLICY.split()]
+    said = refusal_of(capsys, linvideo.main, *policy)
+    assert "3 trajectories of the student" in said and "lower --own_trajectories, --fresh" in said
+    free[0] = 3 * one
+    linvideo.main(policy)
+
+
+# ---- the student's own trajectories --------------------------------------------------------------
+
+
+def test_old_trajectories_of_the_student_go(monkeypatch, tmp_path, capsys):
+    """Those stay that a run needs which is resumed from either checkpoint that is kept.
+
+    Without them it is refused, in a line that says what to do.
+    """
+    teacher, folder = save_dit(tmp_path / "teacher"), tmp_path / "run"
+    flags = ["--teacher", teacher, *POLICY.split(), "--max_train_steps", "12"]
+    flags += ["--checkpointing_steps", "2", "--fresh_every", "2", "--own_trajectories", "4"]
+    with monkeypatch.context() as m:
+        run(m, folder, *flags)
+    numbers = sorted(int(p.stem) for p in (folder / "own").iterdir())
+    # 3 in each of the updates 0, 2, ... 10; 4 are read, and 3 x (4 / 2 + 2) stay beside them
+    assert numbers == list(range(2, 18))
+    state, whole = folder / "state" / "step-0000010", weights(folder)
+    again = [*flags, "--resume_from_checkpoint", str(state)]
+    with monkeypatch.context() as m:
+        run(m, folder, *again)
+    assert_bit_equal(weights(folder), whole)
+    start = ["--output_dir", str(tmp_path / "elsewhere"), *FEW, *again]
+    said = refusal_of(capsys, linvideo.main, *start)
+    assert "own/00000014.safetensors is not there" in said and "copy" in said
+    (folder / "own").rename(tmp_path / "elsewhere" / "own")
+    with monkeypatch.context() as m:
+        run(m, tmp_path / "elsewhere", *again)
+    assert_bit_equal(weights(tmp_path / "elsewhere"), whole)
+
+
+def test_released_models_get_the_objective_that_measures_best():
+    """Regression and the soft count with Wan, as docs and --help say, not Eq. 13 as printed.
+
+    The line marked `paper` is the printed algorithm; what adm takes for x_hat goes by objective.
+    """
+    wan = linvideo.parse_args(["--teacher", "/nowhere/Wan2.1-T2V-1.3B-Diffusers"])
+    small = linvideo.parse_args([])
+    assert wan.objective == small.objective == "mse"
+    assert (wan.count, wan.selection_weight, wan.alpha) == ("soft", 0.01, None)
+    states = {}
+    for objective in ("adm", "adm_critic", "mse", "dmd"):
+        states[objective] = linvideo.parse_args(["--objective", objective]).state
+    assert states == {"adm": "policy", "adm_critic": "part", "mse": "part", "dmd": "part"}
+    (line,) = [x for x in linvideo.__doc__.replace("\\\n", " ").splitlines() if "paper  " in x
+               and "python" in x]  # fmt: skip
+    paper = linvideo.parse_args(line.split("linvideo.py")[1].split())
+    assert (paper.objective, paper.weight, paper.count) == ("adm", "eq13", "round")
+    assert (paper.selection_weight, paper.alpha, paper.selection_share) == (0.01, [20, 2], 1)
+    assert paper.state != "policy"
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 TOO_MANY = "--target_layers 5: this network has 4 self-attention layer(s)"
@@ -871,6 +1067,12 @@ WRONG = [
     ("--objective mse --regression_weight 1", "--regression_weight is for --objective adm"),
     ("--objective dmd --regression_weight 1", "--regression_weight is for --objective adm"),
     ("--state rollout --regression_weight 1", "not --state rollout"),
+    ("--state policy --weight velocity --regression_weight 1", "not --state policy: give --state"),
+    ("--state policy --weight eq13", "--weight eq13 is for a step to x_hat"),
+    ("--state policy --weight velocity --objective mse", "--state policy is for --objective adm"),
+    ("--state policy --weight velocity --objective adm_critic", "leave --state out"),
+    ("--fresh 0", "--fresh"),
+    ("--count floor", "--count"),
     ("--part 0", "--part"),
     ("--alpha 4", "--alpha"),
     ("--alpha 4 1", "must be > 1"),
@@ -1076,9 +1278,14 @@ def test_dmd_goes_on_from_a_student(monkeypatch, tmp_path, capsys):
 # ---- ranks ---------------------------------------------------------------------------------------
 
 
-def test_two_ranks_are_one_process_with_twice_the_batch(monkeypatch, tmp_path):
-    """Each makes its share of the bank; gradients and log are those of one process with all."""
+@pytest.mark.parametrize("more", ["", POLICY], ids=["part", "policy"])
+def test_two_ranks_are_one_process_with_twice_the_batch(monkeypatch, tmp_path, more):
+    """Each makes its share of the bank, and of the student's own trajectories.
+
+    Gradients and log are those of one process with all.
+    """
     flags = [*FEW, *wan_flags(tmp_path / "wan"), "--guidance_scale", "2", "--target_layers", "1"]
+    flags += more.split()
     with monkeypatch.context() as m:
         quiet(m)
         assert_two_ranks_are_one_process(m, tmp_path, linvideo, flags, least=1e-4)
@@ -1093,6 +1300,11 @@ def test_two_ranks_are_one_process_with_twice_the_batch(monkeypatch, tmp_path):
     assert (two / "samples.png").is_file() and (two / "r.png").is_file()
     configs = [load_json(str(folder / "student" / "config.json")) for folder in (one, two)]
     assert configs[0] == configs[1] and configs[0]["linear_layers"]
+    found = [load_json(str(folder / "selection.json")) for folder in (one, two)]
+    for name in ("velocity_error_before", "velocity_error_after"):  # which the ranks share
+        assert found[0][name] == pytest.approx(found[1][name], rel=2e-3)
+    own = [sorted(p.name for p in folder.glob("own/*")) for folder in (one, two)]
+    assert own[0] == own[1] and len(own[0]) == (9 if more else 0)
 
 
 def test_ranks_share_the_bank_whatever_is_there(tmp_path):
@@ -1108,7 +1320,7 @@ def test_ranks_share_the_bank_whatever_is_there(tmp_path):
 
     def make(rank):
         one = dict(rank=rank, main=rank == 0, world_size=3, device=torch.device("cpu"))
-        one |= dict(args=args, folder=str(tmp_path / "run"), wait_for_all=lambda: None)
+        one |= dict(args=args, folder=str(tmp_path / "run"), wait_for_all=lambda: None, say=print)
         one["autocast"] = contextlib.nullcontext
         return linvideo.make_bank(types.SimpleNamespace(**one), teacher, step_grid(K, SHIFT))
 

@@ -2,11 +2,13 @@
 programs."""
 
 import copy
+import importlib
 import json
 
 import pytest
 import torch
 from helpers import TINY_PIXART, TINY_Z_IMAGE, dit_inputs, perturbed, small_dit
+from released import pixart_noise, z_image_velocity
 from safetensors.torch import load_file, save_file
 
 from models.files import UserError, open_tensors
@@ -15,6 +17,8 @@ from models.networks.pixart import PixArtTransformer2DModel
 from models.networks.ring_mlp import RingMLP
 from models.networks.wan import WanTransformer3DModel, WanTwoNetworks, lora_key
 from models.networks.z_image import ZImageTransformer2DModel
+from models.plumbing.teachers import start_teacher, starting_network
+from models.worlds import load_world
 
 TINY_WAN = dict(
     num_attention_heads=2,
@@ -378,7 +382,8 @@ def test_save_and_load(frozen, tmp_path):
     assert torch.equal(stored[f"{prefix}.lora_B.weight"], 2 * B)
     want = net(**call, adapter="a")
     metadata = lora.load(net, "b", path)
-    assert (metadata["rank"], metadata["alpha"], metadata["phase"]) == ("3", "6", "2")
+    # The file's own alpha is its rank: its strength is 1.
+    assert [metadata[k] for k in ("rank", "alpha", "trained_alpha", "phase")] == list("3362")
     assert torch.equal(net(**call, adapter="b"), want)
     assert torch.equal(net(**call, adapter="a"), want)
     assert {(a.rank, a.alpha) for a in lora.adapters(net, "b").values()} == {(3, 3.0)}
@@ -416,30 +421,429 @@ def test_bad_files_are_refused(tmp_path):
     A, B = q + ".lora_A.weight", q + ".lora_B.weight"
     elsewhere = "diffusion_model.blocks.7.self_attn.q.lora_A.weight"
 
-    def refused(tensors, *words):
-        save_file(tensors, path)
+    def refused(tensors, *words, both=True, metadata=None):
+        save_file(tensors, path, metadata)
         one_line(lambda: lora.load(net, "b", str(path)), str(path), *words)
+        if both:
+            one_line(lambda: lora.merge_file(net, str(path)), str(path), *words)
 
     refused({**good, elsewhere: torch.zeros(3, 24)}, "blocks.7")
-    refused({**good, "diffusion_model.head.head.lora_A.weight": torch.zeros(3, 24)}, "head.head")
-    # In a file with .alpha the scale is not in lora_B.
-    refused({**good, q + ".alpha": torch.tensor(4.0)}, "alpha")
+    for unknown in (
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",  # of a text encoder
+        "diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight",  # of image-to-video
+        q + ".dora_scale",
+        q + ".lora_magnitude_vector",
+        q + ".hada_w1_a",
+        q + ".lora_mid.weight",
+        q + ".weight",
+        "no_prefix.diff",
+    ):
+        refused({**good, unknown: torch.zeros(3, 24)}, repr(unknown))
     half = {k: v for k, v in good.items() if k != B}
     refused(half, "lora_A", "both halves", "blocks.0.attn1.to_q")
+    refused({**half, A.replace("_A", "_down"): good[A].clone()}, "twice", "lora_down")
+    only_alpha = {k: v for k, v in half.items() if k != A}
+    refused({**only_alpha, q + ".alpha": torch.tensor(4.0)}, "alpha", "both halves")
     refused({**good, A: torch.zeros(3, 23)}, "lora_A", "(3, 23)", "(3, 24)")
     refused({**good, B: torch.zeros(24, 4)}, "lora_B", "(24, 4)", "(24, 3)")
-    two_ranks = {**good, A: torch.zeros(4, 24), B: torch.zeros(24, 4)}
-    refused(two_ranks, "takes")
     refused({**good, A: torch.zeros(3)}, "(3,)")
+    refused({**good, q + ".diff": torch.zeros(24, 23)}, "blocks.0.attn1.to_q.weight", "(24, 23)")
+    refused({"blocks.0.norm1.diff": torch.zeros(24)}, "'blocks.0.norm1.diff'")  # has no weights
+    convolution = {f"patch_embedding.lora_{p}.weight": torch.zeros(3, 4) for p in "AB"}
+    refused(convolution, "patch_embedding", "no linear layer")
+    refused(good, "lora_adapter_metadata", metadata={"lora_adapter_metadata": "{"})
     refused({}, "no adapter")
+    # What an adapter cannot carry can be merged.
+    head = {
+        f"head.head.lora_{p}.weight": torch.zeros(s) for p, s in (("A", (3, 24)), ("B", (16, 3)))
+    }
+    refused({**good, **head}, "proj_out", "--teacher_lora", both=False)
+    refused({**good, q + ".diff_b": torch.zeros(24)}, "attn1.to_q.bias", both=False)
     one_line(lambda: lora.load(net, "a", str(path)), "already")
     path.write_bytes(b"junk")
-    with pytest.raises(UserError, match="truncated or not a safetensors file"):
-        lora.load(net, "b", str(path))
+    for call in (lambda: lora.load(net, "b", str(path)), lambda: lora.merge_file(net, str(path))):
+        with pytest.raises(UserError, match="truncated or not a safetensors file"):
+            call()
     with pytest.raises(UserError, match="does not exist"):
         lora.load(net, "b", str(tmp_path / "none.safetensors"))
     assert all(torch.equal(v, start[k]) for k, v in net.state_dict().items())
     assert lora.names(net) == ["a"]
+
+
+# ---- files of other programs ---------------------------------------------------------------------
+
+
+def pairs_of(net, seed=5, ranks=(2, 3, 5), alphas=(4.0, 1.5), outside=()):
+    """{layer: (A, B, alpha)} of all layers that take adapters, and of the linear layers outside
+    the blocks that are named, of several ranks and strengths."""
+    g = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for i, key in enumerate([*lora.linears(net), *outside]):
+        out_features, in_features = net.get_submodule(key).weight.shape
+        r = ranks[i % len(ranks)]
+        A, B = torch.randn(r, in_features, generator=g), torch.randn(out_features, r, generator=g)
+        pairs[key] = 0.3 * A, 0.3 * B, alphas[i % len(alphas)]
+    return pairs
+
+
+def native(key):
+    return lora_key(key).removeprefix("diffusion_model.")
+
+
+def kohya_file(net, pairs, name=lambda key: "lora_unet_" + native(key).replace(".", "_")):
+    """As kohya's musubi-tuner writes it, and its successors under other names."""
+    tensors = {}
+    for key, (A, B, alpha) in pairs.items():
+        tensors |= {f"{name(key)}.lora_down.weight": A, f"{name(key)}.lora_up.weight": B}
+        tensors[f"{name(key)}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def merged(net, path):
+    net = copy.deepcopy(net)
+    lora.merge_file(net, str(path))
+    return net
+
+
+def largest(a, b):
+    return float((a - b).detach().abs().max())
+
+
+def test_a_kohya_file_as_diffusers_reads_it(pipeline, tmp_path):
+    """lora_unet_ with _ for dots, lora_down and lora_up, a rank and an alpha of its own a layer.
+
+    Loaded as an adapter, or merged, it gives the velocities of WanPipeline.load_lora_weights. With
+    alpha taken for the rank, or the header's ss_network_alpha for alpha, it would not.
+    """
+    net, call = networks()["wan"]
+    pairs, path = pairs_of(net), tmp_path / "k.safetensors"
+    save_file(kohya_file(net, pairs), path, {"ss_network_alpha": "64", "ss_network_dim": "2"})
+    pipe = pipeline(net)
+    pipe.load_lora_weights(str(path), adapter_name="theirs")
+    with torch.no_grad():
+        want = pipe.transformer(call["x"], 1000 * call["t"], call["text"]).sample
+        bare = net(**call)
+        lora.load(net, "b", str(path))
+        assert largest(net(**call, adapter="b"), want) <= 1e-5 < 1e-2 < largest(bare, want)
+        lora.remove(net, "b")
+        assert largest(merged(net, path)(**call), want) <= 1e-5
+        no_alpha = {k: v for k, v in kohya_file(net, pairs).items() if not k.endswith(".alpha")}
+        save_file(no_alpha, path, {"ss_network_alpha": "64"})
+        assert largest(merged(net, path)(**call), want) > 1e-2
+    ranks = {key: a.rank for key, a in lora.adapters(loaded(net, pairs, tmp_path), "c").items()}
+    assert ranks == {key: len(A) for key, (A, _, _) in pairs.items()}
+
+
+def loaded(net, pairs, tmp_path):
+    """net with these pairs loaded as adapter c."""
+    save_file(kohya_file(net, pairs), tmp_path / "c.safetensors")
+    lora.load(net, "c", str(tmp_path / "c.safetensors"))
+    return net
+
+
+OUTSIDE = [
+    f"condition_embedder.{name}"
+    for name in (
+        *(f"text_embedder.linear_{n}" for n in "12"),
+        *(f"time_embedder.linear_{n}" for n in "12"),
+        "time_proj",
+    )
+]
+
+
+def test_a_file_with_full_differences_as_diffusers_reads_it(pipeline, tmp_path):
+    """LightX2V's and CausVid's files: pairs also outside the blocks, .diff_b of biases, .diff of
+    the head. Merged, they give the velocities of WanPipeline.load_lora_weights.
+
+    The bare names of Wan2.2-Lightning, without a prefix, are the same file.
+    """
+    net, call = networks()["wan"]
+    # diffusers reads no alpha outside the blocks, so here alpha is the rank there.
+    pairs = pairs_of(net) | {
+        key: (A, B, float(len(A)))
+        for key, (A, B, _) in pairs_of(net, outside=OUTSIDE).items()
+        if key in OUTSIDE
+    }
+    g = torch.Generator().manual_seed(7)
+    tensors = kohya_file(net, pairs, native)
+    tensors = {k: v for k, v in tensors.items() if k.startswith("blocks.") or ".alpha" not in k}
+    for key in pairs:
+        bias = net.get_submodule(key).bias
+        tensors[f"{native(key)}.diff_b"] = 0.3 * torch.randn(bias.shape, generator=g)
+    tensors["head.head.diff"] = 0.1 * torch.randn(net.proj_out.weight.shape, generator=g)
+    tensors["head.head.diff_b"] = 0.1 * torch.randn(net.proj_out.bias.shape, generator=g)
+    prefixed = {f"diffusion_model.{k}": v.contiguous() for k, v in tensors.items()}
+    path, bare_names = tmp_path / "d.safetensors", tmp_path / "bare.safetensors"
+    save_file(prefixed, path)
+    save_file(tensors, bare_names)
+    pipe = pipeline(net)
+    pipe.load_lora_weights(str(path), adapter_name="theirs")
+    with torch.no_grad():
+        want = pipe.transformer(call["x"], 1000 * call["t"], call["text"]).sample
+        got = merged(net, path)(**call)
+        assert largest(got, want) <= 2e-5 < 1e-2 < largest(net(**call), want)
+        assert torch.equal(merged(net, bare_names)(**call), got)
+        for part in (".diff", ".diff_b", ".alpha"):
+            less = {k: v for k, v in prefixed.items() if not k.endswith(part)}
+            save_file(less, path)
+            assert largest(merged(net, path)(**call), want) > 1e-3, part
+
+
+def test_full_differences_of_norms_and_modulation(tmp_path):
+    """diffusers drops these; ComfyUI and LightX2V add them, and so do we.
+
+    Wan's own norm3 is diffusers' norm2, and modulation is scale_shift_table, of a block and of the
+    head. Sums of bfloat16 weights are taken in float32 and rounded once.
+    """
+    net, _ = networks()["wan"]
+    names = {
+        "blocks.1.norm3.diff": "blocks.1.norm2.weight",
+        "blocks.1.norm3.diff_b": "blocks.1.norm2.bias",
+        "blocks.0.self_attn.norm_q.diff": "blocks.0.attn1.norm_q.weight",
+        "blocks.0.cross_attn.norm_k.diff": "blocks.0.attn2.norm_k.weight",
+        "blocks.0.diff_m": "blocks.0.scale_shift_table",
+        "blocks.1.modulation.diff": "blocks.1.scale_shift_table",
+        "head.diff_m": "scale_shift_table",
+        "patch_embedding.diff": "patch_embedding.weight",
+        "time_projection.1.diff_b": "condition_embedder.time_proj.bias",
+        "blocks.0.ffn.2.diff": "blocks.0.ffn.net.2.weight",
+        # and under diffusers' names
+        "transformer.blocks.1.attn2.norm_q.diff": "blocks.1.attn2.norm_q.weight",
+        "transformer.proj_out.diff_b": "proj_out.bias",
+    }
+    g, start = torch.Generator().manual_seed(2), net.state_dict()
+    differences = {k: torch.randn(start[p].shape, generator=g) for k, p in names.items()}
+    save_file(differences, tmp_path / "n.safetensors", {"by": "hand"})
+    for dtype in (torch.float32, torch.bfloat16):
+        other = copy.deepcopy(net).to(dtype)
+        start = {k: v.clone() for k, v in other.state_dict().items()}
+        assert lora.merge_file(other, str(tmp_path / "n.safetensors")) == {"by": "hand"}
+        want = dict(start)
+        for key, name in names.items():
+            want[name] = (start[name].float() + differences[key]).to(dtype)
+        assert all(torch.equal(v, want[k]) for k, v in other.state_dict().items())
+
+
+SPELLINGS = [  # of a layer's name, of its two halves
+    (lambda key: "base_model.model." + key, ".lora_A.weight", ".lora_B.weight"),
+    (lambda key: "base_model.model." + key, ".lora_A.default.weight", ".lora_B.default.weight"),
+    (lambda key: "transformer." + key, ".lora.down.weight", ".lora.up.weight"),
+    (lambda key: key, ".lora_down.weight", ".lora_up.weight"),
+    (lambda key: "model.diffusion_model." + key, ".lora_A.weight", ".lora_B.weight"),
+    (lambda key: "lora_unet_" + key.replace(".", "_"), ".lora_down.weight", ".lora_up.weight"),
+    (
+        lambda key: "lora_transformer_" + key.replace(".", "_"),
+        ".lora_down.weight",
+        ".lora_up.weight",
+    ),
+]
+
+
+@pytest.mark.parametrize("name, A_end, B_end", SPELLINGS)
+def test_spellings_of_names(frozen, tmp_path, name, A_end, B_end):
+    """The same adapter under every spelling, with each network's own names and, of Wan, those of
+    its authors; and as bfloat16."""
+    net, call = frozen
+    trained(net, "a", rank=3, alpha=6)
+    want = net(**call, adapter="a")
+    others = [str, native] if isinstance(net, WanTransformer3DModel) else [str]
+    for i, own in enumerate(others):
+        tensors = {}
+        for key, a in lora.adapters(net, "a").items():
+            tensors[name(own(key)) + A_end] = a.A.detach().clone()
+            tensors[name(own(key)) + B_end] = a.scale * a.B.detach()
+        path = str(tmp_path / f"{i}.safetensors")
+        save_file(tensors, path)
+        lora.load(net, f"b{i}", path)
+        assert torch.equal(net(**call, adapter=f"b{i}"), want)
+        save_file({k: v.bfloat16() for k, v in tensors.items()}, path)
+        lora.load(net, f"c{i}", path)
+        error = (net(**call, adapter=f"c{i}") - want).norm() / (want - net(**call)).norm()
+        assert 0 < error < 0.02
+
+
+def test_z_image_files_as_diffusers_reads_them(tmp_path):
+    """kohya's names, and to_out.0 called out, as ZImagePipeline.load_lora_weights reads them."""
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    net, call = networks()["z_image"]
+    pairs = pairs_of(net)
+    names = (
+        lambda key: "lora_unet_" + key.replace(".", "_"),
+        lambda key: "diffusion_model." + key.replace("to_out.0", "out"),
+    )
+    for i, name in enumerate(names):
+        path = tmp_path / f"{i}.safetensors"
+        save_file(kohya_file(net, pairs, name), path)
+        theirs = diffusers.ZImageTransformer2DModel(**TINY_Z_IMAGE).eval()
+        theirs.load_state_dict(net.state_dict())
+        pipe = diffusers.ZImagePipeline(None, None, None, None, theirs)
+        pipe.load_lora_weights(str(path), adapter_name="theirs")
+        with torch.no_grad():
+            want = z_image_velocity(theirs, **call)
+            got = merged(net, path)(**call)
+        assert largest(got, want) <= 1e-4 < 1e-2 < largest(net(**call), want)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_strength_in_the_metadata(pipeline, tmp_path, rslora):
+    """WanPipeline.save_lora_weights writes alpha into the header only, with exceptions by layer.
+
+    Read without it, the adapter would have another strength.
+    """
+    peft = pytest.importorskip("peft")
+    net, call = networks()["wan"]
+    pipe = pipeline(net)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=16,
+        use_rslora=rslora,
+        target_modules=["to_q", "to_v", "ffn.net.2"],
+        rank_pattern={"ffn.net.2": 2},
+        alpha_pattern={"attn1.to_v": 3},
+        init_lora_weights=False,
+    )
+    pipe.transformer.add_adapter(config, adapter_name="theirs")
+    x = call["x"], 1000 * call["t"], call["text"]
+    with torch.no_grad():
+        want = pipe.transformer(*x).sample
+    pipe.save_lora_weights(
+        str(tmp_path),
+        transformer_lora_layers=peft.get_peft_model_state_dict(
+            pipe.transformer, adapter_name="theirs"
+        ),
+        transformer_lora_adapter_metadata=config.to_dict(),
+    )
+    path = str(tmp_path / "pytorch_lora_weights.safetensors")
+    again = pipeline(net)
+    again.load_lora_weights(path)
+    with torch.no_grad():
+        assert largest(again.transformer(*x).sample, want) <= 1e-5
+        lora.load(net, "b", path)
+        assert largest(net(**call, adapter="b"), want) <= 1e-5 < 1e-2 < largest(net(**call), want)
+        bare = load_file(path)  # as read before: alpha = rank
+        save_file(bare, tmp_path / "bare.safetensors")
+        lora.load(net, "c", str(tmp_path / "bare.safetensors"))
+        assert largest(net(**call, adapter="c"), want) > 1e-2
+    scales = {key: a.scale for key, a in lora.adapters(net, "b").items()}
+    root = 2.0 if rslora else 4.0  # of the rank 4, or the rank
+    assert scales["blocks.0.attn2.to_v"] == pytest.approx(16 / root)
+    assert scales["blocks.0.attn1.to_v"] == pytest.approx(3 / root)
+    assert scales["blocks.0.ffn.net.2"] == pytest.approx(16 / (2**0.5 if rslora else 2))
+
+
+def pixart_of_diffusers(net):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.PixArtTransformer2DModel(**TINY_PIXART).eval()
+    theirs.load_state_dict(lora.base_state_dict(net))
+    return theirs
+
+
+def test_a_folder_of_pefts(tmp_path):
+    """What PeftModel.save_pretrained writes: alpha is in adapter_config.json beside the weights."""
+    peft = pytest.importorskip("peft")
+    net, call = networks()["pixart"]
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "ff.net.2"])
+    config.init_lora_weights = False
+    theirs = peft.get_peft_model(pixart_of_diffusers(net), config)
+    theirs.save_pretrained(tmp_path)
+    path = lora.adapter_file(str(tmp_path))
+    assert path == str(tmp_path / "adapter_model.safetensors")
+    lora.load(net, "b", path)
+    with torch.no_grad():
+        want = pixart_noise(theirs, **call)
+        assert largest(net(**call, adapter="b"), want) <= 1e-5 < 1e-2 < largest(net(**call), want)
+        (tmp_path / "adapter_config.json").unlink()
+        lora.load(net, "c", path)
+        assert largest(net(**call, adapter="c"), want) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folder_for_peft(tmp_path, dtype):
+    """PeftModel.from_pretrained loads what save_peft writes, with layers of different rank, into
+    diffusers' PixArt; a missing adapter_config.json would stop it."""
+    peft = pytest.importorskip("peft")
+    net, call = networks()["pixart"]
+    trained(net, "a", rank=3, alpha=12, targets=["attn1.to_q", "ff.net.2"])
+    net.transformer_blocks[0].attn1.to_q.lora["a"] = lora.Adapter(
+        torch.randn(2, 24, generator=torch.Generator().manual_seed(1)), torch.ones(24, 2), 1.0
+    )
+    lora.save_peft(net, "a", str(tmp_path), {"phase": "2"}, dtype)
+    theirs = peft.PeftModel.from_pretrained(pixart_of_diffusers(net), tmp_path)
+    lora.load(net, "b", lora.adapter_file(str(tmp_path)))
+    with torch.no_grad():
+        want, bare = net(**call, adapter="a"), net(**call)
+        got, back = pixart_noise(theirs, **call), net(**call, adapter="b")
+    assert largest(got, back) <= 1e-5
+    close = 1e-5 if dtype == torch.float32 else 0.02 * largest(want, bare)
+    assert largest(got, want) <= close and largest(want, bare) > 1e-2
+    assert {v.dtype for v in load_file(tmp_path / "adapter_model.safetensors").values()} == {dtype}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 3
+    assert (
+        config["rank_pattern"] == config["alpha_pattern"] == {"transformer_blocks.0.attn1.to_q": 2}
+    )
+    assert lora.is_for_peft(net) and not lora.is_for_peft(networks()["wan"][0])
+
+
+def test_which_paths_are_lora_files(tmp_path):
+    """A file by its ending, a folder of peft's, but no network, also in TRELLIS's layout."""
+    assert lora.adapter_file("some/where.safetensors") == "some/where.safetensors"
+    assert lora.adapter_file(str(tmp_path)) is None and lora.adapter_file("ring") is None
+    (tmp_path / "net.json").write_text("{}")
+    assert lora.adapter_file(str(tmp_path / "net.safetensors")) is None
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert lora.adapter_file(str(tmp_path)) == str(tmp_path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("script", ["dmd", "decoupled_dmd", "tdm", "linvideo", "mdt_dist"])
+def test_every_distillation_script_takes_lora_files(tmp_path, script):
+    """--teacher_lora is merged into the teacher, --student_init FILE into the copy that the student
+    starts from; the teacher does not change with it."""
+    world = "voxels" if script == "mdt_dist" else "clips"
+    net = load_network(load_world(world).teacher_folder())[0]
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(2)]
+    for i, path in enumerate(paths):
+        trained(net, "a", rank=2, seed=i)
+        lora.save(net, "a", path)
+        lora.remove(net, "a")
+    flags = ["--teacher", world, "--teacher_lora", paths[0], "--student_init", paths[1]]
+    args = importlib.import_module(script).parse_args(flags)
+    teacher = start_teacher(args)
+    start = starting_network(args, teacher)
+    lora.merge_file(net, paths[0])
+    for key, v in net.state_dict().items():
+        assert torch.equal(v, teacher.net.state_dict()[key])
+    lora.merge_file(net, paths[1])
+    for key, v in net.state_dict().items():
+        assert torch.equal(v, start.state_dict()[key])
+    moved = [not torch.equal(v, teacher.net.state_dict()[k]) for k, v in start.state_dict().items()]
+    assert sum(moved) == len(lora.linears(net))
+
+
+def test_an_adapter_begins_as_another(frozen, tmp_path):
+    """start_from: the same function from a smaller rank on, all of it trainable; layers without a
+    counterpart begin without effect. A larger rank and other layers are refused."""
+    net, call = frozen
+    target = net.lora_targets[0]
+    trained(net, "small", rank=2, alpha=5)
+    trained(net, "other", rank=2, alpha=5, targets=[target], seed=3)
+    for name, rank, alpha in (("same", 2, 5), ("large", 4, 3)):
+        for other in ("small", "other"):
+            torch.manual_seed(4)
+            lora.add(net, f"{name}_{other}", rank, alpha)
+            drawn = {k: v.clone() for k, v in lora.state_dict(net, f"{name}_{other}").items()}
+            lora.start_from(net, f"{name}_{other}", other)
+            a, b = (net(**call, adapter=n) for n in (f"{name}_{other}", other))
+            assert largest(a, b) <= 2e-5 < 1e-3 < largest(b, net(**call))
+            for key, v in lora.state_dict(net, f"{name}_{other}").items():
+                if key.endswith(".A") and rank > 2:
+                    assert torch.equal(v[2:], drawn[key][2:])
+    torch.manual_seed(4)
+    lora.add(net, "tiny", 1, 1)
+    one_line(lambda: lora.start_from(net, "tiny", "small"), "rank 2", "'tiny'")
+    lora.add(net, "few", 2, 1, targets=[target])
+    one_line(lambda: lora.start_from(net, "few", "small"), "does not change")
 
 
 @pytest.fixture
@@ -517,5 +921,6 @@ def test_metadata_is_plain_text_that_others_ignore(tmp_path):
     lora.save(net, "a", str(tmp_path / "a"), {"times": json.dumps([1.0, 0.5])})
     with open_tensors(str(tmp_path / "a")) as f:
         m = f.metadata()
-    assert m["alpha"] == "0.3" and m["rank"] == "2" and json.loads(m["times"]) == [1.0, 0.5]
+    assert (m["rank"], m["alpha"], m["trained_alpha"]) == ("2", "2", "0.3")
+    assert json.loads(m["times"]) == [1.0, 0.5]
     assert "lora_adapter_metadata" not in m

@@ -20,9 +20,10 @@ from helpers import (
     weights,
 )
 from safetensors.torch import load_file, save_file
-from test_trellis import CLASSES, points, save_root
+from test_trellis import CLASSES, points, save_root, save_text_root, save_tiny_clip, trellis_euler
 
 import mdt_dist
+from models import encode
 from models.diffusion import expand, shift, step_grid
 from models.draws import Draws
 from models.files import load_json
@@ -344,6 +345,7 @@ REFUSED = [
     ("--phases 2", "--phases: mdt leads from noise to data in one phase"),
     ("--arm cm --derivative jvp", "cm takes differences by definition"),
     ("--prompts FILE", "--prompts: conditions come with --data"),
+    ("--teacher_guidance_interval 1 0.5", "1 is above 0.5; give the lower end first"),
     ("--d_norm L2", "argument --d_norm"),
     ("--d_norm -1", "argument --d_norm"),
     ("--dt 0", "argument --dt"),
@@ -394,6 +396,264 @@ def test_wrong_input_is_one_line_before_any_training(tmp_path, capsys, tiny, fla
     assert not (tmp_path / "run").exists()
 
 
+# ---- what TRELLIS's two stages and its text models need ------------------------------------------
+
+
+STAGES = pytest.mark.parametrize(
+    "cls", [SparseStructureFlowModel, SLatFlowModel], ids=["structure", "slat"]
+)
+
+
+def stage_data(cls, tokens, seed=0):
+    """Tensors of --data for a tiny network of this stage, one item for each row of tokens."""
+    g, n = torch.Generator().manual_seed(seed), len(tokens)
+    if cls is SparseStructureFlowModel:
+        return {"x0": torch.randn(n, 3, 4, 4, 4, generator=g), "cond.tokens": tokens}
+    return {
+        "coords": points((6,) * n, 8)[:, 1:].int().contiguous(),
+        "feats": torch.randn(6 * n, 3, generator=g),
+        "offsets": torch.arange(0, 6 * n + 1, 6),
+        "cond.tokens": tokens,
+    }
+
+
+def stage_run(teacher, data, folder, *more):
+    """Two updates of a tiny network of TRELLIS, as far from the teacher as such updates go."""
+    flags = f"--teacher {teacher} --data {data} --output_dir {folder} --max_train_steps 2 "
+    flags += "--train_batch_size 2 --preview_samples 3 --learning_rate 1e-3 --ema_decay 0"
+    mdt_dist.main([*flags.split(), *more])
+
+
+def test_each_stage_of_trellis_gets_its_own_settings(tmp_path):
+    """The paper's rates and lengths (Sec. 5); how TRELLIS's pipeline.json samples the teacher."""
+    both = dict(train_batch_size=8, d_norm=0.1, guidance_vm=41, guidance_vd=101, ema_decay=0.9999)
+    both |= dict(timestep_shift=1.0, ema_start=1, teacher_shift=3.0, lr_decay_share=0)
+    stages = {
+        SparseStructureFlowModel: dict(learning_rate=4e-8, max_train_steps=6000),
+        SLatFlowModel: dict(learning_rate=1e-8, max_train_steps=4000),
+    }
+    guidance = {1024: (6.0, 6.0), 768: (8.5, 8.5), 10: (6.0, 6.0)}  # image, text, unknown
+    for width, (teacher, structure) in guidance.items():
+        (tmp_path / str(width)).mkdir()
+        configs = {cls: {**CLASSES[cls], "cond_channels": width} for cls in stages}
+        paths = save_root(tmp_path / str(width), configs)
+        for cls, want in stages.items():
+            args = mdt_dist.parse_args(["--teacher", paths[cls]])
+            student = structure if cls is SparseStructureFlowModel else 1.1
+            want = {**both, **want, "guidance_scale": teacher, "student_guidance": student}
+            assert {name: getattr(args, name) for name in want} == want
+            assert args.teacher_guidance_interval == [0.5, 1.0]
+            args = mdt_dist.parse_args(["--teacher", paths[cls], "--learning_rate", "1e-5"])
+            assert args.learning_rate == 1e-5
+
+
+@STAGES
+def test_trellis_samples_a_student_as_it_is_meant_to_be(monkeypatch, tmp_path, cls):
+    """student/pipeline_entry.json, put into pipeline.json, gives the run's samples.
+
+    The Euler sampler of TRELLIS is emulated. With pipeline.json's own rescale_t, 3, the student
+    would be called at t = .75 instead of at .5. The teacher's row is sampled with pipeline.json's
+    own params: 25 steps, of which 19 are guided.
+    """
+    teacher, data = save_root(tmp_path, {cls: CLASSES[cls]})[cls], str(tmp_path / "data")
+    tokens = torch.randn(4, 5, 10, generator=torch.Generator().manual_seed(1))
+    tensors = stage_data(cls, tokens)
+    save_file(tensors, data + ".safetensors")
+    shown, real = {}, mdt_dist.report.save_samples
+
+    def spy(folder, rows, world):
+        shown.update(rows)
+        real(folder, rows, world)
+
+    monkeypatch.setattr(mdt_dist.report, "save_samples", spy)
+    stage_run(teacher, data + ".safetensors", tmp_path / "run")
+    entry = load_json(str(tmp_path / "run" / "student" / "pipeline_entry.json"))
+    (path,) = entry["models"].values()
+    (params,) = [v["params"] for k, v in entry.items() if k.endswith("_sampler")]
+    sampler = load_json(str(tmp_path / "run" / "student" / "sampler.json"))
+    times = [shift(1 - i / params["steps"], params["rescale_t"]) for i in range(params["steps"])]
+    assert times == sampler["times"] == [1.0, 0.5]
+    assert 1 + params["cfg_strength"] == sampler["guidance_scale"] > 1
+
+    draw, cond = Draws(0, "evaluation", 0, range(3)), {"tokens": tokens[:3]}
+    if cls is SLatFlowModel:
+        coords = torch.cat(
+            [torch.arange(3).repeat_interleave(6)[:, None], tensors["coords"][:18]], 1
+        )
+        noise, cond = draw.points("z", [6] * 3, 3), {**cond, "coords": coords}
+    else:
+        noise = draw.normal("z", (3, 4, 4, 4))
+    uncond = {**cond, "tokens": torch.zeros(3, 5, 10)}
+    student, _ = load_network(path)
+    stored = load_file(tmp_path / "run" / "samples.safetensors")
+    stored = stored["feats" if cls is SLatFlowModel else "x0"]
+    got, calls = trellis_euler(student, noise, cond, uncond, **params)
+    torch.testing.assert_close(got, stored, rtol=1e-5, atol=1e-5)
+    assert calls == 4
+    own, _ = trellis_euler(student, noise, cond, uncond, **{**params, "rescale_t": 3.0})
+    assert (own - stored).abs().max() > 1e-2
+    before, _ = trellis_euler(load_network(teacher)[0], noise, cond, uncond, **params)
+    assert (before - stored).abs().max() > 1e-2
+
+    if cls is SparseStructureFlowModel:
+        pipeline = dict(steps=25, cfg_strength=5.0, cfg_interval=[0.5, 1.0], rescale_t=3.0)
+        args = load_network(teacher)[0], noise, cond, uncond
+        want, calls = trellis_euler(*args, **pipeline)
+        assert calls == 25 + 19
+        torch.testing.assert_close(shown["teacher, 44 calls"], want, rtol=1e-4, atol=1e-4)
+        for wrong in (dict(rescale_t=1.0), dict(cfg_interval=[0.0, 1.0])):
+            other, _ = trellis_euler(*args, **{**pipeline, **wrong})
+            assert (other - want).abs().max() > 1e-2
+
+
+def test_a_student_that_trellis_cannot_sample_has_no_entry(tmp_path):
+    """--renoise sde is no Euler sampler; TRELLIS would sample another distribution."""
+    cls, data = SparseStructureFlowModel, str(tmp_path / "data.safetensors")
+    save_file(stage_data(cls, torch.randn(4, 5, 10)), data)
+    flags = "--renoise", "sde", "--teacher_steps", "0"
+    stage_run(save_root(tmp_path, {cls: CLASSES[cls]})[cls], data, tmp_path / "run", *flags)
+    assert not (tmp_path / "run" / "student" / "pipeline_entry.json").exists()
+
+
+def calls_of(monkeypatch, cls):
+    """-> a list that gets the tokens of every call of a network of this class."""
+    seen, real = [], cls.forward
+
+    def forward(net, x, t, tokens, *args, **more):
+        seen.append(tokens.detach().clone())
+        return real(net, x, t, tokens, *args, **more)
+
+    monkeypatch.setattr(cls, "forward", forward)
+    return seen
+
+
+@STAGES
+def test_text_models_are_guided_away_from_the_empty_prompt(monkeypatch, tmp_path, capsys, cls):
+    """Every unconditional call has the file's uncond.tokens, and none has zeros.
+
+    A file without them is refused, and what the message says to do helps. Tokens of images keep
+    zeros, where the file has no others.
+    """
+    clip, data = save_tiny_clip(tmp_path / "clip"), str(tmp_path / "data.safetensors")
+    path = save_text_root(tmp_path, clip, [cls])[cls]
+    (tmp_path / "p.txt").write_text("a cat\na dog\na cat runs\nfast\n")
+    tokens = str(tmp_path / "tokens.safetensors")
+    encode.main(
+        ["--teacher", str(tmp_path), "--prompts_txt", str(tmp_path / "p.txt"), "--output", tokens]
+    )
+    stored = load_file(tokens)
+    without = stage_data(cls, stored["cond.tokens"])
+    save_file(without, data)
+    flags = ["--teacher", path, "--data", data, "--output_dir", str(tmp_path / "run")]
+    error = refusal_of(capsys, mdt_dist.main, *flags)
+    assert "no uncond.tokens (1, 77, 768)" in error and "--prompts_txt FILE writes it" in error
+    assert not (tmp_path / "run").exists()
+
+    save_file({**without, "uncond.tokens": stored["uncond.tokens"]}, data)
+    seen = calls_of(monkeypatch, cls)
+    with monkeypatch.context() as m:
+        for after in ("finish", "save_previews"):
+            m.setattr(mdt_dist, after, lambda *args: None)
+        stage_run(path, data, tmp_path / "run")
+    null = stored["uncond.tokens"].float()
+    unconditional = [bool((v == null).all()) for v in seen]
+    # one call before training; in an update the teacher's two in either loss, and the student's
+    assert len(seen) == 1 + 2 * (2 + 2 + 2 + 3)
+    assert sum(unconditional) == 2 * 2 and not any((v == 0).all() for v in seen)
+    seen.clear()
+    flags = f"--sample {tmp_path / 'run'} --data {data} --output_dir {tmp_path / 'drawn'}"
+    mdt_dist.main(flags.split())
+    assert any((v == null).all() for v in seen) and not any((v == 0).all() for v in seen)
+
+
+def test_unconditional_tokens_of_another_length_are_refused(tmp_path, capsys):
+    cls, data = SparseStructureFlowModel, str(tmp_path / "data.safetensors")
+    teacher = save_root(tmp_path, {cls: CLASSES[cls]})[cls]
+    tensors = stage_data(cls, torch.randn(4, 5, 10))
+    save_file({**tensors, "uncond.tokens": torch.zeros(1, 4, 10)}, data)
+    flags = ["--teacher", teacher, "--data", data, "--output_dir", str(tmp_path / "run")]
+    error = refusal_of(capsys, mdt_dist.main, *flags)
+    assert "uncond.tokens is (1, 4, 10) and cond.tokens (4, 5, 10); give uncond.tokens" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_structure_is_sampled_from_the_tokens_of_images(tmp_path, capsys):
+    """--sample needs no x0: the file that models.encode writes will do. Wrong ones are refused."""
+    cls, data = SparseStructureFlowModel, str(tmp_path / "data.safetensors")
+    teacher = save_root(tmp_path, {cls: CLASSES[cls]})[cls]
+    tokens = torch.randn(4, 5, 10, generator=torch.Generator().manual_seed(0))
+    save_file(stage_data(cls, tokens), data)
+    stage_run(teacher, data, tmp_path / "run", "--teacher_steps", "0")
+    files = {
+        "encoded": {"cond.tokens": tokens.half(), "uncond.tokens": torch.zeros(1, 5, 10).half()},
+        "tokens": {"cond.tokens": tokens},
+        "latents": {"x0": torch.randn(4, 3, 4, 4, 4)},
+        "wide": {"cond.tokens": torch.randn(4, 5, 9)},
+        "none": {"cond.tokens": torch.randn(0, 5, 10)},
+        "flat": {"cond.tokens": torch.randn(4, 10)},
+    }
+    flags = ["--sample", str(tmp_path / "run"), "--preview_samples", "3"]
+    drawn = {}
+    for name, tensors in files.items():
+        save_file(tensors, str(tmp_path / f"{name}.safetensors"))
+    for name in ("data", "encoded", "tokens"):
+        source = ["--data", str(tmp_path / f"{name}.safetensors")]
+        mdt_dist.main([*flags, *source, "--output_dir", str(tmp_path / name)])
+        drawn[name] = load_file(tmp_path / name / "samples.safetensors")["x0"]
+        assert drawn[name].shape == (3, 3, 4, 4, 4)
+    assert torch.equal(drawn["data"], drawn["tokens"])
+    torch.testing.assert_close(drawn["encoded"], drawn["tokens"], rtol=1e-2, atol=1e-2)
+    refused = {
+        "latents": "no cond.tokens with at least one row, as python -m models.encode writes it; it",
+        "none": "no cond.tokens with at least one row",
+        "wide": "tokens has shape (1, 5, 9); pass (B, L, 10)",
+        "flat": "tokens has shape (1, 10); pass (B, L, 10)",
+    }
+    for name, message in refused.items():
+        source = ["--data", str(tmp_path / f"{name}.safetensors")]
+        output = ["--output_dir", str(tmp_path / "refused")]
+        assert message in refusal_of(capsys, mdt_dist.main, *flags, *source, *output)
+    for source in ([], ["--data", str(tmp_path)]):
+        error = refusal_of(capsys, mdt_dist.main, *flags, *source, *output)
+        assert "is sampled from FILE.safetensors with cond.tokens" in error
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("start", [1, 4])
+def test_the_average_forgets_the_teacher_or_does_not(monkeypatch, tmp_path, ring, start):
+    """--ema_start 1 has --ema_decay from the first update, as the released code; 4 a warm-up."""
+    moves, real = [], Run.update_ema
+
+    def spy(run, ema, net, *args):
+        moves.append([torch.cat([p.flatten() for p in m.parameters()]) for m in (ema, net)])
+        real(run, ema, net, *args)
+
+    monkeypatch.setattr(Run, "update_ema", spy)
+    flags = f"--max_train_steps 3 --ema_decay 0.9 --ema_start {start} --output_dir {tmp_path}/run"
+    mdt_dist.main([*ring, *flags.split()])
+    average = moves[0][0]
+    for n, (_, net) in enumerate(moves, 1):
+        decay = 0.9 if start == 1 else n / (n + 3)
+        average = decay * average + (1 - decay) * net
+    saved = load_network(str(tmp_path / "run" / "student"))[0]
+    got = torch.cat([p.flatten() for p in saved.parameters()])
+    torch.testing.assert_close(got, average, rtol=1e-5, atol=1e-6)
+
+
+def test_each_loss_is_differentiated_at_once(monkeypatch, tmp_path, tiny):
+    """The first loss's graph is gone when the second is computed: half the activations."""
+    real, found = mdt_dist.distillation, []
+
+    def spy(args, student, *rest):
+        found.append([p.grad is not None for p in student.parameters()])
+        return real(args, student, *rest)
+
+    monkeypatch.setattr(mdt_dist, "distillation", spy)
+    monkeypatch.setattr(mdt_dist, "finish", lambda *a: None)
+    mdt_dist.main([*tiny[1], "--output_dir", str(tmp_path / "run")])
+    assert len(found) == 1 and all(found[0])
+
+
 # ---- both stages of TRELLIS ----------------------------------------------------------------------
 
 
@@ -418,18 +678,18 @@ def test_both_stages_on_two_ranks(monkeypatch, tmp_path, cls):
     save_file({**x0, "cond.tokens": torch.randn(4, 5, 10, generator=g).half()}, data)
     flags = f"--teacher {teacher} --data {data} --max_train_steps 2 --teacher_steps 2 "
     flags += "--preview_samples 3 --learning_rate 1e-4 --lr_warmup_steps 0 --max_grad_norm 1e9 "
-    flags += "--guidance_vm 3 --guidance_vd 4"
+    flags += "--guidance_vm 3 --guidance_vd 4 --ema_decay 0.5"
     with monkeypatch.context() as m:
         assert_two_ranks_are_one_process(m, tmp_path, mdt_dist, flags.split(), least=1e-3)
     run, folder = tmp_path / "two", tmp_path / "two" / "student"
     with open(teacher + ".json") as f:
         config = json.load(f)
     name = config["name"]
-    left = [f"{name}.json", f"{name}.safetensors", "sampler.json"]
+    left = [f"{name}.json", f"{name}.safetensors", "pipeline_entry.json", "sampler.json"]
     assert sorted(p.name for p in folder.iterdir()) == left
     assert json.loads((folder / f"{name}.json").read_text()) == config
     sampler = load_json(str(folder / "sampler.json"))
-    assert (sampler["guidance_scale"], sampler["times"]) == (6.0, [1.0, 0.5])
+    assert (sampler["guidance_scale"], sampler["times"]) == (1.1 if sparse else 6.0, [1.0, 0.5])
     assert sampler["rule"] == "euler"
     student, start = load_network(str(folder))[0], load_network(teacher)[0].state_dict()
     for k, v in student.state_dict().items():

@@ -3,6 +3,8 @@
 The kernel, the subinterval target and its weight, the matching direction, the phases.
 """
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from models.diffusion import (
     transition,
     unshift,
 )
+from models.draws import Draws
 from phased_dmd import (
     fake_score_loss,
     inner_taper,
@@ -582,7 +585,7 @@ def gradients(schedule, s, t, direction, target=subinterval_target):
     """
     m, kappa, m0, c0, h = 0.7, 0.6, -0.2, 1.1, 1e-5
     *leaves, x_s, real, fake = gaussian_student(schedule, s, t, m, kappa, m0, c0, target)
-    loss, _ = loss_of(x_s, x_s, real, fake, schedule, s, t, direction)
+    loss = loss_of(x_s, x_s, real, fake, schedule, s, t, direction)[0]
     by_loss = torch.stack(torch.autograd.grad(loss, leaves))
 
     def at(m, kappa):
@@ -683,7 +686,13 @@ def test_paper_weight_is_equation_10(schedule):
     diffusion = Diffusion(schedule, "flow_v")
     networks = (lambda x_t, t: v_real), (lambda x_t, t: v_fake)
     at_t = diffusion, normal(7, 2, 3, seed=4), s, t, {}, {}, {}
-    by_loss = phased_dmd_loss(x_s, None, *networks, *at_t, 1.0)[1]  # the paper's is the default
+    loss = phased_dmd_loss(x_s, None, *networks, *at_t, 1.0)  # the paper's is the default
+    by_loss = loss[1]
+    for mu, want in zip(loss[2:], (real, fake), strict=True):
+        x_in = diffusion.noise_on(x_s, at_t[1], s, t)
+        velocity = v_real if want is real else v_fake
+        close(mu, to_x0_eps(velocity, "flow_v", x_in, alpha, sigma)[0], 1e-9)
+        assert not mu.requires_grad
     for g in (paper_direction(x_s, real, fake, diffusion, s, t), by_loss):
         close(g, (a * alpha / (alpha * sigma + sigma**2))[:, None, None] * (v_real - v_fake), 1e-9)
         if isinstance(schedule, Flow):
@@ -702,17 +711,18 @@ def test_normalized_direction(schedule):
     x_s, student, real, fake = (normal(7, 2, 3, seed=k) for k in range(4))
     x_s.requires_grad_(True)
     student.requires_grad_(True)
-    _, g = loss_of(x_s, student, real, fake, schedule, s, t, normalized_direction)
+    _, g, *mu = loss_of(x_s, student, real, fake, schedule, s, t, normalized_direction)
+    assert torch.equal(mu[0], real) and torch.equal(mu[1], fake)
     assert not g.requires_grad
     error = (student - real).abs().mean((1, 2)).detach()
     close(g, (fake - real) / error[:, None, None])
-    _, paper = loss_of(x_s, student, real, fake, schedule, s, t, paper_direction)
+    _, paper, *_ = loss_of(x_s, student, real, fake, schedule, s, t, paper_direction)
     close(paper, (a * alpha / sigma**2 * error)[:, None, None] * g, 1e-9)
     assert not paper.requires_grad
     x = x_s.detach()
     networks = (lambda x_t, t: real), (lambda x_t, t: fake)
     diffusion = Diffusion(schedule, "x0")
-    _, want = dmd.dmd_loss(x, *networks, diffusion, torch.zeros_like(x), t, {}, {}, {}, 1.0)
+    want = dmd.dmd_loss(x, *networks, diffusion, torch.zeros_like(x), t, {}, {}, {}, 1.0)[1]
     assert torch.equal(normalized_direction(x, real, fake, diffusion, 0 * t, t), want)
     assert not normalized_direction(x, x, x, diffusion, s, t).any()
     some = [1, 4]
@@ -741,12 +751,14 @@ def test_matching_loss_is_dmd_s(schedule, scale):
     networks = network("real"), network("the fake")
     conds = {"label": 1}, {"label": 2}, {"label": 3}
     diffusion = Diffusion(schedule, "flow_v")
-    want, g_want = dmd.dmd_loss(x, *networks, diffusion, eps, t, *conds, scale)
+    want, *of_want = dmd.dmd_loss(x, *networks, diffusion, eps, t, *conds, scale)
     of_dmd = calls.copy()
     calls.clear()
     at_t = diffusion, eps, 0 * t, t
-    loss, g = phased_dmd_loss(x, x, *networks, *at_t, *conds, scale, normalized_direction)
-    assert torch.equal(loss, want) and torch.equal(g, g_want)
+    loss, *rest = phased_dmd_loss(x, x, *networks, *at_t, *conds, scale, normalized_direction)
+    assert torch.equal(loss, want)
+    assert all(torch.equal(a, b) for a, b in zip(rest, of_want, strict=True))  # g, mu_real, mu_fake
+    g = rest[0]
     assert [c[0] for c in calls] == ["real"] * (1 if scale == 1 else 2) + ["the fake"]
     for ours, theirs in zip(calls, of_dmd, strict=True):
         assert ours[0] == theirs[0] and ours[3] == theirs[3] and not ours[1].requires_grad
@@ -756,7 +768,66 @@ def test_matching_loss_is_dmd_s(schedule, scale):
     assert torch.equal(slope, torch.autograd.grad(want, x)[0])
 
 
+@pytest.mark.parametrize("shifted, phases", [(5.0, 2), (3.0, 2), (5.0, 4)])
+def test_where_the_gradient_enters(shifted, phases):
+    """A step from t_j: dx_s/dv = -(t_j - s), dx_0/dv = -t_j. So phased_dmd_loss gives v
+    -(t_j - s) g / numel, clean_sample_loss -t_j g / numel, whatever g is. Their values are equal.
+
+    In the first of two phases at shift 5, .1667 : .1042 against 1 : .9375; the same where s = 0.
+    """
+    grid = step_grid(4, shifted)
+    factors = {}
+    for steps in phased_dmd.phase_steps(4, phases):
+        for j in steps:
+            s, x_in = grid[steps.stop], normal(3, 5, seed=j)
+            v = normal(3, 5, seed=9).requires_grad_(True)
+            net = lambda x, t, v=v: v  # noqa: E731
+            x_s, x0 = phased_dmd.student_step(net, flow(), x_in, grid[j], s, {})
+            real, fake = normal(3, 5, seed=7), normal(3, 5, seed=8)
+            one = torch.ones(3, dtype=torch.float64)
+            rows = Flow(), s * one, (s + (1 - s) / 2) * one
+            loss, g, *_ = loss_of(x_s, x0, real, fake, *rows, normalized_direction)
+            clean = phased_dmd.clean_sample_loss(x0, g)
+            close(clean, loss, 1e-12)
+            for name, value in (("x_s", loss), ("x0", clean)):
+                (slope,) = torch.autograd.grad(value, v, retain_graph=True)
+                factor = -float((slope * g).sum() / (g * g).sum()) * g.numel()
+                close(slope, -factor * g / g.numel(), 1e-12)
+                factors[name, j] = factor
+            assert factors["x_s", j] == pytest.approx(grid[j] - s, rel=1e-12)
+            assert factors["x0", j] == pytest.approx(grid[j], rel=1e-12)
+            assert s > 0 or factors["x_s", j] == pytest.approx(factors["x0", j], rel=1e-12)
+    if (shifted, phases) == (5.0, 2):
+        assert [factors["x_s", j] for j in (0, 1)] == pytest.approx([0.1667, 0.1042], abs=1e-4)
+        assert [factors["x0", j] for j in (0, 1)] == pytest.approx([1, 0.9375])
+
+
 # ---- phases --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shifted", [1.0, 3.0, 5.0, 6.0])
+@pytest.mark.parametrize("steps, phases", [(4, 1), (4, 2), (4, 4), (8, 8)])
+def test_levels_of_a_phase(shifted, steps, phases):
+    """The fake's levels fill (s, 1); the student's are those of them with t in --dm_range.
+
+    Both have u uniform there (Fig. 9), with the default range down to t = .02 whatever the shift
+    (2 % of u would be t = .09 at shift 5) and up to 1, also where s is above .98.
+    """
+    grid, rows = step_grid(steps, shifted), 4096
+    for k, own in enumerate(phased_dmd.phase_steps(steps, phases)):
+        s = grid[own.stop]
+        phase = types.SimpleNamespace(s=s, u_end=1 - own.stop / steps, t_min=0.0)
+        draw = Draws(0, k, "student", range(rows), shape=(1,), timestep_shift=shifted)
+        low, high = phased_dmd.parse_args([]).dm_range
+        for bounds in ((), (low, high), (low, 0.999)):
+            _, s_row, t = phased_dmd.noise_above(draw, phase, *bounds)
+            assert torch.equal(s_row, torch.full((rows,), s)) and (t > s).all()
+            t_low, t_high = bounds or (0.0, 1.0)
+            ends = max(s, t_low), t_high
+            u, (u_low, u_high) = unshift(t.double(), shifted), (unshift(v, shifted) for v in ends)
+            share = (u - u_low) / (u_high - u_low)
+            assert -1e-5 < share.min() < 3e-3 and 1 - 3e-3 < share.max() < 1 + 1e-5
+            assert abs(share.mean() - 0.5) < 2e-3 and abs(share.var() - 1 / 12) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -866,7 +937,7 @@ def test_a_wrong_student_gets_there(direction, s):
         m, kappa = 0.3, 0.5
         for _ in range(steps):
             *leaves, x_s, real, fake = gaussian_student(Flow(), s, t, m, kappa, m0, c0, target)
-            loss, _ = loss_of(x_s, x_s, real, fake, Flow(), s, t, direction)
+            loss = loss_of(x_s, x_s, real, fake, Flow(), s, t, direction)[0]
             slope = torch.autograd.grad(loss, leaves)
             m, kappa = m - rate * float(slope[0]), kappa - rate * float(slope[1])
         return m, kappa

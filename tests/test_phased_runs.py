@@ -24,26 +24,31 @@ from helpers import (
     read_log,
     refusal_of,
     ring_network,
+    save_tiny_pixart,
     save_tiny_wan,
     small_dit,
     weights,
     without_time,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from released import pixart_noise
+from safetensors.torch import load_file, save_file
 
 import dmd
 import phased_dmd
 from models.diffusion import Diffusion, Flow, expand, shift, step_grid, unshift
 from models.draws import Draws
 from models.files import load_json, open_tensors, save_json
-from models.networks import WEIGHTS, load_network, lora, network_config, save_network
-from models.networks.wan import WanTwoNetworks
+from models.networks import WEIGHTS, load_network, lora, network_config, save_network, weights_hash
+from models.networks.wan import WAN_1_3B, WAN_14B, WAN_A14B, WanTwoNetworks
 from models.plumbing import teachers
 from models.plumbing.data import Conditions
 from models.plumbing.run import Run
+from models.worlds import load_world
 from models.worlds.measures import energy_distance
 from models.worlds.ring import RingTeacher
+
+WORLDS_TEACHER = load_world("clips").teacher_folder()
 
 # ---- the training loop ---------------------------------------------------------------------------
 
@@ -127,11 +132,11 @@ class Diary:
 
     def on_student_loss(self, real, x_s, x0, teacher, fake, diffusion, eps, s, t, *rest):
         assert x_s is self.calls[-1].x and x0 is self.calls[-1].x0
-        loss, g = real(x_s, x0, teacher, fake, diffusion, eps, s, t, *rest)
-        assert not g.requires_grad
+        loss, g, *mu = real(x_s, x0, teacher, fake, diffusion, eps, s, t, *rest)
+        assert not any(v.requires_grad for v in (g, *mu))
         saw = dict(teacher=self.teacher_saw, fake=self.fake_saw)
-        self.turn(who="student", s=s, t=t, direction=rest[-1], x_s=x_s, **saw)
-        return loss, g
+        self.turn(who="student", s=s, t=t, direction=rest[-1], x_s=x_s, mu=mu, **saw)
+        return loss, g, *mu
 
     def on_update(self, real, run, optimizer, what):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -308,7 +313,20 @@ def test_student_init(monkeypatch, tmp_path, capsys):
         fake = {n: v for n, v in first.nets[f"fake{k}"].items() if not n.startswith("steps.")}
         assert_bit_equal(fake, diary.teacher_before)
     monkeypatch.undo()
+    # A folder with an expert for each phase, as a run of this script leaves it.
+    third = perturbed(small_dit(dim=32, depth=2), seed=8)
+    for k, net in enumerate((third, other), start=1):
+        save_network(net, network_config(net), str(tmp_path / "old" / "student" / f"expert{k}"))
+    diary = run(monkeypatch, tmp_path / "again", *flags, "--student_init", str(tmp_path / "old"))
+    for k, net in enumerate((third, other), start=1):
+        first = next(u for u in diary.updates if u.phase == k)
+        assert_bit_equal(first.nets[f"expert{k}"], dict(net.state_dict()))
+    monkeypatch.undo()
     flags += ["--output_dir", str(tmp_path / "no")]
+    for phases in ("1", "4"):
+        own = ["--student_init", str(tmp_path / "old"), "--phases", phases]
+        says = refusal_of(capsys, phased_dmd.main, *flags, *own)
+        assert f"does not have one expert for each of {phases} phases" in says
     says = refusal_of(capsys, phased_dmd.main, *flags, *given, "--lora_rank", "4")
     assert "starts full experts, not adapters: give --lora_rank 0" in says
     wrong = small_dit(dim=64, depth=2)
@@ -316,6 +334,139 @@ def test_student_init(monkeypatch, tmp_path, capsys):
     given = ["--student_init", str(tmp_path / "wrong")]
     assert "does not have the shapes" in refusal_of(capsys, phased_dmd.main, *flags, *given)
     assert not (tmp_path / "no").exists()
+
+
+def save_adapter(net, path, rank=2, seed=3, **more):
+    """A LoRA file with an effect on a copy of net -> net with it, as a function."""
+    net = copy.deepcopy(net)
+    torch.manual_seed(seed)
+    lora.add(net, "own", rank, alpha=3, **more)
+    with torch.no_grad():
+        for p in lora.parameters(net, "own"):
+            p += 0.2 * torch.randn(p.shape)
+    path.parent.mkdir(exist_ok=True, parents=True)
+    lora.save(net, "own", str(path))
+    return phased_dmd.Expert(net, "own")
+
+
+@pytest.mark.parametrize("rank", ["0", "2", "5"])
+def test_experts_begin_as_a_lora_file(monkeypatch, tmp_path, capsys, rank):
+    """--student_init FILE: full experts are the teacher with the file merged in, adapters of at
+    least the file's rank begin as it; the fakes begin as the teacher. What is shown of later phases
+    on the way begins so too."""
+    flags, folder = save_dit(tmp_path / "teacher"), tmp_path / "run"
+    net = load_network(str(tmp_path / "teacher"))[0]
+    file = tmp_path / "start.safetensors"
+    start, shown = save_adapter(net, file), []
+    diary = Diary(monkeypatch)
+
+    def on_sampler(real, run, experts, *rest):
+        with torch.no_grad():
+            shown.append([expert(x, t, label=label) for expert in experts])
+        return real(run, experts, *rest)
+
+    x, t, label = torch.randn(6, 2, 6, 4), torch.linspace(0.1, 1, 6), torch.arange(6) % 4
+    diary.wrap(monkeypatch, phased_dmd, "student_sampler", on_sampler)
+    own = ["--student_init", str(file), "--lora_rank", rank]
+    run(monkeypatch, folder, *flags, *own, diary=diary)
+    with torch.no_grad():
+        want, bare = start(x, t, label=label), net(x, t, label=label)
+        assert (want - bare).abs().max() > 1e-2
+        torch.testing.assert_close(shown[0][2], want, rtol=1e-4, atol=1e-5)
+        for k in (1, 2):
+            update = next(u for u in diary.updates if u.phase == k)
+            if rank == "0":
+                began = diary.at(update, f"expert{k}")
+            else:
+                began = phased_dmd.new_expert(
+                    types.SimpleNamespace(seed=0, lora_alpha=8.0), net, f"b{k}", int(rank)
+                )
+                began.load_state_dict(update.nets[f"expert{k}"])
+            torch.testing.assert_close(began(x, t, label=label), want, rtol=1e-4, atol=1e-5)
+            assert torch.equal(diary.at(update, f"fake{k}")(x, t, label), bare)
+    left = ["expert1", "expert2"] if rank != "0" else []
+    assert lora.names(diary.teacher.base) == left
+    assert_bit_equal(dict(lora.base_state_dict(diary.teacher.base)), diary.teacher_before)
+    monkeypatch.undo()
+    out = ["--output_dir", str(tmp_path / "no")]
+    says = refusal_of(capsys, phased_dmd.main, *flags, *out, *own[:2], "--lora_rank", "1")
+    assert "has rank 2: give --lora_rank 2" in says
+    tensors = load_file(file) | {"transformer.nowhere.lora_A.weight": torch.zeros(1, 1)}
+    save_file(tensors, file)
+    says = refusal_of(capsys, phased_dmd.main, *flags, *out, *own)
+    assert f"--student_init: {file} has 'transformer.nowhere.lora_A.weight'" in says
+    says = refusal_of(capsys, phased_dmd.main, *flags, *out, "--student_init", "no.safetensors")
+    assert "no.safetensors does not exist" in says and not (tmp_path / "no").exists()
+
+
+def test_a_linear_student_is_saved_as_one(monkeypatch, tmp_path):
+    """Experts that start from a network with linear attention have it in their config, so that
+    --sample, and dmd.py, load the network that was trained."""
+    flags = save_dit(tmp_path / "teacher")
+    linear = perturbed(small_dit(dim=32, depth=2, linear_layers=[1]), seed=7)
+    save_network(linear, network_config(linear), str(tmp_path / "linear"))
+    own = [*SHORT, "--student_init", str(tmp_path / "linear"), "--ema_decay", "0.5"]
+    phased_dmd.main([*flags, *own, "--output_dir", str(tmp_path / "run")])
+    for k in (1, 2):
+        net, config = load_network(str(tmp_path / "run" / "student" / f"expert{k}"))
+        assert config["linear_layers"] == [1] and config["feature_map"] == "hedgehog"
+        assert net.state_dict().keys() == linear.state_dict().keys()
+    out = ["--output_dir", str(tmp_path / "samples"), "--preview_samples", "3"]
+    phased_dmd.main(["--sample", str(tmp_path / "run"), *out, "--train_batch_size", "4"])
+    ours, again = (
+        load_file(tmp_path / name / "samples.safetensors")["x0"] for name in ("run", "samples")
+    )
+    torch.testing.assert_close(ours, again, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_a_teacher_with_a_lora_file(monkeypatch, tmp_path, capsys, rank):
+    """--teacher_lora FILES: the sum of the files is the teacher, of which experts and fakes are
+    copies or adapters, and --sample puts adapters on the same sum again."""
+    flags, folder = save_dit(tmp_path / "teacher"), tmp_path / "run"
+    net = load_network(str(tmp_path / "teacher"))[0]
+    files = [str(tmp_path / f"{i}.safetensors") for i in range(2)]
+    for i, path in enumerate(files):
+        save_adapter(net, tmp_path / f"{i}.safetensors", seed=3 + i)
+        lora.merge_file(net, path)
+    own = ["--teacher_lora", *files, "--lora_rank", rank]
+    diary = Diary(monkeypatch)
+    run(monkeypatch, folder, *flags, *own, diary=diary)
+    for key, v in net.state_dict().items():
+        torch.testing.assert_close(diary.teacher_before[key], v, rtol=1e-5, atol=1e-6)
+    first = next(u for u in diary.updates if u.phase == 2)
+    fake = {n: v for n, v in first.nets["fake2"].items() if not n.startswith("steps.")}
+    assert_bit_equal(fake, diary.teacher_before)
+    bare = load_network(str(tmp_path / "teacher"))[0]
+    assert any(not torch.equal(v, fake[k]) for k, v in bare.state_dict().items())
+    monkeypatch.undo()
+    sampler = load_json(str(folder / "student" / "sampler.json"))
+    assert sampler.get("teacher_lora", []) == files
+    if rank != "0":
+        args = phased_dmd.parse_args(["--sample", str(folder)])
+        experts = phased_dmd.load_student(Run(args, "phased_dmd"))[0]
+        for key, v in lora.base_state_dict(experts[0].net).items():
+            torch.testing.assert_close(v, diary.teacher_before[key], rtol=0, atol=0)
+    out = ["--output_dir", str(tmp_path / "no")]
+    says = refusal_of(capsys, phased_dmd.main, "--teacher", "ring", *out, *own)
+    assert "--teacher_lora: ring is a closed form without weights: leave it out" in says
+    says = refusal_of(capsys, phased_dmd.main, *flags, *out, "--teacher_lora", "nowhere")
+    assert "--teacher_lora nowhere: neither a .safetensors file nor a folder of peft's" in says
+
+
+def test_a_teachers_row_is_that_of_its_weights(tmp_path):
+    """What was measured of a teacher is stored under its weights, the LoRA files among them."""
+    for name in ("one", "two"):
+        net = load_network(WORLDS_TEACHER)[0]
+        save_adapter(net, tmp_path / f"{name}.safetensors", seed=len(name) + (name == "two"))
+    marks = set()
+    for files in ([], ["one"], ["two"], ["one", "two"], ["two", "one"]):
+        paths = [str(tmp_path / f"{name}.safetensors") for name in files]
+        own = ["--teacher", "clips", *(["--teacher_lora", *paths] if paths else [])]
+        teacher = teachers.start_teacher(phased_dmd.parse_args(own))
+        marks.add(teacher.fingerprint())
+        assert bool(files) == (teacher.fingerprint() != weights_hash(WORLDS_TEACHER))
+    assert len(marks) == 5
 
 
 @pytest.mark.parametrize(
@@ -364,11 +515,11 @@ def test_samples_are_the_experts_own(monkeypatch, tmp_path, steps, phases, flags
 def test_noise_levels(monkeypatch, tmp_path, phases):
     """Scores are taken on (s, 1), nested: raw u in (u_end, 1), evenly.
 
-    All of it for the fake, the --dm_range share of it for the student. Teacher, guided, and fake,
-    not guided, see x_t = a x_s + b eps with the x_s, and the s, of that phase.
+    All of it for the fake, for the student what of it has t in --dm_range. Teacher, guided, and
+    fake, not guided, see x_t = a x_s + b eps with the x_s, and the s, of that phase.
     """
     own = (
-        f"--phases {phases} --max_train_steps 16 --train_batch_size 16 --dm_range 0.3 0.6 "
+        f"--phases {phases} --max_train_steps 16 --train_batch_size 16 --dm_range 0.3 0.96 "
         "--fake_update_ratio 1 --guidance_scale 2"
     )
     diary = run(monkeypatch, tmp_path, *own.split())
@@ -378,10 +529,12 @@ def test_noise_levels(monkeypatch, tmp_path, phases):
         for who in ("fake", "student"):
             own = [(i, d) for i, d in enumerate(diary.turns) if (d.phase, d.who) == (k, who)]
             u = unshift(torch.cat([turn.t for _, turn in own]).double(), 3)
-            share = (u - u_end) / (1 - u_end)
-            low, high = (0.3, 0.6) if who == "student" else (1e-3 if s else 0.0, 1.0)
-            assert low - 1e-5 < share.min() < low + 0.05 and high - 0.05 < share.max() < high + 1e-5
-            assert abs(share.mean() - (low + high) / 2) < 0.04 and len(share) == 16 * 16 // phases
+            low, high = u_end + (1e-3 * (1 - u_end) if s else 0.0), 1.0
+            if who == "student":
+                low, high = max(low, unshift(0.3, 3)), unshift(0.96, 3)
+            share = (u - low) / (high - low)
+            assert -1e-5 < share.min() < 0.05 and 0.95 < share.max() < 1 + 1e-5
+            assert abs(share.mean() - 0.5) < 0.04 and len(share) == 16 * 16 // phases
             for i, turn in own:
                 assert torch.equal(turn.s, torch.full((16,), s)) and (turn.t > turn.s).all()
                 draw = Draws(0, i // 2, "student" if who == "student" else 0, range(16))
@@ -426,8 +579,8 @@ def expected_gradients(diary, update, step, inner, phases, flags):
     with torch.set_grad_enabled(student):
         for i in range(first, first + 1 if truncated else end):
             x, x0 = step_of(f"expert{k}", x, grid[i], s if truncated else grid[i + 1])
-    u = draw.spread("u", 0.02, 0.98) if student else draw.spread("u", 1e-3 if s else 0.0, 1.0)
-    u = u_end + (1 - u_end) * u
+    low = u_end + 1e-3 * (1 - u_end) if s else 0.0
+    u = draw.spread("u", max(low, 0.02 / (3 - 2 * 0.02)) if student else low, 1.0)
     t = 3 * u / (1 + 2 * u)
     a = (1 - t) / (1 - s)
     b = (t**2 - (a * s) ** 2).sqrt()
@@ -450,7 +603,8 @@ def expected_gradients(diary, update, step, inner, phases, flags):
         x0_real = x_t - expand(t, x) * v_real
         g = expand(t, x) * (v_real - v_fake) / (x0 - x0_real).abs().mean(1, keepdim=True)
     parameters = list(nets[f"expert{k}"].parameters())
-    return torch.autograd.grad((g.detach() * x).sum() / x.numel(), parameters)
+    moved = x0 if "x0" in flags else x
+    return torch.autograd.grad((g.detach() * moved).sum() / x.numel(), parameters)
 
 
 @pytest.mark.parametrize(
@@ -461,6 +615,7 @@ def expected_gradients(diary, update, step, inner, phases, flags):
         (2, ["--taper", "all"]),
         (2, ["--taper", "none"]),
         (2, ["--dmd_weight", "paper"]),
+        (2, ["--regress", "x0"]),
         (2, ["--shared_fake"]),
         (2, ["--no_truncation"]),
         (1, ["--no_truncation"]),
@@ -486,6 +641,18 @@ def test_gradients_in_the_loop(monkeypatch, tmp_path, phases, flags):
         cond = turn.cond if turn.who == "fake" else turn.fake.cond
         assert ("steps" in cond) == sees
     assert load_network(str(tmp_path / "student" / "expert1"))[1]["steps_cond"] is False
+
+
+def test_scores_are_logged(monkeypatch, tmp_path):
+    """dm_cos and dm_rel_gap of log.csv: teacher against fake, at the student's own samples."""
+    diary = run(monkeypatch, tmp_path, "--phases", "2")
+    turns, rows = [t for t in diary.turns if t.who == "student"], read_log(tmp_path)
+    for turn, row in zip(turns, rows, strict=True):
+        real, fake = turn.mu
+        cosine = torch.nn.functional.cosine_similarity(real, fake).mean()
+        gap = ((fake - real).norm(dim=1) / real.norm(dim=1)).mean()
+        assert float(row["dm_cos"]) == pytest.approx(float(cosine), rel=1e-4)
+        assert float(row["dm_rel_gap"]) == pytest.approx(float(gap), rel=1e-4)
 
 
 @pytest.mark.parametrize("flags", KINDS_OF_EXPERTS[:2], ids=" ".join)
@@ -621,7 +788,7 @@ def test_one_phase_is_dmd(monkeypatch, tmp_path, steps, shared):
     another, and so is DMD2's own re-noising rollout.
     """
     both = ["--student_steps", str(steps), *(["--shared_fake"] if shared else [])]
-    one = [*both, "--phases", "1"]
+    one = [*both, "--phases", "1", "--dm_range", "0.02", "0.98"]  # dmd.py's range of t
     want = first_gradients(monkeypatch, dmd, tmp_path / "dmd", *both, "--renoise", "ode")
     got = first_gradients(monkeypatch, phased_dmd, tmp_path / "phased", *one)
     assert len(want) == len(got) == 9
@@ -699,7 +866,8 @@ def test_files_of_a_run(finished, kind):
         size = sum(v.numel() for v in load_file(folder / "student" / names[0]).values())
         with open_tensors(str(folder / "student" / names[1])) as f:
             header = f.metadata()
-        assert (header["rank"], header["alpha"], header["expert"]) == ("2", "3", "2 of 2")
+        assert (header["rank"], header["alpha"], header["expert"]) == ("2", "2", "2 of 2")
+        assert header["trained_alpha"] == "3"
         assert header["times"] == "1 0.75 0.5 0.25 0"
         assert Image.open(folder / "samples.gif").n_frames == 4
     else:
@@ -714,7 +882,8 @@ def test_files_of_a_run(finished, kind):
     assert [(int(r["step"]), int(r["phase"])) for r in log] == [
         (step + 1, 1 if step < 3 else 2) for step in range(6)
     ]
-    columns = "step phase loss_fake norm_fake loss_dm g_dm mean std norm_student".split()
+    columns = "step phase loss_fake norm_fake loss_dm g_dm dm_cos dm_rel_gap mean std norm_student"
+    columns = columns.split()
     assert list(log[0]) == [*columns, "seconds", "peak_memory_mb"]
     assert all(float(v) == float(v) for r in log for v in r.values())
 
@@ -961,6 +1130,10 @@ def test_adapters_of_one_network_and_of_two(tmp_path, capsys):
         ),
         ("--phases 0", "--phases: must be >= 1"),
         ("--dm_range 0.9 0.1", "LO must be below HI"),
+        (
+            "--dm_range 0.02 0.4",
+            "the first phase takes scores above its end 0.5; give --dm_range 0.02 1",
+        ),
         ("--target biased", "--target"),
         ("--lora_rank -1", "--lora_rank: must be >= 0"),
         ("--lora_alpha 0", "--lora_alpha: must be > 0"),
@@ -992,11 +1165,15 @@ def edit_index(root, **changes):
     "flags, damage, says",
     [
         ("--phases 1", None, "of one phase lie on both sides of the teacher's boundary 0.875"),
+        ("--phases 1", None, "starts from one of its two networks; use --phases 4"),
         (
             "--timestep_shift 12",
             None,
             "steps 0.9231, 0.8 of one phase lie on both sides of the teacher's boundary 0.875",
         ),
+        ("--timestep_shift 12", None, "use --timestep_shift 5, or --phases 4"),
+        # The step above the boundary and the one at it are of two networks.
+        ("--timestep_shift 7 --phases 1", None, "steps 1, 0.9545, 0.875, 0.7 of one phase"),
         ("--timestep_shift 1", None, "steps 1, 0.75 of one phase"),
         ("--student_steps 5", None, "steps 0.8824, 0.7692, 0.5556"),
         (
@@ -1040,9 +1217,44 @@ def test_a_network_without_steps_is_refused(tmp_path, capsys):
         capsys, tmp_path / "run", *given, "--student_steps", "2", "--timestep_shift", "8"
     )
     assert "all steps 1, 0.8889 lie above the teacher's boundary 0.875" in says
+    assert "use --student_steps 2 --phases 2 --timestep_shift 5" in says
     own = ["--student_steps", "4", "--lora_rank", "0"]
     own += ["--student_init", str(tmp_path / "transformer")]
     assert "this teacher has two" in refusal(capsys, tmp_path / "run", *given, *own)
+
+
+def refused_steps(steps, phases, shifted, boundary):
+    """What wrong_flags says about the steps of a student of two networks, or None."""
+    teacher = types.SimpleNamespace(
+        shift=shifted, base=types.SimpleNamespace(boundary=boundary, high=None, low=None)
+    )
+    args = phased_dmd.parse_args([f"--student_steps={steps}", f"--phases={phases}"])
+    return next((why for wrong, why in phased_dmd.wrong_flags(args, teacher) if wrong), None)
+
+
+def test_advice_about_phases_works_when_followed():
+    """Each remedy that a refusal names, followed, is accepted: for every number of steps and
+    phases, boundaries of Wan 2.2 and others, and shifts on a fine grid."""
+    seen = {"both sides": 0, "all steps": 0}
+    for steps in range(1, 9):
+        for phases in range(1, steps + 1):
+            for boundary in (0.875, 0.9, 0.5, 0.3):
+                for shifted in (1, 2, 3, 5, 7, 8, 12, 30):
+                    says = refused_steps(steps, phases, shifted, boundary)
+                    if not says:
+                        continue
+                    seen[next(kind for kind in seen if kind in says)] += 1
+                    for remedy in says.split("; use ")[1].split("network would")[-1].split(", or "):
+                        now = {"student_steps": steps, "phases": phases, "timestep_shift": shifted}
+                        words = remedy.split("--")[1:]
+                        assert words, says
+                        for flag, value in (word.split() for word in words):
+                            assert flag in now
+                            now[flag] = float(value)
+                        asked = int(now["student_steps"]), int(now["phases"])
+                        after = refused_steps(*asked, now["timestep_shift"], boundary)
+                        assert after is None, (says, remedy, after)
+    assert min(seen.values()) > 20, seen
 
 
 def test_defaults_of_released_teachers(tmp_path):
@@ -1055,6 +1267,24 @@ def test_defaults_of_released_teachers(tmp_path):
     assert (args.learning_rate, args.learning_rate_fake) == (5e-5, 4e-7)
     assert (args.lora_rank, args.lora_alpha, args.fake_update_ratio) == (64, 8, 5)
     assert (args.adam_betas, args.timestep_shift) == ([0.0, 0.999], 5.0)
+    assert args.guidance_scale == 4.0  # Wan's; other teachers have their own
+    for config, names, scale in (
+        (WAN_1_3B, ["transformer"], 5.0),
+        (WAN_14B, ["transformer"], 5.0),
+        (WAN_A14B, ["transformer", "transformer_2"], 4.0),
+    ):
+        where = tmp_path / f"{len(names)} {config['num_layers']}"
+        for name in names:
+            (where / name).mkdir(parents=True)
+            about = {"_class_name": "WanTransformer3DModel", **config}
+            save_json(about, str(where / name / "config.json"))
+        save_json({"_class_name": "WanPipeline"}, str(where / "model_index.json"))
+        wan = parse(["--teacher", str(where), "--prompts", "p"])
+        assert (wan.timestep_shift, wan.guidance_scale) == (5.0, scale)
+    (tmp_path / "pixart").mkdir()
+    other = parse(save_tiny_pixart(tmp_path / "pixart", 512)[:4])
+    assert (other.timestep_shift, other.guidance_scale) == (None, 1.0)
+    assert (other.lora_rank, other.fake_update_ratio) == (64, 5)
     assert (args.student_steps, args.phases, args.train_batch_size) == (4, 2, 1)
     fake = ["--fake_lora_rank", "4"]
     assert parse(["--teacher", str(root), *fake]).learning_rate_fake == 5e-5
@@ -1190,8 +1420,9 @@ def test_each_phase_of_two_networks(monkeypatch, tmp_path, flags, batch):
     for i, turn in enumerate(diary.turns):
         draw = Draws(0, i // 3, "student" if turn.who == "student" else i % 3, range(batch))
         s, u_end, clamp = (grid[2], 0.5, 0.875) if turn.phase == 1 else (0.0, 0.0, 0.0)
-        share = (0.02, 0.98) if turn.who == "student" else (1e-3 if s else 0.0, 1.0)
-        t = shift(u_end + (1 - u_end) * draw.spread("u", *share), 5.0).clamp_min(clamp)
+        low = u_end + 1e-3 * (1 - u_end) if s else 0.0
+        low = max(low, unshift(0.02, 5.0)) if turn.who == "student" else low
+        t = shift(draw.spread("u", low, 1.0), 5.0).clamp_min(clamp)
         assert torch.equal(turn.s, torch.full((batch,), s))
         torch.testing.assert_close(turn.t, t, rtol=1e-6, atol=0)
         at_boundary += int((turn.t == 0.875).sum())
@@ -1207,6 +1438,142 @@ def test_each_phase_of_two_networks(monkeypatch, tmp_path, flags, batch):
             assert update.phase == 1 and not mine or any(mine) == trained
     assert (torch.cat(seen[1]) >= 0.875).any() and (torch.cat(seen[1]) < 0.875).any()
     assert_bit_equal(dict(lora.base_state_dict(base)), diary.teacher_before)
+
+
+def test_a_step_at_the_boundary(monkeypatch, tmp_path):
+    """Shift 7, LightX2V's training configuration: the steps are 1, .9545 | .875, .7, and the third,
+    at exactly the boundary, is the low-noise network's, as by its index there.
+
+    So expert 1 starts from the high-noise network and expert 2 from the low-noise one. Phase 1 ends
+    at the boundary: its levels need no clamp. Scores come from the network of diffusers' rule,
+    t >= boundary, of teacher and fake alike.
+    """
+    diary = Diary(monkeypatch)
+    own = ["--output_dir", str(tmp_path / "run"), "--timestep_shift", "7", *FULL]
+    phased_dmd.main([*wan_flags(tmp_path / "wan", 0.875), *own])
+    names = ("transformer", "transformer_2")
+    high, low = (load_network(str(tmp_path / "wan" / name))[0] for name in names)
+    first = [next(u for u in diary.updates if u.phase == k) for k in (1, 2)]
+    assert_bit_equal(first[0].nets["expert1"], dict(high.state_dict()))
+    assert_bit_equal(first[0].nets["fake1"], dict(high.state_dict()))
+    assert_bit_equal(first[1].nets["expert2"], dict(low.state_dict()))
+    assert_bit_equal(first[1].nets["fake2"], dict(WanTwoNetworks(high, low, 0.875).state_dict()))
+    steps = {(c.who, round(c.t, 4)) for turn in diary.turns for c in turn.calls}
+    assert steps == {("expert1", 1), ("expert1", 0.9545), ("expert2", 0.875), ("expert2", 0.7)}
+    levels = [torch.cat([t.t for t in diary.turns if t.phase == k]) for k in (1, 2)]
+    assert (levels[0] > 0.875).all()  # none of them at it
+    assert (levels[1] < 0.875).any() and (levels[1] >= 0.875).any()
+    sampler = load_json(str(tmp_path / "run" / "student" / "sampler.json"))
+    assert [e["network"] for e in sampler["experts"]] == list(names)
+    assert sampler["phase_ends"] == [0.875, 0.0]
+    assert 0.875 < sampler["boundary_ratio"] < 0.9545
+
+
+@pytest.mark.parametrize("rank", ["0", "4"])
+def test_experts_begin_as_a_pair_of_lora_files(monkeypatch, tmp_path, capsys, rank):
+    """--student_init FOLDER with high_noise_model and low_noise_model, as Wan2.2-Lightning is
+    published: lora_down, lora_up, alpha. Each expert begins as its own, on its network."""
+    flags = wan_flags(tmp_path / "wan", 0.875)
+    names = ("transformer", "transformer_2")
+    bases = [load_network(str(tmp_path / "wan" / name))[0] for name in names]
+    folder, starts = tmp_path / "Lightning", []
+    for net, name in zip(bases, ("high_noise_model", "low_noise_model")):
+        path = folder / f"{name}.safetensors"
+        starts.append(save_adapter(net, path, seed=len(name)))
+        tensors = {}
+        for key, v in load_file(path).items():
+            key = key.removeprefix("diffusion_model.").replace("lora_A", "lora_down")
+            tensors[key.replace("lora_B", "lora_up")] = v
+            if key.endswith("lora_down.weight"):
+                tensors[key.replace("lora_down.weight", "alpha")] = torch.tensor(2.0 * len(v))
+        save_file(tensors, path)
+    for start in starts:  # whose alpha is twice the rank now
+        for a in lora.adapters(start.net, "own").values():
+            a.scale *= 2
+    diary = Diary(monkeypatch)
+    own = ["--student_init", str(folder), "--lora_rank", rank, "--fake_lora_rank", "2"]
+    phased_dmd.main([*flags, *own, "--output_dir", str(tmp_path / "run")])
+    x, text = torch.randn(2, 4, 2, 4, 6), torch.randn(2, 6, 16)
+    t = torch.tensor([0.3, 0.9])
+    for k, (net, start) in enumerate(zip(bases, starts), start=1):
+        update = next(u for u in diary.updates if u.phase == k)
+        if rank == "0":
+            began = diary.at(update, f"expert{k}")
+        else:
+            like = types.SimpleNamespace(seed=0, lora_alpha=8.0)
+            began = phased_dmd.new_expert(like, net, "began", int(rank))
+            began.load_state_dict(update.nets[f"expert{k}"])
+        with torch.no_grad():
+            want = start(x, t, text=text)
+            torch.testing.assert_close(began(x, t, text=text), want, rtol=1e-4, atol=1e-4)
+            assert (net(x, t, text=text) - want).abs().max() > 1e-2
+    monkeypatch.undo()
+    (folder / "low_noise_model.safetensors").rename(tmp_path / "one.safetensors")
+    out = ["--output_dir", str(tmp_path / "no")]
+    says = refusal_of(capsys, phased_dmd.main, *flags, *own, *out)
+    assert "does not have one expert for each of 2 phases" in says
+    own[1] = str(tmp_path / "one.safetensors")
+    says = refusal_of(capsys, phased_dmd.main, *flags, *own, *out)
+    assert "is one network, and this teacher has two: give a folder with high_noise_model" in says
+
+
+def test_lora_files_of_a_teacher_with_two_networks(tmp_path, capsys):
+    """--teacher_lora HIGH LOW: each on its own network. One file is refused."""
+    flags, files = wan_flags(tmp_path / "wan", 0.875), []
+    names, args = ("transformer", "transformer_2"), phased_dmd.parse_args(flags)
+    bases = [load_network(str(tmp_path / "wan" / name))[0] for name in names]
+    for i, net in enumerate(bases):
+        files.append(str(tmp_path / f"{i}.safetensors"))
+        save_adapter(net, tmp_path / f"{i}.safetensors", seed=i)
+        lora.merge_file(net, files[-1])
+    args.teacher_lora = files
+    teacher = teachers.start_teacher(args, two_networks=True)
+    for net, side in zip(bases, (teacher.net.high, teacher.net.low)):
+        assert_bit_equal(dict(net.state_dict()), dict(side.state_dict()))
+    assert teacher.loras == tuple(files)
+    own = ["--teacher_lora", files[0], "--output_dir", str(tmp_path / "no")]
+    says = refusal_of(capsys, phased_dmd.main, *flags, *own)
+    assert "has two networks, for high and for low noise: give a file for each" in says
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_adapters_of_pixart_are_for_peft(tmp_path, dtype):
+    """Networks that no pipeline of diffusers loads adapters into leave folders of peft's, which
+    --sample reads again. --lora_dtype bf16 halves them and changes little."""
+    peft, diffusers = pytest.importorskip("peft"), pytest.importorskip("diffusers")
+    (tmp_path / "pixart").mkdir()
+    flags = save_tiny_pixart(tmp_path / "pixart", 512)
+    own = (
+        "--student_steps 2 --max_train_steps 4 --fake_update_ratio 1 --lora_rank 3 --lora_alpha 2 "
+        f"--learning_rate 1e-2 --fake_lora_rank 2 --lora_dtype {dtype} --preview_samples 2"
+    )
+    folder = tmp_path / "run"
+    phased_dmd.main([*flags, *SHORT, *own.split(), "--output_dir", str(folder)])
+    students = sorted(p.name for p in (folder / "student").iterdir())
+    assert students[:2] == ["expert1", "expert2"] and "expert1.safetensors" not in students
+    base = load_network(str(tmp_path / "pixart" / "transformer"))[0]
+    g = torch.Generator().manual_seed(5)
+    call = dict(x=torch.randn(2, 4, 4, 6, generator=g), t=torch.tensor([0.3, 0.9]))
+    call |= dict(text=torch.randn(2, 9, 16, generator=g), mask=torch.ones(2, 9, dtype=torch.bool))
+    for k in (1, 2):
+        path = folder / "student" / f"expert{k}"
+        stored = load_file(path / "adapter_model.safetensors")
+        assert {str(v.dtype) for v in stored.values()} == {
+            {"float32": "torch.float32", "bf16": "torch.bfloat16"}[dtype]
+        }
+        theirs = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "pixart/transformer")
+        theirs = peft.PeftModel.from_pretrained(theirs, path)
+        lora.load(base, f"e{k}", lora.adapter_file(str(path)))
+        with torch.no_grad():
+            ours = base(**call, adapter=f"e{k}")
+            assert (pixart_noise(theirs, **call) - ours).abs().max() <= 1e-5
+            assert (base(**call) - ours).abs().max() > 1e-3
+    out = ["--output_dir", str(tmp_path / "samples"), "--preview_samples", "2"]
+    phased_dmd.main(["--sample", str(folder), *flags[2:4], *out, "--train_batch_size", "4"])
+    paths = (folder, tmp_path / "samples")
+    x, again = (load_file(path / "samples.safetensors")["x0"] for path in paths)
+    close = 1e-4 if dtype == "float32" else 0.05
+    torch.testing.assert_close(x, again, rtol=close, atol=close)
 
 
 def test_previous_expert_of_the_same_network(monkeypatch, tmp_path):
@@ -1276,30 +1643,44 @@ def test_steps_in_diffusers_pipeline(tmp_path):
     """Which scheduler of diffusers takes our steps: DPMSolverMultistepScheduler of order 1.
 
     With flow sigmas (its clock is whole numbers, hence a few per cent on random networks).
-    FlowMatchEulerDiscreteScheduler, whose grid ends elsewhere, is the wrong one.
+    FlowMatchEulerDiscreteScheduler, whose grid ends elsewhere, is the wrong one; given our times it
+    is exact. At shift 7, where one of them is at the boundary, the pipeline needs the
+    boundary_ratio of sampler.json: by its own it would give that step to the high-noise expert.
     """
     diffusers = pytest.importorskip("diffusers")
     save_tiny_wan(tmp_path, boundary=0.875)
     names, g = ("transformer", "transformer_2"), torch.Generator().manual_seed(0)
     z, text = torch.randn(2, 4, 2, 4, 6, generator=g), torch.randn(2, 6, 16, generator=g)
     high, low = (load_network(str(tmp_path / n))[0] for n in names)
-    ours = flow_sample([high, high, low, low], z, step_grid(4, 5.0)[:-1], {"text": text})
 
-    def error(scheduler):
+    def error(scheduler, shifted=5.0, boundary=0.875):
+        ours = flow_sample([high, high, low, low], z, step_grid(4, shifted)[:-1], {"text": text})
         load = diffusers.WanTransformer3DModel.from_pretrained
         parts = {n: load(tmp_path / n).eval() for n in names}
         parts |= dict(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler)
-        pipe = diffusers.WanPipeline(**parts, boundary_ratio=0.875)
+        pipe = diffusers.WanPipeline(**parts, boundary_ratio=boundary)
         pipe.set_progress_bar_config(disable=True)
         given = dict(prompt_embeds=text, latents=z.clone(), num_inference_steps=4)
         size = dict(height=32, width=48, num_frames=5)
         x = pipe(**given, **size, guidance_scale=1.0, output_type="latent")
         return float((x.frames - ours).norm() / ours.norm())
 
-    right = diffusers.DPMSolverMultistepScheduler(
-        solver_order=1, use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5
-    )
-    assert error(right) < 0.05 < 0.1 < error(diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0))
+    def right(shifted):
+        kind = dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shifted)
+        return diffusers.DPMSolverMultistepScheduler(solver_order=1, **kind)
+
+    wrong = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    assert error(right(5)) < 0.05 < 0.1 < error(wrong)
+    teacher = types.SimpleNamespace(base=types.SimpleNamespace(boundary=0.875))
+    assert phased_dmd.boundary_between(teacher, step_grid(4, 5.0)) == 0.875
+    grid = step_grid(4, 7.0)
+
+    class OurSteps(diffusers.FlowMatchEulerDiscreteScheduler):
+        def set_timesteps(self, num_inference_steps, device=None):
+            super().set_timesteps(sigmas=grid[:-1], device=device)
+
+    between = phased_dmd.boundary_between(teacher, grid)
+    assert error(OurSteps(), 7.0, between) < 1e-4 < 0.05 < error(OurSteps(), 7.0)
 
 
 # ---- ranks ---------------------------------------------------------------------------------------

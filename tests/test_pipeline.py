@@ -457,13 +457,20 @@ PIXART_BARE = {"transformer/config.json": {"_class_name": "PixArtTransformer2DMo
         ({}, ["--images", "i"], "pass a diffusers pipeline folder, or TRELLIS's root"),
         (TRELLIS_ROOT, ["--prompts_txt", "p"], "is TRELLIS, and --prompts_txt is for WanPipeline"),
         ({"ckpts": None}, ["--prompts_txt", "p"], "pass --images instead"),
-        (WAN_ROOT, ["--images", "i"], "is WanPipeline, and --images is for TRELLIS"),
-        (PIXART_BARE, ["--images", "i"], "or --prompts_txt instead of --images"),
+        (WAN_ROOT, ["--images", "i"], "give --resolution H W"),
+        (WAN_ROOT, ["--images", "i", "--dinov2", "d"], "no effect with --images with captions"),
+        (None, ["--images", "i", "--captions", "c"], "no effect with --images without a teacher"),
+        (PIXART_BARE, ["--images", "i"], "pass --max_length 120 for alpha, 300 for Sigma"),
+        (
+            {"model_index.json": {"_class_name": "DiTPipeline"}},
+            ["--images", "i"],
+            "is DiTPipeline, and --images is for TRELLIS's image models and for Wan, Z-Image",
+        ),
         (
             {"model_index.json": {"_class_name": "DiTPipeline"}, **PIXART_BARE},
             ["--prompts_txt", "p"],
             "is DiTPipeline, and --prompts_txt is for WanPipeline, ZImagePipeline, "
-            "PixArtAlphaPipeline, PixArtSigmaPipeline: pass one of these",
+            "PixArtAlphaPipeline, PixArtSigmaPipeline, TrellisTextTo3DPipeline: pass one of these",
         ),
         (
             {"model_index.json": {"_class_name": ["a", "B"]}},

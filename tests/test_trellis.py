@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import fill, read_log, refusal_of, relative
+from helpers import fill, read_log, refusal_of, relative, word_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,7 +23,7 @@ import dmd
 from models import encode
 from models.diffusion import Flow
 from models.draws import Draws
-from models.encode import encode_trellis_images
+from models.encode import encode_trellis_images, encode_trellis_text
 from models.files import UserError, load_json, save_json
 from models.networks import (
     NETWORKS,
@@ -46,6 +46,7 @@ from models.networks.trellis import (
     occupied,
     per_point,
     per_sample_mean,
+    pipeline_entry,
 )
 from models.plumbing.data import Prompts, load_data
 from models.plumbing.teachers import is_small, load_teacher, starting_network
@@ -784,6 +785,46 @@ def test_wrong_configs_are_named(cls, change, message):
     assert "\n" not in str(error.value)
 
 
+# ---- pipeline.json -------------------------------------------------------------------------------
+
+
+def trellis_euler(net, noise, cond, uncond, steps, cfg_strength, cfg_interval, rescale_t):
+    """TRELLIS's Euler sampler, written from its mathematics, with the params of pipeline.json.
+
+    u = 1, ..., 0 in equal steps, t = r u / (1 + (r - 1) u). x moves by -(t - s) v. The path's
+    sigma_min, x_t = (1 - t) x_0 + (sigma_min + (1 - sigma_min) t) eps, enters its predictions of
+    x_0 alone, and not x.  -> x_0, the number of network calls.
+    """
+    u = np.linspace(1, 0, steps + 1)
+    t, x, calls = rescale_t * u / (1 + (rescale_t - 1) * u), noise, 0
+    samples = len(next(iter(cond.values())))
+    for above, below in zip(t[:-1], t[1:], strict=True):
+        clock = torch.full((samples,), 1000 * float(above)) / 1000  # what ours multiply by 1000
+        with torch.no_grad():
+            v, calls = net(x, clock, **cond), calls + 1
+            if cfg_interval[0] <= above <= cfg_interval[1]:
+                negative, calls = net(x, clock, **uncond), calls + 1
+                v = (1 + cfg_strength) * v - cfg_strength * negative
+        x = x - float(above - below) * v
+    return x, calls
+
+
+@pytest.mark.parametrize("scale", [1, 1.1, 6])
+@flows
+def test_pipeline_entry_is_of_the_stage_and_of_our_grid(cls, scale):
+    """The path and the sampler of one stage, under TRELLIS's names; no second call unguided."""
+    entry = pipeline_entry(network(cls), "ckpts/student", 2, 1.0, scale)
+    stage = "sparse_structure" if cls is SparseStructureFlowModel else "slat"
+    assert entry.pop("models") == {f"{stage}_flow_model": "ckpts/student"}
+    sampler = entry.pop(f"{stage}_sampler")
+    assert not entry and sampler["name"] == "FlowEulerGuidanceIntervalSampler"
+    params = sampler["params"]
+    assert sampler["args"] == {"sigma_min": 1e-5} and params["cfg_strength"] == round(scale - 1, 3)
+    assert (params["steps"], params["rescale_t"]) == (2, 1.0)
+    low, high = params["cfg_interval"]
+    assert all((low <= t <= high) is (scale != 1) for t in (1.0, 0.5, 0.0))
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
@@ -805,7 +846,7 @@ def save_root(root, classes=CLASSES):
         paths[cls] = str(root / "ckpts" / f"{cls.__name__.lower()}_fp16")
         name = "ElasticSLatFlowModel" if cls is SLatFlowModel else cls.__name__
         save_json({"name": name, "args": {**config, "use_fp16": True}}, paths[cls] + ".json")
-        save_file(half(network(cls).state_dict()), paths[cls] + ".safetensors")
+        save_file(half(network(cls, config).state_dict()), paths[cls] + ".safetensors")
     models = {cls.__name__: f"ckpts/{cls.__name__.lower()}_fp16" for cls in classes}
     pipeline = {"name": "TrellisImageTo3DPipeline", "args": {"models": models}}
     save_json(pipeline, str(root / "pipeline.json"))
@@ -1179,6 +1220,104 @@ def test_wrong_images_end_in_one_line(dinov2, tmp_path, capsys, monkeypatch, how
     flags = ["--images", str(source), "--output", str(tmp_path / "t.safetensors")]
     assert message in refusal_of(capsys, encode.main, *flags, "--dinov2", model)
     assert not (tmp_path / "t.safetensors").exists()
+
+
+# ---- tokens of prompts ---------------------------------------------------------------------------
+
+
+def save_tiny_clip(folder):
+    """A random text encoder of CLIP's kind and width, which knows a few words."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(["<pad>", "<unk>", "</s>"], "</s>")
+    shape = dict(hidden_size=768, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    special = dict(bos_token_id=1, eos_token_id=2)
+    config = transformers.CLIPTextConfig(vocab_size=len(tokenizer), **special, **shape)
+    model = transformers.CLIPTextModel(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+def save_text_root(root, clip, classes=(SparseStructureFlowModel,)):
+    """The root of a text model of TRELLIS: CLIP's width, and the encoder's name in pipeline.json.
+
+    -> {class: path without suffix}.
+    """
+    paths = save_root(root, {cls: {**CLASSES[cls], "cond_channels": 768} for cls in classes})
+    pipeline = load_json(str(root / "pipeline.json"))
+    pipeline["args"]["text_cond_model"] = str(clip)
+    save_json(pipeline | {"name": "TrellisTextTo3DPipeline"}, str(root / "pipeline.json"))
+    return paths
+
+
+def test_tokens_of_prompts_are_those_of_trellis(clip, tmp_path, capsys):
+    """CLIP's last hidden states of 77 tokens, the padding unmasked; unconditional is the empty
+    prompt, not zeros. The root names the encoder, and --clip overrides it."""
+    path = save_text_root(tmp_path, clip)[SparseStructureFlowModel]
+    (tmp_path / "p.txt").write_text("a cat\n\na dog runs fast\n")
+    want = encode_trellis_text(tmp_path, ["a cat", "a dog runs fast"])
+    flags = ["--prompts_txt", str(tmp_path / "p.txt"), "--output"]
+    for teacher, more in ((tmp_path, []), (path, ["--clip", str(clip)])):
+        output = str(tmp_path / "new" / "tokens.safetensors")
+        encode.main(["--teacher", str(teacher), *flags, output, *more])
+        assert "uncond.tokens (1, 77, 768) torch.float16" in capsys.readouterr().out
+        stored = load_file(output)
+        assert stored.keys() == want.keys() == {"cond.tokens", "uncond.tokens"}
+        assert all(torch.equal(stored[key], want[key]) for key in want)
+    transformers = pytest.importorskip("transformers")
+    model = transformers.CLIPTextModel.from_pretrained(clip).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(clip)(
+        ["a cat", "a dog runs fast", ""], padding="max_length", max_length=77, return_tensors="pt"
+    )
+    with torch.no_grad():
+        plain = model(input_ids=tokens.input_ids).last_hidden_state
+        masked = model(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    got = torch.cat([stored["cond.tokens"], stored["uncond.tokens"]]).float()
+    torch.testing.assert_close(got, plain, rtol=1e-3, atol=1e-3)
+    assert relative(masked, plain) > 0.02 and got[2].abs().mean() > 0.1
+    negative = encode_trellis_text(tmp_path, ["a cat"], "a dog")["uncond.tokens"]
+    assert not torch.equal(negative, stored["uncond.tokens"])
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("image root", "is TRELLIS, and --prompts_txt is for"),
+        ("no encoder", "--clip"),
+        ("too long", "--max_length 99: CLIP takes at most 77 tokens"),
+        ("with images", "--clip has no effect with --images"),
+        ("other teacher", "--clip has no effect with a WanPipeline"),
+        ("images of a text model", "and --images is for TRELLIS's image models"),
+    ],
+)
+def test_wrong_flags_for_tokens_of_prompts_end_in_one_line(clip, tmp_path, capsys, how, message):
+    save_text_root(tmp_path, clip)
+    (tmp_path / "p.txt").write_text("a cat\n")
+    flags = ["--teacher", str(tmp_path), "--prompts_txt", str(tmp_path / "p.txt")]
+    if how == "image root":
+        save_root(tmp_path, {SparseStructureFlowModel: SS})
+    elif how == "no encoder":
+        flags += ["--clip", str(tmp_path)]
+    elif how == "too long":
+        flags += ["--max_length", "99"]
+    elif how == "other teacher":
+        save_json({"_class_name": "WanPipeline"}, str(tmp_path / "model_index.json"))
+        flags += ["--clip", str(clip)]
+    else:
+        flags = ["--teacher", str(tmp_path), "--images", str(tmp_path)]
+        flags += ["--clip", str(clip)] if how == "with images" else []
+    output = tmp_path / "out.safetensors"
+    assert message in refusal_of(capsys, encode.main, *flags, "--output", str(output))
+    assert not output.exists()
 
 
 def test_a_root_or_a_network_of_it_is_a_teacher_to_encode_for(dinov2, tmp_path):

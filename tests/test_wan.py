@@ -5,6 +5,7 @@ The rest is in test_transformers.py and test_pipeline.py.
 
 import copy
 import json
+import types
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from released import WAN
 
 from models.diffusion import Flow
 from models.files import UserError, save_json
-from models.networks import layers, network_config, save_network
+from models.networks import layers, load_network, network_config, save_network, to_dtype
 from models.networks.wan import WAN_A14B, WanTransformer3DModel, WanTwoNetworks
-from models.plumbing.teachers import is_small, load_teacher
+from models.plumbing.teachers import freeze_teacher, is_small, load_teacher
 
 TINY = dict(WAN.tiny, num_layers=2)
 
@@ -93,6 +94,100 @@ def test_attend_can_be_swapped_in_one_block():
 )
 def test_wrong_inputs_and_configs_are_named(change, message):
     WAN.refuses(message, **change)
+
+
+def test_image_to_video_is_refused(tmp_path):
+    """A component of Wan2.2-I2V-A14B has no image_dim: its channels tell, 36 in and 16 out.
+
+    It is refused when it is loaded, in one line, and not by the first call.
+    """
+    config = dict(TINY, in_channels=12)
+    WAN.refuses("in_channels = 12 with 4 out means image-to-video", config=config)
+    net = WanTransformer3DModel(**TINY)
+    save_network(net, {**network_config(net), "in_channels": 12}, str(tmp_path))
+    with pytest.raises(UserError, match="config.json .*means image-to-video") as error:
+        load_teacher(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+# ---- bfloat16 weights ----------------------------------------------------------------------------
+
+
+def kept_by_diffusers(net):
+    """Names of our parameters that diffusers' class keeps in float32."""
+    keep = set(WAN.theirs._keep_in_fp32_modules)
+    return {name for name, _ in net.named_parameters() if keep & set(name.split("."))}
+
+
+def test_bfloat16_weights_as_in_diffusers(tmp_path):
+    """What from_pretrained(bfloat16) of diffusers leaves in float32 stays so here.
+
+    The outputs then differ from float32's by no more than diffusers', and by less than with all
+    weights in bfloat16.
+    """
+    ours, reference = WAN.pair(dict(TINY, num_layers=4))
+    reference.save_pretrained(tmp_path)
+    theirs = type(reference).from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    low = load_network(str(tmp_path), torch.bfloat16)[0]
+    dtypes = {name: p.dtype for name, p in theirs.named_parameters()}
+    assert {name: p.dtype for name, p in low.named_parameters()} == dtypes
+    kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert kept == kept_by_diffusers(ours)
+    assert {"scale_shift_table", "blocks.0.norm2.weight"} < kept
+    assert "condition_embedder.time_embedder.linear_1.weight" in kept
+    assert "condition_embedder.time_proj.weight" not in kept
+
+    rounded, errors = copy.deepcopy(ours).bfloat16(), {}
+    with torch.no_grad():
+        for seed in range(8):
+            call = WAN.inputs(TINY, (3, 4, 6), [5, 5], seed)
+            want = ours(**call)
+            half = {k: v if k == "t" else v.bfloat16() for k, v in call.items()}
+            made = {
+                "ours": low(**half),
+                "diffusers": WAN.reference(theirs, **half),
+                "all bfloat16": rounded(**half),
+            }
+            for name, v in made.items():
+                error = (v.float() - want).square().mean() / want.square().mean()
+                errors[name] = errors.get(name, 0.0) + float(error) ** 0.5 / 8
+    print(errors)
+    assert errors["ours"] <= 1.05 * errors["diffusers"]
+    assert errors["ours"] < 0.98 * errors["all bfloat16"]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_kept_parameters_compute_in_float32(monkeypatch, autocast):
+    """The first layers of the time and every norm, also under autocast."""
+    net = to_dtype(fill(WanTransformer3DModel(**TINY)), torch.bfloat16)
+    seen, modules = {}, dict(net.named_modules())
+    names = [n for n in modules if n.split(".")[-1] in ("norm1", "norm2", "norm3", "linear_1")]
+    for name in names:
+        modules[name].register_forward_hook(
+            lambda m, a, out, name=name: seen.update({name: (a[0].dtype, out.dtype)})
+        )
+    call = WAN.inputs(TINY, (2, 4, 4), [3] * 2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        net(**call)
+    assert set(seen) == set(names)
+    for name, (given, got) in seen.items():
+        if "text_embedder" not in name:
+            assert got == torch.float32, name
+        if "time_embedder" in name:
+            assert given == torch.float32, name
+
+
+def test_a_teacher_is_cast_by_the_same_rule(monkeypatch):
+    """freeze_teacher on a GPU under bf16, which the CPU stands for here: it is not cast there."""
+    net = fill(WanTransformer3DModel(**TINY))
+    args = types.SimpleNamespace(mixed_precision="bf16")
+    teacher = types.SimpleNamespace(net=net, base=net)
+    monkeypatch.setattr(type(net), "to", lambda self, device: self)
+    freeze_teacher(args, teacher, torch.device("cpu"))
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    freeze_teacher(args, teacher, torch.device("cuda"))
+    kept = {name for name, p in net.named_parameters() if p.dtype == torch.float32}
+    assert kept == kept_by_diffusers(net) and not any(p.requires_grad for p in net.parameters())
 
 
 # ---- two networks (Wan 2.2 A14B) -----------------------------------------------------------------
@@ -265,7 +360,11 @@ def test_a_root_with_two_networks_is_loaded(tmp_path):
     assert isinstance(teacher.schedule, Flow)
     assert (teacher.prediction, teacher.shift) == ("flow_v", 3.0)
     low = load_teacher(root, dtype=torch.bfloat16, two_networks=True).net
-    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    kept = {name for name, p in low.named_parameters() if p.dtype == torch.float32}
+    assert kept == {
+        f"{side}.{name}" for side in ("high", "low") for name in kept_by_diffusers(two.high)
+    }
+    assert {p.dtype for p in low.parameters()} == {torch.float32, torch.bfloat16}
     assert load_teacher(save_root(tmp_path / "b", two), two_networks=True).shift == 12.0
     assert is_small(root) is False
 

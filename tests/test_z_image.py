@@ -10,7 +10,7 @@ from helpers import fill, relative
 from released import Z_IMAGE
 
 from models.diffusion import step_grid
-from models.networks import z_image
+from models.networks import load_network, z_image
 from models.networks.z_image import ZImageTransformer2DModel
 
 TINY, velocity = Z_IMAGE.tiny, Z_IMAGE.reference
@@ -72,6 +72,19 @@ def test_sign_and_clock_are_those_of_the_pipeline(scale):
             x = x + (t_next - t) * (uncond + (scale + 1) * (cond - uncond))
     # Not closer, because (1000 - 1000 t) / 1000 is rounded differently from 1 - t.
     assert relative(x, want) < 1e-3 and relative(call["x"], want) > 0.1
+
+
+def test_bfloat16_weights_as_in_diffusers(tmp_path):
+    """diffusers keeps nothing of Z-Image in float32, and neither do we."""
+    _, reference = Z_IMAGE.pair()
+    reference.save_pretrained(tmp_path)
+    theirs = type(reference).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert not theirs._keep_in_fp32_modules and not hasattr(
+        ZImageTransformer2DModel, "keep_float32"
+    )
+    low = load_network(str(tmp_path), torch.bfloat16)[0]
+    for net in (theirs, low):
+        assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
 
 
 def test_the_place_of_a_prompts_tokens_does_not_matter():

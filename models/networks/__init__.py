@@ -27,7 +27,14 @@ where it depends on the config.
                             and may be replaced; q, k, v (B, N, heads, head_dim)
     heads, head_dim         sizes of each of those
     sparse                  True: samples are points, x is (N, C), and forward also takes `coords`
+    uncond_names            of cond_names, those whose unconditional twin is stored and not zeros
     current_name(key)       today's name of a parameter that old files store as key
+    if_copies_differ        where state_dict has a parameter under several names: the remedy for a
+                            file in which these are not equal
+    keep_float32            parts of names, such as "time_embedder": parameters with one of them
+                            stay float32 when the network becomes bfloat16 (to_dtype), as in
+                            diffusers' from_pretrained, and compute in float32, also under autocast
+    lora_aliases            {ending of a layer's name: what some LoRA files call it}
 
 prediction, default_schedule, default_shift and latent_shape are fallbacks: what a checkpoint's
 scheduler/ folder or the command line says comes first.
@@ -51,14 +58,14 @@ scheduler/ folder or the command line says comes first.
     returns           the prediction                                          (B, *latent_shape)
 
 Each conditioning input has an unconditional twin of the same shape: the null label, a stored
-prompt, zeros for tokens and context. Clock, sign and scale of a checkpoint are converted inside
-forward and nowhere else. Samples of a batch do not influence one another. Released architectures
-also take other sizes than latent_shape, if they divide into patches. Parameters may be float32 or
-bfloat16; the output of released architectures has x's dtype, and what scales every token is
-float32. forward raises ValueError, one line with cause and remedy, for shapes and dtypes that do
-not fit, an unknown adapter, and `steps` that the network cannot take; __init__ does so for a
-config that is not implemented. Layers that adapters may change are lora.Linear. An architecture
-may have more inputs than these, but they must be optional.
+prompt, zeros for context and for tokens of images. Clock, sign and scale of a checkpoint are
+converted inside forward and nowhere else. Samples of a batch do not influence one another.
+Released architectures also take other sizes than latent_shape, if they divide into patches.
+Parameters may be float32 or bfloat16; the output of released architectures has x's dtype, and what
+scales every token is float32. forward raises ValueError, one line with cause and remedy, for
+shapes and dtypes that do not fit, an unknown adapter, and `steps` that the network cannot take;
+__init__ does so for a config that is not implemented. Layers that adapters may change are
+lora.Linear. An architecture may have more inputs than these, but they must be optional.
 
 WanTwoNetworks keeps the contract without being in NETWORKS: it is built of two networks, not of a
 config. Autoencoders (models/networks/autoencoders.py; SparseStructureEncoder,
@@ -102,7 +109,7 @@ NETWORKS = {
     "SparseStructureDecoder": SparseStructureDecoder,
     "SLatFlowModel": SLatFlowModel,
     # The name of PixArt's and DiT's class in older versions of diffusers and in the released
-    # configs; network_from_config decides which of the two it is.
+    # configs; network_class decides which of the two it is.
     "Transformer2DModel": PixArtTransformer2DModel,
     # The name in TRELLIS's released configs. That class differs only in how it saves memory there.
     "ElasticSLatFlowModel": SLatFlowModel,
@@ -210,6 +217,17 @@ def config_class(config):
     return config.get("name" if "args" in config else "_class_name")
 
 
+def network_class(config):
+    """Name of the class here that a config describes, or of the unknown class that it names.
+
+    Older names of diffusers and TRELLIS are resolved.
+    """
+    name = config_class(config)
+    if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
+        name = "DiTTransformer2DModel"
+    return NETWORKS[name].__name__ if name in NETWORKS else name
+
+
 def network_config(net):
     """The config.json of one of our networks, or TRELLIS's json: class name and arguments."""
     name = type(net).__name__
@@ -224,11 +242,9 @@ def network_from_config(config, where):
     config is diffusers' ("_class_name" among the arguments; other keys that start with _ are the
     library's own notes) or TRELLIS's ("name" beside "args").
     """
-    name = config_class(config)
+    name = network_class(config)
     if name not in NETWORKS:
         raise UserError(f"{where}: unknown network class {name!r}; known are {', '.join(NETWORKS)}")
-    if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
-        name = "DiTTransformer2DModel"
     if "args" in config:
         arguments = config["args"]
     else:
@@ -242,22 +258,32 @@ def network_from_config(config, where):
 # ---- loading -------------------------------------------------------------------------------------
 
 
+def to_dtype(net, dtype):
+    """Parameters become dtype, those of keep_float32 at least float32.  -> net.
+
+    Buffers keep their dtype, unlike with net.to(dtype).
+    """
+    keep = set(getattr(net, "keep_float32", ()))
+    for name, p in net.named_parameters():
+        kept = not keep.isdisjoint(name.split("."))
+        p.data = p.data.to(torch.promote_types(dtype, torch.float32) if kept else dtype)
+    return net
+
+
 def load_network(folder, dtype=torch.float32):
     """Read one component -> (network in eval mode, config).
 
     folder: a component folder as diffusers writes it (config.json and safetensors, in one file or
-    in shards), or what trellis_path takes. Parameters become dtype, buffers keep theirs. Raises
-    UserError for a checkpoint that is missing, truncated, a pickle or does not match its config.
+    in shards), or what trellis_path takes. dtype: see to_dtype. Raises UserError for a checkpoint
+    that is missing, truncated, a pickle or does not match its config.
     """
     described = config_file(folder)
     config = load_json(described)
     files = weight_files(folder)
-    net = network_from_config(config, described)
-    for p in net.parameters():
-        p.data = p.data.to(dtype)
+    net = to_dtype(network_from_config(config, described), dtype)
     what, own = os.path.basename(described), net.state_dict()
     current_name = getattr(net, "current_name", str)  # str leaves a key as it is
-    seen = set()
+    seen, first = set(), {}
     for path, keys in files.items():
         with open_tensors(path) as f:
             stored = set(f.keys())
@@ -275,10 +301,21 @@ def load_network(folder, dtype=torch.float32):
                         "does not"
                     )
                 tensor = f.get_tensor(key)
+                if own[name].is_floating_point() and not tensor.is_floating_point():
+                    raise UserError(
+                        f"{path}: {key!r} holds integers ({tensor.dtype}), the numbers of a "
+                        "quantised checkpoint: give one in float32, float16 or bfloat16"
+                    )
                 if tensor.shape != own[name].shape:
                     raise UserError(
                         f"{path}: {key!r} has shape {tuple(tensor.shape)}, {what} asks for "
                         f"{tuple(own[name].shape)}"
+                    )
+                original = first.setdefault(own[name].data_ptr(), name)
+                if original != name and not torch.equal(own[name], tensor.to(own[name].dtype)):
+                    raise UserError(
+                        f"{path}: {key!r} differs from {original!r}, and this network has one for "
+                        f"both: {net.if_copies_differ}"
                     )
                 own[name].copy_(tensor)  # state_dict's tensors share memory with the network's
                 seen.add(name)

@@ -15,9 +15,12 @@ repository trains itself is in models/networks/dit.py.
     h        tokens, N = H/2 * W/2, row by row                              (B, N, D)
 
 State dicts load into `diffusers.DiTTransformer2DModel`, and back, unconverted. There each block
-has embedders of time and class of its own, which are equal in all released checkpoints; the final
-layer uses those of block 0. DiT and SiT have 8 output channels, of which nothing here uses the
-last 4; `forward` drops them. Dropping labels in training is the script's business.
+has embedders of time and class of its own, which are equal in all released checkpoints; the paper
+has them once. Here all blocks share one module: it is trained once and counted once, and state_dict
+has it under the name of every block. A checkpoint whose copies differ, because diffusers trained
+them apart, needs shared_embedders = false in its config.json, a key that diffusers ignores. The
+final layer uses those of block 0. DiT and SiT have 8 output channels, of which nothing here uses
+the last 4; `forward` drops them. Dropping labels in training is the script's business.
 
 Five kinds of checkpoint have this shape. They differ in the clock that the sinusoids of time see,
 in the frequencies 10000^(-i / last), i = 0 .. 127, of these, and in the output. `convention` says
@@ -154,11 +157,11 @@ class Condition(nn.Module):
 
 
 class AdaLNZero(nn.Module):
-    """Modulation of one block by time and class, with embedders of its own, and its first norm."""
+    """Modulation of one block by time and class, and its first norm. emb: a Condition."""
 
-    def __init__(self, dim, num_classes):
+    def __init__(self, dim, emb):
         super().__init__()
-        self.emb, self.linear = Condition(dim, num_classes), nn.Linear(dim, 6 * dim)
+        self.emb, self.linear = emb, nn.Linear(dim, 6 * dim)
         self.norm = LayerNorm(dim, 1e-6, elementwise_affine=False)
 
     def forward(self, features, label):
@@ -173,9 +176,9 @@ class AdaLNZero(nn.Module):
 class Block(nn.Module):
     """Self-attention and MLP. Norms, modulation and residual sums are float32."""
 
-    def __init__(self, dim, heads, num_classes, eps):
+    def __init__(self, dim, heads, emb, eps):
         super().__init__()
-        self.norm1 = AdaLNZero(dim, num_classes)
+        self.norm1 = AdaLNZero(dim, emb)
         self.attn1 = Attention(dim, heads)
         self.norm3 = LayerNorm(dim, eps, elementwise_affine=False)
         self.ff = FeedForward(dim, 4 * dim)
@@ -198,12 +201,12 @@ class Block(nn.Module):
 class DiTTransformer2DModel(nn.Module):
     """DiT. Keyword arguments are the keys of diffusers' config.json, kept in `self.config`.
 
-    One addition: convention, kept there unless it is None. Keys that only old configs have are
-    checked and dropped: diffusers ignores them. A new network is initialised as adaLN-Zero: it
-    returns 0. Raises ValueError for a config that this file does not implement. Source: DiT
-    2212.09748. Names, epsilons and what is float32 are those of diffusers, against which tests
-    compare it on the same random weights, as they do against the official layout written out in a
-    test.
+    Two additions: convention, kept there unless it is None, and shared_embedders, kept there where
+    it is false. Keys that only old configs have are checked and dropped: diffusers ignores them. A
+    new network is initialised as adaLN-Zero: it returns 0. Raises ValueError for a config that this
+    file does not implement. Source: DiT 2212.09748. Names, epsilons and what is float32 are those
+    of diffusers, against which tests compare it on the same random weights, as they do against the
+    official layout written out in a test.
     """
 
     # Only fallbacks: a checkpoint's scheduler/ folder comes first. Instances whose convention is
@@ -213,6 +216,7 @@ class DiTTransformer2DModel(nn.Module):
     default_shift = 1.0
     latent_shape = (4, 32, 32)  # 256 x 256; an instance has that of its config
     cond_names = ("label",)
+    if_copies_differ = 'put "shared_embedders": false into its config.json'
     lora_targets = (
         "attn1.to_q",
         "attn1.to_k",
@@ -250,12 +254,15 @@ class DiTTransformer2DModel(nn.Module):
         interpolation_scale=None,
         use_additional_conditions=None,
         convention=None,
+        shared_embedders=True,
     ):
         super().__init__()
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.config = {k: v for k, v in given.items() if k in DIT_XL_2}
         if convention is not None:
             self.config["convention"] = convention
+        if not shared_embedders:
+            self.config["shared_embedders"] = False
         for name, value in FIXED.items():
             if given[name] != value:
                 raise ValueError(f"{name} = {given[name]!r} is not implemented; DiT has {value!r}")
@@ -292,10 +299,12 @@ class DiTTransformer2DModel(nn.Module):
         self.num_classes, self.patch_size = num_embeds_ada_norm, patch_size
         self.latent_shape = (in_channels, sample_size, sample_size)
         self.pos_embed = PatchEmbed(in_channels, dim, patch_size, sample_size // patch_size, 1)
+        copies = 1 if shared_embedders else num_layers
+        embedders = [Condition(dim, num_embeds_ada_norm) for _ in range(copies)]
         self.transformer_blocks = nn.ModuleList(
             [
-                Block(dim, num_attention_heads, num_embeds_ada_norm, norm_eps)
-                for _ in range(num_layers)
+                Block(dim, num_attention_heads, embedders[i % copies], norm_eps)
+                for i in range(num_layers)
             ]
         )
         self.norm_out = LayerNorm(dim, 1e-6, elementwise_affine=False)
@@ -319,6 +328,19 @@ class DiTTransformer2DModel(nn.Module):
         modulations = [block.norm1.linear for block in self.transformer_blocks]
         for layer in [*modulations, self.proj_out_1, self.proj_out_2]:
             nn.init.zeros_(layer.weight)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """nn.Module's, which also raises ValueError where copies of a shared embedder differ."""
+        first = {}
+        for name, value in self.state_dict(keep_vars=True).items():
+            original = first.setdefault(id(value), name)
+            there = name in state_dict and original in state_dict
+            if there and not torch.equal(state_dict[name], state_dict[original]):
+                raise ValueError(
+                    f"{name!r} differs from {original!r}, and this network has one for both: "
+                    f"{self.if_copies_differ}"
+                )
+        return super().load_state_dict(state_dict, strict, assign)
 
     @staticmethod
     def lora_key(name):
@@ -444,8 +466,8 @@ def is_sine_position(position):
 def to_official(net):
     """Inverse of from_official: a DiTTransformer2DModel -> its official state dict, on the CPU.
 
-    pos_embed is in it. Raises ValueError where the blocks' embedders differ, as after training them
-    separately: the official layout has one for all.
+    pos_embed is in it. Raises ValueError where the blocks' embedders differ, as with
+    shared_embedders = false: the official layout has one for all.
     """
     state = {key: value.detach().cpu() for key, value in lora.base_state_dict(net).items()}
     rows, dim = net.pos_embed.base, net.proj_out_1.in_features

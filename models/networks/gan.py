@@ -6,11 +6,16 @@ alike, so that the two overlap. The head is an MLP on tokens, for transformers; 
 convolutions on the features of a UNet.
 """
 
+import torch
 import torch.nn as nn
 
 
 class GanHead(nn.Module):
-    """Features (B, N, D) -> logit of "real" (B,): an MLP per token, then the mean over tokens."""
+    """Features (B, N, D) -> logit of "real" (B,): an MLP per token, then the mean over tokens.
+
+    In float32 also under autocast, as in the authors' code: bfloat16 has three digits, and a logit
+    of an undecided discriminator differs between real and fake in the third.
+    """
 
     def __init__(self, dim):
         super().__init__()
@@ -24,4 +29,5 @@ class GanHead(nn.Module):
         )
 
     def forward(self, features):
-        return self.net(features).mean((1, 2))
+        with torch.autocast(features.device.type, enabled=False):
+            return self.net(features.float()).mean((1, 2))

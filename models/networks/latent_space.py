@@ -61,6 +61,12 @@ class LatentSpace:
         """f: sides of the pixels over sides of the latent."""
         return self.autoencoder.factor
 
+    def pixel_shape(self, shape):
+        """The shape of one item's pixels. shape: of its latent, (C, ...) -> (channels, ...)."""
+        config = self.autoencoder.config
+        channels = config.get("out_channels", config.get("channels"))
+        return channels, *(self.factor * side for side in shape[1:])
+
     def to(self, device):
         self.autoencoder.to(device)
         return self

@@ -15,17 +15,22 @@ when such a switch would already point to the next adapter, and would then recom
 function than the one that is differentiated. W never changes, so `net.requires_grad_(False)`
 before `add` leaves only adapters to train.
 
-Files hold X.lora_A.weight and X.lora_B.weight with alpha / rank multiplied into lora_B, so that a
-program that knows nothing of alpha adds B A. X is net.lora_key(layer) where the network has that
-method (Wan, Z-Image: names that ComfyUI and load_lora_weights of diffusers' pipelines take;
-PixArt: ComfyUI and peft), otherwise transformer.LAYER. `load` reads both.
+Files of ours hold X.lora_A.weight and X.lora_B.weight with alpha / rank multiplied into lora_B, so
+that a program that knows nothing of alpha adds B A. X is net.lora_key(layer) where the network has
+that method (Wan, Z-Image: names that ComfyUI and load_lora_weights of diffusers' pipelines take;
+PixArt: ComfyUI and peft), otherwise transformer.LAYER. `save` writes one file, `save_peft` a folder
+for peft. `load` and `merge_file` also read what other programs write; see "reading files" below.
 """
+
+import json
+import os
+import re
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.files import open_tensors, save_tensors
+from models.files import load_json, open_tensors, save_json, save_tensors
 
 
 class Adapter(nn.Module):
@@ -178,6 +183,31 @@ def load_state_dict(net, name, tensors):
         value.copy_(tensors[key])
 
 
+@torch.no_grad()
+def start_from(net, name, other):
+    """Let adapter `name`, which was added before, begin as the function of adapter `other`.
+
+    Where its rank is larger, the further rows of A stay as they were drawn and have no effect yet.
+    Raises ValueError for a layer that `name` does not change, and for a rank that is too small.
+    """
+    mine = adapters(net, name)
+    theirs = adapters(net, other)
+    for key, b in theirs.items():
+        if key not in mine:
+            raise ValueError(f"adapter {name!r} does not change {key!r}, as {other!r} does")
+        if b.rank > mine[key].rank:
+            raise ValueError(
+                f"{key!r} has rank {b.rank} in adapter {other!r}, more than the {mine[key].rank} "
+                f"of {name!r}"
+            )
+    for key, a in mine.items():
+        a.B.zero_()
+        if key in theirs:
+            b = theirs[key]
+            a.A[: b.rank] = b.A
+            a.B[:, : b.rank] = b.B * (b.scale / a.scale)
+
+
 def remove(net, name):
     """Take an adapter away. Raises ValueError for an unknown name."""
     for key in adapters(net, name):
@@ -194,10 +224,15 @@ def merge(net, name):
     Raises ValueError for an unknown name.
     """
     for key, a in adapters(net, name).items():
-        W = net.get_submodule(key).weight
-        wide = torch.promote_types(W.dtype, torch.float32)
-        W.copy_(W.to(wide) + a.scale * (a.B.to(wide) @ a.A.to(wide)))
+        _add_product(net.get_submodule(key).weight, a.A, a.B, a.scale)
     remove(net, name)
+
+
+def _add_product(W, A, B, scale):
+    """W += scale B A, summed in at least float32 and rounded once."""
+    wide = torch.promote_types(W.dtype, torch.float32)
+    A, B = A.to(W.device, wide), B.to(W.device, wide)
+    W.copy_(W.to(wide) + scale * (B @ A))
 
 
 def base_state_dict(net):
@@ -206,7 +241,7 @@ def base_state_dict(net):
     return {k: v for k, v in net.state_dict().items() if not k.startswith(inside)}
 
 
-# ---- files ---------------------------------------------------------------------------------------
+# ---- writing files -------------------------------------------------------------------------------
 
 
 def file_key(net, key):
@@ -214,72 +249,263 @@ def file_key(net, key):
     return net.lora_key(key) if hasattr(net, "lora_key") else f"transformer.{key}"
 
 
-def save(net, name, path, metadata=None):
-    """Write one adapter as a safetensors file, atomically: float32, alpha / rank in lora_B.
+def save(net, name, path, metadata=None, dtype=torch.float32):
+    """Write one adapter as a safetensors file, atomically, with alpha / rank in lora_B.
 
-    metadata: {str: str} for the file's header, beside rank and alpha, which are always there.
-    Raises ValueError for an unknown name.
+    metadata: {str: str} for the file's header, beside the rank and the alpha of the file, which are
+    the same, and the alpha that the adapter was trained with. dtype: of the tensors. Raises
+    ValueError for an unknown name.
     """
-    tensors = {}
-    for key, a in adapters(net, name).items():
-        where = file_key(net, key)
-        tensors[f"{where}.lora_A.weight"] = a.A.float()
-        tensors[f"{where}.lora_B.weight"] = (a.scale * a.B).float()
-    header = {
-        **(metadata or {}),
-        "format": "pt",
-        "rank": str(a.rank),
-        "alpha": f"{a.alpha:.12g}",
-        "scale": "alpha / rank is multiplied into lora_B",
+    names = {key: file_key(net, key) for key in adapters(net, name)}
+    _write(net, name, path, names, metadata, dtype)
+
+
+def save_peft(net, name, folder, metadata=None, dtype=torch.float32):
+    """Write one adapter as a folder that PeftModel.from_pretrained takes.
+
+    adapter_model.safetensors is the file that `save` writes, under peft's names;
+    adapter_config.json has lora_alpha = r, because lora_B is already scaled. Raises ValueError for
+    an unknown name.
+    """
+    found = adapters(net, name)
+    os.makedirs(folder, exist_ok=True)
+    names = {key: f"base_model.model.{key}" for key in found}
+    _write(net, name, os.path.join(folder, PEFT_WEIGHTS), names, metadata, dtype)
+    ranks = {key: a.rank for key, a in found.items()}
+    r = max(ranks.values())
+    other = {key: rank for key, rank in ranks.items() if rank != r}
+    config = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": r,
+        "target_modules": sorted(found),
+        "rank_pattern": other,
+        "alpha_pattern": other,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
     }
-    save_tensors(tensors, path, header)
+    save_json(config, os.path.join(folder, PEFT_CONFIG))
+
+
+def is_for_peft(net):
+    """Whether a network's names in files are peft's: it has no other loader in diffusers."""
+    return file_key(net, next(iter(linears(net)))).startswith("base_model.model.")
+
+
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def _write(net, name, path, names, metadata, dtype):
+    """names: {layer: its name in the file}."""
+    tensors, found = {}, adapters(net, name)
+    for key, a in found.items():
+        tensors[f"{names[key]}.lora_A.weight"] = a.A.to(dtype)
+        tensors[f"{names[key]}.lora_B.weight"] = (a.scale * a.B).to(dtype)
+    ranks = " ".join(map(str, sorted({a.rank for a in found.values()})))
+    alphas = " ".join(f"{alpha:.12g}" for alpha in sorted({a.alpha for a in found.values()}))
+    about = {"format": "pt", "rank": ranks, "alpha": ranks, "trained_alpha": alphas}
+    scale = "the trained alpha / rank is multiplied into lora_B"
+    save_tensors(tensors, path, {**(metadata or {}), **about, "scale": scale})
+
+
+# ---- reading files -------------------------------------------------------------------------------
+#
+# A file's key is a layer's name and an ending. The name is the layer's own, or what the file_key of
+# the network or its lora_aliases call it, after one of PREFIXES, or with _ for every dot after one
+# of FLAT (kohya's sd-scripts and musubi-tuner). ENDINGS are peft's and kohya's; .diff, .diff_b and
+# .diff_m are full differences of weight, bias and modulation (ComfyUI, LightX2V).
+#
+# The strength of a pair is alpha / rank. alpha is the file's .alpha, or what peft was configured
+# with: lora_adapter_metadata in the header (save_lora_weights of diffusers) or adapter_config.json
+# beside the file. Without either it is the rank. ss_network_alpha of kohya's header is no such
+# source: files with it also have .alpha, unless a converter has multiplied that into the weights.
+
+PREFIXES = ("diffusion_model.", "transformer.", "base_model.model.", "model.diffusion_model.", "")
+FLAT = ("lora_unet_", "lora_transformer_")
+ENDINGS = {  # {ending: what it is}; \.\w+ is the name that an adapter had in peft
+    r"\.lora[_.](?:A|down)(?:\.\w+)?\.weight": "A",
+    r"\.lora[_.](?:B|up)(?:\.\w+)?\.weight": "B",
+    r"\.lora[_.](?:B|up)(?:\.\w+)?\.bias": "lora_B.bias",
+    r"\.alpha": "alpha",
+    r"\.diff": "weight",
+    r"\.diff_b": "bias",
+    r"\.diff_m": "modulation",
+}
+
+
+def adapter_file(source):
+    """The LoRA file that a path stands for: itself, or that of a folder of peft's. None: no such.
+
+    DIR/NAME.safetensors beside DIR/NAME.json is a network in TRELLIS's layout, not a LoRA file.
+    """
+    if os.path.isfile(os.path.join(source, PEFT_WEIGHTS)):
+        return os.path.join(source, PEFT_WEIGHTS)
+    stem = source.removesuffix(".safetensors")
+    return source if stem != source and not os.path.isfile(stem + ".json") else None
 
 
 def load(net, name, path):
-    """Add the adapter of a file as `name` -> the file's metadata.
+    """Add the adapter of a LoRA file as `name` -> the file's metadata.
 
-    The rank is the file's, and alpha = rank, because lora_B is already scaled. The network stays
-    untouched unless the whole file fits. Raises ValueError, one line that begins with the file's
-    name, for a key that belongs to no layer (.alpha among them: the lora_B of such a file is not
-    scaled), an A without its B, and shapes that do not fit; UserError for a file that is missing
-    or damaged.
+    Each layer has its rank and its strength from the file. The network stays untouched unless the
+    whole file fits. Raises ValueError, one line that begins with the file's name, for a key that
+    belongs to no layer, half a pair, shapes that do not fit, and full differences or layers that
+    take no adapter, with which a file can only be merged; UserError for a file that is missing or
+    damaged.
     """
     _refuse_name(net, name)
-    layers = {file_key(net, key): key for key in linears(net)}
-    layers.update({f"transformer.{key}": key for key in linears(net)})  # diffusers' own naming
-    found = {}
+    pairs, differences, metadata = _read(net, path)
+    wrong = [key for key in pairs if not isinstance(net.get_submodule(key), Linear)]
+    if differences or wrong:
+        what = next(iter(differences), None) or wrong[0]
+        raise ValueError(
+            f"{path} changes {what!r}, which no adapter can: merge the file into the weights "
+            "(--teacher_lora, or --student_init with --lora_rank 0)"
+        )
+    if not pairs:
+        raise ValueError(f"{path} holds no adapter")
+    for key, layer in linears(net).items():
+        if key in pairs:
+            A, B, scale = pairs[key]
+            _attach(layer, name, A, B, alpha=scale * len(A))
+    return metadata
+
+
+@torch.no_grad()
+def merge_file(net, path):
+    """W += (alpha / rank) B A and p += difference, for all that a LoRA file has.  -> its metadata.
+
+    Sums are taken in at least float32. The network stays untouched unless the whole file fits.
+    Raises ValueError and UserError as `load`, but takes full differences and every linear layer.
+    """
+    pairs, differences, metadata = _read(net, path)
+    if not pairs and not differences:
+        raise ValueError(f"{path} holds no adapter")
+    for key, (A, B, scale) in pairs.items():
+        _add_product(net.get_submodule(key).weight, A, B, scale)
+    for key, difference in differences.items():
+        p = net.get_parameter(key)
+        wide = torch.promote_types(p.dtype, torch.float32)
+        p.copy_(p.to(wide) + difference.to(p.device, wide))
+    return metadata
+
+
+def _read(net, path):
+    """A LoRA file -> {layer: (A, B, strength)}, {parameter: its difference}, metadata.
+
+    All float32, in the network's order. Raises ValueError and UserError as `load`.
+    """
+    shapes = {key: tuple(p.shape) for key, p in base_state_dict(net).items()}
+    found, places = {}, _places(net, shapes)
     with open_tensors(path) as f:
         metadata = f.metadata() or {}
         for stored in f.keys():
-            where, part = stored, None
-            for end in (".lora_A.weight", ".lora_B.weight"):
-                if stored.endswith(end):
-                    where, part = stored.removesuffix(end), end[6]
-            if part is None or where not in layers:
+            key, part = _place(stored, places)
+            if key is None:
                 raise ValueError(
-                    f"{path} has {stored!r}, "
-                    f"which is no adapter of a layer of this {type(net).__name__}"
+                    f"{path} has {stored!r}, which is no adapter of a layer of this "
+                    f"{type(net).__name__}"
                 )
-            found.setdefault(layers[where], {})[part] = f.get_tensor(stored).float()
-    if not found:
-        raise ValueError(f"{path} holds no adapter")
-    for key, pair in found.items():
-        if len(pair) != 2:
+            if part in found.setdefault(key, {}):
+                raise ValueError(f"{path} has the {part} of {key!r} twice, once as {stored!r}")
+            found[key][part] = f.get_tensor(stored).float()
+    settings, pairs, differences = _peft_settings(path, metadata), {}, {}
+    for key in dict.fromkeys(places.values()):
+        parts = found.get(key, {})
+        if not parts.keys().isdisjoint({"A", "B", "alpha", "lora_B.bias"}):
+            _check_pair(path, key, parts, shapes.get(f"{key}.weight", ()))
+            strength = _strength(settings, key, len(parts["A"]), parts.get("alpha"))
+            pairs[key] = parts["A"], parts["B"], strength
+            if "lora_B.bias" in parts:
+                parts["bias"] = strength * parts["lora_B.bias"] + parts.get("bias", 0.0)
+        for part in {"weight", "bias"} & parts.keys():
+            where = key if key in shapes and part == "weight" else f"{key}.{part}"
+            _check_shape(path, where, parts[part], shapes.get(where), "the difference")
+            differences[where] = parts[part]
+    return pairs, differences, metadata
+
+
+def _places(net, shapes):
+    """{name in a file: module of the network, or parameter that is not called weight or bias}."""
+    keys = [key.removesuffix(".weight").removesuffix(".bias") for key in shapes]
+    places = {}
+    for key in dict.fromkeys(keys):
+        names = [key]
+        if hasattr(net, "lora_key"):
+            own = net.lora_key(key)
+            names.append(own.removeprefix(next(p for p in PREFIXES if own.startswith(p))))
+        for ending, other in getattr(net, "lora_aliases", {}).items():
+            if key.endswith(ending):
+                names.append(key.removesuffix(ending) + other)
+        for name in names:
+            for prefix in PREFIXES:
+                places.setdefault(prefix + name, key)
+            for prefix in FLAT:
+                places.setdefault(prefix + name.replace(".", "_"), key)
+    return places
+
+
+def _place(stored, places):
+    """A file's key -> which module or parameter it belongs to, and what it is.  (None, None): no
+    such."""
+    for ending, part in ENDINGS.items():
+        match = re.fullmatch(f"(.+?){ending}", stored)
+        if match:
+            where = match[1] + (".modulation" if part == "modulation" else "")
+            if where in places:
+                return places[where], "weight" if part == "modulation" else part
+    return None, None
+
+
+def _check_pair(path, key, parts, shape):
+    """Raises ValueError unless both halves are there and fit a weight of this shape."""
+    if not {"A", "B"} <= parts.keys():
+        there = next(part for part in ("A", "B", "alpha", "lora_B.bias") if part in parts)
+        name = f"lora_{there}" if there in "AB" else there
+        raise ValueError(
+            f"{path} has {name} but not both halves for {key!r}: copy or save it again"
+        )
+    if len(shape) != 2:
+        raise ValueError(f"{path} has an adapter of {key!r}, which is no linear layer")
+    rank = len(parts["A"])
+    for part, want in (("A", (rank, shape[1])), ("B", (shape[0], rank))):
+        _check_shape(path, key, parts[part], want, f"lora_{part}")
+
+
+def _check_shape(path, key, tensor, want, what):
+    """want: a shape, None where the network has no such parameter. Raises ValueError."""
+    if tuple(tensor.shape) != want:
+        takes = "has no such parameter" if want is None else f"takes {want}"
+        raise ValueError(
+            f"{path}: {what} of {key!r} has shape {tuple(tensor.shape)}, this network {takes}"
+        )
+
+
+def _peft_settings(path, metadata):
+    """What peft was configured with when the file was written; {} where that is not known."""
+    text = metadata.get("lora_adapter_metadata")
+    if text:
+        try:
+            return {k.removeprefix("transformer."): v for k, v in json.loads(text).items()}
+        except (ValueError, AttributeError):
             raise ValueError(
-                f"{path} has lora_{''.join(pair)} but not both halves for {key!r}: "
-                "copy or save it again"
-            )
-    rank = next(iter(found.values()))["A"].shape[0]
-    for key, pair in found.items():
-        layer = net.get_submodule(key)
-        want = {"A": (rank, layer.in_features), "B": (layer.out_features, rank)}
-        for part in "AB":
-            if tuple(pair[part].shape) != want[part]:
-                raise ValueError(
-                    f"{path}: lora_{part} of {key!r} has shape {tuple(pair[part].shape)}, "
-                    f"this network takes {want[part]}"
-                )
-    for key, layer in linears(net).items():
-        if key in found:
-            _attach(layer, name, found[key]["A"], found[key]["B"], alpha=rank)
-    return metadata
+                f"{path}: lora_adapter_metadata in its header is no JSON object, and the "
+                "strength of the adapter is in it: copy or save the file again"
+            ) from None
+    beside = os.path.join(os.path.dirname(path), PEFT_CONFIG)
+    if os.path.basename(path) == PEFT_WEIGHTS and os.path.isfile(beside):
+        return load_json(beside)
+    return {}
+
+
+def _strength(settings, key, rank, alpha):
+    """alpha / rank of a layer. alpha: the file's tensor, or None. settings: peft's, or {}."""
+    if alpha is not None:
+        return float(alpha) / rank
+    if "lora_alpha" not in settings:
+        return 1.0
+    patterns = (settings.get("alpha_pattern") or {}).items()
+    own = [v for pattern, v in patterns if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", key)]
+    alpha = own[0] if own else settings["lora_alpha"]
+    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)

@@ -18,7 +18,8 @@ and gate (AdaLN).
     x        second stage: (feature - SLAT_MEAN) / SLAT_STD of a batch's points  (N, 8)
     coords   of each point: its sample's index in the batch; x, y, z in 0..63    (N, 4) int
     t        time in [0, 1] of each sample, after the shift                      (B,)
-    tokens   DINOv2 tokens; their unconditional twin is zeros                    (B, L, 1024)
+    tokens   of an image: DINOv2's; their unconditional twin is zeros            (B, L, 1024)
+             of a prompt: CLIP's; their twin is the tokens of the empty prompt   (B, 77, 768)
 
 A sparse batch is thus two plain tensors, with rows in any order. `per_point` repeats what belongs
 to a sample for each of its points, x_t = (1 - per_point(t, coords)) x0 + per_point(t, coords) eps,
@@ -29,9 +30,10 @@ State dicts and files (models/networks/__init__.py) load into TRELLIS, and back,
 Released weights are float16 within the blocks; here they become the network's dtype, and use_fp16
 is only kept for TRELLIS. Its clock runs to 1000; `sinusoid` multiplies ours by 1000, and nothing
 else does. Forward-mode AD (torch.func.jvp) works under sdpa_kernel(SDPBackend.MATH), since fused
-attention does not support it. Tokens of images are made by a command:
+attention does not support it. Tokens of images and of prompts are made by a command:
 
     python -m models.encode --images FOLDER --output tokens.safetensors
+    python -m models.encode --teacher TRELLIS-text-large --prompts_txt prompts.txt --output ...
 """
 
 import math
@@ -104,6 +106,7 @@ SLAT_STD = (
     2.684523105621338,
 )
 FIXED = dict(pe_mode="ape", share_mod=False)  # the values in all released networks
+CLIP_WIDTH = 768  # of tokens of prompts: openai/clip-vit-large-patch14
 TIME_DIM = 256  # width of the sinusoids of time
 
 
@@ -292,6 +295,7 @@ class Transformer(nn.Module):
                 f"resolution = {c['resolution']} does not divide into patches of {c['patch_size']}"
             )
         self.latent_shape = (c["in_channels"], *[c["resolution"]] * 3)
+        self.uncond_names = ("tokens",) if c["cond_channels"] == CLIP_WIDTH else ()
         self.t_embedder = TimeEmbedder(dim)
         shape = (
             c["cond_channels"],
@@ -335,6 +339,23 @@ class Transformer(nn.Module):
         lora.check(self, adapter)
 
 
+def pipeline_entry(net, path, steps, timestep_shift, guidance_scale):
+    """What "args" of TRELLIS's pipeline.json must say for a flow model with another sampler's grid.
+
+    path: DIR/NAME of the network's files. steps, timestep_shift, guidance_scale: of an Euler
+    sampler as here.  -> a dict like "args", whose "models" has one entry. TRELLIS's sampler moves x
+    by -(t - s) v from t to s, without sigma_min, over the same shifted times (rescale_t); its
+    guidance is (1 + w) cond - w uncond, w = guidance_scale - 1, for t within cfg_interval. An empty
+    interval is one call a step.
+    """
+    interval = [1.0, 0.0] if guidance_scale == 1 else [0.0, 1.0]
+    params = {"steps": steps, "rescale_t": timestep_shift}
+    params |= {"cfg_strength": round(guidance_scale - 1, 6), "cfg_interval": interval}
+    name = "FlowEulerGuidanceIntervalSampler"
+    sampler = {"name": name, "args": {"sigma_min": 1e-5}, "params": params}
+    return {"models": {f"{net.stage}_flow_model": path}, f"{net.stage}_sampler": sampler}
+
+
 # ---- first stage: the sparse structure -----------------------------------------------------------
 
 
@@ -347,6 +368,7 @@ class SparseStructureFlowModel(Transformer):
     """
 
     latent_shape = (8, 16, 16, 16)
+    stage = "sparse_structure"  # its name in pipeline.json
 
     def __init__(
         self,
@@ -684,6 +706,7 @@ class SLatFlowModel(Transformer):
 
     latent_shape = (8, 64, 64, 64)  # channels, and the grid in which the points lie
     sparse = True  # x are points, and forward takes coords
+    stage = "slat"  # its name in pipeline.json
 
     def __init__(
         self,

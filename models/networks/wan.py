@@ -102,8 +102,9 @@ class ConditionEmbedder(nn.Module):
         time (B, D) and modulation (B, 6, D) are float32; context is (B, L, D).
         """
         waves = sinusoid(t, self.freq_dim)  # (B, freq_dim); t becomes Wan's 0..1000 in here
-        # Every block's scale and gate come from here, so autocast must not lower their precision:
-        # float32 weights give float32. bfloat16 weights compute in bfloat16, as in diffusers.
+        # Every block's scale and gate come from here, so autocast must not lower their precision.
+        # time_embedder is float32 also among bfloat16 weights (keep_float32), and time_proj is
+        # bfloat16 there, as in diffusers.
         with torch.autocast(t.device.type, enabled=False):
             time = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype))  # (B, D)
             modulation = self.time_proj(F.silu(time.to(self.time_proj.weight.dtype)))  # (B, 6D)
@@ -155,6 +156,25 @@ NATIVE_NAMES = {
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
 }
+# The rest of a block, and what is outside the blocks. LoRA files of other programs may have full
+# differences of these. Wan and diffusers number a block's norms in another order.
+OTHER_NATIVE_NAMES = {
+    "attn1.norm_q": "self_attn.norm_q",
+    "attn1.norm_k": "self_attn.norm_k",
+    "attn2.norm_q": "cross_attn.norm_q",
+    "attn2.norm_k": "cross_attn.norm_k",
+    "norm2": "norm3",
+    "scale_shift_table": "modulation",
+}
+NATIVE_NAMES_OUTSIDE = {
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+}
 
 
 def lora_key(name):
@@ -163,10 +183,14 @@ def lora_key(name):
     Two programs read this name. diffusers' WanPipeline.load_lora_weights converts keys that start
     with diffusion_model. (loaders/lora_conversion_utils.py); ComfyUI, whose Wan has these names,
     accepts diffusion_model.LAYER.lora_A.weight for any model (comfy/lora.py,
-    comfy/weight_adapter/lora.py).
+    comfy/weight_adapter/lora.py). name: of a module, or of a parameter that is not called weight or
+    bias; what Wan's own checkpoints do not have keeps its name.
     """
+    if not name.startswith("blocks."):
+        return f"diffusion_model.{NATIVE_NAMES_OUTSIDE.get(name, name)}"
     blocks, i, layer = name.split(".", 2)
-    return f"diffusion_model.{blocks}.{i}.{NATIVE_NAMES[layer]}"
+    native = NATIVE_NAMES.get(layer) or OTHER_NATIVE_NAMES.get(layer, layer)
+    return f"diffusion_model.{blocks}.{i}.{native}"
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -188,6 +212,8 @@ class WanTransformer3DModel(nn.Module):
     default_shift = 5.0
     latent_shape = (16, 21, 60, 104)  # 81 frames of 480 x 832
     cond_names = ("text",)
+    # As _keep_in_fp32_modules of diffusers' class, whose `rope` has no parameters here.
+    keep_float32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     lora_targets = tuple(NATIVE_NAMES)
     lora_key = staticmethod(lora_key)
 
@@ -225,6 +251,11 @@ class WanTransformer3DModel(nn.Module):
                     f"{name} = {self.config[name]} means image-to-video, which is not implemented; "
                     f"use a text-to-video checkpoint ({name} null)"
                 )
+        if (out_channels or in_channels) < in_channels:
+            raise ValueError(
+                f"in_channels = {in_channels} with {out_channels} out means image-to-video, which "
+                "is not implemented; use a text-to-video checkpoint"
+            )
         if qk_norm != "rms_norm_across_heads":
             raise ValueError(
                 f"qk_norm = {qk_norm!r} is not implemented; Wan uses 'rms_norm_across_heads'"
@@ -329,6 +360,7 @@ class WanTwoNetworks(nn.Module):
     default_shift = 12.0  # sample_shift of wan/configs/wan_t2v_A14B.py; only a fallback, as above
     latent_shape = WanTransformer3DModel.latent_shape
     cond_names = WanTransformer3DModel.cond_names
+    keep_float32 = WanTransformer3DModel.keep_float32
     lora_targets = WanTransformer3DModel.lora_targets
 
     def __init__(self, high, low, boundary):
@@ -343,11 +375,6 @@ class WanTwoNetworks(nn.Module):
         ]
         if differ:
             raise ValueError(f"the two networks differ: {', '.join(differ)}")
-        if high.config["in_channels"] != high.out_channels:
-            raise ValueError(
-                f"in_channels = {high.config['in_channels']} with {high.out_channels} out means "
-                "image-to-video, which is not implemented; use a text-to-video checkpoint"
-            )
         self.high, self.low, self.boundary = high, low, float(boundary)
         self.config, self.text_dim = high.config, high.text_dim
 

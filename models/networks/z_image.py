@@ -218,6 +218,8 @@ class ZImageTransformer2DModel(nn.Module):
         "feed_forward.w2",
         "feed_forward.w3",
     )
+    # In LoRA files of programs that use Z-Image's own names.
+    lora_aliases = {"attention.to_out.0": "attention.out"}
 
     def __init__(
         self,

@@ -3,7 +3,9 @@
 Large files are never read whole: a row is read from disk when a step asks for it.
 """
 
+import math
 import os
+import re
 import sys
 import warnings
 
@@ -33,7 +35,8 @@ class Prompts:
         self.file, self.names = open_tensors(path), names
         for name in names:
             self._check(path, name, widths.get(name))
-        counts = {self.file.get_slice(f"cond.{n}").get_shape()[0] for n in names}
+        self.cond = {n: Rows(self.file, f"cond.{n}", path).check() for n in names}
+        counts = {len(rows) for rows in self.cond.values()}
         if len(counts) != 1:
             raise UserError(
                 f"{path}: the cond.* tensors disagree on the number of prompts: {sorted(counts)}"
@@ -59,6 +62,7 @@ class Prompts:
                 f"{path}: cond.{name} is {shape} and uncond.{name} {un}; "
                 "wanted (N, ...) with N >= 1 and (1, ...) alike"
             )
+        Rows(self.file, f"uncond.{name}", path).check()
 
     def fingerprint(self):
         """A short hash of the number of prompts and of the first, last and unconditional one.
@@ -71,7 +75,7 @@ class Prompts:
 
     def rows(self, index, device):
         """index (B,) -> {name: (B, ...)}; float inputs as float32."""
-        return {name: Rows(self.file, f"cond.{name}")[index].to(device) for name in self.names}
+        return {k: v[index].to(device) for k, v in self.cond.items()}
 
     def unconditional(self, n, device):
         """The unconditional inputs, repeated n times: {name: (n, ...)}."""
@@ -132,26 +136,92 @@ class Conditions:
 class DataConditions:
     """Conditions that belong to the items of a data set: the rows of --data's cond.NAME.
 
-    For sparse data the points (coords) of the item come too. Unconditional means zeros.
+    For sparse data the points (coords) of the item come too. Unconditional is uncond.NAME (1, ...)
+    of the same file, and zeros where it has none.
     """
 
     prompts = None
 
-    def __init__(self, data, cond):
-        """data: x0 (N, ...) or SparseRows. cond: {name: (N, ...)}."""
+    def __init__(self, data, cond, source, net):
+        """data: x0 (N, ...) or SparseRows, None for conditions alone. cond: {name: (N, ...)}.
+
+        source: the --data they come from. net: its `uncond_names`, where it has such, are inputs
+        whose unconditional twin is no zeros. Raises UserError for a file without one, or one of
+        another shape.
+        """
         self.points = data if isinstance(data, SparseRows) else None
         self.cond = cond
+        needed = getattr(net, "uncond_names", ())
+        self.uncond = read_unconditional(source, cond, needed)
+
+    def unconditional(self, cond):
+        """The unconditional twin of a batch of cond, {name: (B, ...)}, on the same device."""
+        for name in self.uncond:
+            self.uncond[name] = self.uncond[name].to(cond[name].device)
+        return {k: self.uncond.get(k, torch.zeros_like(v)).expand_as(v) for k, v in cond.items()}
 
     def pick(self, index, device):
         """index (B,) int64 -> cond, uncond."""
         cond = {k: v[index].to(device) for k, v in self.cond.items()}
-        uncond = {k: torch.zeros_like(v) for k, v in cond.items()}
         at = {"coords": self.points[index][1].to(device)} if self.points else {}
-        return {**cond, **at}, {**uncond, **at}
+        return {**cond, **at}, {**self.unconditional(cond), **at}
 
     def preview(self, n):
         """The first n items of the data.  (n,) int64."""
         return torch.arange(n) % len(next(iter(self.cond.values())))
+
+
+def load_conditions(source, net):
+    """--data of --sample: the conditions in FILE.safetensors alone.  -> DataConditions.
+
+    net: whose cond_names are read. Raises UserError.
+    """
+    keys = [f"cond.{name}" for name in net.cond_names]
+    if not str(source).endswith(".safetensors"):
+        raise UserError(
+            f"--data {source}: a {type(net).__name__} is sampled from FILE.safetensors with "
+            f"{' and '.join(keys)}, which python -m models.encode writes"
+        )
+    file = open_tensors(source)
+    there, rows = set(file.keys()), {}
+    for key, name in zip(keys, net.cond_names):
+        if key not in there or file.get_slice(key).get_shape()[:1] in ([], [0]):
+            raise UserError(
+                f"--data {source}: no {key} with at least one row, as python -m models.encode "
+                f"writes it; it has {', '.join(sorted(there)) or 'nothing'}"
+            )
+        rows[name] = Rows(file, key, f"--data {source}").check()
+    if len({len(values) for values in rows.values()}) > 1:
+        raise UserError(f"--data {source}: {' and '.join(keys)} disagree on the number of rows")
+    return DataConditions(None, rows, source, net)
+
+
+def read_unconditional(source, cond, needed=()):
+    """uncond.NAME of FILE.safetensors, for the names that it has.  -> {name: (1, ...)}, float32.
+
+    source: what --data names; only a file has such tensors. cond: {name: (N, ...)}. needed: names
+    that must be there. Raises UserError.
+    """
+    file = open_tensors(source) if str(source).endswith(".safetensors") else None
+    there, found = set(file.keys()) if file else set(), {}
+    for name, values in cond.items():
+        shape, key = (1, *values.shape[1:]), f"uncond.{name}"
+        if key not in there and name in needed:
+            raise UserError(
+                f"--data {source}: no {key} {shape}, the features of an empty prompt, from which a "
+                "text teacher's guidance leads away: python -m models.encode --teacher ROOT "
+                f"--prompts_txt FILE writes it beside cond.{name}; add it to this file"
+            )
+        if key not in there:
+            continue
+        row = Rows(file, key, f"--data {source}")
+        if row.shape != shape:
+            raise UserError(
+                f"--data {source}: {key} is {row.shape} and cond.{name} {tuple(values.shape)}; "
+                f"give {key} the shape {shape}"
+            )
+        found[name] = row[torch.zeros(1, dtype=torch.long)]
+    return found
 
 
 @torch.no_grad()
@@ -173,28 +243,85 @@ def try_network(net, teacher, device, **more):
 # ---- folders of images ---------------------------------------------------------------------------
 
 
-def read_image(path, size):
-    """Decode an image of any kind to RGB, uint8 (3, size, size). Raises what Pillow raises.
+# How a picture becomes a square: its shorter side becomes the square's, and the centre is cut out.
+# lanczos is our own; adm is center_crop_arr of guided-diffusion, with which ImageNet's published
+# statistics are made (DiT, SiT, LFM); bilinear is torchvision's Resize and CenterCrop (LFM's LSUN).
+CROPS = ("lanczos", "adm", "bilinear")
 
-    The first frame is taken and turned as its EXIF says, 16-bit grey is scaled to 8 bits and
-    transparency is laid on white. The shorter side becomes `size`, and the centre is cut out.
+
+def to_square(image, size, crop="lanczos"):
+    """A PIL image of any shape -> one of size x size, by one of CROPS."""
+    if crop == "lanczos":
+        return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    if crop == "adm":
+        while min(image.size) >= 2 * size:  # the mean of 2 x 2 pixels
+            image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
+        scale = size / min(image.size)
+        sides = [round(side * scale) for side in image.size]
+        image = image.resize(sides, Image.Resampling.BICUBIC)
+        left, top = ((side - size) // 2 for side in sides)
+    else:
+        sides = [size * side // min(image.size) for side in image.size]
+        image = image.resize(sides, Image.Resampling.BILINEAR)
+        left, top = (round((side - size) / 2) for side in sides)
+    return image.crop((left, top, left + size, top + size))
+
+
+def eight_bits(image):
+    """A grey image of more than 8 bits, or of floats, as one of 8 bits. Raises ValueError.
+
+    16 bits are taken as full scale, floats as 0 to 1 if they all are, else as 0 to 255 or 65535.
     """
+    values = np.asarray(image, np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("pixels that are not finite")
+    low, high, full = values.min(), values.max(), 65535
+    if low < 0 or high > full:
+        raise ValueError(f"pixels from {low:g} to {high:g}: save it with 8 bits, or with 16")
+    if image.mode == "F":
+        full = next(f for f in (1, 255, 65535) if high <= f)
+    elif 0 < high < 4096:
+        raise ValueError(
+            f"16-bit pixels of at most {high:g}, nearly black: if they have 12 bits or fewer, "
+            "scale them to 0..65535"
+        )
+    return Image.fromarray((values * (255 / full)).round().astype(np.uint8))
+
+
+def read_frames(path, frames=1):
+    """The first frames of an image of any kind, in RGB.  -> PIL images, at most so many
+
+    They are turned as EXIF says, more than 8 bits become 8 and transparency is laid on white.
+    Raises what Pillow raises, and ValueError for pixels that `eight_bits` cannot place.
+    """
+    read = []
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", message=".*Palette images with Transparency.*")
-        with Image.open(path) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":
-                # 16-bit grey, which Pillow's own convert() would clip
-                values = np.asarray(image, np.float64)
-                divisor = 257 if values.max() > 255 else 1
-                image = Image.fromarray((values / divisor).clip(0, 255).astype(np.uint8))
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        with Image.open(path) as file:
+            for frame in range(frames):
+                try:
+                    file.seek(frame)
+                except EOFError:
+                    break
+                file.load()
+                image = ImageOps.exif_transpose(file)
+                if image.mode.startswith("I") or image.mode == "F":
+                    image = eight_bits(image)  # Pillow's own convert() would clip
+                if "A" in image.getbands() or "transparency" in image.info:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                read.append(image.convert("RGB"))
+    return read
+
+
+def read_image(path, size, crop="lanczos"):
+    """Decode the first frame of an image.  -> uint8 (3, size, size). crop: see CROPS.
+
+    Raises what read_frames raises.
+    """
+    image = to_square(read_frames(path)[0], size, crop)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_map(path, size, image):
@@ -234,60 +361,132 @@ def class_folders(folder):
 
 
 def files_below(folder):
-    """Paths of all files in the folder and its subfolders, always in the same order."""
-    for where, _, files in sorted(os.walk(folder)):
-        for file in sorted(files):
-            yield os.path.join(where, file)
+    """Paths of all files in the folder and its subfolders, always in the same order.
 
-
-def read_image_folder(folder, size, flat=False, maps=None):
-    """Images in class subfolders, with their maps if there are any.
-
-    flat: a folder without subfolders is one class. maps: a folder with a PNG of the same relative
-    name for each image.
-    -> x uint8 (N, 3, size, size), label int64 (N,), class names, maps uint8 (N, size, size) or
-    None. Unreadable files are named on stderr and skipped, a file that is reached twice through
-    links counts once, and a class without images gets no label. Raises UserError when nothing is
-    left.
+    Hidden folders are left out, and a file that is reached twice through links comes once.
     """
-    classes = class_folders(folder)
-    if not classes and not flat:
-        raise UserError(f"--data {folder}: no class subfolders; put images in {folder}/<class>/...")
-    x, label, names, all_maps, seen, skipped = [], [], [], [], set(), 0
-    for name in classes or [""]:
-        before = len(x)
+    seen = set()
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(n for n in folders if not n.startswith("."))
+        for path in (os.path.join(where, file) for file in sorted(files)):
+            real = os.path.realpath(path)
+            if real not in seen:
+                seen.add(real)
+                yield path
+
+
+WITHOUT_CLASSES = "train without classes (latent_fm.py --task uncond takes all images of a folder)"
+
+
+def is_image(path):
+    """Whether the name is that of an image that Pillow opens, and not hidden."""
+    ending = os.path.splitext(path)[1].lower()
+    hidden = os.path.basename(path).startswith(".")
+    return not hidden and Image.registered_extensions().get(ending) in Image.OPEN
+
+
+def list_images(folder, flat):
+    """What read_image_folder reads.  -> [(path, class number)], names of the classes.
+
+    flat: everything below the folder is one class. Otherwise classes are those of dataset.json, or
+    the subfolders. Raises UserError for a folder whose classes are not clear.
+    """
+    described = os.path.join(folder, "dataset.json")
+    if flat:
+        paths = [path for path in files_below(folder) if path != described]
+        return [(path, 0) for path in paths], [os.path.basename(os.path.abspath(folder))]
+    if os.path.isfile(described):
+        return list_described(folder, described)
+    where, classes = f"--data {folder}", class_folders(folder)
+    if not classes:
+        raise UserError(f"{where}: no class subfolders; put images in {folder}/<class>/...")
+    if all(re.fullmatch(r"\d{5}", name) for name in classes):
+        raise UserError(
+            f"{where}: its subfolders {classes[0]} ... look like parts of a large set, not like "
+            f"classes: {WITHOUT_CLASSES}; if they are classes, put a letter before their numbers"
+        )
+    loose = [n for n in sorted(os.listdir(folder)) if os.path.isfile(os.path.join(folder, n))]
+    loose = [n for n in loose if is_image(n)]
+    if loose:
+        raise UserError(
+            f"{where}: {len(loose)} images, such as {loose[0]}, lie beside the class subfolders "
+            f"{', '.join(classes[:3])}...: move them into one of these or away, or else "
+            f"{WITHOUT_CLASSES}"
+        )
+    found, seen = [], set()
+    for k, name in enumerate(classes):
         for path in files_below(os.path.join(folder, name)):
             real = os.path.realpath(path)
-            if real in seen:
-                continue
-            seen.add(real)
-            try:
-                image = read_image(path, size)
-                if maps:
-                    stem = os.path.splitext(os.path.relpath(path, folder))[0]
-                    all_maps.append(read_map(os.path.join(maps, stem + ".png"), size, path))
-            except Exception as e:  # Pillow raises errors of many kinds; the run goes on after all
-                skipped += 1
-                why = f"{type(e).__name__}: {' '.join(str(e).split())}"
-                print(f"skipped {path}: {why}", file=sys.stderr)
-                continue
-            x.append(image)
-            label.append(len(names))
-        if len(x) > before:
-            names.append(name or os.path.basename(os.path.abspath(folder)))
-    if not x:
-        with_map = f" with a map in {maps}" if maps else ""
-        where = f"{len(classes)} class subfolders" if classes else "it"
+            if real not in seen:  # links from one class to another
+                seen.add(real)
+                found.append((path, k))
+    return found, classes
+
+
+def list_described(folder, described):
+    """Images of dataset.json, as EDM's and StyleGAN's dataset_tool write it, for list_images.
+
+    {"labels": [["00000/img00000000.png", 3], ...]}: file, class number. Raises UserError.
+    """
+    where, rows = f"--data {folder}: its dataset.json", load_json(described).get("labels")
+    if rows is None:
+        raise UserError(f"{where} has no labels: {WITHOUT_CLASSES}")
+    right = isinstance(rows, list) and all(isinstance(r, list) and len(r) == 2 for r in rows)
+    if not right or any(type(k) is not int or k < 0 or type(n) is not str for n, k in rows):
         raise UserError(
-            f"--data {folder}: no readable image{with_map} in {where} ({skipped} files skipped)"
+            f'{where} wants "labels": [["FILE", CLASS], ...] with class numbers from 0 on: write '
+            f"it so, or {WITHOUT_CLASSES}"
         )
-    return torch.stack(x), torch.tensor(label), names, torch.stack(all_maps) if maps else None
+    found = [(os.path.join(folder, name), k) for name, k in rows]
+    missing = [path for path, _ in found if not os.path.isfile(path)]
+    if missing or not found:
+        first = f", the first {missing[0]}" if missing else ""
+        raise UserError(f"{where} names {len(found)} images, {len(missing)} are not there{first}")
+    return found, [str(k) for k in range(1 + max(k for _, k in found))]
+
+
+def read_image_folder(folder, size, flat=False, maps=None, crop="lanczos"):
+    """Images of a folder with their classes, and with their maps if there are any.
+
+    flat: without classes, everything below the folder. maps: a folder with a PNG of the same
+    relative name for each image. crop: see CROPS.
+    -> x uint8 (N, 3, size, size), label int64 (N,), class names, maps uint8 (N, size, size) or
+    None. Unreadable files are named on stderr and skipped, a file that is reached twice through
+    links counts once, and a class without images gets no label. Raises UserError for what
+    list_images refuses, and when nothing is left.
+    """
+    found, classes = list_images(folder, flat)
+    x, label, all_maps = torch.empty(len(found), 3, size, size, dtype=torch.uint8), [], []
+    for path, k in found:
+        try:
+            x[len(label)] = read_image(path, size, crop)
+            if maps:
+                stem = os.path.splitext(os.path.relpath(path, folder))[0]
+                all_maps.append(read_map(os.path.join(maps, stem + ".png"), size, path))
+        except Exception as e:  # Pillow raises errors of many kinds; the run goes on after all
+            why = f"{type(e).__name__}: {' '.join(str(e).split())}"
+            print(f"skipped {path}: {why}", file=sys.stderr)
+            continue
+        label.append(k)
+    if not label:
+        with_map = f" with a map in {maps}" if maps else ""
+        where = "it" if flat else f"{len(classes)} class subfolders"
+        raise UserError(
+            f"--data {folder}: no readable image{with_map} in {where} ({len(found)} files skipped)"
+        )
+    label, x = torch.tensor(label), x[: len(label)]
+    if not os.path.isfile(os.path.join(folder, "dataset.json")):
+        there, label = label.unique(return_inverse=True)  # numbers without gaps
+        classes = [classes[k] for k in there.tolist()]
+    return x, label, classes, torch.stack(all_maps) if maps else None
 
 
 # ---- --data --------------------------------------------------------------------------------------
 
 
-def load_data(source, size=None, pool=20000, seed=0, flat=False, maps=None, sparse=False):
+def load_data(
+    source, size=None, pool=20000, seed=0, flat=False, maps=None, sparse=False, crop="lanczos"
+):
     """What --data names, with its conditions.
 
     source: a world's name, a folder of images in class subfolders, or FILE.safetensors. The file
@@ -295,8 +494,8 @@ def load_data(source, size=None, pool=20000, seed=0, flat=False, maps=None, spar
             (N + 1,), and beside either cond.NAME (N, ...).
     size:   side of the images of a folder, or of the grid; None means 32, or any.
     pool:   number of items drawn from a world. They differ from every set that measures use.
-    flat, maps: of folders, see read_image_folder. maps=True asks a world for its own. They become
-            cond["map"].
+    flat, maps, crop: of folders, see read_image_folder. maps=True asks a world for its own. They
+            become cond["map"].
     sparse: whether points are welcome; otherwise they are refused.
 
     -> x0: float32 (N, ...), images uint8 (N, 3, size, size), or Rows or SparseRows of the file;
@@ -305,7 +504,7 @@ def load_data(source, size=None, pool=20000, seed=0, flat=False, maps=None, spar
     if source in WORLDS:
         return load_world_data(load_world(source), pool, seed, maps)
     if os.path.isdir(source):
-        x0, label, names, maps = read_image_folder(source, size or 32, flat, maps)
+        x0, label, names, maps = read_image_folder(source, size or 32, flat, maps, crop)
         cond = {"label": label} if maps is None else {"label": label, "map": maps}
         return x0, cond, names
     if not source.endswith(".safetensors"):
@@ -339,13 +538,14 @@ def load_data_file(source, size, sparse):
             )
         x0, counted = SparseRows(file, f"--data {source}", size), "offsets"
     elif "x0" in keys and file.get_slice("x0").get_shape()[:1] not in ([], [0]):
-        x0, counted = Rows(file, "x0"), "x0"
+        x0, counted = Rows(file, "x0", f"--data {source}").check(), "x0"
     else:
         raise UserError(
             f"--data {source}: no tensor called x0 with at least one row, nor coords, feats and "
             f"offsets; it has {', '.join(sorted(keys)) or 'nothing'}"
         )
-    cond = {k[5:]: Rows(file, k) for k in file.keys() if k.startswith("cond.")}
+    names = [k for k in file.keys() if k.startswith("cond.")]
+    cond = {k[5:]: Rows(file, k, f"--data {source}").check() for k in names}
     for k, v in cond.items():
         if len(v) != len(x0):
             raise UserError(f"--data {source}: cond.{k} has {len(v)} rows, {counted} has {len(x0)}")
@@ -358,11 +558,13 @@ class Rows:
     """A tensor of an open safetensors file, read row by row.
 
     rows[index (B,)] -> (B, ...), floats as float32. len(rows), rows.shape and rows.dim() are those
-    of the whole tensor.
+    of the whole tensor. Raises UserError for a row that is not finite, as features of a float16
+    text encoder can be.
     """
 
-    def __init__(self, file, key):
-        self.slice = file.get_slice(key)
+    def __init__(self, file, key, where="the file"):
+        """where: what that error begins with."""
+        self.slice, self.key, self.where = file.get_slice(key), key, where
         self.shape = tuple(self.slice.get_shape())
 
     def __len__(self):
@@ -372,7 +574,22 @@ class Rows:
         return len(self.shape)
 
     def __getitem__(self, index):
-        return as_float32(torch.cat([self.slice[i : i + 1] for i in index.tolist()]))
+        # Converted one by one: under autocast, torch.cat refuses float16.
+        rows = torch.cat([as_float32(self.slice[i : i + 1]) for i in index.tolist()])
+        if rows.is_floating_point() and not rows.isfinite().all():
+            wrong = rows.reshape(len(rows), -1).isfinite().all(1).logical_not()
+            raise UserError(
+                f"{self.where}: row {int(index[wrong][0])} of {self.key} has numbers that are not "
+                "finite: encode it again in float32 or bfloat16, or take it out"
+            )
+        return rows
+
+    def check(self, most=2**28):
+        """Read every row once, where that is at most so many numbers, to find a wrong one early."""
+        if math.prod(self.shape) <= most:
+            for part in torch.arange(len(self)).split(64):
+                self[part]
+        return self
 
 
 class SparseRows:
@@ -445,7 +662,7 @@ class SparseRows:
         coords = [
             F.pad(self.coords[span].long(), (1, 0), value=place) for place, span in enumerate(spans)
         ]
-        return as_float32(torch.cat([self.feats[span] for span in spans])), torch.cat(coords)
+        return torch.cat([as_float32(self.feats[span]) for span in spans]), torch.cat(coords)
 
 
 def ragged(x, coords):
@@ -474,12 +691,17 @@ def to_unit(x):
 def load_real_data(args, teacher):
     """--data or the world's own data, with conditions of the teacher's names.
 
+    For a teacher without classes all items have the label 0, which is its null label.
     -> x0 (N, ...), cond {name: (N, ...)}. Raises UserError where labels, classes or shapes are not
     the teacher's.
     """
     world, base, shape = teacher.world, teacher.base, teacher.shape
-    source = args.data or world.name
-    data, cond, class_names = load_data(source, shape[-1], seed=args.seed)
+    source, classless = args.data or world.name, getattr(base, "num_classes", None) == 0
+    crop = cut_of(teacher.folder)
+    found = load_data(source, shape[-1], seed=args.seed, flat=classless, crop=crop)
+    data, cond, class_names = found
+    if classless:
+        cond, class_names = {"label": torch.zeros(len(data), dtype=torch.long)}, None
     if source in WORLDS and shape == getattr(world, "latent_shape", None):  # a latent teacher
         data = world.space.to_latents(data)
     known = teacher.config.get("class_names") or getattr(world, "class_names", None)
@@ -489,7 +711,7 @@ def load_real_data(args, teacher):
             f"{', '.join(known)}: labels would mean other things"
         )
     label = cond.get("label")
-    if label is not None and not 0 <= label.min() <= label.max() < base.num_classes:
+    if label is not None and not 0 <= label.min() <= label.max() < max(1, base.num_classes):
         raise UserError(
             f"--data {source}: labels from {label.min()} to {label.max()}, the teacher has "
             f"classes 0 to {base.num_classes - 1}"
@@ -502,6 +724,15 @@ def load_real_data(args, teacher):
     return data, cond
 
 
+def cut_of(folder):
+    """How the images were cut that a network of latent_fm.py was trained on; one of CROPS.
+
+    folder: the network's, None for a closed form.
+    """
+    path = os.path.join(folder or "", "sampler.json")
+    return load_json(path).get("crop", "lanczos") if os.path.isfile(path) else "lanczos"
+
+
 def real_batches(args, teacher, device):
     """Batches of --data or of the world's own data, as `load_real_data` reads them.
 
@@ -512,7 +743,7 @@ def real_batches(args, teacher, device):
 
     def batch(draw, name):
         i = draw.integer(name, len(data))
-        return to_unit(data[i]).to(device), {k: v[i].to(device) for k, v in cond.items()}
+        return to_unit(data[i].to(device)), {k: v[i].to(device) for k, v in cond.items()}
 
     return batch
 

@@ -1,7 +1,8 @@
 """Command-line flags: the ones that mean the same in every script, and how they are parsed.
 
-Defaults depend on the teacher. A script names them in one table, {teacher: {flag: value}}, and
-`parse` reads the command line twice: once to learn the teacher, once with that teacher's defaults.
+Defaults depend on the teacher. A script names them in one table, {teacher: {flag: value}}, what a
+released teacher prescribes to every method is a row of models/plumbing/releases.py, and `parse`
+reads the command line twice: once to learn the teacher, once with that teacher's defaults.
 """
 
 import argparse
@@ -9,7 +10,9 @@ import os
 import sys
 
 from models.files import UserError
+from models.plumbing import releases
 from models.plumbing.teachers import is_small
+from models.worlds import refuse_ambiguous
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,11 +85,14 @@ def add_run_flags(p):
         help="continue from OUTPUT_DIR/state")
     add("--sample", default=None, metavar="FOLDER",
         help="do not train: load this saved student and write samples")
+    p.shown.add_argument("--preview_every", type=number(int, 0), default=None, metavar="N",
+        help="student updates between pictures of a run that goes on, which are made when it "
+        "saves; None: at every save, 0: none before the end")
     add = p.optimiser.add_argument
     add("--learning_rate", type=number(float, above=0), default=1e-3, help="learning rate")
     add("--lr_warmup_steps", type=number(int, 0), default=0, help="updates of linear warm-up")
-    add("--max_grad_norm", type=number(float, above=0), default=10.0,
-        help="the gradient norm is clipped to this")
+    add("--max_grad_norm", type=number(float, 0), default=10.0,
+        help="the gradient norm is clipped to this; 0 = off")
     add("--ema_decay", type=number(float, 0, 0.999999), default=0.0,
         help="decay of the student's moving average of weights; 0 = off")
     add = p.method.add_argument
@@ -101,8 +107,11 @@ def add_distillation_flags(p):
     add = p.run.add_argument
     add("--teacher", default="glyphs", help="a world (ring, glyphs, clips, voxels), a component "
         "folder, a pipeline root with model_index.json, or a run folder of ours")
-    add("--student_init", default=None, metavar="FOLDER",
-        help="start the student here instead of from the teacher")
+    add("--teacher_lora", default=None, nargs="+", metavar="FILE", help="LoRA files (kohya's, "
+        "peft's, ComfyUI's names) that are merged into the teacher; of two networks high noise "
+        "first")
+    add("--student_init", default=None, metavar="FOLDER|FILE", help="start the student here "
+        "instead of from the teacher: a network, or a LoRA file on the teacher")
     add("--prompts", default=None, metavar="FILE", help="for text teachers: safetensors with "
         "cond.NAME (N, ...) and uncond.NAME (1, ...), see models/encode.py")
     add("--sample_shape", type=number(int, 1), nargs="+", default=None,
@@ -160,28 +169,73 @@ def default_output_dir(method, source, sampled):
 def parse(p, argv, method, presets, refusals=lambda args: ()):
     """Read argv (None: the command line) with the defaults that suit its teacher.  -> namespace.
 
-    presets: {teacher, "released" or "sample": {flag: default}}. Our own small networks that are not
-    named keep the flags' own defaults; those of "sample" hold where --sample is given (None: the
-    saved student decides). Or a function that gives such a table, of a first reading of argv, where
-    other flags matter too. method: the script's name, for runs/<method>-<teacher>. refusals: see
-    `refuse`. Wrong input ends in one line on stderr and exit code 2.
+    method: the script's name, for runs/<method>-<teacher>. refusals: see `refuse`.
+    presets: {key: {flag: default}}, or a function that gives such a table, of a first reading of
+    argv, where other flags matter too. A key that is the teacher's name stands alone. Our own small
+    networks keep the flags' own defaults. For other teachers the following add up, the later the
+    stronger: "released", the teacher's row in releases.py, its network's class, its release's name.
+    "sample" holds where --sample is given (None: the saved student decides).
+    args.settings says in words what a released teacher prescribes. Wrong input ends in one line on
+    stderr and exit code 2.
     """
     argv = sys.argv[1:] if argv is None else argv
     known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
     presets = presets(known) if callable(presets) else presets
-    start = known.sample or known.teacher
+    start, taken = known.sample or known.teacher, {}
     if start in presets:
         p.set_defaults(**presets[start])
     elif not is_small(start):
-        p.set_defaults(**presets["released"])
+        taken = release_defaults(p, start, presets)
+        p.set_defaults(**{**presets["released"], **taken})
     if known.sample:
         p.set_defaults(**presets.get("sample", {}))
     args = p.parse_args(argv)
+    given = given_flags(p, argv)
+    for flag in ("teacher", "data"):
+        refuse_ambiguous(f"--{flag}", given.get(flag))
+    args.settings = "" if known.sample else describe_settings(given, start, taken)
     args.output_dir = args.output_dir or default_output_dir(method, args.teacher, args.sample)
     for wrong, why in refusals(args):
         if wrong:
             p.error(why)
     return args
+
+
+def release_defaults(p, teacher, presets):
+    """What the row of releases.py and a script's presets for it say, of the flags that p has."""
+    name, settings = releases.settings_of(teacher)
+    known = {action.dest for action in p._actions}
+    settings = {flag: value for flag, value in settings.items() if flag in known}
+    network = releases.facts_of(teacher)[0]
+    return {**settings, **presets.get(network, {}), **presets.get(name, {})}
+
+
+def given_flags(p, argv):
+    """What the command line itself says, {flag: value}; argv is without -h."""
+    unset = object()
+    args = argparse.Namespace(**{action.dest: unset for action in p._actions})
+    return {k: v for k, v in vars(p.parse_args(argv, args)).items() if v is not unset}
+
+
+def describe_settings(given, teacher, taken):
+    """The teacher's release, its settings {flag: default} and what is given, in one line.
+
+    A further line warns of a distilled teacher. Nothing of either: "".
+    """
+    name = releases.settings_of(teacher)[0] or releases.facts_of(teacher)[0]
+    parts = []
+    for flag, value in taken.items():
+        over = f" (command line: {as_text(given[flag])})" if flag in given else ""
+        parts.append(f"{flag} {as_text(value)}{over}")
+    lines = [f"settings: {name}: {', '.join(parts)}"] if parts else []
+    return "\n".join([*lines, *filter(None, [releases.warning(teacher)])])
+
+
+def as_text(value):
+    """A flag's value as one would type it."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(as_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def refuse(rules):

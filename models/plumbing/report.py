@@ -3,6 +3,9 @@
 A sampler is a function (index, first, last) -> samples first ... last - 1, of the conditions
 index[first:last]. All rows start from the same noise. Measures exist for the embedded worlds only;
 a teacher without a world gets pictures and latents.
+
+All ranks call `save_previews`, `finish` and `write_samples`: they share out the samples, in the
+precision that networks train in, and rank 0 writes.
 """
 
 import json
@@ -10,16 +13,24 @@ import os
 import time
 
 import torch
+import torch.distributed as dist
 
 from models.diffusion import ode_calls, step_grid
 from models.draws import Draws
 from models.files import UserError, open_tensors, save_json, save_tensors
-from models.networks import load_network, save_network, weights_hash
+from models.networks import load_network, save_network
 from models.networks.latent_space import space_beside
 from models.pictures import picture, save_gif, save_grid
 from models.plumbing.data import Conditions
 from models.plumbing.run import peak_memory_mb, refuse_output_dir
-from models.plumbing.teachers import Teacher, describe_schedule, read_own_sampler, student_folder
+from models.plumbing.teachers import (
+    Teacher,
+    describe_schedule,
+    read_own_sampler,
+    scheduler_config,
+    set_clock,
+    student_folder,
+)
 from models.worlds.measures import balanced_labels, moments_distance
 
 
@@ -28,6 +39,26 @@ def many(draw_samples, n, batch=500):
     began = time.perf_counter()
     x = torch.cat([draw_samples(i, min(n, i + batch)).float().cpu() for i in range(0, n, batch)])
     return x, 1000 * (time.perf_counter() - began) / n
+
+
+def many_on_all_ranks(run, draw_samples, n, shape, batch=500):
+    """The same samples, of which every rank makes a share: consecutive rows, under autocast.
+
+    shape: of one sample.  -> (n, ...) on the CPU of rank 0, None on the others; milliseconds that
+    this rank took for one sample.
+    """
+    share = [n // run.world_size + (rank < n % run.world_size) for rank in range(run.world_size)]
+    first, x, ms = sum(share[: run.rank]), torch.empty(0, *shape), 0.0
+    if share[run.rank]:
+        with run.autocast(), torch.no_grad():
+            x, ms = many(lambda a, b: draw_samples(first + a, first + b), share[run.rank], batch)
+    if run.world_size == 1:
+        return x, ms
+    part = torch.zeros(share[0], *shape, device=run.device)  # the shares of all ranks as long
+    part[: len(x)] = x.to(run.device)
+    parts = [torch.empty_like(part) for _ in share] if run.main else None
+    dist.gather(part, parts)
+    return torch.cat([p[:m].cpu() for p, m in zip(parts, share)]) if run.main else None, ms
 
 
 def evaluation_noise(run, shape, first, last, coords=None):
@@ -50,10 +81,12 @@ def evaluation_noise(run, shape, first, last, coords=None):
 
 
 def preview(run, teacher, sampler):
-    """The samples that samples.png shows.  -> (n, ...) on the CPU."""
+    """The samples that samples.png shows.  -> (n, ...) on the CPU of rank 0, elsewhere None."""
     columns = 400 if teacher.world_name == "ring" else run.args.preview_samples
     index = teacher.conditions.preview(columns)
-    return many(lambda a, b: sampler(index, a, b), len(index), run.B)[0]
+    return many_on_all_ranks(
+        run, lambda a, b: sampler(index, a, b), len(index), teacher.shape, run.B
+    )[0]
 
 
 def save_samples(folder, rows, world):
@@ -64,13 +97,22 @@ def save_samples(folder, rows, world):
 
 
 def save_previews(run, teacher, samplers):
-    """samples.png in the middle of a run, {text: sampler}."""
+    """samples.png in the middle of a run, {text: sampler}, as often as --preview_every says.
+
+    It is called when the run saves, on all ranks. The run's end has a picture of its own.
+    """
+    every, done = run.args.preview_every, run.step + 1
+    before = max(0, done - run.args.checkpointing_steps)  # the last save, or a little earlier
+    due = every is None or (every and done // every > before // every)
+    if not due or done == run.args.max_train_steps:
+        return
+    rows = [(text, preview(run, teacher, sampler)) for text, sampler in samplers.items()]
     if run.main:
-        rows = [(text, preview(run, teacher, sampler)) for text, sampler in samplers.items()]
         save_samples(run.folder, rows, teacher.world)
 
 
-def decoded(rows, student):
+@torch.no_grad()
+def decoded(rows, student, device="cpu"):
     """Rows of latents, [(text, (n, ...)), ...], as pixels if the network has an autoencoder.
 
     student: the network's folder, None for a closed form.
@@ -78,14 +120,19 @@ def decoded(rows, student):
     space = space_beside(student) if student else None
     if space is None:
         return rows
-    return [(text, torch.cat([space.to_pixels(z) for z in x.float().split(8)])) for text, x in rows]
+    space = space.to(device)
+
+    def pixels(x):
+        return torch.cat([space.to_pixels(z.to(device)).cpu() for z in x.float().split(8)])
+
+    return [(text, pixels(x)) for text, x in rows]
 
 
 # ---- student/ ------------------------------------------------------------------------------------
 
 
 def save_student(run, teacher, net, times, changes=None, **more):
-    """student/: the teacher's own layout and config, plus sampler.json.
+    """student/: the teacher's own layout and config, plus sampler.json and scheduler/, on rank 0.
 
     changes: entries of the config that differ from the teacher's. more: further entries of
     sampler.json. A latent teacher's autoencoder/ comes along.
@@ -98,11 +145,14 @@ def save_student(run, teacher, net, times, changes=None, **more):
         space.save(os.path.join(run.folder, "autoencoder"))
     linear = {k: net.config[k] for k in ("linear_layers", "feature_map") if k in net.config}
     save_network(net, {**teacher.config, **linear, **(changes or {})}, folder)
-    save_sampler(run, teacher, times, **more)
+    save_sampler(run, teacher, times, net, **more)
 
 
-def save_sampler(run, teacher, times, **more):
-    """student/sampler.json: how the student samples."""
+def save_sampler(run, teacher, times, net=None, **more):
+    """student/sampler.json: how the student samples, and scheduler/, which says so to diffusers.
+
+    net: the student's network, if it is not the teacher's architecture.
+    """
     renoise = getattr(run.args, "renoise", "ode")
     sampler = {
         "method": run.method,
@@ -115,7 +165,12 @@ def save_sampler(run, teacher, times, **more):
         "sample_shape": list(teacher.shape),
         **more,
     }
-    save_json(sampler, os.path.join(run.folder, "student", "sampler.json"))
+    folder = os.path.join(run.folder, "student")
+    save_json(sampler, os.path.join(folder, "sampler.json"))
+    scheduler = scheduler_config(net or teacher.base, teacher.schedule, sampler)
+    if scheduler:
+        os.makedirs(os.path.join(folder, "scheduler"), exist_ok=True)
+        save_json(scheduler, os.path.join(folder, "scheduler", "scheduler_config.json"))
 
 
 def load_student(run, conditions_of=Conditions):
@@ -128,6 +183,7 @@ def load_student(run, conditions_of=Conditions):
     args = run.args
     folder, sampler, schedule, prediction, shift = read_own_sampler(args.sample, run.method)
     net, config = load_network(folder)
+    set_clock(net, schedule)
     refuse_output_dir(run.folder, sampling=True)
     world_name = config.get("world")
     like = Teacher(None, config, folder, schedule, prediction, shift, world_name, args.sample)
@@ -137,16 +193,20 @@ def load_student(run, conditions_of=Conditions):
 
 
 def write_samples(run, teacher, sampler, calls):
-    """What --sample leaves: samples.png, for videos a GIF too, and latents. Raises UserError."""
+    """What --sample leaves: samples.png, for videos a GIF too, and latents. Raises UserError.
+
+    All ranks call it.
+    """
     try:
-        with run.autocast():
-            x = preview(run, teacher, sampler)
+        x = preview(run, teacher, sampler)
     except ValueError as e:
         raise UserError(f"--sample_shape {' '.join(map(str, teacher.shape))}: {e}") from None
+    if not run.main:
+        return
     os.makedirs(run.folder, exist_ok=True)
     rows = [(f"student, {calls} call(s)", x)]
     if not teacher.world:
-        rows = decoded(rows, student_folder(run.args.sample))
+        rows = decoded(rows, student_folder(run.args.sample), run.device)
     save_samples(run.folder, rows, teacher.world)
     save_tensors({"x0": x}, os.path.join(run.folder, "samples.safetensors"))
     print(f"samples: {os.path.join(run.folder, 'samples.png')}")
@@ -161,8 +221,14 @@ def steps_at(times):
 
 
 def introduce(run, teacher, net, student):
-    """Print who is distilled into what. student: the second line, after "student: "."""
+    """Print who is distilled into what. student: the second line, after "student: ".
+
+    Before that, what the teacher's release prescribes and what is wrong with it (`flags.parse`).
+    """
     parameters = sum(p.numel() for p in net.parameters())
+    settings = getattr(run.args, "settings", "")
+    if settings:
+        run.say(settings)
     run.say(
         f"teacher {run.args.teacher}: {type(net).__name__}, {parameters:,} parameters, predicts "
         f"{teacher.prediction}, {teacher.schedule.describe()}, shift {teacher.shift:g}, guidance "
@@ -184,84 +250,94 @@ def teacher_sampler(run, teacher, grid=None, solver="heun"):
 
 
 @torch.no_grad()
-def finish(run, teacher, times, students, params, extra=None, solver="heun"):
-    """Write samples.png and report.json, on rank 0; the other ranks wait.
+def finish(run, teacher, times, students, params, extra=None, solver="heun", fine=None):
+    """Write samples.png and report.json. All ranks call it, and leave it together.
 
     Rows: data, many-step teacher (by this solver), teacher at the student's steps (by Euler),
     students. times: the student's step grid without its final 0. students: {name: (network calls,
     sampler)}, called "student" and "student_...". extra: {row name: further entries of that row of
-    the report}.
+    the report}, needed on rank 0. fine: (network calls, sampler) of a many-step teacher that is
+    sampled in another way than over --teacher_steps of its own grid.
     """
+    guided = 1 if run.args.guidance_scale == 1 else 2
+    key = None if fine else f"{solver}{run.args.teacher_steps}"
+    calls = guided * ode_calls(run.args.teacher_steps, solver)
+    teachers = {"teacher": fine or (calls, teacher_sampler(run, teacher, None, solver))}
+    coarse = guided * len(times), teacher_sampler(run, teacher, times + [0.0], "euler")
+    results = []
+    if teacher.world:
+        rows = {"teacher_same_steps": coarse, **students}
+        results = measure(run, teacher, *teachers["teacher"], rows, len(times), extra or {}, key)
+    teachers["teacher_"] = coarse
+    show(run, teacher, teachers if run.args.teacher_steps else {}, students)
     if run.main:
-        fine = teacher_sampler(run, teacher, None, solver)
-        coarse = teacher_sampler(run, teacher, times + [0.0], "euler")
-        guided = 1 if run.args.guidance_scale == 1 else 2
-        fine_calls = guided * ode_calls(run.args.teacher_steps, solver)
-        rows = {"teacher_same_steps": (guided * len(times), coarse), **students}
-        results = []
-        if teacher.world:
-            results = measure(run, teacher, fine, rows, len(times), extra or {}, solver)
-        teachers = {"teacher": (fine_calls, fine), "teacher_": (guided * len(times), coarse)}
-        show(run, teacher, teachers if run.args.teacher_steps else {}, students)
         save_report(run, run.args.teacher, params, results)
         print_table(results)
         print(f"samples: {os.path.join(run.folder, 'samples.png')}")
     run.wait_for_all()
 
 
-def measure(run, teacher, fine, rows, steps_alike, extra, solver):
+def measure(run, teacher, calls, fine, rows, steps_alike, extra, key):
     """The rows of report.json for a world: 2,000 samples each, all from the same noise.
 
-    fine: sampler of the many-step teacher. steps_alike: steps of the row teacher_same_steps.
+    fine, calls: sampler of the many-step teacher and its network calls. steps_alike: steps of the
+    row teacher_same_steps. key: see measured_teacher. Ranks other than 0 get rows without numbers.
     """
-    world, steps = teacher.world, run.args.teacher_steps
+    world, results, moments = teacher.world, [], None
     label = balanced_labels(2000, world.num_classes)
-    results = [{"name": "data", "nfe": 0, **world.measure(*world.data(2000, 777, label))}]
-    moments = None
-    if steps:
-        scale = run.args.guidance_scale
-        calls = ode_calls(steps, solver) * (1 if scale == 1 else 2)
-        row = {"name": "teacher", "nfe": calls, "guidance_scale": scale}
-        row, moments = measured_teacher(run, teacher, label, fine, f"{solver}{steps}", row)
+    if run.main:
+        results.append({"name": "data", "nfe": 0, **world.measure(*world.data(2000, 777, label))})
+    if run.args.teacher_steps:
+        row = {"name": "teacher", "nfe": calls, "guidance_scale": run.args.guidance_scale}
+        row, moments = measured_teacher(run, teacher, label, fine, key, row)
         results.append(row)
     for name, (nfe, sampler) in rows.items():
         row = {"name": name, "nfe": nfe}
-        if name == "teacher_same_steps" and steps_alike > 8:  # slow enough to be worth storing
-            key = f"euler{steps_alike}"
-            row, own = measured_teacher(run, teacher, label, sampler, key, row)
-        else:
-            row, own = measured(world, label, sampler, row)
+        slow = name == "teacher_same_steps" and steps_alike > 8  # enough to be worth storing
+        key = f"euler{steps_alike}" if slow else None
+        row, own = measured_teacher(run, teacher, label, sampler, key, row)
         row |= extra.get(name, {})
         if moments:
             row["fd_teacher"] = moments_distance(own, moments)
         results.append(row)
-    for r in results:
+    for r in results if run.main else []:
         r["fd_excess"] = r["fd"] - results[0]["fd"]
     return results
 
 
-def measured(world, label, sampler, row):
-    """-> the row with the measures of these samples, and the samples' moments."""
-    x, ms = many(lambda a, b: sampler(label, a, b), len(label))
+def measured(run, teacher, label, sampler, row):
+    """-> the row with the measures of these samples, and the samples' moments; only on rank 0."""
+    world, n = teacher.world, len(label)
+    x, ms = many_on_all_ranks(run, lambda a, b: sampler(label, a, b), n, teacher.shape)
+    if not run.main:
+        return row, None
     return {**row, "ms_per_sample": ms, **world.measure(x, label)}, world.moments(x, label)
 
 
 def measured_teacher(run, teacher, label, sampler, key, row):
-    """The same for a teacher in many steps: measured once, stored beside it, then copied."""
+    """The same for a teacher in many steps: measured once, stored beside it, then copied.
+
+    key: how it is sampled, in a word; None: nothing is stored.
+    """
     folder, scale = teacher.folder, run.args.guidance_scale
-    if not folder:
-        return measured(teacher.world, label, sampler, row)
-    name = f"{weights_hash(folder)}-{key}-shift{teacher.shift:g}-guidance{scale:g}.safetensors"
-    path = os.path.join(folder, "measured", name)
-    if os.path.isfile(path) and not run.args.remeasure_teacher:
+    if not (folder and key):
+        return measured(run, teacher, label, sampler, row)
+    precision = "-bf16" if run.args.mixed_precision == "bf16" else ""
+    name = f"{teacher.fingerprint()}-{key}-shift{teacher.shift:g}-guidance{scale:g}{precision}"
+    path = os.path.join(folder, "measured", f"{name}.safetensors")
+    known = run.main and os.path.isfile(path) and not run.args.remeasure_teacher
+    if any(run.mean_over_ranks(float(known))):  # as rank 0 sees it
+        if not run.main:
+            return row, None
         with open_tensors(path) as f:
             stored = json.loads(f.metadata()["row"])
             return {**stored, "copied": True}, (f.get_tensor("mean"), f.get_tensor("cov"))
-    row, (mean, cov) = measured(teacher.world, label, sampler, row)
-    if os.access(folder, os.W_OK):
+    row, moments = measured(run, teacher, label, sampler, row)
+    if run.main and os.access(folder, os.W_OK):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        save_tensors({"mean": mean, "cov": cov}, path, {"row": json.dumps(row)})
-    return row, (mean, cov)
+        tensors = dict(zip(("mean", "cov"), moments))
+        save_tensors(tensors, path, {"row": json.dumps(row)})
+    return row, moments
 
 
 def show(run, teacher, teachers, students):
@@ -270,18 +346,19 @@ def show(run, teacher, teachers, students):
 
     Without a world the student's latents are written too, for a decoder.
     """
-    drawn = {name: preview(run, teacher, sampler) for name, (_, sampler) in students.items()}
+    everybody = [*teachers.items(), *students.items()]
+    drawn = {name: preview(run, teacher, sampler) for name, (_, sampler) in everybody}
+    if not run.main:
+        return
     x, rows = drawn["student"], []
     if teacher.world:
         index = teacher.conditions.preview(len(x))
         rows.append(("data", teacher.world.data(len(x), 778, index)[0]))
-    for name, (calls, sampler) in teachers.items():
+    for name, (calls, _) in everybody:
         plural = "calls" if name == "teacher" else "call(s)"
-        rows.append((f"teacher, {calls} {plural}", preview(run, teacher, sampler)))
-    for name, (calls, _) in students.items():
-        rows.append((f"{name.split('_')[0]}, {calls} call(s)", drawn[name]))
+        rows.append((f"{name.split('_')[0]}, {calls} {plural}", drawn[name]))
     if not teacher.world:
-        rows = decoded(rows, teacher.folder)
+        rows = decoded(rows, teacher.folder, run.device)
         save_tensors({"x0": x}, os.path.join(run.folder, "samples.safetensors"))
     save_samples(run.folder, rows, teacher.world)
 

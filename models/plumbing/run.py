@@ -66,12 +66,13 @@ class Run:
     """One run of a script. args: its flags; method: the script's name.
 
     Attributes: rank, world_size, main (whether this is rank 0), device, B (rows per micro-batch and
-    rank), share (what one micro-batch's loss counts in an update), folder.
+    rank), share (what one micro-batch's loss counts in an update), folder, changes (of flags, where
+    the run was resumed with others; see `changes_on_resume`).
     """
 
     def __init__(self, args, method):
         self.args, self.method, self.folder = args, method, args.output_dir
-        self.began, self.spent = None, 0.0
+        self.began, self.spent, self.changes = None, 0.0, []
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.main, self.B = self.rank == 0, args.train_batch_size
@@ -105,7 +106,8 @@ class Run:
     def start(self, **state):
         """Resume modules and optimisers by name, prepare the output folder, open the log.
 
-        state: {name: module or optimiser}; what a checkpoint holds. Raises UserError.
+        state: {name: module or optimiser}; what a checkpoint holds. The first module is the one
+        that the module called ema averages. Raises UserError.
         """
         first, self.spent = self.resume(**state)
         self.open_folder(first)
@@ -113,18 +115,53 @@ class Run:
     def resume(self, **state):
         """Fill modules and optimisers from the checkpoint that is asked for.
 
-        A module that is given twice (an average that is off) is stored once.  -> the checkpoint's
-        step, seconds spent. Raises UserError.
+        A module that is given twice (an average that is off) is stored once. An average that was
+        off before starts as the network that it averages.  -> the checkpoint's step, seconds spent.
+        Raises UserError.
         """
         first_name = {id(v): k for k, v in reversed(state.items())}
         state = {k: v for k, v in state.items() if first_name[id(v)] == k}
         self.modules = {k: v for k, v in state.items() if isinstance(v, nn.Module)}
         self.optimizers = {k: v for k, v in state.items() if not isinstance(v, nn.Module)}
-        return resume(self.args, self.modules, self.optimizers)
+        info, tensors = self.read_state()
+        if info is None:
+            return 0, 0.0
+        averaged = next(iter(self.modules))
+        for name, module in self.modules.items():
+            new_average = name == "ema" and not is_stored(name, tensors)
+            unpack_module(module, averaged if new_average else name, tensors)
+        for name, optimizer in self.optimizers.items():
+            unpack_optimizer(optimizer, name, tensors)
+        return info["step"], info["seconds"]
+
+    def read_state(self):
+        """The checkpoint that --resume_from_checkpoint names: its state.json and its tensors.
+
+        Says which flags this run changes, and keeps them for its own checkpoints.  -> dict,
+        {name: tensor}; None, None for a fresh start. Raises UserError.
+        """
+        args = self.args
+        folder = find_state(args.output_dir, args.resume_from_checkpoint)
+        if folder is None:
+            if args.resume_from_checkpoint:
+                self.say(f"no complete checkpoint under {args.output_dir}: starting fresh")
+            return None, None
+        info = load_json(os.path.join(folder, "state.json"))
+        tensors = load_tensors(os.path.join(folder, "state.safetensors"))
+        changes = changes_on_resume(info, args, self.world_size)
+        self.changes = info.get("changes", []) + changes
+        for c in changes:
+            self.say(f"{c['what']} was {c['was']} and is {c['is']} from update {c['update']} on")
+        return info, tensors
 
     def open_folder(self, first):
         """Prepare the output folder and the log of a run that goes on after `first` updates."""
         self.first = first
+        if self.args.mixed_precision == "bf16" and self.device.type == "cpu" and not has_bfloat16():
+            self.say(
+                "--mixed_precision bf16: this processor has no instructions for bfloat16 and only "
+                "imitates it; without the flag the run is several times faster"
+            )
         if self.main:
             prepare_output_dir(self.folder, self.args.resume_from_checkpoint)
         self.wait_for_all()
@@ -142,7 +179,19 @@ class Run:
     def save(self, step):
         """state/: everything that `start` was given, after the update of this step."""
         if self.main:
-            save_for_resume(self.args, step + 1, self.modules, self.optimizers, self.seconds())
+            tensors = {}
+            for name, module in self.modules.items():
+                tensors |= pack_module(module, name)
+            for name, optimizer in self.optimizers.items():
+                tensors |= pack_optimizer(optimizer, name)
+            self.save_state(step, tensors)
+
+    def save_state(self, step, tensors, **more):
+        """state/: these tensors, after the update of this step. more: further entries of
+        state.json."""
+        info = {"flags": flags_to_save(self.args), "world_size": self.world_size}
+        info |= {"changes": self.changes, "seconds": self.seconds(), **more}
+        save_state(self.folder, step + 1, tensors, info)
 
     # ---- a step
 
@@ -156,7 +205,7 @@ class Run:
         self.bar = tqdm(left, text, initial=first, total=total, disable=quiet)
         for step in self.bar:
             self.sums, self.counts, self.roots = {}, {}, set()
-            self.clock = time.perf_counter()
+            self.clock, self.step = time.perf_counter(), step
             yield step
 
     def rate(self, step, left=None):
@@ -183,8 +232,9 @@ class Run:
     def autocast(self):
         """Networks run in bfloat16 inside, where --mixed_precision says so.
 
-        The cache of bfloat16 weights is off: it costs 2 bytes a parameter, and before PyTorch 2.11
-        weights that were cached under no_grad got no gradient in a later call (pytorch #112583).
+        The cache of bfloat16 weights is off: it costs 2 bytes a parameter. PyTorch 2.10 and older
+        also lose gradients by it: weights that were cached under no_grad get none in a later call
+        of the same context (pytorch #112583, fixed by #165068, in 2.11).
         """
         enabled = self.args.mixed_precision == "bf16"
         kind = self.device.type
@@ -203,7 +253,8 @@ class Run:
             for p in parameters:  # every rank has the same parameters in the same order
                 dist.all_reduce(p.grad)
                 p.grad /= dist.get_world_size()
-        norm = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        limit = self.args.max_grad_norm or float("inf")  # 0 = off
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -279,10 +330,36 @@ class Run:
         """row: {name: value averaged over ranks}, the same on all of them. Raises TrainingError."""
         wrong = [f"{name} = {v:.4g}" for name, v in row.items() if not abs(v) < float("inf")]
         if wrong:
-            raise TrainingError(
-                f"not finite at update {step + 1}: {', '.join(wrong)}; the last checkpoint under "
-                "state/ is intact; start again with a lower learning rate or max_grad_norm"
-            )
+            where = f"not finite at update {step + 1}: {', '.join(wrong)}"
+            raise TrainingError(f"{where}; {advice_after(step, self.args)}")
+
+
+def advice_after(step, args):
+    """What to do after an update that was not finite: flags that can be added to the command.
+
+    In the first update the inputs come first. Later on the rates do; but since draws do not depend
+    on them, a row of the inputs that is not finite stops the run at the same update again.
+    """
+    halved = [name for name in vars(args) if name.startswith("learning_rate")]
+    names = [name for name in [*halved, "max_grad_norm"] if getattr(args, name)]
+    lower = [f"--{name} {getattr(args, name) / 2:g}" for name in names]
+    named = [f"--{name}" for name in ("prompts", "data", "teacher") if getattr(args, name, None)]
+    look = f"look for numbers that are not finite in what {' and '.join(named)} name"
+    states, resumed = complete_states(args.output_dir), args.resume_from_checkpoint
+    if states:
+        how = f"{states[-1]} is intact: resume with --resume_from_checkpoint latest"
+    elif resumed not in (None, "latest"):
+        how = f"{resumed} is intact: resume with --resume_from_checkpoint {resumed}"
+    else:
+        how = "no state is saved yet: start again with"
+    how += f" {' '.join(lower)}"
+    return f"{look}, or {how}" if step == 0 else f"{how}; if update {step + 1} fails again, {look}"
+
+
+def has_bfloat16():
+    """Whether the processor multiplies bfloat16 matrices by instructions of its own."""
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 # ---- the output folder ---------------------------------------------------------------------------
@@ -328,15 +405,36 @@ def prepare_output_dir(path, resume):
 
 # ---- state: what a run is resumed from -----------------------------------------------------------
 
-FREE_TO_CHANGE = {
-    "output_dir",
-    "max_train_steps",
-    "resume_from_checkpoint",
-    "checkpointing_steps",
-    "sample",
-    "remeasure_teacher",
-    "preview_samples",
-}  # flags that change no gradient
+# Flags that change no gradient: where things go, what is shown, how the end of a run samples, what
+# memory it takes; and settings, a line of text. They are not kept in state.json.
+FREE_TO_CHANGE = set(
+    "output_dir max_train_steps resume_from_checkpoint checkpointing_steps sample settings "
+    "remeasure_teacher preview_samples preview_every gradient_checkpointing compile save_fp16 "
+    "sample_steps solver atol rtol guidance_interval "
+    "student_guidance teacher_shift teacher_guidance_interval".split()
+)
+
+# Flags that somebody may have to change in a run that goes on: how far and how often networks are
+# updated and averaged, and what the terms of a loss weigh, so that a GAN can be added after
+# convergence at lower rates. A change is printed and kept in state.json. All others must stay: they
+# decide what the state's tensors are, what is drawn and read, or what a term pulls towards.
+MAY_CHANGE = set(
+    "learning_rate learning_rate_fake learning_rate_features learning_rate_r learning_rate_muon "
+    "lr_warmup_steps lr_decay_share lr_schedule lr_final max_grad_norm weight_decay "
+    "ema_decay ema_start fake_update_ratio "
+    "dm_weight gan_weight gan_weight_d regression_weight mean_variance_weight selection_weight "
+    "vm_weight vd_loss_weight".split()
+)
+
+# What only one term needs may change while the weight of that term is 0, before or after.
+OF_A_TERM = {
+    "data": "gan_weight",
+    "mean_variance_target": "mean_variance_weight",
+    "teacher_steps": "regression_weight",
+}
+
+# Together with the number of ranks these make an update's samples, whose number must stay.
+BATCH = ("train_batch_size", "gradient_accumulation_steps")
 
 
 def pack_optimizer(optimizer, prefix):
@@ -356,15 +454,28 @@ def unpack_optimizer(optimizer, prefix, tensors):
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def first_names(module):
+    """{name in a module's state: the first name of that tensor}; a shared tensor has several."""
+    first, state = {}, module.state_dict()
+    return {k: first.setdefault((v.data_ptr(), v.shape), k) for k, v in state.items()}
+
+
 def pack_module(module, prefix):
-    """A module's state as named tensors for a safetensors file."""
-    return {f"{prefix}.{k}": v for k, v in module.state_dict().items()}
+    """A module's state as named tensors for a safetensors file, shared ones once."""
+    state = module.state_dict()
+    return {f"{prefix}.{k}": state[k] for k, first in first_names(module).items() if k == first}
 
 
 def unpack_module(module, prefix, tensors):
     """Inverse of pack_module."""
     own = {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
+    own |= {k: own[first] for k, first in first_names(module).items() if first in own}
     module.load_state_dict(own)
+
+
+def is_stored(prefix, tensors):
+    """Whether a state has a module or an optimiser of this name."""
+    return any(name.startswith(prefix + ".") for name in tensors)
 
 
 def save_state(output_dir, step, tensors, info, keep=2):
@@ -382,6 +493,13 @@ def save_state(output_dir, step, tensors, info, keep=2):
         shutil.rmtree(os.path.join(root, old), ignore_errors=True)
 
 
+def complete_states(output_dir):
+    """Names of the complete states of a run, the oldest first; a list."""
+    root = os.path.join(output_dir, "state")
+    names = os.listdir(root) if os.path.isdir(root) else []
+    return sorted(n for n in names if n.startswith("step-"))
+
+
 def find_state(output_dir, resume):
     """--resume_from_checkpoint -> folder of a complete state, or None. Raises UserError."""
     if resume is None:
@@ -390,70 +508,66 @@ def find_state(output_dir, resume):
         if not os.path.isfile(os.path.join(resume, "state.json")):
             raise UserError(f"--resume_from_checkpoint {resume}: no state.json there")
         return resume
-    root = os.path.join(output_dir, "state")
-    names = os.listdir(root) if os.path.isdir(root) else []
-    done = sorted(n for n in names if n.startswith("step-"))
-    if not done:
-        print(f"no complete checkpoint under {root}: starting fresh")
-        return None
-    return os.path.join(root, done[-1])
+    states = complete_states(output_dir)
+    return os.path.join(output_dir, "state", states[-1]) if states else None
 
 
 def flags_to_save(args):
-    """The flags that a resumed run must have again."""
+    """The flags that state.json keeps."""
     return {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE}
 
 
-def check_same_flags(info, args):
-    """Flags that alter the loss must be those of the interrupted run. info: its state.json.
+def changes_on_resume(info, args, world_size):
+    """What a resumed run changes, of what it may change. info: state.json of its checkpoint.
 
-    Raises UserError, which names each one that changed.
+    -> [{"what": "--flag" or "ranks", "was": value, "is": value, "update": the first with it}].
+    Raises UserError for a change that would not go on with the same run.
     """
-    saved, now = info["flags"], flags_to_save(args)
-    changed = [
-        f"--{k} was {saved.get(k)!r} and is {now.get(k)!r}"
-        for k in sorted(set(saved) | set(now))
-        if saved.get(k) != now.get(k)
-    ]
+    saved = {k: v for k, v in info["flags"].items() if k not in FREE_TO_CHANGE}
+    now = flags_to_save(args)
     if info["step"] > args.max_train_steps:
         raise UserError(
             f"the checkpoint is at step {info['step']}, beyond --max_train_steps "
             f"{args.max_train_steps}: give at least {info['step']}"
         )
-    if changed:
+    changed = [k for k in sorted(set(saved) | set(now)) if saved.get(k) != now.get(k)]
+    unused = {k for k, term in OF_A_TERM.items() if 0 in (saved.get(term), now.get(term))}
+    free = MAY_CHANGE | unused | set(BATCH)
+    wrong = [f"--{k} was {saved.get(k)!r} and is {now.get(k)!r}" for k in changed if k not in free]
+    if wrong:
         raise UserError(
-            f"cannot resume with other flags: {'; '.join(changed)}. "
+            f"cannot resume with other flags: {'; '.join(wrong)}. "
             "Give the old values or another --output_dir"
         )
+    ranks = info.get("world_size", world_size)
+    refuse_other_batch(saved, ranks, args, world_size)
+    found = [(f"--{k}", saved.get(k), now.get(k)) for k in changed]
+    found += [("number of ranks", ranks, world_size)] if ranks != world_size else []
+    first = info["step"] + 1
+    return [{"what": k, "was": was, "is": value, "update": first} for k, was, value in found]
 
 
-def resume(args, modules, optimizers):
-    """Fill modules and optimisers {name: ...} from the state that --resume_from_checkpoint names.
+def refuse_other_batch(saved, ranks, args, world_size):
+    """Raises UserError where an update would see another number of samples than before.
 
-    -> its step and the seconds spent so far; 0 and 0.0 for a fresh start. Raises UserError.
+    saved: flags of the checkpoint, ranks: how many it was made on. On any number of ranks the same
+    samples are drawn, and their mean gradient is the same.
     """
-    state = find_state(args.output_dir, args.resume_from_checkpoint)
-    if not state:
-        return 0, 0.0
-    info = load_json(os.path.join(state, "state.json"))
-    tensors = load_tensors(os.path.join(state, "state.safetensors"))
-    check_same_flags(info, args)
-    for name, module in modules.items():
-        unpack_module(module, name, tensors)
-    for name, optimizer in optimizers.items():
-        unpack_optimizer(optimizer, name, tensors)
-    return info["step"], info["seconds"]
-
-
-def save_for_resume(args, step, modules, optimizers, seconds):
-    """The state that `resume` reads, for the same modules and optimisers."""
-    tensors = {}
-    for name, module in modules.items():
-        tensors |= pack_module(module, name)
-    for name, optimizer in optimizers.items():
-        tensors |= pack_optimizer(optimizer, name)
-    info = {"flags": flags_to_save(args), "seconds": seconds}
-    save_state(args.output_dir, step, tensors, info)
+    micro, parts = (saved[k] for k in BATCH)
+    samples = micro * parts * ranks
+    if args.train_batch_size * args.gradient_accumulation_steps * world_size == samples:
+        return
+    before = f"updates were of {samples} samples (--train_batch_size {micro}, "
+    before += f"--gradient_accumulation_steps {parts}, {ranks} rank(s))"
+    if samples % world_size:
+        fitting = ", ".join(str(n) for n in range(1, samples + 1) if samples % n == 0)
+        raise UserError(f"{before}, which {world_size} ranks cannot share: use one of {fitting}")
+    each = samples // world_size
+    fit = max(n for n in range(1, micro + 1) if each % n == 0)  # no larger: it may fill the memory
+    raise UserError(
+        f"{before}: on {world_size} rank(s) resume with --train_batch_size {fit} "
+        f"--gradient_accumulation_steps {each // fit}"
+    )
 
 
 # ---- log.csv -------------------------------------------------------------------------------------
@@ -464,26 +578,42 @@ class Log:
 
     def __init__(self, output_dir, step=0):
         self.path, self.columns = os.path.join(output_dir, "log.csv"), None
-        kept = []
-        if step and os.path.isfile(self.path):
-            with open(self.path, newline="") as f:
-                rows = list(csv.reader(f))
-            if rows:
-                self.columns = rows[0]
-                whole = [r for r in rows[1:] if len(r) == len(self.columns)]
-                kept = [r for r in whole if r[0].isdigit() and int(r[0]) <= step]
+        kept = self.rows(step) if step else []
+        self.replace(kept)
+
+    def rows(self, last):
+        """The rows of the file up to this step, whole ones only; sets self.columns.  -> lists"""
+        if not os.path.isfile(self.path):
+            return []
+        with open(self.path, newline="") as f:
+            rows = list(csv.reader(f))
+        if not rows:
+            return []
+        self.columns = rows[0]
+        whole = [r for r in rows[1:] if len(r) == len(self.columns)]
+        return [r for r in whole if r[0].isdigit() and int(r[0]) <= last]
+
+    def replace(self, rows):
+        """Write the file anew, in one rename, and go on behind these rows."""
         text = io.StringIO()
         if self.columns:
-            csv.writer(text).writerows([self.columns, *kept])
+            csv.writer(text).writerows([self.columns, *rows])
         atomic_write(self.path, text.getvalue().encode())
         self.file = open(self.path, "a", newline="")
 
+    def add_columns(self, new):
+        """For numbers that were not logged before; earlier rows have empty cells there."""
+        self.file.close()
+        rows = self.rows(last=float("inf"))
+        self.columns = [*(self.columns or []), *new]
+        self.replace([r + [""] * len(new) for r in rows])
+
     def write(self, row):
-        """row: {"step": int, name: number, ...}, the same names every time."""
-        if self.columns is None:
-            self.columns = list(row)
-            csv.writer(self.file).writerow(self.columns)
-        cells = [row[c] for c in self.columns]
+        """row: {"step": int, name: number, ...}. A term that is off leaves its cells empty."""
+        new = [name for name in row if name not in (self.columns or [])]
+        if new:
+            self.add_columns(new)
+        cells = [row.get(c, "") for c in self.columns]
         text = [f"{v:.6g}" if isinstance(v, float) else v for v in cells]
         csv.writer(self.file).writerow(text)
         self.file.flush()

@@ -1,20 +1,29 @@
 """Teachers, the networks that start from them, and how a saved student is described.
 
 --teacher is a world's name, a component folder, a pipeline root with model_index.json, a run folder
-of ours or DIR/NAME in TRELLIS's layout. Prediction, betas and shift come from the folder's
-scheduler/, else from sampler.json (ours), else from the network's class.
+of ours or DIR/NAME in TRELLIS's layout. Prediction, betas and shift come from sampler.json (ours),
+else from the folder's scheduler/, else from the network's class.
 """
 
 import copy
+import hashlib
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from models.diffusion import PREDICTIONS, VP, Diffusion, Flow
+from models.diffusion import PREDICTIONS, VP, Diffusion, Flow, step_grid
 from models.files import UserError, load_json
-from models.networks import load_network, load_two_networks, lora, network_config, trellis_path
+from models.networks import (
+    load_network,
+    load_two_networks,
+    lora,
+    network_config,
+    to_dtype,
+    trellis_path,
+    weights_hash,
+)
 from models.worlds import WORLDS, load_world
 from models.worlds.ring import fit_ring_network
 
@@ -33,6 +42,7 @@ class Teacher:
     world_name    the embedded world that its samples belong to, or None; label: a short name
     shape         of one sample
     conditions    where cond comes from (models/plumbing/data.py)
+    loras         LoRA files that were merged into the weights
     """
 
     net: Any
@@ -47,6 +57,7 @@ class Teacher:
     base: Any = None
     shape: tuple = ()
     conditions: Any = None
+    loras: tuple = ()
 
     @property
     def diffusion(self):
@@ -56,6 +67,18 @@ class Teacher:
     def world(self):
         """The embedded world itself, or None."""
         return load_world(self.world_name) if self.world_name in WORLDS else None
+
+    def fingerprint(self):
+        """Short hash of the weights, the LoRA files among them: the key of what is measured."""
+        own = weights_hash(self.folder)
+        if not self.loras:
+            return own
+        digest = hashlib.sha256(own.encode())
+        for path in self.loras:
+            with open(path, "rb") as f:
+                while chunk := f.read(1 << 24):
+                    digest.update(chunk)
+        return digest.hexdigest()[:16]
 
 
 # ---- finding and loading -------------------------------------------------------------------------
@@ -89,17 +112,28 @@ def read_scheduler(folder):
     c = load_json(os.path.join(folder, "scheduler_config.json"))
     is_flow = "FlowMatch" in c.get("_class_name", "") or c.get("use_flow_sigmas")
     if is_flow or c.get("prediction_type") == "flow_prediction":
+        if c.get("use_dynamic_shifting"):
+            raise UserError(
+                f"{folder}: use_dynamic_shifting lets the shift depend on the size of the image: "
+                "set it to false there, and shift to the one of your size"
+            )
         return Flow(), "flow_v", float(c.get("shift") or c.get("flow_shift") or 1.0)
-    kinds = {"epsilon": "eps", "v_prediction": "vp_v", "sample": "x0"}
+    kinds = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
     prediction = kinds.get(c.get("prediction_type", "epsilon"))
-    betas = c.get("beta_schedule")
-    if prediction is None or betas not in ("linear", "scaled_linear"):
+    betas, n = c.get("trained_betas") or c.get("beta_schedule"), c.get("num_train_timesteps", 1000)
+    trained = isinstance(betas, list)
+    if prediction is None or not (trained or betas in ("linear", "scaled_linear")):
         raise UserError(
             f"{folder}: prediction_type {c.get('prediction_type')!r} with beta_schedule {betas!r} "
             "is not supported (linear or scaled_linear; epsilon, v_prediction or sample; or a "
             "flow scheduler)"
         )
-    if not {"beta_start", "beta_end"} <= set(c):
+    if trained and len(betas) != n:
+        raise UserError(
+            f"{folder}: scheduler_config.json has {len(betas)} trained_betas and "
+            f"num_train_timesteps {n}: restore it from the source of the checkpoint"
+        )
+    if not trained and not {"beta_start", "beta_end"} <= set(c):
         raise UserError(
             f"{folder}: scheduler_config.json lacks beta_start or beta_end: restore it from the "
             "source of the checkpoint"
@@ -110,8 +144,7 @@ def read_scheduler(folder):
             f"{folder}: an eps network says nothing about x0 at zero terminal SNR: "
             "use v_prediction or sample"
         )
-    n = c.get("num_train_timesteps", 1000)
-    return VP(betas, c["beta_start"], c["beta_end"], n, zero_snr), prediction, None
+    return VP(betas, c.get("beta_start"), c.get("beta_end"), n, zero_snr), prediction, None
 
 
 def find_folder(name):
@@ -154,22 +187,50 @@ def load_teacher(name, dtype=torch.float32, two_networks=False):
             "give a diffusion or flow network"
         )
     schedule, prediction, shift = how_it_was_trained(net, root, folder)
+    set_clock(net, schedule)
     label = name if name in WORLDS else os.path.basename(os.path.abspath(root))
     where = root if two else folder
     world_name = config.get("world")
     return Teacher(net, config, where, schedule, prediction, shift, world_name, label, config_2)
 
 
-def how_it_was_trained(net, root, folder):
-    """-> schedule, prediction, shift: from scheduler/, or sampler.json, or the network's class."""
+def scheduler_folder(root, folder):
+    """The scheduler/ of a pipeline root or beside a component, or None."""
     beside = os.path.dirname(os.path.abspath(folder))
     for where in (os.path.join(root, "scheduler"), os.path.join(beside, "scheduler")):
         if os.path.isfile(os.path.join(where, "scheduler_config.json")):
-            schedule, prediction, shift = read_scheduler(where)
-            return schedule, prediction, shift or net.default_shift
+            return where
+    return None
+
+
+def how_it_was_trained(net, root, folder):
+    """-> schedule, prediction, shift: from sampler.json, or scheduler/, or the network's class.
+
+    sampler.json is only in students of ours. Their own scheduler/ is written for other programs.
+    """
     if os.path.isfile(os.path.join(folder, "sampler.json")):
         return read_sampler(folder)[1:]
+    where = scheduler_folder(root, folder)
+    if where:
+        schedule, prediction, shift = read_scheduler(where)
+        return schedule, prediction, shift or net.default_shift
     return getattr(net, "default_schedule", Flow()), net.prediction, net.default_shift
+
+
+def set_clock(net, schedule):
+    """A clock that is the index of the betas (PixArt's) has as many steps as there are betas.
+
+    Raises UserError for a network whose clock counts another number.
+    """
+    if isinstance(schedule, VP) and hasattr(net, "clock_steps"):
+        net.clock_steps = schedule.n
+        return
+    counted = getattr(net, "default_schedule", None)
+    if isinstance(schedule, VP) and isinstance(counted, VP) and schedule.n != counted.n:
+        raise UserError(
+            f"num_train_timesteps of the scheduler is {schedule.n}, and a {type(net).__name__} "
+            f"counts {counted.n} here: give a checkpoint that was trained with as many"
+        )
 
 
 # ---- starting from a teacher ---------------------------------------------------------------------
@@ -178,9 +239,12 @@ def how_it_was_trained(net, root, folder):
 def start_teacher(args, two_networks=False):
     """--teacher, with --timestep_shift and --sample_shape if given -> Teacher, without conditions.
 
-    Make copies of its base before `freeze_teacher`. Raises UserError.
+    The files of --teacher_lora are merged into it. Make copies of its base before `freeze_teacher`.
+    Raises UserError.
     """
     teacher = load_teacher(args.teacher, two_networks=two_networks)
+    if args.teacher_lora:
+        merge_loras(teacher, args.teacher_lora)
     teacher.base = teacher.net
     if not teacher.config:
         teacher.base = fit_ring_network(teacher.net, args.seed)
@@ -191,34 +255,85 @@ def start_teacher(args, two_networks=False):
     return teacher
 
 
+def merge_loras(teacher, sources):
+    """Add LoRA files to the teacher's weights, one after the other. Raises UserError.
+
+    sources: files, or folders of peft's; for two networks one of each, high noise first.
+    """
+    nets = [teacher.net] * len(sources)
+    if teacher.config is None:
+        raise UserError(
+            f"--teacher_lora: {teacher.label} is a closed form without weights: leave it out"
+        )
+    if hasattr(teacher.net, "boundary"):
+        nets = [teacher.net.high, teacher.net.low]
+    if len(nets) != len(sources):
+        raise UserError(
+            f"--teacher_lora: {teacher.label} has two networks, for high and for low noise: give "
+            f"a file for each, in this order, instead of {len(sources)}"
+        )
+    for net, source in zip(nets, sources):
+        teacher.loras += (merge_lora(net, source, "--teacher_lora"),)
+
+
+def merge_lora(net, source, flag):
+    """Add a LoRA file, or that of a folder of peft's, to net's weights.  -> its absolute path.
+
+    flag: the one that named it, for messages. Raises UserError.
+    """
+    path = lora.adapter_file(source)
+    if path is None:
+        raise UserError(f"{flag} {source}: neither a .safetensors file nor a folder of peft's")
+    try:
+        lora.merge_file(net, path)
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from None
+    return os.path.abspath(path)
+
+
 def freeze_teacher(args, teacher, device):
     """Nothing of the teacher is trained; with --mixed_precision bf16 its weights are bfloat16 on a
-    GPU."""
+    GPU, but for those that the architecture keeps in float32."""
     if args.mixed_precision == "bf16" and device.type == "cuda":
-        for p in teacher.net.parameters():  # before the move; buffers (rotary angles) stay float32
-            p.data = p.data.bfloat16()
+        to_dtype(teacher.net, torch.bfloat16)  # before the move
     for net in (teacher.net, teacher.base):
         net.to(device).requires_grad_(False).eval()
 
 
 def starting_network(args, teacher):
-    """What the student is a copy of: --student_init's network, or the teacher's. Raises UserError.
+    """What the student is a copy of: what --student_init names, or the teacher.
 
-    --student_init may be any network of the teacher's architecture, also one with linear attention.
+    Raises UserError.
     """
     if not args.student_init:
         return teacher.base
-    net, _ = load_network(student_folder(args.student_init))
+    return network_from(args.student_init, teacher, teacher.base)
+
+
+def network_from(source, teacher, base):
+    """The network that --student_init names, for a student that would else start from base.
+
+    source: a folder with a network of base's architecture, also one with linear attention; or a
+    LoRA file, which is merged into a copy of base. Raises UserError.
+    """
+    if lora.adapter_file(source):
+        net = copy.deepcopy(base).float()
+        for adapter in lora.names(net):
+            lora.remove(net, adapter)
+        merge_lora(net, source, "--student_init")
+        return net
+    net, _ = load_network(student_folder(source))
     shapes = [
         {k: v.shape for k, v in lora.base_state_dict(n).items() if ".attend." not in k}
-        for n in (net, teacher.base)
+        for n in (net, base)
     ]  # without the weights of linear attention, which a teacher does not have
-    if type(net) is not type(teacher.base) or shapes[0] != shapes[1]:
+    if type(net) is not type(base) or shapes[0] != shapes[1]:
         raise UserError(
-            f"--student_init {args.student_init}: this {type(net).__name__} does not have the "
-            f"shapes of the teacher's {type(teacher.base).__name__}; student and fake are copies "
+            f"--student_init {source}: this {type(net).__name__} does not have the "
+            f"shapes of the teacher's {type(base).__name__}; student and fake are copies "
             "of the teacher's network"
         )
+    set_clock(net, teacher.schedule)
     return net
 
 
@@ -240,14 +355,24 @@ def with_step_input(net):
     return new
 
 
-# ---- sampler.json: how a saved student samples ---------------------------------------------------
+# ---- sampler.json and scheduler/: how a saved student samples ------------------------------------
+
+# Networks that a pipeline of diffusers samples, and its names of predictions.
+PIPELINES = (
+    "WanTransformer3DModel",
+    "WanTwoNetworks",
+    "ZImageTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "DiTTransformer2DModel",
+)
+PREDICTION_TYPES = {"eps": "epsilon", "vp_v": "v_prediction", "x0": "sample"}
 
 
 def describe_schedule(schedule):
     """A schedule as JSON, for sampler.json."""
     if isinstance(schedule, Flow):
         return {"type": "flow"}
-    table = {"betas": schedule.name, "n": schedule.n, "zero_snr": schedule.zero_snr}
+    table = {"betas": schedule.betas, "n": schedule.n, "zero_snr": schedule.zero_snr}
     ends = {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
     return {"type": "vp", **table, **ends}
 
@@ -257,6 +382,46 @@ def read_schedule(s):
     if s["type"] == "flow":
         return Flow()
     return VP(s["betas"], s["beta_start"], s["beta_end"], s["n"], s["zero_snr"])
+
+
+def scheduler_config(net, schedule, sampler):
+    """scheduler_config.json with which diffusers samples a student as sampler.json says, or None.
+
+    net: the network, or one of its architecture; schedule: its noise schedule; sampler: what
+    sampler.json holds. None where diffusers has no pipeline, or no scheduler with these steps.
+    docs/elsewhere.md has the lines that use it.
+    """
+    name = type(net).__name__
+    known = name in PIPELINES and getattr(net, "convention", None) in (None, "dit")
+    if not known or "linear_layers" in getattr(net, "config", {}):
+        return None
+    times, s = sampler["times"], sampler["timestep_shift"]
+    fresh_noise = sampler["rule"] == "renoise"
+    if isinstance(schedule, Flow):
+        if sampler["prediction"] != "flow_v":
+            return None
+        # ZImagePipeline makes the steps 1 ... 1 / N itself; to others the times must be given.
+        own_steps = name == "ZImageTransformer2DModel" and times == step_grid(len(times), s)[:-1]
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "shift": s if own_steps else 1.0,
+            "stochastic_sampling": fresh_noise,
+            "use_dynamic_shifting": False,
+        }
+    prediction = PREDICTION_TYPES.get(sampler["prediction"])
+    regular = times == step_grid(len(times))[:-1] and schedule.n % len(times) == 0
+    whole = all(abs(schedule.n * t - round(schedule.n * t)) < 1e-6 for t in times)
+    if prediction is None or not (whole if fresh_noise else regular):
+        return None
+    table = {**schedule.in_diffusers(), "prediction_type": prediction}
+    table |= {"clip_sample": False, "set_alpha_to_one": True}
+    if fresh_noise:
+        # This scaling makes its c_skip 0 and its c_out 1: the next step then starts from the
+        # prediction itself, as it does here.
+        steps = {"original_inference_steps": len(times), "timestep_scaling": 1e6}
+        return {"_class_name": "LCMScheduler", **table, **steps}
+    return {"_class_name": "DDIMScheduler", **table, "timestep_spacing": "trailing"}
 
 
 def read_sampler(folder):

@@ -61,7 +61,9 @@ features.FeatureWorld implements the contract for the worlds with a classifier, 
 """
 
 import functools
+import os
 
+from models.files import UserError
 from models.worlds.clips import Clips
 from models.worlds.glyphs import Glyphs
 from models.worlds.ring import Ring
@@ -70,6 +72,18 @@ from models.worlds.voxels import Voxels
 
 CLASSES = {"ring": Ring, "glyphs": Glyphs, "clips": Clips, "shapes": Shapes, "voxels": Voxels}
 WORLDS = tuple(CLASSES)
+
+
+def refuse_ambiguous(flag, name):
+    """Raises UserError where somebody names a world, by this flag, and a folder is called so too.
+
+    The folder of one's own would be left unread, and the run would look right.
+    """
+    if name in WORLDS and os.path.isdir(name):
+        raise UserError(
+            f"{flag} {name}: that is an embedded world, and a folder here: give ./{name} for the "
+            "folder, and rename the folder if you want the world"
+        )
 
 
 @functools.cache

@@ -1,0 +1,60 @@
+"""Muon (momentum, orthogonalised by Newton-Schulz; Keller Jordan 2024), quick on every processor.
+
+torch.optim.Muon orthogonalises in bfloat16. A GPU is made for that. Most processors have no
+bfloat16 instructions and emulate it: there one update of a small network costs twenty times what it
+costs in float32. So on a CPU the same iteration runs in float32 here, and elsewhere torch's own.
+"""
+
+import torch
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon
+
+
+def orthogonalise(g, coefficients=COEFFICIENTS, steps=5, eps=1e-7):
+    """U S' V^T, with all of S' near 1, for a matrix g = U S V^T.  (m, n) -> (m, n), in its dtype.
+
+    Each step applies s -> a s + b s^3 + c s^5 to all singular values at once: x is replaced by
+    (a + b x x^T + c (x x^T)^2) x. Five steps bring what begins above 0.003 into [0.68, 1.21].
+    """
+    a, b, c = coefficients
+    x = g.T if g.shape[0] > g.shape[1] else g  # x x^T is then the smaller of the two products
+    x = x / x.norm().clamp_min(eps)  # no singular value is above 1
+    for _ in range(steps):
+        square = x @ x.T
+        polynomial = torch.addmm(square, square, square, beta=b, alpha=c)
+        x = torch.addmm(x, polynomial, x, beta=a)
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon with its defaults and its state, in float32 for matrices on a CPU.
+
+    All matrices of one optimiser are on the same device.
+    """
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.1):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self):
+        """One update of every matrix p that has a gradient."""
+        if self.param_groups[0]["params"][0].device.type != "cpu":
+            super().step()
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.step_on_cpu(p, group)
+
+    def step_on_cpu(self, p, group):
+        """p (m, n) -> (1 - lr decay) p - lr sqrt(max(1, m / n)) orthogonalise(momentum)."""
+        state, momentum, lr = self.state[p], group["momentum"], group["lr"]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)
+        average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        direction = p.grad.lerp(average, momentum) if group["nesterov"] else average
+        direction = orthogonalise(
+            direction.float(), group["ns_coefficients"], group["ns_steps"], group["eps"]
+        )
+        p.mul_(1 - lr * group["weight_decay"])
+        p.add_(direction, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)

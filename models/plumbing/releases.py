@@ -1,0 +1,256 @@
+"""What released teachers prescribe: one table, by network class, config, scheduler and folder.
+
+Two releases of one class can want different settings, and a wrong one trains without complaint.
+So `recognise` looks a --teacher up in RELEASES, `flags.parse` takes the row's settings as
+defaults, and the run prints which row that was and what the command line overrides.
+
+A teacher that was itself distilled has its guidance in its weights and its scores only at a few
+noise levels. `distilled` names such a teacher; the run starts with a warning.
+"""
+
+import os
+import re
+from dataclasses import dataclass, field
+
+from models.files import load_json
+from models.networks import config_file, network_class, trellis_path
+from models.plumbing.teachers import network_folder, scheduler_folder
+from models.worlds import WORLDS
+
+
+@dataclass(frozen=True)
+class Release:
+    """One row of RELEASES.
+
+    name       as its authors call it
+    network    name of the network's class here
+    facts      what the folder must say, {key: value}: a key of config.json, "scheduler.KEY" of
+               scheduler_config.json, or "two_networks", whether the root has transformer_2/
+    settings   {flag: default}, with guidance as uncond + scale (cond - uncond)
+    distilled  in words, how it was distilled; None: it was not
+    sampling   how its authors sample it, where this differs from `settings`: timestep_shift and
+               guidance_interval, the times t within which there is guidance
+    """
+
+    name: str
+    network: str
+    facts: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+    distilled: str | None = None
+    sampling: dict = field(default_factory=dict)
+
+
+WAN, Z_IMAGE = "WanTransformer3DModel", "ZImageTransformer2DModel"
+PIXART, DIT = "PixArtTransformer2DModel", "DiTTransformer2DModel"
+TRELLIS_STAGES = ("SparseStructureFlowModel", "SLatFlowModel")
+WAN_1B = {"num_layers": 30, "num_attention_heads": 12, "in_channels": 16}
+WAN_14B = {"num_layers": 40, "num_attention_heads": 40, "in_channels": 16, "image_dim": None}
+# Text-to-video few-step students of Wan are trained at shift 5 (Self-Forcing 2506.08009, Phased DMD
+# 2510.27684), which is also sample_shift of wan/configs for 2.1 and for 2.2's 5B. The folders of
+# diffusers say 3, for 480p.
+WAN_SHIFT = 5.0
+XL_2 = {"num_layers": 28, "num_attention_heads": 16, "num_embeds_ada_norm": 1000}
+# pipeline.json of TRELLIS-image-large, both stages: 25 Euler steps, rescale_t 3, cfg_strength 5 as
+# (1 + w) cond - w uncond, for t in [.5, 1]. rescale_t is this repository's shift.
+TRELLIS_SAMPLING = {"timestep_shift": 3.0, "guidance_interval": (0.5, 1.0)}
+
+RELEASES = (
+    # Tongyi-MAI/Z-Image-Turbo: scheduler shift 3, guidance_scale 0.0 in its card, 8 calls. The
+    # pipeline adds guidance as cond + g (cond - uncond), so our scale is g + 1.
+    Release(
+        "Z-Image-Turbo",
+        Z_IMAGE,
+        {"dim": 3840, "scheduler.shift": 3.0},
+        {"timestep_shift": 3.0, "guidance_scale": 1.0},
+        distilled="8 steps without guidance",
+    ),
+    # Tongyi-MAI/Z-Image: scheduler shift 6; its authors distilled it at 3, Turbo's (an author in
+    # Z-Image #74). Its card has guidance_scale 4 and recommends 3 to 5: here 5, and 4 to 6.
+    Release(
+        "Z-Image",
+        Z_IMAGE,
+        {"dim": 3840, "scheduler.shift": 6.0},
+        {"timestep_shift": 3.0, "guidance_scale": 5.0},
+    ),
+    # Wan-AI/Wan2.1-T2V-1.3B: 5 in its diffusers card, 6 in the README of Wan2.1.
+    Release(
+        "Wan 2.1 T2V 1.3B",
+        WAN,
+        {**WAN_1B, "image_dim": None},
+        {"timestep_shift": WAN_SHIFT, "guidance_scale": 5.0},
+    ),
+    # wan/configs/wan_t2v_A14B.py: sample_guide_scale (3, 4), low and high noise; sample_shift 12 in
+    # 40 steps. Phased DMD distils it at shift 5 from a teacher sampled with guidance 4.
+    Release(
+        "Wan 2.2 T2V A14B",
+        WAN,
+        {**WAN_14B, "two_networks": True},
+        {"timestep_shift": WAN_SHIFT, "guidance_scale": 4.0},
+    ),
+    # Wan-AI/Wan2.1-T2V-14B: sample_guide_scale 5, sample_shift 5.
+    Release(
+        "Wan 2.1 T2V 14B",
+        WAN,
+        {**WAN_14B, "two_networks": False},
+        {"timestep_shift": WAN_SHIFT, "guidance_scale": 5.0},
+    ),
+    # wan/configs/wan_ti2v_5B.py: sample_guide_scale 5, sample_shift 5. Its autoencoder is another.
+    Release(
+        "Wan 2.2 TI2V 5B",
+        WAN,
+        {"num_layers": 30, "num_attention_heads": 24, "in_channels": 48},
+        {"timestep_shift": WAN_SHIFT, "guidance_scale": 5.0},
+    ),
+    # PixArtAlphaPipeline's and PixArtSigmaPipeline's guidance_scale: 4.5. VP times have no shift.
+    # PixArt-LCM-XL-2-1024-MS: LCMScheduler, guidance_scale 0.0 in its card, 4 steps.
+    Release(
+        "PixArt-LCM",
+        PIXART,
+        {"scheduler._class_name": "LCMScheduler"},
+        {"timestep_shift": 1.0, "guidance_scale": 1.0},
+        distilled="a consistency model with guidance in its weights, 2 to 8 steps",
+    ),
+    Release(
+        "PixArt-Sigma",
+        PIXART,
+        {"num_layers": 28, "sample_size": 128, "use_additional_conditions": False},
+        {"timestep_shift": 1.0, "guidance_scale": 4.5},
+    ),
+    *(
+        Release(
+            f"PixArt-alpha {8 * size}",
+            PIXART,
+            {"num_layers": 28, "sample_size": size},
+            {"timestep_shift": 1.0, "guidance_scale": 4.5},
+        )
+        for size in (32, 64, 128)
+    ),
+    # facebook/DiT-XL-2-256 and -512: the paper's figures are at guidance 1.5 (DiT 2212.09748,
+    # Tables 2 and 3), its pictures and DiTPipeline at 4. The same in SiT 2401.08740, Table 1.
+    *(
+        Release(
+            f"DiT-XL/2 {8 * size}",
+            DIT,
+            {**XL_2, "sample_size": size, "convention": convention},
+            {"timestep_shift": 1.0, "guidance_scale": 1.5},
+        )
+        for size in (32, 64)
+        for convention in (None, "dit")
+    ),
+    Release(
+        "SiT",
+        DIT,
+        {"convention": "sit", "num_embeds_ada_norm": 1000},
+        {"timestep_shift": 1.0, "guidance_scale": 1.5},
+    ),
+    # VinAIResearch/LFM: --cfg_scale 1.5 for ImageNet, its other sets have no classes.
+    Release(
+        "LFM ImageNet",
+        DIT,
+        {"convention": "lfm", "num_embeds_ada_norm": 1000},
+        {"timestep_shift": 1.0, "guidance_scale": 1.5},
+    ),
+    Release("LFM", DIT, {"convention": "lfm"}, {"timestep_shift": 1.0, "guidance_scale": 1.0}),
+    # microsoft/TRELLIS-image-large: DINOv2's tokens of width 1024. TRELLIS-text-*: CLIP's of 768,
+    # example_text.py names cfg_strength 7.5 for both stages.
+    *(
+        Release(
+            f"TRELLIS {kind} {stage}",
+            network,
+            {"cond_channels": width},
+            {"guidance_scale": 1.0 + w},
+            sampling=TRELLIS_SAMPLING,
+        )
+        for network, stage in zip(TRELLIS_STAGES, ("structure", "latents"))
+        for kind, width, w in (("image", 1024, 5.0), ("text", 768, 7.5))
+    ),
+)
+
+# In the name of a folder or in _name_or_path: a distilled model. As part of a word only where it
+# begins one, so that "breakfast" is not "fast".
+DISTILLED = re.compile(
+    r"(?i)(?<![a-z])(turbo|lightning|lcm|distill\w*|dmd2?|causvid|self-?forcing|fast|hyper"
+    r"|mdt-dist)(?![a-z]*tun)"
+)
+# Methods of ours whose result still is a many-step model with guidance of its own.
+KEEP_GUIDANCE = ("latent_fm", "linvideo")
+
+
+def facts_of(teacher):
+    """What a --teacher folder says about itself -> (class name or None, {key: value}, names).
+
+    names: of the folders it lies in, and _name_or_path. A world, or what is no network, has no
+    class. Raises UserError for JSON that cannot be read.
+    """
+    root = teacher.rstrip("/")
+    folder = network_folder(root)
+    if teacher in WORLDS or not (os.path.isdir(folder) or trellis_path(folder)):
+        return None, {}, []
+    path = trellis_path(folder) or os.path.join(folder, "config")
+    if not os.path.isfile(path + ".json"):
+        return None, {}, []
+    config = load_json(config_file(folder))
+    facts = dict(config.get("args", config))
+    beside = scheduler_folder(root, folder)
+    if beside:
+        scheduler = load_json(os.path.join(beside, "scheduler_config.json"))
+        facts |= {f"scheduler.{key}": value for key, value in scheduler.items()}
+        if "scheduler.flow_shift" in facts:
+            facts.setdefault("scheduler.shift", facts["scheduler.flow_shift"])
+    parent = os.path.dirname(os.path.abspath(folder))
+    facts["two_networks"] = os.path.isdir(os.path.join(parent, "transformer_2"))
+    if os.path.isfile(os.path.join(folder, "sampler.json")):
+        facts["made_by"] = load_json(os.path.join(folder, "sampler.json")).get("method")
+    *above, last = os.path.abspath(root).split(os.sep)
+    inside = last.startswith("transformer") or last in ("student", "ckpts")
+    names = [above[-1] if inside else last, str(config.get("_name_or_path", ""))]
+    names += [name for name in above if name.startswith("models--")]  # the cache of huggingface_hub
+    return network_class(config), facts, names
+
+
+def recognise(teacher):
+    """--teacher -> its Release, or None for a world, our own small networks, and what is unknown.
+
+    A student of ours counts as the release that it was made from; see `distilled`.
+    """
+    network, facts, _ = facts_of(teacher)
+    for release in RELEASES:
+        same = all(facts.get(key) == value for key, value in release.facts.items())
+        if release.network == network and same:
+            return release
+    return None
+
+
+def distilled(teacher):
+    """How a --teacher was distilled, in words, or None."""
+    network, facts, names = facts_of(teacher)
+    maker = facts.get("made_by")
+    if maker:
+        return None if maker in KEEP_GUIDANCE else f"a few-step student that {maker}.py made"
+    release = recognise(teacher)
+    if release and release.distilled:
+        return release.distilled
+    if facts.get("time_cond_proj_dim") or facts.get("guidance_embeds"):
+        return "its config has an input for the guidance scale"
+    if facts.get("scheduler._class_name") == "LCMScheduler":
+        return "its scheduler is LCMScheduler"
+    found = [DISTILLED.search(name) for name in names if network]
+    return next((f"its name has {match.group(1)!r}" for match in found if match), None)
+
+
+def settings_of(teacher):
+    """-> (name of the release or None, {flag: default}). A student of ours has no guidance left."""
+    release = recognise(teacher)
+    if facts_of(teacher)[1].get("made_by") and distilled(teacher):
+        return release and f"a student of {release.name}", {"guidance_scale": 1.0}
+    return (release.name, release.settings) if release else (None, {})
+
+
+def warning(teacher):
+    """One line about a distilled teacher, or None."""
+    how = distilled(teacher)
+    return how and (
+        f"warning: {teacher} is distilled ({how}): its weights hold guidance already, so that more "
+        "is guidance twice, and it knows only the noise levels of its few steps; better distil the "
+        "model that it was made from"
+    )

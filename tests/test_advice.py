@@ -1,0 +1,1554 @@
+"""What an error message advises works: one case, at least, for every message that names a flag.
+
+The messages are read out of the source, so that a new one without a case is found: see
+test_every_message_that_names_a_flag_has_a_case. A case is refused with that message, and what the
+message advises is not: the run gets as far as its first update, or the command ends well.
+"""
+
+import ast
+import contextlib
+import functools
+import importlib
+import json
+import re
+import shlex
+import shutil
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    quiet,
+    refusal_of,
+    ring_network,
+    save_tiny_pixart,
+    save_tiny_teacher,
+    save_tiny_vp_teacher,
+    save_tiny_wan,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_dit_imagenet import official_state
+from test_pipeline import image_vae, save_space
+from test_trellis import CLASSES, save_root, save_text_root, save_tiny_clip, sparse_file
+
+import dmd
+import latent_fm
+import linvideo
+import mdt_dist
+import phased_dmd
+import tdm
+from models import encode
+from models.files import UserError, save_json
+from models.networks import WEIGHTS, load_network, lora, network_config, save_network
+from models.networks.dit import DiT
+from models.networks.trellis import SLatFlowModel, SparseStructureFlowModel
+from models.plumbing import teachers
+from models.plumbing.data import load_conditions
+from models.plumbing.flags import Parser
+from models.plumbing.run import Run
+
+SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
+TOOLS = ["models.encode", "models.decode", "models.convert"]
+
+
+# ---- the messages, out of the source -------------------------------------------------------------
+
+ERRORS = {"UserError", "TrainingError", "ValueError", "error"}
+
+
+def text_of(node, known):
+    """A string as the source has it, {} for what is filled in. known: {variable: its text}."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(part, known) for part in node.values)
+    if isinstance(node, ast.FormattedValue):
+        return text_of(node.value, known)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return text_of(node.left, known) + text_of(node.right, known)
+    if isinstance(node, ast.Name):
+        return known.get(node.id, "{}")
+    return "{}"
+
+
+def messages_of_function(function):
+    """-> texts of what a function raises, gives to Parser.error, or yields as (wrong, why)."""
+    known, found = {}, []
+    for node in sorted(ast.walk(function), key=lambda n: getattr(n, "lineno", 0)):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            known[node.targets[0].id] = text_of(node.value, known)
+            if node.targets[0].id == "remedy":  # of another function's message
+                found.append(known["remedy"])
+        if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+            known[node.target.id] = known.get(node.target.id, "") + text_of(node.value, known)
+        if isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple):
+            if len(node.value.elts) == 2:
+                found.append(text_of(node.value.elts[1], known))
+        if isinstance(node, ast.Call) and node.args:
+            name = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
+            if name in ERRORS:
+                found.append(text_of(node.args[0], known))
+    return found
+
+
+@functools.cache
+def messages():
+    """-> [(file, text)] of every message that names a flag."""
+    paths, found = [*ROOT.glob("*.py"), *ROOT.glob("models/**/*.py")], set()
+    for path in sorted(paths):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                texts = messages_of_function(node)
+                texts = {t for t in texts if flags_in(t) or "--{}" in t}
+                found |= {(str(path.relative_to(ROOT)), t) for t in texts}
+    return sorted(found)
+
+
+def flags_in(text):
+    """Names of the flags in a message, without the dashes."""
+    return re.findall(r"(?<![\w-])--([a-z]\w*)", text)
+
+
+# ---- what the cases start from -------------------------------------------------------------------
+
+
+def pictures(folder, count=2, size=8, name=""):
+    """So many little PNGs in a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        g = torch.Generator().manual_seed(i)
+        pixels = torch.randint(0, 256, (size, size, 3), generator=g, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{name}{i}.png")
+
+
+def short(script, out, flags):
+    """A quiet run of two updates.  -> its folder"""
+    with pytest.MonkeyPatch.context() as m:
+        quiet(m)
+        m.setattr(latent_fm, "finish", lambda *a, **k: None)
+        fixed = ["--output_dir", str(out)]
+        if "--max_train_steps" not in flags:
+            fixed += ["--max_train_steps", "2"]
+        script.main([*shlex.split(flags), *fixed])
+    return out
+
+
+class Places:
+    """Files and folders of the cases, made when a case names them: Places(root).TEACHER."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def __getitem__(self, name):
+        made = self.root / f"made-{name}"
+        if not made.exists():
+            (self.root / name.lower()).mkdir(exist_ok=True)
+            where = getattr(self, name)(self.root / name.lower())
+            made.write_text(str(where))
+        return made.read_text()
+
+    def EMPTY(self, root):
+        return root
+
+    def FILE(self, root):
+        (root / "file").write_text("")
+        return root / "file"
+
+    # ---- networks
+
+    def TEACHER(self, root):
+        return save_tiny_teacher(root / "teacher")
+
+    def VP(self, root):
+        return save_tiny_vp_teacher(root)
+
+    def OTHER(self, root):
+        net = DiT(size=(8, 8), patch=(4, 4), channels=1, dim=32, depth=1, num_classes=3)
+        save_network(net, network_config(net), str(root))
+        return root
+
+    def NAMED(self, root):
+        """Of pictures, and its classes have names."""
+        size = dict(size=(8, 8), patch=(4, 4), channels=3, dim=32, depth=1)
+        net = DiT(**size, num_classes=2, class_names=["x", "y"])
+        save_network(net, network_config(net), str(root))
+        return root
+
+    def WAN(self, root):
+        save_tiny_wan(root)
+        return root
+
+    def WAN22(self, root):
+        save_tiny_wan(root, boundary=0.875)
+        return root
+
+    def PIXART(self, root):
+        save_tiny_pixart(root, 512)
+        return root
+
+    def PROMPTS(self, root):
+        return Path(self["WAN"]) / "prompts.safetensors"
+
+    def PIXART_PROMPTS(self, root):
+        return Path(self["PIXART"]) / "prompts.safetensors"
+
+    def STRUCTURE(self, root):
+        """The first stage of TRELLIS, as small as can be."""
+        return save_root(root, {SparseStructureFlowModel: CLASSES[SparseStructureFlowModel]})[
+            SparseStructureFlowModel
+        ]
+
+    def LATENTS(self, root):
+        """The second stage, of points."""
+        return save_root(root, {SLatFlowModel: CLASSES[SLatFlowModel]})[SLatFlowModel]
+
+    def TEXT_STRUCTURE(self, root):
+        """The first stage of a text model."""
+        return save_text_root(root, self["CLIP"])[SparseStructureFlowModel]
+
+    def CLIP(self, root):
+        return save_tiny_clip(root)
+
+    def TEXT_ROOT(self, root):
+        return Path(self["TEXT_STRUCTURE"]).parents[1]
+
+    # ---- adapters
+
+    def LORA(self, root, rank=4):
+        net = load_network(self["TEACHER"])[0]
+        lora.add(net, "a", rank, 8.0)
+        lora.save(net, "a", str(root / "lora.safetensors"))
+        return root / "lora.safetensors"
+
+    def BIG_LORA(self, root):
+        return self.LORA(root, rank=8)
+
+    def DIFFERENCE(self, root):
+        """The same with a full difference of one bias."""
+        found = load_file(self["LORA"])
+        name = next(k for k in found if "lora_A" in k).split(".lora_A")[0]
+        rows = next(v for k, v in found.items() if k.startswith(name) and "lora_B" in k).shape[0]
+        save_file({**found, f"{name}.diff_b": torch.zeros(rows)}, root / "lora.safetensors")
+        return root / "lora.safetensors"
+
+    # ---- data
+
+    def DATA(self, root):
+        """Labelled items of the tiny teacher's shape."""
+        return self.tensors(root)
+
+    def tensors(self, root, **more):
+        x0 = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        found = {"x0": x0, "cond.label": torch.arange(6) % 3, **more}
+        save_file({k: v for k, v in found.items() if v is not None}, str(root / "d.safetensors"))
+        return root / "d.safetensors"
+
+    def UNLABELLED(self, root):
+        return self.tensors(root, **{"cond.label": None})
+
+    def FEW_LABELS(self, root):
+        return self.tensors(root, **{"cond.label": torch.arange(5) % 3})
+
+    def NO_ITEMS(self, root):
+        return self.tensors(root, x0=None)
+
+    def MANY_CLASSES(self, root):
+        return self.tensors(root, **{"cond.label": torch.arange(6)})
+
+    def WIDE(self, root):
+        return self.tensors(root, x0=torch.randn(6, 1, 4, 6))
+
+    def IMAGES_FILE(self, root):
+        return self.tensors(root, x0=torch.randn(6, 3, 8, 8))
+
+    def MAPS_FILE(self, root):
+        maps = torch.arange(6 * 64).reshape(6, 8, 8) % 3
+        more = {"cond.label": None, "cond.map": maps}
+        return self.tensors(root, x0=torch.randn(6, 3, 8, 8), **more)
+
+    def VIDEOS(self, root):
+        return self.tensors(root, x0=torch.randn(6, 3, 2, 8, 8))
+
+    def FOLDER(self, root):
+        for name in ("x", "y"):
+            pictures(root / name)
+        return root
+
+    def OTHER_FOLDER(self, root):
+        for name in ("v", "w"):
+            pictures(root / name)
+        return root
+
+    def LOOSE(self, root):
+        pictures(root, name="loose")
+        return Path(shutil.copytree(self["FOLDER"], root, dirs_exist_ok=True))
+
+    def NO_PICTURES(self, root):
+        (root / "x").mkdir()
+        return root
+
+    def NUMBERED(self, root):
+        pictures(root / "00000")
+        return root
+
+    def MAPS(self, root):
+        """A map for each of FOLDER's pictures, of classes 0 to 2."""
+        for path in Path(self["FOLDER"]).rglob("*.png"):
+            at = root / path.relative_to(self["FOLDER"])
+            at.parent.mkdir(exist_ok=True)
+            Image.fromarray((torch.arange(64).reshape(8, 8) % 3).byte().numpy()).save(at)
+        return root
+
+    def names(self, root, value):
+        (root / "names.json").write_text(json.dumps(value))
+        return root / "names.json"
+
+    def NAMES(self, root):
+        return self.names(root, ["skin", "l_eye", "r_eye"])
+
+    def TWO_NAMES(self, root):
+        return self.names(root, ["skin", "hair"])
+
+    def ONE_SIDE(self, root):
+        return self.names(root, ["skin", "l_eye", "hair"])
+
+    def NO_LIST(self, root):
+        return self.names(root, {"skin": 0})
+
+    def SPARSE(self, root):
+        sparse_file(root / "d.safetensors")
+        return root / "d.safetensors"
+
+    def WIDE_SPARSE(self, root):
+        sparse_file(root / "d.safetensors", feats=torch.randn(11, 4))
+        return root / "d.safetensors"
+
+    def DENSE(self, root, **more):
+        """What the first stage of TRELLIS takes."""
+        found = {"x0": torch.randn(3, 3, 4, 4, 4), "cond.tokens": torch.randn(3, 5, 10), **more}
+        save_file({k: v for k, v in found.items() if v is not None}, str(root / "d.safetensors"))
+        return root / "d.safetensors"
+
+    def TOKENS(self, root):
+        return self.DENSE(root, x0=None)
+
+    def NO_TOKENS(self, root):
+        return self.DENSE(root, **{"cond.tokens": None})
+
+    def WRONG_UNCOND(self, root):
+        return self.DENSE(root, **{"uncond.tokens": torch.randn(1, 4, 10)})
+
+    def TEXT_TOKENS(self, root):
+        """Without those of the empty prompt."""
+        return self.DENSE(root, **{"cond.tokens": torch.randn(3, 5, 768)})
+
+    def WHOLE_TEXT_TOKENS(self, root):
+        tokens = {"cond.tokens": torch.randn(3, 5, 768), "uncond.tokens": torch.randn(1, 5, 768)}
+        return self.DENSE(root, **tokens)
+
+    # ---- runs
+
+    def RUN(self, root):
+        flags = f"--teacher {self['TEACHER']} --train_batch_size 4 --checkpointing_steps 1"
+        folder = short(dmd, root / "run", flags)
+        (folder / "report.json").write_text("{}")  # as a run that is not quiet leaves one
+        return folder
+
+    def RUN_2(self, root):
+        """For the resumed run that goes on, so that RUN's states stay."""
+        return Path(shutil.copytree(self["RUN"], root / "run"))
+
+    def STUDENT(self, root):
+        return Path(shutil.copytree(Path(self["RUN"]) / "student", root / "student"))
+
+    def OTHER_RUN(self, root):
+        return short(dmd, root / "run", f"--teacher {self['OTHER']} --train_batch_size 4")
+
+    def TDM(self, root):
+        flags = f"--teacher {self['TEACHER']} --train_batch_size 4 --student_steps 1 2"
+        return short(tdm, root / "run", flags)
+
+    def LINEAR(self, root):
+        flags = f"--teacher {self['TEACHER']} --train_batch_size 4 --bank_size 4 --select 0"
+        return short(linvideo, root / "run", flags)
+
+    def BANK(self, root):
+        return Path(self["LINEAR"]) / "bank"
+
+    def LINVIDEO(self, root):
+        flags = f"--teacher {self['TEACHER']} --train_batch_size 4 --bank_size 4 --objective adm"
+        return short(linvideo, root / "run", flags)
+
+    def STRUCTURE_RUN(self, root):
+        flags = f"--teacher {self['STRUCTURE']} --data {self['DENSE']} --train_batch_size 2"
+        return short(mdt_dist, root / "run", flags)
+
+    def TEXT_RUN(self, root):
+        flags = f"--teacher {self['TEXT_STRUCTURE']} --data {self['WHOLE_TEXT_TOKENS']}"
+        return short(mdt_dist, root / "run", f"{flags} --train_batch_size 2")
+
+    def EXPERTS(self, root, more=""):
+        flags = f"--teacher {self['TEACHER']} --train_batch_size 4 --student_steps 2 --phases 2"
+        return short(phased_dmd, root / "run", f"{flags} {more}")
+
+    def HALF(self, root):
+        """The state after the last update of the first of two phases."""
+        return self.EXPERTS(root, "--max_train_steps 6") / "state" / "step-0000003"
+
+    def THREE_EXPERTS(self, root):
+        return self.EXPERTS(root, "--student_steps 3 --phases 3 --max_train_steps 3")
+
+    def LORA_EXPERTS(self, root):
+        return self.EXPERTS(root, "--lora_rank 2")
+
+    def LOST_EXPERTS(self, root):
+        """Adapters whose teacher is not where it was."""
+        folder = Path(shutil.copytree(self["LORA_EXPERTS"], root / "run"))
+        path = folder / "student" / "sampler.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base": "/nowhere"}))
+        return folder
+
+    def PAIR(self, root):
+        """One adapter of each of WAN22's networks, under LightX2V's names."""
+        for i, name in enumerate(("high_noise_model", "low_noise_model")):
+            net = load_network(str(Path(self["WAN22"]) / ("transformer" + "_2" * i)))[0]
+            lora.add(net, "a", 2, 8.0)
+            lora.save(net, "a", str(root / f"{name}.safetensors"))
+        return root
+
+    def LATENT(self, root):
+        flags = f"--data {self['FOLDER']} --resolution 8 --train_batch_size 2"
+        return short(latent_fm, root / "run", flags)
+
+    def LATENT_NAN(self, root):
+        """The same with weights that are not finite."""
+        folder = Path(shutil.copytree(self["LATENT"], root / "run"))
+        path = folder / "student" / WEIGHTS
+        save_file({k: v * float("nan") for k, v in load_file(path).items()}, path)
+        return folder
+
+    def SHAPES_RUN(self, root):
+        return short(latent_fm, root / "latent_fm-shapes", "--data shapes --pool 100")
+
+    # ---- the commands beside the scripts
+
+    def OFFICIAL(self, root):
+        save_file(official_state(), root / "official.safetensors")
+        return root / "official.safetensors"
+
+    def PROMPTS_TXT(self, root):
+        (root / "prompts.txt").write_text("a cat\n")
+        return root / "prompts.txt"
+
+    def NO_PROMPTS_TXT(self, root):
+        (root / "prompts.txt").write_text("\n")
+        return root / "prompts.txt"
+
+    def PICTURES(self, root):
+        pictures(root, name="objects")
+        return root
+
+    def BARE_PIXART(self, root):
+        """Its transformer alone."""
+        (root / "transformer").mkdir()
+        config = {"_class_name": "PixArtTransformer2DModel"}
+        save_json(config, str(root / "transformer" / "config.json"))
+        return root
+
+    def NO_TOKENIZER(self, root):
+        """A pipeline whose tokenizer/ is empty."""
+        save_json({"_class_name": "WanPipeline"}, str(root / "model_index.json"))
+        (root / "tokenizer").mkdir()
+        (root / "text_encoder").mkdir()
+        return root
+
+    def TRELLIS_ROOT(self, root):
+        save_root(root, {})
+        return root
+
+    def VAE(self, root):
+        image_vae().save_pretrained(root / "vae")
+        return root
+
+    def OTHER_VAE(self, root):
+        (root / "vae").mkdir()
+        save_json({"_class_name": "AutoencoderTiny"}, str(root / "vae" / "config.json"))
+        return root
+
+    def SPACE(self, root):
+        save_space(root)
+        return root
+
+    def X0(self, root):
+        save_file({"x0": torch.randn(2, 4, 4, 4)}, root / "x0.safetensors")
+        return root / "x0.safetensors"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    return Places(tmp_path_factory.mktemp("places"))
+
+
+# ---- the cases -----------------------------------------------------------------------------------
+
+WAN22 = "--teacher WAN22 --prompts PROMPTS --sample_shape 4 2 4 6 --student_steps 4"
+SEMANTIC = "--task semantic --data FOLDER --resolution 8 --maps MAPS"
+RESUMED = "--resume_from_checkpoint latest --output_dir RUN_2 --student_steps 1"
+FIRST_PHASE = "--resume_from_checkpoint HALF --train_batch_size 4 --student_steps 2 --phases 2"
+OUT = "--output OUT"
+
+# Command, a piece of the message as the source has it ({} is filled in), flags that are refused
+# with it, and flags as it advises, one line for every way out. Words in capitals are Places; OUT is
+# a new path, ADVISED the flags, or the flag's value, that the message ends with. A line that begins
+# with another script is of that one.
+CASES = [
+    # ---- dmd
+    ("dmd", "--dm_range: LO must be below HI", "--dm_range 0.9 0.1", ["--dm_range 0.1 0.9"]),
+    (
+        "dmd",
+        "--data is for the GAN or --student_input real with several steps: set --gan_weight",
+        "--data DATA",
+        ["--data DATA --gan_weight 0.1", "", "--data DATA --student_input real --student_steps 2"],
+    ),
+    (
+        "dmd",
+        "--gan_weight and --student_input real need data: give --data FOLDER",
+        "--gan_weight 0.1",
+        ["--gan_weight 0.1 --data DATA", "--gan_weight 0"],
+    ),
+    (
+        "dmd",
+        "--no_fake_score leaves the GAN's head untrained",
+        "--no_fake_score --gan_weight 0.1 --data DATA",
+        ["--no_fake_score --gan_weight 0"],
+    ),
+    (
+        "dmd",
+        "--regression_weight needs teacher samples: give --teacher_steps of at least 1",
+        "--regression_weight 1 --teacher_steps 0",
+        ["--regression_weight 1 --teacher_steps 1 --regression_pairs 4"],
+    ),
+    (
+        "dmd",
+        "--regression_weight is DMD v1, a one-step method: use --student_steps 1",
+        "--regression_weight 1 --student_steps 2",
+        ["--regression_weight 1 --student_steps 1 --teacher_steps 1 --regression_pairs 4"],
+    ),
+    (
+        "dmd",
+        "--dm_weight 0 leaves nothing to learn from: give --gan_weight or --regression_weight",
+        "--dm_weight 0",
+        [
+            "--dm_weight 0 --gan_weight 0.1 --data DATA",
+            "--dm_weight 0 --regression_weight 1 --teacher_steps 1 --regression_pairs 4",
+        ],
+    ),
+    (
+        "dmd",
+        "--no_fake_score is about the matching loss, which --dm_weight 0 takes out",
+        "--no_fake_score --dm_weight 0 --regression_weight 1",
+        [
+            "--no_fake_score --regression_weight 1 --teacher_steps 1 --regression_pairs 4",
+            "--dm_weight 0 --regression_weight 1 --teacher_steps 1 --regression_pairs 4",
+        ],
+    ),
+    (
+        "dmd",
+        "--fake_init: nothing reads the fake score here: leave it out",
+        "--no_fake_score --fake_init RUN",
+        ["--no_fake_score"],
+    ),
+    (
+        "dmd",
+        "--fake_init {} is a student, no score: give its run, with its state/",
+        "--fake_init STUDENT",
+        ["--fake_init RUN"],
+    ),
+    (
+        "dmd",
+        "--fake_init {}: it has no fake of this run's shapes: give a network like the teacher's",
+        "--fake_init OTHER_RUN",
+        ["--fake_init TEACHER", "--fake_init RUN --student_steps 2"],
+    ),
+    ("dmd", "--student_times must descend", "--student_times 0.4 1", ["--student_times 1 0.4"]),
+    # ---- decoupled_dmd
+    ("decoupled_dmd", "--{}: LO must be below HI", "--ca_range 0.9 0.1", ["--ca_range 0.1 0.9"]),
+    (
+        "decoupled_dmd",
+        "--ca_range: --schedule shared draws one level for both terms, from --dm_range",
+        "--schedule shared --ca_range 0.1 0.9",
+        ["--schedule shared --dm_range 0.1 0.9"],
+    ),
+    (
+        "decoupled_dmd",
+        "--dm_range starts at {}, and --schedule {} keeps",
+        "--schedule constrained --dm_range 0.5 1",
+        ["--schedule full --dm_range 0.5 1", "--schedule constrained --dm_range 0.1 1"],
+    ),
+    (
+        "decoupled_dmd",
+        "--ca_range starts at {}, and --schedule {} keeps",
+        "--ca_range 0.5 1",
+        ["--schedule full --ca_range 0.5 1", "--ca_range 0.1 1"],
+    ),
+    (
+        "decoupled_dmd",
+        "nothing is left to learn from: leave out --no_dm or --no_ca",
+        "--no_dm --no_ca",
+        ["--no_ca", "--no_dm", "--no_dm --no_ca --gan_weight 0.1 --data DATA"],
+    ),
+    (
+        "decoupled_dmd",
+        "give --guidance_scale above 1, or --gan_weight",
+        "--no_dm --guidance_scale 1",
+        ["--no_dm --guidance_scale 2"],
+    ),
+    (
+        "decoupled_dmd",
+        "--observer looks on where DM is off: give --no_dm with it, or leave it out",
+        "--observer",
+        ["--observer --no_dm", ""],
+    ),
+    (
+        "decoupled_dmd",
+        "--data is for the GAN: set --gan_weight, or leave --data out",
+        "--data DATA",
+        ["--data DATA --gan_weight 0.1", ""],
+    ),
+    (
+        "decoupled_dmd",
+        "--gan_weight needs data: give --data FOLDER",
+        "--gan_weight 0.1",
+        ["--gan_weight 0.1 --data DATA", "--gan_weight 0"],
+    ),
+    (
+        "decoupled_dmd",
+        "--mean_variance_target: VAR must be > 0",
+        "--mean_variance_weight 1 --mean_variance_target 0 0",
+        ["--mean_variance_weight 1 --mean_variance_target 0 0.5"],
+    ),
+    (
+        "decoupled_dmd",
+        "--mean_variance_weight needs --mean_variance_target MEAN VAR",
+        "--mean_variance_weight 1",
+        ["--mean_variance_weight 1 --mean_variance_target 0.075 0.81"],
+    ),
+    # ---- tdm
+    (
+        "tdm",
+        "--student_steps {}: a {} has no input that could be conditioned on their number",
+        "--teacher WAN --prompts PROMPTS --sample_shape 4 2 4 6 --student_steps 2 4",
+        [
+            "--teacher WAN --prompts PROMPTS --sample_shape 4 2 4 6 --student_steps 4",
+            "--teacher WAN --prompts PROMPTS --sample_shape 4 2 4 6 --student_steps 2 4 --untold",
+        ],
+    ),
+    (
+        "tdm",
+        "--student_steps {}: this student has {}: name one of them",
+        "--sample TDM --student_steps 3",
+        ["--sample TDM --student_steps 2", "--sample TDM --student_steps 1"],
+    ),
+    (
+        "tdm",
+        "--fake_noise: with --match clean the fake sees noised x anyway; leave it out",
+        "--match clean --fake_noise fresh --regress x0",
+        ["--match clean --regress x0"],
+    ),
+    (
+        "tdm",
+        "--regress x_s: with --match clean x itself is matched; leave it out",
+        "--match clean --regress x_s",
+        ["--match clean"],
+    ),
+    (
+        "tdm",
+        "--regress x_s: --loss demo is of x; leave one of them out",
+        "--regress x_s --loss demo",
+        ["--regress x_s", "--loss demo"],
+    ),
+    # ---- phased_dmd
+    ("phased_dmd", "--dm_range: LO must be below HI", "--dm_range 1 0.1", ["--dm_range 0.1 1"]),
+    (
+        "phased_dmd",
+        "--phases {}: every phase needs a step, and there are --student_steps {}",
+        "--phases 3 --student_steps 2",
+        ["--phases 3 --student_steps 3", "--phases 2 --student_steps 2"],
+    ),
+    (
+        "phased_dmd",
+        "--max_train_steps {} are shared out over --phases {}",
+        "--phases 2 --max_train_steps 1",
+        ["--phases 2 --max_train_steps 2", "--phases 1 --max_train_steps 1"],
+    ),
+    (
+        "phased_dmd",
+        "--student_init {} starts full experts, not adapters: give --lora_rank 0 with it",
+        "--student_init TEACHER --lora_rank 2",
+        ["--student_init TEACHER --lora_rank 0"],
+    ),
+    (
+        "phased_dmd",
+        "--student_init: {} has rank {}: give --lora_rank {}",
+        "--student_init BIG_LORA --lora_rank 4",
+        ["--student_init BIG_LORA --lora_rank 8"],
+    ),
+    (
+        "phased_dmd",
+        "--student_init: {}",
+        "--student_init DIFFERENCE --lora_rank 4",
+        ["--student_init LORA --lora_rank 4"],
+    ),
+    (
+        "phased_dmd",
+        "{} changes {}, which no adapter can: merge the file into the weights (--teacher_lora, or",
+        "--student_init DIFFERENCE --lora_rank 4",
+        ["--teacher_lora DIFFERENCE --lora_rank 4", "--student_init DIFFERENCE --lora_rank 0"],
+    ),
+    (
+        "phased_dmd",
+        "--student_init {} does not have one expert for each of {} phases",
+        "--student_init THREE_EXPERTS --phases 2",
+        [
+            "--student_init THREE_EXPERTS --phases 3 --student_steps 3",
+            "--student_init EXPERTS --phases 2",
+        ],
+    ),
+    (
+        "phased_dmd",
+        "--student_init {} is one network, and this teacher has two: give a folder with",
+        f"{WAN22} --student_init WAN/transformer --lora_rank 0",
+        [f"{WAN22} --student_init PAIR --lora_rank 2"],
+    ),
+    (
+        "phased_dmd",
+        "--dm_range {} {}: the first phase takes scores above its end {}; give --dm_range {} 1",
+        "--dm_range 0.1 0.4",
+        ["--dm_range 0.1 1"],
+    ),
+    (
+        "phased_dmd",
+        "lie on both sides of the teacher's boundary {}: an expert starts from one of its two",
+        f"{WAN22} --phases 2 --timestep_shift 2",
+        [f"{WAN22} --phases 2 --timestep_shift ADVISED", f"{WAN22} --timestep_shift 2 --phases 4"],
+    ),
+    (
+        "phased_dmd",
+        "all steps {} lie above the teacher's boundary {}: its low-noise network would have none",
+        f"{WAN22} --phases 2 --timestep_shift 50",
+        [f"{WAN22} ADVISED"],
+    ),
+    (
+        "phased_dmd",
+        "--{} {}: these experts were trained for {}, on the steps {}, and know no others",
+        "--sample EXPERTS --student_steps 3",
+        ["--sample EXPERTS", "--sample EXPERTS --student_steps 2"],
+    ),
+    (
+        "phased_dmd",
+        "--teacher {}: the experts of {} are full networks and need none; leave it out",
+        "--sample EXPERTS --teacher TEACHER",
+        ["--sample EXPERTS"],
+    ),
+    (
+        "phased_dmd",
+        "the adapters of {} belong on {}, which is not there: name that teacher with --teacher",
+        "--sample LOST_EXPERTS",
+        ["--sample LOST_EXPERTS --teacher TEACHER"],
+    ),
+    (
+        "phased_dmd",
+        "{}; the adapters belong on {}, name it with --teacher",
+        "--sample LORA_EXPERTS --teacher OTHER",
+        ["--sample LORA_EXPERTS --teacher TEACHER", "--sample LORA_EXPERTS"],
+    ),
+    (
+        "phased_dmd",
+        "the checkpoint is at step {} in phase {}{}, and with --max_train_steps {} phase {} would",
+        f"{FIRST_PHASE} --max_train_steps 3",
+        [f"{FIRST_PHASE} --max_train_steps 6"],
+    ),
+    # ---- linvideo
+    (
+        "linvideo",
+        "--state rollout needs --sampling_steps of at least 3",
+        "--state rollout --sampling_steps 2 --objective adm --weight unit --bank_size 4",
+        ["--state rollout --sampling_steps 3 --objective adm --weight unit --bank_size 4"],
+    ),
+    (
+        "linvideo",
+        "--regression_weight is for --objective adm or adm_critic",
+        "--regression_weight 1 --objective mse",
+        [
+            f"--regression_weight 1 --objective {kind} --state part --bank_size 4"
+            for kind in ("adm", "adm_critic")
+        ],
+    ),
+    (
+        "linvideo",
+        "--regression_weight needs states of the bank, not --state {}: give --state part",
+        "--regression_weight 1 --objective adm --bank_size 4",
+        ["--regression_weight 1 --objective adm --state part --bank_size 4"],
+    ),
+    (
+        "linvideo",
+        "--state policy is for --objective adm, not {}: leave --state out",
+        "--state policy --objective mse --bank_size 4",
+        ["--state policy --objective adm --bank_size 4", "--objective mse --bank_size 4"],
+    ),
+    (
+        "linvideo",
+        "--weight {} is for a step to x_hat, which --state policy does not take",
+        "--objective adm --weight eq13 --bank_size 4",
+        ["--objective adm --weight eq13 --state part --bank_size 4"],
+    ),
+    (
+        "linvideo",
+        "--student_init {} has linear attention already",
+        "--student_init LINEAR --bank_size 4",
+        ["--student_init TEACHER --bank_size 4"],
+    ),
+    (
+        "linvideo",
+        "{} names {} layer(s), --target_layers says {}: leave one of them out",
+        "--select 0 --target_layers 2 --bank_size 4",
+        ["--select 0 --bank_size 4", "--target_layers 2 --bank_size 4"],
+    ),
+    (
+        "linvideo",
+        "--target_layers {}: this network has {} self-attention layer(s): give 1 to {}",
+        "--target_layers 3 --bank_size 4",
+        ["--target_layers 1 --bank_size 4", "--target_layers 2 --bank_size 4"],
+    ),
+    (
+        "linvideo",
+        "--bank {} was made with another {}: name another folder",
+        "--bank BANK --bank_size 6",
+        ["--bank OUT --bank_size 6"],
+    ),
+    # ---- mdt_dist
+    (
+        "mdt_dist",
+        "--prompts: conditions come with --data here, as cond.*",
+        "--teacher STRUCTURE --prompts PROMPTS",
+        ["--teacher STRUCTURE --data DENSE"],
+    ),
+    (
+        "mdt_dist",
+        "argument --teacher_guidance_interval: {} is above {}; give the lower end first",
+        "--teacher ring --teacher_guidance_interval 1 0.5",
+        ["--teacher ring --teacher_guidance_interval 0.5 1"],
+    ),
+    (
+        "mdt_dist",
+        "argument --phases: {} leads from noise to data in one phase; more are for --arm vm and cm",
+        "--teacher ring --phases 2",
+        ["--teacher ring --phases 2 --arm vm", "--teacher ring --phases 2 --arm cm"],
+    ),
+    (
+        "mdt_dist",
+        "argument --derivative: cm takes differences by definition; its continuous-time form is",
+        "--teacher ring --arm cm --derivative jvp",
+        ["--teacher ring --arm scm --derivative jvp", "--teacher ring --arm cm"],
+    ),
+    (
+        "mdt_dist",
+        "--teacher {} predicts {}; a flow's transport is distilled here",
+        "--teacher VP --data DATA",
+        ["--teacher TEACHER --data DATA"],
+    ),
+    (
+        "mdt_dist",
+        "--data: a {} teacher needs FILE.safetensors with {} and {}",
+        "--teacher STRUCTURE",
+        ["--teacher STRUCTURE --data DENSE"],
+    ),
+    (
+        "mdt_dist",
+        "--data {}: this {} works on points: give coords, feats and offsets, not x0",
+        "--teacher LATENTS --data DENSE",
+        ["--teacher LATENTS --data SPARSE"],
+    ),
+    (
+        "mdt_dist",
+        "--data: points have {} channels, with {}; the teacher takes {}, with {}",
+        "--teacher LATENTS --data WIDE_SPARSE",
+        ["--teacher LATENTS --data SPARSE"],
+    ),
+    (
+        "mdt_dist",
+        "--data {}: coords, feats and offsets are points of a grid, which are not welcome here",
+        "--teacher STRUCTURE --data SPARSE",
+        ["--teacher STRUCTURE --data DENSE"],
+    ),
+    (
+        "mdt_dist",
+        "--data {}: no uncond.{} {}, the features of an empty prompt",
+        "--teacher TEXT_STRUCTURE --data TEXT_TOKENS",
+        ["--teacher TEXT_STRUCTURE --data WHOLE_TEXT_TOKENS"],
+    ),
+    (
+        "mdt_dist",
+        "--data {}: uncond.{} is {} and cond.{} {}; wanted {} for it",
+        "--teacher STRUCTURE --data WRONG_UNCOND",
+        ["--teacher STRUCTURE --data DENSE"],
+    ),
+    (
+        "mdt_dist",
+        "--data {}: a {} is sampled from FILE.safetensors with {}, which python -m models.encode",
+        "--sample STRUCTURE_RUN",
+        ["--sample STRUCTURE_RUN --data TOKENS"],
+    ),
+    (
+        "mdt_dist",
+        "--data {}: no {} with at least one row, as python -m models.encode writes it; it has {}",
+        "--sample STRUCTURE_RUN --data NO_TOKENS",
+        ["--sample STRUCTURE_RUN --data TOKENS"],
+    ),
+    # ---- latent_fm
+    (
+        "latent_fm",
+        "{}: no cond.label tensor, which --task class needs; --task uncond does without",
+        "--data MAPS_FILE",
+        ["--data MAPS_FILE --task uncond", "--data IMAGES_FILE"],
+    ),
+    (
+        "latent_fm",
+        "{}: --task semantic needs cond.map, class numbers (N, H, W) = {}",
+        "--data IMAGES_FILE --task semantic",
+        ["--data MAPS_FILE --task semantic"],
+    ),
+    (
+        "latent_fm",
+        "--map_names {} is not readable JSON",
+        f"{SEMANTIC} --hflip --map_names FILE",
+        [f"{SEMANTIC} --hflip --map_names NAMES"],
+    ),
+    (
+        "latent_fm",
+        '--map_names {}: wanted a list, ["background", "skin", ...]',
+        f"{SEMANTIC} --hflip --map_names NO_LIST",
+        [f"{SEMANTIC} --hflip --map_names NAMES"],
+    ),
+    (
+        "latent_fm",
+        "--map_names {} names {} classes, and the maps have {}",
+        f"{SEMANTIC} --hflip --map_names TWO_NAMES",
+        [f"{SEMANTIC} --hflip --map_names NAMES"],
+    ),
+    (
+        "latent_fm",
+        "--map_names: {} has no {}, which it is in a mirror",
+        f"{SEMANTIC} --hflip --map_names ONE_SIDE",
+        [f"{SEMANTIC} --hflip --map_names NAMES"],
+    ),
+    (
+        "latent_fm",
+        "--hflip: a mirror exchanges left and right classes: give --map_names FILE",
+        f"{SEMANTIC} --hflip",
+        [f"{SEMANTIC} --hflip --map_names NAMES", SEMANTIC],
+    ),
+    (
+        "latent_fm",
+        "--map_names {}: has an effect only with --task semantic --hflip on maps of your own",
+        f"{SEMANTIC} --map_names NAMES",
+        [f"{SEMANTIC} --map_names NAMES --hflip", SEMANTIC],
+    ),
+    (
+        "latent_fm",
+        "--autoencoder {}: it encodes images, and --data {} has items of shape {}: use identity",
+        "--data clips --pool 100 --autoencoder pca",
+        ["--data clips --pool 100 --autoencoder identity"],
+    ),
+    (
+        "latent_fm",
+        "--autoencoder {}: {}; change --resolution, --pca_patch or --pca_channels",
+        "--data FOLDER --resolution 8 --autoencoder pca --pca_patch 3",
+        [
+            "--data FOLDER --resolution 9 --autoencoder pca --pca_patch 3 --patch_size 1",
+            "--data FOLDER --resolution 8 --autoencoder pca --pca_patch 2 --patch_size 1",
+        ],
+    ),
+    (
+        "latent_fm",
+        "--cache_latents {} was made with other {}: name another file",
+        "--data FOLDER --resolution 8 --cache_latents SPARSE",
+        ["--data FOLDER --resolution 8 --cache_latents OUT/cache.safetensors"],
+    ),
+    (
+        "latent_fm",
+        "{}: change --patch_size, --resolution or --width",
+        "--data FOLDER --resolution 8 --patch_size 3",
+        [
+            "--data FOLDER --resolution 8 --patch_size 2",
+            "--data FOLDER --resolution 9 --patch_size 3",
+        ],
+    ),
+    (
+        "latent_fm",
+        "{}: change --patch_size, --resolution or --width",
+        "--data FOLDER --resolution 8 --width 33",
+        ["--data FOLDER --resolution 8 --width 64"],
+    ),
+    (
+        "latent_fm",
+        "--network {}: for square images only; use --network small",
+        "--data clips --pool 100 --network DiT-B/2",
+        ["--data clips --pool 100 --network small"],
+    ),
+    (
+        "latent_fm",
+        "--patch_size {}: give one number, or one for each of the {} axes of {}",
+        "--data FOLDER --resolution 8 --patch_size 2 2 2",
+        [
+            "--data FOLDER --resolution 8 --patch_size 2",
+            "--data FOLDER --resolution 8 --patch_size 2 4",
+        ],
+    ),
+    (
+        "latent_fm",
+        "--guidance_interval: LO must not be above HI",
+        "--data FOLDER --resolution 8 --guidance_interval 1 0",
+        ["--data FOLDER --resolution 8 --guidance_interval 0 1"],
+    ),
+    (
+        "latent_fm",
+        "--guidance_scale {}: --task {} has no labels to guide by",
+        "--data FOLDER --resolution 8 --task uncond --guidance_scale 2",
+        [
+            "--data FOLDER --resolution 8 --task uncond",
+            "--data FOLDER --resolution 8 --guidance_scale 2",
+        ],
+    ),
+    (
+        "latent_fm",
+        "--task inpaint encodes images in every step: give --data FOLDER or a world",
+        "--task inpaint --data IMAGES_FILE",
+        ["--task inpaint --data FOLDER --resolution 8", "--task inpaint --data shapes --pool 100"],
+    ),
+    (
+        "latent_fm",
+        "{}: --task semantic needs --maps FOLDER, a PNG of class numbers for each image",
+        "--task semantic --data FOLDER --resolution 8",
+        ["--task semantic --data FOLDER --resolution 8 --maps MAPS"],
+    ),
+    (
+        "latent_fm",
+        "--maps {}: a folder of maps goes with --task semantic and --data FOLDER of images",
+        "--data FOLDER --resolution 8 --maps MAPS",
+        ["--task semantic --data FOLDER --resolution 8 --maps MAPS"],
+    ),
+    (
+        "latent_fm",
+        "--lr_final {} is above --learning_rate {}: lower it",
+        "--data FOLDER --resolution 8 --lr_final 1",
+        ["--data FOLDER --resolution 8 --lr_final 1e-5"],
+    ),
+    (
+        "latent_fm",
+        "--network {}: for --task class or uncond, and --t_scale 1 or 1000; use --network small",
+        f"{SEMANTIC} --network DiT-B/2",
+        [f"{SEMANTIC} --network small"],
+    ),
+    (
+        "latent_fm",
+        "--solver {}: {}",
+        "--sample LATENT_NAN --data FOLDER --solver dopri5",
+        ["--sample LATENT --data FOLDER --solver dopri5 --atol 0.1 --rtol 0.1"],
+    ),
+    # ---- what every script may say: data, teachers, runs
+    (
+        "dmd",
+        "a {} teacher needs --prompts FILE.safetensors with {}",
+        "--teacher WAN --sample_shape 4 2 4 6",
+        ["--teacher WAN --sample_shape 4 2 4 6 --prompts PROMPTS"],
+    ),
+    (
+        "dmd",
+        "--prompts: the teacher is a {} and takes class labels, not prompts",
+        "--prompts PROMPTS",
+        [""],
+    ),
+    (
+        "dmd",
+        "--data {}: no readable image{} in {} ({} files skipped)",
+        "--teacher NAMED --gan_weight 0.1 --data NO_PICTURES",
+        ["--teacher NAMED --gan_weight 0.1 --data FOLDER"],
+    ),
+    (
+        "dmd",
+        "--data {}: neither an embedded world ({}), a folder, nor a .safetensors file",
+        "--gan_weight 0.1 --data nowhere",
+        ["--gan_weight 0.1 --data DATA"],
+    ),
+    (
+        "dmd",
+        "--data {}: no tensor called x0 with at least one row",
+        "--gan_weight 0.1 --data NO_ITEMS",
+        ["--gan_weight 0.1 --data DATA"],
+    ),
+    (
+        "dmd",
+        "--data {}: cond.{} has {} rows, {} has {}",
+        "--gan_weight 0.1 --data FEW_LABELS",
+        ["--gan_weight 0.1 --data DATA"],
+    ),
+    (
+        "dmd",
+        "--data {}: its classes are {}, the teacher's {}: labels would mean other things",
+        "--teacher NAMED --gan_weight 0.1 --data OTHER_FOLDER",
+        ["--teacher NAMED --gan_weight 0.1 --data FOLDER"],
+    ),
+    (
+        "dmd",
+        "--data {}: labels from {} to {}, the teacher has classes 0 to {}",
+        "--gan_weight 0.1 --data MANY_CLASSES",
+        ["--gan_weight 0.1 --data DATA"],
+    ),
+    (
+        "dmd",
+        "--data: items are {} with {}, the teacher takes {} with {}",
+        "--gan_weight 0.1 --data WIDE",
+        ["--gan_weight 0.1 --data DATA"],
+    ),
+    (
+        "dmd",
+        "--sample_shape {}: {}",
+        "--sample RUN --sample_shape 1 8 8",
+        ["--sample RUN --sample_shape 1 4 4", "--sample RUN"],
+    ),
+    (
+        "dmd",
+        "--output_dir {}: {} is not a folder that can be written to",
+        "--output_dir FILE",
+        ["--output_dir OUT"],
+    ),
+    (
+        "dmd",
+        "--output_dir {} holds the current folder: name a folder of its own",
+        "--output_dir .",
+        ["--output_dir OUT"],
+    ),
+    (
+        "dmd",
+        "--output_dir {} is a run with samples of its own: name another folder for those of",
+        "--sample RUN --output_dir RUN",
+        ["--sample RUN --output_dir OUT"],
+    ),
+    (
+        "dmd",
+        "--resume_from_checkpoint {}: no state.json there",
+        "--resume_from_checkpoint RUN",
+        ["--resume_from_checkpoint RUN/state/step-0000002 --train_batch_size 4"],
+    ),
+    (
+        "dmd",
+        "the checkpoint is at step {}, beyond --max_train_steps {}: give at least {}",
+        f"{RESUMED} --train_batch_size 4 --max_train_steps 1",
+        [f"{RESUMED} --train_batch_size 4 --max_train_steps 2"],
+    ),
+    (
+        "dmd",
+        "cannot resume with other flags: {}. Give the old values or another --output_dir",
+        f"{RESUMED} --train_batch_size 4 --seed 5",
+        [f"{RESUMED} --train_batch_size 4", "--seed 5 --train_batch_size 4 --output_dir OUT"],
+    ),
+    (
+        "dmd",
+        "on {} rank(s) resume with --train_batch_size {} --gradient_accumulation_steps {}",
+        f"{RESUMED} --train_batch_size 8",
+        [f"{RESUMED} ADVISED"],
+    ),
+    (
+        "dmd",
+        "--student_init {}: this {} does not have the shapes of the teacher's {}",
+        "--student_init OTHER",
+        ["--student_init TEACHER", "--student_init RUN"],
+    ),
+    (
+        "dmd",
+        "--teacher {}: neither an embedded world ({}) nor a folder",
+        "--teacher nowhere",
+        ["--teacher TEACHER", "--teacher ring"],
+    ),
+    ("dmd", "--teacher {}: the folder is empty", "--teacher EMPTY", ["--teacher TEACHER"]),
+    (
+        "dmd",
+        "--teacher_lora: {} is a closed form without weights: leave it out",
+        "--teacher ring --teacher_lora LORA",
+        ["--teacher ring"],
+    ),
+    (
+        "phased_dmd",
+        "--teacher_lora: {} has two networks, for high and for low noise: give a file for each",
+        f"{WAN22} --teacher_lora PAIR/high_noise_model.safetensors",
+        [
+            f"{WAN22} --teacher_lora PAIR/high_noise_model.safetensors "
+            "PAIR/low_noise_model.safetensors"
+        ],
+    ),
+    (
+        "tdm",
+        "{} was made by {}: sample it with python {}.py --sample",
+        "--sample RUN",
+        ["dmd.py --sample RUN"],
+    ),
+    (
+        "dmd",
+        "no teacher ships for shapes: python latent_fm.py trains one in minutes, then give",
+        "--teacher shapes",
+        ["--teacher SHAPES_RUN"],
+    ),
+    # ---- models.convert
+    (
+        "models.convert",
+        "--input {}: {}",
+        f"--input DATA {OUT}",
+        [f"--input OFFICIAL --num_attention_heads 3 {OUT}"],
+    ),
+    (
+        "models.convert",
+        "--prediction flow_v goes with --noise_at 0 (SiT) or 1 (LFM), and only with it",
+        f"--input OFFICIAL --num_attention_heads 3 {OUT} --prediction flow_v",
+        [
+            f"--input OFFICIAL --num_attention_heads 3 {OUT}/a --prediction flow_v --noise_at 0",
+            f"--input OFFICIAL --num_attention_heads 3 {OUT}/b --prediction flow_v --noise_at 1",
+            f"--input OFFICIAL --num_attention_heads 3 {OUT}/c",
+        ],
+    ),
+    (
+        "models.convert",
+        "--output {} exists: name a new folder",
+        "--input OFFICIAL --num_attention_heads 3 --output EMPTY",
+        [f"--input OFFICIAL --num_attention_heads 3 {OUT}"],
+    ),
+    (
+        "models.convert",
+        "cannot write --output {}: {}; name a new folder",
+        "--input OFFICIAL --num_attention_heads 3 --output FILE/new",
+        [f"--input OFFICIAL --num_attention_heads 3 {OUT}"],
+    ),
+    # ---- models.decode
+    (
+        "models.decode",
+        "--teacher {}: its vae/ is {}, which cannot be decoded here: pass a pipeline folder with",
+        f"--teacher OTHER_VAE --latents X0 {OUT}",
+        [f"--teacher VAE --latents X0 {OUT}"],
+    ),
+    (
+        "models.decode",
+        "--teacher {} {}: pass a diffusers pipeline folder with vae/, a run of ours with",
+        f"--teacher EMPTY --latents X0 {OUT}",
+        [f"--teacher VAE --latents X0 {OUT}", f"--teacher SPACE --latents X0 {OUT}"],
+    ),
+    (
+        "models.decode",
+        "--fps is for videos, and --teacher {} makes images: leave it out",
+        f"--teacher SPACE --latents X0 {OUT} --fps 8",
+        [f"--teacher SPACE --latents X0 {OUT}"],
+    ),
+    (
+        "models.decode",
+        "cannot read --latents: {}",
+        f"--teacher SPACE --latents nowhere {OUT}",
+        [f"--teacher SPACE --latents X0 {OUT}"],
+    ),
+    (
+        "models.decode",
+        "--latents {} has no tensor x0; write the latents under that key",
+        f"--teacher SPACE --latents NO_ITEMS {OUT}",
+        [f"--teacher SPACE --latents X0 {OUT}"],
+    ),
+    (
+        "models.decode",
+        "--teacher {}, --latents {}: {}",
+        f"--teacher SPACE --latents DATA {OUT}",
+        [f"--teacher SPACE --latents X0 {OUT}"],
+    ),
+    (
+        "models.decode",
+        "cannot write --output {}: {}; name a new folder",
+        "--teacher SPACE --latents X0 --output FILE/new",
+        [f"--teacher SPACE --latents X0 {OUT}"],
+    ),
+    # ---- models.encode
+    (
+        "models.encode",
+        "--images {} is not a folder; put one image for each object in one",
+        f"--images nowhere {OUT}",
+        [f"--images PICTURES {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--images {} holds no files; put one image for each object in it",
+        f"--images EMPTY {OUT}",
+        [f"--images PICTURES {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--dinov2 {} cannot be loaded",
+        f"--images PICTURES --dinov2 EMPTY {OUT}",
+        [f"--images PICTURES {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--max_length {}: CLIP takes at most {} tokens",
+        f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT --max_length 78 {OUT}",
+        [f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT --max_length 77 {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--clip {} cannot be loaded",
+        f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT --clip EMPTY {OUT}",
+        [
+            f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT --clip CLIP {OUT}",
+            f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT {OUT}",
+        ],
+    ),
+    (
+        "models.encode",
+        "--teacher {} {}: pass a diffusers pipeline folder, or TRELLIS's root",
+        f"--teacher EMPTY --prompts_txt PROMPTS_TXT {OUT}",
+        [
+            f"--teacher WAN --prompts_txt PROMPTS_TXT {OUT}",
+            f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT {OUT}",
+        ],
+    ),
+    (
+        "models.encode",
+        "--teacher {} is {}, and --prompts_txt is for {}: {}",
+        f"--teacher TRELLIS_ROOT --prompts_txt PROMPTS_TXT {OUT}",
+        [f"--teacher TRELLIS_ROOT --images PICTURES {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--clip has no effect with a {}, which has its own encoder: leave it out",
+        f"--teacher WAN --prompts_txt PROMPTS_TXT --clip CLIP {OUT}",
+        [f"--teacher WAN --prompts_txt PROMPTS_TXT {OUT}"],
+    ),
+    (
+        "models.encode",
+        "pass --max_length 120 for alpha, 300 for Sigma",
+        f"--teacher BARE_PIXART --prompts_txt PROMPTS_TXT {OUT}",
+        [
+            f"--teacher BARE_PIXART --prompts_txt PROMPTS_TXT --max_length {n} {OUT}"
+            for n in (120, 300)
+        ],
+    ),
+    (
+        "models.encode",
+        "cannot read --prompts_txt {} as UTF-8",
+        f"--teacher WAN --prompts_txt nowhere {OUT}",
+        [f"--teacher WAN --prompts_txt PROMPTS_TXT {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--prompts_txt {} holds no prompt; write one prompt a line",
+        f"--teacher WAN --prompts_txt NO_PROMPTS_TXT {OUT}",
+        [f"--teacher WAN --prompts_txt PROMPTS_TXT {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--teacher {}: {}",
+        f"--teacher NO_TOKENIZER --prompts_txt PROMPTS_TXT {OUT}",
+        [f"--teacher WAN --prompts_txt PROMPTS_TXT {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--{} has no effect with {}: leave it out",
+        f"--images PICTURES --max_length 3 {OUT}",
+        [f"--images PICTURES {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--prompts_txt needs --teacher: pass a diffusers pipeline folder",
+        f"--prompts_txt PROMPTS_TXT {OUT}",
+        [f"--teacher WAN --prompts_txt PROMPTS_TXT {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--teacher {} is {}, and --images is for TRELLIS's image models: pass their root",
+        f"--teacher WAN --images PICTURES {OUT}",
+        [
+            f"--teacher TRELLIS_ROOT --images PICTURES {OUT}",
+            f"--teacher WAN --prompts_txt PROMPTS_TXT {OUT}",
+        ],
+    ),
+    (
+        "models.encode",
+        "cannot write --output {}: {}; name a new file",
+        "--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT --output FILE/new",
+        [f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT {OUT}"],
+    ),
+]
+
+
+# What cannot be met in one run of one process with nothing prepared: tests that follow it.
+ELSEWHERE = {
+    "rank(s)), which {} ranks cannot share: use one of {}": (
+        "test_resume",
+        "test_ranks_that_cannot_share_the_batch",
+    ),
+    "lower --bank_size or --sampling_steps, or name a --bank FOLDER on a larger disk": (
+        "test_linvideo_runs",
+        "test_disk_that_trajectories_take",
+    ),
+    "lower --own_trajectories, --fresh or --checkpointing_steps": (
+        "test_linvideo_runs",
+        "test_disk_that_trajectories_take",
+    ),
+    "a run with --state policy goes on with the trajectories that its student has made": (
+        "test_linvideo_runs",
+        "test_old_trajectories_of_the_student_go",
+    ),
+    "--data {}: {} disagree on the number of rows": (
+        "test_advice",
+        "test_conditions_of_different_lengths",
+    ),
+}
+
+
+def case_id(case):
+    return f"{case[0]}: {case[2]}"[:70]
+
+
+class Started(Exception):
+    """A run that was not refused has come to its first update."""
+
+
+def flags_of(places, tmp_path, command, line):
+    """A case's line as flags, with a teacher and an output folder where it names none."""
+    line = re.sub(r"\bOUT\b", str(tmp_path / "out"), line)
+    for name in set(re.findall(r"(?<![/\w])[A-Z][A-Z0-9_]+\b", line)) & set(dir(places)):
+        line = re.sub(rf"(?<![/\w]){name}\b", places[name], line)
+    flags = shlex.split(line)
+    if command in SCRIPTS:
+        if command != "latent_fm" and not {"--teacher", "--sample"} & set(flags):
+            flags += ["--teacher", places["TEACHER"]]
+        if "--output_dir" not in flags:
+            flags += ["--output_dir", str(tmp_path / "run")]
+    return flags
+
+
+def follow(line, error):
+    """ADVISED in a line of advice, filled in from the message."""
+    tail = re.split(r"(?:use|resume with) (?=--)", error)[-1].strip()
+    line = re.sub(r"(--\w+) ADVISED", lambda m: re.search(rf"{m[1]} [\w.]+", tail)[0], line)
+    return line.replace("ADVISED", tail)
+
+
+def stop_before_training(monkeypatch):
+    """Run.steps raises Started; the ring's network is fitted to nothing."""
+
+    def steps(run, *args, **more):
+        raise Started
+
+    monkeypatch.setattr(teachers, "fit_ring_network", lambda teacher, seed: ring_network(seed))
+    monkeypatch.setattr(Run, "steps", steps)
+
+
+def encode_nothing(monkeypatch):
+    """models.encode without the encoders that would have to be downloaded."""
+    nothing = {"cond.text": torch.zeros(1, 1, 1)}
+
+    def images(folder, dinov2):
+        encode.read_images(folder)
+        return nothing
+
+    monkeypatch.setattr(encode, "encode_trellis_images", images)
+    for name, (function, *more) in encode.TEXT_TEACHERS.items():
+        if function is not encode.encode_trellis_text:
+            entry = lambda *a: nothing, *more  # noqa: E731
+            monkeypatch.setitem(encode.TEXT_TEACHERS, name, entry)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_advice(monkeypatch, capsys, places, tmp_path, case):
+    """Refused with the message; not refused with the flags that it advises."""
+    command, says, wrong, advised = case
+    wrong = flags_of(places, tmp_path, command, wrong)
+    for line in advised:
+        flags_of(places, tmp_path, command, line)  # what they need is made before runs stop short
+    stop_before_training(monkeypatch)
+    error = refusal_of(capsys, importlib.import_module(command).main, *wrong)
+    assert re.search(".*?".join(map(re.escape, says.split("{}"))), error), error
+    theirs = {*flags_of_parser(command), *flags_of_quoted_commands(error)}
+    assert set(flags_in(error)) <= theirs, error
+    encode_nothing(monkeypatch)
+    for line in advised:
+        script = re.match(r"(\w+)\.py ", line)
+        command = script.group(1) if script else command
+        line = follow(line.removeprefix(f"{command}.py "), error)
+        flags = flags_of(places, tmp_path, command, line)
+        with contextlib.suppress(Started):
+            importlib.import_module(command).main(flags)
+
+
+# ---- no message is forgotten ---------------------------------------------------------------------
+
+
+@functools.cache
+def flags_of_parser(command):
+    """Names of the flags that a command takes."""
+    seen, module = [], importlib.import_module(command)
+    with pytest.MonkeyPatch.context() as m:
+        for cls in (Parser, *Parser.__mro__[1:2]):
+            m.setattr(cls, "parse_args", lambda p, *a, **k: seen.append(p) or exit_now())
+        with contextlib.suppress(SystemExit):
+            (module.parse_args if hasattr(module, "parse_args") else module.main)([])
+    return tuple(action.dest for action in seen[-1]._actions)
+
+
+def exit_now():
+    raise SystemExit
+
+
+def flags_of_quoted_commands(text):
+    """Flags of other commands that a message quotes, python -m models.encode ... and the like."""
+    for name in re.findall(r"python (?:-m )?([\w.]+)", text):
+        if name.removesuffix(".py") in SCRIPTS + TOOLS:
+            yield from flags_of_parser(name.removesuffix(".py"))
+
+
+def test_every_message_that_names_a_flag_has_a_case():
+    """In a script of its own, elsewhere of any command."""
+    missing = []
+    for file, text in messages():
+        own = Path(file).stem if "/" not in file else None
+        cases = [case for case in CASES if own in (None, case[0])]
+        if not any(piece in text for piece in [*ELSEWHERE, *(case[1] for case in cases)]):
+            missing.append(f"{file}: {text}")
+    assert not missing, "\n" + "\n".join(missing)
+
+
+def test_every_flag_in_a_message_exists():
+    """In the parser of the script whose message it is; in models/, in that of some command."""
+    every = {flag for command in SCRIPTS + TOOLS for flag in flags_of_parser(command)}
+    for file, text in messages():
+        name = file.removesuffix(".py").replace("/", ".")
+        theirs = set(flags_of_parser(name)) if name in SCRIPTS + TOOLS else every
+        theirs |= set(flags_of_quoted_commands(text))
+        assert set(flags_in(text)) <= theirs, (file, text)
+
+
+def test_cases_are_of_messages_that_exist():
+    """A message that was reworded takes its case along."""
+    texts = {text for _, text in messages()}
+    for piece in [*ELSEWHERE, *(case[1] for case in CASES)]:
+        assert any(piece in text for text in texts), piece
+    for module, name in ELSEWHERE.values():
+        assert f"def {name}(" in (ROOT / "tests" / f"{module}.py").read_text(), (module, name)
+
+
+def test_conditions_of_different_lengths(tmp_path):
+    """No network that is sampled from --data takes two conditions yet."""
+    net = types.SimpleNamespace(cond_names=("text", "mask"))
+    path = str(tmp_path / "d.safetensors")
+    save_file({"cond.text": torch.zeros(3, 2, 4), "cond.mask": torch.ones(2, 2)}, path)
+    with pytest.raises(UserError, match="cond.text and cond.mask disagree on the number of rows"):
+        load_conditions(path, net)
+    save_file({"cond.text": torch.zeros(3, 2, 4), "cond.mask": torch.ones(3, 2)}, path)
+    assert len(load_conditions(path, net).preview(3)) == 3

@@ -1,0 +1,204 @@
+"""models/plumbing/report.py and models/pictures.py: samples on all ranks, how often, how large."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ENV, ROOT, read_log, save_tiny_teacher
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import decoupled_dmd
+import dmd
+import linvideo
+import mdt_dist
+import phased_dmd
+import tdm
+from models import pictures
+from models.files import load_json
+from models.plumbing import report
+
+SCRIPTS = [dmd, decoupled_dmd, tdm, phased_dmd, linvideo]
+QUICK = "--max_train_steps 2 --train_batch_size 4 --teacher_steps 2 --preview_samples 5"
+
+
+def command(script, *flags, ranks=1):
+    """Run a script as a user does, on gloo ranks.  -> what it printed."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    line = [*start, str(ROOT / f"{script.__name__}.py"), *map(str, flags)]
+    done = subprocess.run(line, capture_output=True, text=True, env=ENV, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def flags_for(script, tmp_path):
+    """Flags of a short run of this script on a small teacher without a world."""
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    flags = [*QUICK.split(), "--teacher", teacher]
+    if script is linvideo:
+        bank = "--sampling_steps 4 --bank_size 8 --bank_batch 8 --target_layers 1 --select first"
+        return [*flags, *bank.split()]
+    if script is tdm:
+        return [*flags, "--student_steps", "2"]
+    return [*flags, "--student_steps", "2", "--fake_update_ratio", "1"]
+
+
+# ---- all ranks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [dmd, phased_dmd], ids=lambda s: s.__name__)
+def test_ranks_share_out_the_samples(tmp_path, script):
+    """Five samples on two ranks, after training and by --sample: those of one rank."""
+    flags = flags_for(script, tmp_path)
+    out = tmp_path / "run"
+    more = ["--gradient_accumulation_steps", "1", "--checkpointing_steps", "1"]
+    command(script, *flags, *more, "--output_dir", out, ranks=2)
+    made = load_file(out / "samples.safetensors")["x0"]
+    assert len(made) == 5 and (out / "samples.png").is_file() and len(read_log(out)) == 2
+    sample = ["--sample", str(out), "--preview_samples", "5", "--output_dir"]
+    script.main([*sample, str(tmp_path / "one")])
+    assert command(script, *sample, tmp_path / "two", ranks=2).count("samples.png") == 1
+    one, two = (load_file(tmp_path / n / "samples.safetensors")["x0"] for n in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one, made, rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_share_out_the_measures(tmp_path):
+    """report.json of two ranks, for a world: 2,000 samples a row, half of them on each."""
+    flags = "--teacher ring --max_train_steps 1 --teacher_steps 4 --fake_update_ratio 1".split()
+    dmd.main([*flags, "--output_dir", str(tmp_path / "1"), "--train_batch_size", "8"])
+    command(dmd, *flags, "--output_dir", tmp_path / "2", "--train_batch_size", 4, ranks=2)
+    one, two = (load_json(str(tmp_path / n / "report.json"))["results"] for n in ("1", "2"))
+    assert [r["name"] for r in one] == [r["name"] for r in two]
+    for a, b in zip(one, two):
+        for name in a.keys() - {"ms_per_sample", "name"}:
+            assert b[name] == pytest.approx(a[name], rel=2e-2, abs=1e-3), (a["name"], name)
+
+
+@pytest.mark.parametrize("n, ranks", [(5, 3), (2, 3), (6, 2), (1, 1)])
+def test_shares_are_consecutive_and_gathered_in_order(monkeypatch, n, ranks):
+    """Every row once, the same rows whatever the ranks; a rank may have none."""
+    asked, sent = [], {}
+
+    def rank(r):
+        run = SimpleNamespace(rank=r, world_size=ranks, main=r == 0, device=torch.device("cpu"))
+        run.autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=False)
+
+        def gather(part, parts):
+            sent[r] = part
+            if r == 0:
+                for i, p in enumerate(parts):
+                    p.copy_(sent[i])
+
+        def draw(first, last):
+            asked.append((first, last))
+            return torch.arange(first, last, dtype=torch.float32)[:, None].expand(-1, 2)
+
+        monkeypatch.setattr(report.dist, "gather", gather)
+        return report.many_on_all_ranks(run, draw, n, (2,), batch=2)[0]
+
+    others = [rank(r) for r in range(1, ranks)]
+    x = rank(0)
+    assert others == [None] * (ranks - 1)
+    assert x[:, 0].tolist() == list(range(n)) and x.shape == (n, 2)
+    assert sorted(i for a, b in asked for i in range(a, b)) == list(range(n))
+    assert all(b - a <= 2 for a, b in asked)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, mdt_dist], ids=lambda script: script.__name__)
+def test_samples_are_drawn_as_networks_train(monkeypatch, tmp_path, script):
+    """Under autocast where training is, in previews, at the end, and by --sample."""
+    seen, real = [], report.many
+
+    def watched(draw, n, batch=500):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return real(draw, n, batch)
+
+    monkeypatch.setattr(report, "many", watched)
+    flags = flags_for(script, tmp_path)
+    if script is mdt_dist:
+        data = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        save_file({"x0": data, "cond.label": torch.arange(6) % 3}, tmp_path / "d.safetensors")
+        flags = [*QUICK.split(), *flags[flags.index("--teacher") :][:2]]
+        flags += ["--data", str(tmp_path / "d.safetensors"), "--student_steps", "1"]
+    out = str(tmp_path / "run")
+    flags += ["--checkpointing_steps", "1", "--output_dir", out]
+    for precision, on in (("bf16", True), ("no", False)):
+        seen.clear()
+        script.main([*flags, "--mixed_precision", precision])
+        assert len(seen) >= 3 and set(seen) == {on}  # a preview, the student, the teacher
+    seen.clear()
+    more = ["--data", str(tmp_path / "d.safetensors")] if script is mdt_dist else []
+    where = ["--output_dir", str(tmp_path / "samples"), *more]
+    script.main(["--sample", out, *where, "--mixed_precision", "bf16"])
+    assert seen == [True]
+
+
+# ---- how often -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "every, expected", [(None, [2, 4, 6]), (0, []), (4, [4]), (3, [4, 6]), (1, [2, 4, 6])]
+)
+def test_preview_every(monkeypatch, tmp_path, every, expected):
+    """Pictures come with saves, here after updates 2, 4, 6 and 7, which is the last."""
+    shown, real = [], report.save_samples
+
+    def watched(folder, rows, world):
+        shown.extend(int(text.split()[-1]) for text, _ in rows if "step" in text)
+        real(folder, rows, world)
+
+    monkeypatch.setattr(report, "save_samples", watched)
+    flags = [*flags_for(dmd, tmp_path), "--max_train_steps", "7", "--checkpointing_steps", "2"]
+    flags += [] if every is None else ["--preview_every", str(every)]
+    dmd.main([*flags, "--output_dir", str(tmp_path / "run")])
+    assert shown == expected
+    assert (tmp_path / "run" / "samples.png").is_file()  # the end has a picture in any case
+
+
+# ---- how large -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape, size",
+    [
+        ((20, 3, 256, 256), (3 * 258, 9 * 258)),  # it was 15,400 pixels wide
+        ((20, 3, 64, 64), (2 * 194, 13 * 194)),
+        ((20, 3, 16, 16), (50, 20 * 50)),
+        ((2, 16, 21, 60, 104), (62, 10 * 106)),
+        ((6, 16, 21, 60, 104), (2 * 62, 20 * 106)),  # lines break between videos of five frames
+        ((2, 3, 1, 40, 3000), (2 * 42, 3002)),
+    ],
+)
+def test_pictures_are_no_wider_than_a_screen(tmp_path, shape, size):
+    """One pixel a pixel above 64, three below; long rows go on in the next line."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    image = pictures.picture(x)
+    assert image.shape == (*size, 3)
+    assert image.shape[1] <= max(pictures.WIDEST, shape[-1] + 2)
+    report.save_samples(str(tmp_path), [("data", x), ("student", x)], None)
+    assert Image.open(tmp_path / "samples.png").size == (size[1], 2 * (size[0] + 16))
+    assert (tmp_path / "samples.gif").exists() == (len(shape) == 5)
+
+
+def test_lines_hold_every_sample_once():
+    x = torch.linspace(-1, 1, 30)[:, None, None, None].expand(-1, 3, 100, 100)
+    image = pictures.picture(x)
+    assert image.shape == (2 * 102, 25 * 102, 3)
+    found = [image[50, 51 + 102 * i, 0] for i in range(25)]
+    found += [image[152, 51 + 102 * i, 0] for i in range(5)]
+    want = ((x[:, 0, 0, 0] + 1) * 127.5).round()
+    assert found == want.byte().tolist()
+    assert (image[102:, 5 * 102 :] == 255).all()
+
+
+def test_report_is_json_without_a_world(tmp_path):
+    dmd.main([*flags_for(dmd, tmp_path), "--output_dir", str(tmp_path / "run")])
+    made = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert made["results"] == [] and os.path.isfile(tmp_path / "run" / "samples.safetensors")
