@@ -17,9 +17,11 @@ import types
 from pathlib import Path
 
 import pytest
+import released
 import torch
 from helpers import (
     ROOT,
+    fill,
     quiet,
     refusal_of,
     ring_network,
@@ -31,7 +33,7 @@ from helpers import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_dit_imagenet import official_state
-from test_pipeline import image_vae, save_space
+from test_pipeline import CONFIGS, image_vae, pixart_parts, save_space, wan_parts
 from test_trellis import CLASSES, save_root, save_text_root, save_tiny_clip, sparse_file
 
 import dmd
@@ -74,9 +76,9 @@ def text_of(node, known):
     return "{}"
 
 
-def messages_of_function(function):
+def messages_of_function(function, constants):
     """-> texts of what a function raises, gives to Parser.error, or yields as (wrong, why)."""
-    known, found = {}, []
+    known, found = dict(constants), []
     for node in sorted(ast.walk(function), key=lambda n: getattr(n, "lineno", 0)):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             known[node.targets[0].id] = text_of(node.value, known)
@@ -99,9 +101,13 @@ def messages():
     """-> [(file, text)] of every message that names a flag."""
     paths, found = [*ROOT.glob("*.py"), *ROOT.glob("models/**/*.py")], set()
     for path in sorted(paths):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree, constants = ast.parse(path.read_text()), {}
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                constants[node.targets[0].id] = text_of(node.value, {})
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
-                texts = messages_of_function(node)
+                texts = messages_of_function(node, constants)
                 texts = {t for t in texts if flags_in(t) or "--{}" in t}
                 found |= {(str(path.relative_to(ROOT)), t) for t in texts}
     return sorted(found)
@@ -294,6 +300,26 @@ class Places:
         pictures(root / "00000")
         return root
 
+    def LETTERED(self, root):
+        """NUMBERED with a letter before the number."""
+        pictures(root / "a00000")
+        return root
+
+    def described(self, root, labels):
+        """Pictures with a dataset.json."""
+        pictures(root / "00000")
+        save_json({"labels": labels}, str(root / "dataset.json"))
+        return root
+
+    def DESCRIBED(self, root):
+        return self.described(root, [["00000/0.png", 0], ["00000/1.png", 1]])
+
+    def NO_LABELS(self, root):
+        return self.described(root, None)
+
+    def WRONG_LABELS(self, root):
+        return self.described(root, {"00000/0.png": 0, "00000/1.png": 1})
+
     def MAPS(self, root):
         """A map for each of FOLDER's pictures, of classes 0 to 2."""
         for path in Path(self["FOLDER"]).rglob("*.png"):
@@ -451,11 +477,61 @@ class Places:
         pictures(root, name="objects")
         return root
 
+    def pipeline(self, root, model, parts):
+        diffusers, transformers = (
+            pytest.importorskip("diffusers"),
+            pytest.importorskip("transformers"),
+        )
+        transformer = fill(model.theirs(**CONFIGS[model]))
+        parts(diffusers, transformers, transformer).save_pretrained(root)
+        return root
+
+    def WAN_PIPE(self, root):
+        return self.pipeline(root, released.WAN, wan_parts)
+
+    def PIXART_PIPE(self, root):
+        return self.pipeline(root, released.PIXART, pixart_parts)
+
     def BARE_PIXART(self, root):
-        """Its transformer alone."""
-        (root / "transformer").mkdir()
-        config = {"_class_name": "PixArtTransformer2DModel"}
-        save_json(config, str(root / "transformer" / "config.json"))
+        """Without the file that tells alpha from Sigma."""
+        shutil.copytree(self["PIXART_PIPE"], root, dirs_exist_ok=True)
+        (root / "model_index.json").unlink()
+        return root
+
+    def DIT_ROOT(self, root):
+        save_json({"_class_name": "DiTPipeline"}, str(root / "model_index.json"))
+        return root
+
+    def CAPTIONED(self, root):
+        pictures(root)
+        for i in range(2):
+            (root / f"{i}.txt").write_text("a cat")
+        return root
+
+    def CAPTIONS(self, root):
+        """Of PICTURES."""
+        (root / "captions.json").write_text(json.dumps({f"objects{i}.png": "a" for i in range(2)}))
+        return root / "captions.json"
+
+    def CAPTION_LINES(self, root):
+        rows = [json.dumps({"file_name": f"objects{i}.png", "text": "a"}) for i in range(2)]
+        (root / "captions.jsonl").write_text("\n".join(rows))
+        return root / "captions.jsonl"
+
+    def NO_CAPTIONS(self, root):
+        (root / "captions.json").write_text(json.dumps({"objects0.png": 3}))
+        return root / "captions.json"
+
+    def BROKEN_LINES(self, root):
+        (root / "captions.jsonl").write_text("a cat")
+        return root / "captions.jsonl"
+
+    def MOVIES(self, root):
+        """Five frames each."""
+        for i in range(2):
+            frames = [Image.new("RGB", (16, 16), (40 * n, 0, 90)) for n in range(5)]
+            frames[0].save(root / f"{i}.gif", save_all=True, append_images=frames[1:])
+            (root / f"{i}.txt").write_text("a cat runs")
         return root
 
     def NO_TOKENIZER(self, root):
@@ -886,13 +962,13 @@ CASES = [
     ),
     (
         "mdt_dist",
-        "--data {}: no uncond.{} {}, the features of an empty prompt",
+        "--data {}: no {} {}, the features of an empty prompt",
         "--teacher TEXT_STRUCTURE --data TEXT_TOKENS",
         ["--teacher TEXT_STRUCTURE --data WHOLE_TEXT_TOKENS"],
     ),
     (
         "mdt_dist",
-        "--data {}: uncond.{} is {} and cond.{} {}; wanted {} for it",
+        "--data {}: {} is {} and cond.{} {}; give {} the shape {}",
         "--teacher STRUCTURE --data WRONG_UNCOND",
         ["--teacher STRUCTURE --data DENSE"],
     ),
@@ -920,6 +996,42 @@ CASES = [
         "{}: --task semantic needs cond.map, class numbers (N, H, W) = {}",
         "--data IMAGES_FILE --task semantic",
         ["--data MAPS_FILE --task semantic"],
+    ),
+    (
+        "latent_fm",
+        "its subfolders {} ... look like parts of a large set, not like classes",
+        "--data NUMBERED --resolution 8",
+        [
+            "latent_fm.py --task uncond --data NUMBERED --resolution 8",
+            "--data LETTERED --resolution 8",
+        ],
+    ),
+    (
+        "dmd",
+        "{} images, such as {}, lie beside the class subfolders {}...: move them into one of these",
+        "--teacher NAMED --gan_weight 0.1 --data LOOSE",
+        [
+            "--teacher NAMED --gan_weight 0.1 --data FOLDER",
+            "latent_fm.py --task uncond --data LOOSE --resolution 8",
+        ],
+    ),
+    (
+        "latent_fm",
+        "{} has no labels: train without classes",
+        "--data NO_LABELS --resolution 8",
+        [
+            "latent_fm.py --task uncond --data NO_LABELS --resolution 8",
+            "--data DESCRIBED --resolution 8",
+        ],
+    ),
+    (
+        "latent_fm",
+        '{} wants "labels": [["FILE", CLASS], ...] with class numbers from 0 on: write it so',
+        "--data WRONG_LABELS --resolution 8",
+        [
+            "--data DESCRIBED --resolution 8",
+            "latent_fm.py --task uncond --data WRONG_LABELS --resolution 8",
+        ],
     ),
     (
         "latent_fm",
@@ -1313,7 +1425,7 @@ CASES = [
         "--teacher {} {}: pass a diffusers pipeline folder, or TRELLIS's root",
         f"--teacher EMPTY --prompts_txt PROMPTS_TXT {OUT}",
         [
-            f"--teacher WAN --prompts_txt PROMPTS_TXT {OUT}",
+            f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT {OUT}",
             f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT {OUT}",
         ],
     ),
@@ -1326,8 +1438,8 @@ CASES = [
     (
         "models.encode",
         "--clip has no effect with a {}, which has its own encoder: leave it out",
-        f"--teacher WAN --prompts_txt PROMPTS_TXT --clip CLIP {OUT}",
-        [f"--teacher WAN --prompts_txt PROMPTS_TXT {OUT}"],
+        f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT --clip CLIP {OUT}",
+        [f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT {OUT}"],
     ),
     (
         "models.encode",
@@ -1341,20 +1453,20 @@ CASES = [
     (
         "models.encode",
         "cannot read --prompts_txt {} as UTF-8",
-        f"--teacher WAN --prompts_txt nowhere {OUT}",
-        [f"--teacher WAN --prompts_txt PROMPTS_TXT {OUT}"],
+        f"--teacher WAN_PIPE --prompts_txt nowhere {OUT}",
+        [f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT {OUT}"],
     ),
     (
         "models.encode",
         "--prompts_txt {} holds no prompt; write one prompt a line",
-        f"--teacher WAN --prompts_txt NO_PROMPTS_TXT {OUT}",
-        [f"--teacher WAN --prompts_txt PROMPTS_TXT {OUT}"],
+        f"--teacher WAN_PIPE --prompts_txt NO_PROMPTS_TXT {OUT}",
+        [f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT {OUT}"],
     ),
     (
         "models.encode",
         "--teacher {}: {}",
         f"--teacher NO_TOKENIZER --prompts_txt PROMPTS_TXT {OUT}",
-        [f"--teacher WAN --prompts_txt PROMPTS_TXT {OUT}"],
+        [f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT {OUT}"],
     ),
     (
         "models.encode",
@@ -1366,16 +1478,85 @@ CASES = [
         "models.encode",
         "--prompts_txt needs --teacher: pass a diffusers pipeline folder",
         f"--prompts_txt PROMPTS_TXT {OUT}",
-        [f"--teacher WAN --prompts_txt PROMPTS_TXT {OUT}"],
+        [f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT {OUT}"],
     ),
     (
         "models.encode",
-        "--teacher {} is {}, and --images is for TRELLIS's image models: pass their root",
-        f"--teacher WAN --images PICTURES {OUT}",
+        "--teacher {} is {}, and --images is for TRELLIS's image models and for Wan, Z-Image and",
+        f"--teacher DIT_ROOT --images PICTURES {OUT}",
         [
             f"--teacher TRELLIS_ROOT --images PICTURES {OUT}",
-            f"--teacher WAN --prompts_txt PROMPTS_TXT {OUT}",
+            f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT {OUT}",
         ],
+    ),
+    (
+        "models.encode",
+        "--images with captions: give --resolution H W, or one number for squares",
+        f"--teacher PIXART_PIPE --images CAPTIONED {OUT}",
+        [
+            f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 16 {OUT}",
+            f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 {OUT}",
+        ],
+    ),
+    (
+        "models.encode",
+        "--images {} is not a folder; put images with captions in one",
+        f"--teacher PIXART_PIPE --images nowhere --resolution 8 {OUT}",
+        [f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--images {} holds no images",
+        f"--teacher PIXART_PIPE --images EMPTY --resolution 8 {OUT}",
+        [f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--images {}: {} of {} images have no caption, such as {}: write it into {}",
+        f"--teacher PIXART_PIPE --images PICTURES --resolution 8 {OUT}",
+        [
+            f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 {OUT}",
+            f"--teacher PIXART_PIPE --images PICTURES --captions CAPTIONS --resolution 8 {OUT}",
+        ],
+    ),
+    (
+        "models.encode",
+        "--captions {}: {}: {}; wanted FILE.json with",
+        f"--teacher PIXART_PIPE --images PICTURES --captions BROKEN_LINES --resolution 8 {OUT}",
+        [f"--teacher PIXART_PIPE --images PICTURES --captions CAPTION_LINES --resolution 8 {OUT}"],
+    ),
+    (
+        "models.encode",
+        '--captions {}: wanted {"NAME": "CAPTION"}, with one text each',
+        f"--teacher PIXART_PIPE --images PICTURES --captions NO_CAPTIONS --resolution 8 {OUT}",
+        [f"--teacher PIXART_PIPE --images PICTURES --captions CAPTIONS --resolution 8 {OUT}"],
+    ),
+    (
+        "models.encode",
+        "{} is {}: give --vae with AutoencoderKL or AutoencoderKLWan",
+        f"--teacher PIXART_PIPE --vae OTHER_VAE --images CAPTIONED --resolution 8 {OUT}",
+        [f"--teacher PIXART_PIPE --vae VAE --images CAPTIONED --resolution 8 {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--frames {}: an AutoencoderKL encodes images, leave it out",
+        f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 --frames 5 {OUT}",
+        [f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--frames {}: Wan's autoencoder takes 1, 5, 9, ... frames",
+        f"--teacher WAN_PIPE --images MOVIES --resolution 16 --frames 4 {OUT}",
+        [
+            f"--teacher WAN_PIPE --images MOVIES --resolution 16 --frames 5 {OUT}",
+            f"--teacher WAN_PIPE --images MOVIES --resolution 16 --frames 1 {OUT}",
+        ],
+    ),
+    (
+        "models.encode",
+        "--resolution {} {}: sides must be multiples of {}",
+        f"--teacher PIXART_PIPE --images CAPTIONED --resolution 9 {OUT}",
+        [f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 {OUT}"],
     ),
     (
         "models.encode",
@@ -1404,6 +1585,7 @@ ELSEWHERE = {
         "test_linvideo_runs",
         "test_old_trajectories_of_the_student_go",
     ),
+    "it has {} frames, --frames wants {}": ("test_pairs", "test_pixels_are_cut_to_the_shape"),
     "--data {}: {} disagree on the number of rows": (
         "test_advice",
         "test_conditions_of_different_lengths",
@@ -1450,19 +1632,14 @@ def stop_before_training(monkeypatch):
     monkeypatch.setattr(Run, "steps", steps)
 
 
-def encode_nothing(monkeypatch):
-    """models.encode without the encoders that would have to be downloaded."""
-    nothing = {"cond.text": torch.zeros(1, 1, 1)}
+def encode_no_images(monkeypatch):
+    """models.encode without the encoder of images that would have to be downloaded."""
 
     def images(folder, dinov2):
         encode.read_images(folder)
-        return nothing
+        return {"cond.tokens": torch.zeros(1, 1, 1)}
 
     monkeypatch.setattr(encode, "encode_trellis_images", images)
-    for name, (function, *more) in encode.TEXT_TEACHERS.items():
-        if function is not encode.encode_trellis_text:
-            entry = lambda *a: nothing, *more  # noqa: E731
-            monkeypatch.setitem(encode.TEXT_TEACHERS, name, entry)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -1477,7 +1654,7 @@ def test_advice(monkeypatch, capsys, places, tmp_path, case):
     assert re.search(".*?".join(map(re.escape, says.split("{}"))), error), error
     theirs = {*flags_of_parser(command), *flags_of_quoted_commands(error)}
     assert set(flags_in(error)) <= theirs, error
-    encode_nothing(monkeypatch)
+    encode_no_images(monkeypatch)
     for line in advised:
         script = re.match(r"(\w+)\.py ", line)
         command = script.group(1) if script else command
@@ -1508,7 +1685,8 @@ def exit_now():
 
 def flags_of_quoted_commands(text):
     """Flags of other commands that a message quotes, python -m models.encode ... and the like."""
-    for name in re.findall(r"python (?:-m )?([\w.]+)", text):
+    for name in re.findall(r"python (?:-m )?([\w.]+)|(\w+\.py) --", text):
+        name = "".join(name)
         if name.removesuffix(".py") in SCRIPTS + TOOLS:
             yield from flags_of_parser(name.removesuffix(".py"))
 

@@ -42,6 +42,7 @@ from models.pictures import tile
 from models.plumbing import report, teachers
 from models.plumbing.data import Conditions
 from models.plumbing.run import Run, run_main
+from tests import orderings
 
 SHIFT, K, BANK = 2.0, 5, 10
 FEW = f"""--max_train_steps 3 --selection_share 0.67 --train_batch_size 8 --bank_size {BANK}
@@ -1049,6 +1050,18 @@ def test_released_models_get_the_objective_that_measures_best():
     assert (paper.objective, paper.weight, paper.count) == ("adm", "eq13", "round")
     assert (paper.selection_weight, paper.alpha, paper.selection_share) == (0.01, [20, 2], 1)
     assert paper.state != "policy"
+
+
+def test_orderings_compare_objectives_at_equal_rates():
+    """Regression and every construction of adm each have a row at either rate."""
+    runs = [linvideo.parse_args(m.flags.split()) for m in orderings.LINVIDEO.values()
+            if m.script != "dmd"]  # fmt: skip
+    given = [a for a in runs if a.select == ["0", "2", "6", "7"] and a.feature_map == "hedgehog"]
+    assert {a.learning_rate for a in given if a.objective == "mse"} == {1e-3, 1e-4}
+    plain = [a for a in given if a.objective == "adm" and not a.regression_weight]
+    found = {(a.state, a.weight, a.learning_rate) for a in plain}
+    for kind in (("policy", "velocity"), *(("part", w) for w in ("velocity", "unit", "eq13"))):
+        assert {(*kind, rate) for rate in (1e-3, 1e-4)} <= found
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ TRELLIS run on two ranks. The formulas themselves are tested in test_mdt_math.py
 """
 
 import json
+import re
 
 import pytest
 import torch
 from helpers import (
+    ROOT,
     assert_bit_equal,
     assert_two_ranks_are_one_process,
     perturbed,
@@ -449,16 +451,19 @@ def test_each_stage_of_trellis_gets_its_own_settings(tmp_path):
 
 @STAGES
 def test_trellis_samples_a_student_as_it_is_meant_to_be(monkeypatch, tmp_path, cls):
-    """student/pipeline_entry.json, put into pipeline.json, gives the run's samples.
+    """student/pipeline_entry.json, put into pipeline.json as docs/mdt_dist.md says, gives the
+    run's samples.
 
     The Euler sampler of TRELLIS is emulated. With pipeline.json's own rescale_t, 3, the student
     would be called at t = .75 instead of at .5. The teacher's row is sampled with pipeline.json's
     own params: 25 steps, of which 19 are guided.
     """
-    teacher, data = save_root(tmp_path, {cls: CLASSES[cls]})[cls], str(tmp_path / "data")
+    root, data = tmp_path / "TRELLIS-image-large", str(tmp_path / "data.safetensors")
+    root.mkdir()
+    teacher = save_root(root, {cls: CLASSES[cls]})[cls]
     tokens = torch.randn(4, 5, 10, generator=torch.Generator().manual_seed(1))
     tensors = stage_data(cls, tokens)
-    save_file(tensors, data + ".safetensors")
+    save_file(tensors, data)
     shown, real = {}, mdt_dist.report.save_samples
 
     def spy(folder, rows, world):
@@ -466,11 +471,16 @@ def test_trellis_samples_a_student_as_it_is_meant_to_be(monkeypatch, tmp_path, c
         real(folder, rows, world)
 
     monkeypatch.setattr(mdt_dist.report, "save_samples", spy)
-    stage_run(teacher, data + ".safetensors", tmp_path / "run")
-    entry = load_json(str(tmp_path / "run" / "student" / "pipeline_entry.json"))
-    (path,) = entry["models"].values()
-    (params,) = [v["params"] for k, v in entry.items() if k.endswith("_sampler")]
-    sampler = load_json(str(tmp_path / "run" / "student" / "sampler.json"))
+    run = tmp_path / "runs" / "mdt_dist-ss_flow_img_dit_L_16l8_fp16"
+    stage_run(teacher, data, run)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "mdt_dist.md").read_text()
+    (lines,) = re.findall(r"```\n(import json\n.*?)```", page, re.S)
+    exec(lines, {})
+    stage = "sparse_structure" if cls is SparseStructureFlowModel else "slat"
+    pipeline = load_json(str(root / "pipeline.json"))["args"]
+    path, params = pipeline["models"][f"{stage}_flow_model"], pipeline[f"{stage}_sampler"]["params"]
+    sampler = load_json(str(run / "student" / "sampler.json"))
     times = [shift(1 - i / params["steps"], params["rescale_t"]) for i in range(params["steps"])]
     assert times == sampler["times"] == [1.0, 0.5]
     assert 1 + params["cfg_strength"] == sampler["guidance_scale"] > 1
@@ -485,7 +495,7 @@ def test_trellis_samples_a_student_as_it_is_meant_to_be(monkeypatch, tmp_path, c
         noise = draw.normal("z", (3, 4, 4, 4))
     uncond = {**cond, "tokens": torch.zeros(3, 5, 10)}
     student, _ = load_network(path)
-    stored = load_file(tmp_path / "run" / "samples.safetensors")
+    stored = load_file(run / "samples.safetensors")
     stored = stored["feats" if cls is SLatFlowModel else "x0"]
     got, calls = trellis_euler(student, noise, cond, uncond, **params)
     torch.testing.assert_close(got, stored, rtol=1e-5, atol=1e-5)

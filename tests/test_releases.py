@@ -1,10 +1,9 @@
 """models/plumbing/releases.py: every released teacher is told apart, and gets its settings."""
 
 import json
-import os
 
 import pytest
-from helpers import PIXART_SCHEDULER, ROOT, quiet, save_tiny_teacher
+from helpers import PIXART_SCHEDULER, quiet, save_tiny_teacher
 
 import decoupled_dmd
 import dmd
@@ -13,7 +12,7 @@ import linvideo
 import mdt_dist
 import phased_dmd
 import tdm
-from models.networks import network_from_config, pixart, trellis, wan, z_image
+from models.networks import NETWORKS, pixart, trellis, wan, z_image
 from models.networks.dit_imagenet import DIT_B_2, DIT_XL_2, DIT_XL_2_512
 from models.plumbing import releases
 from models.plumbing.flags import distillation_parser, parse
@@ -140,21 +139,15 @@ def save_release(root, name):
 
 def test_every_row_is_in_this_table():
     assert {r.name for r in releases.RELEASES} == set(CASES)
-    named = {r.network for r in releases.RELEASES}
-    for config, _, _ in CASES.values():  # each config is one that the network takes
-        assert isinstance(config, dict)
-    assert named <= {
-        type(network_from_config(c, "")).__name__
-        for c in (
-            {**WAN, **wan.WAN_1_3B, "num_layers": 0},
-            {**Z_IMAGE, "n_layers": 0, "n_refiner_layers": 0, "dim": 240, "n_heads": 2}
-            | {"n_kv_heads": 2, "axes_dims": [40, 40, 40], "cap_feat_dim": 8},
-            {**PIXART, **pixart.PIXART_512, "num_layers": 0},
-            {**DIT, **DIT_B_2, "num_layers": 0},
-            {**STRUCTURE, "args": {**trellis.SS_FLOW_L, "num_blocks": 0}},
-            {**LATENTS, "args": {**trellis.SLAT_FLOW_L, "num_blocks": 0}},
-        )
-    }
+    assert {r.network for r in releases.RELEASES} <= set(NETWORKS)
+
+
+def test_trellis_teachers_are_sampled_as_their_authors_do(tmp_path):
+    """mdt_dist.py: rescale_t 3 and guidance for t in [.5, 1]; the student has no shift."""
+    for name in ("TRELLIS image structure", "TRELLIS text latents"):
+        args = mdt_dist.parse_args(["--teacher", save_release(tmp_path / name, name)])
+        assert (args.teacher_shift, args.timestep_shift) == (3, 1)
+        assert args.teacher_guidance_interval == [0.5, 1]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -171,6 +164,7 @@ def test_a_release_is_recognised_and_gives_its_settings(tmp_path, name):
         assert ("warning" in args.settings) == (name in DISTILLED)
         for flag, value in settings.items():
             assert f"{flag} {value:g}" in args.settings
+        assert "teacher_shift" not in args.settings  # a flag that this parser lacks
     argv = ["--teacher", teacher, "--guidance_scale", "2.5"]
     args = parse(distillation_parser("x"), argv, "x", {"released": {"guidance_scale": 9.0}})
     assert args.guidance_scale == 2.5
@@ -290,4 +284,3 @@ def test_the_start_of_a_run_names_the_settings_and_warns_once(monkeypatch, tmp_p
     out = capsys.readouterr().out
     assert out.count(f"warning: {first} is distilled (a few-step student that dmd.py made)") == 1
     assert out.count("warning:") == 1 and "settings:" not in out
-    assert os.path.isdir(ROOT)

@@ -513,7 +513,7 @@ def test_the_advice_after_a_nan_is_followed(monkeypatch, tmp_path, capsys, scrip
         line = stop_of(capsys, script, flags)
         advice = re.search(r"step-0000002 is intact: resume with (--.*?);", line).group(1)
         assert "--resume_from_checkpoint latest" in advice and "--max_grad_norm" in advice
-        assert "if update 4 fails again, look for numbers that are not finite in what" in line
+        assert "if update 4 fails again, look for numbers that are not finite behind" in line
         run(script, [*flags, *shlex.split(advice)])
     changes = last_state(tmp_path / "run")[0]["changes"]
     assert {c["what"]: c["is"] / c["was"] for c in changes} == pytest.approx(
@@ -542,7 +542,7 @@ def test_in_the_first_update_the_inputs_come_first(monkeypatch, tmp_path, capsys
     first, second = two_stages("dmd", tmp_path)
     poison(monkeypatch, "dmd", 1)
     line = stop_of(capsys, "dmd", [*first, *second])
-    looks = "; look for numbers that are not finite in what --data and --teacher name, or no state"
+    looks = "; look for numbers that are not finite behind --data and --teacher, or no state"
     assert looks in line
     args = types.SimpleNamespace(
         output_dir=str(tmp_path / "none"),
@@ -552,9 +552,7 @@ def test_in_the_first_update_the_inputs_come_first(monkeypatch, tmp_path, capsys
         prompts="p.safetensors",
         teacher="t",
     )
-    assert advice_after(0, args).startswith(
-        "look for numbers that are not finite in what --prompts"
-    )
+    assert advice_after(0, args).startswith("look for numbers that are not finite behind --prompts")
 
 
 def test_the_advice_names_a_state_that_was_given_by_its_path(monkeypatch, tmp_path, capsys):

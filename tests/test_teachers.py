@@ -25,6 +25,7 @@ from models.networks.dit_imagenet import DiTTransformer2DModel
 from models.plumbing.teachers import load_teacher, read_scheduler
 from models.worlds import WORLDS
 
+QUICK = "--max_train_steps 1 --teacher_steps 0 --fake_update_ratio 1".split()
 BETAS = [float(b) for b in torch.linspace(0.01, 0.14, 1000) ** 2]
 
 
@@ -79,7 +80,7 @@ def test_a_student_keeps_trained_betas(monkeypatch, tmp_path):
 def test_betas_that_are_refused(tmp_path, capsys, changes, words):
     flags = save_tiny_pixart(tmp_path / "root", 512)
     change_scheduler(tmp_path / "root", **changes)
-    error = refusal_of(capsys, dmd.main, *flags)
+    error = refusal_of(capsys, dmd.main, *flags, *QUICK)
     assert all(word in error for word in words)
 
 
@@ -118,7 +119,7 @@ def test_another_number_of_betas_is_counted_or_refused(tmp_path, capsys):
     (tmp_path / "dit" / "scheduler").mkdir()
     scheduler = tmp_path / "dit" / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps({**PIXART_SCHEDULER, "num_train_timesteps": 500}))
-    error = refusal_of(capsys, dmd.main, "--teacher", str(tmp_path / "dit"))
+    error = refusal_of(capsys, dmd.main, *QUICK, "--teacher", str(tmp_path / "dit"))
     assert "num_train_timesteps" in error and "500" in error and "1000" in error
     save_tiny_vp_teacher(tmp_path / "small")
     change_scheduler(tmp_path / "small", num_train_timesteps=500)
@@ -128,7 +129,7 @@ def test_another_number_of_betas_is_counted_or_refused(tmp_path, capsys):
 def test_a_shift_that_depends_on_the_size_is_refused(tmp_path, capsys):
     flags = save_tiny_wan(tmp_path / "wan")
     change_scheduler(tmp_path / "wan", use_dynamic_shifting=True)
-    error = refusal_of(capsys, dmd.main, *flags)
+    error = refusal_of(capsys, dmd.main, *flags, *QUICK)
     assert "use_dynamic_shifting" in error and "set it to false" in error
     change_scheduler(tmp_path / "wan", use_dynamic_shifting=False)  # what it says works
     assert load_teacher(str(tmp_path / "wan")).shift == 3
@@ -160,7 +161,7 @@ def test_a_folder_that_is_called_like_a_world(monkeypatch, tmp_path, capsys):
         (tmp_path / "shapes" / str(i % 2)).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "shapes" / str(i % 2) / f"{i}.png")
     assert {"glyphs", "shapes"} <= set(WORLDS)
-    error = refusal_of(capsys, dmd.main, "--teacher", "glyphs")
+    error = refusal_of(capsys, dmd.main, *QUICK, "--teacher", "glyphs")
     assert "embedded world" in error and "./glyphs" in error
     error = refusal_of(capsys, latent_fm.main, "--data", "shapes")
     assert "./shapes" in error

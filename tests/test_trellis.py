@@ -1313,8 +1313,8 @@ def test_wrong_flags_for_tokens_of_prompts_end_in_one_line(clip, tmp_path, capsy
         save_json({"_class_name": "WanPipeline"}, str(tmp_path / "model_index.json"))
         flags += ["--clip", str(clip)]
     else:
-        flags = ["--teacher", str(tmp_path), "--images", str(tmp_path)]
-        flags += ["--clip", str(clip)] if how == "with images" else []
+        more = ["--clip", str(clip)] if how == "with images" else ["--teacher", str(tmp_path)]
+        flags = ["--images", str(tmp_path), *more]
     output = tmp_path / "out.safetensors"
     assert message in refusal_of(capsys, encode.main, *flags, "--output", str(output))
     assert not output.exists()

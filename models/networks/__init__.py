@@ -22,7 +22,8 @@ where it depends on the config.
     lora_targets            endings of the names of the layers that an adapter changes by default
 
   Optional:
-    lora_key(name)          name of a layer in an adapter file (models/networks/lora.py)
+    lora_key(name)          name in an adapter file of a layer, or of any module with parameters or
+                            parameter that is not called weight or bias (models/networks/lora.py)
     self_attentions         modules, in order, whose attribute `attend(q, k, v)` mixes the tokens
                             and may be replaced; q, k, v (B, N, heads, head_dim)
     heads, head_dim         sizes of each of those

@@ -322,7 +322,7 @@ def _write(net, name, path, names, metadata, dtype):
 # source: files with it also have .alpha, unless a converter has multiplied that into the weights.
 
 PREFIXES = ("diffusion_model.", "transformer.", "base_model.model.", "model.diffusion_model.", "")
-FLAT = ("lora_unet_", "lora_transformer_")
+FLAT = ("lora_unet_", "lora_unet__", "lora_transformer_")
 ENDINGS = {  # {ending: what it is}; \.\w+ is the name that an adapter had in peft
     r"\.lora[_.](?:A|down)(?:\.\w+)?\.weight": "A",
     r"\.lora[_.](?:B|up)(?:\.\w+)?\.weight": "B",
@@ -396,7 +396,8 @@ def _read(net, path):
 
     All float32, in the network's order. Raises ValueError and UserError as `load`.
     """
-    shapes = {key: tuple(p.shape) for key, p in base_state_dict(net).items()}
+    own = base_state_dict(net)  # of which buffers cannot be changed
+    shapes = {key: tuple(p.shape) for key, p in net.named_parameters() if key in own}
     found, places = {}, _places(net, shapes)
     with open_tensors(path) as f:
         metadata = f.metadata() or {}
@@ -433,8 +434,8 @@ def _places(net, shapes):
     for key in dict.fromkeys(keys):
         names = [key]
         if hasattr(net, "lora_key"):
-            own = net.lora_key(key)
-            names.append(own.removeprefix(next(p for p in PREFIXES if own.startswith(p))))
+            name = net.lora_key(key)
+            names.append(name.removeprefix(next(p for p in PREFIXES if name.startswith(p))))
         for ending, other in getattr(net, "lora_aliases", {}).items():
             if key.endswith(ending):
                 names.append(key.removesuffix(ending) + other)

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 
 from models.files import load_json
-from models.networks import config_file, network_class, trellis_path
+from models.networks import network_class, trellis_path
 from models.plumbing.teachers import network_folder, scheduler_folder
 from models.worlds import WORLDS
 
@@ -26,10 +26,9 @@ class Release:
     network    name of the network's class here
     facts      what the folder must say, {key: value}: a key of config.json, "scheduler.KEY" of
                scheduler_config.json, or "two_networks", whether the root has transformer_2/
-    settings   {flag: default}, with guidance as uncond + scale (cond - uncond)
+    settings   {flag: default}, guidance as uncond + scale (cond - uncond); of a flag that a script
+               does not have, nothing is taken
     distilled  in words, how it was distilled; None: it was not
-    sampling   how its authors sample it, where this differs from `settings`: timestep_shift and
-               guidance_interval, the times t within which there is guidance
     """
 
     name: str
@@ -37,7 +36,6 @@ class Release:
     facts: dict = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
     distilled: str | None = None
-    sampling: dict = field(default_factory=dict)
 
 
 WAN, Z_IMAGE = "WanTransformer3DModel", "ZImageTransformer2DModel"
@@ -51,8 +49,9 @@ WAN_14B = {"num_layers": 40, "num_attention_heads": 40, "in_channels": 16, "imag
 WAN_SHIFT = 5.0
 XL_2 = {"num_layers": 28, "num_attention_heads": 16, "num_embeds_ada_norm": 1000}
 # pipeline.json of TRELLIS-image-large, both stages: 25 Euler steps, rescale_t 3, cfg_strength 5 as
-# (1 + w) cond - w uncond, for t in [.5, 1]. rescale_t is this repository's shift.
-TRELLIS_SAMPLING = {"timestep_shift": 3.0, "guidance_interval": (0.5, 1.0)}
+# (1 + w) cond - w uncond, for t in [.5, 1]. rescale_t is this repository's shift. In mdt_dist.py,
+# whose flags these are, the teacher is sampled so, and its student at shift 1.
+TRELLIS_SAMPLES = {"teacher_shift": 3.0, "teacher_guidance_interval": [0.5, 1.0]}
 
 RELEASES = (
     # Tongyi-MAI/Z-Image-Turbo: scheduler shift 3, guidance_scale 0.0 in its card, 8 calls. The
@@ -158,19 +157,18 @@ RELEASES = (
             f"TRELLIS {kind} {stage}",
             network,
             {"cond_channels": width},
-            {"guidance_scale": 1.0 + w},
-            sampling=TRELLIS_SAMPLING,
+            {"guidance_scale": 1.0 + w, **TRELLIS_SAMPLES},
         )
         for network, stage in zip(TRELLIS_STAGES, ("structure", "latents"))
         for kind, width, w in (("image", 1024, 5.0), ("text", 768, 7.5))
     ),
 )
 
-# In the name of a folder or in _name_or_path: a distilled model. As part of a word only where it
-# begins one, so that "breakfast" is not "fast".
+# A name with one of these words is that of a distilled model. Where they end matters only for two:
+# "fast" and "hyper" begin other words too.
 DISTILLED = re.compile(
-    r"(?i)(?<![a-z])(turbo|lightning|lcm|distill\w*|dmd2?|causvid|self-?forcing|fast|hyper"
-    r"|mdt-dist)(?![a-z]*tun)"
+    r"(?i)(?<![a-z])(turbo|lightning|lcm|distill|dmd|causvid|self-?forcing|mdt-dist|fastwan"
+    r"|fasthunyuan|(?:fast|hyper)(?![a-z]))"
 )
 # Methods of ours whose result still is a many-step model with guidance of its own.
 KEEP_GUIDANCE = ("latent_fm", "linvideo")
@@ -179,33 +177,36 @@ KEEP_GUIDANCE = ("latent_fm", "linvideo")
 def facts_of(teacher):
     """What a --teacher folder says about itself -> (class name or None, {key: value}, names).
 
-    names: of the folders it lies in, and _name_or_path. A world, or what is no network, has no
-    class. Raises UserError for JSON that cannot be read.
+    names: of the folder, and of _name_or_path. A world, or what is no network, has no class. Raises
+    UserError for JSON that cannot be read.
     """
     root = teacher.rstrip("/")
     folder = network_folder(root)
-    if teacher in WORLDS or not (os.path.isdir(folder) or trellis_path(folder)):
+    described = (trellis_path(folder) or os.path.join(folder, "config")) + ".json"
+    if teacher in WORLDS or not os.path.isfile(described):
         return None, {}, []
-    path = trellis_path(folder) or os.path.join(folder, "config")
-    if not os.path.isfile(path + ".json"):
-        return None, {}, []
-    config = load_json(config_file(folder))
+    config = load_json(described)
     facts = dict(config.get("args", config))
-    beside = scheduler_folder(root, folder)
-    if beside:
-        scheduler = load_json(os.path.join(beside, "scheduler_config.json"))
-        facts |= {f"scheduler.{key}": value for key, value in scheduler.items()}
-        if "scheduler.flow_shift" in facts:
-            facts.setdefault("scheduler.shift", facts["scheduler.flow_shift"])
     parent = os.path.dirname(os.path.abspath(folder))
     facts["two_networks"] = os.path.isdir(os.path.join(parent, "transformer_2"))
-    if os.path.isfile(os.path.join(folder, "sampler.json")):
-        facts["made_by"] = load_json(os.path.join(folder, "sampler.json")).get("method")
-    *above, last = os.path.abspath(root).split(os.sep)
-    inside = last.startswith("transformer") or last in ("student", "ckpts")
-    names = [above[-1] if inside else last, str(config.get("_name_or_path", ""))]
-    names += [name for name in above if name.startswith("models--")]  # the cache of huggingface_hub
-    return network_class(config), facts, names
+    beside, student = scheduler_folder(root, folder), os.path.join(folder, "sampler.json")
+    if os.path.isfile(student):
+        facts["made_by"] = load_json(student).get("method")
+    elif beside:
+        scheduler = load_json(os.path.join(beside, "scheduler_config.json"))
+        facts |= {f"scheduler.{key}": value for key, value in scheduler.items()}
+    return network_class(config), facts, [*folder_names(root), str(config.get("_name_or_path"))]
+
+
+def folder_names(root):
+    """The names that a --teacher path may have from its model, not from where it is kept."""
+    parts = os.path.abspath(root).split(os.sep)
+    names = [name for name in parts if name.startswith("models--")]  # the cache of huggingface_hub
+    if not os.path.isdir(root):  # DIR/NAME in TRELLIS's layout
+        names.append(parts.pop())
+    while parts[-1].startswith("transformer") or parts[-1] in ("student", "ckpts"):
+        parts.pop()
+    return [*names, parts[-1]]
 
 
 def recognise(teacher):
@@ -234,7 +235,7 @@ def distilled(teacher):
         return "its config has an input for the guidance scale"
     if facts.get("scheduler._class_name") == "LCMScheduler":
         return "its scheduler is LCMScheduler"
-    found = [DISTILLED.search(name) for name in names if network]
+    found = [DISTILLED.search(name.split("/")[-1]) for name in names if network]
     return next((f"its name has {match.group(1)!r}" for match in found if match), None)
 
 

@@ -344,7 +344,7 @@ def advice_after(step, args):
     names = [name for name in [*halved, "max_grad_norm"] if getattr(args, name)]
     lower = [f"--{name} {getattr(args, name) / 2:g}" for name in names]
     named = [f"--{name}" for name in ("prompts", "data", "teacher") if getattr(args, name, None)]
-    look = f"look for numbers that are not finite in what {' and '.join(named)} name"
+    look = f"look for numbers that are not finite behind {' and '.join(named)}"
     states, resumed = complete_states(args.output_dir), args.resume_from_checkpoint
     if states:
         how = f"{states[-1]} is intact: resume with --resume_from_checkpoint latest"
@@ -410,6 +410,7 @@ def prepare_output_dir(path, resume):
 FREE_TO_CHANGE = set(
     "output_dir max_train_steps resume_from_checkpoint checkpointing_steps sample settings "
     "remeasure_teacher preview_samples preview_every gradient_checkpointing compile save_fp16 "
+    "lora_dtype "
     "sample_steps solver atol rtol guidance_interval "
     "student_guidance teacher_shift teacher_guidance_interval".split()
 )
