@@ -26,7 +26,8 @@ Launch.
     teachers    python latent_fm.py --data glyphs --logit_normal --save_fp16  # or clips, voxels
     own images  python latent_fm.py --data FOLDER --resolution 32       # FOLDER/<class>/*.png
     paper       python latent_fm.py --data FOLDER --resolution 256 --autoencoder sd-vae-ft-mse \
-                    --network DiT-B/2 --hflip --t_scale 1 --ema_decay 0 --solver dopri5
+                    --network DiT-B/2 --hflip --t_scale 1 --ema_decay 0 --solver dopri5 \
+                    --train_batch_size 160
     torchrun    torchrun --nproc-per-node 8 latent_fm.py --data FOLDER --resolution 256 \
                     --autoencoder sd-vae-ft-mse --network DiT-L/2 --mixed_precision bf16 --compile
     sampling    python latent_fm.py --sample runs/latent_fm-shapes/student --solver dopri5

@@ -778,8 +778,7 @@ def advance(run, expert, teacher, x, index, t, t_next):
     def some(a, b):
         cond, _ = teacher.conditions.pick(index[a:b], run.device)
         x_in = x[a:b].to(run.device)
-        with run.autocast():
-            return rollout([expert], teacher.diffusion, x_in, [t, t_next], cond)
+        return rollout([expert], teacher.diffusion, x_in, [t, t_next], cond)
 
     return report.many(some, len(index))[0]
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import read_log, refusal_of
+from helpers import ROOT, read_log, refusal_of
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -455,3 +455,32 @@ def test_worlds_need_no_names_for_a_mirror():
     draw.shape = load_world("shapes").latent_shape
     _, cond = latent_fm.training_batch(args, draw, data, space, None)
     assert cond["context"].shape == (4, data.map_classes, 8, 8)
+
+
+# (rank's batch, rate, share in which it falls, floor, crop) of each launch line, by its data set
+PAPER_RUNS = {
+    "imagenet/train": (160, 1e-4, 0, 0, "adm"),
+    "ffhq256": (32, 2e-4, 1, 1e-5, "adm"),
+    "celeba256": (32, 2e-4, 0, 0, "adm"),
+    "church": (48, 1e-4, 0, 0, "bilinear"),
+    "bedroom": (32, 1e-4, 0, 0, "bilinear"),
+}
+
+
+def test_launch_lines_of_the_papers_data_sets():
+    """Those of docs/latent_fm.md parse, and say what the official scripts do."""
+    page = (ROOT / "docs" / "latent_fm.md").read_text()
+    lines = [line.split() for line in page.splitlines() if "latent_fm.py" in line]
+    lines = [words for words in lines if "--t_scale" in words]
+    found = {}
+    for words in lines:
+        args = latent_fm.parse_args(words[words.index("latent_fm.py") + 1 :])
+        shown = args.train_batch_size, args.learning_rate, args.lr_decay_share, args.lr_final
+        found[args.data] = (*shown, args.crop)
+        assert args.lr_schedule == "cosine" and args.adam_betas == [0.9, 0.999]
+        assert (args.max_grad_norm, args.weight_decay, args.ema_decay) == (0, 0, 0)
+        assert args.hflip and args.t_scale == 1 and args.solver == "dopri5"
+        classes = args.data == "imagenet/train"
+        assert args.task == ("class" if classes else "uncond")
+        assert args.network == ("DiT-B/2" if classes else "DiT-L/2")
+    assert found == PAPER_RUNS
