@@ -394,15 +394,15 @@ def one_process(script, folder, flags, gradients):
     return done.stdout
 
 
-def test_resume_on_another_number_of_ranks(tmp_path, script="dmd"):
+def test_resume_on_another_number_of_ranks(tmp_path):
     """Two ranks for two steps, then one: the two ranks' run, if the same samples make an update.
 
     With two micro-batches of the ranks' size bit for bit, since halves of gradients are added
     either way; with one of twice the size up to rounding. And back from one rank to two.
     """
-    flags = flags_of(script, tmp_path, "--train_batch_size", "2", "--max_grad_norm", "1e9")
+    flags = flags_of("dmd", tmp_path, "--train_batch_size", "2", "--max_grad_norm", "1e9")
     out = tmp_path / "run"
-    ranks(script, tmp_path, [*flags, "--max_train_steps", "2"])
+    ranks("dmd", tmp_path, [*flags, "--max_train_steps", "2"])
     ends, gradients = {}, {}
     parts = {"two": "", "micro": "--gradient_accumulation_steps 2", "one": "--train_batch_size 4"}
     for name, more in parts.items():
@@ -410,7 +410,7 @@ def test_resume_on_another_number_of_ranks(tmp_path, script="dmd"):
         go_on = [*flags, "--resume_from_checkpoint", state, "--max_train_steps", "4", *more.split()]
         go_on += ["--output_dir", str(tmp_path / name)]
         start = ranks if name == "two" else one_process
-        said = start(script, tmp_path, go_on, tmp_path / f"{name}.gradients")
+        said = start("dmd", tmp_path, go_on, tmp_path / f"{name}.gradients")
         assert ("number of ranks was 2 and is 1 from update 3 on" in said) == (name != "two")
         info, ends[name] = last_state(tmp_path / name)
         assert info["world_size"] == (2 if name == "two" else 1)
@@ -419,7 +419,7 @@ def test_resume_on_another_number_of_ranks(tmp_path, script="dmd"):
     for i, g in gradients["two"].items():
         torch.testing.assert_close(gradients["one"][i], g, rtol=1e-4, atol=1e-6)
     back = ["--output_dir", str(tmp_path / "micro"), "--resume_from_checkpoint", "latest"]
-    said = ranks(script, tmp_path, [*flags, *back, "--max_train_steps", "6"])
+    said = ranks("dmd", tmp_path, [*flags, *back, "--max_train_steps", "6"])
     assert "number of ranks was 1 and is 2 from update 5 on" in said
     assert "--gradient_accumulation_steps was 2 and is 1 from update 5 on" in said
     info, _ = last_state(tmp_path / "micro")
