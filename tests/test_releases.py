@@ -256,6 +256,13 @@ def test_a_distilled_teacher_is_known_by_its_config(tmp_path):
     assert "LCMScheduler" in releases.warning(str(root / "transformer"))
 
 
+def test_a_lora_file_can_make_a_teacher_distilled(tmp_path):
+    teacher = save_release(tmp_path, "Wan 2.1 T2V 14B")
+    for name, warned in (("wan_lightning_rank64.safetensors", True), ("style.safetensors", False)):
+        args = dmd.parse_args(["--teacher", teacher, "--teacher_lora", f"loras/{name}"])
+        assert (f"warning: loras/{name} is distilled" in args.settings) == warned
+
+
 @pytest.mark.parametrize("method", ["dmd", "tdm", "mdt_dist", "linvideo", "latent_fm"])
 def test_a_student_of_ours_is_a_distilled_teacher(tmp_path, method):
     """Unless its method leaves it a many-step model: linear attention, flow matching."""

@@ -253,7 +253,7 @@ def network_from_config(config, where):
     try:
         return NETWORKS[name](**arguments)
     except (TypeError, ValueError) as e:
-        raise UserError(f"{where} does not describe a {name}: {e}") from None
+        raise UserError(f"{where} does not describe a {config_class(config)}: {e}") from None
 
 
 # ---- loading -------------------------------------------------------------------------------------

@@ -228,7 +228,8 @@ def describe_settings(given, teacher, taken):
         over = f" (command line: {as_text(given[flag])})" if flag in given else ""
         parts.append(f"{flag} {as_text(value)}{over}")
     lines = [f"settings: {name}: {', '.join(parts)}"] if parts else []
-    return "\n".join([*lines, *filter(None, [releases.warning(teacher)])])
+    warning = releases.warning(teacher, given.get("teacher_lora") or ())
+    return "\n".join([*lines, *filter(None, [warning])])
 
 
 def as_text(value):

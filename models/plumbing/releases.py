@@ -247,11 +247,15 @@ def settings_of(teacher):
     return (release.name, release.settings) if release else (None, {})
 
 
-def warning(teacher):
-    """One line about a distilled teacher, or None."""
-    how = distilled(teacher)
+def warning(teacher, loras=()):
+    """One line about a distilled teacher, or about LoRA files that make it one; else None."""
+    how, what = distilled(teacher), teacher
+    for path in loras:
+        found = DISTILLED.search(os.path.basename(os.path.abspath(path)))
+        if found and not how:
+            how, what = f"its name has {found.group(1)!r}", path
     return how and (
-        f"warning: {teacher} is distilled ({how}): its weights hold guidance already, so that more "
+        f"warning: {what} is distilled ({how}): its weights hold guidance already, so that more "
         "is guidance twice, and it knows only the noise levels of its few steps; better distil the "
         "model that it was made from"
     )
