@@ -872,11 +872,19 @@ def finish(run, teacher, net, grid):
 
 
 def paired_error(run, teacher, sampler, grid):
-    """Mean squared distance of 200 samples to the teacher's from the same noise.  -> float."""
+    """Mean squared distance of 200 samples to the teacher's from the same noise.
+
+    -> float on rank 0, None on the others.
+    """
     index = teacher.conditions.preview(200)
-    coarse = report.teacher_sampler(run, teacher, grid, "euler")
-    x, y = (report.many(lambda a, b, f=f: f(index, a, b), 200, run.B)[0] for f in (sampler, coarse))
-    return float((x - y).square().mean())
+
+    def drawn(sampler):
+        return report.many_on_all_ranks(
+            run, lambda a, b: sampler(index, a, b), 200, teacher.shape, run.B
+        )[0]
+
+    x, y = drawn(sampler), drawn(report.teacher_sampler(run, teacher, grid, "euler"))
+    return float((x - y).square().mean()) if run.main else None
 
 
 def read_selection(run):
@@ -942,21 +950,8 @@ PRESETS = {  # the flags' defaults suit small networks; what other teachers chan
 
 
 # fmt: off
-def parse_args(argv=None):
-    p = distillation_parser("Turn some of a video model's softmax self-attention layers into "
-                            "linear attention, without data (LinVideo 2510.08318).")
-    p.set_defaults(teacher="clips", max_train_steps=1200, learning_rate=1e-3, lr_warmup_steps=20,
-                   ema_decay=0.98, lr_decay_share=0.4, adam_betas=[0.9, 0.99], preview_samples=12,
-                   fake_update_ratio=1, learning_rate_fake=1e-3)
-    critic = "not stated; the fake is the critic of adm_critic and dmd"
-    paper_values(p, fake_update_ratio=critic, learning_rate_fake=critic)
+def add_objective_flags(p):
     add = p.method.add_argument
-    add("--target_layers", type=number(int, 1), default=None,
-        help="how many layers become linear (default: half; paper: 16 of 30, 22 of 40)")
-    add("--select", nargs="+", default=["learned"], metavar="HOW",
-        help="learned (paper), first, last, uniform, random, or a list of layers from 0")
-    add("--feature_map", choices=FEATURE_MAPS[:-1], default="hedgehog",
-        help="phi of linear attention (paper: hedgehog, Eq. 6)")
     add("--objective", choices=["adm", "mse", "dmd", "adm_critic"], default="mse",
         help="anytime distribution matching (paper), regression onto the teacher's velocity (Eq. "
         "7), few-step DMD with a critic, or adm with a critic for the student's score (Tab. 4)")
@@ -979,6 +974,21 @@ def parse_args(argv=None):
         help="weight of Eq. 7 beside adm (paper: 0)")
     add("--min_time", type=number(float, 0.001, 0.5), default=0.02,
         help="smallest time of x_hat; at 0 Eq. 13 diverges")
+    add("--sampling_steps", type=number(int, 2), default=20, help="K, Euler steps (Wan: 50)")
+    add("--uncond_share", type=number(float, 0, 1), default=0.1,
+        help="share of samples without condition, where there is guidance")
+    add("--critic_steps", type=number(int, 1), default=8,
+        help="Euler steps of the samples that adm_critic's critic sees")
+
+
+def add_selection_flags(p):
+    add = p.method.add_argument
+    add("--target_layers", type=number(int, 1), default=None,
+        help="how many layers become linear (default: half; paper: 16 of 30, 22 of 40)")
+    add("--select", nargs="+", default=["learned"], metavar="HOW",
+        help="learned (paper), first, last, uniform, random, or a list of layers from 0")
+    add("--feature_map", choices=FEATURE_MAPS[:-1], default="hedgehog",
+        help="phi of linear attention (paper: hedgehog, Eq. 6)")
     add("--count", choices=["round", "soft"], default="round",
         help="how the constraint counts linear layers: rounded, with a gradient straight through "
         "(paper), or as the sum of 1 - r")
@@ -991,13 +1001,20 @@ def parse_args(argv=None):
         help="r of every layer at the start (paper: not stated)")
     add("--selection_share", type=number(float, 0, 1), default=0.3,
         help="share of the run in which r is trained; then the layers are fixed (paper: 1)")
-    add("--sampling_steps", type=number(int, 2), default=20, help="K, Euler steps (Wan: 50)")
-    add("--uncond_share", type=number(float, 0, 1), default=0.1,
-        help="share of samples without condition, where there is guidance")
-    add("--critic_steps", type=number(int, 1), default=8,
-        help="Euler steps of the samples that adm_critic's critic sees")
-    add = p.ablations.add_argument
-    add("--no_regularizer", action="store_true", help="the constraint alone (Tab. 3)")
+    p.ablations.add_argument("--no_regularizer", action="store_true",
+        help="the constraint alone (Tab. 3)")
+
+
+def parse_args(argv=None):
+    p = distillation_parser("Turn some of a video model's softmax self-attention layers into "
+                            "linear attention, without data (LinVideo 2510.08318).")
+    p.set_defaults(teacher="clips", max_train_steps=1200, learning_rate=1e-3, lr_warmup_steps=20,
+                   ema_decay=0.98, lr_decay_share=0.4, adam_betas=[0.9, 0.99], preview_samples=12,
+                   fake_update_ratio=1, learning_rate_fake=1e-3)
+    critic = "not stated; the fake is the critic of adm_critic and dmd"
+    paper_values(p, fake_update_ratio=critic, learning_rate_fake=critic)
+    add_selection_flags(p)
+    add_objective_flags(p)
     add = p.optimiser.add_argument
     add("--learning_rate_features", type=number(float, above=0), default=1e-2,
         help="learning rate of phi's W once the layers are fixed; before, it is --learning_rate "

@@ -337,7 +337,7 @@ def test_weights_and_config_of_diffusers_load_here(tmp_path):
     assert net.config == {**ours.config, "shared_embedders": False}
     (tmp_path / "config.json").write_text(json.dumps({**config, **OLD, "num_vector_embeds": 8}))
     message = (
-        "does not describe a DiTTransformer2DModel: "
+        "does not describe a Transformer2DModel: "
         "num_vector_embeds = 8 is not implemented; DiT has None"
     )
     with pytest.raises(UserError, match=message):

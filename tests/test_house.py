@@ -245,8 +245,7 @@ PRIVATE = r"\b(told|shall|dossier)\b|hoped for|\(bar |its log was lost|as the pa
 
 
 @pytest.mark.parametrize(
-    "page",
-    ["README.md", *(f"docs/{s}.md" for s in [*SCRIPTS, "kernels", "elsewhere", "adding"])],
+    "page", ["README.md", *(f"docs/{s}.md" for s in [*SCRIPTS, "kernels", "elsewhere", "adding"])]
 )
 def test_pages_have_no_private_words(page):
     text = (ROOT / page).read_text().replace("told_steps", "").replace("--untold", "")

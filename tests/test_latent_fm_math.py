@@ -21,7 +21,7 @@ from latent_fm import (
     sample,
 )
 from models.diffusion import from_x0_eps, guide, to_x0_eps
-from models.networks.autoencoders import Identity, PatchPCA
+from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
 from models.networks.latent_space import LatentSpace, load_space, space_beside
 from models.worlds import load_world
 from models.worlds.masks import draw_mask, draw_masks
@@ -472,6 +472,25 @@ def test_identity_space():
     space, x = LatentSpace(Identity(3)), normal(2, 3, 4, 4)
     assert space.trivial and space.factor == 1
     assert torch.equal(space.to_latents(x), x) and torch.equal(space.to_pixels(x), x)
+
+
+def test_shape_of_the_pixels_of_a_latent():
+    """For images through a PCA or a VAE, and for pixels, voxels and points themselves."""
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[4, 4],
+        norm_num_groups=4,
+    )
+    for autoencoder, latent, pixels in (
+        (PatchPCA(3, 4, 12), (12, 8, 8), (3, 32, 32)),
+        (vae, (4, 6, 8), (3, 12, 16)),
+        (Identity(1), (1, 16, 16, 16), (1, 16, 16, 16)),
+        (Identity(2), (2,), (2,)),
+    ):
+        space = LatentSpace(autoencoder)
+        assert space.pixel_shape(latent) == pixels
+        assert space.to_pixels(torch.zeros(1, *latent)).shape[1:] == pixels
 
 
 def test_posterior_is_sampled():

@@ -978,7 +978,10 @@ def test_the_weight_velocity_has_no_random_factor():
     s = t - 0.1 * Draws(0, 0, 0, range(64)).uniform("part")
     for weight in ("velocity", "unit"):
         net = types.SimpleNamespace(v=torch.zeros(64, 1, requires_grad=True))
-        student = lambda x, at, net=net: torch.where((at == 0.5)[:, None], net.v, 0 * x)  # noqa: E731
+
+        def student(x, at, net=net):
+            return torch.where((at == 0.5)[:, None], net.v, 0 * x)
+
         loss, *_ = variant(student, lambda x, at: 0 * x + 1, torch.zeros(64, 1), t, s, weight)
         sizes[weight] = torch.autograd.grad(loss, net.v)[0].abs()
     assert sizes["velocity"].std() < 1e-6 * sizes["velocity"].mean()

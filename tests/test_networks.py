@@ -454,7 +454,9 @@ def test_features_are_the_middle_block_s_and_nothing_runs_after_it(case, checkpo
     assert not later & set(watch.ran)  # nor when backward computes blocks again
     first, last = (getattr(net, case.blocks)[i] for i in (0, 2))
     assert any(p.grad is not None for p in first.parameters())
-    assert all(p.grad is None for p in last.parameters())
+    shared = {id(p) for p in first.parameters()}  # blocks may share an embedder of the conditions
+    own = [p for p in last.parameters() if id(p) not in shared]
+    assert own and all(p.grad is None for p in own)
 
 
 @each
