@@ -27,7 +27,7 @@ Launch.
                     --shared_fake                                          # DMD2, four steps
     paper, v1   python dmd.py --fake_update_ratio 1 --regression_weight 0.25
     two stages  python dmd.py --student_init runs/dmd-glyphs --fake_init runs/dmd-glyphs \
-                    --gan_weight 1 --learning_rate 4e-4            # the GAN after convergence
+                    --gan_weight 0.3 --learning_rate 6e-4          # the GAN after convergence
     torchrun    torchrun --nproc-per-node 8 dmd.py --teacher Wan2.1-T2V-1.3B-Diffusers \
                     --prompts prompts.safetensors --mixed_precision bf16 \
                     --gradient_checkpointing --gradient_accumulation_steps 8
