@@ -53,6 +53,7 @@ from models.networks import load_network
 from models.networks.gan import GanHead
 from models.plumbing import report
 from models.plumbing.data import Conditions, real_batches, try_network
+from models.plumbing.film import film_of_scores
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import Run, find_state, run_main
 from models.plumbing.teachers import (
@@ -244,6 +245,7 @@ def train(args):
     pairs = teacher_pairs(run, teacher) if args.regression_weight else None
     sampler = student_sampler(run, ema, teacher, times, args.renoise)
     report.introduce(run, teacher, student, f"{report.steps_at(times)}, {args.renoise}")
+    film = film_of_scores(run, teacher, sampler, fake, len(times) - 1 if see_step else None)
 
     for step in run.steps():
         warmup, decay = run.rate(step)
@@ -309,6 +311,7 @@ def train(args):
         head.requires_grad_(True)
         if args.ema_decay:
             run.update_ema(ema, student, step)
+        film.frame(step)
         if run.end_step(step, show=("loss_fake", "loss_dm", "std")):  # True: time to save
             report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})
             report.save_student(run, teacher, ema, times)

@@ -24,19 +24,7 @@ from models.worlds import load_world
 from models.worlds.measures import balanced_labels
 
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
-HEADINGS = [
-    "Idea",
-    "Equations and the lines that implement them",
-    "Launch",
-    "What each logged number means, and how a healthy run looks",
-    "Implementation details that matter",
-    "Deviations",
-    "Results here",
-    "Not verified here",
-]
-
-
-PYTHON = [p for room in ("models", "kernels", "tests") for p in (ROOT / room).rglob("*.py")]
+PYTHON = [p for room in ("models", "kernels", "tests", "docs") for p in (ROOT / room).rglob("*.py")]
 PYTHON += [ROOT / f"{script}.py" for script in SCRIPTS]
 
 
@@ -93,6 +81,7 @@ ROOMS = [  # each may import from those above it, and within its own line by the
     ["models.worlds"],
     ["models.plumbing.data", "models.plumbing.teachers", "models.plumbing.run"],
     ["models.plumbing.releases", "models.plumbing.flags", "models.plumbing.report"],
+    ["models.plumbing.film"],
     ["models.worlds.__main__", "models.decode", "models.pairs", "models.encode", "models.convert"],
     ["kernels.bench_linear_attention"],
     SCRIPTS,
@@ -128,7 +117,8 @@ def imports(path, modules):
 
 def test_imports_go_one_way():
     """No arrow runs back, no circle, and no import inside a function to hide one."""
-    paths = [p for p in PYTHON if "tests" not in p.relative_to(ROOT).parts]
+    apart = {"tests", "docs"}
+    paths = [p for p in PYTHON if not apart & {*p.relative_to(ROOT).parts}]
     modules = {module_of(path): path for path in paths}
     arrows = 0
     for module, path in modules.items():
@@ -286,9 +276,8 @@ def test_every_flag_has_help(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_docs_page_has_the_fixed_headings_and_names_that_exist(script):
+def test_docs_page_names_what_exists(script):
     page = (ROOT / "docs" / f"{script}.md").read_text()
-    assert re.findall(r"^## (.*)$", page, re.M) == HEADINGS
     source = "".join(
         p.read_text()
         for p in [

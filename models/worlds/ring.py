@@ -25,6 +25,9 @@ from models.worlds.measures import (
 )
 
 
+COLOURS = "#d64541", "#266eb4", "#2e8b57", "#965aa0"  # of the classes, in pictures
+
+
 class RingTeacher(nn.Module):
     """Exact flow velocity: a mixture of isotropic Gaussians stays one under x_t = (1-t) x0 + t eps.
 
@@ -152,11 +155,10 @@ class Ring:
         """Scatter plot, coloured by the nearest mode's class.  (n, 2) -> (side, side, 3) uint8."""
         image = Image.new("RGB", (side, side), "white")
         draw = ImageDraw.Draw(image)
-        colours = [(214, 69, 65), (38, 110, 180), (46, 139, 87), (150, 90, 160)]
         nearest = torch.cdist(x.double().cpu(), self.exact.means).argmin(1) % self.num_classes
         pixels = (x.cpu().clamp(-1.6, 1.6) + 1.6) / 3.2 * side
         for (px, py), k in zip(pixels.tolist(), nearest.tolist(), strict=True):
-            draw.ellipse([px - 1.5, side - py - 1.5, px + 1.5, side - py + 1.5], fill=colours[k])
+            draw.ellipse([px - 1.5, side - py - 1.5, px + 1.5, side - py + 1.5], fill=COLOURS[k])
         return np.asarray(image)
 
 

@@ -1,0 +1,175 @@
+"""ring.gif: what the networks of a method say on a grid, and where the student's samples go.
+
+Only the world `ring` is plane enough to be drawn. Each frame has four panels: the samples of all
+classes; the arrows of the teacher and of the network that is compared with it, both of one class at
+one noise level; and their difference, which is what moves the samples.
+"""
+
+import io
+import os
+
+import torch
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from models.diffusion import expand
+from models.draws import Draws
+from models.files import atomic_write
+from models.plumbing.report import preview
+from models.worlds.ring import COLOURS as CLASSES
+
+FRAMES, SIDE, REACH = 40, 232, 1.6  # pictures of a film, pixels of a panel, the plane's half width
+INK, FAINT, BLUE, PURPLE, ORANGE = "#282c34", "#b0bed0", "#2f6fb0", "#8f5aa0", "#d9642a"
+
+
+class Film:
+    """Collects a frame every now and then and writes ring.gif whenever the run saves.
+
+    mu_real, mu_fake: functions (x_t (B, 2), t (B,), cond, uncond) -> E[x0 | x_t] (B, 2), of the
+    teacher and of the network it is compared with; they are called anew for every frame. t: the
+    noise level of the arrows. names: what the two are called in the picture. Other worlds than
+    ring, and --preview_every 0, make no film. A resumed run goes on with the frames it has.
+    """
+
+    def __init__(self, run, teacher, sampler, mu_real, mu_fake, t=0.4, names=("teacher", "fake")):
+        self.run, self.teacher, self.sampler = run, teacher, sampler
+        self.mus, self.t, self.names, self.frames = (mu_real, mu_fake), t, names, []
+        self.on = teacher.world_name == "ring" and run.args.preview_every != 0
+        self.path = os.path.join(run.folder, "ring.gif")
+        self.every = max(1, run.args.max_train_steps // FRAMES)
+        if self.on and run.first and run.main and os.path.isfile(self.path):
+            self.frames = read_gif(self.path)[: 1 + run.first // self.every]
+        if self.on and not run.first:
+            self.take(0)
+
+    def frame(self, step):
+        """After update `step`: a frame if one is due, and the file if the run saves now."""
+        done, args = step + 1, self.run.args
+        if not self.on:
+            return
+        if done % self.every == 0:
+            self.take(done)
+        last = done == args.max_train_steps
+        if self.run.main and (last or done % args.checkpointing_steps == 0):
+            write_gif(self.path, self.frames)
+
+    @torch.no_grad()
+    def take(self, done):
+        """Draw one frame. Every rank computes it, rank 0 keeps it."""
+        x = preview(self.run, self.teacher, self.sampler)
+        grid = torch.linspace(-1.4, 1.4, 13)
+        x_t = torch.cartesian_prod(grid, grid).to(self.run.device)  # (169, 2)
+        t = torch.full((len(x_t),), self.t, device=x_t.device)
+        cond, uncond = self.teacher.conditions.pick(torch.zeros(len(x_t)).long(), x_t.device)
+        real, fake = (mu(x_t, t, cond, uncond).float() for mu in self.mus)
+        if not self.run.main:
+            return
+        schedule = self.teacher.schedule
+        alpha, sigma = (expand(f(t), x_t) for f in (schedule.alpha, schedule.sigma))
+        one = x[self.teacher.conditions.preview(len(x)) == 0]  # the samples of class 0
+        eps = Draws(0, "film", 0, range(len(one))).normal("eps", one.shape[1:])
+        noised = alpha[: len(one)].cpu() * one + sigma[: len(one)].cpu() * eps
+        first = Image.fromarray(self.teacher.world.picture(x, SIDE))
+        panels = [(f"samples of all classes, step {done}", first)]
+        of = f"class {self.teacher.world.class_names[0]}, t = {self.t:g}"
+        for name, mu, colour in zip(self.names, (real, fake), (BLUE, PURPLE)):
+            by = 0.3 * (alpha * mu - x_t)  # along the score, sigma^2 times as long
+            panels.append((f"{name}, {of}", arrows(x_t, by, noised, colour)))
+        by = alpha * (real - fake)
+        panels.append(("their difference, larger", arrows(x_t, by, noised, ORANGE)))
+        self.frames.append(beside(panels))
+
+
+def film_of_scores(run, teacher, sampler, fake, step=None):
+    """The film of a method with a fake score: the guided teacher's x0 against the fake's.
+
+    fake: None where there is none: then mu_fake = x_t / alpha, which is no score at all. step: the
+    student step that a fake is conditioned on, None for one that is not.
+    """
+    diffusion, scale = teacher.diffusion, run.args.guidance_scale
+
+    def mu_real(x_t, t, cond, uncond):
+        return diffusion.guided_x0(teacher.net, x_t, t, cond, uncond, scale)
+
+    def mu_fake(x_t, t, cond, uncond):
+        if fake is None:
+            return x_t / expand(teacher.schedule.alpha(t), x_t)
+        steps = {} if step is None else {"steps": torch.full_like(t, float(step))}
+        return diffusion.x0(fake, x_t, t, **cond, **steps)
+
+    return Film(run, teacher, sampler, mu_real, mu_fake)
+
+
+def arrows(start, by, dots, colour):
+    """A panel: arrows from start (n, 2) by (n, 2), over dots (m, 2).  -> a Pillow image."""
+    scale, zoom = SIDE / (2 * REACH), 3  # drawn three times as large, then made smaller: smooth
+    image = Image.new("RGB", (SIDE * zoom, SIDE * zoom), "white")
+    draw = ImageDraw.Draw(image)
+
+    def pixels(points):
+        flip = torch.tensor([1.0, -1.0])
+        return ((points.float().cpu() * flip + REACH) * scale * zoom).tolist()
+
+    for x, y in pixels(dots):
+        draw.ellipse([x - 5, y - 5, x + 5, y + 5], fill=FAINT)
+    length = by.norm(dim=1, keepdim=True).clamp_min(1e-6)
+    by = by * (length.clamp_max(0.4) / length)  # long ones are cut, so that none hides the others
+    for (x, y), (to_x, to_y) in zip(pixels(start), pixels(start + by)):
+        dx, dy = to_x - x, to_y - y
+        if dx * dx + dy * dy < 4:
+            draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colour)
+            continue
+        draw.line([x, y, to_x, to_y], fill=colour, width=4)
+        back = min(14.0, 0.6 * (dx * dx + dy * dy) ** 0.5) / (dx * dx + dy * dy) ** 0.5
+        left = to_x - back * (dx - 0.5 * dy), to_y - back * (dy + 0.5 * dx)
+        right = to_x - back * (dx + 0.5 * dy), to_y - back * (dy - 0.5 * dx)
+        draw.polygon([(to_x, to_y), left, right], fill=colour)
+    return image.resize((SIDE, SIDE), Image.LANCZOS)
+
+
+def beside(panels):
+    """[(text, image), ...] side by side, each text above its image.  -> a Pillow image."""
+    bar, font = 18, ImageFont.load_default()
+    sheet = Image.new("RGB", (len(panels) * (SIDE + 4) - 4, SIDE + bar), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (text, image) in enumerate(panels):
+        left = i * (SIDE + 4)
+        draw.text((left + 6, 3), text, fill=INK, font=font)
+        sheet.paste(image, (left, bar))
+        draw.rectangle([left, bar, left + SIDE - 1, bar + SIDE - 1], outline=FAINT)
+    return sheet
+
+
+def write_gif(path, frames, ms=150, pause=2000):
+    """An endlessly looping GIF; the last frame stays for a while.  ms, pause: milliseconds."""
+    colours = palette([INK, FAINT, BLUE, PURPLE, ORANGE, *CLASSES])
+    small = [f.quantize(palette=colours, dither=Image.Dither.NONE) for f in frames]
+    data = io.BytesIO()
+    shown = [ms] * (len(small) - 1) + [pause]
+    small[0].save(
+        data, "GIF", save_all=True, append_images=small[1:], duration=shown, loop=0, optimize=True
+    )
+    atomic_write(path, data.getvalue())
+
+
+def palette(colours, tints=7):
+    """These colours in `tints` shades towards white, as a Pillow image that has them as palette.
+
+    Left to itself each frame would choose other ones, and the classes' colours would flicker.
+    """
+    shades = [255, 255, 255]
+    for rgb in (ImageColor.getrgb(c) for c in colours):
+        for i in range(tints):
+            shades += [round(255 + (c - 255) * (i + 1) / tints) for c in rgb]
+    image = Image.new("P", (1, 1))
+    image.putpalette(shades)
+    return image
+
+
+def read_gif(path):
+    """The frames of a GIF as RGB images."""
+    frames = []
+    with Image.open(path) as gif:
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            frames.append(gif.convert("RGB"))
+    return frames
