@@ -1,7 +1,7 @@
 """Do the pages of docs/ still quote the code they link to?
 
     python -m tests.pages            # says which links point beside their lines
-    python -m tests.pages --write    # and moves the line numbers to where the quoted lines stand now
+    python -m tests.pages --write    # and moves the numbers to where the quoted lines stand now
 
 A quotation is a link to a range of lines, alone on its line, with a block of Python right below:
 

@@ -164,7 +164,8 @@ class Canvas:
     def save(self, path):
         """Write path-light.svg and path-dark.svg."""
         for i, (name, theme) in enumerate(THEMES.items()):
-            body = "\n".join(shape(lambda kind: KINDS[kind][i], theme) for shape in self.shapes)
+            colours = {kind: pair[i] for kind, pair in KINDS.items()}
+            body = "\n".join(shape(colours.__getitem__, theme) for shape in self.shapes)
             svg = (
                 f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} '
                 f'{self.height}" width="{self.width}" height="{self.height}" '

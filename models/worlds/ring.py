@@ -24,7 +24,6 @@ from models.worlds.measures import (
     sliced_wasserstein,
 )
 
-
 COLOURS = "#d64541", "#266eb4", "#2e8b57", "#965aa0"  # of the classes, in pictures
 
 
