@@ -47,6 +47,7 @@ from models.draws import stable_hash
 from models.networks.gan import GanHead
 from models.plumbing import report
 from models.plumbing.data import Conditions, real_batches, try_network
+from models.plumbing.film import film_of_terms
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
@@ -274,6 +275,18 @@ def step_input(k, draw, on):
     return {"steps": torch.full((len(draw.rows),), float(k), device=draw.device)} if on else {}
 
 
+def two_levels(args, draw, k):
+    """Noise and noise level for DM and for CA at the student's step k (Eq. 8).
+
+    With --schedule shared both terms read one draw, as in DMD.  -> two pairs (eps, t).
+    """
+    u_k = 1 - k / args.student_steps
+    range_dm, range_ca = noise_ranges(args.schedule, u_k, args.dm_range, args.ca_range)
+    at_dm = draw.eps_t("", *range_dm)
+    at_ca = at_dm if args.schedule == "shared" else draw.eps_t("_ca", *range_ca)
+    return at_dm, at_ca
+
+
 def note_gradients(run, x, g_dm, g_ca, ablation):
     """What the two terms, and all others together (g_rest), send into x; after backward()."""
     n, g = x.numel(), g_dm + g_ca if ablation.dm else g_ca
@@ -319,6 +332,8 @@ def train(args):
     moments = mean_variance_target(args, teacher.world)
     sampler = student_sampler(run, ema, teacher, times, args.renoise)
     report.introduce(run, teacher, student, describe(args, times, ablation, see_step))
+    trained = fake if ablation.needs_fake else None
+    film = film_of_terms(run, teacher, sampler, trained, len(times) - 1 if see_step else None)
 
     for step in run.steps():
         warmup, decay = run.rate(step)
@@ -356,12 +371,7 @@ def train(args):
                 x = diffusion.x0(student, x_in, times[k], **cond)  # the one call with gradient
                 x.retain_grad()  # for the log
                 fake_cond = {**cond, **step_input(k, draw, see_step)}
-                u_k = 1 - k / args.student_steps
-                range_dm, range_ca = noise_ranges(args.schedule, u_k, args.dm_range, args.ca_range)
-                at_dm = at_ca = draw.eps_t("", *range_dm)
-                if args.schedule != "shared":
-                    at_ca = draw.eps_t("_ca", *range_ca)
-                at_t = diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha
+                at_t = diffusion, *two_levels(args, draw, k), cond, uncond, fake_cond, alpha
                 if ablation.none:
                     loss, g_dm, g_ca, *mu = decoupled_dmd_loss(x, teacher.net, fake, *at_t)
                 else:
@@ -386,6 +396,7 @@ def train(args):
         head.requires_grad_(True)
         if args.ema_decay:
             run.update_ema(ema, student, step)
+        film.frame(step)
         if run.end_step(step, show=("loss_fake", "g_ca", "std")):  # True: time to save
             report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})
             report.save_student(run, teacher, ema, times)

@@ -58,7 +58,9 @@ from models.plumbing.data import (
     to_unit,
     try_network,
 )
+from models.plumbing.film import Film
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
+from models.plumbing.releases import TRELLIS_SAMPLES
 from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
 
@@ -368,6 +370,7 @@ def train(args):
     run.start(student=student, **state, optimizer=optimizer)  # resumed, where that is asked for
     times = step_grid(max(args.student_steps), teacher.shift)[:-1]
     introduce(run, teacher, student, len(data))
+    film = film_of_velocities(run, teacher, student, ema)
 
     for step in run.steps():
         warmup, decay = run.rate(step)
@@ -395,6 +398,7 @@ def train(args):
         run.update(optimizer, "student")
         if args.ema_decay:
             run.update_ema(ema, student, step, args.ema_start)
+        film.frame(step)
         if run.end_step(step, show=("loss_vm", "loss_vd")):  # True: time to save
             save_previews(run, teacher, ema, step + 1)
             save_student(run, teacher, ema, times)
@@ -414,6 +418,30 @@ def introduce(run, teacher, student, samples):
     text = f"{args.arm}, d_norm {args.d_norm}, {args.derivative}, {samples:,} samples of data, "
     text += f"guidance {args.guidance_vm:g} and {args.guidance_vd:g}, sampled in {steps} step(s)"
     report.introduce(run, teacher, student, text)
+
+
+def film_of_velocities(run, teacher, student, ema):
+    """ring.gif: the teacher's velocity against the student's u, and the average's samples.
+
+    The arrows lead from x_t along -v and -u, towards data; u - v, the residual of both losses, is
+    where velocity distillation moves samples. They are drawn in the fewest steps asked for.
+    """
+    args, dt = run.args, difference_step(run.args)
+
+    def x0(v, x_t, t):  # over alpha = 1 - t: a film draws alpha * this - x_t, which is -t v
+        return (x_t - expand(t, x_t) * v) / expand(1 - t, x_t)
+
+    def real(x_t, t, cond, uncond):
+        return x0(velocity(teacher.net, x_t, t, cond, uncond, args.guidance_vd), x_t, t)
+
+    def fake(x_t, t, cond, uncond):
+        v = velocity(teacher.net, x_t, t, cond, uncond, args.guidance_vd)
+        phi = student(x_t, t, **cond)
+        d = time_derivative(student, x_t, t, v, cond, dt, phi)
+        return x0(phi + expand(t, x_t) * normalised(d, len(t), None, args.d_norm), x_t, t)
+
+    sampler = student_samplers(run, ema, teacher)[min(args.student_steps)]
+    return Film(run, teacher, sampler, real, fake, names=("teacher -v", "student -u"))
 
 
 def sampler_of(run, net, teacher, times, guidance_scale, renoise="ode", guided=(0.0, 1.0)):
@@ -570,8 +598,6 @@ def sample_only(args):
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-# How TRELLIS's own pipeline.json samples both stages: 25 steps, rescale_t 3, guided for t >= .5.
-TRELLIS_SAMPLES = dict(teacher_shift=3.0, teacher_guidance_interval=[0.5, 1.0])
 PRESETS = {  # the flags' defaults suit small networks; a released teacher gets the paper's values
     "released": dict(
         max_train_steps=6000, train_batch_size=8, learning_rate=4e-8, d_norm=0.1, guidance_vm=41.0,
@@ -579,7 +605,8 @@ PRESETS = {  # the flags' defaults suit small networks; a released teacher gets 
         max_grad_norm=1.0, lr_warmup_steps=0, lr_decay_share=0.0, student_guidance=6.0,
         guidance_scale=6.0, timestep_shift=1.0, preview_samples=4,
     ),
-    # the two stages of TRELLIS; the second's previews in the released code have w = .1
+    # the two stages of TRELLIS, whatever their tokens' width; the second's previews in the released
+    # code have w = .1
     "SparseStructureFlowModel": dict(max_train_steps=6000, learning_rate=4e-8, **TRELLIS_SAMPLES),
     "SLatFlowModel": dict(
         max_train_steps=4000, learning_rate=1e-8, student_guidance=1.1, **TRELLIS_SAMPLES

@@ -19,6 +19,7 @@ from models.files import save_json
 from models.networks import network_config, save_network
 from models.networks.dit import DiT
 from models.networks.pixart import PixArtTransformer2DModel
+from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.networks.wan import WanTransformer3DModel
 from models.networks.z_image import ZImageTransformer2DModel
@@ -82,11 +83,18 @@ def ring_network(seed=0):
     return RingMLP(dim=32)
 
 
+def ring_dit(seed=0):
+    """The same with attention, and with noise on every weight."""
+    torch.manual_seed(seed)
+    return perturbed(RingDiT(tokens=4), std=0.2)
+
+
 def quiet(monkeypatch):
     """Let runs draw no samples and measure nothing, and start on the ring from ring_network."""
     for name in ("finish", "preview", "save_samples"):
         monkeypatch.setattr(report, name, lambda *a, **k: None)
     monkeypatch.setattr(teachers, "fit_ring_network", lambda teacher, seed: ring_network(seed))
+    monkeypatch.setattr(teachers, "fit_ring_transformer", lambda teacher, seed: ring_dit(seed))
 
 
 def has_gradient(module):

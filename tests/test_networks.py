@@ -22,6 +22,7 @@ from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DiTTransformer2DModel
 from models.networks.pixart import PixArtTransformer2DModel
+from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.networks.trellis import (
     SLatFlowModel,
@@ -82,6 +83,7 @@ CASES = {
         DiT, dict(TINY_DIT, context_channels=2, context_width=3), (6, 4), 2, "blocks", 4
     ),
     "RingMLP": Case(RingMLP, dict(dim=32), (), 2, "hidden", 1),
+    "RingDiT": Case(RingDiT, dict(tokens=4, depth=3), (), 2, "blocks", 4),
     "WanTransformer3DModel": Case(WanTransformer3DModel, TINY_WAN_3, (2, 4, 6), 4, "blocks", 12),
     "ZImageTransformer2DModel": Case(
         ZImageTransformer2DModel, dict(TINY_Z_IMAGE, n_layers=3), (4, 6), 4, "layers", 6
@@ -116,7 +118,7 @@ OTHERS = {
     SparseStructureEncoder: dict(TINY_STAGES, in_channels=1, channels=[4, 8]),
     SparseStructureDecoder: dict(TINY_STAGES, out_channels=1, channels=[8, 4]),
 }
-SMALL = (DiT, RingMLP)  # ours; the others are released architectures
+SMALL = (DiT, RingDiT, RingMLP)  # ours; the others are released architectures
 
 each = pytest.mark.parametrize("case", [pytest.param(c, id=name) for name, c in CASES.items()])
 

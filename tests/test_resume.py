@@ -127,6 +127,18 @@ def test_what_a_user_may_have_to_change_can_change(monkeypatch, tmp_path, capsys
     assert [int(r["step"]) for r in read_log(tmp_path / "run")] == list(range(1, 11))
 
 
+def test_report_says_what_a_resumed_run_changed(tmp_path):
+    """A table of results without its second learning rate could not be made again."""
+    flags = flags_of("dmd", tmp_path)
+    run("dmd", flags)
+    report = tmp_path / "run" / "report.json"
+    assert json.loads(report.read_text())["changes"] == []
+    was = last_state(tmp_path / "run")[0]["flags"]["learning_rate"]
+    run("dmd", resumed(flags, 6, "--learning_rate", "0.125"))
+    change = {"what": "--learning_rate", "was": was, "is": 0.125, "update": 5}
+    assert json.loads(report.read_text())["changes"] == [change]
+
+
 def test_what_changes_no_gradient_can_change(monkeypatch, tmp_path, capsys):
     """Without a word: what is shown, how a run samples at its end, what memory it takes."""
     quiet(monkeypatch)

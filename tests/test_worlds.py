@@ -18,6 +18,7 @@ import models.worlds
 from models.diffusion import VP, from_x0_eps, to_x0_eps
 from models.files import UserError
 from models.networks.latent_space import LatentSpace
+from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.plumbing import report
 from models.worlds import WORLDS, load_world, voxels
@@ -1010,6 +1011,22 @@ def test_fitted_ring_network_approaches_the_exact_velocity():
     with torch.no_grad():
         v = teacher(x, t, label)
         assert (net(x, t, label=label) - v).square().mean() < 0.6 * v.square().mean()
+
+
+def test_a_token_of_the_ring_transformer_knows_one_coordinate():
+    """Reading the point from its coordinates gives it back, and tokens meet in attention alone."""
+    net = perturbed(RingDiT(tokens=5, depth=2), std=0.2)
+    x, t = torch.randn(6, 2, generator=generator()), torch.full((6,), 0.5)
+    seen = x @ net.directions
+    torch.testing.assert_close(seen @ net.directions.T * (2 / 5), x)
+    assert torch.equal(seen[:, 0], x[:, 0])  # the first direction is the first axis
+    other = x + torch.tensor([0.0, 1.0])  # another point with that coordinate
+    with torch.no_grad():
+        apart = (net(x, t, return_features=True) - net(other, t, return_features=True))[:, 0]
+        for block in net.blocks:
+            block.attend = lambda q, k, v: v  # each token for itself
+        alone = (net(x, t, return_features=True) - net(other, t, return_features=True))[:, 0]
+    assert apart.abs().max() > 1e-2 and alone.abs().max() < 1e-5
 
 
 def test_ring_network_steps_and_features():

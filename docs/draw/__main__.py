@@ -3,7 +3,7 @@
     python -m docs.draw [METHOD ...]             diagrams and curves, at once
     python -m docs.draw --wrong [METHOD ...]     what well-known wrong variants do: short trainings
 
-Every module of this folder but svg and logs has the pictures of one page: functions draw(folder)
+Every module of this folder but svg, logs and thumbs has the pictures of one page: functions draw(folder)
 and wrong(folder).
 """
 
@@ -13,7 +13,8 @@ import pkgutil
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PAGES = [m.name for m in pkgutil.iter_modules([HERE]) if m.name not in ("svg", "logs", "__main__")]
+APART = ("svg", "logs", "thumbs", "__main__")
+PAGES = [m.name for m in pkgutil.iter_modules([HERE]) if m.name not in APART]
 
 
 def main(names, folder, kind="draw"):

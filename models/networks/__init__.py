@@ -85,6 +85,7 @@ from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DiTTransformer2DModel
 from models.networks.pixart import PixArtTransformer2DModel
+from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.networks.trellis import (
     SLatFlowModel,
@@ -97,6 +98,7 @@ from models.networks.z_image import ZImageTransformer2DModel
 
 NETWORKS = {
     "DiT": DiT,
+    "RingDiT": RingDiT,
     "RingMLP": RingMLP,
     "WanTransformer3DModel": WanTransformer3DModel,
     "ZImageTransformer2DModel": ZImageTransformer2DModel,

@@ -247,10 +247,10 @@ class DiT(nn.Module):
         fit, an unknown adapter, and steps or context that the network lacks or does not take.
         """
         lora.check(self, adapter)
-        if x.shape[1:] != self.latent_shape:
+        shape = (self.channels, *self.size)
+        if x.shape[1:] != shape:
             raise ValueError(
-                f"DiT expects x of shape (B, {', '.join(map(str, self.latent_shape))}), "
-                f"got {tuple(x.shape)}"
+                f"DiT expects x of shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}"
             )
         check_time(t, x)
         want = (len(x), self.context_channels, *self.size) if self.context_channels else None

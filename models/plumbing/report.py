@@ -374,6 +374,7 @@ def save_report(run, teacher, params, results, **more):
         "steps": run.args.max_train_steps,
         "seconds": run.seconds(),
         "peak_memory_mb": peak_memory_mb(run.device),
+        "changes": run.changes,  # of flags, where the run was resumed with others
         "params": params,
         "results": results,
     }

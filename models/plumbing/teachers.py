@@ -25,7 +25,7 @@ from models.networks import (
     weights_hash,
 )
 from models.worlds import WORLDS, load_world
-from models.worlds.ring import fit_ring_network
+from models.worlds.ring import fit_ring_network, fit_ring_transformer
 
 
 @dataclass
@@ -70,6 +70,9 @@ class Teacher:
 
     def fingerprint(self):
         """Short hash of the weights, the LoRA files among them: the key of what is measured."""
+        if self.folder is None:  # fitted in this run
+            values = [v.cpu().numpy().tobytes() for v in self.net.state_dict().values()]
+            return hashlib.sha256(b"".join(values)).hexdigest()[:16]
         own = weights_hash(self.folder)
         if not self.loras:
             return own
@@ -103,7 +106,7 @@ def network_folder(folder):
 def is_small(name):
     """Whether --teacher is a world or one of our own small networks: they share default flags."""
     config = os.path.join(network_folder(name), "config.json")
-    ours = os.path.isfile(config) and load_json(config).get("_class_name") in ("DiT", "RingMLP")
+    ours = os.path.isfile(config) and load_json(config).get("_class_name") in ("DiT", "RingDiT", "RingMLP")
     return name in WORLDS or ours
 
 
@@ -236,19 +239,22 @@ def set_clock(net, schedule):
 # ---- starting from a teacher ---------------------------------------------------------------------
 
 
-def start_teacher(args, two_networks=False):
+def start_teacher(args, two_networks=False, attention=False):
     """--teacher, with --timestep_shift and --sample_shape if given -> Teacher, without conditions.
 
     The files of --teacher_lora are merged into it. Make copies of its base before `freeze_teacher`.
-    Raises UserError.
+    attention: where the teacher is a closed form, a transformer that is fitted to it takes its
+    place, for a method that replaces the teacher's attention. Raises UserError.
     """
     teacher = load_teacher(args.teacher, two_networks=two_networks)
     if args.teacher_lora:
         merge_loras(teacher, args.teacher_lora)
     teacher.base = teacher.net
-    if not teacher.config:
+    if not teacher.config and attention:
+        teacher.net = teacher.base = fit_ring_transformer(teacher.net, args.seed)
+    elif not teacher.config:
         teacher.base = fit_ring_network(teacher.net, args.seed)
-        teacher.config = network_config(teacher.base)
+    teacher.config = teacher.config or network_config(teacher.base)
     if args.timestep_shift is not None:
         teacher.shift = args.timestep_shift
     teacher.shape = tuple(args.sample_shape or teacher.base.latent_shape)

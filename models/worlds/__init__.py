@@ -39,6 +39,8 @@ Every world also has one of two kinds of teacher:
     teacher() -> module
         A closed form without weights (ring). It is called like a network, net(x_t, t, label=...),
         gives a flow velocity and has prediction, default_shift, cond_names and latent_shape.
+        Its students start from a network that is fitted to it (models/worlds/ring.py), and where a
+        method replaces the teacher's attention, as linvideo.py does, such a network is the teacher.
     teacher_folder() -> path
         The folder of a shipped network. Raises UserError where none ships (shapes).
 

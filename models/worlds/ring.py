@@ -2,7 +2,8 @@
 
 Everything is known in closed form: the score, x0 and the velocity at any noise level, with and
 without a label. So the teacher is a formula. A student needs weights, though: fit_ring_network
-regresses a small network onto the formula, and distilling that takes seconds.
+regresses a small network onto the formula, and distilling that takes seconds. A method that changes
+a teacher's attention needs one with attention as well: fit_ring_transformer.
 """
 
 import math
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from models.diffusion import expand
+from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.worlds.measures import (
     BLUR,
@@ -161,14 +163,20 @@ class Ring:
         return np.asarray(image)
 
 
-def fit_ring_network(teacher, seed=0, steps=1500, batch=512):
-    """Regress a RingMLP onto the closed-form velocity, with one label in five dropped.
+def fit_ring_transformer(teacher, seed=0, steps=600, batch=128):
+    """The same with a RingDiT, which has attention."""
+    return fit_ring_network(teacher, seed, steps, batch, RingDiT)
 
-    -> the network, the same for the same seed; torch's global generator stays as it was.
+
+def fit_ring_network(teacher, seed=0, steps=1500, batch=512, network=RingMLP):
+    """Regress a network onto the closed-form velocity, with one label in five dropped.
+
+    network: its class.  -> the network, the same for the same seed; torch's global generator stays
+    as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = RingMLP(num_classes=teacher.num_classes)
+        net = network(num_classes=teacher.num_classes)
     g = torch.Generator().manual_seed(seed)
     opt = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.0)
     for step in range(steps):

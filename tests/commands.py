@@ -1,0 +1,122 @@
+"""Every command in a code block of README and docs: is it right, and how long does it take?
+
+    python -m tests.commands                    # lists them, and what docs/commands.md knows of each
+    python -m tests.commands --measure ring     # runs those with "ring" in them that can run here,
+                                                # one after the other, and writes their times down
+
+docs/commands.md has the seconds that each took where its first line says. `tests/test_commands.py`
+runs those of a few seconds, and with `--commands` all below 90; what needs weights or files of
+one's own can only be parsed, which it does for each.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PAGES = ["README.md"]
+for folder in ("docs", "docs/results"):
+    PAGES += sorted(f"{folder}/{f}" for f in os.listdir(f"{ROOT}/{folder}") if f.endswith(".md"))
+TABLE = os.path.join(ROOT, "docs", "commands.md")
+NEEDS = (  # what only the reader has: weights, files, GPUs
+    r"Wan2|Z-Image|PixArt|TRELLIS|SiT|DiT-|LFM|FOLDER|FILE|MAPS|RUN|NAME|torchrun|prompts|latents\b"
+    r"|\.safetensors|photos|renders|venv|http|bench_linear_attention|\.\.\."
+)
+
+
+def blocks(page):
+    """The fenced blocks of a page that are meant for a shell -> texts."""
+    with open(os.path.join(ROOT, page)) as f:
+        found = re.findall(r"^```(\w*)\n(.*?)^```", f.read(), re.M | re.S)
+    return [text for language, text in found if language in ("", "bash", "sh")]
+
+
+def commands():
+    """-> {command, on one line and without its comment: [pages it stands on]}."""
+    found = {}
+    for page in PAGES:
+        for text in blocks(page):
+            lines = re.sub(r"\\\n\s*", "", text).splitlines()
+            for line in lines:
+                line = re.sub(r"\s+#.*", "", line).strip()
+                if re.match(r"(python3?|torchrun|diff|pip) ", line):
+                    found.setdefault(line, []).append(page)
+    return found
+
+
+def own(command):
+    """Whether it needs something that is not here."""
+    return bool(re.search(NEEDS, command))
+
+
+def times():
+    """docs/commands.md -> {command: seconds}."""
+    if not os.path.isfile(TABLE):
+        return {}
+    with open(TABLE) as f:
+        rows = re.findall(r"^\| `([^`]+)` \| ([\d.]+) \|", f.read(), re.M)
+    return {command: float(seconds) for command, seconds in rows}
+
+
+def execute(command, folder, threads=None, limit=None):
+    """Run a command in a copy of the project, `folder`.  -> seconds, finished process."""
+    first, *rest = shlex.split(command)
+    first = sys.executable if first.startswith("python") else first
+    env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    began = time.perf_counter()
+    done = subprocess.run(
+        [first, *rest], cwd=folder, env=env, timeout=limit, capture_output=True, text=True
+    )
+    return time.perf_counter() - began, done
+
+
+def write(known):
+    """docs/commands.md with these times, {command: seconds}."""
+    found = commands()
+    rows = [(s, c) for c, s in known.items() if c in found]
+    with open(TABLE, "w") as f:
+        print("# How long the commands of these pages take\n", file=f)
+        print(
+            "Seconds on two cores of an AMD EPYC server, everything included, one after the other in "
+            "a fresh copy of the project\n(`python -m tests.commands --measure`). "
+            "`python -m pytest tests/test_commands.py --commands` runs those below 90.\n",
+            file=f,
+        )
+        print("| command | seconds | pages |\n|---|---|---|", file=f)
+        for seconds, command in sorted(rows):
+            pages = ", ".join(os.path.basename(p) for p in dict.fromkeys(found[command]))
+            print(f"| `{command}` | {seconds:.0f} | {pages} |", file=f)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", nargs="?", const="", help="run those that have this in them")
+    parser.add_argument("--folder", default=ROOT, help="where to run them: a copy of the project")
+    parser.add_argument("--limit", type=float, help="stop a command after so many seconds")
+    args = parser.parse_args()
+    known = times()
+    for command, pages in commands().items():
+        if own(command):
+            print(f"   own  {command}")
+        elif args.measure is None or args.measure not in command or command in known:
+            print(f"{known.get(command, -1):6.0f}  {command}   ({', '.join(pages)})")
+        else:
+            try:
+                seconds, done = execute(command, args.folder, limit=args.limit)
+            except subprocess.TimeoutExpired:
+                print(f"  long  {command}", flush=True)
+                continue
+            print(f"{seconds:6.0f}  {command}  exit {done.returncode}", flush=True)
+            if done.returncode:
+                print(done.stderr[-500:])
+                continue
+            known[command] = seconds
+            write(known)
+
+
+if __name__ == "__main__":
+    main()
