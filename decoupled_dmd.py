@@ -275,7 +275,7 @@ def step_input(k, draw, on):
     return {"steps": torch.full((len(draw.rows),), float(k), device=draw.device)} if on else {}
 
 
-def two_levels(args, draw, k):
+def draw_levels(args, draw, k):
     """Noise and noise level for DM and for CA at the student's step k (Eq. 8).
 
     With --schedule shared both terms read one draw, as in DMD.  -> two pairs (eps, t).
@@ -333,7 +333,7 @@ def train(args):
     sampler = student_sampler(run, ema, teacher, times, args.renoise)
     report.introduce(run, teacher, student, describe(args, times, ablation, see_step))
     trained = fake if ablation.needs_fake else None
-    film = film_of_terms(run, teacher, sampler, trained, len(times) - 1 if see_step else None)
+    film = film_of_terms(run, teacher, sampler, trained, times if see_step else None)
 
     for step in run.steps():
         warmup, decay = run.rate(step)
@@ -371,7 +371,8 @@ def train(args):
                 x = diffusion.x0(student, x_in, times[k], **cond)  # the one call with gradient
                 x.retain_grad()  # for the log
                 fake_cond = {**cond, **step_input(k, draw, see_step)}
-                at_t = diffusion, *two_levels(args, draw, k), cond, uncond, fake_cond, alpha
+                at_dm, at_ca = draw_levels(args, draw, k)  # each term has its own (Eq. 8)
+                at_t = diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha
                 if ablation.none:
                     loss, g_dm, g_ca, *mu = decoupled_dmd_loss(x, teacher.net, fake, *at_t)
                 else:

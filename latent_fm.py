@@ -74,7 +74,8 @@ from models.networks.dit_imagenet import DIT_B_2, DIT_L_2, DIT_XL_2, DiTTransfor
 from models.networks.latent_space import LatentSpace, load_space, space_beside
 from models.networks.ring_mlp import RingMLP
 from models.plumbing import report
-from models.plumbing.data import CROPS, Rows, load_data, to_unit
+from models.plumbing.data import CROPS, Conditions, Rows, load_data, to_unit
+from models.plumbing.film import Film
 from models.plumbing.flags import (
     Parser,
     add_run_flags,
@@ -408,6 +409,7 @@ def train(args):
     forward = torch.compile(net) if args.compile else net
     latents = SimpleNamespace(shape=shape, shift=args.timestep_shift)  # what is drawn
     introduce(run, data, space, net, shape)
+    film = ring_film(run, world_name, ema)
 
     for step in run.steps():
         warmup, left = run.rate(step)
@@ -431,6 +433,7 @@ def train(args):
             add_by_quarter(totals, t, error)
         run.update(optimizers, "net")
         run.update_ema(ema, net, step, start=10)
+        film.frame(step)
         by_t = totals[:, 0] / totals[:, 1].clamp_min(1)  # 0 in a quarter that no t fell into
         run.note(**{f"loss_t{quarter}": by_t[quarter] for quarter in range(4)})
         if run.end_step(step, show=("loss",), lr=args.learning_rate * lr_factor):  # True: save
@@ -780,6 +783,29 @@ def introduce(run, data, space, net, shape):
     )
 
 
+def ring_film(run, world_name, net):
+    """ring.gif of --data ring: x0 in closed form, the network's x0, and samples by 16 Heun steps.
+
+    A network without labels is compared with the x0 of all modes together.
+    """
+    like = SimpleNamespace(world_name=world_name, world=load_world("ring"), shape=(2,))
+    like.conditions = Conditions(SimpleNamespace(prompts=None), net)  # labels, no file of prompts
+    like.schedule = FLOW.schedule
+
+    def sampler(index, first, last):
+        noise = report.evaluation_noise(run, like.shape, first, last)()
+        return sample(net, noise, index[first:last].to(run.device), 16)
+
+    def exact(x_t, t, cond, uncond):
+        label = cond["label"] if net.num_classes else None
+        return like.world.exact.posterior(x_t, 1 - t, t, label)[1]
+
+    def network(x_t, t, cond, uncond):
+        return FLOW.x0(net, x_t, t, **cond)
+
+    return Film(run, like, sampler, exact, network, names=("exact", "network"))
+
+
 @torch.no_grad()
 def as_saved(args, net):
     """The network that student/ holds: in eval mode, and with --save_fp16 rounded."""
@@ -1084,6 +1110,7 @@ SHAPES = dict(
     logit_normal=True, autoencoder="pca", patch_size=[2], latent_norm="scale",
 )  # fmt: skip
 PRESETS = {
+    "ring": dict(max_train_steps=2000, pool=20000),
     "shapes": SHAPES,
     "clips": dict(patch_size=[2, 4, 4], width=64, depth=8, pool=40000),  # 64 tokens
     "voxels": dict(max_train_steps=6000, width=96, depth=6, pool=40000),  # 64 tokens of 4x4x4

@@ -59,6 +59,7 @@ from models.draws import Draws
 from models.files import UserError, load_json, open_tensors, save_json, save_tensors
 from models.plumbing import report
 from models.plumbing.data import Bank, Conditions, try_network
+from models.plumbing.film import Film
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
@@ -112,7 +113,8 @@ def constraint(r, target):
     count the layers that stay.
     """
     rounded = r + (r.round() - r).detach()
-    return ((1 - rounded).sum() - target) ** 2
+    linear = (1 - rounded).sum()
+    return (linear - target) ** 2
 
 
 def regularizer(r, alpha):
@@ -121,7 +123,9 @@ def regularizer(r, alpha):
     A large alpha > 1 makes it flat in between. Keep r in [0, 1] after every update, since outside
     this falls without bound.  r (layers,) -> scalar.
     """
-    return (1 - (2 * r - 1).abs() ** alpha).sum()
+    # 1 at both ends, 0 at one half
+    distance = (2 * r - 1).abs()
+    return (1 - distance**alpha).sum()
 
 
 # ---- variants of the losses, and baselines (Tab. 4) ----------------------------------------------
@@ -672,6 +676,7 @@ def pull_on_r(run, step, selection):
         (gradient,) = torch.autograd.grad(loss, r, retain_graph=True)
         pulls.append(args.selection_weight * gradient)
     run.note(**{name: pull.norm() for name, pull in zip(names, pulls)})
+    # Eq. 14, on top of the objective's own gradient
     total = losses[0] if args.no_regularizer else losses[0] + losses[1]
     (args.selection_weight * total).backward()
 
@@ -741,7 +746,7 @@ def set_rates(args, optimizer, warmup, decay, selecting):
 
 def train(args):
     run = Run(args, "linvideo")
-    teacher = start_teacher(args)
+    teacher = start_teacher(args, attention=True)
     start = starting_network(args, teacher)
     refuse(wrong_networks(args, teacher, start))
     teacher.conditions = Conditions(args, teacher.base)
@@ -768,6 +773,7 @@ def train(args):
         own = start_own_trajectories(run, teacher)
     if run.first < args.max_train_steps:
         bank = make_bank(run, teacher, grid)
+    film = film_of_attention(run, teacher, student, grid)
 
     for step in run.steps():
         warmup, decay = run.rate(step)
@@ -819,6 +825,7 @@ def train(args):
                 run.note(**{f"r_{i}": r})
         if args.ema_decay:
             run.update_ema(ema, student, step)
+        film.frame(step)
         if run.end_step(step, show=("loss", "g")):  # True: time to save
             net = convert(ema, selection.layers_now(), args.feature_map)
             sampler = student_sampler(run, net, teacher, grid)
@@ -848,6 +855,20 @@ def introduce(run, teacher, selection):
             f"note: with {target} linear layer(s), --r_init {args.r_init:g} and --alpha {first:g} "
             "the regulariser holds every r at 1; lower --r_init, or give --no_regularizer"
         )
+
+
+def film_of_attention(run, teacher, student, grid):
+    """ring.gif: the student's x0 against the teacher's, and its samples, as it is trained.
+
+    So while layers are selected it is the mixture, and without the average of weights.
+    """
+    diffusion, scale = teacher.diffusion, run.args.guidance_scale
+
+    def x0_of(net):
+        return lambda x, t, cond, uncond: diffusion.guided_x0(net, x, t, cond, uncond, scale)
+
+    nets, sampler = (teacher.net, student), student_sampler(run, student, teacher, grid)
+    return Film(run, teacher, sampler, *map(x0_of, nets), names=("teacher", "student"), larger=5)
 
 
 def save_student(run, teacher, net, grid):
@@ -939,6 +960,10 @@ def sample_only(args):
 
 PRESETS = {  # the flags' defaults suit small networks; what other teachers change of them
     "clips": dict(timestep_shift=2.0),
+    "ring": dict(
+        max_train_steps=400, train_batch_size=128, bank_size=512, sampling_steps=10,
+        checkpointing_steps=200, lr_warmup_steps=10, teacher_steps=16,
+    ),
     "released": dict(  # the paper's updates and lambda; docs/linvideo.md says why the rest
         max_train_steps=3000, train_batch_size=1, learning_rate=1e-5, learning_rate_features=1e-4,
         guidance_scale=5.0, sampling_steps=50, ema_decay=0.0, max_grad_norm=1.0, lr_warmup_steps=0,

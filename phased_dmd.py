@@ -56,6 +56,7 @@ from models.files import UserError, load_json
 from models.networks import load_network, lora, save_network
 from models.plumbing import report
 from models.plumbing.data import Conditions, try_network
+from models.plumbing.film import film_of_scores
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import (
     Run,
@@ -547,7 +548,7 @@ def train(args):
     phases = plan_phases(args, teacher, run.device)
     try_network(teacher.base, teacher, run.device)
     info, tensors = read_state(run, phases)
-    run.spent = info["seconds"]
+    run.spent, film = info["seconds"], None
     run.open_folder(info["step"])
     report.introduce(run, teacher, teacher.base, describe(args, grid, phases))
 
@@ -556,6 +557,7 @@ def train(args):
         if not start_phase(args, phases, phase, info, tensors):
             continue  # it was over when the run was interrupted
         experts = per_step(phases, [p.expert for p in phases[: phase.number]])
+        film = film_of_phase(run, phases, phase, teacher, grid, film)
         updates = phase.end - phase.start
 
         for step in run.steps(max(info["step"], phase.start), phase.end, f"phase {phase.number}"):
@@ -602,6 +604,7 @@ def train(args):
             run.update(phase.optimizer, "student")
             if args.ema_decay:
                 run.update_ema(phase.ema, phase.expert, n)
+            film.frame(step, save=step + 1 == phase.end)
             time_to_save = run.end_step(
                 step, show=("loss_fake", "loss_dm", "std"), phase=phase.number
             )
@@ -654,13 +657,9 @@ def read_state(run, phases):
 
 
 def save(run, phases, phase, teacher, grid, step):
-    """samples.png, student/ and state/ after this step.
-
-    The average stands for the phase's expert, and for later ones the networks they will start from.
-    """
-    trained = [p.expert for p in phases[: phase.number - 1]] + [phase.ema]
-    later = [Expert(p.init, p.given) for p in phases[phase.number :]]
-    sampler = student_sampler(run, per_step(phases, trained + later), teacher, grid[:-1])
+    """samples.png, student/ and state/ after this step."""
+    trained = experts_so_far(phases, phase)
+    sampler = sampler_so_far(run, phases, phase, teacher, grid)
     report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})  # by all ranks
     if not run.main:
         return
@@ -673,6 +672,43 @@ def save(run, phases, phase, teacher, grid, step):
     for p in phases[: phase.number]:
         tensors |= pack_module(p.expert, f"expert{p.number}")
     run.save_state(step, tensors, phase=phase.number - 1, phase_start=phase.start)
+
+
+def experts_so_far(phases, phase):
+    """The experts of the phases up to this one, of which the average stands for the expert."""
+    return [p.expert for p in phases[: phase.number - 1]] + [phase.ema]
+
+
+def sampler_so_far(run, phases, phase, teacher, grid):
+    """The student's sampler during a phase: for later experts the networks they will start from."""
+    later = [Expert(p.init, p.given) for p in phases[phase.number :]]
+    experts = per_step(phases, experts_so_far(phases, phase) + later)
+    return student_sampler(run, experts, teacher, grid[:-1])
+
+
+def film_of_phase(run, phases, phase, teacher, grid, film=None):
+    """ring.gif: the teacher against the fake of this phase, at a level of its interval (s, 1).
+
+    film: that of the phases before, which goes on. A fake that is conditioned on the step is asked
+    for the last one. The film asks for the phase in training whenever it draws, so that nothing of
+    a phase outlives it.
+    """
+
+    def now():
+        return next(p for p in phases if p.fake)
+
+    def sampler(index, first, last):
+        return sampler_so_far(run, phases, now(), teacher, grid)(index, first, last)
+
+    def fake(x_t, t, **cond):
+        last = len(now().steps) - 1
+        steps = {"steps": torch.full_like(t, float(last))} if now().see_step else {}
+        return now().fake(x_t, t, **cond, **steps)
+
+    t, names = max(0.4, phase.s + 0.2 * (1 - phase.s)), ("teacher", f"fake {phase.number}")
+    film = film or film_of_scores(run, teacher, sampler, fake, t=t, names=names)
+    film.t, film.names = t, names
+    return film
 
 
 def save_student(run, trained, phases, teacher, grid):
@@ -764,7 +800,8 @@ def marginals(run, experts, teacher, grid, n=1000):
     x = report.evaluation_noise(run, teacher.shape, 0, n)("z")
     x0, _ = teacher.world.data(n, 779, index)
     for i, t in enumerate(grid[1:]):
-        x = advance(run, experts[i], teacher, x, index, grid[i], t)
+        with run.autocast():
+            x = advance(run, experts[i], teacher, x, index, grid[i], t)
         eps = Draws(run.args.seed, "marginals", i, range(n)).normal("eps", teacher.shape)
         distances[f"{t:.4g}"] = energy_distance(
             coarse(x), coarse(teacher.diffusion.add_noise(x0, eps, t))

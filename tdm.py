@@ -47,6 +47,7 @@ from models.diffusion import expand, from_x0_eps, ode_step, shift, to_x0_eps, tr
 from models.files import UserError
 from models.plumbing import report
 from models.plumbing.data import Conditions, try_network
+from models.plumbing.film import film_of_scores
 from models.plumbing.flags import distillation_parser, number, paper_values, parse
 from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
@@ -394,6 +395,8 @@ def train(args):
     run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
     samplers = student_samplers(run, ema, teacher, grids, see_K, args.renoise)
     report.introduce(run, teacher, student, describe(args, grids, see_K))
+    longest = max(grids)
+    film = film_of_scores(run, teacher, samplers[longest], fake, longest if see_K else None)
 
     for step in run.steps():
         warmup, decay = run.rate(step)
@@ -438,6 +441,7 @@ def train(args):
         run.update(optimizer, "student")
         if args.ema_decay:
             run.update_ema(ema, student, step)
+        film.frame(step)
         if run.end_step(step, show=("loss_fake", "loss", "std")):  # True: time to save
             rows = {f"{n} step(s), update {step + 1}": f for n, f in samplers.items()}
             report.save_previews(run, teacher, rows)
@@ -445,7 +449,7 @@ def train(args):
             run.save(step)
     if run.first >= args.max_train_steps:  # a finished run is written out again, perhaps elsewhere
         save_student(run, teacher, ema, grids, see_K)
-    parameters, longest = sum(p.numel() for p in ema.eval().parameters()), max(grids)
+    parameters = sum(p.numel() for p in ema.eval().parameters())
     students = {f"student_{n}": (n, f) for n, f in samplers.items() if n != longest}
     students = {"student": (longest, samplers[longest]), **students}
     report.finish(run, teacher, grids[longest][:-1], students, parameters)

@@ -51,8 +51,8 @@ torch.compile(fullgraph=True) and activation checkpointing take it as one operat
 derivatives only. This file needs torch, and triton where there is one.
 
 Verified: the kernels against a float64 oracle, under Triton's interpreter (TRITON_INTERPRET=1) and
-compiled on an H100, where their tiles were chosen; figures in docs/kernels.md. Not verified: any
-other GPU.
+compiled on an H100, where their tiles were chosen; figures in docs/results/kernels.md. Not
+verified: any other GPU.
 
 Symbols: B batch, N rows (tokens; queries and keys may differ in number), H heads, D head size, f
 features.
@@ -285,7 +285,7 @@ if triton is not None:
                 u = x.to(tl.float32)
             if MAP == "hedgehog":
                 u = tl.where(block == 0, u, -u)
-            # the same rounded features enter S and z, so that weights sum to one
+            # the same rounded features enter S and z, so that their roundings cancel in part
             phi = _features(u, MAP).to(DOT)
             acc = tl.dot(tl.trans(phi), y.to(DOT), acc, input_precision=PRECISION)
             z += tl.sum(phi.to(tl.float32) * weight[:, None], 0)
@@ -506,7 +506,7 @@ def dot_dtype(dtype):
 
 
 # Rows per tile, warps and pipeline stages. The bfloat16 lines are the fastest found on an H100 at
-# sizes 128 and 64 (docs/kernels.md); the others are not tuned. A block is one of features.
+# sizes 128 and 64 (docs/results/kernels.md); the others are not tuned. A block is one of features.
 KERNELS = ("reduce", "apply", "backward q", "backward k")
 # fmt: off
 TILES = {

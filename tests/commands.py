@@ -1,12 +1,11 @@
 """Every command in a code block of README and docs: is it right, and how long does it take?
 
-    python -m tests.commands                    # lists them, and what docs/commands.md knows of each
-    python -m tests.commands --measure ring     # runs those with "ring" in them that can run here,
-                                                # one after the other, and writes their times down
+    python -m tests.commands                  # lists them, with what docs/commands.md knows
+    python -m tests.commands --measure ring   # runs those with "ring" in them that can run here,
+                                              # one after the other, and writes their times down
 
-docs/commands.md has the seconds that each took where its first line says. `tests/test_commands.py`
-runs those of a few seconds, and with `--commands` all below 90; what needs weights or files of
-one's own can only be parsed, which it does for each.
+`tests/test_commands.py` runs those of a few seconds, and with `--commands` all below 90; what needs
+weights or files of one's own can only be parsed, which it does for each.
 """
 
 import argparse
@@ -81,8 +80,8 @@ def write(known):
     with open(TABLE, "w") as f:
         print("# How long the commands of these pages take\n", file=f)
         print(
-            "Seconds on two cores of an AMD EPYC server, everything included, one after the other in "
-            "a fresh copy of the project\n(`python -m tests.commands --measure`). "
+            "Seconds on two cores of an AMD EPYC server, everything included, one after the other "
+            "in a fresh copy of the project\n(`python -m tests.commands --measure`). "
             "`python -m pytest tests/test_commands.py --commands` runs those below 90.\n",
             file=f,
         )

@@ -24,6 +24,7 @@ from models.networks.ring_mlp import RingMLP
 from models.networks.wan import WanTransformer3DModel
 from models.networks.z_image import ZImageTransformer2DModel
 from models.plumbing import report, teachers
+from models.plumbing.film import Film
 from models.plumbing.run import Run, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,6 +130,8 @@ class Diary:
         if script is not tdm:  # which rolls out inside its loop
             self.wrap(monkeypatch, script, "rollout", self.on_rollout)
         quiet(monkeypatch)
+        for name in ("take", "frame"):  # the film would call the networks too
+            monkeypatch.setattr(Film, name, lambda *a, **k: None)
 
     @staticmethod
     def wrap(monkeypatch, module, name, before):

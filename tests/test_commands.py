@@ -1,6 +1,6 @@
 """The commands of README and docs: each parses, runs here or is known to need more, and has a time.
 
-    python -m pytest tests/test_commands.py --commands -n 0      # runs those below 90 seconds
+python -m pytest tests/test_commands.py --commands -n 0      # runs those below 90 seconds
 """
 
 import importlib

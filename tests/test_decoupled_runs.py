@@ -21,15 +21,17 @@ from helpers import (
     save_tiny_teacher,
     save_tiny_vp_teacher,
 )
+from PIL import Image
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
 import decoupled_dmd
 import dmd
-from models.diffusion import VP, predict_x0, shift, unshift
+from models.diffusion import VP, Diffusion, Flow, predict_x0, shift, unshift
 from models.draws import Draws
 from models.files import load_json
 from models.networks import load_network
+from models.plumbing import film, report, teachers
 from models.worlds import load_world
 from models.worlds.ring import RingTeacher
 
@@ -353,6 +355,58 @@ def test_targets_measured_on_a_world():
     assert variance == pytest.approx(float(of_each.mean()), rel=1e-4)
     of_ring = decoupled_dmd.mean_variance_target(args, load_world("ring"))
     assert of_ring == pytest.approx(WORLD, rel=1e-5)
+
+
+# ---- ring.gif ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", ["", "--no_dm", "--student_steps 1"])
+def test_ring_leaves_a_film(monkeypatch, tmp_path, flags):
+    """A frame before the first update and one after each; a resumed run has as many."""
+    monkeypatch.setattr(report, "finish", lambda *a, **k: None)
+    monkeypatch.setattr(teachers, "fit_ring_network", lambda teacher, seed: ring_network(seed))
+    frames = []
+    for name, parts in (("whole", [4]), ("resumed", [2, 4])):
+        for steps in parts:
+            given = ring_flags(tmp_path / name, steps, 8, *flags.split())
+            resume = ["--resume_from_checkpoint", "latest"] if steps != parts[0] else []
+            decoupled_dmd.main([*given, *resume])
+        with Image.open(tmp_path / name / "ring.gif") as gif:
+            frames.append(gif.n_frames)
+    assert frames == [5, 5]
+
+
+def test_film_shows_minus_the_gradients(monkeypatch):
+    """Its arrows are half of -g_ca and -g_dm, of one level; without a fake there is no DM.
+
+    A fake that is conditioned on the step is asked about the last one whose CA reaches that level.
+    """
+    shown, diffusion = [], Diffusion(Flow(), "flow_v")
+    monkeypatch.setattr(
+        film, "Film", lambda run, teacher, sampler, *terms, **_: shown.append(terms)
+    )
+    run = types.SimpleNamespace(args=types.SimpleNamespace(guidance_scale=2.5))
+    teacher, asked = types.SimpleNamespace(net=RingTeacher(), diffusion=diffusion), []
+
+    def fake(x_t, t, label, steps=None):
+        asked.append(steps)
+        return torch.sin(3 * x_t)
+
+    for network, times in ((fake, None), (fake, [1.0, 0.75, 0.5, 0.25]), (None, None)):
+        film.film_of_terms(run, teacher, None, network, times)
+    draw = Draws(0, 0, "film", range(8), shape=(2,))
+    x, eps, t = draw.noise("x"), draw.noise("eps"), torch.full((8,), 0.4)
+    cond, null = {"label": torch.arange(8) % 4}, {"label": torch.full((8,), 4)}
+    conds, x_t = (cond, null, cond), diffusion.add_noise(x, eps, t)
+    at_t = (eps, t), (eps, t)
+    _, g_dm, g_ca, *_ = decoupled_dmd.decoupled_dmd_loss(
+        x, teacher.net, fake, diffusion, *at_t, *conds, 2.5
+    )
+    for i, (ca, dm, level, names) in enumerate(shown):
+        assert (level, names) == (0.4, ("CA", "DM"))
+        torch.testing.assert_close(ca(x_t, t, cond, null), -g_ca / 2)
+        torch.testing.assert_close(dm(x_t, t, cond, null), -g_dm / 2 if i < 2 else 0 * g_dm)
+    assert asked[1] is None and (asked[2] == 2).all() and len(asked) == 3
 
 
 # ---- flags ---------------------------------------------------------------------------------------

@@ -459,6 +459,7 @@ def test_worlds_need_no_names_for_a_mirror():
 
 # (rank's batch, rate, share in which it falls, floor, crop) of each launch line, by its data set
 PAPER_RUNS = {
+    "FOLDER": (160, 1e-4, 0, 0, "adm"),
     "imagenet/train": (160, 1e-4, 0, 0, "adm"),
     "ffhq256": (32, 2e-4, 1, 1e-5, "adm"),
     "celeba256": (32, 2e-4, 0, 0, "adm"),
@@ -470,8 +471,8 @@ PAPER_RUNS = {
 def test_launch_lines_of_the_papers_data_sets():
     """Those of docs/latent_fm.md parse, and say what the official scripts do."""
     page = (ROOT / "docs" / "latent_fm.md").read_text()
-    lines = [line.split() for line in page.splitlines() if "latent_fm.py" in line]
-    lines = [words for words in lines if "--t_scale" in words]
+    lines = page.replace("\\\n", " ").splitlines()
+    lines = [line.split() for line in lines if "latent_fm.py" in line and "--t_scale" in line]
     found = {}
     for words in lines:
         args = latent_fm.parse_args(words[words.index("latent_fm.py") + 1 :])
@@ -480,7 +481,7 @@ def test_launch_lines_of_the_papers_data_sets():
         assert args.lr_schedule == "cosine" and args.adam_betas == [0.9, 0.999]
         assert (args.max_grad_norm, args.weight_decay, args.ema_decay) == (0, 0, 0)
         assert args.hflip and args.t_scale == 1 and args.solver == "dopri5"
-        classes = args.data == "imagenet/train"
+        classes = args.data in ("FOLDER", "imagenet/train")
         assert args.task == ("class" if classes else "uncond")
         assert args.network == ("DiT-B/2" if classes else "DiT-L/2")
     assert found == PAPER_RUNS

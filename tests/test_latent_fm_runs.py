@@ -24,6 +24,8 @@ from models.networks.dit_imagenet import DiTTransformer2DModel
 from models.networks.latent_space import LatentSpace, load_space
 from models.plumbing import report
 from models.plumbing.data import load_data, load_real_data, read_image, read_image_folder, to_unit
+from models.plumbing.film import Film
+from models.plumbing.run import Run
 from models.plumbing.teachers import load_teacher, start_teacher
 from models.worlds import load_world
 from models.worlds.measures import balanced_labels
@@ -106,6 +108,72 @@ def rows_of(run_folder):
 
 def losses_of(run_folder):
     return np.array([float(row["loss"]) for row in read_log(run_folder)])
+
+
+# ---- ring.gif ------------------------------------------------------------------------------------
+
+
+def test_film_of_the_ring(tmp_path, monkeypatch):
+    """A frame every fortieth of the run and one before it; as many in a run that was resumed.
+
+    Without labels there is a film too; --preview_every 0 and other spaces make none.
+    """
+    monkeypatch.setattr(latent_fm, "finish", lambda *a: None)
+
+    def frames(name):
+        with Image.open(tmp_path / name / "ring.gif") as film:
+            return film.n_frames
+
+    ring = ["--data", "ring", *POOL, "--optimizer", "adamw", "--train_batch_size", 400]
+    run(tmp_path / "whole", *ring, "--max_train_steps", 4)
+    run(tmp_path / "parts", *ring, "--max_train_steps", 2)
+    assert frames("parts") == 3
+    more = ["--max_train_steps", 4, "--resume_from_checkpoint", "latest"]
+    run(tmp_path / "parts", *ring, *more)
+    assert frames("whole") == frames("parts") == 5
+    run(tmp_path / "plain", *ring, "--task", "uncond")
+    assert frames("plain") == 4
+    for name, flags in (("off", "--preview_every 0"), ("scaled", "--latent_norm scale")):
+        run(tmp_path / name, *ring, *flags.split())
+        assert not (tmp_path / name / "ring.gif").exists()
+
+
+def test_film_is_of_the_exact_velocity(tmp_path, monkeypatch):
+    """The first arrows are x0 in closed form, which the exact velocity gives, the second the
+    network's."""
+    films = []
+    monkeypatch.setattr(latent_fm, "finish", lambda *a: None)
+    monkeypatch.setattr(Film, "frame", lambda film, step: films.append(film))
+    run(tmp_path / "run", "--data", "ring", *POOL, "--train_batch_size", 400)
+    film, g = films[0], torch.Generator().manual_seed(0)
+    x_t, t, label = torch.randn(8, 2, generator=g), torch.full((8,), 0.4), torch.arange(8) % 4
+    exact, network = (mu(x_t, t, {"label": label}, None) for mu in film.mus)
+    v = load_world("ring").exact(x_t, t, label)
+    torch.testing.assert_close(exact, x_t - 0.4 * v, check_dtype=False)
+    assert film.names == ("exact", "network") and not torch.allclose(exact, network, atol=0.1)
+    net, _ = load_network(str(tmp_path / "run" / "student"))
+    with torch.no_grad():
+        torch.testing.assert_close(network, x_t - 0.4 * net(x_t, t, label))
+
+
+def test_the_average_of_the_weights_is_saved(tmp_path, monkeypatch):
+    """student/ holds the EMA, whose decay grows as (1 + n) / (10 + n) up to --ema_decay."""
+    weights, real = [], Run.update_ema
+
+    def spy(run, ema, net, step, start):
+        for module in (ema, net) if step == 0 else (net,):
+            weights.append(module.hidden[0].weight.detach().clone())
+        real(run, ema, net, step, start)
+
+    monkeypatch.setattr(Run, "update_ema", spy)
+    monkeypatch.setattr(latent_fm, "finish", lambda *a: None)
+    run(tmp_path / "run", "--data", "ring", *POOL, "--preview_every", 0, "--ema_decay", 0.15)
+    average, *updated = weights
+    for decay, w in zip((1 / 10, 0.15, 0.15), updated, strict=True):
+        average = decay * average + (1 - decay) * w
+    net, _ = load_network(str(tmp_path / "run" / "student"))
+    torch.testing.assert_close(net.hidden[0].weight.detach(), average)
+    assert not torch.allclose(average, updated[-1], atol=1e-5)
 
 
 # ---- the embedded world --------------------------------------------------------------------------

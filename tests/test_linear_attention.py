@@ -736,7 +736,7 @@ def test_kernels_compile_for_sm_90(tmp_path):
 
     For every launch of a training step in the default configuration, bf16, D = 128, hedgehog with W
     and softmax. The tiles are the fastest on an H100: some that spill a little beat all that do not
-    (docs/kernels.md).
+    (docs/results/kernels.md).
     """
     done = bench("--compile", "sm_90", "--json", str(tmp_path / "c.json"))
     assert done.returncode == 0, done.stderr[-3000:]

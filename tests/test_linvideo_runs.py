@@ -20,6 +20,7 @@ from helpers import (
     quiet,
     read_log,
     refusal_of,
+    ring_network,
     save_tiny_teacher,
     save_tiny_vp_teacher,
     save_tiny_wan,
@@ -37,10 +38,12 @@ from models.draws import Draws
 from models.files import UserError, load_json
 from models.networks import WEIGHTS, load_network, network_config, save_network, weights_hash
 from models.networks.dit import DiT
+from models.networks.ring_dit import RingDiT
 from models.networks.wan import WanTransformer3DModel
 from models.pictures import tile
 from models.plumbing import report, teachers
 from models.plumbing.data import Conditions
+from models.plumbing.film import read_gif
 from models.plumbing.run import Run, run_main
 from tests import orderings
 
@@ -1094,7 +1097,7 @@ WRONG = [
     ("--objective gan", "--objective"),
     ("--sample_shape 1 6 6", "DiT expects x of shape"),
     ("--prompts x.safetensors", "takes class labels"),
-    ("--teacher ring", "a RingMLP has no self-attention that can be replaced"),
+    ("--teacher MLP", "a RingMLP has no self-attention that can be replaced"),
     ("--teacher VP", "predicts eps; the score of Eq. 13 is a flow's"),
     ("--teacher LINEAR", "has linear attention already"),
     ("--student_init LINEAR", "has linear attention already"),
@@ -1111,6 +1114,9 @@ def test_wrong_input(monkeypatch, tmp_path, capsys, flags, says):
     names = {"TEACHER": save_dit(tmp_path / "teacher")}
     if "VP" in flags:
         names["VP"] = save_tiny_vp_teacher(tmp_path / "vp")
+    if "MLP" in flags:
+        names["MLP"], net = str(tmp_path / "mlp"), ring_network()
+        save_network(net, network_config(net), names["MLP"])
     if "LINEAR" in flags:
         names["LINEAR"] = save_dit(tmp_path / "linear", linear_layers=[1])
     flags = [names.get(f, f) for f in flags.split()]
@@ -1221,6 +1227,32 @@ def test_outputs_of_a_run(monkeypatch, tmp_path, scale):
     x = load_file(samples / "samples.safetensors")["x0"]
     torch.testing.assert_close(x, own[:7], rtol=1e-4, atol=1e-4)
     assert (samples / "samples.png").is_file()
+
+
+def test_ring_and_its_film(monkeypatch, tmp_path):
+    """The teacher is a transformer that is fitted to the closed form, and the student its copy.
+
+    ring.gif has a frame of the start and one of each update, also where the run was interrupted.
+    """
+    flags, frames = ["--teacher", "ring", "--checkpointing_steps", "2"], {}
+    for name, again in (("whole", []), ("cut", ["--resume_from_checkpoint", "latest"])):
+        folder = tmp_path / name
+        if again:
+            with monkeypatch.context() as m:
+                killed_run(m, folder, 3, *flags)
+            assert len(read_gif(str(folder / "ring.gif"))) == 3
+        with monkeypatch.context() as m:
+            diary = run(m, folder, *flags, *again)
+        frames[name] = read_gif(str(folder / "ring.gif"))
+    assert type(diary.teacher) is RingDiT
+    assert len(frames["whole"]) == len(frames["cut"]) == 4
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(frames["whole"], frames["cut"]))
+    assert len({frame.tobytes() for frame in frames["whole"]}) == 4
+    assert_bit_equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    net, config = load_network(str(tmp_path / "whole" / "student"))
+    assert type(net) is RingDiT and config["world"] == "ring" and len(config["linear_layers"]) == 2
+    about = [load_json(str(tmp_path / name / "bank" / "bank.json")) for name in frames]
+    assert about[0] == about[1] and len(about[0]["teacher"]) == 16
 
 
 def test_wan_student_from_end_to_end(tmp_path):

@@ -4,6 +4,7 @@ The first gradient of every arm and switch is computed again from the draws alon
 TRELLIS run on two ranks. The formulas themselves are tested in test_mdt_math.py.
 """
 
+import copy
 import json
 import re
 
@@ -31,7 +32,7 @@ from models.draws import Draws
 from models.files import load_json
 from models.networks import WEIGHTS, load_network, network_config, save_network
 from models.networks.trellis import SLatFlowModel, SparseStructureFlowModel
-from models.plumbing import teachers
+from models.plumbing import film, teachers
 from models.plumbing.run import Run
 from models.plumbing.teachers import freeze_teacher, load_teacher
 
@@ -231,7 +232,8 @@ def test_times_stay_where_a_point_below_exists(monkeypatch, tmp_path):
     monkeypatch.setattr(mdt_dist, "finish", lambda *a: None)
     normals = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     means = {"uniform": 0.5, "logit_normal": torch.sigmoid(1 + normals).mean()}
-    base = "--teacher ring --dt 0.2 --arm vm --train_batch_size 500 --max_train_steps 2".split()
+    base = "--teacher ring --dt 0.2 --arm vm --train_batch_size 500 --max_train_steps 2 "
+    base = (base + "--preview_every 0").split()  # no film, which would ask at a time of its own
     real = mdt_dist.time_derivative
     for law, want in means.items():
         seen = []
@@ -284,7 +286,7 @@ def test_what_a_run_leaves(tmp_path, ring, flags):
     assert r["method"] == "mdt_dist" and r["steps"] == 3
     assert all("fd" in row for row in rows.values())
     assert all(rows[name]["paired_mse"] > 0 for name in set(rows) - {"data", "teacher"})
-    left = ["log.csv", "report.json", "samples.png", "state", "student"]
+    left = ["log.csv", "report.json", "ring.gif", "samples.png", "state", "student"]
     assert sorted(p.name for p in run.iterdir()) == left
     log = read_log(run)
     terms = {"loss_vm", "r_vm"} if guided else {"loss_vm", "loss_vd", "r_vm", "r_vd"}
@@ -315,6 +317,32 @@ def test_what_a_run_leaves(tmp_path, ring, flags):
         assert want.std() > 0.1
 
 
+def test_film_of_a_short_run(tmp_path, ring):
+    """ring.gif: -t v of the teacher and -t u of the student at t = .4, here with d_norm .1."""
+    shown, take = [], film.Film.take
+
+    def spy(self, done):
+        x_t = torch.tensor([[0.3, -0.2], [1.0, 0.5]])
+        t, cond = torch.full((2,), 0.4), {"label": torch.zeros(2).long()}
+        arrows = [0.6 * mu(x_t, t, cond, cond) - x_t for mu in self.mus]
+        student = copy.deepcopy(self.run.modules["student"])
+        shown.append((self.teacher.net, student, x_t, t, cond, arrows))
+        take(self, done)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(film.Film, "take", spy)
+        flags = "--max_train_steps 3 --d_norm 0.1 --learning_rate 1e-2 --lr_warmup_steps 0"
+        mdt_dist.main([*ring, *flags.split(), "--output_dir", str(tmp_path)])
+    assert len(film.read_gif(tmp_path / "ring.gif")) == len(shown) == 4
+    for teacher, student, x_t, t, cond, (real, fake) in shown:
+        v, phi = teacher(x_t, t, **cond), student(x_t, t, **cond)
+        d = (phi - student(x_t - 0.01 * v, t - 0.01, **cond)) / 0.01
+        u = phi + 0.4 * d / (d.norm(dim=1, keepdim=True) + 0.1)
+        torch.testing.assert_close(real, -0.4 * v, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(fake, -0.4 * u, rtol=1e-3, atol=1e-4)
+    assert (shown[0][-1][1] - shown[-1][-1][1]).abs().max() > 1e-3  # the student has moved
+
+
 def test_resume_is_the_unbroken_run(tmp_path, ring):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 
@@ -326,6 +354,8 @@ def test_resume_is_the_unbroken_run(tmp_path, ring):
     run(broken, "2")
     run(broken, "4", "--resume_from_checkpoint", "latest")
     assert_bit_equal(weights(whole), weights(broken))
+    frames = [film.read_gif(folder / "ring.gif") for folder in (whole, broken)]
+    assert len(frames[0]) == len(frames[1]) == 5
     rows = {
         folder: [
             {k: v for k, v in row.items() if k not in ("seconds", "peak_memory_mb")}
@@ -475,7 +505,7 @@ def test_trellis_samples_a_student_as_it_is_meant_to_be(monkeypatch, tmp_path, c
     stage_run(teacher, data, run)
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "mdt_dist.md").read_text()
-    (lines,) = re.findall(r"```\n(import json\n.*?)```", page, re.S)
+    (lines,) = re.findall(r"```python\n(import json\n.*?)```", page, re.S)
     exec(lines, {})
     stage = "sparse_structure" if cls is SparseStructureFlowModel else "slat"
     pipeline = load_json(str(root / "pipeline.json"))["args"]

@@ -70,7 +70,7 @@ CASES = [
     ("linvideo", "--bank_size 8 --bank_batch 4 --sampling_steps 4 --objective adm"),
     ("linvideo", "--bank_size 8 --bank_batch 4 --sampling_steps 4 --guidance_scale 2"),
     ("mdt_dist", "--teacher ring"),
-    ("latent_fm", "--data ring --pool 200 --optimizer adamw --lr_warmup_steps 0"),
+    ("latent_fm", "--data ring --pool 200 --optimizer adamw --lr_warmup_steps 0 --preview_every 0"),
 ]
 
 

@@ -87,6 +87,19 @@ def test_every_equation_that_a_script_cites_is_on_its_page(script):
     assert not missing, sorted(missing)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas_are_what_github_renders(page):
+    """It refuses some macros, and `$$` and `$` meet Markdown's own signs."""
+    text = (ROOT / page).read_text()
+    assert not re.search(r"\\(operatorname|newcommand|DeclareMathOperator|tag|label)\b", text)
+    assert "$$" not in text
+    for formula in re.findall(r"^```math\n(.*?)^```", text, re.M | re.S):
+        bare = re.sub(r"\\[{}]", "", formula)
+        assert bare.count("{") == bare.count("}"), formula
+        ends = [len(re.findall(rf"\\{end}(?![a-z])", formula)) for end in ("left", "right")]
+        assert ends[0] == ends[1], formula
+
+
 @pytest.mark.parametrize("name", [*METHODS, "kernels"])
 def test_page_has_its_headings_and_pictures(name):
     page = (ROOT / "docs" / f"{name}.md").read_text()
@@ -96,7 +109,7 @@ def test_page_has_its_headings_and_pictures(name):
     wrong_ones = page.split("## Well-known wrong variants")[1].split("\n## ")[0]
     assert re.search(r"figures/[\w-]+\.(svg|png|gif)", wrong_ones), "no picture"
     runs = page.split("## Healthy and sick runs")[1].split("\n## ")[0]
-    assert re.search(r"figures/[\w-]+\.(svg|png)", runs) or name == "kernels", "no curves"
+    assert re.search(r"figures/[\w-]+\.(svg|png)", runs), "no curves"
     assert f"results/{name}.md" in page
 
 
@@ -128,3 +141,13 @@ def test_pictures_are_what_docs_draw_makes(name, tmp_path):
     for path in drawn:
         kept = ROOT / "docs" / "figures" / path.name
         assert kept.read_text() == path.read_text(), f"python -m docs.draw {name}"
+
+
+def test_layout_names_every_file():
+    """docs/layout.md links to every module and page; tests for pytest have one line together."""
+    page = (ROOT / "docs" / "layout.md").read_text()
+    links = {(ROOT / "docs" / x).resolve() for x in re.findall(r"\]\(([^)#]+\.(?:py|md))\)", page)}
+    wanted = {p for room in ("models", "kernels", "tests") for p in (ROOT / room).rglob("*.py")}
+    wanted |= {*ROOT.glob("*.py"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/results/*.md")}
+    missing = {p for p in wanted - links if not p.name.startswith("test_")}
+    assert missing <= {ROOT / "docs" / "layout.md"}, sorted(missing)

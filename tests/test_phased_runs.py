@@ -43,6 +43,7 @@ from models.networks import WEIGHTS, load_network, lora, network_config, save_ne
 from models.networks.wan import WAN_1_3B, WAN_14B, WAN_A14B, WanTwoNetworks
 from models.plumbing import teachers
 from models.plumbing.data import Conditions
+from models.plumbing.film import Film
 from models.plumbing.run import Run
 from models.worlds import load_world
 from models.worlds.measures import energy_distance
@@ -172,7 +173,7 @@ class Diary:
 
 RUN = (
     "--teacher ring --max_train_steps 4 --train_batch_size 8 --fake_update_ratio 2 "
-    "--checkpointing_steps 1000 --max_grad_norm 1e9"
+    "--checkpointing_steps 1000 --max_grad_norm 1e9 --preview_every 0"
 ).split()
 
 
@@ -769,7 +770,7 @@ def first_gradients(monkeypatch, script, folder, *flags):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", on_clip)
     own = (
         "--teacher ring --max_train_steps 3 --train_batch_size 8 --fake_update_ratio 2 "
-        "--timestep_shift 3 --seed 5 --guidance_scale 1.5"
+        "--timestep_shift 3 --seed 5 --guidance_scale 1.5 --preview_every 0"
     )
     script.main([*own.split(), "--output_dir", str(folder), *flags])
     monkeypatch.undo()
@@ -978,15 +979,20 @@ def test_report_and_marginals_of_a_world(monkeypatch, tmp_path):
 def test_marginals_are_energy_distances_to_noised_data(shape):
     """Of the sampler's own states, step by step, to data of the same labels, noised.
 
-    Images and videos in 4 cells an axis.
+    Images and videos in 4 cells an axis. The networks run in the precision that they train in.
     """
+    autocast = []
 
     def velocity(scale):
-        return lambda x, t, label: scale * x + 0 * expand(t, x)
+        def net(x, t, label):
+            autocast.append(torch.is_autocast_enabled("cpu"))
+            return scale * x + 0 * expand(t, x)
+
+        return net
 
     data = torch.randn(64, *shape, generator=torch.Generator().manual_seed(1))
     world = types.SimpleNamespace(data=lambda n, seed, index: (data[:n], index))
-    run = types.SimpleNamespace(args=types.SimpleNamespace(seed=3), device=torch.device("cpu"))
+    run = Run(phased_dmd.parse_args(["--seed", "3", "--mixed_precision", "bf16"]), "phased_dmd")
     teacher = types.SimpleNamespace(
         diffusion=Diffusion(Flow(), "flow_v"),
         conditions=Conditions(types.SimpleNamespace(prompts=None), ring_network()),
@@ -1004,7 +1010,73 @@ def test_marginals_are_energy_distances_to_noised_data(shape):
             a, b = (v.unflatten(axis, (4, 2)).mean(axis + 1) for v in (a, b))
         want = energy_distance(a.flatten(1), b.flatten(1))
         assert got[f"{t_next:g}"] == pytest.approx(want, rel=1e-4)
-    assert len(got) == 2
+    assert len(got) == 2 and autocast == [True, True]
+
+
+def test_film_of_the_ring(monkeypatch, tmp_path):
+    """ring.gif: a frame at the start and after every update of a run of six, of the teacher and
+    the fake of the phase in training, at a level within its (s, 1). A run that stopped in its
+    second phase goes on from the state at the end of the first, and ends with as many frames.
+    """
+    quiet(monkeypatch)
+    monkeypatch.setattr(phased_dmd, "marginals", lambda *a: None)
+    made, taken, stop = {}, [], [4]
+
+    def on_new_expert(real, args, net, name, *rest):
+        made[name] = real(args, net, name, *rest)
+        return made[name]
+
+    def on_take(real, film, done):
+        number = 1 if done <= 3 else 2
+        s, fake = {1: 0.75, 2: 0.0}[number], made[f"fake{number}"]
+        assert s < film.t < 1 and film.names == ("teacher", f"fake {number}")
+        x, t, label = torch.randn(6, 2), torch.full((6,), film.t), torch.arange(6) % 4
+        cond, flow = {"label": label}, Diffusion(Flow(), "flow_v")
+        shown = [mu(x, t, cond, {}) for mu in film.mus]
+        assert torch.equal(shown[0], flow.x0(RingTeacher(), x, t, **cond))
+        assert torch.equal(shown[1], flow.x0(fake, x, t, **cond, steps=torch.ones(6)))
+        taken.append(done)
+        return real(film, done)
+
+    def on_end_step(real, run, step, **more):
+        if step in stop:
+            raise InterruptedError
+        return real(run, step, **more)
+
+    Diary.wrap(monkeypatch, phased_dmd, "new_expert", on_new_expert)
+    Diary.wrap(monkeypatch, Film, "take", on_take)
+    Diary.wrap(monkeypatch, Run, "end_step", on_end_step)
+    own = "--max_train_steps 6 --train_batch_size 8 --fake_update_ratio 1".split()
+    own = ["--teacher", "ring", *own, "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(InterruptedError):
+        phased_dmd.main(own)
+    assert Image.open(tmp_path / "run" / "ring.gif").n_frames == 4  # it was saved after the third
+    stop.clear()
+    phased_dmd.main([*own, "--resume_from_checkpoint", "latest"])
+    assert taken == [0, 1, 2, 3, 4, 5, 4, 5, 6]
+    assert Image.open(tmp_path / "run" / "ring.gif").n_frames == 7
+
+
+def test_sampling_with_another_table_of_betas(monkeypatch, tmp_path):
+    """Experts of a network whose clock counts betas (PixArt) have the teacher's number of them,
+    also when --sample loads them again. With the class's own number the samples are others."""
+    (tmp_path / "pixart").mkdir()
+    flags = save_tiny_pixart(tmp_path / "pixart", 512)
+    scheduler = tmp_path / "pixart" / "scheduler" / "scheduler_config.json"
+    save_json({**load_json(str(scheduler)), "num_train_timesteps": 500}, str(scheduler))
+    own = "--student_steps 2 --max_train_steps 2 --fake_update_ratio 1 --preview_samples 2".split()
+    own += ["--lora_rank", "0", "--output_dir", str(tmp_path / "run")]
+    phased_dmd.main([*flags, *SHORT, *own])
+    ours = load_file(tmp_path / "run" / "samples.safetensors")["x0"]
+
+    def sampled(name):
+        out = ["--output_dir", str(tmp_path / name), "--preview_samples", "2"]
+        phased_dmd.main(["--sample", str(tmp_path / "run"), *flags[2:4], *out])
+        return load_file(tmp_path / name / "samples.safetensors")["x0"]
+
+    torch.testing.assert_close(sampled("again"), ours, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(phased_dmd, "set_clock", lambda net, schedule: None)
+    assert (sampled("other clock") - ours).norm() > 1e-2 * ours.norm()
 
 
 # ---- what is refused -----------------------------------------------------------------------------

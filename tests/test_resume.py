@@ -48,7 +48,7 @@ CASES = {  # flags with which every script makes an update of the tiny teacher i
     "phased_dmd": "--student_steps 4 --phases 2 --lr_decay_share 0",
     "linvideo": "--bank_size 8 --bank_batch 4 --sampling_steps 4 --objective adm",
     "mdt_dist": "--teacher ring --lr_decay_share 0",
-    "latent_fm": "--data ring --pool 200 --optimizer adamw --lr_warmup_steps 0",
+    "latent_fm": "--data ring --pool 200 --optimizer adamw --lr_warmup_steps 0 --preview_every 0",
 }
 
 

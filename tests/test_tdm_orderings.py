@@ -1,7 +1,7 @@
 """What TDM claims, on the ring, seed 0.
 
-These are the orderings that held with room for every one of three seeds; docs/tdm.md has them all,
-also those that did not.
+These are the orderings that held with room for every one of three seeds; docs/results/tdm.md
+has them all, also those that did not.
 """
 
 import functools

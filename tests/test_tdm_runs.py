@@ -32,6 +32,7 @@ from models.files import load_json, save_json
 from models.networks import WEIGHTS, load_network, network_config, save_network
 from models.networks.pixart import PIXART_512, PIXART_1024
 from models.plumbing import report, teachers
+from models.plumbing.film import read_gif
 from models.plumbing.teachers import read_own_sampler, with_step_input
 from models.worlds.ring import RingTeacher
 
@@ -497,6 +498,31 @@ def test_a_first_step_below_noise(tmp_path):
         want = split(student, Flow(), z, torch.full((400,), 0.9), **cond)[0]
     tdm.main(f"--sample {out} --output_dir {again} --student_steps 1".split())
     close(load_file(again / "samples.safetensors")["x0"], want)
+
+
+@pytest.mark.parametrize("flags, step", [("", 4), ("--untold", None), ("--student_steps 2", None)])
+def test_ring_film(monkeypatch, tmp_path, flags, step):
+    """ring.gif shows the longest count, and the fake as it speaks of that count.
+
+    It has a frame at the start and one for each update of a short run, also of a resumed one.
+    """
+    monkeypatch.setattr(teachers, "fit_ring_network", lambda teacher, seed: ring_network(seed))
+    asked, real = [], tdm.film_of_scores
+
+    def spy(run, teacher, sampler, fake, step):
+        asked.append(step)
+        return real(run, teacher, sampler, fake, step)
+
+    monkeypatch.setattr(tdm, "film_of_scores", spy)
+    short = "--teacher ring --train_batch_size 16 --teacher_steps 0 --lr_decay_share 0"
+    for name, more in (
+        ("whole", ["--max_train_steps 4"]),
+        ("broken", ["--max_train_steps 2", "--max_train_steps 4 --resume_from_checkpoint latest"]),
+    ):
+        for part in more:
+            tdm.main(f"{short} --output_dir {tmp_path / name} {flags} {part}".split())
+        assert len(read_gif(tmp_path / name / "ring.gif")) == 5
+    assert asked == [step] * 3
 
 
 # ---- other teachers, refusals --------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, perturbed
 
 import models.worlds
 from models.diffusion import VP, from_x0_eps, to_x0_eps
@@ -34,7 +34,7 @@ from models.worlds.measures import (
     pairwise_diversity,
     sliced_wasserstein,
 )
-from models.worlds.ring import Ring, RingTeacher, fit_ring_network
+from models.worlds.ring import Ring, RingTeacher, fit_ring_network, fit_ring_transformer
 from models.worlds.voxels import SOLIDS, Voxels
 
 NULL = 4
@@ -994,14 +994,15 @@ def test_unknown_world_is_refused():
     assert load_world("ring") is load_world("ring")
 
 
-def test_fitted_ring_network_approaches_the_exact_velocity():
-    """fit_ring_network is reproducible, and its network moves towards the closed form.
+@pytest.mark.parametrize("fit", [fit_ring_network, fit_ring_transformer])
+def test_fitted_ring_network_approaches_the_exact_velocity(fit):
+    """A fit is reproducible, and its network moves towards the closed form.
 
     It leaves the global generator alone.
     """
     teacher = RingTeacher()
     before = torch.get_rng_state()
-    net, again = (fit_ring_network(teacher, seed=3, steps=80, batch=128) for _ in range(2))
+    net, again = (fit(teacher, seed=3, steps=80, batch=128) for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
     pairs = zip(net.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)

@@ -3,8 +3,8 @@
     python -m docs.draw [METHOD ...]             diagrams and curves, at once
     python -m docs.draw --wrong [METHOD ...]     what well-known wrong variants do: short trainings
 
-Every module of this folder but svg, logs and thumbs has the pictures of one page: functions draw(folder)
-and wrong(folder).
+Every module of this folder but svg, logs and thumbs has the pictures of one page: functions
+draw(folder) and wrong(folder).
 """
 
 import importlib

@@ -22,7 +22,7 @@ class RingDiT(DiT):
 
     def __init__(
         self,
-        tokens=8,
+        tokens=4,
         dim=32,
         depth=4,
         num_classes=4,

@@ -8,6 +8,7 @@ one noise level; and their difference, which is what moves the samples.
 import io
 import os
 
+import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
@@ -28,29 +29,46 @@ class Film:
     teacher and of the network it is compared with; they are called anew for every frame. t: the
     noise level of the arrows. names: what the two are called in the picture. Other worlds than
     ring, and --preview_every 0, make no film. A resumed run goes on with the frames it has.
+    terms: the functions are two parts of what moves a sample instead, drawn as they are, and the
+    fourth panel is their sum. larger: how many times as long a difference is drawn.
     """
 
-    def __init__(self, run, teacher, sampler, mu_real, mu_fake, t=0.4, names=("teacher", "fake")):
+    def __init__(
+        self,
+        run,
+        teacher,
+        sampler,
+        mu_real,
+        mu_fake,
+        t=0.4,
+        names=("teacher", "fake"),
+        terms=False,
+        larger=1,
+    ):
         self.run, self.teacher, self.sampler = run, teacher, sampler
         self.mus, self.t, self.names, self.frames = (mu_real, mu_fake), t, names, []
+        self.terms, self.larger = terms, larger
         self.on = teacher.world_name == "ring" and run.args.preview_every != 0
         self.path = os.path.join(run.folder, "ring.gif")
         self.every = max(1, run.args.max_train_steps // FRAMES)
         if self.on and run.first and run.main and os.path.isfile(self.path):
-            self.frames = read_gif(self.path)[: 1 + run.first // self.every]
+            self.frames = earlier_frames(self.path, run.first, self.every)
         if self.on and not run.first:
             self.take(0)
 
-    def frame(self, step):
-        """After update `step`: a frame if one is due, and the file if the run saves now."""
+    def frame(self, step, save=False):
+        """After update `step`: a frame if one is due, and the file if the run saves now.
+
+        save: it does so for a reason of its own.
+        """
         done, args = step + 1, self.run.args
         if not self.on:
             return
         if done % self.every == 0:
             self.take(done)
         last = done == args.max_train_steps
-        if self.run.main and (last or done % args.checkpointing_steps == 0):
-            write_gif(self.path, self.frames)
+        if self.run.main and (save or last or done % args.checkpointing_steps == 0):
+            write_gif(self.path, self.frames, self.every)
 
     @torch.no_grad()
     def take(self, done):
@@ -67,23 +85,27 @@ class Film:
         alpha, sigma = (expand(f(t), x_t) for f in (schedule.alpha, schedule.sigma))
         one = x[self.teacher.conditions.preview(len(x)) == 0]  # the samples of class 0
         eps = Draws(0, "film", 0, range(len(one))).normal("eps", one.shape[1:])
-        noised = alpha[: len(one)].cpu() * one + sigma[: len(one)].cpu() * eps
+        noised = alpha[:1].cpu() * one + sigma[:1].cpu() * eps  # all at one t
         first = Image.fromarray(self.teacher.world.picture(x, SIDE))
         panels = [(f"samples of all classes, step {done}", first)]
-        of = f"class {self.teacher.world.class_names[0]}, t = {self.t:g}"
+        of = f"t = {self.t:g}"
+        if self.teacher.conditions.count > 1:  # a network without labels speaks of all modes
+            of = f"class {self.teacher.world.class_names[0]}, {of}"
         for name, mu, colour in zip(self.names, (real, fake), (BLUE, PURPLE)):
-            by = 0.3 * (alpha * mu - x_t)  # along the score, sigma^2 times as long
+            by = mu if self.terms else 0.3 * (alpha * mu - x_t)  # the score times sigma^2
             panels.append((f"{name}, {of}", arrows(x_t, by, noised, colour)))
-        by = alpha * (real - fake)
-        panels.append(("their difference, larger", arrows(x_t, by, noised, ORANGE)))
+        by, name = self.larger * alpha * (real - fake), "their difference, larger"
+        if self.terms:
+            by, name = real + fake, "their sum"
+        panels.append((name, arrows(x_t, by, noised, ORANGE)))
         self.frames.append(beside(panels))
 
 
-def film_of_scores(run, teacher, sampler, fake, step=None):
+def film_of_scores(run, teacher, sampler, fake, step=None, **more):
     """The film of a method with a fake score: the guided teacher's x0 against the fake's.
 
     fake: None where there is none: then mu_fake = x_t / alpha, which is no score at all. step: the
-    student step that a fake is conditioned on, None for one that is not.
+    student step that a fake is conditioned on, None for one that is not. more: of Film.
     """
     diffusion, scale = teacher.diffusion, run.args.guidance_scale
 
@@ -96,7 +118,30 @@ def film_of_scores(run, teacher, sampler, fake, step=None):
         steps = {} if step is None else {"steps": torch.full_like(t, float(step))}
         return diffusion.x0(fake, x_t, t, **cond, **steps)
 
-    return Film(run, teacher, sampler, mu_real, mu_fake)
+    return Film(run, teacher, sampler, mu_real, mu_fake, **more)
+
+
+def film_of_terms(run, teacher, sampler, fake, times=None, t=0.4):
+    """The film of Decoupled DMD: half of how CA, DM and both move a sample noised to level t.
+
+    fake: None where there is none, and so no DM. times: of the student's steps, for a fake that is
+    conditioned on the step: it is asked about the last one whose CA reaches up to t.
+    """
+    diffusion, scale = teacher.diffusion, run.args.guidance_scale
+    step = sum(t_k >= t for t_k in times) - 1 if times else None
+
+    def ca(x_t, t, cond, uncond):
+        mu_cond, mu_uncond = (diffusion.x0(teacher.net, x_t, t, **c) for c in (cond, uncond))
+        return 0.5 * (scale - 1) * (mu_cond - mu_uncond)
+
+    def dm(x_t, t, cond, uncond):
+        if fake is None:
+            return torch.zeros_like(x_t)
+        steps = {} if step is None else {"steps": torch.full_like(t, float(step))}
+        mu_fake = diffusion.x0(fake, x_t, t, **cond, **steps)
+        return 0.5 * (diffusion.x0(teacher.net, x_t, t, **cond) - mu_fake)
+
+    return Film(run, teacher, sampler, ca, dm, t, ("CA", "DM"), terms=True)
 
 
 def arrows(start, by, dots, colour):
@@ -139,15 +184,17 @@ def beside(panels):
     return sheet
 
 
-def write_gif(path, frames, ms=150, pause=2000):
-    """An endlessly looping GIF; the last frame stays for a while.  ms, pause: milliseconds."""
+def write_gif(path, frames, every, ms=150, pause=2000):
+    """An endlessly looping GIF; the last frame stays for a while.
+
+    every: updates between two frames, kept as the file's comment. ms, pause: milliseconds.
+    """
     colours = palette([INK, FAINT, BLUE, PURPLE, ORANGE, *CLASSES])
-    small = [f.quantize(palette=colours, dither=Image.Dither.NONE) for f in frames]
+    small = [in_palette(f, colours) for f in frames]
     data = io.BytesIO()
     shown = [ms] * (len(small) - 1) + [pause]
-    small[0].save(
-        data, "GIF", save_all=True, append_images=small[1:], duration=shown, loop=0, optimize=True
-    )
+    how = dict(save_all=True, append_images=small[1:], duration=shown, loop=0, optimize=True)
+    small[0].save(data, "GIF", comment=b"every %d" % every, **how)
     atomic_write(path, data.getvalue())
 
 
@@ -165,6 +212,22 @@ def palette(colours, tints=7):
     return image
 
 
+def in_palette(frame, colours):
+    """A frame in the nearest colours of a palette. One that has no others stays as it is.
+
+    Pillow's own `quantize` looks colours up by their upper bits, so that a film that is read and
+    written again would change.
+    """
+    pixels = np.asarray(frame.convert("RGB")).reshape(-1, 3).astype(np.int64)
+    found, place = np.unique(pixels @ [65536, 256, 1], return_inverse=True)
+    rgb = np.stack([found >> 16, found >> 8 & 255, found & 255], 1)
+    shades = np.array(colours.getpalette()).reshape(-1, 3)
+    nearest = ((rgb[:, None] - shades) ** 2).sum(2).argmin(1).astype(np.uint8)
+    image = Image.frombytes("P", frame.size, nearest[place.reshape(-1)].tobytes())
+    image.putpalette(colours.getpalette())
+    return image
+
+
 def read_gif(path):
     """The frames of a GIF as RGB images."""
     frames = []
@@ -173,3 +236,15 @@ def read_gif(path):
             gif.seek(i)
             frames.append(gif.convert("RGB"))
     return frames
+
+
+def earlier_frames(path, first, every):
+    """The frames that a run which is resumed after `first` updates goes on with.
+
+    A run that was made longer has its frames further apart, so only some of the film's stay.
+    """
+    with Image.open(path) as gif:
+        before = int(gif.info.get("comment", b"every 1").split()[1])
+    frames = read_gif(path)
+    wanted = sorted({round(i * every / before) for i in range(1 + first // every)})
+    return [frames[i] for i in wanted if i < len(frames)]

@@ -106,8 +106,8 @@ def network_folder(folder):
 def is_small(name):
     """Whether --teacher is a world or one of our own small networks: they share default flags."""
     config = os.path.join(network_folder(name), "config.json")
-    ours = os.path.isfile(config) and load_json(config).get("_class_name") in ("DiT", "RingDiT", "RingMLP")
-    return name in WORLDS or ours
+    kind = load_json(config).get("_class_name") if os.path.isfile(config) else None
+    return name in WORLDS or kind in ("DiT", "RingDiT", "RingMLP")
 
 
 def read_scheduler(folder):

@@ -163,7 +163,7 @@ class Ring:
         return np.asarray(image)
 
 
-def fit_ring_transformer(teacher, seed=0, steps=600, batch=128):
+def fit_ring_transformer(teacher, seed=0, steps=400, batch=128):
     """The same with a RingDiT, which has attention."""
     return fit_ring_network(teacher, seed, steps, batch, RingDiT)
 
