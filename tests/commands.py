@@ -23,7 +23,7 @@ for folder in ("docs", "docs/results"):
 TABLE = os.path.join(ROOT, "docs", "commands.md")
 NEEDS = (  # what only the reader has: weights, files, GPUs
     r"Wan2|Z-Image|PixArt|TRELLIS|SiT|DiT-|LFM|FOLDER|FILE|MAPS|RUN|NAME|torchrun|prompts|latents\b"
-    r"|\.safetensors|photos|renders|venv|http|bench_linear_attention|\.\.\."
+    r"|\.safetensors|photos|renders|venv|http|bench_linear_attention|mdt_speed|\.\.\.|pytest|<<|<\(|\$"
 )
 
 
@@ -52,6 +52,19 @@ def own(command):
     return bool(re.search(NEEDS, command))
 
 
+def long(command):
+    """The default run that a command takes about as long as: a training on glyphs, clips, ...
+
+    None for what takes seconds: the ring, samples of a student, help.
+    """
+    if re.search(r"docs\.draw --wrong|tests\.(orderings|bench)", command):
+        return "minutes"
+    script = re.match(r"python (\w+)\.py", command)
+    if not script or re.search(r"ring|--sample |--help", command):
+        return None
+    return f"python {script[1]}.py"
+
+
 def times():
     """docs/commands.md -> {command: seconds}."""
     if not os.path.isfile(TABLE):
@@ -76,19 +89,35 @@ def execute(command, folder, threads=None, limit=None):
 def write(known):
     """docs/commands.md with these times, {command: seconds}."""
     found = commands()
-    rows = [(s, c) for c, s in known.items() if c in found]
+
+    def pages(command):
+        return ", ".join(os.path.basename(p) for p in dict.fromkeys(found[command]))
+
+    measured = sorted((seconds, command) for command, seconds in known.items() if command in found)
+    others = [c for c in found if not own(c) and c not in known and long(c)]
     with open(TABLE, "w") as f:
-        print("# How long the commands of these pages take\n", file=f)
-        print(
-            "Seconds on two cores of an AMD EPYC server, everything included, one after the other "
-            "in a fresh copy of the project\n(`python -m tests.commands --measure`). "
-            "`python -m pytest tests/test_commands.py --commands` runs those below 90.\n",
-            file=f,
-        )
-        print("| command | seconds | pages |\n|---|---|---|", file=f)
-        for seconds, command in sorted(rows):
-            pages = ", ".join(os.path.basename(p) for p in dict.fromkeys(found[command]))
-            print(f"| `{command}` | {seconds:.0f} | {pages} |", file=f)
+        print(HEAD, file=f)
+        for seconds, command in measured:
+            print(f"| `{command}` | {seconds:.0f} | {pages(command)} |", file=f)
+        print(OTHERS, file=f)
+        for command in sorted(others, key=lambda c: (long(c), c)):
+            print(f"| `{command}` | `{long(command)}` | {pages(command)} |", file=f)
+
+
+HEAD = """# How long the commands of these pages take
+
+Seconds on two cores of an AMD EPYC server, everything included, one after the other
+(`python -m tests.commands --measure`). `python -m pytest tests/test_commands.py --commands` runs
+those below 90.
+
+| command | seconds | pages |
+|---|---|---|"""
+OTHERS = """
+Not run to their end as written; they train as many steps as the default run beside them, at one to
+three times its cost a step. Their flags are parsed by a test.
+
+| command | compare | pages |
+|---|---|---|"""
 
 
 def main():
