@@ -1,6 +1,6 @@
 """The small pictures of README's table, cut out of the samples that the pages show.
 
-    python -m docs.draw.thumbs
+python -m docs.draw.thumbs
 """
 
 import os
