@@ -462,6 +462,15 @@ def test_fake_score_loss_is_a_weighted_x0_loss(script, kind, schedule, weight):
     assert torch.equal(seen["x_t"], x_t) and torch.equal(seen["t"], t) and seen["label"] == 5
 
 
+@both
+def test_fake_score_loss_sends_nothing_into_the_sample(script):
+    """Whoever copies it may give it samples that still have their graph."""
+    x, eps = normal(3, 2).requires_grad_(True), normal(3, 2, seed=1)
+    net = nn.Linear(2, 2).double()
+    script.fake_score_loss(lambda x_t, t: net(x_t), FLOW_V, x, eps, levels(3), {}).backward()
+    assert x.grad is None and has_gradient(net)
+
+
 # ---- rollout and sampler -------------------------------------------------------------------------
 
 
