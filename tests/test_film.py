@@ -55,6 +55,23 @@ def test_a_frame_every_now_and_then(monkeypatch, tmp_path, steps, taken):
     assert len({f.tobytes() for f in frames}) == len(frames)
 
 
+def test_without_a_fake_score_no_untrained_network_is_shown(monkeypatch, tmp_path):
+    """It would be the teacher's copy, and the difference nothing, while samples collapse."""
+    mus, real = [], film.Film.__init__
+
+    def spy(self, run, teacher, sampler, mu_real, mu_fake, **more):
+        mus.append(mu_fake)
+        real(self, run, teacher, sampler, mu_real, mu_fake, **more)
+
+    monkeypatch.setattr(film.Film, "__init__", spy)
+    x_t, t = torch.tensor([[0.6, -0.3]]), torch.tensor([0.4])
+    label = {"label": torch.tensor([0])}
+    for flags in ([], ["--no_fake_score"]):
+        run(tmp_path / f"run{len(flags)}", 1, *flags)
+    with_fake, without = (mu(x_t, t, label, label) for mu in mus)
+    assert torch.allclose(without, x_t / 0.6) and not torch.allclose(with_fake, x_t / 0.6)
+
+
 def test_a_resumed_run_goes_on_with_the_film(monkeypatch, tmp_path):
     """Killed after its save, it takes later frames again; the film is the unbroken one's."""
 
