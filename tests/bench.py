@@ -185,6 +185,7 @@ def measure(name, steps, flags=()):
     script, stopwatch = importlib.import_module(name), Stopwatch()
     with tempfile.TemporaryDirectory() as folder, hooked(stopwatch, script):
         length = f"--max_train_steps {SKIPPED + steps} --checkpointing_steps 1000000"
+        length += " --preview_every 0"  # nor is a film of the ring a part of a step
         out = ["--output_dir", os.path.join(folder, "run")]
         with contextlib.suppress(Enough):
             script.main([*out, *length.split(), *flags])

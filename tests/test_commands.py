@@ -22,7 +22,7 @@ def test_command_parses(command):
     """Flags exist and values are accepted, also where weights are needed to run it."""
     words = shlex.split(command)
     script = next((w for w in words if w.endswith(".py")), None)
-    if words[0] in ("diff", "pip") or "--help" in words:
+    if words[0] in ("diff", "pip") or "--help" in words or "pytest" in words:
         return
     if script and (ROOT / script).is_file() and (ROOT / script).parent == ROOT:
         flags = words[words.index(script) + 1 :]
