@@ -11,7 +11,7 @@ import sys
 import tempfile
 from unittest import mock
 
-from docs.draw.logs import FOLDER, read
+from docs.draw.logs import FOLDER, read, smooth
 from docs.draw.svg import Canvas
 
 
@@ -97,13 +97,6 @@ METHODS = {  # of tests.orderings
     "hybrid": ("CA + DM, hybrid (the paper's)", "student"),
     "ca-mean-variance": ("CA + Eq. 7", "gradient"),
 }
-
-
-def smooth(points, width):
-    """[(step, value), ...] with each value the mean of those around it: steps k differ a lot."""
-    half, values = width // 2, [v for _, v in points]
-    near = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [(step, sum(v) / len(v)) for (step, _), v in zip(points, near)]
 
 
 def beside(prefix, names, charts, width, height=200):

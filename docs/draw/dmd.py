@@ -57,7 +57,7 @@ def diagram():
     c.arrow("fake2", "loss")
     c.arrow("x2", "loss", "the target", via=[(300, 283), (800, 283)])
     c.arrow("loss", "fake2", "", "gradient", via=[(800, 370), (630, 370)])
-    return legend(c, 408)
+    return c.legend(408)
 
 
 def steps():
@@ -125,19 +125,7 @@ def steps():
         "middle",
         12,
     )
-    return legend(c, 445, frozen=False)
-
-
-def legend(c, y, frozen=True):
-    """What lines and bars mean, and the dashed outline of a network that is frozen."""
-    c.arrow((24, y - 4), (74, y - 4), "", "gradient")
-    c.text(84, y, "gradient", None, "start", 12)
-    c.arrow((164, y - 4), (204, y - 4), stopped=True)
-    c.text(216, y, "no gradient goes back through here", None, "start", 12)
-    if frozen:
-        c.box("legend", 478, y - 4, "", "teacher", 40, 18)
-        c.text(506, y, "frozen", None, "start", 12)
-    return c
+    return c.legend(445, frozen=False)
 
 
 RUNS = [  # of docs/figures/logs: name of the file, words, colour

@@ -1,10 +1,9 @@
 """Pictures of docs/kernels.md."""
 
-import csv
 import math
 import os
 
-from docs.draw.logs import FOLDER
+from docs.draw import logs
 from docs.draw.svg import Canvas, words
 
 
@@ -171,9 +170,7 @@ def loglog(c, x, y, width, height, title, series, low, high, first=256, last=655
 
 
 def read(name, column):
-    """-> [(tokens, value), ...] of docs/figures/logs/name.csv, without the empty cells."""
-    with open(os.path.join(FOLDER, f"{name}.csv")) as f:
-        return [(int(r["tokens"]), float(r[column])) for r in csv.DictReader(f) if r[column]]
+    return logs.read(name, column, "tokens")
 
 
 def speed():

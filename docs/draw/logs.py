@@ -27,10 +27,19 @@ def keep(run, name, columns, points=150):
             print(part[-1]["step"], *means, sep=",", file=f)
 
 
-def read(name, column):
-    """-> [(step, value), ...] of docs/figures/logs/name.csv, without the empty cells."""
+def read(name, column, along="step"):
+    """-> [(step, value), ...] of docs/figures/logs/name.csv, without the empty cells.
+
+    along: the column that is counted in place of steps.
+    """
     with open(os.path.join(FOLDER, f"{name}.csv")) as f:
-        return [(float(r["step"]), float(r[column])) for r in csv.DictReader(f) if r[column]]
+        return [(float(r[along]), float(r[column])) for r in csv.DictReader(f) if r[column]]
+
+
+def smooth(points, n):
+    """[(step, value), ...] with each value the mean of the n around it."""
+    parts = [points[max(0, i - n // 2) : i + n // 2 + 1] for i in range(len(points))]
+    return [(step, sum(v for _, v in p) / len(p)) for (step, _), p in zip(points, parts)]
 
 
 if __name__ == "__main__":

@@ -79,17 +79,11 @@ def curves():
     ]
     for i, (column, title, ends) in enumerate(columns):
         series = [
-            (name, smooth(logs.read(f"phased_dmd-{run}", column)), colour)
+            (name, logs.smooth(logs.read(f"phased_dmd-{run}", column), 5), colour)
             for colour, name, run in RUNS
         ]
         c.chart(50 + 300 * i, 34, 235, 180, title, series, **ends)
     return c
-
-
-def smooth(points, n=5):
-    """Each value the mean of the n around it."""
-    parts = [points[max(0, i - n // 2) : i + n // 2 + 1] for i in range(len(points))]
-    return [(step, sum(v for _, v in p) / len(p)) for (step, _), p in zip(points, parts)]
 
 
 # ---- what wrong variants do ----------------------------------------------------------------------

@@ -161,6 +161,17 @@ class Canvas:
 
         self.shapes.append(draw)
 
+    def legend(self, y, frozen=True):
+        """What lines and bars mean, and the dashed outline of a frozen network.  -> the canvas."""
+        self.arrow((24, y - 4), (74, y - 4), "", "gradient")
+        self.text(84, y, "gradient", None, "start", 12)
+        self.arrow((164, y - 4), (204, y - 4), stopped=True)
+        self.text(216, y, "no gradient goes back through here", None, "start", 12)
+        if frozen:
+            self.box("legend", 478, y - 4, "", "teacher", 40, 18)
+            self.text(506, y, "frozen", None, "start", 12)
+        return self
+
     def save(self, path):
         """Write path-light.svg and path-dark.svg."""
         for i, (name, theme) in enumerate(THEMES.items()):

@@ -87,18 +87,7 @@ def diagram():
     c.arrow("x_tau2", "fake2")
     c.arrow("fake2", "loss")
     c.arrow("loss", "fake2", "", "gradient", via=[(805, 466), (640, 466)])
-    return legend(c, 486)
-
-
-def legend(c, y):
-    """What lines and bars mean."""
-    c.arrow((24, y - 4), (74, y - 4), "", "gradient")
-    c.text(84, y, "gradient", None, "start", 12)
-    c.arrow((164, y - 4), (204, y - 4), stopped=True)
-    c.text(216, y, "no gradient goes back through here", None, "start", 12)
-    c.box("legend", 478, y - 4, "", "teacher", 40, 18)
-    c.text(506, y, "frozen", None, "start", 12)
-    return c
+    return c.legend(486)
 
 
 # ---- healthy and sick runs -----------------------------------------------------------------------
