@@ -47,7 +47,7 @@ from models.draws import stable_hash
 from models.networks.gan import GanHead
 from models.plumbing import report
 from models.plumbing.data import Conditions, real_batches, try_network
-from models.plumbing.film import film_of_terms
+from models.plumbing.film import Film
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
@@ -420,6 +420,29 @@ def mean_variance_target(args, world):
 
 
 # ---- what the run leaves behind ------------------------------------------------------------------
+
+
+def film_of_terms(run, teacher, sampler, fake, times=None, t=0.4):
+    """ring.gif: half of how CA, DM and both move a sample noised to level t.
+
+    fake: None where there is none, and so no DM. times: of the student's steps, for a fake that is
+    conditioned on the step: it is asked about the last one whose CA reaches up to t.
+    """
+    diffusion, scale = teacher.diffusion, run.args.guidance_scale
+    step = sum(t_k >= t for t_k in times) - 1 if times else None
+
+    def ca(x_t, t, cond, uncond):
+        mu_cond, mu_uncond = (diffusion.x0(teacher.net, x_t, t, **c) for c in (cond, uncond))
+        return 0.5 * (scale - 1) * (mu_cond - mu_uncond)
+
+    def dm(x_t, t, cond, uncond):
+        if fake is None:
+            return torch.zeros_like(x_t)
+        steps = {} if step is None else {"steps": torch.full_like(t, float(step))}
+        mu_fake = diffusion.x0(fake, x_t, t, **cond, **steps)
+        return 0.5 * (diffusion.x0(teacher.net, x_t, t, **cond) - mu_fake)
+
+    return Film(run, teacher, sampler, ca, dm, t, ("CA", "DM"), terms=True)
 
 
 def student_sampler(run, student, teacher, times, renoise):

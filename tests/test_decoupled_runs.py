@@ -31,7 +31,7 @@ from models.diffusion import VP, Diffusion, Flow, predict_x0, shift, unshift
 from models.draws import Draws
 from models.files import load_json
 from models.networks import load_network
-from models.plumbing import film, report, teachers
+from models.plumbing import report, teachers
 from models.worlds import load_world
 from models.worlds.ring import RingTeacher
 
@@ -383,7 +383,7 @@ def test_film_shows_minus_the_gradients(monkeypatch):
     """
     shown, diffusion = [], Diffusion(Flow(), "flow_v")
     monkeypatch.setattr(
-        film, "Film", lambda run, teacher, sampler, *terms, **_: shown.append(terms)
+        decoupled_dmd, "Film", lambda run, teacher, sampler, *terms, **_: shown.append(terms)
     )
     run = types.SimpleNamespace(args=types.SimpleNamespace(guidance_scale=2.5))
     teacher, asked = types.SimpleNamespace(net=RingTeacher(), diffusion=diffusion), []
@@ -393,7 +393,7 @@ def test_film_shows_minus_the_gradients(monkeypatch):
         return torch.sin(3 * x_t)
 
     for network, times in ((fake, None), (fake, [1.0, 0.75, 0.5, 0.25]), (None, None)):
-        film.film_of_terms(run, teacher, None, network, times)
+        decoupled_dmd.film_of_terms(run, teacher, None, network, times)
     draw = Draws(0, 0, "film", range(8), shape=(2,))
     x, eps, t = draw.noise("x"), draw.noise("eps"), torch.full((8,), 0.4)
     cond, null = {"label": torch.arange(8) % 4}, {"label": torch.full((8,), 4)}

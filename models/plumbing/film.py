@@ -124,29 +124,6 @@ def film_of_scores(run, teacher, sampler, fake, step=None, **more):
     return Film(run, teacher, sampler, mu_real, mu_fake, **more)
 
 
-def film_of_terms(run, teacher, sampler, fake, times=None, t=0.4):
-    """The film of Decoupled DMD: half of how CA, DM and both move a sample noised to level t.
-
-    fake: None where there is none, and so no DM. times: of the student's steps, for a fake that is
-    conditioned on the step: it is asked about the last one whose CA reaches up to t.
-    """
-    diffusion, scale = teacher.diffusion, run.args.guidance_scale
-    step = sum(t_k >= t for t_k in times) - 1 if times else None
-
-    def ca(x_t, t, cond, uncond):
-        mu_cond, mu_uncond = (diffusion.x0(teacher.net, x_t, t, **c) for c in (cond, uncond))
-        return 0.5 * (scale - 1) * (mu_cond - mu_uncond)
-
-    def dm(x_t, t, cond, uncond):
-        if fake is None:
-            return torch.zeros_like(x_t)
-        steps = {} if step is None else {"steps": torch.full_like(t, float(step))}
-        mu_fake = diffusion.x0(fake, x_t, t, **cond, **steps)
-        return 0.5 * (diffusion.x0(teacher.net, x_t, t, **cond) - mu_fake)
-
-    return Film(run, teacher, sampler, ca, dm, t, ("CA", "DM"), terms=True)
-
-
 def arrows(start, by, dots, colour):
     """A panel: arrows from start (n, 2) by (n, 2), over dots (m, 2).  -> a Pillow image."""
     scale, zoom = SIDE / (2 * REACH), 3  # drawn three times as large, then made smaller: smooth
