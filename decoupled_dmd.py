@@ -37,8 +37,6 @@ teachers get a normaliser, "branch". The fake is conditioned on the student's st
 the paper's, which is not).
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 
@@ -50,7 +48,13 @@ from models.plumbing.data import Conditions, real_batches, try_network
 from models.plumbing.film import Film
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import Run, run_main
-from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
+from models.plumbing.teachers import (
+    average_of,
+    freeze_teacher,
+    start_teacher,
+    starting_network,
+    trainable_copy,
+)
 
 # ---- the losses ----------------------------------------------------------------------------------
 #
@@ -309,20 +313,20 @@ def describe(args, times, ablation, see_step):
 
 def train(args):
     run = Run(args, "decoupled_dmd")
-    teacher = start_teacher(args)
+    teacher = start_teacher(run)
     refuse(wrong_flags(args, teacher.world))
     teacher.conditions = Conditions(args, teacher.base)
     diffusion, alpha, ablation = teacher.diffusion, args.guidance_scale, Ablation(args)
     times = step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... > t_N, shifted
     see_step = fake_sees_step(args, teacher.base)
-    student = trainable_copy(args, starting_network(args, teacher), run.device)
-    fake = trainable_copy(args, teacher.base, run.device, see_step)
-    freeze_teacher(args, teacher, run.device)
+    student = trainable_copy(run, starting_network(run, teacher))
+    fake = trainable_copy(run, teacher.base, see_step)
+    freeze_teacher(run, teacher)
     real = real_batches(args, teacher, run.device) if args.gan_weight else None
     features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
     torch.manual_seed(stable_hash(args.seed, "head"))
-    head = GanHead(features.shape[-1]).to(run.device)
-    ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
+    head = run.place(GanHead(features.shape[-1]))
+    ema = average_of(run, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
     both = [*fake.parameters(), *head.parameters()]  # the discriminator: the fake and a head on it

@@ -40,7 +40,6 @@ batch and have the teacher's shift. With several steps the fake is conditioned o
 (--shared_fake: not, as in the papers). Optimiser settings and averaged weights suit short runs.
 """
 
-import copy
 import os
 
 import torch
@@ -48,15 +47,18 @@ import torch.nn.functional as F
 
 from models.diffusion import expand, step_grid
 from models.draws import Draws, stable_hash
-from models.files import UserError, load_tensors, open_tensors, save_tensors
+from models.files import UserError, load_json, load_tensors, open_tensors, save_tensors
 from models.networks import load_network
 from models.networks.gan import GanHead
+from models.networks.shards import copy_weights
 from models.plumbing import report
 from models.plumbing.data import Conditions, real_batches, try_network
 from models.plumbing.film import film_of_scores
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
-from models.plumbing.run import Run, find_state, run_main
+from models.plumbing.run import Run, run_main
+from models.plumbing.state import SavedState, find_state, named_tensors
 from models.plumbing.teachers import (
+    average_of,
     freeze_teacher,
     network_folder,
     start_teacher,
@@ -222,20 +224,20 @@ def step_input(k, draw, on):
 
 def train(args):
     run = Run(args, "dmd")
-    teacher = start_teacher(args)
+    teacher = start_teacher(run)
     refuse(wrong_flags(args, teacher.world))
     teacher.conditions = Conditions(args, teacher.base)
     diffusion, scale = teacher.diffusion, args.guidance_scale
     times = args.student_times or step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... t_N
     see_step = fake_sees_step(args, teacher.base)
-    student = trainable_copy(args, starting_network(args, teacher), run.device)
-    fake = starting_fake(args, teacher, run.device, see_step)
-    freeze_teacher(args, teacher, run.device)
+    student = trainable_copy(run, starting_network(run, teacher))
+    fake = starting_fake(run, teacher, see_step)
+    freeze_teacher(run, teacher)
     real = real_batches(args, teacher, run.device) if needs_data(args) else None
     features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
     torch.manual_seed(stable_hash(args.seed, "head"))
-    head = GanHead(features.shape[-1]).to(run.device)
-    ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
+    head = run.place(GanHead(features.shape[-1]))
+    ema = average_of(run, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
     both = [*fake.parameters(), *head.parameters()]  # the discriminator: the fake and a head on it
@@ -325,31 +327,36 @@ def train(args):
 # ---- training in two stages ----------------------------------------------------------------------
 
 
-def starting_fake(args, teacher, device, see_step):
+def starting_fake(run, teacher, see_step):
     """The fake score, a copy of the teacher or of what --fake_init names. Raises UserError.
 
     That is a network, or the newest state of a run, whose fake has followed its student so far. One
     that was not conditioned on the student's step starts with that input at zero.
     """
-    fake, path = trainable_copy(args, teacher.base, device, see_step), args.fake_init
+    fake, path = trainable_copy(run, teacher.base, see_step), run.args.fake_init
     if not path:
         return fake
     state = find_state(path, "latest")
     if not state and os.path.isfile(os.path.join(network_folder(path), "sampler.json")):
         raise UserError(f"--fake_init {path} is a student, no score: give its run, with its state/")
+    own = named_tensors(fake, "fake")
     if state:
-        tensors = load_tensors(os.path.join(state, "state.safetensors"))
-        saved = {k.removeprefix("fake."): v for k, v in tensors.items() if k.startswith("fake.")}
+        saved = SavedState(state, load_json(os.path.join(state, "state.json"))["world_size"])
+        shapes = {f"fake.{k}": saved.shape(f"fake.{k}") for k in saved.names("fake")}
     else:
-        saved = load_network(network_folder(path))[0].state_dict()
-    own = fake.state_dict()
-    missing = {k for k in own if k not in saved and not k.startswith("steps.")}
-    if missing or any(k not in own or own[k].shape != v.shape for k, v in saved.items()):
+        net = load_network(network_folder(path), place=run.place)[0]
+        shapes = {k: tuple(v.shape) for k, v in named_tensors(net, "fake").items()}
+    missing = {k for k in own if k not in shapes and not k.startswith("fake.steps.")}
+    if missing or any(k not in own or tuple(own[k].shape) != v for k, v in shapes.items()):
         raise UserError(
             f"--fake_init {path}: it has no fake of this run's shapes: give a network like the "
             "teacher's, or a run from this teacher with as many student steps or one"
         )
-    fake.load_state_dict(saved, strict=False)
+    if state:
+        for key in shapes:
+            saved.fill(key, own[key])
+    else:
+        copy_weights(fake, net)
     return fake
 
 
@@ -364,16 +371,21 @@ def teacher_pairs(run, teacher):
     args, path = run.args, os.path.join(run.folder, "state", "pairs.safetensors")
     about = {"teacher_steps": str(args.teacher_steps)}  # which may change while the term is off
     there = run.first and os.path.isfile(path)  # a run that never saved has no pairs
-    if run.main and not (there and open_tensors(path).metadata() in (about, None)):
-        draw = Draws(args.seed, "pairs", 0, range(args.regression_pairs), shape=teacher.shape)
+    there = there and open_tensors(path).metadata() in (about, None)
+    if not any(run.mean_over_ranks(float(run.main and there))):  # as rank 0 sees it
+        n = args.regression_pairs
+        draw = Draws(args.seed, "pairs", 0, range(n), shape=teacher.shape)
         z, index = draw.noise("z"), teacher.conditions.index(draw)
         grid = step_grid(args.teacher_steps, teacher.shift)
-        y = []
-        for z_part, i in zip(z.split(run.B), index.split(run.B)):
-            cond, uncond = teacher.conditions.pick(i, run.device)
+
+        def samples(a, b):
+            cond, uncond = teacher.conditions.pick(index[a:b], run.device)
             how = cond, uncond, args.guidance_scale, "heun"
-            y.append(teacher.diffusion.sample(teacher.net, z_part.to(run.device), grid, *how))
-        save_tensors({"z": z, "y": torch.cat([v.cpu() for v in y]), "index": index}, path, about)
+            return teacher.diffusion.sample(teacher.net, z[a:b].to(run.device), grid, *how)
+
+        y, _ = report.many_on_all_ranks(run, samples, n, teacher.shape, run.B)
+        if run.main:
+            save_tensors({"z": z, "y": y, "index": index}, path, about)
     run.wait_for_all()
     return load_tensors(path)
 

@@ -85,6 +85,7 @@ from models.plumbing.flags import (
     refuse,
 )
 from models.plumbing.run import Run, refuse_output_dir, run_main
+from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.teachers import describe_schedule, read_own_sampler
 from models.worlds import WORLDS, load_world, refuse_ambiguous
 from models.worlds.masks import draw_masks
@@ -263,8 +264,8 @@ def weighted_sum(weights, k):
 
 
 def rms(x, scale):
-    """The root mean square of x / scale.  -> float"""
-    return float((x / scale).square().mean().sqrt())
+    """The root mean square of x / scale, the largest of all ranks, which step alike.  -> float"""
+    return largest_over_ranks((x / scale).square().mean().sqrt(), x.device)
 
 
 @torch.no_grad()
@@ -397,9 +398,10 @@ def train(args):
     space = build_space(args, world, data).to(run.device)
     shape = latent_shape(data, space, run.device)
     world_name = args.data if is_readable(args, world, space) else None
-    net, ema = (build_network(args, data, shape, world_name).to(run.device) for _ in range(2))
+    # both from the same seed
+    net, ema = (run.place(build_network(args, data, shape, world_name)) for _ in range(2))
     net.gradient_checkpointing = args.gradient_checkpointing
-    ema.requires_grad_(False).load_state_dict(net.state_dict())
+    ema.requires_grad_(False)
     optimizers, rates = build_optimizers(args, net)
     state = {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
     run.start(net=net, ema=ema, **state)  # resumed, where that is asked for
@@ -816,14 +818,15 @@ def as_saved(args, net):
 
 
 def save_student(run, net, space):
-    """student/: the network and how it samples; autoencoder/ beside it, except for pixels."""
+    """student/: the network and how it samples; autoencoder/ beside it, except for pixels.
+
+    All ranks call it, and rank 0 writes.
+    """
+    args, folder = run.args, os.path.join(run.folder, "student")
+    dtype = torch.float16 if args.save_fp16 else None
+    save_network(net, network_config(net), folder, dtype=dtype, write=run.main)
     if not run.main:
         return
-    args, folder = run.args, os.path.join(run.folder, "student")
-    weights = net.state_dict()
-    if args.save_fp16:
-        weights = {k: v.to(torch.float16) for k, v in weights.items()}
-    save_network(net, network_config(net), folder, weights)
     if not space.trivial:
         space.save(os.path.join(run.folder, "autoencoder"))
     sampler = {
@@ -1080,7 +1083,7 @@ def sample_only(args):
     """
     run = Run(args, "latent_fm")
     folder, saved, *_ = read_own_sampler(args.sample, run.method)
-    net, config = load_network(folder)
+    net, config = load_network(folder, place=run.place)
     saved = {"sample_steps": len(saved["times"]), "solver": saved["rule"], **saved}
     for name, default in SAMPLER.items():
         if getattr(args, name) is None:
@@ -1098,7 +1101,7 @@ def sample_only(args):
     with_context = args.task in ("inpaint", "semantic")
     data = load_training_data(args, world) if with_context else None
     os.makedirs(run.folder, exist_ok=True)
-    finish(run, net.to(run.device), world, data, space)
+    finish(run, net, world, data, space)
     run.wait_for_all()
 
 

@@ -41,7 +41,6 @@ lambda is .001, alpha falls from 4 to 2 (paper: .01, 20 to 2), and released mode
 without rounding (--count soft). The bank is guided, the losses are not.
 """
 
-import copy
 import csv
 import math
 import os
@@ -62,7 +61,13 @@ from models.plumbing.data import Bank, Conditions, try_network
 from models.plumbing.film import Film
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import Run, run_main
-from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
+from models.plumbing.teachers import (
+    average_of,
+    freeze_teacher,
+    start_teacher,
+    starting_network,
+    trainable_copy,
+)
 
 # ---- the losses. x_t, v_t, g (B, ...), s < t (B,); networks: net(x_t, t, **cond) -> velocity -----
 
@@ -223,6 +228,8 @@ class MixedAttention(nn.Module):
     needs `fix` again where `decided` is set.
     """
 
+    whole = True  # over several ranks every one keeps all of it: r is a single number
+
     def __init__(self, softmax, heads, head_dim, feature_map, r):
         super().__init__()
         self.softmax, self.only = softmax, None
@@ -253,12 +260,11 @@ def mix_attention(net, feature_map, r):
 
 
 def convert(net, layers, feature_map):
-    """A copy of a network of MixedAttention layers with linear attention in `layers` only.
+    """Leave a network of MixedAttention layers linear attention in `layers` only.  -> net
 
-    Each layer keeps one kind of attention, and the weights of the other are gone. The config of the
-    copy names the linear layers.
+    Each layer keeps one kind of attention, and the weights of the other are gone. net.config names
+    the linear layers.
     """
-    net = copy.deepcopy(net)
     mixed = [place.attend for place in net.self_attentions]
     use_linear_attention(net, layers, feature_map)
     for i, (place, m) in enumerate(zip(net.self_attentions, mixed)):
@@ -447,9 +453,11 @@ def make_bank(run, teacher, grid):
     announce(run, teacher, folder, rows, "teacher", remedy)
     bank = Bank(folder, about, size, args.bank_batch, create=run.main)
     run.wait_for_all()  # until the folder is ready
-    # a share goes by the files' numbers, because others' files may appear while this rank looks
-    mine = [part for part in bank.missing() if part % run.world_size == run.rank]
-    for part in tqdm(mine, desc="bank", disable=not run.main or not mine):
+    missing = bank.missing()
+    run.wait_for_all()  # all ranks have looked before one of them writes
+    turns = range(run.rank, run.rank + len(missing), run.world_size)  # all ranks take as many
+    for i in tqdm(turns, desc="bank", disable=not run.main or not missing):
+        part = missing[min(i, len(missing) - 1)]
         rows = bank.rows_of(part)
         draw = Draws(args.seed, "bank", 0, rows, run.device, teacher.shape)
         index = conditions.index(draw)
@@ -457,7 +465,8 @@ def make_bank(run, teacher, grid):
         scale = args.guidance_scale
         with run.autocast():
             states = trajectory(teacher.net, draw.noise("z"), grid, cond, uncond, scale)
-        bank.write(part, {"index": index, **{name: x.half() for name, x in states.items()}})
+        if i < len(missing):
+            bank.write(part, {"index": index, **{name: x.half() for name, x in states.items()}})
     run.wait_for_all()
     return bank.open()
 
@@ -530,9 +539,10 @@ def make_own_trajectories(run, step, own, bank, student, teacher, grid):
     args, conditions = run.args, teacher.conditions
     own.begin(step, bank)
     mine = [i for i in range(own.made, own.made + args.fresh) if i % run.world_size == run.rank]
-    if step % args.fresh_every or not mine:
+    if step % args.fresh_every:
         return
-    draw = Draws(args.seed, "own", 0, mine, run.device, teacher.shape)
+    rows = mine or [own.made]  # a rank without any calls the student all the same, for the others
+    draw = Draws(args.seed, "own", 0, rows, run.device, teacher.shape)
     index = conditions.index(draw)
     cond, uncond = conditions.pick(index, run.device)
     z, scale = draw.noise("z"), args.guidance_scale
@@ -686,13 +696,15 @@ def velocity_error(run, student, teacher, bank, grid):
     """Mean squared error of the student's velocity on 256 fixed states of the bank, which the ranks
     share.  -> float."""
     errors = torch.zeros((), device=run.device)
-    for first in range(run.rank * run.B, 256, run.world_size * run.B):
-        rows = range(first, min(first + run.B, 256))
+    for part in range(0, 256, run.world_size * run.B):  # as often on all ranks
+        first = part + run.rank * run.B
+        own = range(first, min(first + run.B, 256))
+        rows = own or range(1)
         draw = Draws(run.args.seed, "check", 0, rows, run.device, teacher.shape, total=256)
         x_t, v_t, t, cond, _ = bank_states(run.args, draw, bank, teacher, grid)
         with run.autocast():
             v_hat = velocity(student, x_t, t, cond)
-        errors += (v_hat - v_t).square().flatten(1).mean(1).sum()
+        errors += (v_hat - v_t).square().flatten(1).mean(1)[: len(own)].sum()
     return run.mean_over_ranks(errors * run.world_size / 256)[0]
 
 
@@ -746,19 +758,19 @@ def set_rates(args, optimizer, warmup, decay, selecting):
 
 def train(args):
     run = Run(args, "linvideo")
-    teacher = start_teacher(args, attention=True)
-    start = starting_network(args, teacher)
+    teacher = start_teacher(run, attention=True)
+    start = starting_network(run, teacher)
     refuse(wrong_networks(args, teacher, start))
     teacher.conditions = Conditions(args, teacher.base)
     grid = step_grid(args.sampling_steps, teacher.shift)  # 1 = t_0 > ... > t_K = 0, shifted
-    student = trainable_copy(args, start, run.device)
+    student = trainable_copy(run, start)
     mixed = mix_attention(student, args.feature_map, args.r_init)
     critic = None
     if args.objective in ("adm_critic", "dmd"):
-        critic = trainable_copy(args, teacher.base, run.device)
-    freeze_teacher(args, teacher, run.device)
+        critic = trainable_copy(run, teacher.base)
+    freeze_teacher(run, teacher)
     try_network(teacher.base, teacher, run.device)
-    ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
+    ema = average_of(run, student)
     optimizer = student_optimizer(args, student, mixed)
     state = dict(student=student, ema=ema, optimizer=optimizer)
     if critic:
@@ -827,13 +839,13 @@ def train(args):
             run.update_ema(ema, student, step)
         film.frame(step)
         if run.end_step(step, show=("loss", "g")):  # True: time to save
-            net = convert(ema, selection.layers_now(), args.feature_map)
+            net = convert(run.copy_of(ema), selection.layers_now(), args.feature_map)
             sampler = student_sampler(run, net, teacher, grid)
             report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})
             save_student(run, teacher, net, grid)
             run.save(step)
     # the layers are fixed already, unless the run was cut short while it selected them
-    net = convert(ema, selection.layers_now(), args.feature_map).eval()
+    net = convert(run.copy_of(ema), selection.layers_now(), args.feature_map).eval()
     if run.first >= args.max_train_steps:  # a finished run is written out again, perhaps elsewhere
         save_student(run, teacher, net, grid)
     finish(run, teacher, net, grid)

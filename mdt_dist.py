@@ -37,7 +37,6 @@ also get the code's d_norm. Guidance scale = 1 + the paper's w. sigma_min is 0. 
 betas and falling rates suit short runs. --renoise sde, --d_norm rms and --derivative jvp are ours.
 """
 
-import copy
 import os
 import types
 
@@ -62,7 +61,13 @@ from models.plumbing.film import Film
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.releases import TRELLIS_SAMPLES
 from models.plumbing.run import Run, run_main
-from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
+from models.plumbing.teachers import (
+    average_of,
+    freeze_teacher,
+    start_teacher,
+    starting_network,
+    trainable_copy,
+)
 
 # ---- the losses. x0, z (B, ...), or (M, C) with coords (M, 4) in cond; t (B,) --------------------
 
@@ -353,17 +358,17 @@ def distillation(args, student, teacher, z1, z2, t, cond, uncond):
 
 def train(args):
     run = Run(args, "mdt_dist")
-    teacher = start_teacher(args)
+    teacher = start_teacher(run)
     refuse(wrong_flags(args, teacher))
     data, data_cond = load_paired_data(args, teacher, is_sparse(teacher.base))
     if "label" in teacher.base.cond_names:
         teacher.conditions = Conditions(args, teacher.base)
     else:
         teacher.conditions = DataConditions(data, data_cond, args.data, teacher.base)
-    student = trainable_copy(args, starting_network(args, teacher), run.device)
-    freeze_teacher(args, teacher, run.device)
+    student = trainable_copy(run, starting_network(run, teacher))
+    freeze_teacher(run, teacher)
     try_network(teacher.base, teacher, run.device)
-    ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
+    ema = average_of(run, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
     state = {"ema": ema} if args.ema_decay else {}

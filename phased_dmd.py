@@ -41,7 +41,6 @@ levels are spread evenly over a batch, and none is below .02 in the student's tu
 averaged weights, betas and falling rates suit short runs of small networks.
 """
 
-import copy
 import math
 import os
 from dataclasses import dataclass
@@ -58,16 +57,8 @@ from models.plumbing import report
 from models.plumbing.data import Conditions, try_network
 from models.plumbing.film import film_of_scores
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
-from models.plumbing.run import (
-    Run,
-    is_stored,
-    pack_module,
-    pack_optimizer,
-    refuse_output_dir,
-    run_main,
-    unpack_module,
-    unpack_optimizer,
-)
+from models.plumbing.run import Run, refuse_output_dir, run_main
+from models.plumbing.state import unpack, unpack_optimizer
 from models.plumbing.teachers import (
     Teacher,
     freeze_teacher,
@@ -77,7 +68,7 @@ from models.plumbing.teachers import (
     set_clock,
     start_teacher,
     student_folder,
-    with_step_input,
+    trainable_copy,
 )
 from models.worlds import WORLDS
 from models.worlds.measures import energy_distance
@@ -257,23 +248,17 @@ class Expert:
             self.net.load_state_dict(tensors)
 
 
-def new_expert(args, net, name, rank, step_input=False):
+def new_expert(run, net, name, rank, step_input=False):
     """A trainable Expert that starts as net: an adapter of this rank, or a copy where rank is 0.
 
     The copy is in float32 (of bfloat16 weights, where net has those). step_input: it also takes
     `steps`.
     """
     if rank:
-        torch.manual_seed(stable_hash(args.seed, name))
-        lora.add(net, name, rank, args.lora_alpha)
+        torch.manual_seed(stable_hash(run.args.seed, name))
+        lora.add(net, name, rank, run.args.lora_alpha)
         return Expert(net, name)
-    new = copy.deepcopy(net).float()
-    for adapter in lora.names(new):
-        lora.remove(new, adapter)
-    if step_input:
-        new = with_step_input(new)
-    new.requires_grad_(True).gradient_checkpointing = args.gradient_checkpointing
-    return Expert(new)
+    return Expert(trainable_copy(run, net, step_input).eval())
 
 
 @dataclass
@@ -305,8 +290,9 @@ def phase_steps(student_steps, phases):
     return [range(first, end) for first, end in zip(ends[:-1], ends[1:])]
 
 
-def plan_phases(args, teacher, device):
+def plan_phases(run, teacher):
     """-> the K phases, without networks of their own. Raises UserError."""
+    args = run.args
     N, K, updates = args.student_steps, args.phases, args.max_train_steps
     grid, phases = step_grid(N, teacher.shift), []
     for i, steps in enumerate(phase_steps(N, K)):
@@ -327,7 +313,7 @@ def plan_phases(args, teacher, device):
             )
         )
     if args.student_init:
-        give_starts(args, teacher, phases, device)
+        give_starts(run, teacher, phases)
     return phases
 
 
@@ -348,10 +334,10 @@ def is_high(t, boundary):
     return t > boundary + 1e-6
 
 
-def give_starts(args, teacher, phases, device):
+def give_starts(run, teacher, phases):
     """What the experts start from, of --student_init: full experts from a network, else from an
     adapter of their base. Raises UserError."""
-    loaded = {}
+    args, loaded = run.args, {}
     for phase, source in zip(phases, starting_sources(args.student_init, teacher, phases)):
         path = lora.adapter_file(source)
         if args.lora_rank and path is None:
@@ -362,7 +348,7 @@ def give_starts(args, teacher, phases, device):
         if not args.lora_rank:
             key = source, id(phase.base)
             if key not in loaded:
-                loaded[key] = network_from(source, teacher, phase.base).to(device)
+                loaded[key] = network_from(run, source, teacher, phase.base)
             phase.init = loaded[key]
             continue
         phase.given = f"given{phase.number}"
@@ -424,51 +410,51 @@ def step_input(k, draw, on):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def frozen_teacher(args, device):
+def frozen_teacher(run):
     """-> Teacher; its base is the network that experts and fakes are copies of, or adapters on."""
-    teacher = start_teacher(args, two_networks=True)
-    freeze_teacher(args, teacher, device)
-    teacher.base.gradient_checkpointing = args.gradient_checkpointing
+    teacher = start_teacher(run, two_networks=True)
+    freeze_teacher(run, teacher)
+    teacher.base.gradient_checkpointing = run.args.gradient_checkpointing
     return teacher
 
 
-def start_phase(args, phases, phase, info, tensors):
+def start_phase(run, phases, phase, info, saved):
     """Networks and optimisers of a phase: new ones, or those of the checkpoint.
 
-    Expert and fake start from the teacher. info, tensors: see `read_state`.  -> False for a phase
+    Expert and fake start from the teacher. info, saved: see `read_state`.  -> False for a phase
     that was over when the run was interrupted.
     """
-    n, resumed = phase.number, info["phase"] + 1
-    phase.expert = new_expert(args, phase.init, f"expert{n}", args.lora_rank)
+    args, n, resumed = run.args, phase.number, info["phase"] + 1
+    phase.expert = new_expert(run, phase.init, f"expert{n}", args.lora_rank)
     if phase.given:
         lora.start_from(phase.base, phase.expert.adapter, phase.given)
         lora.remove(phase.base, phase.given)
     before = phases[: n - 1]
     if args.expert_init == "previous" and before and before[-1].base is phase.base:
         phase.expert.load_state_dict(before[-1].expert.state_dict())
-    if tensors and n <= resumed:
-        unpack_module(phase.expert, f"expert{n}", tensors)
+    if saved and n <= resumed:
+        unpack(phase.expert, f"expert{n}", saved)
     if n < resumed:
         phase.expert.requires_grad_(False)
         return False
     phase.start = info["phase_start"] if n == resumed else max(info["step"], phase.start)
     phase.see_step, rank = fake_sees_step(args, phase), args.fake_lora_rank
-    phase.fake = new_expert(args, phase.fake_base, f"fake{n}", rank, phase.see_step)
+    phase.fake = new_expert(run, phase.fake_base, f"fake{n}", rank, phase.see_step)
     phase.ema = phase.expert
     if args.ema_decay:
-        phase.ema = new_expert(args, phase.init, f"ema{n}", args.lora_rank)
+        phase.ema = new_expert(run, phase.init, f"ema{n}", args.lora_rank)
         phase.ema.load_state_dict(phase.expert.state_dict())
         phase.ema.requires_grad_(False)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     rate, rate_fake = args.learning_rate, args.learning_rate_fake
     phase.optimizer = torch.optim.AdamW(phase.expert.parameters(), lr=rate, **adam)
     phase.optimizer_fake = torch.optim.AdamW(phase.fake.parameters(), lr=rate_fake, **adam)
-    if tensors and n == resumed:
-        unpack_module(phase.fake, "fake", tensors)
-        if args.ema_decay and is_stored("ema", tensors):  # else it begins as the expert
-            unpack_module(phase.ema, "ema", tensors)
-        unpack_optimizer(phase.optimizer, "optimizer", tensors)
-        unpack_optimizer(phase.optimizer_fake, "optimizer_fake", tensors)
+    if saved and n == resumed:
+        unpack(phase.fake, "fake", saved)
+        if args.ema_decay and saved.has("ema"):  # else it begins as the expert
+            unpack(phase.ema, "ema", saved)
+        unpack_optimizer(phase.optimizer, "optimizer", saved)
+        unpack_optimizer(phase.optimizer_fake, "optimizer_fake", saved)
     return True
 
 
@@ -537,7 +523,7 @@ def fill_gradients(net):
 
 def train(args):
     run = Run(args, "phased_dmd")
-    teacher = frozen_teacher(args, run.device)
+    teacher = frozen_teacher(run)
     refuse(wrong_flags(args, teacher))
     teacher.conditions = Conditions(args, teacher.base)
     diffusion, scale = teacher.diffusion, args.guidance_scale
@@ -545,16 +531,16 @@ def train(args):
     direction = DIRECTIONS[args.dmd_weight]
     draw_sample = student_sample_all_steps if args.no_truncation else student_sample
     grid = step_grid(args.student_steps, teacher.shift)  # t_0 = 1 > ... > t_N = 0
-    phases = plan_phases(args, teacher, run.device)
+    phases = plan_phases(run, teacher)
     try_network(teacher.base, teacher, run.device)
-    info, tensors = read_state(run, phases)
+    info, saved = read_state(run, phases)
     run.spent, film = info["seconds"], None
     run.open_folder(info["step"])
     report.introduce(run, teacher, teacher.base, describe(args, grid, phases))
 
     for phase in phases:
         # ---- a new expert and a new fake, both from the teacher; earlier experts are constants
-        if not start_phase(args, phases, phase, info, tensors):
+        if not start_phase(run, phases, phase, info, saved):
             continue  # it was over when the run was interrupted
         experts = per_step(phases, [p.expert for p in phases[: phase.number]])
         film = film_of_phase(run, phases, phase, teacher, grid, film)
@@ -617,7 +603,7 @@ def train(args):
     experts, times = per_step(phases, trained), grid[:-1]
     sampler = student_sampler(run, experts, teacher, times)
     more = {}
-    if run.main and teacher.world:
+    if teacher.world:
         more["student"] = {"marginals": marginals(run, experts, teacher, grid)}
     parameters = sum(p.numel() for expert in trained for p in expert.parameters())
     report.finish(run, teacher, times, {"student": (len(times), sampler)}, parameters, more)
@@ -638,11 +624,11 @@ def describe(args, grid, phases):
 
 
 def read_state(run, phases):
-    """--resume_from_checkpoint -> its state.json and its tensors (None). Raises UserError.
+    """--resume_from_checkpoint -> its state.json, a SavedState (or None). Raises UserError.
 
     Beside what every state.json has, phase (from 0) and phase_start, the updates before it.
     """
-    info, tensors = run.read_state()
+    info, saved = run.read_state()
     updates = run.args.max_train_steps
     if info is None:
         return {"step": 0, "phase": 0, "phase_start": 0, "seconds": 0.0}, None
@@ -653,25 +639,19 @@ def read_state(run, phases):
                 f"--max_train_steps {updates} phase {phase.number} would end at step "
                 f"{phase.end}, without an update: give more"
             )
-    return info, tensors
+    return info, saved
 
 
 def save(run, phases, phase, teacher, grid, step):
-    """samples.png, student/ and state/ after this step."""
+    """samples.png, student/ and state/ after this step, on all ranks."""
     trained = experts_so_far(phases, phase)
     sampler = sampler_so_far(run, phases, phase, teacher, grid)
-    report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})  # by all ranks
-    if not run.main:
-        return
+    report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})
     save_student(run, trained, phases, teacher, grid)
-    tensors = pack_module(phase.fake, "fake")
-    if phase.ema is not phase.expert:
-        tensors |= pack_module(phase.ema, "ema")
-    tensors |= pack_optimizer(phase.optimizer, "optimizer")
-    tensors |= pack_optimizer(phase.optimizer_fake, "optimizer_fake")
-    for p in phases[: phase.number]:
-        tensors |= pack_module(p.expert, f"expert{p.number}")
-    run.save_state(step, tensors, phase=phase.number - 1, phase_start=phase.start)
+    things = {f"expert{p.number}": p.expert for p in phases[: phase.number]}
+    things |= {"fake": phase.fake} | ({"ema": phase.ema} if run.args.ema_decay else {})
+    things |= {"optimizer": phase.optimizer, "optimizer_fake": phase.optimizer_fake}
+    run.save_state(step, things, phase=phase.number - 1, phase_start=phase.start)
 
 
 def experts_so_far(phases, phase):
@@ -714,24 +694,26 @@ def film_of_phase(run, phases, phase, teacher, grid, film=None):
 def save_student(run, trained, phases, teacher, grid):
     """student/: expertK/ in the teacher's own layout, or an adapter's file or folder.
 
-    sampler.json ties them to their steps. trained: the experts so far.
+    sampler.json ties them to their steps. trained: the experts so far. All ranks call it.
     """
-    if not run.main:
-        return
     args, folder = run.args, os.path.join(run.folder, "student")
     os.makedirs(folder, exist_ok=True)
     for phase, expert in zip(phases, trained):
         path, net = os.path.join(folder, weights_name(args, phase)), expert.net
-        if args.lora_rank:
+        if args.lora_rank and run.main:
             times = " ".join(f"{t:.6g}" for t in grid)
             about = {"expert": f"{phase.number} of {len(phases)}", "times": times}
             about |= {"method": run.method}
             save_adapter = lora.save_peft if lora.is_for_peft(net) else lora.save
             save_adapter(net, expert.adapter, path, about, LORA_DTYPES[args.lora_dtype])
-        else:
+        elif not args.lora_rank:
             second = side(teacher, phase) == "transformer_2"
             linear = {k: net.config[k] for k in ("linear_layers", "feature_map") if k in net.config}
-            save_network(net, {**(teacher.config_2 if second else teacher.config), **linear}, path)
+            config = {**(teacher.config_2 if second else teacher.config), **linear}
+            dtype = report.save_dtype(run, teacher)
+            save_network(net, config, path, dtype=dtype, write=run.main)
+    if not run.main:
+        return
     described = [
         {
             "weights": weights_name(args, phase),
@@ -794,7 +776,7 @@ def marginals(run, experts, teacher, grid, n=1000):
     """How far the sampler's states are from the forward process, at every step of the grid.
 
     -> {t: energy distance of x_t to data noised to t, both averaged to 4 cells an axis}. For
-    samples of the right law it is 0 on average.
+    samples of the right law it is 0 on average. All ranks call it, and each draws all samples.
     """
     index, distances = teacher.conditions.preview(n), {}
     x = report.evaluation_noise(run, teacher.shape, 0, n)("z")
@@ -839,12 +821,13 @@ def load_student(run):
     args.teacher = args.teacher or saved["base"]
     args.teacher_lora = args.teacher_lora or saved.get("teacher_lora")
     if saved["lora_rank"]:
-        networks, world_name = load_adapters(args, folder, saved, run.device)
+        networks, world_name = load_adapters(run, folder, saved)
     else:
-        loaded = [load_network(os.path.join(folder, e["weights"])) for e in saved["experts"]]
+        paths = [os.path.join(folder, e["weights"]) for e in saved["experts"]]
+        loaded = [load_network(path, place=run.place) for path in paths]
         for net, _ in loaded:
             set_clock(net, schedule)
-        networks = [Expert(net.to(run.device)) for net, _ in loaded]
+        networks = [Expert(net) for net, _ in loaded]
         world_name = loaded[0][1].get("world")
     like = Teacher(None, None, folder, schedule, prediction, own_shift, world_name, args.sample)
     like.conditions = Conditions(args, networks[0].net)
@@ -854,14 +837,14 @@ def load_student(run):
     return experts, saved, like
 
 
-def load_adapters(args, folder, saved, device):
+def load_adapters(run, folder, saved):
     """The saved adapters on the network that they belong to.  -> Experts, the world's name.
 
     Raises UserError for a base that they do not fit.
     """
-    args = copy.copy(args)
+    args = run.args
     args.seed = saved["seed"]  # the network that stands for a closed-form teacher is fitted with it
-    teacher, networks = frozen_teacher(args, device), []
+    teacher, networks = frozen_teacher(run), []
     two = hasattr(teacher.base, "boundary")
     for i, e in enumerate(saved["experts"]):
         name, net = f"expert{i + 1}", teacher.base

@@ -38,7 +38,6 @@ of four rows. tau keeps 2 % of its interval off both ends. Fake updates see fres
 gradient is clipped. Optimiser settings and averaged weights suit short runs.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +49,14 @@ from models.plumbing.data import Conditions, try_network
 from models.plumbing.film import film_of_scores
 from models.plumbing.flags import distillation_parser, number, paper_values, parse
 from models.plumbing.run import Run, run_main
-from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
+from models.plumbing.sharding import largest_over_ranks
+from models.plumbing.teachers import (
+    average_of,
+    freeze_teacher,
+    start_teacher,
+    starting_network,
+    trainable_copy,
+)
 
 # ---- the losses ----------------------------------------------------------------------------------
 #
@@ -296,7 +302,7 @@ def draw_segments(args, draw, student, teacher, grids, see_K):
     x_in, (cond, uncond) = draw.noise("z"), teacher.conditions.draw(draw)
     student_cond = {**cond, "steps": K.float().to(draw.device)} if see_K else cond
     with torch.no_grad():  # no gradient through the steps before
-        for i in range(int(k.max())):
+        for i in range(int(largest_over_ranks(k.max(), draw.device))):  # all ranks call it as often
             rows = (k > i).nonzero()[:, 0]  # those that are not yet at their own step
             fresh = draw.noise(f"renoise{i}") if args.renoise == "sde" else None
             x_in = advance(student, teacher, x_in, rows, grids, K, i, student_cond, fresh)
@@ -311,13 +317,18 @@ def levels(grids, K, k, device):
 
 
 def advance(student, teacher, x_in, rows, grids, K, i, cond, fresh):
-    """The i-th step of these rows, each on the grid of its own K; the others stay.  -> (B, ...)."""
+    """The i-th step of these rows, each on the grid of its own K; the others stay.  -> (B, ...).
+
+    Where there are none, the student is called on one row all the same, for the other ranks.
+    """
+    used = len(rows)
+    rows = rows if used else rows.new_zeros(1)
     t, s = levels(grids, K[rows], torch.full_like(rows, i), x_in.device)
     rows = rows.to(x_in.device)
     some = {name: v[rows] for name, v in cond.items()}
     noise = None if fresh is None else fresh[rows]
     x_s, _ = student_step(student, teacher.diffusion, x_in[rows], t, s, some, noise)
-    return x_in.index_copy(0, rows, x_s)
+    return x_in.index_copy(0, rows[:used], x_s[:used])
 
 
 def noise_level(args, draw, teacher, segment):
@@ -377,17 +388,17 @@ def fake_turn_loss(args, fake, diffusion, x, x_s, eps, s, tau, cond):
 
 def train(args):
     run = Run(args, "tdm")
-    teacher = start_teacher(args)
+    teacher = start_teacher(run)
     teacher.conditions = Conditions(args, teacher.base)
     diffusion, scale = teacher.diffusion, args.guidance_scale
     # T = grid[0] > ... > 0 for every K
     grids = {n: trajectory(n, teacher.shift, args.max_time) for n in args.student_steps}
     see_K, of_x_s = sees_K(args, teacher.base), regresses_x_s(args, teacher.prediction)
-    student = trainable_copy(args, starting_network(args, teacher), run.device, see_K)
-    fake = trainable_copy(args, teacher.base, run.device, see_K)
-    freeze_teacher(args, teacher, run.device)
+    student = trainable_copy(run, starting_network(run, teacher), see_K)
+    fake = trainable_copy(run, teacher.base, see_K)
+    freeze_teacher(run, teacher)
     try_network(teacher.base, teacher, run.device)
-    ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
+    ema = average_of(run, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
     optimizer_fake = torch.optim.AdamW(fake.parameters(), lr=args.learning_rate_fake, **adam)

@@ -881,6 +881,8 @@ class LinearAttention(torch.nn.Module):
     mean(v) for every query). Raises ValueError for an unknown feature map and for "none".
     """
 
+    whole = True  # over several ranks every one keeps all of it: it is small
+
     def __init__(self, heads, head_dim, feature_map="hedgehog"):
         super().__init__()
         if feature_map not in FEATURE_MAPS[:-1]:

@@ -9,7 +9,6 @@ import os
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 
 
 class UserError(Exception):
@@ -66,18 +65,75 @@ def load_json(path):
     return value
 
 
+class TensorWriter:
+    """A safetensors file that is written tensor by tensor: never more than one of them in memory.
+
+    with TensorWriter(path, {name: (dtype, shape)}, metadata) as file:
+        file.write(name, value)            # in any order
+    The file is there, complete, when the block ends without an error, and otherwise is not. path
+    None: nothing is written, for ranks that only take part in gathering a value.
+    """
+
+    def __init__(self, path, about, metadata=None):
+        self.path, self.places, end = path, {}, 0
+        header = {"__metadata__": metadata} if metadata else {}
+        # the widest numbers first, so that each tensor begins at a multiple of its numbers' size
+        for name in sorted(about, key=lambda k: (-about[k][0].itemsize, k)):
+            dtype, shape = about[name]
+            self.places[name] = dtype, tuple(shape), end
+            size = dtype.itemsize * math.prod(shape)
+            offsets = [end, end + size]
+            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": offsets}
+            end += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self.begin, self.size, self.written = 8 + len(text), end, set()
+        if path is not None:
+            self.tmp = f"{path}.tmp-{os.getpid()}"
+            self.file = open(self.tmp, "wb")
+            self.file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name, value):
+        """value: a tensor of the shape that was announced, converted to the dtype announced."""
+        dtype, shape, place = self.places[name]
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, announced was {shape}")
+        self.written.add(name)
+        if self.path is None:
+            return
+        value = value.detach().to("cpu", dtype).contiguous()
+        self.file.seek(self.begin + place)
+        self.file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        missing = sorted(self.places.keys() - self.written)
+        if self.path is None:
+            return
+        self.file.truncate(self.begin + self.size)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        if error or missing:
+            os.remove(self.tmp)
+            if not error:
+                raise ValueError(f"{self.path}: {missing[0]!r} was never written")
+            return
+        os.replace(self.tmp, self.path)
+        fsync_folder(os.path.dirname(self.path) or ".")
+
+
 def save_tensors(tensors, path, metadata=None):
     """Write an atomic safetensors file of {name: tensor}; metadata is a dict of strings.
 
     A tensor that has several names is written under each.
     """
-    apart, seen = {}, set()
-    for name, value in tensors.items():
-        value = value.detach().contiguous().cpu()
-        shared = value.untyped_storage().data_ptr()
-        apart[name] = value.clone() if shared in seen else value  # safetensors refuses shared ones
-        seen.add(shared)
-    atomic_write(path, safetensors_bytes(apart, metadata=metadata))
+    about = {name: (value.dtype, value.shape) for name, value in tensors.items()}
+    with TensorWriter(path, about, metadata) as file:
+        for name, value in tensors.items():
+            file.write(name, value)
 
 
 class RowWriter:
@@ -96,7 +152,7 @@ class RowWriter:
         self.file = open(self.tmp, "wb")
 
     def add(self, name, dtype, shape):
-        """A further tensor, behind those that are there. dtype: one of ROW_TYPES."""
+        """A further tensor, behind those that are there. dtype: one of DTYPES."""
         row = dtype.itemsize * math.prod(shape[1:])
         self.tensors[name] = dtype, list(shape), self.end, row
         self.end += shape[0] * row
@@ -119,7 +175,7 @@ class RowWriter:
 
     def __exit__(self, error, *_):
         about = {
-            name: {"dtype": ROW_TYPES[dtype], "shape": shape, "data_offsets": [begin, begin + n]}
+            name: {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, begin + n]}
             for name, (dtype, shape, begin, row) in self.tensors.items()
             for n in [shape[0] * row]
         }
@@ -137,12 +193,17 @@ class RowWriter:
             fsync_folder(os.path.dirname(self.path) or ".")
 
 
-ROW_TYPES = {
+DTYPES = {  # names of the file format
+    torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
-    torch.bool: "BOOL",
     torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 

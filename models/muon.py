@@ -7,6 +7,8 @@ costs in float32. So on a CPU the same iteration runs in float32 here, and elsew
 
 import torch
 
+from models.networks.shards import own_rows, rows_in, whole_tensor
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon
 
 
@@ -29,7 +31,9 @@ def orthogonalise(g, coefficients=COEFFICIENTS, steps=5, eps=1e-7):
 class Muon(torch.optim.Muon):
     """torch.optim.Muon with its defaults and its state, in float32 for matrices on a CPU.
 
-    All matrices of one optimiser are on the same device.
+    All matrices of one optimiser are on the same device. Of a matrix that is shared out over ranks
+    every rank keeps its rows of the momentum; to orthogonalise it, which takes the whole matrix,
+    the rows are gathered, one matrix at a time.
     """
 
     def __init__(self, params, lr=1e-3, weight_decay=0.1):
@@ -38,23 +42,27 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self):
         """One update of every matrix p that has a gradient."""
-        if self.param_groups[0]["params"][0].device.type != "cpu":
+        first = self.param_groups[0]["params"][0]
+        if first.device.type != "cpu" and own_rows(first).shape == first.shape:
             super().step()
             return
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self.step_on_cpu(p, group)
+                    self.step_here(p, group)
 
-    def step_on_cpu(self, p, group):
+    def step_here(self, p, group):
         """p (m, n) -> (1 - lr decay) p - lr sqrt(max(1, m / n)) orthogonalise(momentum)."""
         state, momentum, lr = self.state[p], group["momentum"], group["lr"]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p.grad)
         average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
         direction = p.grad.lerp(average, momentum) if group["nesterov"] else average
+        direction = whole_tensor(direction)  # (m, n)
+        direction = direction.float() if p.device.type == "cpu" else direction.bfloat16()
         direction = orthogonalise(
-            direction.float(), group["ns_coefficients"], group["ns_steps"], group["eps"]
+            direction, group["ns_coefficients"], group["ns_steps"], group["eps"]
         )
-        p.mul_(1 - lr * group["weight_decay"])
-        p.add_(direction, alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+        own = own_rows(p)
+        own.mul_(1 - lr * group["weight_decay"])
+        own.add_(rows_in(p, direction), alpha=-lr * max(1, p.shape[0] / p.shape[1]) ** 0.5)

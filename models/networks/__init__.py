@@ -79,7 +79,7 @@ import os
 
 import torch
 
-from models.files import UserError, load_json, open_tensors, save_json, save_tensors
+from models.files import TensorWriter, UserError, load_json, open_tensors, save_json
 from models.networks import lora
 from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
 from models.networks.dit import DiT
@@ -87,6 +87,7 @@ from models.networks.dit_imagenet import DiTTransformer2DModel
 from models.networks.pixart import PixArtTransformer2DModel
 from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
+from models.networks.shards import allocate, own_rows, rows_in, whole_tensor
 from models.networks.trellis import (
     SLatFlowModel,
     SparseStructureDecoder,
@@ -120,7 +121,7 @@ NETWORKS = {
 TRELLIS = (SparseStructureFlowModel, SLatFlowModel, SparseStructureEncoder, SparseStructureDecoder)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
-SHARD_BYTES = 10 * 10**9  # diffusers' default shard size
+SHARD_BYTES = 5 * 10**9  # of a file; larger ones are awkward to move about
 
 
 # ---- which files a network has -------------------------------------------------------------------
@@ -174,6 +175,13 @@ def weight_files(folder):
             f"pickles can run code and are never loaded: convert it to {WEIGHTS}"
         )
     raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}")
+
+
+def is_stored_in_bf16(folder):
+    """Whether most tensors of a component's first weight file are in bfloat16. Raises UserError."""
+    with open_tensors(next(iter(weight_files(folder)))) as f:
+        kinds = [f.get_slice(key).get_dtype() for key in f.keys()]
+    return 2 * kinds.count("BF16") > len(kinds)
 
 
 def weights_hash(folder):
@@ -264,7 +272,7 @@ def network_from_config(config, where):
 def to_dtype(net, dtype):
     """Parameters become dtype, those of keep_float32 at least float32.  -> net.
 
-    Buffers keep their dtype, unlike with net.to(dtype).
+    Buffers keep their dtype, unlike with net.to(dtype). Before net is sharded.
     """
     keep = set(getattr(net, "keep_float32", ()))
     for name, p in net.named_parameters():
@@ -273,18 +281,38 @@ def to_dtype(net, dtype):
     return net
 
 
-def load_network(folder, dtype=torch.float32):
+def on_cpu(net):
+    """The place of a network of one process: memory on the CPU, without values.  -> net"""
+    return allocate(net, "cpu")
+
+
+def load_network(folder, dtype=torch.float32, place=on_cpu):
     """Read one component -> (network in eval mode, config).
 
     folder: a component folder as diffusers writes it (config.json and safetensors, in one file or
-    in shards), or what trellis_path takes. dtype: see to_dtype. Raises UserError for a checkpoint
-    that is missing, truncated, a pickle or does not match its config.
+    in shards), or what trellis_path takes. dtype: see to_dtype. place: a function that gives the
+    network memory, and may share it out over ranks (`Run.place`). It is built on the meta device,
+    and each rank reads its own rows of every tensor straight into their place. Raises UserError for
+    a checkpoint that is missing, truncated, a pickle or does not match its config.
     """
     described = config_file(folder)
     config = load_json(described)
     files = weight_files(folder)
-    net = to_dtype(network_from_config(config, described), dtype)
-    what, own = os.path.basename(described), net.state_dict()
+    with torch.device("meta"):
+        net = network_from_config(config, described)
+    net = place(to_dtype(net, dtype))
+    read_weights(net, files, folder, os.path.basename(described), config_class(config))
+    return net.eval(), config
+
+
+@torch.no_grad()
+def read_weights(net, files, folder, what, kind):
+    """Fill a network from {file: [keys], or None for all}, each rank its own rows.
+
+    folder, what, kind: the component's, its config's file name and class, for messages. Raises
+    UserError.
+    """
+    own = net.state_dict(keep_vars=True)
     current_name = getattr(net, "current_name", str)  # str leaves a key as it is
     seen, first = set(), {}
     for path, keys in files.items():
@@ -299,28 +327,16 @@ def load_network(folder, dtype=torch.float32):
             for key in sorted(stored):
                 name = current_name(key)
                 if name not in own:
-                    raise UserError(
-                        f"{path} has {key!r}, which a {config_class(config)} of this {what} "
-                        "does not"
-                    )
-                tensor = f.get_tensor(key)
-                if own[name].is_floating_point() and not tensor.is_floating_point():
-                    raise UserError(
-                        f"{path}: {key!r} holds integers ({tensor.dtype}), the numbers of a "
-                        "quantised checkpoint: give one in float32, float16 or bfloat16"
-                    )
-                if tensor.shape != own[name].shape:
-                    raise UserError(
-                        f"{path}: {key!r} has shape {tuple(tensor.shape)}, {what} asks for "
-                        f"{tuple(own[name].shape)}"
-                    )
-                original = first.setdefault(own[name].data_ptr(), name)
-                if original != name and not torch.equal(own[name], tensor.to(own[name].dtype)):
+                    raise UserError(f"{path} has {key!r}, which a {kind} of this {what} does not")
+                rows = rows_of_file(f, path, key, own[name], what)
+                original = first.setdefault(id(own[name]), name)
+                there = own_rows(own[name])
+                if original != name and not torch.equal(there, rows.to(there)):
                     raise UserError(
                         f"{path}: {key!r} differs from {original!r}, and this network has one for "
                         f"both: {net.if_copies_differ}"
                     )
-                own[name].copy_(tensor)  # state_dict's tensors share memory with the network's
+                there.copy_(rows)
                 seen.add(name)
     missing = sorted(set(own) - seen)
     if missing:
@@ -328,10 +344,23 @@ def load_network(folder, dtype=torch.float32):
         raise UserError(
             f"{folder} lacks {missing[0]!r}{more}: the checkpoint does not match its {what}"
         )
-    return net.eval(), config
 
 
-def load_two_networks(root, dtype=torch.float32):
+def rows_of_file(file, path, key, p, what):
+    """The rows of a stored tensor that this rank holds of the parameter p. Raises UserError."""
+    stored = file.get_slice(key)
+    shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+    if p.is_floating_point() and (dtype[0] in "IU" or dtype == "BOOL"):
+        raise UserError(
+            f"{path}: {key!r} holds integers ({dtype}), the numbers of a quantised checkpoint: "
+            "give one in float32, float16 or bfloat16"
+        )
+    if shape != tuple(p.shape):
+        raise UserError(f"{path}: {key!r} has shape {shape}, {what} asks for {tuple(p.shape)}")
+    return rows_in(p, stored if shape else file.get_tensor(key))
+
+
+def load_two_networks(root, dtype=torch.float32, place=on_cpu):
     """Read a pipeline root with transformer/ and transformer_2/ (Wan 2.2 A14B).
 
     -> (WanTwoNetworks in eval mode, config of transformer/, config of transformer_2/). Raises
@@ -348,8 +377,8 @@ def load_two_networks(root, dtype=torch.float32):
         raise UserError(
             f"{root} has transformer_2/ but no transformer/: a two-network teacher needs both"
         )
-    high, config = load_network(os.path.join(root, "transformer"), dtype)
-    low, config_2 = load_network(os.path.join(root, "transformer_2"), dtype)
+    high, config = load_network(os.path.join(root, "transformer"), dtype, place)
+    low, config_2 = load_network(os.path.join(root, "transformer_2"), dtype, place)
     try:
         return WanTwoNetworks(high, low, boundary).eval(), config, config_2
     except ValueError as e:
@@ -359,46 +388,75 @@ def load_two_networks(root, dtype=torch.float32):
 # ---- saving --------------------------------------------------------------------------------------
 
 
-def save_network(net, config, folder, state_dict=None, shard_bytes=SHARD_BYTES):
-    """Write a network's config and weights, without adapters, each file atomically.
+def save_network(
+    net, config, folder, state_dict=None, shard_bytes=SHARD_BYTES, dtype=None, write=True
+):
+    """Write a network's config and weights, without adapters, tensor by tensor, each file
+    atomically.
 
     config: as network_config gives it, or as load_network read it. state_dict: tensors to write
-    instead of the network's own. In diffusers' layout weights are sharded, with an index, above
-    shard_bytes. A config of TRELLIS's gives CLASS.json and CLASS.safetensors, never sharded, in
-    the tensors' own dtype: TRELLIS itself halves what it wants halved when it loads, and a student
-    that a low learning rate moved only a little would lose that difference in float16.
+    instead of the network's own. dtype: of floats in the files; None is each tensor's own. write:
+    whether this rank writes; of a sharded network all ranks call this, and one writes. In
+    diffusers' layout weights are split, with an index, above shard_bytes. A config of TRELLIS's
+    gives CLASS.json and CLASS.safetensors, never split, in the tensors' own dtype: TRELLIS itself
+    halves what it wants halved when it loads, and a student that a low learning rate moved only a
+    little would lose that difference in float16.
     """
-    os.makedirs(folder, exist_ok=True)
+    if write:
+        os.makedirs(folder, exist_ok=True)
     tensors = lora.base_state_dict(net) if state_dict is None else state_dict
     if "args" in config:
         path = os.path.join(folder, config_class(config))
-        save_tensors(tensors, path + ".safetensors", {"format": "pt"})
-        save_json(config, path + ".json")
+        write_whole(tensors, path + ".safetensors" if write else None)
+        if write:
+            save_json(config, path + ".json")
         return
     shards, size = [{}], 0
     for key, value in tensors.items():
-        n = value.numel() * value.element_size()
+        n = value.numel() * stored_dtype(value, dtype).itemsize
         if shards[-1] and size + n > shard_bytes:
             shards.append({})
             size = 0
         shards[-1][key] = value
         size += n
-    if len(shards) == 1:
-        save_tensors(shards[0], os.path.join(folder, WEIGHTS), {"format": "pt"})
-        written = {WEIGHTS}
-    else:
-        weight_map = {}
-        for i, shard in enumerate(shards):
-            number = f"-{i + 1:05d}-of-{len(shards):05d}"
-            name = WEIGHTS.replace(".safetensors", f"{number}.safetensors")
-            save_tensors(shard, os.path.join(folder, name), {"format": "pt"})
-            weight_map.update(dict.fromkeys(shard, name))
-        total = sum(v.numel() * v.element_size() for v in tensors.values())
+    names = [WEIGHTS]
+    if len(shards) > 1:
+        numbers = [f"-{i + 1:05d}-of-{len(shards):05d}" for i in range(len(shards))]
+        names = [WEIGHTS.replace(".safetensors", f"{number}.safetensors") for number in numbers]
+    for name, shard in zip(names, shards):
+        write_whole(shard, os.path.join(folder, name) if write else None, dtype)
+    if write:
+        save_index(folder, names, shards, dtype)
+        save_json(config, os.path.join(folder, "config.json"))
+
+
+def stored_dtype(value, dtype):
+    """What a tensor is written as: dtype if that is given and the tensor is of floats."""
+    return dtype if dtype and value.is_floating_point() else value.dtype
+
+
+def write_whole(tensors, path, dtype=None):
+    """{name: tensor, perhaps sharded} as one file; only one of them is gathered at a time.
+
+    path: None on ranks that only take part.
+    """
+    about = {k: (stored_dtype(v, dtype), v.shape) for k, v in tensors.items()}
+    with TensorWriter(path, about, {"format": "pt"}) as file:
+        for key, value in tensors.items():
+            file.write(key, whole_tensor(value))
+
+
+def save_index(folder, names, shards, dtype):
+    """The index of weights in several files. What an earlier save left goes: with another number of
+    files it would be read in place of this one."""
+    written = set(names)
+    if len(names) > 1:
+        weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
+        values = [v for shard in shards for v in shard.values()]
+        total = sum(v.numel() * stored_dtype(v, dtype).itemsize for v in values)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         save_json(index, os.path.join(folder, INDEX))
-        written = {*weight_map.values(), INDEX}
-    # An earlier save with another number of shards would be read in place of this one.
+        written.add(INDEX)
     for name in os.listdir(folder):
         if name.startswith("diffusion_pytorch_model") and name not in written:
             os.remove(os.path.join(folder, name))
-    save_json(config, os.path.join(folder, "config.json"))

@@ -66,12 +66,14 @@ def axial_rope(grid, base=100.0):
     """cos and sin of rotary angles, each (N, 1, 16); grid: the number of patches on each axis.
 
     A head's 16 pairs are shared out evenly among the axes, and pairs left over stay unrotated. The
-    base is 100, not 10^4, because these grids are only a few patches wide.
+    base is 100, not 10^4, because these grids are only a few patches wide. On the CPU, also while a
+    network is built on the meta device.
     """
     pairs = HEAD_DIM // 2
     per_axis = pairs // len(grid)
-    freq = base ** (-torch.arange(per_axis, dtype=torch.float32) / per_axis)
-    where = torch.meshgrid(*[torch.arange(g, dtype=torch.float32) for g in grid], indexing="ij")
+    on_cpu = dict(dtype=torch.float32, device="cpu")
+    freq = base ** (-torch.arange(per_axis, **on_cpu) / per_axis)
+    where = torch.meshgrid(*[torch.arange(g, **on_cpu) for g in grid], indexing="ij")
     angle = torch.cat([w.reshape(-1, 1) * freq for w in where], dim=1)  # (N, per_axis * axes)
     angle = F.pad(angle, (0, pairs - angle.shape[1]))[:, None]  # (N, 1, 16)
     return angle.cos(), angle.sin()

@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.files import load_json, open_tensors, save_json, save_tensors
+from models.networks.shards import own_rows, rows_in
 
 
 class Adapter(nn.Module):
@@ -230,6 +231,7 @@ def merge(net, name):
 
 def _add_product(W, A, B, scale):
     """W += scale B A, summed in at least float32 and rounded once."""
+    B, W = rows_in(W, B), own_rows(W)  # of a sharded W this rank's rows
     wide = torch.promote_types(W.dtype, torch.float32)
     A, B = A.to(W.device, wide), B.to(W.device, wide)
     W.copy_(W.to(wide) + scale * (B @ A))
@@ -386,6 +388,7 @@ def merge_file(net, path):
         _add_product(net.get_submodule(key).weight, A, B, scale)
     for key, difference in differences.items():
         p = net.get_parameter(key)
+        difference, p = rows_in(p, difference), own_rows(p)
         wide = torch.promote_types(p.dtype, torch.float32)
         p.copy_(p.to(wide) + difference.to(p.device, wide))
     return metadata

@@ -46,7 +46,7 @@ class RingDiT(DiT):
         shared = ("dim", "depth", "num_classes", "steps_cond", "linear_layers", "feature_map")
         self.config = own | {k: self.config[k] for k in shared if k in self.config}
         self.latent_shape = (2,)
-        angle = math.pi * torch.arange(tokens) / tokens  # of half a circle
+        angle = math.pi * torch.arange(tokens, device="cpu") / tokens  # of half a circle
         directions = torch.stack([angle.cos(), angle.sin()])  # (2, tokens)
         self.register_buffer("directions", directions, persistent=False)
 

@@ -45,6 +45,7 @@ from models.networks.layers import (
     rope,
     unpatchify,
 )
+from models.networks.shards import on_some_rank
 
 # The released text-to-video sizes, Wan-AI/Wan2.1-T2V-{1.3B,14B}-Diffusers.
 WAN_1_3B = dict(
@@ -379,6 +380,11 @@ class WanTwoNetworks(nn.Module):
         self.config, self.text_dim = high.config, high.text_dim
 
     @property
+    def networks(self):
+        """The two of them, each of which is shared out over ranks by itself."""
+        return [self.high, self.low]
+
+    @property
     def gradient_checkpointing(self):
         """That of both networks."""
         return self.high.gradient_checkpointing and self.low.gradient_checkpointing
@@ -398,18 +404,22 @@ class WanTwoNetworks(nn.Module):
 
         A network is given its own rows only, and does not run if it has none. An adapter must
         exist in every network that runs, since the bare network in its place would be another
-        function. Raises ValueError as there.
+        function. Networks that are shared out over ranks run on all of them where one has rows for
+        them: then a rank without any gives one, whose result is not used. Raises ValueError as
+        there.
         """
         self.high._check(x, t, text)
         is_high = t >= self.boundary  # (B,)
-        if is_high.all():
-            return self.high(x, t, text, return_features, adapter)
-        if not is_high.any():
-            return self.low(x, t, text, return_features, adapter)
         of_high, of_low = is_high.nonzero()[:, 0], (~is_high).nonzero()[:, 0]  # indices of rows
-        parts = [
-            net(x[i], t[i], text[i], return_features, adapter)
-            for net, i in ((self.high, of_high), (self.low, of_low))
-        ]
+        runs_high, runs_low = on_some_rank(self.high, len(of_high) > 0, len(of_low) > 0)
+        if not runs_low:
+            return self.high(x, t, text, return_features, adapter)
+        if not runs_high:
+            return self.low(x, t, text, return_features, adapter)
+        parts = []
+        for net, own in ((self.high, of_high), (self.low, of_low)):
+            i = own if len(own) else of_high.new_zeros(1)  # a row that another rank's call needs
+            out = net(x[i], t[i], text[i], return_features, adapter)
+            parts.append(out[: len(own)])
         back = torch.cat([of_high, of_low]).argsort()  # where each row of the batch is in parts
         return torch.cat(parts)[back]

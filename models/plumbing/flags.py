@@ -83,6 +83,9 @@ def add_run_flags(p):
         help="student updates between saves")
     add("--resume_from_checkpoint", default=None, metavar="latest|PATH",
         help="continue from OUTPUT_DIR/state")
+    add("--shard_ranks", type=number(int, 1), default=None, metavar="N",
+        help="under torchrun, networks are shared out over N neighbouring ranks and are the same "
+        "in every such group; None: over the ranks of a node")
     add("--sample", default=None, metavar="FOLDER",
         help="do not train: load this saved student and write samples")
     p.shown.add_argument("--preview_every", type=number(int, 0), default=None, metavar="N",
@@ -116,6 +119,9 @@ def add_distillation_flags(p):
         "cond.NAME (N, ...) and uncond.NAME (1, ...), see models/encode.py")
     add("--sample_shape", type=number(int, 1), nargs="+", default=None,
         help="C H W or C T H W of a sample (default: the network's)")
+    add("--save_dtype", choices=["float32", "bf16"], default=None,
+        help="of the saved student's weights; None: bf16 where the teacher's files are, else "
+        "float32")
     add = p.optimiser.add_argument
     add("--lr_decay_share", type=number(float, 0, 1), default=1.0, help="last share of the run "
         "in which the rates fall linearly to 0; 0 = constant")

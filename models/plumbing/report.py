@@ -44,14 +44,21 @@ def many(draw_samples, n, batch=500):
 def many_on_all_ranks(run, draw_samples, n, shape, batch=500):
     """The same samples, of which every rank makes a share: consecutive rows, under autocast.
 
-    shape: of one sample.  -> (n, ...) on the CPU of rank 0, None on the others; milliseconds that
-    this rank took for one sample.
+    All ranks call their networks equally often, as networks that are shared out over them need: one
+    that has fewer rows draws some that are not used. shape: of one sample.  -> (n, ...) on the CPU
+    of rank 0, None on the others; milliseconds that this rank took for one sample.
     """
     share = [n // run.world_size + (rank < n % run.world_size) for rank in range(run.world_size)]
-    first, x, ms = sum(share[: run.rank]), torch.empty(0, *shape), 0.0
-    if share[run.rank]:
-        with run.autocast(), torch.no_grad():
-            x, ms = many(lambda a, b: draw_samples(first + a, first + b), share[run.rank], batch)
+    first, own = sum(share[: run.rank]), share[run.rank]
+    first = min(first, n - 1)
+
+    def rows(a, b):  # of this rank's share, or one that is not used
+        a, b = (min(a, own), min(b, own)) if a < own else (0, 1)
+        return draw_samples(first + a, first + b)
+
+    with run.autocast(), torch.no_grad():
+        x, ms = many(rows, share[0], batch)
+    x = x[:own]
     if run.world_size == 1:
         return x, ms
     part = torch.zeros(share[0], *shape, device=run.device)  # the shares of all ranks as long
@@ -132,20 +139,27 @@ def decoded(rows, student, device="cpu"):
 
 
 def save_student(run, teacher, net, times, changes=None, **more):
-    """student/: the teacher's own layout and config, plus sampler.json and scheduler/, on rank 0.
+    """student/: the teacher's own layout and config, plus sampler.json and scheduler/.
 
-    changes: entries of the config that differ from the teacher's. more: further entries of
-    sampler.json. A latent teacher's autoencoder/ comes along.
+    All ranks call it, and rank 0 writes. changes: entries of the config that differ from the
+    teacher's. more: further entries of sampler.json. A latent teacher's autoencoder/ comes along.
     """
+    folder = os.path.join(run.folder, "student")
+    linear = {k: net.config[k] for k in ("linear_layers", "feature_map") if k in net.config}
+    config = {**teacher.config, **linear, **(changes or {})}
+    save_network(net, config, folder, dtype=save_dtype(run, teacher), write=run.main)
     if not run.main:
         return
-    folder = os.path.join(run.folder, "student")
     space = space_beside(teacher.folder) if teacher.folder else None
     if space:
         space.save(os.path.join(run.folder, "autoencoder"))
-    linear = {k: net.config[k] for k in ("linear_layers", "feature_map") if k in net.config}
-    save_network(net, {**teacher.config, **linear, **(changes or {})}, folder)
     save_sampler(run, teacher, times, net, **more)
+
+
+def save_dtype(run, teacher):
+    """--save_dtype, or what the teacher's own files suggest."""
+    asked = run.args.save_dtype or ("bf16" if teacher.stored_in_bf16 else "float32")
+    return {"float32": None, "bf16": torch.bfloat16}[asked]
 
 
 def save_sampler(run, teacher, times, net=None, **more):
@@ -182,14 +196,14 @@ def load_student(run, conditions_of=Conditions):
     """
     args = run.args
     folder, sampler, schedule, prediction, shift = read_own_sampler(args.sample, run.method)
-    net, config = load_network(folder)
+    net, config = load_network(folder, place=run.place)
     set_clock(net, schedule)
     refuse_output_dir(run.folder, sampling=True)
     world_name = config.get("world")
     like = Teacher(None, config, folder, schedule, prediction, shift, world_name, args.sample)
     like.conditions = conditions_of(args, net)
     like.shape = tuple(args.sample_shape or sampler.get("sample_shape") or net.latent_shape)
-    return net.to(run.device).eval(), sampler, like
+    return net.eval(), sampler, like
 
 
 def write_samples(run, teacher, sampler, calls):

@@ -28,19 +28,20 @@ import time
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from models.draws import Draws
-from models.files import (
-    TrainingError,
-    UserError,
-    atomic_write,
-    fsync_folder,
-    load_json,
-    load_tensors,
-    save_json,
-    save_tensors,
+from models.files import TrainingError, UserError, atomic_write, load_json
+from models.plumbing.sharding import average_whole, clip, copy_of, make_mesh, move_average, place
+from models.plumbing.state import (
+    SavedState,
+    changes_on_resume,
+    complete_states,
+    find_state,
+    flags_to_save,
+    save_state,
+    unpack,
+    unpack_optimizer,
 )
 
 
@@ -65,9 +66,10 @@ def run_main(main):
 class Run:
     """One run of a script. args: its flags; method: the script's name.
 
-    Attributes: rank, world_size, main (whether this is rank 0), device, B (rows per micro-batch and
-    rank), share (what one micro-batch's loss counts in an update), folder, changes (of flags, where
-    the run was resumed with others; see `changes_on_resume`).
+    Attributes: rank, world_size, main (whether this is rank 0), device, mesh (of the ranks that
+    share networks out, None for one rank), B (rows per micro-batch and rank), share (what one
+    micro-batch's loss counts in an update), folder, changes (of flags, where the run was resumed
+    with others; see `changes_on_resume`).
     """
 
     def __init__(self, args, method):
@@ -85,9 +87,21 @@ class Run:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             # rank 0 may draw samples for long while the others wait
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+        self.mesh = make_mesh(self.device, args.shard_ranks)
         self.sums, self.counts, self.roots = {}, {}, set()
 
     # ---- ranks
+
+    def place(self, net):
+        """Memory for a network on this run's device; over several ranks each has a part of it.
+
+        A network on the meta device gets memory without values, another keeps its values.  -> net
+        """
+        return place(net, self.device, self.mesh)
+
+    def copy_of(self, net):
+        """A network with net's weights, in memory of its own, shared out alike."""
+        return copy_of(net, self.device, self.mesh)
 
     def mean_over_ranks(self, *values):
         """Scalars (tensors or numbers) averaged over ranks.  -> floats, all read at once."""
@@ -104,10 +118,10 @@ class Run:
     # ---- beginning and end
 
     def start(self, **state):
-        """Resume modules and optimisers by name, prepare the output folder, open the log.
+        """Resume networks and optimisers by name, prepare the output folder, open the log.
 
-        state: {name: module or optimiser}; what a checkpoint holds. The first module is the one
-        that the module called ema averages. Raises UserError.
+        state: {name: network, adapter or optimiser}; what a checkpoint holds. The first is the one
+        that the one called ema averages. Raises UserError.
         """
         first, self.spent = self.resume(**state)
         self.open_folder(first)
@@ -120,25 +134,24 @@ class Run:
         Raises UserError.
         """
         first_name = {id(v): k for k, v in reversed(state.items())}
-        state = {k: v for k, v in state.items() if first_name[id(v)] == k}
-        self.modules = {k: v for k, v in state.items() if isinstance(v, nn.Module)}
-        self.optimizers = {k: v for k, v in state.items() if not isinstance(v, nn.Module)}
-        info, tensors = self.read_state()
+        self.state = {k: v for k, v in state.items() if first_name[id(v)] == k}
+        info, saved = self.read_state()
         if info is None:
             return 0, 0.0
-        averaged = next(iter(self.modules))
-        for name, module in self.modules.items():
-            new_average = name == "ema" and not is_stored(name, tensors)
-            unpack_module(module, averaged if new_average else name, tensors)
-        for name, optimizer in self.optimizers.items():
-            unpack_optimizer(optimizer, name, tensors)
+        averaged = next(iter(self.state))
+        for name, thing in self.state.items():
+            new_average = name == "ema" and not saved.has(name)
+            if isinstance(thing, torch.optim.Optimizer):
+                unpack_optimizer(thing, name, saved)
+            else:
+                unpack(thing, averaged if new_average else name, saved)
         return info["step"], info["seconds"]
 
     def read_state(self):
         """The checkpoint that --resume_from_checkpoint names: its state.json and its tensors.
 
         Says which flags this run changes, and keeps them for its own checkpoints.  -> dict,
-        {name: tensor}; None, None for a fresh start. Raises UserError.
+        SavedState; None, None for a fresh start. Raises UserError.
         """
         args = self.args
         folder = find_state(args.output_dir, args.resume_from_checkpoint)
@@ -147,12 +160,12 @@ class Run:
                 self.say(f"no complete checkpoint under {args.output_dir}: starting fresh")
             return None, None
         info = load_json(os.path.join(folder, "state.json"))
-        tensors = load_tensors(os.path.join(folder, "state.safetensors"))
         changes = changes_on_resume(info, args, self.world_size)
+        saved = SavedState(folder, info["world_size"])
         self.changes = info.get("changes", []) + changes
         for c in changes:
             self.say(f"{c['what']} was {c['was']} and is {c['is']} from update {c['update']} on")
-        return info, tensors
+        return info, saved
 
     def open_folder(self, first):
         """Prepare the output folder and the log of a run that goes on after `first` updates."""
@@ -178,20 +191,14 @@ class Run:
 
     def save(self, step):
         """state/: everything that `start` was given, after the update of this step."""
-        if self.main:
-            tensors = {}
-            for name, module in self.modules.items():
-                tensors |= pack_module(module, name)
-            for name, optimizer in self.optimizers.items():
-                tensors |= pack_optimizer(optimizer, name)
-            self.save_state(step, tensors)
+        self.save_state(step, self.state)
 
-    def save_state(self, step, tensors, **more):
-        """state/: these tensors, after the update of this step. more: further entries of
-        state.json."""
+    def save_state(self, step, things, **more):
+        """state/: these networks, adapters and optimisers, {name: thing}, after the update of this
+        step, on all ranks. more: further entries of state.json."""
         info = {"flags": flags_to_save(self.args), "world_size": self.world_size}
         info |= {"changes": self.changes, "seconds": self.seconds(), **more}
-        save_state(self.folder, step + 1, tensors, info)
+        save_state(self.folder, step + 1, things, info, self.rank, self.wait_for_all)
 
     # ---- a step
 
@@ -249,12 +256,8 @@ class Run:
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
-        if dist.is_initialized():
-            for p in parameters:  # every rank has the same parameters in the same order
-                dist.all_reduce(p.grad)
-                p.grad /= dist.get_world_size()
-        limit = self.args.max_grad_norm or float("inf")  # 0 = off
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        average_whole(parameters)
+        norm = clip(parameters, self.args.max_grad_norm or float("inf"))  # 0 = off
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -267,8 +270,7 @@ class Run:
         So early steps average over about the last third of the run so far.
         """
         decay = min(self.args.ema_decay, (1 + step) / (start + step))
-        for average, p in zip(ema.parameters(), net.parameters()):
-            average.lerp_(p, 1 - decay)
+        move_average(ema.parameters(), net.parameters(), 1 - decay)
 
     # ---- the log
 
@@ -401,174 +403,6 @@ def prepare_output_dir(path, resume):
             os.remove(os.path.join(where, name))
         for name in [d for d in folders if d.startswith(".tmp-")]:
             shutil.rmtree(os.path.join(where, name))
-
-
-# ---- state: what a run is resumed from -----------------------------------------------------------
-
-# Flags that change no gradient: where things go, what is shown, how the end of a run samples, what
-# memory it takes; and settings, a line of text. They are not kept in state.json.
-FREE_TO_CHANGE = set(
-    "output_dir max_train_steps resume_from_checkpoint checkpointing_steps sample settings "
-    "remeasure_teacher preview_samples preview_every gradient_checkpointing compile save_fp16 "
-    "lora_dtype "
-    "sample_steps solver atol rtol guidance_interval "
-    "student_guidance teacher_shift teacher_guidance_interval".split()
-)
-
-# Flags that somebody may have to change in a run that goes on: how far and how often networks are
-# updated and averaged, and what the terms of a loss weigh, so that a GAN can be added after
-# convergence at lower rates. A change is printed and kept in state.json. All others must stay: they
-# decide what the state's tensors are, what is drawn and read, or what a term pulls towards.
-MAY_CHANGE = set(
-    "learning_rate learning_rate_fake learning_rate_features learning_rate_r learning_rate_muon "
-    "lr_warmup_steps lr_decay_share lr_schedule lr_final max_grad_norm weight_decay "
-    "ema_decay ema_start fake_update_ratio "
-    "dm_weight gan_weight gan_weight_d regression_weight mean_variance_weight selection_weight "
-    "vm_weight vd_loss_weight".split()
-)
-
-# What only one term needs may change while the weight of that term is 0, before or after.
-OF_A_TERM = {
-    "data": "gan_weight",
-    "mean_variance_target": "mean_variance_weight",
-    "teacher_steps": "regression_weight",
-}
-
-# Together with the number of ranks these make an update's samples, whose number must stay.
-BATCH = ("train_batch_size", "gradient_accumulation_steps")
-
-
-def pack_optimizer(optimizer, prefix):
-    """An optimiser's state as named tensors for a safetensors file."""
-    state = optimizer.state_dict()["state"]
-    return {f"{prefix}.{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()}
-
-
-def unpack_optimizer(optimizer, prefix, tensors):
-    """Inverse of pack_optimizer; parameter groups keep the values of this run's flags."""
-    state = {}
-    for key, value in tensors.items():
-        if key.startswith(prefix + "."):
-            i, name = key[len(prefix) + 1 :].split(".")
-            state.setdefault(int(i), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def first_names(module):
-    """{name in a module's state: the first name of that tensor}; a shared tensor has several."""
-    first, state = {}, module.state_dict()
-    return {k: first.setdefault((v.data_ptr(), v.shape), k) for k, v in state.items()}
-
-
-def pack_module(module, prefix):
-    """A module's state as named tensors for a safetensors file, shared ones once."""
-    state = module.state_dict()
-    return {f"{prefix}.{k}": state[k] for k, first in first_names(module).items() if k == first}
-
-
-def unpack_module(module, prefix, tensors):
-    """Inverse of pack_module."""
-    own = {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
-    own |= {k: own[first] for k, first in first_names(module).items() if first in own}
-    module.load_state_dict(own)
-
-
-def is_stored(prefix, tensors):
-    """Whether a state has a module or an optimiser of this name."""
-    return any(name.startswith(prefix + ".") for name in tensors)
-
-
-def save_state(output_dir, step, tensors, info, keep=2):
-    """state/step-NNNNNNN/ appears in one rename, complete or not at all; old ones then go."""
-    root = os.path.join(output_dir, "state")
-    tmp, final = os.path.join(root, f".tmp-{step}"), os.path.join(root, f"step-{step:07d}")
-    shutil.rmtree(tmp, ignore_errors=True)
-    os.makedirs(tmp)
-    save_tensors(tensors, os.path.join(tmp, "state.safetensors"))
-    save_json({"step": step, **info}, os.path.join(tmp, "state.json"))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(tmp, final)
-    fsync_folder(root)
-    for old in sorted(n for n in os.listdir(root) if n.startswith("step-"))[:-keep]:
-        shutil.rmtree(os.path.join(root, old), ignore_errors=True)
-
-
-def complete_states(output_dir):
-    """Names of the complete states of a run, the oldest first; a list."""
-    root = os.path.join(output_dir, "state")
-    names = os.listdir(root) if os.path.isdir(root) else []
-    return sorted(n for n in names if n.startswith("step-"))
-
-
-def find_state(output_dir, resume):
-    """--resume_from_checkpoint -> folder of a complete state, or None. Raises UserError."""
-    if resume is None:
-        return None
-    if resume != "latest":
-        if not os.path.isfile(os.path.join(resume, "state.json")):
-            raise UserError(f"--resume_from_checkpoint {resume}: no state.json there")
-        return resume
-    states = complete_states(output_dir)
-    return os.path.join(output_dir, "state", states[-1]) if states else None
-
-
-def flags_to_save(args):
-    """The flags that state.json keeps."""
-    return {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE}
-
-
-def changes_on_resume(info, args, world_size):
-    """What a resumed run changes, of what it may change. info: state.json of its checkpoint.
-
-    -> [{"what": "--flag" or "ranks", "was": value, "is": value, "update": the first with it}].
-    Raises UserError for a change that would not go on with the same run.
-    """
-    saved = {k: v for k, v in info["flags"].items() if k not in FREE_TO_CHANGE}
-    now = flags_to_save(args)
-    if info["step"] > args.max_train_steps:
-        raise UserError(
-            f"the checkpoint is at step {info['step']}, beyond --max_train_steps "
-            f"{args.max_train_steps}: give at least {info['step']}"
-        )
-    changed = [k for k in sorted(set(saved) | set(now)) if saved.get(k) != now.get(k)]
-    unused = {k for k, term in OF_A_TERM.items() if 0 in (saved.get(term), now.get(term))}
-    free = MAY_CHANGE | unused | set(BATCH)
-    wrong = [f"--{k} was {saved.get(k)!r} and is {now.get(k)!r}" for k in changed if k not in free]
-    if wrong:
-        raise UserError(
-            f"cannot resume with other flags: {'; '.join(wrong)}. "
-            "Give the old values or another --output_dir"
-        )
-    ranks = info.get("world_size", world_size)
-    refuse_other_batch(saved, ranks, args, world_size)
-    found = [(f"--{k}", saved.get(k), now.get(k)) for k in changed]
-    found += [("number of ranks", ranks, world_size)] if ranks != world_size else []
-    first = info["step"] + 1
-    return [{"what": k, "was": was, "is": value, "update": first} for k, was, value in found]
-
-
-def refuse_other_batch(saved, ranks, args, world_size):
-    """Raises UserError where an update would see another number of samples than before.
-
-    saved: flags of the checkpoint, ranks: how many it was made on. On any number of ranks the same
-    samples are drawn, and their mean gradient is the same.
-    """
-    micro, parts = (saved[k] for k in BATCH)
-    samples = micro * parts * ranks
-    if args.train_batch_size * args.gradient_accumulation_steps * world_size == samples:
-        return
-    before = f"updates were of {samples} samples (--train_batch_size {micro}, "
-    before += f"--gradient_accumulation_steps {parts}, {ranks} rank(s))"
-    if samples % world_size:
-        fitting = ", ".join(str(n) for n in range(1, samples + 1) if samples % n == 0)
-        raise UserError(f"{before}, which {world_size} ranks cannot share: use one of {fitting}")
-    each = samples // world_size
-    fit = max(n for n in range(1, micro + 1) if each % n == 0)  # no larger: it may fill the memory
-    raise UserError(
-        f"{before}: on {world_size} rank(s) resume with --train_batch_size {fit} "
-        f"--gradient_accumulation_steps {each // fit}"
-    )
 
 
 # ---- log.csv -------------------------------------------------------------------------------------

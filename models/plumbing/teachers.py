@@ -5,25 +5,29 @@ of ours or DIR/NAME in TRELLIS's layout. Prediction, betas and shift come from s
 else from the folder's scheduler/, else from the network's class.
 """
 
-import copy
 import hashlib
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from models.diffusion import PREDICTIONS, VP, Diffusion, Flow, step_grid
 from models.files import UserError, load_json
 from models.networks import (
+    is_stored_in_bf16,
     load_network,
     load_two_networks,
     lora,
     network_config,
+    on_cpu,
     to_dtype,
     trellis_path,
     weights_hash,
 )
+from models.networks.shards import whole_tensor
+from models.plumbing.sharding import copy_of
 from models.worlds import WORLDS, load_world
 from models.worlds.ring import fit_ring_network, fit_ring_transformer
 
@@ -43,6 +47,7 @@ class Teacher:
     shape         of one sample
     conditions    where cond comes from (models/plumbing/data.py)
     loras         LoRA files that were merged into the weights
+    stored_in_bf16   whether its files are in bfloat16
     """
 
     net: Any
@@ -58,6 +63,7 @@ class Teacher:
     shape: tuple = ()
     conditions: Any = None
     loras: tuple = ()
+    stored_in_bf16: bool = False
 
     @property
     def diffusion(self):
@@ -71,7 +77,8 @@ class Teacher:
     def fingerprint(self):
         """Short hash of the weights, the LoRA files among them: the key of what is measured."""
         if self.folder is None:  # fitted in this run
-            values = [v.cpu().numpy().tobytes() for v in self.net.state_dict().values()]
+            values = [whole_tensor(v).cpu().numpy() for v in self.net.state_dict().values()]
+            values = [v.tobytes() for v in values]
             return hashlib.sha256(b"".join(values)).hexdigest()[:16]
         own = weights_hash(self.folder)
         if not self.loras:
@@ -163,11 +170,11 @@ def find_folder(name):
     return folder
 
 
-def load_teacher(name, dtype=torch.float32, two_networks=False):
+def load_teacher(name, dtype=torch.float32, two_networks=False, place=on_cpu):
     """Resolve --teacher -> Teacher, without base, shape and conditions. Raises UserError.
 
     two_networks: whether a root with transformer_2/ is accepted (its net is a WanTwoNetworks) or
-    refused.
+    refused. place: see `load_network`.
     """
     if name == "ring":  # a closed form, no checkpoint
         net = load_world(name).teacher()
@@ -181,9 +188,9 @@ def load_teacher(name, dtype=torch.float32, two_networks=False):
         )
     folder = network_folder(root)
     if two:
-        net, config, config_2 = load_two_networks(root, dtype)
+        net, config, config_2 = load_two_networks(root, dtype, place)
     else:
-        net, config = load_network(folder, dtype)
+        net, config = load_network(folder, dtype, place)
     if not hasattr(net, "prediction"):
         raise UserError(
             f"{folder} is a {type(net).__name__}, which does not denoise: "
@@ -194,7 +201,9 @@ def load_teacher(name, dtype=torch.float32, two_networks=False):
     label = name if name in WORLDS else os.path.basename(os.path.abspath(root))
     where = root if two else folder
     world_name = config.get("world")
-    return Teacher(net, config, where, schedule, prediction, shift, world_name, label, config_2)
+    teacher = Teacher(net, config, where, schedule, prediction, shift, world_name, label, config_2)
+    teacher.stored_in_bf16 = is_stored_in_bf16(folder)
+    return teacher
 
 
 def scheduler_folder(root, folder):
@@ -239,21 +248,23 @@ def set_clock(net, schedule):
 # ---- starting from a teacher ---------------------------------------------------------------------
 
 
-def start_teacher(args, two_networks=False, attention=False):
+def start_teacher(run, two_networks=False, attention=False):
     """--teacher, with --timestep_shift and --sample_shape if given -> Teacher, without conditions.
 
-    The files of --teacher_lora are merged into it. Make copies of its base before `freeze_teacher`.
+    It is on the run's device, shared out over its ranks. The files of --teacher_lora are merged
+    into it. Make copies of its base before `freeze_teacher`, which may round its weights.
     attention: where the teacher is a closed form, a transformer that is fitted to it takes its
     place, for a method that replaces the teacher's attention. Raises UserError.
     """
-    teacher = load_teacher(args.teacher, two_networks=two_networks)
+    args = run.args
+    teacher = load_teacher(args.teacher, two_networks=two_networks, place=run.place)
     if args.teacher_lora:
         merge_loras(teacher, args.teacher_lora)
     teacher.base = teacher.net
     if not teacher.config and attention:
-        teacher.net = teacher.base = fit_ring_transformer(teacher.net, args.seed)
+        teacher.net = teacher.base = run.place(fit_ring_transformer(teacher.net, args.seed))
     elif not teacher.config:
-        teacher.base = fit_ring_network(teacher.net, args.seed)
+        teacher.base = run.place(fit_ring_network(teacher.net, args.seed))
     teacher.config = teacher.config or network_config(teacher.base)
     if args.timestep_shift is not None:
         teacher.shift = args.timestep_shift
@@ -297,38 +308,45 @@ def merge_lora(net, source, flag):
     return os.path.abspath(path)
 
 
-def freeze_teacher(args, teacher, device):
+def freeze_teacher(run, teacher):
     """Nothing of the teacher is trained; with --mixed_precision bf16 its weights are bfloat16 on a
     GPU, but for those that the architecture keeps in float32."""
-    if args.mixed_precision == "bf16" and device.type == "cuda":
-        to_dtype(teacher.net, torch.bfloat16)  # before the move
+    if run.args.mixed_precision == "bf16" and run.device.type == "cuda":
+        net = teacher.net
+        teacher.net = in_bfloat16(run, net)
+        teacher.base = teacher.net if teacher.base is net else teacher.base
     for net in (teacher.net, teacher.base):
-        net.to(device).requires_grad_(False).eval()
+        net.to(run.device).requires_grad_(False).eval()
 
 
-def starting_network(args, teacher):
+def in_bfloat16(run, net):
+    """net with weights in bfloat16: itself, or where it is shared out a copy in its place."""
+    if run.mesh is None:
+        return to_dtype(net, torch.bfloat16)
+    return copy_of(net, run.device, run.mesh, change=lambda new: to_dtype(new, torch.bfloat16))
+
+
+def starting_network(run, teacher):
     """What the student is a copy of: what --student_init names, or the teacher.
 
     Raises UserError.
     """
-    if not args.student_init:
+    if not run.args.student_init:
         return teacher.base
-    return network_from(args.student_init, teacher, teacher.base)
+    return network_from(run, run.args.student_init, teacher, teacher.base)
 
 
-def network_from(source, teacher, base):
+def network_from(run, source, teacher, base):
     """The network that --student_init names, for a student that would else start from base.
 
     source: a folder with a network of base's architecture, also one with linear attention; or a
     LoRA file, which is merged into a copy of base. Raises UserError.
     """
     if lora.adapter_file(source):
-        net = copy.deepcopy(base).float()
-        for adapter in lora.names(net):
-            lora.remove(net, adapter)
+        net = copy_of(base, run.device, run.mesh, torch.float32)
         merge_lora(net, source, "--student_init")
         return net
-    net, _ = load_network(student_folder(source))
+    net, _ = load_network(student_folder(source), place=run.place)
     shapes = [
         {k: v.shape for k, v in lora.base_state_dict(n).items() if ".attend." not in k}
         for n in (net, base)
@@ -343,22 +361,31 @@ def network_from(source, teacher, base):
     return net
 
 
-def trainable_copy(args, net, device, step_input=False):
-    """A copy of net that is trained. step_input: it also takes `steps` (see with_step_input)."""
-    new = with_step_input(net) if step_input else copy.deepcopy(net)
-    new.to(device).requires_grad_(True).train()
-    new.gradient_checkpointing = args.gradient_checkpointing
+def trainable_copy(run, net, step_input=False):
+    """A float32 copy of net that is trained. step_input: it also takes `steps` (B,), through a new
+    layer that is zero at first, so that it begins as the same function."""
+    change = with_step_input if step_input else None
+    new = copy_of(net, run.device, run.mesh, torch.float32, change)
+    if step_input:
+        for p in new.steps.parameters():
+            nn.init.zeros_(p)
+    new.requires_grad_(True).train()
+    new.gradient_checkpointing = run.args.gradient_checkpointing
     return new
+
+
+def average_of(run, net):
+    """Where the moving average of net's weights is kept, which starts as net; frozen. net itself
+    where there is no average (--ema_decay 0)."""
+    if not run.args.ema_decay:
+        return net
+    return run.copy_of(net).requires_grad_(False).eval()
 
 
 def with_step_input(net):
-    """A copy of net that also takes `steps` (B,), through a new layer that is zero at first.
-
-    So at first it is the same function as net.
-    """
-    new = type(net)(**{**net.config, "steps_cond": True}).to(next(net.parameters()).device)
-    new.load_state_dict(net.state_dict(), strict=False)
-    return new
+    """A network like net, without weights, that also takes `steps` (B,)."""
+    with torch.device("meta"):
+        return type(net)(**{**net.config, "steps_cond": True})
 
 
 # ---- sampler.json and scheduler/: how a saved student samples ------------------------------------

@@ -1,0 +1,279 @@
+"""state/: what a run is resumed from, and what a resumed run may change.
+
+Every rank writes what it holds, tensor by tensor, to a file of its own; one rename makes the whole
+a checkpoint. Any number of ranks reads it again. The files are plain safetensors: rows that are a
+part of a tensor are named in the header's "rows", {name: [number of the first row, shape of the
+whole]}. torch.distributed.checkpoint has such a writer too, but that one makes each file in memory
+before it writes it.
+"""
+
+import json
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from models.files import TensorWriter, UserError, fsync_folder, open_tensors, save_json
+from models.networks.shards import first_row, holds, own_rows, rows_in
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def named_tensors(thing, prefix):
+    """All that has to be kept of a network, an adapter or an optimiser: {prefix.NAME: tensor}.
+
+    They share memory with it. A tensor that a network has under several names comes once.
+    """
+    if isinstance(thing, torch.optim.Optimizer):
+        state = thing.state_dict()["state"]
+        found = {f"{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()}
+    elif isinstance(thing, nn.Module):
+        first = {}
+        for name, value in thing.state_dict(keep_vars=True).items():
+            first.setdefault(id(value), (name, value))
+        found = dict(first.values())
+    else:
+        found = thing.state_dict()
+    return {f"{prefix}.{name}": value for name, value in found.items()}
+
+
+def state_file(folder, rank, ranks):
+    """The file of this rank in the folder of a checkpoint that was made on so many."""
+    number = f"-{rank + 1:05d}-of-{ranks:05d}" if ranks > 1 else ""
+    return os.path.join(folder, f"state{number}.safetensors")
+
+
+def write_own_part(path, things):
+    """What this rank holds of {name: network, adapter or optimiser}, one tensor at a time."""
+    tensors = {}
+    for name, thing in things.items():
+        tensors |= named_tensors(thing, name)
+    mine = {k: v for k, v in tensors.items() if holds(v)}
+    about = {k: (v.dtype, own_rows(v).shape) for k, v in mine.items()}
+    parts = {k: v for k, v in mine.items() if own_rows(v).shape != v.shape}
+    rows = {k: [first_row(v), list(v.shape)] for k, v in parts.items()}
+    with TensorWriter(path, about, {"rows": json.dumps(rows)}) as file:
+        for k, v in mine.items():
+            file.write(k, own_rows(v))
+
+
+def save_state(output_dir, step, things, info, rank=0, wait_for_all=lambda: None, keep=2):
+    """state/step-NNNNNNN/ appears in one rename, complete or not at all; old ones then go.
+
+    things: {name: network, adapter or optimiser}. info: for state.json, with world_size. All ranks
+    call it, and wait for one another by wait_for_all.
+    """
+    root = os.path.join(output_dir, "state")
+    tmp, final = os.path.join(root, f".tmp-{step}"), os.path.join(root, f"step-{step:07d}")
+    if rank == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+        os.makedirs(tmp)
+    wait_for_all()
+    write_own_part(state_file(tmp, rank, info["world_size"]), things)
+    wait_for_all()
+    if rank:
+        return
+    save_json({"step": step, **info}, os.path.join(tmp, "state.json"))
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(tmp, final)
+    fsync_folder(root)
+    for old in sorted(n for n in os.listdir(root) if n.startswith("step-"))[:-keep]:
+        shutil.rmtree(os.path.join(root, old), ignore_errors=True)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+class SavedState:
+    """The tensors of a checkpoint. Nothing is read before it is asked for, and then only the rows
+    that this rank holds. Raises UserError for a file that is missing or truncated."""
+
+    def __init__(self, folder, ranks):
+        """folder: of the checkpoint; ranks: how many it was made on."""
+        self.folder, self.places = folder, {}
+        for rank in range(ranks):
+            try:
+                file = open_tensors(state_file(folder, rank, ranks))
+            except UserError as e:
+                raise UserError(
+                    f"{e}, or resume with --resume_from_checkpoint from an earlier "
+                    "step's folder beside it"
+                ) from None
+            rows = json.loads((file.metadata() or {}).get("rows", "{}"))
+            for name in file.keys():
+                first, shape = rows.get(name, (0, file.get_slice(name).get_shape()))
+                self.places.setdefault(name, (tuple(shape), []))[1].append((first, file))
+
+    def names(self, prefix):
+        """The names of a network or an optimiser, without the prefix."""
+        return [k[len(prefix) + 1 :] for k in self.places if k.startswith(prefix + ".")]
+
+    def has(self, prefix):
+        """Whether there is a network or an optimiser of this name."""
+        return bool(self.names(prefix))
+
+    def shape(self, name):
+        """Of the whole tensor."""
+        return self.places[name][0]
+
+    def fill(self, name, tensor):
+        """Read this rank's rows of a tensor into their place. Raises UserError."""
+        shape, parts = self.places.get(name, (None, []))
+        if shape != tuple(tensor.shape):
+            has = "has none" if shape is None else f"has {shape}"
+            raise UserError(f"{self.folder}: {name} is {tuple(tensor.shape)} here, the state {has}")
+        own = own_rows(tensor)
+        if not own.dim() or len(parts) == 1 and parts[0][0] == 0:
+            stored = parts[0][1].get_slice(name) if own.dim() else parts[0][1].get_tensor(name)
+            if not own.dim() or tuple(stored.get_shape()) == shape:
+                own.copy_(rows_in(tensor, stored))
+                return
+        begin, left = first_row(tensor), own.shape[0]
+        for first, file in parts:
+            stored = file.get_slice(name)
+            a = max(begin, first)
+            b = min(begin + own.shape[0], first + stored.get_shape()[0])
+            if a < b:
+                own[a - begin : b - begin].copy_(stored[a - first : b - first])
+                left -= b - a
+        if left:
+            raise UserError(f"{self.folder}: {left} rows of {name} are in none of its files")
+
+
+@torch.no_grad()
+def unpack(thing, name, saved):
+    """Fill a network or an adapter from what was saved under this name. Raises UserError."""
+    own = named_tensors(thing, name)
+    extra = sorted({f"{name}.{k}" for k in saved.names(name)} - own.keys())
+    if extra:
+        raise UserError(f"{saved.folder} has {extra[0]}, and this run's network does not")
+    for key, tensor in own.items():
+        saved.fill(key, tensor)
+
+
+@torch.no_grad()
+def unpack_optimizer(optimizer, name, saved):
+    """The same for an optimiser; parameter groups keep the values of this run's flags."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for key in saved.names(name):
+        i, what = key.split(".")
+        p, shape = parameters[int(i)], saved.shape(f"{name}.{key}")
+        value = torch.zeros_like(p) if shape == tuple(p.shape) else torch.zeros(shape)
+        saved.fill(f"{name}.{key}", value)
+        state.setdefault(int(i), {})[what] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def complete_states(output_dir):
+    """Names of the complete states of a run, the oldest first; a list."""
+    root = os.path.join(output_dir, "state")
+    names = os.listdir(root) if os.path.isdir(root) else []
+    return sorted(n for n in names if n.startswith("step-"))
+
+
+def find_state(output_dir, resume):
+    """--resume_from_checkpoint -> folder of a complete state, or None. Raises UserError."""
+    if resume is None:
+        return None
+    if resume != "latest":
+        if not os.path.isfile(os.path.join(resume, "state.json")):
+            raise UserError(f"--resume_from_checkpoint {resume}: no state.json there")
+        return resume
+    states = complete_states(output_dir)
+    return os.path.join(output_dir, "state", states[-1]) if states else None
+
+
+# ---- what a resumed run may change ---------------------------------------------------------------
+
+# Flags that change no gradient: where things go, what is shown, how the end of a run samples, what
+# memory it takes; and settings, a line of text. They are not kept in state.json.
+FREE_TO_CHANGE = set(
+    "output_dir max_train_steps resume_from_checkpoint checkpointing_steps sample settings "
+    "remeasure_teacher preview_samples preview_every gradient_checkpointing compile save_fp16 "
+    "lora_dtype shard_ranks save_dtype "
+    "sample_steps solver atol rtol guidance_interval "
+    "student_guidance teacher_shift teacher_guidance_interval".split()
+)
+
+# Flags that somebody may have to change in a run that goes on: how far and how often networks are
+# updated and averaged, and what the terms of a loss weigh, so that a GAN can be added after
+# convergence at lower rates. A change is printed and kept in state.json. All others must stay: they
+# decide what the state's tensors are, what is drawn and read, or what a term pulls towards.
+MAY_CHANGE = set(
+    "learning_rate learning_rate_fake learning_rate_features learning_rate_r learning_rate_muon "
+    "lr_warmup_steps lr_decay_share lr_schedule lr_final max_grad_norm weight_decay "
+    "ema_decay ema_start fake_update_ratio "
+    "dm_weight gan_weight gan_weight_d regression_weight mean_variance_weight selection_weight "
+    "vm_weight vd_loss_weight".split()
+)
+
+# What only one term needs may change while the weight of that term is 0, before or after.
+OF_A_TERM = {
+    "data": "gan_weight",
+    "mean_variance_target": "mean_variance_weight",
+    "teacher_steps": "regression_weight",
+}
+
+# Together with the number of ranks these make an update's samples, whose number must stay.
+BATCH = ("train_batch_size", "gradient_accumulation_steps")
+
+
+def flags_to_save(args):
+    """The flags that state.json keeps."""
+    return {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE}
+
+
+def changes_on_resume(info, args, world_size):
+    """What a resumed run changes, of what it may change. info: state.json of its checkpoint.
+
+    -> [{"what": "--flag" or "ranks", "was": value, "is": value, "update": the first with it}].
+    Raises UserError for a change that would not go on with the same run.
+    """
+    saved = {k: v for k, v in info["flags"].items() if k not in FREE_TO_CHANGE}
+    now = flags_to_save(args)
+    if info["step"] > args.max_train_steps:
+        raise UserError(
+            f"the checkpoint is at step {info['step']}, beyond --max_train_steps "
+            f"{args.max_train_steps}: give at least {info['step']}"
+        )
+    changed = [k for k in sorted(set(saved) | set(now)) if saved.get(k) != now.get(k)]
+    unused = {k for k, term in OF_A_TERM.items() if 0 in (saved.get(term), now.get(term))}
+    free = MAY_CHANGE | unused | set(BATCH)
+    wrong = [f"--{k} was {saved.get(k)!r} and is {now.get(k)!r}" for k in changed if k not in free]
+    if wrong:
+        raise UserError(
+            f"cannot resume with other flags: {'; '.join(wrong)}. "
+            "Give the old values or another --output_dir"
+        )
+    ranks = info.get("world_size", world_size)
+    refuse_other_batch(saved, ranks, args, world_size)
+    found = [(f"--{k}", saved.get(k), now.get(k)) for k in changed]
+    found += [("number of ranks", ranks, world_size)] if ranks != world_size else []
+    first = info["step"] + 1
+    return [{"what": k, "was": was, "is": value, "update": first} for k, was, value in found]
+
+
+def refuse_other_batch(saved, ranks, args, world_size):
+    """Raises UserError where an update would see another number of samples than before.
+
+    saved: flags of the checkpoint, ranks: how many it was made on. On any number of ranks the same
+    samples are drawn, and their mean gradient is the same.
+    """
+    micro, parts = (saved[k] for k in BATCH)
+    samples = micro * parts * ranks
+    if args.train_batch_size * args.gradient_accumulation_steps * world_size == samples:
+        return
+    before = f"updates were of {samples} samples (--train_batch_size {micro}, "
+    before += f"--gradient_accumulation_steps {parts}, {ranks} rank(s))"
+    if samples % world_size:
+        fitting = ", ".join(str(n) for n in range(1, samples + 1) if samples % n == 0)
+        raise UserError(f"{before}, which {world_size} ranks cannot share: use one of {fitting}")
+    each = samples // world_size
+    fit = max(n for n in range(1, micro + 1) if each % n == 0)  # no larger: it may fill the memory
+    raise UserError(
+        f"{before}: on {world_size} rank(s) resume with --train_batch_size {fit} "
+        f"--gradient_accumulation_steps {each // fit}"
+    )
