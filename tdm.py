@@ -323,7 +323,8 @@ def advance(student, teacher, x_in, rows, grids, K, i, cond, fresh):
     """
     used = len(rows)
     rows = rows if used else rows.new_zeros(1)
-    t, s = levels(grids, K[rows], torch.full_like(rows, i), x_in.device)
+    steps = torch.full_like(rows, i).minimum(K[rows] - 1)
+    t, s = levels(grids, K[rows], steps, x_in.device)
     rows = rows.to(x_in.device)
     some = {name: v[rows] for name, v in cond.items()}
     noise = None if fresh is None else fresh[rows]

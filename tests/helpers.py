@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import decoupled_dmd
 import dmd
 import tdm
-from models.files import save_json
+from models.files import load_json, save_json
 from models.networks import network_config, save_network
 from models.networks.dit import DiT
 from models.networks.pixart import PixArtTransformer2DModel
@@ -23,9 +23,10 @@ from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.networks.wan import WanTransformer3DModel
 from models.networks.z_image import ZImageTransformer2DModel
-from models.plumbing import report, teachers
+from models.plumbing import report, run, teachers
 from models.plumbing.film import Film
 from models.plumbing.run import Run, run_main
+from models.plumbing.state import SavedState
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {
@@ -487,16 +488,25 @@ def read_log(folder):
         return list(csv.DictReader(f))
 
 
+def saved_tensors(folder):
+    """All tensors of a checkpoint state/step-NNNNNNN, whole, whatever number of ranks it is of."""
+    saved = SavedState(str(folder), load_json(Path(folder) / "state.json")["world_size"])
+    found = {}
+    for name, (shape, parts) in saved.places.items():
+        like = parts[0][1].get_tensor(name)
+        found[name] = torch.zeros(shape, dtype=like.dtype)
+        saved.fill(name, found[name])
+    return found
+
+
 def weights(folder):
     """Every tensor a run left that must be the same again: student and full training state."""
     last = sorted((Path(folder) / "state").glob("step-*"))[-1]
-    files = {
-        "state": last / "state.safetensors",
-        **{
-            str(p.relative_to(folder)): p for p in (Path(folder) / "student").rglob("*.safetensors")
-        },
-    }
-    return {f"{name} {k}": v for name, path in files.items() for k, v in load_file(path).items()}
+    found = {f"state {k}": v for k, v in saved_tensors(last).items()}
+    for path in (Path(folder) / "student").rglob("*.safetensors"):
+        name = str(path.relative_to(folder))
+        found |= {f"{name} {k}": v for k, v in load_file(path).items()}
+    return found
 
 
 def without_time(rows):
@@ -548,15 +558,18 @@ import torch
 from safetensors.torch import save_file
 torch.set_num_threads(1)
 import {script}
+from models.networks.shards import whole_tensor
+from models.plumbing import run
 from models.plumbing.run import run_main
-real, calls = torch.nn.utils.clip_grad_norm_, []
+real, calls = run.clip, []
 def clip(parameters, *args):
     calls.append(0)
-    if len(calls) <= 24 and os.environ.get("RANK", "0") == "0":
-        grads = dict((str(i), p.grad.clone()) for i, p in enumerate(parameters))
-        save_file(grads, os.environ["GRADIENTS"] + "." + str(len(calls)))
+    if len(calls) <= 24:
+        grads = dict((str(i), whole_tensor(p.grad).clone()) for i, p in enumerate(parameters))
+        if os.environ.get("RANK", "0") == "0":
+            save_file(grads, os.environ["GRADIENTS"] + "." + str(len(calls)))
     return real(parameters, *args)
-torch.nn.utils.clip_grad_norm_ = clip
+run.clip = clip
 run_main({script}.main)
 """
 
@@ -587,10 +600,10 @@ def assert_two_ranks_are_one_process(
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    gradients, real = [], torch.nn.utils.clip_grad_norm_
+    gradients, real = [], run.clip
     m.setattr(
-        torch.nn.utils,
-        "clip_grad_norm_",
+        run,
+        "clip",
         lambda parameters, *args: (
             gradients.append([p.grad.clone() for p in parameters]) or real(parameters, *args)
         ),

@@ -34,7 +34,8 @@ from models.networks.dit_imagenet import (
     official_config,
     to_official,
 )
-from models.plumbing.run import Run, pack_module, unpack_module
+from models.plumbing.run import Run
+from models.plumbing.state import SavedState, named_tensors, save_state, unpack
 from models.plumbing.teachers import describe_schedule, load_teacher
 
 TINY = dict(
@@ -387,9 +388,10 @@ def test_shared_embedders_stay_one_through_training_copies_and_files(tmp_path):
     for key, value in averaged.state_dict().items():
         want = 0.9 * net.state_dict()[key] + 0.1 * copied.state_dict()[key]
         torch.testing.assert_close(value, want)
-    tensors = pack_module(net, "net")
-    assert sum(".norm1.emb." in key for key in tensors) == 5  # a run's state has them once
-    unpack_module(copied, "net", tensors)
+    assert sum(".norm1.emb." in key for key in named_tensors(net, "net")) == 5  # once in a state
+    info = dict(world_size=1)
+    save_state(str(tmp_path), 1, {"net": net}, info)
+    unpack(copied, "net", SavedState(str(tmp_path / "state" / "step-0000001"), 1))
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in copied.state_dict().items())
     assert is_shared(copied)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ENV, ROOT, perturbed, refusal_of
+from helpers import ENV, ROOT, perturbed, refusal_of, saved_tensors
 from helpers import dit_inputs as inputs
 from helpers import small_dit as small
 from PIL import Image
@@ -223,7 +223,7 @@ def state(folder):
     """All tensors of the last checkpoint and of student/."""
     last = sorted((Path(folder) / "state").glob("step-*"))[-1]
     student = load_file(Path(folder) / "student" / WEIGHTS)
-    return load_file(last / "state.safetensors") | {f"s.{k}": v for k, v in student.items()}
+    return saved_tensors(last) | {f"s.{k}": v for k, v in student.items()}
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from models.draws import Draws
 from models.files import load_json, open_tensors, save_json
 from models.networks import WEIGHTS, load_network, lora, network_config, save_network, weights_hash
 from models.networks.wan import WAN_1_3B, WAN_14B, WAN_A14B, WanTwoNetworks
+from models.plumbing import run as plumbing_run
 from models.plumbing import teachers
 from models.plumbing.data import Conditions
 from models.plumbing.film import Film
@@ -761,13 +762,13 @@ def first_gradients(monkeypatch, script, folder, *flags):
     quiet(monkeypatch)
     if script is phased_dmd:
         monkeypatch.setattr(phased_dmd, "marginals", lambda *a: None)
-    seen, real = [], torch.nn.utils.clip_grad_norm_
+    seen, real = [], plumbing_run.clip
 
     def on_clip(parameters, max_norm):
         seen.append(torch.cat([p.grad.flatten() for p in parameters]))
         return real(parameters, max_norm)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", on_clip)
+    monkeypatch.setattr(plumbing_run, "clip", on_clip)
     own = (
         "--teacher ring --max_train_steps 3 --train_batch_size 8 --fake_update_ratio 2 "
         "--timestep_shift 3 --seed 5 --guidance_scale 1.5 --preview_every 0"

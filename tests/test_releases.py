@@ -16,7 +16,7 @@ from models.networks import NETWORKS, pixart, trellis, wan, z_image
 from models.networks.dit_imagenet import DIT_B_2, DIT_XL_2, DIT_XL_2_512
 from models.plumbing import releases
 from models.plumbing.flags import distillation_parser, parse
-from models.plumbing.run import FREE_TO_CHANGE
+from models.plumbing.state import FREE_TO_CHANGE
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 UNIPC = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"}

@@ -21,6 +21,7 @@ from helpers import (
     read_log,
     refusal_of,
     save_tiny_teacher,
+    saved_tensors,
     weights,
     without_time,
 )
@@ -30,15 +31,8 @@ import dmd
 import latent_fm
 from models.files import UserError
 from models.networks import WEIGHTS
-from models.plumbing.run import (
-    MAY_CHANGE,
-    Log,
-    Run,
-    advice_after,
-    changes_on_resume,
-    flags_to_save,
-    run_main,
-)
+from models.plumbing.run import Log, Run, advice_after, run_main
+from models.plumbing.state import MAY_CHANGE, changes_on_resume, flags_to_save
 
 SHORT = "--max_train_steps 4 --train_batch_size 4 --checkpointing_steps 2 --seed 1".split()
 CASES = {  # flags with which every script makes an update of the tiny teacher in no time
@@ -79,7 +73,7 @@ def last_state(folder):
     """-> state.json, state.safetensors of a run's last checkpoint."""
     last = sorted((folder / "state").glob("step-*"))[-1]
     info = json.loads((last / "state.json").read_text())
-    return info, {k: v.clone() for k, v in load_file(last / "state.safetensors").items()}
+    return info, saved_tensors(last)
 
 
 # ---- what may change, and what may not -----------------------------------------------------------

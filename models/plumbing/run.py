@@ -87,7 +87,7 @@ class Run:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             # rank 0 may draw samples for long while the others wait
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
-        self.mesh = make_mesh(self.device, args.shard_ranks)
+        self.mesh = make_mesh(self.device, args.shard_ranks) if self.world_size > 1 else None
         self.sums, self.counts, self.roots = {}, {}, set()
 
     # ---- ranks
