@@ -37,8 +37,6 @@ teachers get a normaliser, "branch". The fake is conditioned on the student's st
 the paper's, which is not).
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 
@@ -50,7 +48,13 @@ from models.plumbing.data import Conditions, real_batches, try_network
 from models.plumbing.film import Film
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import Run, run_main
-from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
+from models.plumbing.teachers import (
+    average_of,
+    freeze_teacher,
+    start_teacher,
+    starting_network,
+    trainable,
+)
 
 # ---- the losses ----------------------------------------------------------------------------------
 #
@@ -267,7 +271,8 @@ def student_input(args, draw, student, teacher, times):
 
 def fake_sees_step(args, net):
     """Whether the fake, a network like net, is conditioned on the student's step (docs/dmd.md)."""
-    return args.student_steps > 1 and not args.shared_fake and "steps_cond" in net.config
+    off = args.shared_fake or args.fake_lora_rank  # it needs a layer that adapters do not have
+    return args.student_steps > 1 and not off and "steps_cond" in net.config
 
 
 def step_input(k, draw, on):
@@ -315,14 +320,15 @@ def train(args):
     diffusion, alpha, ablation = teacher.diffusion, args.guidance_scale, Ablation(args)
     times = step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... > t_N, shifted
     see_step = fake_sees_step(args, teacher.base)
-    student = trainable_copy(args, starting_network(args, teacher), run.device)
-    fake = trainable_copy(args, teacher.base, run.device, see_step)
+    start = starting_network(args, teacher)
+    student = trainable(args, start, "student", run.device, args.lora_rank)
+    fake = trainable(args, teacher.base, "fake", run.device, args.fake_lora_rank, see_step)
     freeze_teacher(args, teacher, run.device)
     real = real_batches(args, teacher, run.device) if args.gan_weight else None
     features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
     torch.manual_seed(stable_hash(args.seed, "head"))
     head = GanHead(features.shape[-1]).to(run.device)
-    ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
+    ema = average_of(args, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
     both = [*fake.parameters(), *head.parameters()]  # the discriminator: the fake and a head on it
@@ -331,7 +337,7 @@ def train(args):
     run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
     moments = mean_variance_target(args, teacher.world)
     sampler = student_sampler(run, ema, teacher, times, args.renoise)
-    report.introduce(run, teacher, student, describe(args, times, ablation, see_step))
+    report.introduce(run, teacher, teacher.base, describe(args, times, ablation, see_step))
     trained = fake if ablation.needs_fake else None
     film = film_of_terms(run, teacher, sampler, trained, times if see_step else None)
 

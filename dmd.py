@@ -40,7 +40,6 @@ batch and have the teacher's shift. With several steps the fake is conditioned o
 (--shared_fake: not, as in the papers). Optimiser settings and averaged weights suit short runs.
 """
 
-import copy
 import os
 
 import torch
@@ -48,7 +47,7 @@ import torch.nn.functional as F
 
 from models.diffusion import expand, step_grid
 from models.draws import Draws, stable_hash
-from models.files import UserError, load_tensors, open_tensors, save_tensors
+from models.files import UserError, load_json, load_tensors, open_tensors, save_tensors
 from models.networks import load_network
 from models.networks.gan import GanHead
 from models.plumbing import report
@@ -57,11 +56,12 @@ from models.plumbing.film import film_of_scores
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import Run, find_state, run_main
 from models.plumbing.teachers import (
+    average_of,
     freeze_teacher,
     network_folder,
     start_teacher,
     starting_network,
-    trainable_copy,
+    trainable,
 )
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -199,7 +199,8 @@ def student_input(args, draw, student, teacher, times, real=None):
 
 def fake_sees_step(args, net):
     """Whether the fake, a network like net, is conditioned on the student's step (docs/dmd.md)."""
-    return count_steps(args) > 1 and not args.shared_fake and "steps_cond" in net.config
+    off = args.shared_fake or args.fake_lora_rank  # it needs a layer that adapters do not have
+    return count_steps(args) > 1 and not off and "steps_cond" in net.config
 
 
 def count_steps(args):
@@ -228,14 +229,15 @@ def train(args):
     diffusion, scale = teacher.diffusion, args.guidance_scale
     times = args.student_times or step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... t_N
     see_step = fake_sees_step(args, teacher.base)
-    student = trainable_copy(args, starting_network(args, teacher), run.device)
+    start = starting_network(args, teacher)
+    student = trainable(args, start, "student", run.device, args.lora_rank)
     fake = starting_fake(args, teacher, run.device, see_step)
     freeze_teacher(args, teacher, run.device)
     real = real_batches(args, teacher, run.device) if needs_data(args) else None
     features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
     torch.manual_seed(stable_hash(args.seed, "head"))
     head = GanHead(features.shape[-1]).to(run.device)
-    ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
+    ema = average_of(args, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
     both = [*fake.parameters(), *head.parameters()]  # the discriminator: the fake and a head on it
@@ -244,7 +246,7 @@ def train(args):
     run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
     pairs = teacher_pairs(run, teacher) if args.regression_weight else None
     sampler = student_sampler(run, ema, teacher, times, args.renoise)
-    report.introduce(run, teacher, student, f"{report.steps_at(times)}, {args.renoise}")
+    report.introduce(run, teacher, teacher.base, f"{report.steps_at(times)}, {args.renoise}")
     film = film_of_scores(run, teacher, sampler, fake, len(times) - 1 if see_step else None)
 
     for step in run.steps():
@@ -329,9 +331,11 @@ def starting_fake(args, teacher, device, see_step):
     """The fake score, a copy of the teacher or of what --fake_init names. Raises UserError.
 
     That is a network, or the newest state of a run, whose fake has followed its student so far. One
-    that was not conditioned on the student's step starts with that input at zero.
+    that was not conditioned on the student's step starts with that input at zero. An adapter starts
+    from the adapter of a run's state.
     """
-    fake, path = trainable_copy(args, teacher.base, device, see_step), args.fake_init
+    path, rank = args.fake_init, args.fake_lora_rank
+    fake = trainable(args, teacher.base, "fake", device, rank, see_step)
     if not path:
         return fake
     state = find_state(path, "latest")
@@ -344,13 +348,25 @@ def starting_fake(args, teacher, device, see_step):
         saved = load_network(network_folder(path))[0].state_dict()
     own = fake.state_dict()
     missing = {k for k in own if k not in saved and not k.startswith("steps.")}
-    if missing or any(k not in own or own[k].shape != v.shape for k, v in saved.items()):
+    other = missing or any(k not in own or own[k].shape != v.shape for k, v in saved.items())
+    if rank and (other or alpha_of(state) != args.lora_alpha):
+        raise UserError(
+            f"--fake_init {path}: it has no adapter of rank {rank} and alpha {args.lora_alpha:g} "
+            "for the fake: give the run's --fake_lora_rank and --lora_alpha, or leave --fake_init "
+            "out"
+        )
+    if other:
         raise UserError(
             f"--fake_init {path}: it has no fake of this run's shapes: give a network like the "
             "teacher's, or a run from this teacher with as many student steps or one"
         )
-    fake.load_state_dict(saved, strict=False)
+    fake.load_state_dict({**own, **saved})
     return fake
+
+
+def alpha_of(state):
+    """The --lora_alpha of a run's state folder."""
+    return load_json(os.path.join(state, "state.json"))["flags"].get("lora_alpha")
 
 
 # ---- DMD v1's regression -------------------------------------------------------------------------

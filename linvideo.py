@@ -57,12 +57,20 @@ from kernels.linear_attention import FEATURE_MAPS, LinearAttention, use_linear_a
 from models.diffusion import Flow, add_noise, expand, guide, shift, step_grid
 from models.draws import Draws
 from models.files import UserError, load_json, open_tensors, save_json, save_tensors
+from models.networks import lora
 from models.plumbing import report
 from models.plumbing.data import Bank, Conditions, try_network
 from models.plumbing.film import Film
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import Run, run_main
-from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
+from models.plumbing.teachers import (
+    average_of,
+    freeze_teacher,
+    merged_copy,
+    start_teacher,
+    starting_network,
+    trainable,
+)
 
 # ---- the losses. x_t, v_t, g (B, ...), s < t (B,); networks: net(x_t, t, **cond) -> velocity -----
 
@@ -244,22 +252,44 @@ class MixedAttention(nn.Module):
 
 
 def mix_attention(net, feature_map, r):
-    """Put a MixedAttention into every self-attention layer of net.  -> the list of them."""
-    device = next(net.parameters()).device
-    for place in net.self_attentions:
-        mixed = MixedAttention(place.attend, net.heads, net.head_dim, feature_map, r)
-        place.attend = mixed.to(device)
-    return [place.attend for place in net.self_attentions]
+    """Put a MixedAttention into every self-attention layer of net.  -> the list of them.
+
+    Of an Adapted they take part in calls with its adapter only, so that the network itself, the
+    teacher, keeps its softmax attention.
+    """
+    mixed = [
+        MixedAttention(place.attend, net.heads, net.head_dim, feature_map, r)
+        for place in net.self_attentions
+    ]
+    device = next(iter(net.parameters())).device
+    for i, (place, m) in enumerate(zip(net.self_attentions, mixed)):
+        if isinstance(net, lora.Adapted):
+            net.more[str(i)] = m.to(device)
+        else:
+            place.attend = m.to(device)
+    attend_by_adapter(net)
+    return mixed
+
+
+def attend_by_adapter(net):
+    """Let the MixedAttention that an Adapted has be used in calls with its adapter."""
+    if isinstance(net, lora.Adapted):
+        for place, mixed in zip(net.self_attentions, net.more.values()):
+            place.attends[net.adapter] = mixed
 
 
 def convert(net, layers, feature_map):
     """A copy of a network of MixedAttention layers with linear attention in `layers` only.
 
     Each layer keeps one kind of attention, and the weights of the other are gone. The config of the
-    copy names the linear layers.
+    copy names the linear layers. An adapter is merged into the copy's weights: no other program
+    would know what to do with an adapter that has linear attention.
     """
-    net = copy.deepcopy(net)
-    mixed = [place.attend for place in net.self_attentions]
+    if isinstance(net, lora.Adapted):
+        mixed, net = list(copy.deepcopy(net.more).values()), merged_copy(net)
+    else:
+        net = copy.deepcopy(net)
+        mixed = [place.attend for place in net.self_attentions]
     use_linear_attention(net, layers, feature_map)
     for i, (place, m) in enumerate(zip(net.self_attentions, mixed)):
         del place.attend  # nn.Module refuses a plain function under a registered module's name
@@ -751,14 +781,15 @@ def train(args):
     refuse(wrong_networks(args, teacher, start))
     teacher.conditions = Conditions(args, teacher.base)
     grid = step_grid(args.sampling_steps, teacher.shift)  # 1 = t_0 > ... > t_K = 0, shifted
-    student = trainable_copy(args, start, run.device)
-    mixed = mix_attention(student, args.feature_map, args.r_init)
+    student = trainable(args, start, "student", run.device, args.lora_rank)
     critic = None
     if args.objective in ("adm_critic", "dmd"):
-        critic = trainable_copy(args, teacher.base, run.device)
+        critic = trainable(args, teacher.base, "critic", run.device, args.fake_lora_rank)
     freeze_teacher(args, teacher, run.device)
+    mixed = mix_attention(student, args.feature_map, args.r_init)
     try_network(teacher.base, teacher, run.device)
-    ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
+    ema = average_of(args, student)
+    attend_by_adapter(ema)
     optimizer = student_optimizer(args, student, mixed)
     state = dict(student=student, ema=ema, optimizer=optimizer)
     if critic:

@@ -37,7 +37,6 @@ also get the code's d_norm. Guidance scale = 1 + the paper's w. sigma_min is 0. 
 betas and falling rates suit short runs. --renoise sde, --d_norm rms and --derivative jvp are ours.
 """
 
-import copy
 import os
 import types
 
@@ -62,7 +61,13 @@ from models.plumbing.film import Film
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.releases import TRELLIS_SAMPLES
 from models.plumbing.run import Run, run_main
-from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
+from models.plumbing.teachers import (
+    average_of,
+    freeze_teacher,
+    start_teacher,
+    starting_network,
+    trainable,
+)
 
 # ---- the losses. x0, z (B, ...), or (M, C) with coords (M, 4) in cond; t (B,) --------------------
 
@@ -360,16 +365,18 @@ def train(args):
         teacher.conditions = Conditions(args, teacher.base)
     else:
         teacher.conditions = DataConditions(data, data_cond, args.data, teacher.base)
-    student = trainable_copy(args, starting_network(args, teacher), run.device)
-    freeze_teacher(args, teacher, run.device)
+    start = starting_network(args, teacher)
+    student = trainable(args, start, "student", run.device, args.lora_rank)
+    # An adapter's base stays in float32: the derivative is a difference of its outputs.
+    freeze_teacher(args, teacher, run.device, in_bf16=not args.lora_rank)
     try_network(teacher.base, teacher, run.device)
-    ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
+    ema = average_of(args, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
     state = {"ema": ema} if args.ema_decay else {}
     run.start(student=student, **state, optimizer=optimizer)  # resumed, where that is asked for
     times = step_grid(max(args.student_steps), teacher.shift)[:-1]
-    introduce(run, teacher, student, len(data))
+    introduce(run, teacher, len(data))
     film = film_of_velocities(run, teacher, student, ema)
 
     for step in run.steps():
@@ -411,13 +418,13 @@ def train(args):
 # ---- what the run leaves behind ------------------------------------------------------------------
 
 
-def introduce(run, teacher, student, samples):
+def introduce(run, teacher, samples):
     """Print who is distilled into what, and from how many samples of data."""
     args = run.args
     steps = " or ".join(map(str, args.student_steps))
     text = f"{args.arm}, d_norm {args.d_norm}, {args.derivative}, {samples:,} samples of data, "
     text += f"guidance {args.guidance_vm:g} and {args.guidance_vd:g}, sampled in {steps} step(s)"
-    report.introduce(run, teacher, student, text)
+    report.introduce(run, teacher, teacher.base, text)
 
 
 def film_of_velocities(run, teacher, student, ema):
@@ -479,7 +486,8 @@ def save_student(run, teacher, student, times):
     """student/, and in a student of TRELLIS pipeline_entry.json, by which TRELLIS samples it."""
     scale, folder = run.args.student_guidance, os.path.join(run.folder, "student")
     report.save_student(run, teacher, student, times, guidance_scale=scale)
-    if run.main and hasattr(student, "stage") and run.args.renoise == "ode":
+    whole = not run.args.lora_rank  # TRELLIS reads no adapters
+    if run.main and whole and hasattr(student, "stage") and run.args.renoise == "ode":
         path = os.path.join(os.path.abspath(folder), config_class(teacher.config))
         entry = pipeline_entry(student, path, len(times), teacher.shift, scale)
         save_json(entry, os.path.join(folder, "pipeline_entry.json"))

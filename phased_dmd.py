@@ -41,17 +41,17 @@ levels are spread evenly over a batch, and none is below .02 in the student's tu
 averaged weights, betas and falling rates suit short runs of small networks.
 """
 
-import copy
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.diffusion import expand, shift, step_grid, transition, unshift
-from models.draws import Draws, stable_hash
+from models.draws import Draws
 from models.files import UserError, load_json
 from models.networks import load_network, lora, save_network
 from models.plumbing import report
@@ -70,14 +70,20 @@ from models.plumbing.run import (
 )
 from models.plumbing.teachers import (
     Teacher,
+    average_of,
+    describe_adapters,
     freeze_teacher,
     is_small,
+    load_adapter,
+    load_start,
     network_from,
     read_own_sampler,
+    saved_teacher,
     set_clock,
     start_teacher,
     student_folder,
-    with_step_input,
+    trainable,
+    wrong_base,
 )
 from models.worlds import WORLDS
 from models.worlds.measures import energy_distance
@@ -225,60 +231,12 @@ def sample(experts, diffusion, z, times, cond):
 # ---- experts and phases --------------------------------------------------------------------------
 
 
-class Expert:
-    """One network of the student, or the fake: a full copy, or an adapter on the frozen base."""
-
-    def __init__(self, net, adapter=None):
-        self.net, self.adapter = net, adapter
-
-    def __call__(self, x, t, **cond):
-        if self.adapter:
-            cond = {**cond, "adapter": self.adapter}
-        return self.net(x, t, **cond)
-
-    def parameters(self):
-        if self.adapter:
-            return lora.parameters(self.net, self.adapter)
-        return list(self.net.parameters())
-
-    def requires_grad_(self, on):
-        for p in self.parameters():
-            p.requires_grad_(on)
-
-    def state_dict(self):
-        if self.adapter:
-            return lora.state_dict(self.net, self.adapter)
-        return self.net.state_dict()
-
-    def load_state_dict(self, tensors):
-        if self.adapter:
-            lora.load_state_dict(self.net, self.adapter, tensors)
-        else:
-            self.net.load_state_dict(tensors)
-
-
-def new_expert(args, net, name, rank, step_input=False):
-    """A trainable Expert that starts as net: an adapter of this rank, or a copy where rank is 0.
-
-    The copy is in float32 (of bfloat16 weights, where net has those). step_input: it also takes
-    `steps`.
-    """
-    if rank:
-        torch.manual_seed(stable_hash(args.seed, name))
-        lora.add(net, name, rank, args.lora_alpha)
-        return Expert(net, name)
-    new = copy.deepcopy(net).float()
-    for adapter in lora.names(new):
-        lora.remove(new, adapter)
-    if step_input:
-        new = with_step_input(new)
-    new.requires_grad_(True).gradient_checkpointing = args.gradient_checkpointing
-    return Expert(new)
-
-
 @dataclass
 class Phase:
-    """Phase k of K: what is fixed about it, and its networks."""
+    """Phase k of K: what is fixed about it, and its networks.
+
+    expert, fake and ema are full networks or lora.Adapted, adapters on the frozen base.
+    """
 
     number: int  # k, from 1
     steps: range  # the student's steps that its expert takes
@@ -291,9 +249,9 @@ class Phase:
     init: nn.Module  # what the expert starts from: base, or the network of --student_init
     fake_base: nn.Module  # what the fake starts from: all that is in charge somewhere on (s, 1)
     given: str | None = None  # the adapter of base that the expert begins as (--student_init)
-    expert: Expert | None = None  # stays; all below exists while the phase is being trained
-    fake: Expert | None = None
-    ema: Expert | None = None  # the expert's average, or the expert itself
+    expert: Any = None  # stays; all below exists while the phase is being trained
+    fake: Any = None
+    ema: Any = None  # the expert's average, or the expert itself
     optimizer: torch.optim.Optimizer | None = None
     optimizer_fake: torch.optim.Optimizer | None = None
     see_step: bool = False  # whether the fake is conditioned on the student's step
@@ -353,26 +311,13 @@ def give_starts(args, teacher, phases, device):
     adapter of their base. Raises UserError."""
     loaded = {}
     for phase, source in zip(phases, starting_sources(args.student_init, teacher, phases)):
-        path = lora.adapter_file(source)
-        if args.lora_rank and path is None:
-            raise UserError(
-                f"--student_init {source} starts full experts, not adapters: give --lora_rank 0 "
-                "with it"
-            )
-        if not args.lora_rank:
-            key = source, id(phase.base)
-            if key not in loaded:
-                loaded[key] = network_from(source, teacher, phase.base).to(device)
-            phase.init = loaded[key]
+        if args.lora_rank:
+            phase.given = load_start(args, phase.base, f"expert{phase.number}", source)
             continue
-        phase.given = f"given{phase.number}"
-        try:
-            lora.load(phase.base, phase.given, path)
-        except ValueError as error:
-            raise UserError(f"--student_init: {error}") from None
-        rank = max(a.rank for a in lora.adapters(phase.base, phase.given).values())
-        if rank > args.lora_rank:
-            raise UserError(f"--student_init: {path} has rank {rank}: give --lora_rank {rank}")
+        key = source, id(phase.base)
+        if key not in loaded:
+            loaded[key] = network_from(source, teacher, phase.base).to(device)
+        phase.init = loaded[key]
 
 
 def starting_sources(init, teacher, phases):
@@ -432,17 +377,14 @@ def frozen_teacher(args, device):
     return teacher
 
 
-def start_phase(args, phases, phase, info, tensors):
+def start_phase(args, phases, phase, device, info, tensors):
     """Networks and optimisers of a phase: new ones, or those of the checkpoint.
 
     Expert and fake start from the teacher. info, tensors: see `read_state`.  -> False for a phase
     that was over when the run was interrupted.
     """
     n, resumed = phase.number, info["phase"] + 1
-    phase.expert = new_expert(args, phase.init, f"expert{n}", args.lora_rank)
-    if phase.given:
-        lora.start_from(phase.base, phase.expert.adapter, phase.given)
-        lora.remove(phase.base, phase.given)
+    phase.expert = trainable(args, phase.init, f"expert{n}", device, args.lora_rank)
     before = phases[: n - 1]
     if args.expert_init == "previous" and before and before[-1].base is phase.base:
         phase.expert.load_state_dict(before[-1].expert.state_dict())
@@ -453,12 +395,8 @@ def start_phase(args, phases, phase, info, tensors):
         return False
     phase.start = info["phase_start"] if n == resumed else max(info["step"], phase.start)
     phase.see_step, rank = fake_sees_step(args, phase), args.fake_lora_rank
-    phase.fake = new_expert(args, phase.fake_base, f"fake{n}", rank, phase.see_step)
-    phase.ema = phase.expert
-    if args.ema_decay:
-        phase.ema = new_expert(args, phase.init, f"ema{n}", args.lora_rank)
-        phase.ema.load_state_dict(phase.expert.state_dict())
-        phase.ema.requires_grad_(False)
+    phase.fake = trainable(args, phase.fake_base, f"fake{n}", device, rank, phase.see_step)
+    phase.ema = average_of(args, phase.expert, f"ema{n}")
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     rate, rate_fake = args.learning_rate, args.learning_rate_fake
     phase.optimizer = torch.optim.AdamW(phase.expert.parameters(), lr=rate, **adam)
@@ -478,7 +416,7 @@ def end_phase(args, phase):
         phase.expert.load_state_dict(phase.ema.state_dict())
     phase.expert.requires_grad_(False)
     for net in (phase.fake, phase.ema):
-        if net is not phase.expert and net.adapter:
+        if net is not phase.expert and isinstance(net, lora.Adapted):
             lora.remove(net.net, net.adapter)
     phase.fake = phase.ema = phase.optimizer = phase.optimizer_fake = None
 
@@ -554,7 +492,7 @@ def train(args):
 
     for phase in phases:
         # ---- a new expert and a new fake, both from the teacher; earlier experts are constants
-        if not start_phase(args, phases, phase, info, tensors):
+        if not start_phase(args, phases, phase, run.device, info, tensors):
             continue  # it was over when the run was interrupted
         experts = per_step(phases, [p.expert for p in phases[: phase.number]])
         film = film_of_phase(run, phases, phase, teacher, grid, film)
@@ -681,8 +619,9 @@ def experts_so_far(phases, phase):
 
 def sampler_so_far(run, phases, phase, teacher, grid):
     """The student's sampler during a phase: for later experts the networks they will start from."""
-    later = [Expert(p.init, p.given) for p in phases[phase.number :]]
-    experts = per_step(phases, experts_so_far(phases, phase) + later)
+    later = phases[phase.number :]
+    starts = [lora.Adapted(p.init, p.given) if p.given else p.init for p in later]
+    experts = per_step(phases, experts_so_far(phases, phase) + starts)
     return student_sampler(run, experts, teacher, grid[:-1])
 
 
@@ -721,17 +660,16 @@ def save_student(run, trained, phases, teacher, grid):
     args, folder = run.args, os.path.join(run.folder, "student")
     os.makedirs(folder, exist_ok=True)
     for phase, expert in zip(phases, trained):
-        path, net = os.path.join(folder, weights_name(args, phase)), expert.net
         if args.lora_rank:
             times = " ".join(f"{t:.6g}" for t in grid)
             about = {"expert": f"{phase.number} of {len(phases)}", "times": times}
-            about |= {"method": run.method}
-            save_adapter = lora.save_peft if lora.is_for_peft(net) else lora.save
-            save_adapter(net, expert.adapter, path, about, LORA_DTYPES[args.lora_dtype])
+            report.save_adapter(run, expert, f"expert{phase.number}", **about)
         else:
+            path, config = os.path.join(folder, weights_name(args, phase)), expert.config
             second = side(teacher, phase) == "transformer_2"
-            linear = {k: net.config[k] for k in ("linear_layers", "feature_map") if k in net.config}
-            save_network(net, {**(teacher.config_2 if second else teacher.config), **linear}, path)
+            linear = {k: config[k] for k in ("linear_layers", "feature_map") if k in config}
+            config = {**(teacher.config_2 if second else teacher.config), **linear}
+            save_network(expert, config, path)
     described = [
         {
             "weights": weights_name(args, phase),
@@ -741,23 +679,17 @@ def save_student(run, trained, phases, teacher, grid):
         }
         for phase in phases
     ]
-    base = args.teacher if args.teacher in WORLDS else os.path.abspath(args.teacher)
     more = {"phase_ends": [phase.s for phase in phases], "experts": described}
-    more |= {"lora_rank": args.lora_rank, "base": base, "seed": args.seed}
+    more |= describe_adapters(args, teacher)
     if hasattr(teacher.base, "boundary"):
         more["boundary_ratio"] = boundary_between(teacher, grid)
-    if teacher.loras:
-        more["teacher_lora"] = list(teacher.loras)
     report.save_sampler(run, teacher, grid[:-1], **more)
-
-
-LORA_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def weights_name(args, phase):
     """Where an expert is saved, in student/: a folder, or an adapter's file."""
-    one_file = args.lora_rank and not lora.is_for_peft(phase.init)
-    return f"expert{phase.number}" + (".safetensors" if one_file else "")
+    name = f"expert{phase.number}"
+    return lora.saved_name(phase.init, name) if args.lora_rank else name
 
 
 def boundary_between(teacher, grid):
@@ -836,18 +768,16 @@ def load_student(run):
     args = run.args
     folder, saved, schedule, prediction, own_shift = read_own_sampler(args.sample, run.method)
     refuse(wrong_flags_for(args, folder, saved))
-    args.teacher = args.teacher or saved["base"]
-    args.teacher_lora = args.teacher_lora or saved.get("teacher_lora")
     if saved["lora_rank"]:
         networks, world_name = load_adapters(args, folder, saved, run.device)
     else:
         loaded = [load_network(os.path.join(folder, e["weights"])) for e in saved["experts"]]
         for net, _ in loaded:
             set_clock(net, schedule)
-        networks = [Expert(net.to(run.device)) for net, _ in loaded]
+        networks = [net.to(run.device) for net, _ in loaded]
         world_name = loaded[0][1].get("world")
     like = Teacher(None, None, folder, schedule, prediction, own_shift, world_name, args.sample)
-    like.conditions = Conditions(args, networks[0].net)
+    like.conditions = Conditions(args, networks[0])
     like.shape = tuple(args.sample_shape or saved["sample_shape"])
     counts = [e["steps"] for e in saved["experts"]]
     experts = [net for net, steps in zip(networks, counts) for _ in range(steps)]
@@ -855,29 +785,24 @@ def load_student(run):
 
 
 def load_adapters(args, folder, saved, device):
-    """The saved adapters on the network that they belong to.  -> Experts, the world's name.
+    """The saved adapters on the network that they belong on.  -> Adapted, the world's name.
 
     Raises UserError for a base that they do not fit.
     """
-    args = copy.copy(args)
-    args.seed = saved["seed"]  # the network that stands for a closed-form teacher is fitted with it
-    teacher, networks = frozen_teacher(args, device), []
+    teacher, networks = saved_teacher(args, saved, device, two_networks=True), []
     two = hasattr(teacher.base, "boundary")
     for i, e in enumerate(saved["experts"]):
-        name, net = f"expert{i + 1}", teacher.base
+        net = teacher.base
         if two:
             net = {"transformer": net.high, "transformer_2": net.low}.get(e["network"])
-        try:
-            if (e["network"] is None) == two:
-                kind = "one network" if two else "two networks"
-                raise ValueError(f"{args.teacher} is no teacher of {kind}")
-            path = os.path.join(folder, e["weights"])
-            lora.load(net, name, lora.adapter_file(path) or path)
-        except ValueError as error:
+        if (e["network"] is None) == two:
+            kind = "one network" if two else "two networks"
             raise UserError(
-                f"{error}; the adapters belong on {saved['base']}, name it with --teacher"
-            ) from None
-        networks.append(Expert(net, name))
+                f"{args.teacher or saved['base']} is no teacher of {kind}; the adapters belong on "
+                f"{saved['base']}, name it with --teacher"
+            )
+        path = os.path.join(folder, e["weights"])
+        networks.append(load_adapter(net, f"expert{i + 1}", path, saved))
     return networks, teacher.world_name
 
 
@@ -918,10 +843,7 @@ def presets(known):
         small = is_small_student(student_folder(known.sample))
         shown = {} if small else dict(train_batch_size=1, preview_samples=2)
         return {known.sample: dict(teacher=None, student_steps=None, phases=None, **shown)}
-    released = dict(PRESETS["released"])
-    if known.fake_lora_rank:  # at one rate adapters move far less than full weights
-        released["learning_rate_fake"] = released["learning_rate"]
-    return {**PRESETS, "released": released}
+    return PRESETS
 
 
 def is_small_student(folder):
@@ -944,7 +866,8 @@ def parse_args(argv=None):
                    learning_rate_fake=2e-3, lr_warmup_steps=20, ema_decay=0.99, preview_samples=18)
     paper_values(p, fake_update_ratio="5", adam_betas="0 .999", weight_decay="not stated",
                  learning_rate="5e-5, of adapters", learning_rate_fake="4e-7", ema_decay="0",
-                 lr_decay_share="not stated; here of each phase")
+                 lr_decay_share="not stated; here of each phase", lora_rank="64", lora_alpha="8",
+                 fake_lora_rank="0")
     add = p.method.add_argument
     add("--student_steps", type=number(int, 1), default=4,
         help="N, network calls of the student (paper: 4)")
@@ -965,16 +888,6 @@ def parse_args(argv=None):
     add("--expert_init", choices=["teacher", "previous"], default="teacher",
         help="an expert starts from the teacher (paper), or from the expert before it if that is "
         "of the same network")
-    add("--lora_rank", type=number(int, 0), default=0,
-        help="rank of the experts' adapters (paper: 64); 0 = full copies, which need a far smaller "
-        "learning rate")
-    add("--lora_alpha", type=number(float, above=0), default=8.0,
-        help="alpha of all adapters, their scale is alpha / rank (paper: 8)")
-    add("--lora_dtype", choices=list(LORA_DTYPES), default="float32",
-        help="of the adapter files in student/; bf16 halves them")
-    add("--fake_lora_rank", type=number(int, 0), default=0,
-        help="rank of the fake's adapter, which saves memory, is not conditioned on the step and "
-        "needs the adapters' learning rate; 0 = a full copy (paper)")
     add = p.ablations.add_argument
     add("--no_truncation", action="store_true",
         help="gradient through all steps of the phase (paper: off; with --phases 1 vanilla DMD)")
@@ -1042,7 +955,7 @@ def fitting_shift(N, K, boundary):
 
 def wrong_flags_for(a, folder, saved):
     """The same for --sample: flags that do not go with the saved experts. saved: sampler.json."""
-    times, lora_rank, base = saved["times"], saved["lora_rank"], saved["base"]
+    times, lora_rank = saved["times"], saved["lora_rank"]
     own = {"student_steps": len(times), "phases": len(saved["experts"]),
            "timestep_shift": saved["timestep_shift"]}
     at = ", ".join(f"{t:.4g}" for t in times)
@@ -1058,10 +971,8 @@ def wrong_flags_for(a, folder, saved):
     yield a.teacher and not lora_rank, (
         f"--teacher {a.teacher}: the experts of {folder} are full networks and need none; leave it "
         "out")
-    found = a.teacher or base in WORLDS or os.path.isdir(base)
-    yield lora_rank and not found, (
-        f"the adapters of {folder} belong on {base}, which is not there: name that teacher with "
-        "--teacher")
+    if lora_rank:
+        yield from wrong_base(a, folder, saved)
 # fmt: on
 
 

@@ -38,7 +38,6 @@ of four rows. tau keeps 2 % of its interval off both ends. Fake updates see fres
 gradient is clipped. Optimiser settings and averaged weights suit short runs.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +49,13 @@ from models.plumbing.data import Conditions, try_network
 from models.plumbing.film import film_of_scores
 from models.plumbing.flags import distillation_parser, number, paper_values, parse
 from models.plumbing.run import Run, run_main
-from models.plumbing.teachers import freeze_teacher, start_teacher, starting_network, trainable_copy
+from models.plumbing.teachers import (
+    average_of,
+    freeze_teacher,
+    start_teacher,
+    starting_network,
+    trainable,
+)
 
 # ---- the losses ----------------------------------------------------------------------------------
 #
@@ -383,18 +388,19 @@ def train(args):
     # T = grid[0] > ... > 0 for every K
     grids = {n: trajectory(n, teacher.shift, args.max_time) for n in args.student_steps}
     see_K, of_x_s = sees_K(args, teacher.base), regresses_x_s(args, teacher.prediction)
-    student = trainable_copy(args, starting_network(args, teacher), run.device, see_K)
-    fake = trainable_copy(args, teacher.base, run.device, see_K)
+    start = starting_network(args, teacher)
+    student = trainable(args, start, "student", run.device, args.lora_rank, see_K)
+    fake = trainable(args, teacher.base, "fake", run.device, args.fake_lora_rank, see_K)
     freeze_teacher(args, teacher, run.device)
     try_network(teacher.base, teacher, run.device)
-    ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
+    ema = average_of(args, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
     optimizer_fake = torch.optim.AdamW(fake.parameters(), lr=args.learning_rate_fake, **adam)
     networks = dict(student=student, fake=fake, ema=ema)
     run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
     samplers = student_samplers(run, ema, teacher, grids, see_K, args.renoise)
-    report.introduce(run, teacher, student, describe(args, grids, see_K))
+    report.introduce(run, teacher, teacher.base, describe(args, grids, see_K))
     longest = max(grids)
     film = film_of_scores(run, teacher, samplers[longest], fake, longest if see_K else None)
 
@@ -575,6 +581,12 @@ def wrong_flags(a):
     yield both, "--fake_noise: with --match clean the fake sees noised x anyway; leave it out"
     yield x_s and clean, "--regress x_s: with --match clean x itself is matched; leave it out"
     yield x_s and a.loss == "demo", "--regress x_s: --loss demo is of x; leave one of them out"
+    several = not (a.sample or a.untold) and len(set(a.student_steps)) > 1
+    for flag in ("lora_rank", "fake_lora_rank"):
+        yield several and getattr(a, flag), (
+            f"--{flag} {getattr(a, flag)}: an adapter cannot be conditioned on the number of "
+            f"steps, and --student_steps {' '.join(map(str, a.student_steps))} are several: give "
+            "one of them, or --untold (a penalty in Tab. 5)")
 # fmt: on
 
 

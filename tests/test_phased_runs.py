@@ -72,7 +72,8 @@ class Diary:
         monkeypatch.setattr(phased_dmd, "marginals", lambda *a: None)
         for owner, name, spy in (
             (phased_dmd, "frozen_teacher", self.on_teacher),
-            (phased_dmd, "new_expert", self.on_new_expert),
+            (phased_dmd, "trainable", self.on_made),
+            (phased_dmd, "average_of", self.on_made),
             (phased_dmd, "student_step", self.on_step),
             (phased_dmd, "fake_score_loss", self.on_fake_loss),
             (phased_dmd, "phased_dmd_loss", self.on_student_loss),
@@ -101,9 +102,11 @@ class Diary:
         self.teacher_before = {k: v.clone() for k, v in self.teacher.base.state_dict().items()}
         return self.teacher
 
-    def on_new_expert(self, real, args, net, name, *rest):
-        self.made[name] = real(args, net, name, *rest)
-        return self.made[name]
+    def on_made(self, real, args, net, name, *rest):
+        made = real(args, net, name, *rest)
+        if made is not net:  # an average that is off is the expert itself
+            self.made[name] = made
+        return made
 
     def on_step(self, real, expert, diffusion, x_in, t, t_next, cond):
         x, x0 = real(expert, diffusion, x_in, t, t_next, cond)
@@ -166,7 +169,7 @@ class Diary:
 
     def at(self, update, name):
         """A full network of that name as it was at an update."""
-        net = copy.deepcopy(self.made[name].net).requires_grad_(True)
+        net = copy.deepcopy(self.made[name]).requires_grad_(True)
         net.load_state_dict(update.nets[name])
         return net
 
@@ -347,7 +350,13 @@ def save_adapter(net, path, rank=2, seed=3, **more):
             p += 0.2 * torch.randn(p.shape)
     path.parent.mkdir(exist_ok=True, parents=True)
     lora.save(net, "own", str(path))
-    return phased_dmd.Expert(net, "own")
+    return lora.Adapted(net, "own")
+
+
+def adapter_on(net, name, rank):
+    """A new adapter as a run has them."""
+    lora.add(net, name, rank, alpha=8.0)
+    return lora.Adapted(net, name)
 
 
 @pytest.mark.parametrize("rank", ["0", "2", "5"])
@@ -379,9 +388,7 @@ def test_experts_begin_as_a_lora_file(monkeypatch, tmp_path, capsys, rank):
             if rank == "0":
                 began = diary.at(update, f"expert{k}")
             else:
-                began = phased_dmd.new_expert(
-                    types.SimpleNamespace(seed=0, lora_alpha=8.0), net, f"b{k}", int(rank)
-                )
+                began = adapter_on(net, f"b{k}", int(rank))
                 began.load_state_dict(update.nets[f"expert{k}"])
             torch.testing.assert_close(began(x, t, label=label), want, rtol=1e-4, atol=1e-5)
             assert torch.equal(diary.at(update, f"fake{k}")(x, t, label), bare)
@@ -667,8 +674,7 @@ def test_rates_and_averages_start_again_in_every_phase(monkeypatch, tmp_path, fl
 
     def name_of(expert):
         known = next((n for n, e in diary.made.items() if e is expert), None)
-        bare = expert.net is diary.teacher.base and not expert.adapter
-        return known or ("teacher" if bare else None)
+        return known or ("teacher" if expert is diary.teacher.base else None)
 
     def on_save(real, run, trained, *rest):
         saved.append([name_of(expert) for expert in trained])
@@ -899,7 +905,7 @@ def saved_experts(folder, *bases):
     nets = [copy.deepcopy(bases[0]), copy.deepcopy(bases[-1])]
     for k, net in enumerate(nets, start=1):
         lora.load(net, f"expert{k}", str(folder / "student" / f"expert{k}.safetensors"))
-    return tuple(phased_dmd.Expert(net, f"expert{k}") for k, net in enumerate(nets, start=1))
+    return tuple(lora.Adapted(net, f"expert{k}") for k, net in enumerate(nets, start=1))
 
 
 def flow_sample(experts, z, times, cond):
@@ -1022,7 +1028,7 @@ def test_film_of_the_ring(monkeypatch, tmp_path):
     monkeypatch.setattr(phased_dmd, "marginals", lambda *a: None)
     made, taken, stop = {}, [], [4]
 
-    def on_new_expert(real, args, net, name, *rest):
+    def on_trainable(real, args, net, name, *rest):
         made[name] = real(args, net, name, *rest)
         return made[name]
 
@@ -1043,7 +1049,7 @@ def test_film_of_the_ring(monkeypatch, tmp_path):
             raise InterruptedError
         return real(run, step, **more)
 
-    Diary.wrap(monkeypatch, phased_dmd, "new_expert", on_new_expert)
+    Diary.wrap(monkeypatch, phased_dmd, "trainable", on_trainable)
     Diary.wrap(monkeypatch, Film, "take", on_take)
     Diary.wrap(monkeypatch, Run, "end_step", on_end_step)
     own = "--max_train_steps 6 --train_batch_size 8 --fake_update_ratio 1".split()
@@ -1410,7 +1416,7 @@ def test_nothing_of_a_phase_outlives_it(monkeypatch, tmp_path):
     monkeypatch.setattr(phased_dmd, "marginals", lambda *a: None)
     watched, alive = [], []
 
-    def on_new_expert(real, args, net, name, *rest):
+    def on_made(real, args, net, name, *rest):
         new = real(args, net, name, *rest)
         if name in ("fake1", "ema1"):
             watched.extend(weakref.ref(p) for p in new.parameters())
@@ -1422,7 +1428,8 @@ def test_nothing_of_a_phase_outlives_it(monkeypatch, tmp_path):
             watched.extend(weakref.ref(s["exp_avg"]) for s in optimizer.state.values())
         alive.append(sum(r() is not None for r in watched))
 
-    Diary.wrap(monkeypatch, phased_dmd, "new_expert", on_new_expert)
+    for name in ("trainable", "average_of"):
+        Diary.wrap(monkeypatch, phased_dmd, name, on_made)
     Diary.wrap(monkeypatch, Run, "update", on_update)
     own = (
         "--teacher ring --max_train_steps 4 --train_batch_size 4 --fake_update_ratio 2 "
@@ -1572,8 +1579,7 @@ def test_experts_begin_as_a_pair_of_lora_files(monkeypatch, tmp_path, capsys, ra
         if rank == "0":
             began = diary.at(update, f"expert{k}")
         else:
-            like = types.SimpleNamespace(seed=0, lora_alpha=8.0)
-            began = phased_dmd.new_expert(like, net, "began", int(rank))
+            began = adapter_on(net, "began", int(rank))
             began.load_state_dict(update.nets[f"expert{k}"])
         with torch.no_grad():
             want = start(x, t, text=text)

@@ -106,8 +106,8 @@ class Run:
     def start(self, **state):
         """Resume modules and optimisers by name, prepare the output folder, open the log.
 
-        state: {name: module or optimiser}; what a checkpoint holds. The first module is the one
-        that the module called ema averages. Raises UserError.
+        state: {name: module, lora.Adapted or optimiser}; what a checkpoint holds. The first module
+        is the one that the module called ema averages. Raises UserError.
         """
         first, self.spent = self.resume(**state)
         self.open_folder(first)
@@ -121,8 +121,9 @@ class Run:
         """
         first_name = {id(v): k for k, v in reversed(state.items())}
         state = {k: v for k, v in state.items() if first_name[id(v)] == k}
-        self.modules = {k: v for k, v in state.items() if isinstance(v, nn.Module)}
-        self.optimizers = {k: v for k, v in state.items() if not isinstance(v, nn.Module)}
+        optimizer = torch.optim.Optimizer
+        self.modules = {k: v for k, v in state.items() if not isinstance(v, optimizer)}
+        self.optimizers = {k: v for k, v in state.items() if isinstance(v, optimizer)}
         info, tensors = self.read_state()
         if info is None:
             return 0, 0.0

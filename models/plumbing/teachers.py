@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from models.diffusion import PREDICTIONS, VP, Diffusion, Flow, step_grid
+from models.draws import stable_hash
 from models.files import UserError, load_json
 from models.networks import (
     load_network,
@@ -105,7 +106,11 @@ def network_folder(folder):
 
 def is_small(name):
     """Whether --teacher is a world or one of our own small networks: they share default flags."""
-    config = os.path.join(network_folder(name), "config.json")
+    folder = network_folder(name)
+    config, sampler = (os.path.join(folder, f"{what}.json") for what in ("config", "sampler"))
+    if name not in WORLDS and not os.path.isfile(config) and os.path.isfile(sampler):
+        base = load_json(sampler).get("base", "")  # of a student that is adapters
+        return is_small(base) if base in WORLDS or os.path.isdir(base) else False
     kind = load_json(config).get("_class_name") if os.path.isfile(config) else None
     return name in WORLDS or kind in ("DiT", "RingDiT", "RingMLP")
 
@@ -242,9 +247,10 @@ def set_clock(net, schedule):
 def start_teacher(args, two_networks=False, attention=False):
     """--teacher, with --timestep_shift and --sample_shape if given -> Teacher, without conditions.
 
-    The files of --teacher_lora are merged into it. Make copies of its base before `freeze_teacher`.
-    attention: where the teacher is a closed form, a transformer that is fitted to it takes its
-    place, for a method that replaces the teacher's attention. Raises UserError.
+    The files of --teacher_lora are merged into it. Make copies of its base before `freeze_teacher`,
+    which may round its weights. attention: where the teacher is a closed form, a transformer that
+    is fitted to it takes its place, for a method that replaces the teacher's attention. Raises
+    UserError.
     """
     teacher = load_teacher(args.teacher, two_networks=two_networks)
     if args.teacher_lora:
@@ -297,23 +303,65 @@ def merge_lora(net, source, flag):
     return os.path.abspath(path)
 
 
-def freeze_teacher(args, teacher, device):
-    """Nothing of the teacher is trained; with --mixed_precision bf16 its weights are bfloat16 on a
-    GPU, but for those that the architecture keeps in float32."""
-    if args.mixed_precision == "bf16" and device.type == "cuda":
+def freeze_teacher(args, teacher, device, in_bf16=True):
+    """Nothing of the teacher is trained, but for the adapters that others have on its network.
+
+    With --mixed_precision bf16 its weights are bfloat16 on a GPU, but for those that the
+    architecture keeps in float32. in_bf16: False leaves all of them in float32.
+    """
+    if in_bf16 and args.mixed_precision == "bf16" and device.type == "cuda":
         to_dtype(teacher.net, torch.bfloat16)  # before the move
     for net in (teacher.net, teacher.base):
-        net.to(device).requires_grad_(False).eval()
+        net.to(device).eval()
+        for p in lora.base_parameters(net).values():
+            p.requires_grad_(False)
 
 
 def starting_network(args, teacher):
-    """What the student is a copy of: what --student_init names, or the teacher.
+    """What the student starts from, for `trainable`: what --student_init names, or the teacher.
 
-    Raises UserError.
+    With --lora_rank it is the teacher's network, and a LoRA file becomes an adapter of it, as which
+    the student's begins. Raises UserError.
     """
     if not args.student_init:
         return teacher.base
+    if args.lora_rank:
+        load_start(args, teacher.base, "student", args.student_init)
+        return teacher.base
     return network_from(args.student_init, teacher, teacher.base)
+
+
+def adapter_of(source):
+    """The LoRA file that --student_init means, or None.
+
+    That is a file itself, the one in a folder of peft's, or the adapter that a run of ours left.
+    """
+    for name in ("adapter.safetensors", "adapter"):
+        inside = os.path.join(student_folder(source), name)
+        if os.path.exists(inside):
+            return lora.adapter_file(inside)
+    return lora.adapter_file(source)
+
+
+def load_start(args, net, name, source):
+    """Load a LoRA file of --student_init as the adapter that `trainable` lets `name` begin as.
+
+    -> what it is called in the meantime. Raises UserError.
+    """
+    path, given = adapter_of(source), f"{name}_given"
+    if path is None:
+        raise UserError(
+            f"--student_init {source} starts full networks, not adapters: give --lora_rank 0 with "
+            "it"
+        )
+    try:
+        lora.load(net, given, path)
+    except ValueError as error:
+        raise UserError(f"--student_init: {error}") from None
+    rank = max(a.rank for a in lora.adapters(net, given).values())
+    if rank > args.lora_rank:
+        raise UserError(f"--student_init: {path} has rank {rank}: give --lora_rank {rank}")
+    return given
 
 
 def network_from(source, teacher, base):
@@ -322,11 +370,10 @@ def network_from(source, teacher, base):
     source: a folder with a network of base's architecture, also one with linear attention; or a
     LoRA file, which is merged into a copy of base. Raises UserError.
     """
-    if lora.adapter_file(source):
-        net = copy.deepcopy(base).float()
-        for adapter in lora.names(net):
-            lora.remove(net, adapter)
-        merge_lora(net, source, "--student_init")
+    path = adapter_of(source)
+    if path:
+        net = bare_copy(base)
+        merge_lora(net, path, "--student_init")
         return net
     net, _ = load_network(student_folder(source))
     shapes = [
@@ -343,11 +390,65 @@ def network_from(source, teacher, base):
     return net
 
 
-def trainable_copy(args, net, device, step_input=False):
-    """A copy of net that is trained. step_input: it also takes `steps` (see with_step_input)."""
-    new = with_step_input(net) if step_input else copy.deepcopy(net)
-    new.to(device).requires_grad_(True).train()
-    new.gradient_checkpointing = args.gradient_checkpointing
+# ---- what is trained: copies of networks, or adapters on them. Nothing else copies a network -----
+
+
+def trainable(args, net, name, device, rank=0, step_input=False):
+    """What a script trains, in float32: a copy of net, or where rank > 0 an adapter of net itself.
+
+    A copy is on the device. The adapter is called `name` in net, has no effect at first unless
+    `load_start` gave it one, and comes as a lora.Adapted, which goes to the device with net; net's
+    own weights stay as they are. name: also the key of the seed with which it is drawn. step_input:
+    a copy also takes `steps` (see with_step_input). Raises UserError.
+    """
+    if not rank:
+        new = bare_copy(net)
+        new = with_step_input(new) if step_input else new
+        new.to(device).requires_grad_(True).train()
+        new.gradient_checkpointing = args.gradient_checkpointing
+        return new
+    torch.manual_seed(stable_hash(args.seed, name))
+    lora.add(net, name, rank, args.lora_alpha)
+    given = f"{name}_given"
+    if given in lora.names(net):
+        try:
+            lora.start_from(net, name, given)
+        except ValueError as error:
+            raise UserError(f"--student_init: {error}") from None
+        lora.remove(net, given)
+    net.gradient_checkpointing = args.gradient_checkpointing
+    return lora.Adapted(net, name)
+
+
+def average_of(args, net, name="ema"):
+    """Where the moving average of net's weights is kept, which starts as net; frozen.
+
+    net: of `trainable`. A copy of it, or another adapter, `name`, of the same network; net itself
+    where there is no average (--ema_decay 0).
+    """
+    if not args.ema_decay:
+        return net
+    if isinstance(net, lora.Adapted):
+        lora.twin(net.net, name, net.adapter)
+        twin = lora.Adapted(net.net, name, copy.deepcopy(net.more))
+        return twin.requires_grad_(False).eval()
+    return copy.deepcopy(net).requires_grad_(False).eval()
+
+
+def bare_copy(net):
+    """A copy of a network in float32, without its adapters."""
+    new = to_dtype(copy.deepcopy(net), torch.float32)
+    for adapter in lora.names(new):
+        lora.remove(new, adapter)
+    for place in getattr(new, "self_attentions", ()):
+        place.attends.clear()
+    return new
+
+
+def merged_copy(net):
+    """An Adapted -> a network in float32 with the adapter in its weights, without adapters."""
+    new = bare_copy(net.net)
+    lora.add_to(new, net.net, net.adapter)
     return new
 
 
@@ -447,6 +548,47 @@ def read_sampler(folder):
         raise UserError(
             f"{path} is not a sampler description of ours ({type(e).__name__}: {e})"
         ) from None
+
+
+def describe_adapters(args, teacher):
+    """What sampler.json says of a student that is adapters: which network they belong on."""
+    base = args.teacher if args.teacher in WORLDS else os.path.abspath(args.teacher)
+    loras = {"teacher_lora": list(teacher.loras)} if teacher.loras else {}
+    return {"lora_rank": args.lora_rank, "base": base, "seed": args.seed, **loras}
+
+
+def wrong_base(args, folder, saved):
+    """--teacher with --sample of adapters: pairs (wrong, why). saved: sampler.json of folder."""
+    base = saved["base"]
+    found = args.teacher or base in WORLDS or os.path.isdir(base)
+    why = f"the adapters of {folder} belong on {base}, which is not there: name that teacher with "
+    yield not found, why + "--teacher"
+
+
+def saved_teacher(args, saved, device, two_networks=False):
+    """The frozen teacher that the adapters of a saved student belong on.
+
+    args: flags of --sample, of which --teacher and --teacher_lora may name another place. saved:
+    its sampler.json. Raises UserError.
+    """
+    args = copy.copy(args)
+    args.teacher = args.teacher or saved["base"]
+    args.teacher_lora = args.teacher_lora or saved.get("teacher_lora")
+    args.seed = saved["seed"]  # the network that stands for a closed-form teacher is fitted with it
+    teacher = start_teacher(args, two_networks)
+    freeze_teacher(args, teacher, device)
+    return teacher
+
+
+def load_adapter(net, name, path, saved):
+    """A saved adapter onto its network.  -> Adapted. Raises UserError, also for another network."""
+    try:
+        lora.load(net, name, lora.adapter_file(path) or path)
+    except ValueError as error:
+        raise UserError(
+            f"{error}; the adapters belong on {saved['base']}, name it with --teacher"
+        ) from None
+    return lora.Adapted(net, name)
 
 
 def read_own_sampler(sample, method):
