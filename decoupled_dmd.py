@@ -53,7 +53,7 @@ from models.plumbing.teachers import (
     freeze_teacher,
     start_teacher,
     starting_network,
-    trainable_copy,
+    trainable,
 )
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -271,7 +271,8 @@ def student_input(args, draw, student, teacher, times):
 
 def fake_sees_step(args, net):
     """Whether the fake, a network like net, is conditioned on the student's step (docs/dmd.md)."""
-    return args.student_steps > 1 and not args.shared_fake and "steps_cond" in net.config
+    off = args.shared_fake or args.fake_lora_rank  # it needs a layer that adapters do not have
+    return args.student_steps > 1 and not off and "steps_cond" in net.config
 
 
 def step_input(k, draw, on):
@@ -319,13 +320,14 @@ def train(args):
     diffusion, alpha, ablation = teacher.diffusion, args.guidance_scale, Ablation(args)
     times = step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... > t_N, shifted
     see_step = fake_sees_step(args, teacher.base)
-    student = trainable_copy(run, starting_network(run, teacher))
-    fake = trainable_copy(run, teacher.base, see_step)
+    start = starting_network(run, teacher)
+    student = trainable(run, start, "student", args.lora_rank)
+    fake = trainable(run, teacher.base, "fake", args.fake_lora_rank, see_step)
     freeze_teacher(run, teacher)
     real = real_batches(args, teacher, run.device) if args.gan_weight else None
     features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
     torch.manual_seed(stable_hash(args.seed, "head"))
-    head = run.place(GanHead(features.shape[-1]))
+    head = run.place(GanHead(features.shape[-1]), whole=args.fake_lora_rank > 0)
     ema = average_of(run, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
@@ -335,7 +337,7 @@ def train(args):
     run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
     moments = mean_variance_target(args, teacher.world)
     sampler = student_sampler(run, ema, teacher, times, args.renoise)
-    report.introduce(run, teacher, student, describe(args, times, ablation, see_step))
+    report.introduce(run, teacher, teacher.base, describe(args, times, ablation, see_step))
     trained = fake if ablation.needs_fake else None
     film = film_of_terms(run, teacher, sampler, trained, times if see_step else None)
 

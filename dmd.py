@@ -63,7 +63,7 @@ from models.plumbing.teachers import (
     network_folder,
     start_teacher,
     starting_network,
-    trainable_copy,
+    trainable,
 )
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -201,7 +201,8 @@ def student_input(args, draw, student, teacher, times, real=None):
 
 def fake_sees_step(args, net):
     """Whether the fake, a network like net, is conditioned on the student's step (docs/dmd.md)."""
-    return count_steps(args) > 1 and not args.shared_fake and "steps_cond" in net.config
+    off = args.shared_fake or args.fake_lora_rank  # it needs a layer that adapters do not have
+    return count_steps(args) > 1 and not off and "steps_cond" in net.config
 
 
 def count_steps(args):
@@ -230,13 +231,14 @@ def train(args):
     diffusion, scale = teacher.diffusion, args.guidance_scale
     times = args.student_times or step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... t_N
     see_step = fake_sees_step(args, teacher.base)
-    student = trainable_copy(run, starting_network(run, teacher))
+    start = starting_network(run, teacher)
+    student = trainable(run, start, "student", args.lora_rank)
     fake = starting_fake(run, teacher, see_step)
     freeze_teacher(run, teacher)
     real = real_batches(args, teacher, run.device) if needs_data(args) else None
     features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
     torch.manual_seed(stable_hash(args.seed, "head"))
-    head = run.place(GanHead(features.shape[-1]))
+    head = run.place(GanHead(features.shape[-1]), whole=args.fake_lora_rank > 0)
     ema = average_of(run, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
@@ -246,7 +248,7 @@ def train(args):
     run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
     pairs = teacher_pairs(run, teacher) if args.regression_weight else None
     sampler = student_sampler(run, ema, teacher, times, args.renoise)
-    report.introduce(run, teacher, student, f"{report.steps_at(times)}, {args.renoise}")
+    report.introduce(run, teacher, teacher.base, f"{report.steps_at(times)}, {args.renoise}")
     film = film_of_scores(run, teacher, sampler, fake, len(times) - 1 if see_step else None)
 
     for step in run.steps():
@@ -331,9 +333,11 @@ def starting_fake(run, teacher, see_step):
     """The fake score, a copy of the teacher or of what --fake_init names. Raises UserError.
 
     That is a network, or the newest state of a run, whose fake has followed its student so far. One
-    that was not conditioned on the student's step starts with that input at zero.
+    that was not conditioned on the student's step starts with that input at zero. An adapter starts
+    from the adapter of a run's state.
     """
-    fake, path = trainable_copy(run, teacher.base, see_step), run.args.fake_init
+    args, path, rank = run.args, run.args.fake_init, run.args.fake_lora_rank
+    fake = trainable(run, teacher.base, "fake", rank, see_step)
     if not path:
         return fake
     state = find_state(path, "latest")
@@ -347,17 +351,30 @@ def starting_fake(run, teacher, see_step):
         net = load_network(network_folder(path), place=run.place)[0]
         shapes = {k: tuple(v.shape) for k, v in named_tensors(net, "fake").items()}
     missing = {k for k in own if k not in shapes and not k.startswith("fake.steps.")}
-    if missing or any(k not in own or tuple(own[k].shape) != v for k, v in shapes.items()):
+    other = missing or any(k not in own or own[k].shape != v for k, v in shapes.items())
+    if rank and (other or alpha_of(state) != args.lora_alpha):
+        raise UserError(
+            f"--fake_init {path}: it has no adapter of rank {rank} and alpha {args.lora_alpha:g} "
+            "for the fake: give the run's --fake_lora_rank and --lora_alpha, or leave --fake_init "
+            "out"
+        )
+    if other:
         raise UserError(
             f"--fake_init {path}: it has no fake of this run's shapes: give a network like the "
             "teacher's, or a run from this teacher with as many student steps or one"
         )
     if state:
-        for key in shapes:
-            saved.fill(key, own[key])
+        with torch.no_grad():
+            for key in shapes:
+                saved.fill(key, own[key])
     else:
         copy_weights(fake, net)
     return fake
+
+
+def alpha_of(state):
+    """The --lora_alpha of a run's state folder."""
+    return load_json(os.path.join(state, "state.json"))["flags"].get("lora_alpha")
 
 
 # ---- DMD v1's regression -------------------------------------------------------------------------

@@ -41,6 +41,7 @@ lambda is .001, alpha falls from 4 to 2 (paper: .01, 20 to 2), and released mode
 without rounding (--count soft). The bank is guided, the losses are not.
 """
 
+import copy
 import csv
 import math
 import os
@@ -56,6 +57,7 @@ from kernels.linear_attention import FEATURE_MAPS, LinearAttention, use_linear_a
 from models.diffusion import Flow, add_noise, expand, guide, shift, step_grid
 from models.draws import Draws
 from models.files import UserError, load_json, open_tensors, save_json, save_tensors
+from models.networks import lora
 from models.plumbing import report
 from models.plumbing.data import Bank, Conditions, try_network
 from models.plumbing.film import Film
@@ -64,9 +66,10 @@ from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import (
     average_of,
     freeze_teacher,
+    merged_copy,
     start_teacher,
     starting_network,
-    trainable_copy,
+    trainable,
 )
 
 # ---- the losses. x_t, v_t, g (B, ...), s < t (B,); networks: net(x_t, t, **cond) -> velocity -----
@@ -251,21 +254,44 @@ class MixedAttention(nn.Module):
 
 
 def mix_attention(net, feature_map, r):
-    """Put a MixedAttention into every self-attention layer of net.  -> the list of them."""
-    device = next(net.parameters()).device
-    for place in net.self_attentions:
-        mixed = MixedAttention(place.attend, net.heads, net.head_dim, feature_map, r)
-        place.attend = mixed.to(device)
-    return [place.attend for place in net.self_attentions]
+    """Put a MixedAttention into every self-attention layer of net.  -> the list of them.
 
-
-def convert(net, layers, feature_map):
-    """Leave a network of MixedAttention layers linear attention in `layers` only.  -> net
-
-    Each layer keeps one kind of attention, and the weights of the other are gone. net.config names
-    the linear layers.
+    Of an Adapted they take part in calls with its adapter only, so that the network itself, the
+    teacher, keeps its softmax attention.
     """
-    mixed = [place.attend for place in net.self_attentions]
+    mixed = [
+        MixedAttention(place.attend, net.heads, net.head_dim, feature_map, r)
+        for place in net.self_attentions
+    ]
+    device = next(iter(net.parameters())).device
+    for i, (place, m) in enumerate(zip(net.self_attentions, mixed)):
+        if isinstance(net, lora.Adapted):
+            net.more[str(i)] = m.to(device)
+        else:
+            place.attend = m.to(device)
+    attend_by_adapter(net)
+    return mixed
+
+
+def attend_by_adapter(net):
+    """Let the MixedAttention that an Adapted has be used in calls with its adapter."""
+    if isinstance(net, lora.Adapted):
+        for place, mixed in zip(net.self_attentions, net.more.values()):
+            place.attends[net.adapter] = mixed
+
+
+def convert(run, net, layers, feature_map):
+    """A copy of a network of MixedAttention layers with linear attention in `layers` only.
+
+    Each layer keeps one kind of attention, and the weights of the other are gone. The config of the
+    copy names the linear layers. An adapter is merged into the copy's weights: no other program
+    would know what to do with an adapter that has linear attention.
+    """
+    if isinstance(net, lora.Adapted):
+        mixed, net = list(copy.deepcopy(net.more).values()), merged_copy(run, net)
+    else:
+        net = run.copy_of(net)
+        mixed = [place.attend for place in net.self_attentions]
     use_linear_attention(net, layers, feature_map)
     for i, (place, m) in enumerate(zip(net.self_attentions, mixed)):
         del place.attend  # nn.Module refuses a plain function under a registered module's name
@@ -763,14 +789,15 @@ def train(args):
     refuse(wrong_networks(args, teacher, start))
     teacher.conditions = Conditions(args, teacher.base)
     grid = step_grid(args.sampling_steps, teacher.shift)  # 1 = t_0 > ... > t_K = 0, shifted
-    student = trainable_copy(run, start)
-    mixed = mix_attention(student, args.feature_map, args.r_init)
+    student = trainable(run, start, "student", args.lora_rank)
     critic = None
     if args.objective in ("adm_critic", "dmd"):
-        critic = trainable_copy(run, teacher.base)
+        critic = trainable(run, teacher.base, "critic", args.fake_lora_rank)
     freeze_teacher(run, teacher)
+    mixed = mix_attention(student, args.feature_map, args.r_init)
     try_network(teacher.base, teacher, run.device)
     ema = average_of(run, student)
+    attend_by_adapter(ema)
     optimizer = student_optimizer(args, student, mixed)
     state = dict(student=student, ema=ema, optimizer=optimizer)
     if critic:
@@ -839,13 +866,13 @@ def train(args):
             run.update_ema(ema, student, step)
         film.frame(step)
         if run.end_step(step, show=("loss", "g")):  # True: time to save
-            net = convert(run.copy_of(ema), selection.layers_now(), args.feature_map)
+            net = convert(run, ema, selection.layers_now(), args.feature_map)
             sampler = student_sampler(run, net, teacher, grid)
             report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})
             save_student(run, teacher, net, grid)
             run.save(step)
     # the layers are fixed already, unless the run was cut short while it selected them
-    net = convert(run.copy_of(ema), selection.layers_now(), args.feature_map).eval()
+    net = convert(run, ema, selection.layers_now(), args.feature_map).eval()
     if run.first >= args.max_train_steps:  # a finished run is written out again, perhaps elsewhere
         save_student(run, teacher, net, grid)
     finish(run, teacher, net, grid)

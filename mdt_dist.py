@@ -66,7 +66,7 @@ from models.plumbing.teachers import (
     freeze_teacher,
     start_teacher,
     starting_network,
-    trainable_copy,
+    trainable,
 )
 
 # ---- the losses. x0, z (B, ...), or (M, C) with coords (M, 4) in cond; t (B,) --------------------
@@ -365,8 +365,10 @@ def train(args):
         teacher.conditions = Conditions(args, teacher.base)
     else:
         teacher.conditions = DataConditions(data, data_cond, args.data, teacher.base)
-    student = trainable_copy(run, starting_network(run, teacher))
-    freeze_teacher(run, teacher)
+    start = starting_network(run, teacher)
+    student = trainable(run, start, "student", args.lora_rank)
+    # An adapter's base stays in float32: the derivative is a difference of its outputs.
+    freeze_teacher(run, teacher, in_bf16=not args.lora_rank)
     try_network(teacher.base, teacher, run.device)
     ema = average_of(run, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
@@ -374,7 +376,7 @@ def train(args):
     state = {"ema": ema} if args.ema_decay else {}
     run.start(student=student, **state, optimizer=optimizer)  # resumed, where that is asked for
     times = step_grid(max(args.student_steps), teacher.shift)[:-1]
-    introduce(run, teacher, student, len(data))
+    introduce(run, teacher, len(data))
     film = film_of_velocities(run, teacher, student, ema)
 
     for step in run.steps():
@@ -416,13 +418,13 @@ def train(args):
 # ---- what the run leaves behind ------------------------------------------------------------------
 
 
-def introduce(run, teacher, student, samples):
+def introduce(run, teacher, samples):
     """Print who is distilled into what, and from how many samples of data."""
     args = run.args
     steps = " or ".join(map(str, args.student_steps))
     text = f"{args.arm}, d_norm {args.d_norm}, {args.derivative}, {samples:,} samples of data, "
     text += f"guidance {args.guidance_vm:g} and {args.guidance_vd:g}, sampled in {steps} step(s)"
-    report.introduce(run, teacher, student, text)
+    report.introduce(run, teacher, teacher.base, text)
 
 
 def film_of_velocities(run, teacher, student, ema):
@@ -484,7 +486,8 @@ def save_student(run, teacher, student, times):
     """student/, and in a student of TRELLIS pipeline_entry.json, by which TRELLIS samples it."""
     scale, folder = run.args.student_guidance, os.path.join(run.folder, "student")
     report.save_student(run, teacher, student, times, guidance_scale=scale)
-    if run.main and hasattr(student, "stage") and run.args.renoise == "ode":
+    whole = not run.args.lora_rank  # TRELLIS reads no adapters
+    if run.main and whole and hasattr(student, "stage") and run.args.renoise == "ode":
         path = os.path.join(os.path.abspath(folder), config_class(teacher.config))
         entry = pipeline_entry(student, path, len(times), teacher.shift, scale)
         save_json(entry, os.path.join(folder, "pipeline_entry.json"))

@@ -44,13 +44,14 @@ averaged weights, betas and falling rates suit short runs of small networks.
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.diffusion import expand, shift, step_grid, transition, unshift
-from models.draws import Draws, stable_hash
+from models.draws import Draws
 from models.files import UserError, load_json
 from models.networks import load_network, lora, save_network
 from models.plumbing import report
@@ -61,14 +62,20 @@ from models.plumbing.run import Run, refuse_output_dir, run_main
 from models.plumbing.state import unpack, unpack_optimizer
 from models.plumbing.teachers import (
     Teacher,
+    average_of,
+    describe_adapters,
     freeze_teacher,
     is_small,
+    load_adapter,
+    load_start,
     network_from,
     read_own_sampler,
+    saved_teacher,
     set_clock,
     start_teacher,
     student_folder,
-    trainable_copy,
+    trainable,
+    wrong_base,
 )
 from models.worlds import WORLDS
 from models.worlds.measures import energy_distance
@@ -216,54 +223,12 @@ def sample(experts, diffusion, z, times, cond):
 # ---- experts and phases --------------------------------------------------------------------------
 
 
-class Expert:
-    """One network of the student, or the fake: a full copy, or an adapter on the frozen base."""
-
-    def __init__(self, net, adapter=None):
-        self.net, self.adapter = net, adapter
-
-    def __call__(self, x, t, **cond):
-        if self.adapter:
-            cond = {**cond, "adapter": self.adapter}
-        return self.net(x, t, **cond)
-
-    def parameters(self):
-        if self.adapter:
-            return lora.parameters(self.net, self.adapter)
-        return list(self.net.parameters())
-
-    def requires_grad_(self, on):
-        for p in self.parameters():
-            p.requires_grad_(on)
-
-    def state_dict(self):
-        if self.adapter:
-            return lora.state_dict(self.net, self.adapter)
-        return self.net.state_dict()
-
-    def load_state_dict(self, tensors):
-        if self.adapter:
-            lora.load_state_dict(self.net, self.adapter, tensors)
-        else:
-            self.net.load_state_dict(tensors)
-
-
-def new_expert(run, net, name, rank, step_input=False):
-    """A trainable Expert that starts as net: an adapter of this rank, or a copy where rank is 0.
-
-    The copy is in float32 (of bfloat16 weights, where net has those). step_input: it also takes
-    `steps`.
-    """
-    if rank:
-        torch.manual_seed(stable_hash(run.args.seed, name))
-        lora.add(net, name, rank, run.args.lora_alpha)
-        return Expert(net, name)
-    return Expert(trainable_copy(run, net, step_input).eval())
-
-
 @dataclass
 class Phase:
-    """Phase k of K: what is fixed about it, and its networks."""
+    """Phase k of K: what is fixed about it, and its networks.
+
+    expert, fake and ema are full networks or lora.Adapted, adapters on the frozen base.
+    """
 
     number: int  # k, from 1
     steps: range  # the student's steps that its expert takes
@@ -276,9 +241,9 @@ class Phase:
     init: nn.Module  # what the expert starts from: base, or the network of --student_init
     fake_base: nn.Module  # what the fake starts from: all that is in charge somewhere on (s, 1)
     given: str | None = None  # the adapter of base that the expert begins as (--student_init)
-    expert: Expert | None = None  # stays; all below exists while the phase is being trained
-    fake: Expert | None = None
-    ema: Expert | None = None  # the expert's average, or the expert itself
+    expert: Any = None  # stays; all below exists while the phase is being trained
+    fake: Any = None
+    ema: Any = None  # the expert's average, or the expert itself
     optimizer: torch.optim.Optimizer | None = None
     optimizer_fake: torch.optim.Optimizer | None = None
     see_step: bool = False  # whether the fake is conditioned on the student's step
@@ -339,26 +304,13 @@ def give_starts(run, teacher, phases):
     adapter of their base. Raises UserError."""
     args, loaded = run.args, {}
     for phase, source in zip(phases, starting_sources(args.student_init, teacher, phases)):
-        path = lora.adapter_file(source)
-        if args.lora_rank and path is None:
-            raise UserError(
-                f"--student_init {source} starts full experts, not adapters: give --lora_rank 0 "
-                "with it"
-            )
-        if not args.lora_rank:
-            key = source, id(phase.base)
-            if key not in loaded:
-                loaded[key] = network_from(run, source, teacher, phase.base)
-            phase.init = loaded[key]
+        if args.lora_rank:
+            phase.given = load_start(args, phase.base, f"expert{phase.number}", source)
             continue
-        phase.given = f"given{phase.number}"
-        try:
-            lora.load(phase.base, phase.given, path)
-        except ValueError as error:
-            raise UserError(f"--student_init: {error}") from None
-        rank = max(a.rank for a in lora.adapters(phase.base, phase.given).values())
-        if rank > args.lora_rank:
-            raise UserError(f"--student_init: {path} has rank {rank}: give --lora_rank {rank}")
+        key = source, id(phase.base)
+        if key not in loaded:
+            loaded[key] = network_from(run, source, teacher, phase.base)
+        phase.init = loaded[key]
 
 
 def starting_sources(init, teacher, phases):
@@ -425,10 +377,7 @@ def start_phase(run, phases, phase, info, saved):
     that was over when the run was interrupted.
     """
     args, n, resumed = run.args, phase.number, info["phase"] + 1
-    phase.expert = new_expert(run, phase.init, f"expert{n}", args.lora_rank)
-    if phase.given:
-        lora.start_from(phase.base, phase.expert.adapter, phase.given)
-        lora.remove(phase.base, phase.given)
+    phase.expert = trainable(run, phase.init, f"expert{n}", args.lora_rank)
     before = phases[: n - 1]
     if args.expert_init == "previous" and before and before[-1].base is phase.base:
         phase.expert.load_state_dict(before[-1].expert.state_dict())
@@ -439,12 +388,8 @@ def start_phase(run, phases, phase, info, saved):
         return False
     phase.start = info["phase_start"] if n == resumed else max(info["step"], phase.start)
     phase.see_step, rank = fake_sees_step(args, phase), args.fake_lora_rank
-    phase.fake = new_expert(run, phase.fake_base, f"fake{n}", rank, phase.see_step)
-    phase.ema = phase.expert
-    if args.ema_decay:
-        phase.ema = new_expert(run, phase.init, f"ema{n}", args.lora_rank)
-        phase.ema.load_state_dict(phase.expert.state_dict())
-        phase.ema.requires_grad_(False)
+    phase.fake = trainable(run, phase.fake_base, f"fake{n}", rank, phase.see_step)
+    phase.ema = average_of(run, phase.expert, f"ema{n}")
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     rate, rate_fake = args.learning_rate, args.learning_rate_fake
     phase.optimizer = torch.optim.AdamW(phase.expert.parameters(), lr=rate, **adam)
@@ -464,7 +409,7 @@ def end_phase(args, phase):
         phase.expert.load_state_dict(phase.ema.state_dict())
     phase.expert.requires_grad_(False)
     for net in (phase.fake, phase.ema):
-        if net is not phase.expert and net.adapter:
+        if net is not phase.expert and isinstance(net, lora.Adapted):
             lora.remove(net.net, net.adapter)
     phase.fake = phase.ema = phase.optimizer = phase.optimizer_fake = None
 
@@ -661,8 +606,9 @@ def experts_so_far(phases, phase):
 
 def sampler_so_far(run, phases, phase, teacher, grid):
     """The student's sampler during a phase: for later experts the networks they will start from."""
-    later = [Expert(p.init, p.given) for p in phases[phase.number :]]
-    experts = per_step(phases, experts_so_far(phases, phase) + later)
+    later = phases[phase.number :]
+    starts = [lora.Adapted(p.init, p.given) if p.given else p.init for p in later]
+    experts = per_step(phases, experts_so_far(phases, phase) + starts)
     return student_sampler(run, experts, teacher, grid[:-1])
 
 
@@ -697,21 +643,18 @@ def save_student(run, trained, phases, teacher, grid):
     sampler.json ties them to their steps. trained: the experts so far. All ranks call it.
     """
     args, folder = run.args, os.path.join(run.folder, "student")
-    os.makedirs(folder, exist_ok=True)
     for phase, expert in zip(phases, trained):
-        path, net = os.path.join(folder, weights_name(args, phase)), expert.net
         if args.lora_rank and run.main:
             times = " ".join(f"{t:.6g}" for t in grid)
             about = {"expert": f"{phase.number} of {len(phases)}", "times": times}
-            about |= {"method": run.method}
-            save_adapter = lora.save_peft if lora.is_for_peft(net) else lora.save
-            save_adapter(net, expert.adapter, path, about, LORA_DTYPES[args.lora_dtype])
+            report.save_adapter(run, expert, f"expert{phase.number}", **about)
         elif not args.lora_rank:
+            path, config = os.path.join(folder, weights_name(args, phase)), expert.config
             second = side(teacher, phase) == "transformer_2"
-            linear = {k: net.config[k] for k in ("linear_layers", "feature_map") if k in net.config}
+            linear = {k: config[k] for k in ("linear_layers", "feature_map") if k in config}
             config = {**(teacher.config_2 if second else teacher.config), **linear}
             dtype = report.save_dtype(run, teacher)
-            save_network(net, config, path, dtype=dtype, write=run.main)
+            save_network(expert, config, path, dtype=dtype, write=run.main)
     if not run.main:
         return
     described = [
@@ -723,23 +666,17 @@ def save_student(run, trained, phases, teacher, grid):
         }
         for phase in phases
     ]
-    base = args.teacher if args.teacher in WORLDS else os.path.abspath(args.teacher)
     more = {"phase_ends": [phase.s for phase in phases], "experts": described}
-    more |= {"lora_rank": args.lora_rank, "base": base, "seed": args.seed}
+    more |= describe_adapters(args, teacher)
     if hasattr(teacher.base, "boundary"):
         more["boundary_ratio"] = boundary_between(teacher, grid)
-    if teacher.loras:
-        more["teacher_lora"] = list(teacher.loras)
     report.save_sampler(run, teacher, grid[:-1], **more)
-
-
-LORA_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def weights_name(args, phase):
     """Where an expert is saved, in student/: a folder, or an adapter's file."""
-    one_file = args.lora_rank and not lora.is_for_peft(phase.init)
-    return f"expert{phase.number}" + (".safetensors" if one_file else "")
+    name = f"expert{phase.number}"
+    return lora.saved_name(phase.init, name) if args.lora_rank else name
 
 
 def boundary_between(teacher, grid):
@@ -818,8 +755,6 @@ def load_student(run):
     args = run.args
     folder, saved, schedule, prediction, own_shift = read_own_sampler(args.sample, run.method)
     refuse(wrong_flags_for(args, folder, saved))
-    args.teacher = args.teacher or saved["base"]
-    args.teacher_lora = args.teacher_lora or saved.get("teacher_lora")
     if saved["lora_rank"]:
         networks, world_name = load_adapters(run, folder, saved)
     else:
@@ -827,10 +762,10 @@ def load_student(run):
         loaded = [load_network(path, place=run.place) for path in paths]
         for net, _ in loaded:
             set_clock(net, schedule)
-        networks = [Expert(net) for net, _ in loaded]
+        networks = [net for net, _ in loaded]
         world_name = loaded[0][1].get("world")
     like = Teacher(None, None, folder, schedule, prediction, own_shift, world_name, args.sample)
-    like.conditions = Conditions(args, networks[0].net)
+    like.conditions = Conditions(args, networks[0])
     like.shape = tuple(args.sample_shape or saved["sample_shape"])
     counts = [e["steps"] for e in saved["experts"]]
     experts = [net for net, steps in zip(networks, counts) for _ in range(steps)]
@@ -838,29 +773,25 @@ def load_student(run):
 
 
 def load_adapters(run, folder, saved):
-    """The saved adapters on the network that they belong to.  -> Experts, the world's name.
+    """The saved adapters on the network that they belong on.  -> Adapted, the world's name.
 
     Raises UserError for a base that they do not fit.
     """
-    args = run.args
-    args.seed = saved["seed"]  # the network that stands for a closed-form teacher is fitted with it
-    teacher, networks = frozen_teacher(run), []
+    teacher, networks = saved_teacher(run, saved, two_networks=True), []
     two = hasattr(teacher.base, "boundary")
     for i, e in enumerate(saved["experts"]):
-        name, net = f"expert{i + 1}", teacher.base
+        net = teacher.base
         if two:
             net = {"transformer": net.high, "transformer_2": net.low}.get(e["network"])
-        try:
-            if (e["network"] is None) == two:
-                kind = "one network" if two else "two networks"
-                raise ValueError(f"{args.teacher} is no teacher of {kind}")
-            path = os.path.join(folder, e["weights"])
-            lora.load(net, name, lora.adapter_file(path) or path)
-        except ValueError as error:
+        if (e["network"] is None) == two:
+            kind = "one network" if two else "two networks"
+            given = run.args.teacher or saved["base"]
             raise UserError(
-                f"{error}; the adapters belong on {saved['base']}, name it with --teacher"
-            ) from None
-        networks.append(Expert(net, name))
+                f"{given} is no teacher of {kind}; the adapters belong on {saved['base']}, name it "
+                "with --teacher"
+            )
+        path = os.path.join(folder, e["weights"])
+        networks.append(load_adapter(net, f"expert{i + 1}", path, saved))
     return networks, teacher.world_name
 
 
@@ -901,10 +832,7 @@ def presets(known):
         small = is_small_student(student_folder(known.sample))
         shown = {} if small else dict(train_batch_size=1, preview_samples=2)
         return {known.sample: dict(teacher=None, student_steps=None, phases=None, **shown)}
-    released = dict(PRESETS["released"])
-    if known.fake_lora_rank:  # at one rate adapters move far less than full weights
-        released["learning_rate_fake"] = released["learning_rate"]
-    return {**PRESETS, "released": released}
+    return PRESETS
 
 
 def is_small_student(folder):
@@ -927,7 +855,8 @@ def parse_args(argv=None):
                    learning_rate_fake=2e-3, lr_warmup_steps=20, ema_decay=0.99, preview_samples=18)
     paper_values(p, fake_update_ratio="5", adam_betas="0 .999", weight_decay="not stated",
                  learning_rate="5e-5, of adapters", learning_rate_fake="4e-7", ema_decay="0",
-                 lr_decay_share="not stated; here of each phase")
+                 lr_decay_share="not stated; here of each phase", lora_rank="64", lora_alpha="8",
+                 fake_lora_rank="0")
     add = p.method.add_argument
     add("--student_steps", type=number(int, 1), default=4,
         help="N, network calls of the student (paper: 4)")
@@ -948,16 +877,6 @@ def parse_args(argv=None):
     add("--expert_init", choices=["teacher", "previous"], default="teacher",
         help="an expert starts from the teacher (paper), or from the expert before it if that is "
         "of the same network")
-    add("--lora_rank", type=number(int, 0), default=0,
-        help="rank of the experts' adapters (paper: 64); 0 = full copies, which need a far smaller "
-        "learning rate")
-    add("--lora_alpha", type=number(float, above=0), default=8.0,
-        help="alpha of all adapters, their scale is alpha / rank (paper: 8)")
-    add("--lora_dtype", choices=list(LORA_DTYPES), default="float32",
-        help="of the adapter files in student/; bf16 halves them")
-    add("--fake_lora_rank", type=number(int, 0), default=0,
-        help="rank of the fake's adapter, which saves memory, is not conditioned on the step and "
-        "needs the adapters' learning rate; 0 = a full copy (paper)")
     add = p.ablations.add_argument
     add("--no_truncation", action="store_true",
         help="gradient through all steps of the phase (paper: off; with --phases 1 vanilla DMD)")
@@ -1025,7 +944,7 @@ def fitting_shift(N, K, boundary):
 
 def wrong_flags_for(a, folder, saved):
     """The same for --sample: flags that do not go with the saved experts. saved: sampler.json."""
-    times, lora_rank, base = saved["times"], saved["lora_rank"], saved["base"]
+    times, lora_rank = saved["times"], saved["lora_rank"]
     own = {"student_steps": len(times), "phases": len(saved["experts"]),
            "timestep_shift": saved["timestep_shift"]}
     at = ", ".join(f"{t:.4g}" for t in times)
@@ -1041,10 +960,8 @@ def wrong_flags_for(a, folder, saved):
     yield a.teacher and not lora_rank, (
         f"--teacher {a.teacher}: the experts of {folder} are full networks and need none; leave it "
         "out")
-    found = a.teacher or base in WORLDS or os.path.isdir(base)
-    yield lora_rank and not found, (
-        f"the adapters of {folder} belong on {base}, which is not there: name that teacher with "
-        "--teacher")
+    if lora_rank:
+        yield from wrong_base(a, folder, saved)
 # fmt: on
 
 

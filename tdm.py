@@ -55,7 +55,7 @@ from models.plumbing.teachers import (
     freeze_teacher,
     start_teacher,
     starting_network,
-    trainable_copy,
+    trainable,
 )
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -395,8 +395,9 @@ def train(args):
     # T = grid[0] > ... > 0 for every K
     grids = {n: trajectory(n, teacher.shift, args.max_time) for n in args.student_steps}
     see_K, of_x_s = sees_K(args, teacher.base), regresses_x_s(args, teacher.prediction)
-    student = trainable_copy(run, starting_network(run, teacher), see_K)
-    fake = trainable_copy(run, teacher.base, see_K)
+    start = starting_network(run, teacher)
+    student = trainable(run, start, "student", args.lora_rank, see_K)
+    fake = trainable(run, teacher.base, "fake", args.fake_lora_rank, see_K)
     freeze_teacher(run, teacher)
     try_network(teacher.base, teacher, run.device)
     ema = average_of(run, student)
@@ -406,7 +407,7 @@ def train(args):
     networks = dict(student=student, fake=fake, ema=ema)
     run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
     samplers = student_samplers(run, ema, teacher, grids, see_K, args.renoise)
-    report.introduce(run, teacher, student, describe(args, grids, see_K))
+    report.introduce(run, teacher, teacher.base, describe(args, grids, see_K))
     longest = max(grids)
     film = film_of_scores(run, teacher, samplers[longest], fake, longest if see_K else None)
 
@@ -587,6 +588,12 @@ def wrong_flags(a):
     yield both, "--fake_noise: with --match clean the fake sees noised x anyway; leave it out"
     yield x_s and clean, "--regress x_s: with --match clean x itself is matched; leave it out"
     yield x_s and a.loss == "demo", "--regress x_s: --loss demo is of x; leave one of them out"
+    several = not (a.sample or a.untold) and len(set(a.student_steps)) > 1
+    for flag in ("lora_rank", "fake_lora_rank"):
+        yield several and getattr(a, flag), (
+            f"--{flag} {getattr(a, flag)}: an adapter cannot be conditioned on the number of "
+            f"steps, and --student_steps {' '.join(map(str, a.student_steps))} are several: give "
+            "one of them, or --untold (a penalty in Tab. 5)")
 # fmt: on
 
 

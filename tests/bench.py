@@ -30,6 +30,7 @@ from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from models.files import UserError  # noqa: E402
+from models.networks import lora  # noqa: E402
 from models.plumbing.run import Run, run_main  # noqa: E402
 
 SCRIPTS = "dmd phased_dmd decoupled_dmd tdm linvideo latent_fm mdt_dist".split()
@@ -102,11 +103,11 @@ class Stopwatch:
     def on_start(self, real, run, **state):
         real(run, **state)
         for name, net in state.items():
-            if isinstance(net, nn.Module):
+            if isinstance(net, (nn.Module, lora.Adapted)):
                 self.watch(name, net)
 
-    def on_freeze_teacher(self, real, args, teacher, device):
-        real(args, teacher, device)
+    def on_freeze_teacher(self, real, args, teacher, *rest, **more):
+        real(args, teacher, *rest, **more)
         self.watch("teacher", teacher.net)
 
     def on_start_phase(self, real, args, phases, phase, *rest):
@@ -117,10 +118,10 @@ class Stopwatch:
                 self.watch(name, getattr(phase, name))
         return trained
 
-    def on_expert(self, real, expert, *args, **cond):
-        self.enter(expert)
-        output = real(expert, *args, **cond)
-        self.leave(expert)
+    def on_adapted(self, real, net, *args, **cond):
+        self.enter(net)
+        output = real(net, *args, **cond)
+        self.leave(net)
         return output
 
     def on_backward(self, real, *args, **kwargs):
@@ -169,7 +170,7 @@ def hooked(stopwatch, script):
         (torch.Tensor, "backward", stopwatch.on_backward),
         (script, "freeze_teacher", stopwatch.on_freeze_teacher),
         (script, "start_phase", stopwatch.on_start_phase),
-        (getattr(script, "Expert", None), "__call__", stopwatch.on_expert),
+        (lora.Adapted, "__call__", stopwatch.on_adapted),
     ]
     for target, name, function in places:
         if target and hasattr(target, name):

@@ -23,7 +23,7 @@ from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.networks.wan import WanTransformer3DModel
 from models.networks.z_image import ZImageTransformer2DModel
-from models.plumbing import report, run, teachers
+from models.plumbing import report, run, sharding, teachers
 from models.plumbing.film import Film
 from models.plumbing.run import Run, run_main
 from models.plumbing.state import SavedState
@@ -486,6 +486,19 @@ def save_tiny_pixart(root, variant, class_name="PixArtTransformer2DModel"):
 def read_log(folder):
     with open(Path(folder) / "log.csv", newline="") as f:
         return list(csv.DictReader(f))
+
+
+def alone(args=None):
+    """What functions ask a Run for, of one process on the CPU."""
+    cpu = torch.device("cpu")
+    return types.SimpleNamespace(
+        args=args,
+        main=True,
+        mesh=None,
+        device=cpu,
+        place=lambda net: sharding.place(net, cpu, None),
+        copy_of=lambda net, *how: sharding.copy_of(net, cpu, None, *how),
+    )
 
 
 def saved_tensors(folder):

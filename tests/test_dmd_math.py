@@ -1194,7 +1194,7 @@ def test_regression_pairs_are_teacher_samples(monkeypatch, tmp_path):
     quiet(monkeypatch)
     flags = "--regression_pairs 10 --teacher_steps 4 --train_batch_size 4".split()
     run = run_of(tmp_path / "run", *flags)
-    teacher = start_teacher(run.args)
+    teacher = start_teacher(run)
     teacher.conditions = Conditions(run.args, teacher.base)
     pairs = dmd.teacher_pairs(run, teacher)
     z, y, index = (pairs[name] for name in ("z", "y", "index"))

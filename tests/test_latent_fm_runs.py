@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import read_log, refusal_of
+from helpers import alone, read_log, refusal_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -235,7 +235,7 @@ def test_a_latent_teacher_is_distilled(tmp_path):
     a, b = (load_file(tmp_path / n / "autoencoder" / WEIGHTS) for n in ("teacher", "student"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     args = dmd.parse_args(start)
-    teacher = start_teacher(args)
+    teacher = start_teacher(alone(args))
     data, _ = load_real_data(args, teacher)
     assert teacher.world is load_world("shapes") and teacher.shape == (12, 8, 8)
     assert tuple(data.shape[1:]) == (12, 8, 8) and data.std() == pytest.approx(1, abs=0.1)

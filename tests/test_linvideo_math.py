@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY_WAN, dit_inputs, fill, perturbed, small_dit
+from helpers import TINY_WAN, alone, dit_inputs, fill, perturbed, small_dit
 from numpy.polynomial.hermite_e import hermegauss
 from numpy.polynomial.legendre import leggauss
 from test_dmd_math import close, normal
@@ -514,7 +514,7 @@ def test_convert(case, layers, monkeypatch):
     net, call = case()
     original, mixed = copy.deepcopy(net), mixed_net(net)
     before, out = {k: v.clone() for k, v in net.state_dict().items()}, call(net)
-    student = convert(net, layers, "hedgehog")
+    student = convert(alone(), net, layers, "hedgehog")
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert torch.equal(call(net), out) and "linear_layers" not in net.config
     added = {"linear_layers": layers, "feature_map": "hedgehog"}
@@ -554,7 +554,7 @@ def test_converted_features_other_than_hedgehog(case):
     """They have no weights, and the config records them."""
     net, call = case()
     mix_attention(net, "elu", 0.7)[2].fix(linear=True)
-    student = convert(net, [2], "elu")
+    student = convert(alone(), net, [2], "elu")
     assert student.config["feature_map"] == "elu"
     assert student.self_attentions[2].attend.feature_map == "elu"
     assert not any(".attend." in k for k in student.state_dict())

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import Diary as DmdDiary
 from helpers import (
+    alone,
     assert_bit_equal,
     assert_two_ranks_are_one_process,
     perturbed,
@@ -115,9 +116,9 @@ class Diary:
         self.watch("student", net)
         return real(net, *rest)
 
-    def on_freeze_teacher(self, real, args, teacher, device):
+    def on_freeze_teacher(self, real, run, teacher):
         self.watch("teacher", teacher.net)
-        return real(args, teacher, device)
+        return real(run, teacher)
 
     def on_flow_matching_loss(self, real, net, x0, *rest):
         assert not x0.requires_grad
@@ -1359,7 +1360,7 @@ def test_ranks_share_the_bank_whatever_is_there(tmp_path):
     """
     flags = [*FEW, "--teacher", save_dit(tmp_path / "teacher"), "--bank_batch", "1"]
     args = linvideo.parse_args([*flags, "--output_dir", str(tmp_path / "run")])
-    teacher = teachers.start_teacher(args)
+    teacher = teachers.start_teacher(alone(args))
     teacher.conditions = Conditions(args, teacher.base)
     bank = tmp_path / "run" / "bank"
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from helpers import TINY_PIXART, TINY_Z_IMAGE, dit_inputs, perturbed, small_dit
+from helpers import TINY_PIXART, TINY_Z_IMAGE, alone, dit_inputs, perturbed, small_dit
 from released import pixart_noise, z_image_velocity
 from safetensors.torch import load_file, save_file
 
@@ -809,8 +809,8 @@ def test_every_distillation_script_takes_lora_files(tmp_path, script):
         lora.remove(net, "a")
     flags = ["--teacher", world, "--teacher_lora", paths[0], "--student_init", paths[1]]
     args = importlib.import_module(script).parse_args(flags)
-    teacher = start_teacher(args)
-    start = starting_network(args, teacher)
+    teacher = start_teacher(alone(args))
+    start = starting_network(alone(args), teacher)
     lora.merge_file(net, paths[0])
     for key, v in net.state_dict().items():
         assert torch.equal(v, teacher.net.state_dict()[key])

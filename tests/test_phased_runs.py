@@ -17,6 +17,7 @@ import torch
 from helpers import (
     ENV,
     SUICIDAL,
+    alone,
     assert_bit_equal,
     assert_two_ranks_are_one_process,
     perturbed,
@@ -73,7 +74,8 @@ class Diary:
         monkeypatch.setattr(phased_dmd, "marginals", lambda *a: None)
         for owner, name, spy in (
             (phased_dmd, "frozen_teacher", self.on_teacher),
-            (phased_dmd, "new_expert", self.on_new_expert),
+            (phased_dmd, "trainable", self.on_made),
+            (phased_dmd, "average_of", self.on_made),
             (phased_dmd, "student_step", self.on_step),
             (phased_dmd, "fake_score_loss", self.on_fake_loss),
             (phased_dmd, "phased_dmd_loss", self.on_student_loss),
@@ -102,9 +104,11 @@ class Diary:
         self.teacher_before = {k: v.clone() for k, v in self.teacher.base.state_dict().items()}
         return self.teacher
 
-    def on_new_expert(self, real, args, net, name, *rest):
-        self.made[name] = real(args, net, name, *rest)
-        return self.made[name]
+    def on_made(self, real, args, net, name, *rest):
+        made = real(args, net, name, *rest)
+        if made is not net:  # an average that is off is the expert itself
+            self.made[name] = made
+        return made
 
     def on_step(self, real, expert, diffusion, x_in, t, t_next, cond):
         x, x0 = real(expert, diffusion, x_in, t, t_next, cond)
@@ -167,7 +171,7 @@ class Diary:
 
     def at(self, update, name):
         """A full network of that name as it was at an update."""
-        net = copy.deepcopy(self.made[name].net).requires_grad_(True)
+        net = copy.deepcopy(self.made[name]).requires_grad_(True)
         net.load_state_dict(update.nets[name])
         return net
 
@@ -348,7 +352,13 @@ def save_adapter(net, path, rank=2, seed=3, **more):
             p += 0.2 * torch.randn(p.shape)
     path.parent.mkdir(exist_ok=True, parents=True)
     lora.save(net, "own", str(path))
-    return phased_dmd.Expert(net, "own")
+    return lora.Adapted(net, "own")
+
+
+def adapter_on(net, name, rank):
+    """A new adapter as a run has them."""
+    lora.add(net, name, rank, alpha=8.0)
+    return lora.Adapted(net, name)
 
 
 @pytest.mark.parametrize("rank", ["0", "2", "5"])
@@ -380,9 +390,7 @@ def test_experts_begin_as_a_lora_file(monkeypatch, tmp_path, capsys, rank):
             if rank == "0":
                 began = diary.at(update, f"expert{k}")
             else:
-                began = phased_dmd.new_expert(
-                    types.SimpleNamespace(seed=0, lora_alpha=8.0), net, f"b{k}", int(rank)
-                )
+                began = adapter_on(net, f"b{k}", int(rank))
                 began.load_state_dict(update.nets[f"expert{k}"])
             torch.testing.assert_close(began(x, t, label=label), want, rtol=1e-4, atol=1e-5)
             assert torch.equal(diary.at(update, f"fake{k}")(x, t, label), bare)
@@ -465,7 +473,7 @@ def test_a_teachers_row_is_that_of_its_weights(tmp_path):
     for files in ([], ["one"], ["two"], ["one", "two"], ["two", "one"]):
         paths = [str(tmp_path / f"{name}.safetensors") for name in files]
         own = ["--teacher", "clips", *(["--teacher_lora", *paths] if paths else [])]
-        teacher = teachers.start_teacher(phased_dmd.parse_args(own))
+        teacher = teachers.start_teacher(alone(phased_dmd.parse_args(own)))
         marks.add(teacher.fingerprint())
         assert bool(files) == (teacher.fingerprint() != weights_hash(WORLDS_TEACHER))
     assert len(marks) == 5
@@ -668,8 +676,7 @@ def test_rates_and_averages_start_again_in_every_phase(monkeypatch, tmp_path, fl
 
     def name_of(expert):
         known = next((n for n, e in diary.made.items() if e is expert), None)
-        bare = expert.net is diary.teacher.base and not expert.adapter
-        return known or ("teacher" if bare else None)
+        return known or ("teacher" if expert is diary.teacher.base else None)
 
     def on_save(real, run, trained, *rest):
         saved.append([name_of(expert) for expert in trained])
@@ -900,7 +907,7 @@ def saved_experts(folder, *bases):
     nets = [copy.deepcopy(bases[0]), copy.deepcopy(bases[-1])]
     for k, net in enumerate(nets, start=1):
         lora.load(net, f"expert{k}", str(folder / "student" / f"expert{k}.safetensors"))
-    return tuple(phased_dmd.Expert(net, f"expert{k}") for k, net in enumerate(nets, start=1))
+    return tuple(lora.Adapted(net, f"expert{k}") for k, net in enumerate(nets, start=1))
 
 
 def flow_sample(experts, z, times, cond):
@@ -1023,8 +1030,8 @@ def test_film_of_the_ring(monkeypatch, tmp_path):
     monkeypatch.setattr(phased_dmd, "marginals", lambda *a: None)
     made, taken, stop = {}, [], [4]
 
-    def on_new_expert(real, args, net, name, *rest):
-        made[name] = real(args, net, name, *rest)
+    def on_trainable(real, run, net, name, *rest):
+        made[name] = real(run, net, name, *rest)
         return made[name]
 
     def on_take(real, film, done):
@@ -1044,7 +1051,7 @@ def test_film_of_the_ring(monkeypatch, tmp_path):
             raise InterruptedError
         return real(run, step, **more)
 
-    Diary.wrap(monkeypatch, phased_dmd, "new_expert", on_new_expert)
+    Diary.wrap(monkeypatch, phased_dmd, "trainable", on_trainable)
     Diary.wrap(monkeypatch, Film, "take", on_take)
     Diary.wrap(monkeypatch, Run, "end_step", on_end_step)
     own = "--max_train_steps 6 --train_batch_size 8 --fake_update_ratio 1".split()
@@ -1411,7 +1418,7 @@ def test_nothing_of_a_phase_outlives_it(monkeypatch, tmp_path):
     monkeypatch.setattr(phased_dmd, "marginals", lambda *a: None)
     watched, alive = [], []
 
-    def on_new_expert(real, args, net, name, *rest):
+    def on_made(real, args, net, name, *rest):
         new = real(args, net, name, *rest)
         if name in ("fake1", "ema1"):
             watched.extend(weakref.ref(p) for p in new.parameters())
@@ -1423,7 +1430,8 @@ def test_nothing_of_a_phase_outlives_it(monkeypatch, tmp_path):
             watched.extend(weakref.ref(s["exp_avg"]) for s in optimizer.state.values())
         alive.append(sum(r() is not None for r in watched))
 
-    Diary.wrap(monkeypatch, phased_dmd, "new_expert", on_new_expert)
+    for name in ("trainable", "average_of"):
+        Diary.wrap(monkeypatch, phased_dmd, name, on_made)
     Diary.wrap(monkeypatch, Run, "update", on_update)
     own = (
         "--teacher ring --max_train_steps 4 --train_batch_size 4 --fake_update_ratio 2 "
@@ -1573,8 +1581,7 @@ def test_experts_begin_as_a_pair_of_lora_files(monkeypatch, tmp_path, capsys, ra
         if rank == "0":
             began = diary.at(update, f"expert{k}")
         else:
-            like = types.SimpleNamespace(seed=0, lora_alpha=8.0)
-            began = phased_dmd.new_expert(like, net, "began", int(rank))
+            began = adapter_on(net, "began", int(rank))
             began.load_state_dict(update.nets[f"expert{k}"])
         with torch.no_grad():
             want = start(x, t, text=text)
@@ -1600,7 +1607,7 @@ def test_lora_files_of_a_teacher_with_two_networks(tmp_path, capsys):
         save_adapter(net, tmp_path / f"{i}.safetensors", seed=i)
         lora.merge_file(net, files[-1])
     args.teacher_lora = files
-    teacher = teachers.start_teacher(args, two_networks=True)
+    teacher = teachers.start_teacher(alone(args), two_networks=True)
     for net, side in zip(bases, (teacher.net.high, teacher.net.low)):
         assert_bit_equal(dict(net.state_dict()), dict(side.state_dict()))
     assert teacher.loras == tuple(files)

@@ -5,7 +5,7 @@ The rest is in test_transformers.py and test_pipeline.py.
 
 import pytest
 import torch
-from helpers import PIXART_SCHEDULER, fill, quiet, relative, save_tiny_pixart
+from helpers import PIXART_SCHEDULER, alone, fill, quiet, relative, save_tiny_pixart
 from released import PIXART
 
 import tdm
@@ -19,7 +19,7 @@ from models.plumbing.teachers import (
     load_teacher,
     start_teacher,
     starting_network,
-    trainable_copy,
+    trainable,
 )
 
 TINY, noise = PIXART.tiny, PIXART.reference
@@ -61,9 +61,9 @@ def test_clock_of_another_table_of_betas(tmp_path, monkeypatch):
     out = ["--output_dir", str(tmp_path / "run")]
     tdm.main([*flags, *out, "--max_train_steps", "1", "--train_batch_size", "2"])
     args = tdm.parse_args([*flags, "--student_init", str(tmp_path / "run")])
-    teacher = start_teacher(args)
-    copied = trainable_copy(args, teacher.net, torch.device("cpu"))
-    started = starting_network(args, teacher)
+    teacher = start_teacher(alone(args))
+    copied = trainable(alone(args), teacher.net, "student")
+    started = starting_network(alone(args), teacher)
     again = ["--sample", str(tmp_path / "run"), "--output_dir", str(tmp_path / "samples")]
     sampled = report.load_student(Run(tdm.parse_args([*again, *flags[2:4]]), "tdm"))[0]
     call = PIXART.inputs(teacher.net.config, (4, 4), [3])

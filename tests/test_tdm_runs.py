@@ -11,6 +11,7 @@ import torch
 from helpers import (
     PIXART_SCHEDULER,
     Diary,
+    alone,
     assert_bit_equal,
     one_step,
     perturbed,
@@ -208,7 +209,7 @@ def test_gradients_and_calls(monkeypatch, tmp_path, flags):
     flags, teacher, schedule, shape, classes = setting(tmp_path, flags)
     scale, loss_kind = means.get("scale", 2.5), means.get("loss", "pseudo_huber")
     monkeypatch.setattr(  # the layer that takes K is zero at first, and would hide everything
-        teachers, "with_step_input", lambda net: perturbed(with_step_input(net), seed=1)
+        teachers, "with_step_input", lambda *a: perturbed(with_step_input(*a), seed=1)
     )
     folder = tmp_path / "run"
     own = f"{flags} --seed 2 --ema_decay 0".split()
@@ -351,7 +352,7 @@ def norms_by_step(monkeypatch, folder, flags):
         with monkeypatch.context() as m:
             diary = Diary(m, tdm)
             diary.wrap(m, Draws, "uniform", at_step_k)
-            diary.wrap(m, tdm, "trainable_copy", lambda real, *a: perturbed(real(*a), 7, 0.02))
+            diary.wrap(m, tdm, "trainable", lambda real, *a: perturbed(real(*a), 7, 0.02))
             short = "--max_train_steps 1 --train_batch_size 16 --fake_update_ratio 1"
             out = ["--output_dir", str(folder / str(k))]
             tdm.main([*flags, *short.split(), "--student_steps", "4", *out])
@@ -466,7 +467,7 @@ def test_samples_and_report_by_step_count(monkeypatch, tmp_path, capsys, flags):
 @pytest.mark.parametrize("renoise", ["ode", "sde"])
 def test_sampler_is_ddim_conditioned_on_its_count(renoise):
     """Step by step by hand, n calls for n steps; with "sde" fresh noise instead of the implied."""
-    net, calls = perturbed(with_step_input(ring_network(0))), []
+    net, calls = perturbed(with_step_input(alone(), ring_network(0))), []
     net.register_forward_hook(lambda *a: calls.append(0))
     z, half = torch.randn(5, 2), torch.full((5,), 0.75)
     cond = {"label": torch.arange(5) % 4, "steps": torch.full((5,), 2.0)}

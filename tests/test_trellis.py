@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import fill, read_log, refusal_of, relative, word_tokenizer
+from helpers import alone, fill, read_log, refusal_of, relative, word_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -990,8 +990,11 @@ def test_a_component_is_a_teacher(tmp_path):
         assert teacher.world_name is None and teacher.folder == paths[cls]
         assert teacher.label == f"{cls.__name__.lower()}_fp16"
         assert not is_small(paths[cls])
-        teacher.base, args = teacher.net, types.SimpleNamespace(student_init=paths[cls])
-        student = starting_network(args, teacher)
+        teacher.base, args = (
+            teacher.net,
+            types.SimpleNamespace(student_init=paths[cls], lora_rank=0),
+        )
+        student = starting_network(alone(args), teacher)
         assert student.config == teacher.net.config and student is not teacher.net
     for source, message in (
         (paths[SparseStructureDecoder], "SparseStructureDecoder, which does not denoise"),

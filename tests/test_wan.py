@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from helpers import fill
+from helpers import alone, fill
 from released import WAN
 
 from models.diffusion import Flow
@@ -183,9 +183,11 @@ def test_a_teacher_is_cast_by_the_same_rule(monkeypatch):
     args = types.SimpleNamespace(mixed_precision="bf16")
     teacher = types.SimpleNamespace(net=net, base=net)
     monkeypatch.setattr(type(net), "to", lambda self, device: self)
-    freeze_teacher(args, teacher, torch.device("cpu"))
+    run = alone(args)
+    freeze_teacher(run, teacher)
     assert {p.dtype for p in net.parameters()} == {torch.float32}
-    freeze_teacher(args, teacher, torch.device("cuda"))
+    run.device = torch.device("cuda")
+    freeze_teacher(run, teacher)
     kept = {name for name, p in net.named_parameters() if p.dtype == torch.float32}
     assert kept == kept_by_diffusers(net) and not any(p.requires_grad for p in net.parameters())
 

@@ -25,7 +25,8 @@ where it depends on the config.
     lora_key(name)          name in an adapter file of a layer, or of any module with parameters or
                             parameter that is not called weight or bias (models/networks/lora.py)
     self_attentions         modules, in order, whose attribute `attend(q, k, v)` mixes the tokens
-                            and may be replaced; q, k, v (B, N, heads, head_dim)
+                            and may be replaced; q, k, v (B, N, heads, head_dim). Their dict
+                            `attends` has what replaces it in calls with an adapter, by its name
     heads, head_dim         sizes of each of those
     sparse                  True: samples are points, x is (N, C), and forward also takes `coords`
     uncond_names            of cond_names, those whose unconditional twin is stored and not zeros
@@ -272,13 +273,13 @@ def network_from_config(config, where):
 def to_dtype(net, dtype):
     """Parameters become dtype, those of keep_float32 at least float32.  -> net.
 
-    Buffers keep their dtype, unlike with net.to(dtype). Before net is sharded.
+    Buffers and adapters keep their dtype, unlike with net.to(dtype).
     """
-    keep = set(getattr(net, "keep_float32", ()))
-    for name, p in net.named_parameters():
+    keep, wanted = set(getattr(net, "keep_float32", ())), {}
+    for name, p in lora.base_parameters(net).items():
         kept = not keep.isdisjoint(name.split("."))
-        p.data = p.data.to(torch.promote_types(dtype, torch.float32) if kept else dtype)
-    return net
+        wanted[id(p)] = torch.promote_types(dtype, torch.float32) if kept else dtype
+    return net._apply(lambda x: x.to(wanted.get(id(x), x.dtype)))  # which FSDP2 takes note of
 
 
 def on_cpu(net):

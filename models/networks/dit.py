@@ -108,7 +108,8 @@ class Block(nn.Module):
             lora.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), lora.Linear(4 * dim, dim)
         )
         self.modulation = nn.Linear(cond_dim, 6 * dim)
-        self.attend = attention  # may be replaced, to give this block another attention
+        self.attend = attention  # may be replaced, to give this block another attention, also
+        self.attends = {}  # in calls with an adapter alone: {adapter: module, not a parameter here}
 
     def forward(self, x, c, cos, sin, adapter=None):
         """x (B, N, D), c (B, cond_dim), cos and sin (N, 1, 16) -> (B, N, D)."""
@@ -116,7 +117,8 @@ class Block(nn.Module):
         qkv = self.qkv(modulate(self.norm1(x), shift1, scale1), adapter)  # (B, N, 3 D)
         q, k, v = qkv.unflatten(-1, (3, self.heads, HEAD_DIM)).unbind(2)  # (B, N, H, 32)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        x = x + gate1[:, None] * self.proj(self.attend(q, k, v).flatten(2), adapter)
+        attend = self.attends.get(adapter, self.attend)
+        x = x + gate1[:, None] * self.proj(attend(q, k, v).flatten(2), adapter)
         first, act, second = self.mlp  # one by one: nn.Sequential passes no second argument on
         h = first(modulate(self.norm2(x), shift2, scale2), adapter)
         return x + gate2[:, None] * second(act(h), adapter)

@@ -76,7 +76,8 @@ class Attention(nn.Module):
 
     `attend(q, k, v)` on (B, N, H, D) mixes the tokens and can be replaced in any block, by a
     function or a module: `net.blocks[i].attn1.attend = linear_attention`. It is called with q and
-    k after norm and rotation, and also with the mask, if there is one.
+    k after norm and rotation, and also with the mask, if there is one. attends: {adapter: what
+    takes its place in calls with that adapter}; modules there are not this one's parameters.
     """
 
     def __init__(self, dim, heads, eps=None):
@@ -87,7 +88,7 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (
             nn.Identity() if eps is None else RMSNorm(dim, eps=eps) for _ in range(2)
         )
-        self.attend = attention
+        self.attend, self.attends = attention, {}
 
     def forward(self, h, context, rope=None, adapter=None, mask=None):
         """h (B, N, dim) attends to context (B, M, dim) -> (B, N, dim).
@@ -100,7 +101,8 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k = q.to(v.dtype), k.to(v.dtype)  # rounded once, after norm and rotation
-        out = self.attend(q, k, v) if mask is None else self.attend(q, k, v, mask)
+        attend = self.attends.get(adapter, self.attend)
+        out = attend(q, k, v) if mask is None else attend(q, k, v, mask)
         return self.to_out[0](out.flatten(2), adapter)  # (B, N, dim)
 
 

@@ -9,6 +9,8 @@
     optimizer = torch.optim.AdamW(lora.parameters(net, "student"))
     lora.save(net, "student", "student.safetensors")
 
+An Adapted is the network with one of its adapters, to be called and trained like a network.
+
 The adapter is an argument of every call, which each layer receives. It is not a state of the
 network that is switched between calls: a checkpointed block runs a second time during backward,
 when such a switch would already point to the next adapter, and would then recompute another
@@ -160,6 +162,17 @@ def parameters(net, name):
     return [p for a in adapters(net, name).values() for p in (a.A, a.B)]
 
 
+def twin(net, name, other):
+    """Add adapter `name` with the weights, ranks and strengths of `other`.
+
+    Raises ValueError for a name in use or unusable, and for an unknown other.
+    """
+    _refuse_name(net, name)
+    for key, a in adapters(net, other).items():
+        A, B = a.A.detach().clone(), a.B.detach().clone()
+        _attach(net.get_submodule(key), name, A, B, a.alpha)
+
+
 def state_dict(net, name):
     """{LAYER.A, LAYER.B: tensor} as trained, without alpha / rank: for a run's own state."""
     return {
@@ -174,7 +187,7 @@ def load_state_dict(net, name, tensors):
 
     Raises ValueError for other layers or shapes.
     """
-    own = state_dict(net, name)
+    own = state_dict(net, name)  # shares memory with the adapter
     wrong = sorted(set(own) ^ set(tensors)) or [k for k in own if own[k].shape != tensors[k].shape]
     if wrong:
         raise ValueError(
@@ -224,9 +237,15 @@ def merge(net, name):
 
     Raises ValueError for an unknown name.
     """
-    for key, a in adapters(net, name).items():
-        _add_product(net.get_submodule(key).weight, a.A, a.B, a.scale)
+    add_to(net, net, name)
     remove(net, name)
+
+
+@torch.no_grad()
+def add_to(net, other, name):
+    """Add adapter `name` of another network of this architecture to net's weights, as `merge`."""
+    for key, a in adapters(other, name).items():
+        _add_product(net.get_submodule(key).weight, a.A, a.B, a.scale)
 
 
 def _add_product(W, A, B, scale):
@@ -237,10 +256,72 @@ def _add_product(W, A, B, scale):
     W.copy_(W.to(wide) + scale * (B @ A))
 
 
+def base_parameters(net):
+    """{name: parameter} of a network without those of adapters."""
+    layers = linears(net).values()
+    inside = {id(p) for layer in layers if layer.lora for p in layer.lora.parameters()}
+    return {name: p for name, p in net.named_parameters() if id(p) not in inside}
+
+
 def base_state_dict(net):
     """net.state_dict() without adapters: what a checkpoint of the network itself holds."""
     inside = tuple(f"{key}.lora." for key, layer in linears(net).items() if layer.lora is not None)
     return {k: v for k, v in net.state_dict().items() if not k.startswith(inside)}
+
+
+# ---- an adapted network as one thing -------------------------------------------------------------
+
+
+class Adapted:
+    """A network called with one of its adapters: for a script, a network of its own.
+
+        student = Adapted(net, "student")          # net has that adapter already, see `add`
+        v = student(x, t, label=label)             # net(x, t, label=label, adapter="student")
+        optimizer = torch.optim.AdamW(student.parameters())
+
+    What is trained, frozen, saved and loaded through it is the adapter alone, and `more`, modules
+    {name: module} that take part in calls with this adapter only (linear attention of linvideo.py).
+    The network is frozen, may have other adapters and stays in eval mode. All other attributes,
+    such as config and prediction, are the network's. It is no nn.Module, whose parameters would
+    include the network's.
+    """
+
+    def __init__(self, net, adapter, more=None):
+        self.net, self.adapter, self.more = net, adapter, nn.ModuleDict(more or {})
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # copy and pickle ask for these before there is a network
+            raise AttributeError(name)
+        return getattr(self.net, name)
+
+    def __call__(self, x, t, **cond):
+        return self.net(x, t, **cond, adapter=self.adapter)
+
+    def parameters(self):
+        return [*parameters(self.net, self.adapter), *self.more.parameters()]
+
+    def requires_grad_(self, on=True):
+        for p in self.parameters():
+            p.requires_grad_(on)
+        return self
+
+    def train(self, on=True):
+        self.more.train(on)
+        return self
+
+    def eval(self):
+        return self.train(False)
+
+    def state_dict(self):
+        more = {f"more.{key}": value for key, value in self.more.state_dict().items()}
+        return state_dict(self.net, self.adapter) | more
+
+    def load_state_dict(self, tensors):
+        """Raises ValueError for other layers or shapes, RuntimeError where `more` does not fit."""
+        more = {k.removeprefix("more."): v for k, v in tensors.items() if k.startswith("more.")}
+        own = {k: v for k, v in tensors.items() if not k.startswith("more.")}
+        load_state_dict(self.net, self.adapter, own)
+        self.more.load_state_dict(more)
 
 
 # ---- writing files -------------------------------------------------------------------------------
@@ -293,6 +374,11 @@ def save_peft(net, name, folder, metadata=None, dtype=torch.float32):
 def is_for_peft(net):
     """Whether a network's names in files are peft's: it has no other loader in diffusers."""
     return file_key(net, next(iter(linears(net)))).startswith("base_model.model.")
+
+
+def saved_name(net, name):
+    """What an adapter is saved as, beside others: a folder for peft, or a file."""
+    return name if is_for_peft(net) else f"{name}.safetensors"
 
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -399,8 +485,7 @@ def _read(net, path):
 
     All float32, in the network's order. Raises ValueError and UserError as `load`.
     """
-    own = base_state_dict(net)  # of which buffers cannot be changed
-    shapes = {key: tuple(p.shape) for key, p in net.named_parameters() if key in own}
+    shapes = {key: tuple(p.shape) for key, p in base_parameters(net).items()}
     found, places = {}, _places(net, shapes)
     with open_tensors(path) as f:
         metadata = f.metadata() or {}

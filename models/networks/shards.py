@@ -83,8 +83,10 @@ def blank_copy(net):
     for module in net.modules():
         if "blank" in vars(module):
             known[id(module)] = catch_up(copy.deepcopy(module.blank[0]), module)
-        elif module._modules.get("lora") is not None:
+        if module._modules.get("lora") is not None:
             known[id(module.lora)] = None
+        if "attends" in vars(module):  # of adapters too
+            known[id(module.attends)] = {}
     return known[id(net)] if id(net) in known else copy.deepcopy(net, known)
 
 
@@ -98,7 +100,7 @@ def catch_up(new, net):
     are not sharded, such as a student's linear attention.  -> new."""
     settings = (bool, int, float, str, tuple, list, dict)
     for name, value in vars(net).items():
-        if isinstance(value, settings) and name[0] != "_" and name != "blank":
+        if isinstance(value, settings) and name[0] != "_" and name not in ("blank", "attends"):
             setattr(new, name, copy.deepcopy(value))
     for name, child in net.named_children():
         if name == "lora":

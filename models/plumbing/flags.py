@@ -142,7 +142,35 @@ def add_fake_score_flags(p):
         help="R, fake updates per student update")
     p.optimiser.add_argument("--learning_rate_fake", type=number(float, above=0), default=1.6e-3,
         help="learning rate of the fake score")
+
+
+def add_adapter_flags(p, fake_score=True):
+    """Flags of training adapters on the teacher's network. fake_score: also the fake's."""
+    add = p.method.add_argument
+    add("--lora_rank", type=number(int, 0), default=0,
+        help="rank of the student's adapter, which shares the teacher's frozen network and saves "
+        f"memory; --learning_rate is then {ADAPTER_RATE:g} for released teachers, at lower rates "
+        "adapters hardly move; 0 = full weights")
+    add("--lora_alpha", type=number(float, above=0), default=8.0,
+        help="alpha of all adapters, their scale is alpha / rank")
+    add("--lora_dtype", choices=["float32", "bf16"], default="float32",
+        help="of the adapter files in student/; bf16 halves them")
+    if fake_score:
+        add("--fake_lora_rank", type=number(int, 0), default=0,
+            help="the same for the fake, which is then not conditioned on the step, and for "
+            "--learning_rate_fake; 0 = full weights")
 # fmt: on
+
+ADAPTER_RATE = 5e-5  # Phased DMD's for adapters (2510.27684)
+
+
+def adapter_rates(known):
+    """Default rates {flag: value} of what a released teacher's adapters are trained with.
+
+    known: a first reading of the command line.
+    """
+    ranks = {"learning_rate": "lora_rank", "learning_rate_fake": "fake_lora_rank"}
+    return {flag: ADAPTER_RATE for flag, rank in ranks.items() if getattr(known, rank, 0)}
 
 
 def distillation_parser(description, fake_score=True):
@@ -150,6 +178,7 @@ def distillation_parser(description, fake_score=True):
     p = Parser(description=f"{description} Defaults shown suit the given --teacher.")
     add_run_flags(p)
     add_distillation_flags(p)
+    add_adapter_flags(p, fake_score)
     if fake_score:
         add_fake_score_flags(p)
     return p
@@ -179,7 +208,8 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
     presets: {key: {flag: default}}, or a function that gives such a table, of a first reading of
     argv, where other flags matter too. A key that is the teacher's name stands alone. Our own small
     networks keep the flags' own defaults. For other teachers the following add up, the later the
-    stronger: "released", the teacher's row in releases.py, its network's class, its release's name.
+    stronger: "released", the teacher's row in releases.py, its network's class, its release's name,
+    and the rates of adapters where a rank is given.
     "sample" holds where --sample is given (None: the saved student decides).
     args.settings says in words what a released teacher prescribes. Wrong input ends in one line on
     stderr and exit code 2.
@@ -191,10 +221,11 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
     if start in presets:
         p.set_defaults(**presets[start])
     elif not is_small(start):
-        taken = release_defaults(p, start, presets)
-        p.set_defaults(**{**presets["released"], **taken})
-    if known.sample:
-        p.set_defaults(**presets.get("sample", {}))
+        taken, rates = release_defaults(p, start, presets), adapter_rates(known)
+        taken |= {flag: rate for flag, rate in rates.items() if flag in taken}
+        p.set_defaults(**{**presets["released"], **taken, **rates})
+    if known.sample:  # the saved student names its teacher
+        p.set_defaults(**{"teacher": None, **presets.get("sample", {})})
     args = p.parse_args(argv)
     given = given_flags(p, argv)
     for flag in ("teacher", "data"):

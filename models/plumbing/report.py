@@ -18,18 +18,23 @@ import torch.distributed as dist
 from models.diffusion import ode_calls, step_grid
 from models.draws import Draws
 from models.files import UserError, open_tensors, save_json, save_tensors
-from models.networks import load_network, save_network
+from models.networks import load_network, lora, save_network
 from models.networks.latent_space import space_beside
 from models.pictures import picture, save_gif, save_grid
 from models.plumbing.data import Conditions
+from models.plumbing.flags import refuse
 from models.plumbing.run import peak_memory_mb, refuse_output_dir
 from models.plumbing.teachers import (
     Teacher,
+    describe_adapters,
     describe_schedule,
+    load_adapter,
     read_own_sampler,
+    saved_teacher,
     scheduler_config,
     set_clock,
     student_folder,
+    wrong_base,
 )
 from models.worlds.measures import balanced_labels, moments_distance
 
@@ -141,25 +146,48 @@ def decoded(rows, student, device="cpu"):
 def save_student(run, teacher, net, times, changes=None, **more):
     """student/: the teacher's own layout and config, plus sampler.json and scheduler/.
 
-    All ranks call it, and rank 0 writes. changes: entries of the config that differ from the
+    All ranks call it, and rank 0 writes. Of an Adapted it is the adapter alone, and sampler.json
+    names the network that it belongs on. changes: entries of the config that differ from the
     teacher's. more: further entries of sampler.json. A latent teacher's autoencoder/ comes along.
     """
     folder = os.path.join(run.folder, "student")
-    linear = {k: net.config[k] for k in ("linear_layers", "feature_map") if k in net.config}
-    config = {**teacher.config, **linear, **(changes or {})}
-    save_network(net, config, folder, dtype=save_dtype(run, teacher), write=run.main)
+    adapted = isinstance(net, lora.Adapted)
+    if not adapted:
+        linear = {k: net.config[k] for k in ("linear_layers", "feature_map") if k in net.config}
+        config = {**teacher.config, **linear, **(changes or {})}
+        save_network(net, config, folder, dtype=save_dtype(run, teacher), write=run.main)
     if not run.main:
         return
     space = space_beside(teacher.folder) if teacher.folder else None
     if space:
         space.save(os.path.join(run.folder, "autoencoder"))
-    save_sampler(run, teacher, times, net, **more)
+    if adapted:
+        weights = save_adapter(run, net, "adapter")
+        more = {"weights": weights, **describe_adapters(run.args, teacher), **more}
+    save_sampler(run, teacher, times, net.net if adapted else net, **more)
 
 
 def save_dtype(run, teacher):
-    """--save_dtype, or what the teacher's own files suggest."""
+    """--save_dtype, or what the teacher's own files suggest.  None: as the student is trained."""
     asked = run.args.save_dtype or ("bf16" if teacher.stored_in_bf16 else "float32")
-    return {"float32": None, "bf16": torch.bfloat16}[asked]
+    return torch.bfloat16 if asked == "bf16" else None
+
+
+LORA_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}  # --lora_dtype
+
+
+def save_adapter(run, net, name, **about):
+    """student/NAME.safetensors, or NAME/ for peft, of an Adapted.  -> that file's name.
+
+    about: {str: str} for the header.
+    """
+    saved = lora.saved_name(net.net, name)
+    path = os.path.join(run.folder, "student", saved)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    save = lora.save_peft if lora.is_for_peft(net.net) else lora.save
+    about = {**about, "method": run.method}
+    save(net.net, net.adapter, path, about, LORA_DTYPES[run.args.lora_dtype])
+    return saved
 
 
 def save_sampler(run, teacher, times, net=None, **more):
@@ -189,21 +217,28 @@ def save_sampler(run, teacher, times, net=None, **more):
 
 def load_student(run, conditions_of=Conditions):
     """--sample FOLDER -> its network on the device, its sampler.json, and a Teacher without
-    networks.
+    networks. Adapters come on the network that they belong on.
 
     The latter has the schedule, the sample's shape, the world, and conditions: conditions_of(args,
     net). Raises UserError.
     """
     args = run.args
     folder, sampler, schedule, prediction, shift = read_own_sampler(args.sample, run.method)
-    net, config = load_network(folder, place=run.place)
-    set_clock(net, schedule)
     refuse_output_dir(run.folder, sampling=True)
-    world_name = config.get("world")
+    if sampler.get("lora_rank"):
+        refuse(wrong_base(args, folder, sampler))
+        base = saved_teacher(run, sampler)
+        path = os.path.join(folder, sampler["weights"])
+        net = load_adapter(base.base, "student", path, sampler)
+        config, world_name = base.config, base.world_name
+    else:
+        net, config = load_network(folder, place=run.place)
+        set_clock(net, schedule)
+        world_name = config.get("world")
     like = Teacher(None, config, folder, schedule, prediction, shift, world_name, args.sample)
     like.conditions = conditions_of(args, net)
     like.shape = tuple(args.sample_shape or sampler.get("sample_shape") or net.latent_shape)
-    return net.eval(), sampler, like
+    return net, sampler, like
 
 
 def write_samples(run, teacher, sampler, calls):
@@ -239,7 +274,7 @@ def introduce(run, teacher, net, student):
 
     Before that, what the teacher's release prescribes and what is wrong with it (`flags.parse`).
     """
-    parameters = sum(p.numel() for p in net.parameters())
+    parameters = sum(p.numel() for p in lora.base_parameters(net).values())
     settings = getattr(run.args, "settings", "")
     if settings:
         run.say(settings)

@@ -92,16 +92,18 @@ class Run:
 
     # ---- ranks
 
-    def place(self, net):
+    def place(self, net, whole=False):
         """Memory for a network on this run's device; over several ranks each has a part of it.
 
-        A network on the meta device gets memory without values, another keeps its values.  -> net
+        A network on the meta device gets memory without values, another keeps its values. whole:
+        every rank has all of it, as of adapters, with which it is in one optimiser.  -> net
         """
-        return place(net, self.device, self.mesh)
+        return place(net, self.device, None if whole else self.mesh)
 
-    def copy_of(self, net):
-        """A network with net's weights, in memory of its own, shared out alike."""
-        return copy_of(net, self.device, self.mesh)
+    def copy_of(self, net, dtype=None, change=None):
+        """A network with net's weights, without its adapters, in memory of its own, shared out
+        alike. dtype, change: see `sharding.copy_of`."""
+        return copy_of(net, self.device, self.mesh, dtype, change)
 
     def mean_over_ranks(self, *values):
         """Scalars (tensors or numbers) averaged over ranks.  -> floats, all read at once."""
@@ -120,8 +122,8 @@ class Run:
     def start(self, **state):
         """Resume networks and optimisers by name, prepare the output folder, open the log.
 
-        state: {name: network, adapter or optimiser}; what a checkpoint holds. The first is the one
-        that the one called ema averages. Raises UserError.
+        state: {name: network, lora.Adapted or optimiser}; what a checkpoint holds. The first is the
+        one that the one called ema averages. Raises UserError.
         """
         first, self.spent = self.resume(**state)
         self.open_folder(first)

@@ -101,8 +101,8 @@ def copy_of(net, device, mesh, dtype=None, change=None):
     what is to be filled. -> network
     """
     new = blank_copy(net)
-    if dtype is not None:
-        new.to(dtype)
+    for p in new.parameters() if dtype else ():
+        p.data = p.data.to(dtype)
     new = place(new if change is None else change(new), device, mesh)
     copy_weights(new, net)
     return new

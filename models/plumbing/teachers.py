@@ -5,6 +5,7 @@ of ours or DIR/NAME in TRELLIS's layout. Prediction, betas and shift come from s
 else from the folder's scheduler/, else from the network's class.
 """
 
+import copy
 import hashlib
 import os
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from models.diffusion import PREDICTIONS, VP, Diffusion, Flow, step_grid
+from models.draws import stable_hash
 from models.files import UserError, load_json
 from models.networks import (
     is_stored_in_bf16,
@@ -27,7 +29,6 @@ from models.networks import (
     weights_hash,
 )
 from models.networks.shards import whole_tensor
-from models.plumbing.sharding import copy_of
 from models.worlds import WORLDS, load_world
 from models.worlds.ring import fit_ring_network, fit_ring_transformer
 
@@ -112,7 +113,11 @@ def network_folder(folder):
 
 def is_small(name):
     """Whether --teacher is a world or one of our own small networks: they share default flags."""
-    config = os.path.join(network_folder(name), "config.json")
+    folder = network_folder(name)
+    config, sampler = (os.path.join(folder, f"{what}.json") for what in ("config", "sampler"))
+    if name not in WORLDS and not os.path.isfile(config) and os.path.isfile(sampler):
+        base = load_json(sampler).get("base", "")  # of a student that is adapters
+        return is_small(base) if base in WORLDS or os.path.isdir(base) else False
     kind = load_json(config).get("_class_name") if os.path.isfile(config) else None
     return name in WORLDS or kind in ("DiT", "RingDiT", "RingMLP")
 
@@ -248,16 +253,20 @@ def set_clock(net, schedule):
 # ---- starting from a teacher ---------------------------------------------------------------------
 
 
-def start_teacher(run, two_networks=False, attention=False):
+def start_teacher(run, two_networks=False, attention=False, in_bf16=True):
     """--teacher, with --timestep_shift and --sample_shape if given -> Teacher, without conditions.
 
     It is on the run's device, shared out over its ranks. The files of --teacher_lora are merged
     into it. Make copies of its base before `freeze_teacher`, which may round its weights.
     attention: where the teacher is a closed form, a transformer that is fitted to it takes its
-    place, for a method that replaces the teacher's attention. Raises UserError.
+    place, for a method that replaces the teacher's attention. in_bf16: as there; where nothing is
+    copied its weights are rounded as they are read. Raises UserError.
     """
     args = run.args
-    teacher = load_teacher(args.teacher, two_networks=two_networks, place=run.place)
+    dtype = torch.float32
+    if in_bf16 and rounds_teacher(run) and only_adapters(args):
+        dtype = torch.bfloat16
+    teacher = load_teacher(args.teacher, dtype, two_networks, run.place)
     if args.teacher_lora:
         merge_loras(teacher, args.teacher_lora)
     teacher.base = teacher.net
@@ -308,32 +317,76 @@ def merge_lora(net, source, flag):
     return os.path.abspath(path)
 
 
-def freeze_teacher(run, teacher):
-    """Nothing of the teacher is trained; with --mixed_precision bf16 its weights are bfloat16 on a
-    GPU, but for those that the architecture keeps in float32."""
-    if run.args.mixed_precision == "bf16" and run.device.type == "cuda":
-        net = teacher.net
-        teacher.net = in_bfloat16(run, net)
-        teacher.base = teacher.net if teacher.base is net else teacher.base
+def rounds_teacher(run):
+    """Whether a frozen teacher is kept in bfloat16."""
+    return run.args.mixed_precision == "bf16" and run.device.type == "cuda"
+
+
+def only_adapters(args):
+    """Whether nothing is trained but adapters, so that no copy is made of the teacher's weights."""
+    return bool(getattr(args, "lora_rank", 0) and getattr(args, "fake_lora_rank", 1))
+
+
+def freeze_teacher(run, teacher, in_bf16=True):
+    """Nothing of the teacher is trained, but for the adapters that others have on its network.
+
+    With --mixed_precision bf16 its weights are bfloat16 on a GPU, but for those that the
+    architecture keeps in float32. in_bf16: False leaves all of them in float32.
+    """
+    if in_bf16 and rounds_teacher(run):
+        to_dtype(teacher.net, torch.bfloat16)
     for net in (teacher.net, teacher.base):
-        net.to(run.device).requires_grad_(False).eval()
-
-
-def in_bfloat16(run, net):
-    """net with weights in bfloat16: itself, or where it is shared out a copy in its place."""
-    if run.mesh is None:
-        return to_dtype(net, torch.bfloat16)
-    return copy_of(net, run.device, run.mesh, change=lambda new: to_dtype(new, torch.bfloat16))
+        net.to(run.device).eval()
+        for p in lora.base_parameters(net).values():
+            p.requires_grad_(False)
 
 
 def starting_network(run, teacher):
-    """What the student is a copy of: what --student_init names, or the teacher.
+    """What the student starts from, for `trainable`: what --student_init names, or the teacher.
 
-    Raises UserError.
+    With --lora_rank it is the teacher's network, and a LoRA file becomes an adapter of it, as which
+    the student's begins. Raises UserError.
     """
-    if not run.args.student_init:
+    args = run.args
+    if not args.student_init:
         return teacher.base
-    return network_from(run, run.args.student_init, teacher, teacher.base)
+    if args.lora_rank:
+        load_start(args, teacher.base, "student", args.student_init)
+        return teacher.base
+    return network_from(run, args.student_init, teacher, teacher.base)
+
+
+def adapter_of(source):
+    """The LoRA file that --student_init means, or None.
+
+    That is a file itself, the one in a folder of peft's, or the adapter that a run of ours left.
+    """
+    for name in ("adapter.safetensors", "adapter"):
+        inside = os.path.join(student_folder(source), name)
+        if os.path.exists(inside):
+            return lora.adapter_file(inside)
+    return lora.adapter_file(source)
+
+
+def load_start(args, net, name, source):
+    """Load a LoRA file of --student_init as the adapter that `trainable` lets `name` begin as.
+
+    -> what it is called in the meantime. Raises UserError.
+    """
+    path, given = adapter_of(source), f"{name}_given"
+    if path is None:
+        raise UserError(
+            f"--student_init {source} starts full networks, not adapters: give --lora_rank 0 with "
+            "it"
+        )
+    try:
+        lora.load(net, given, path)
+    except ValueError as error:
+        raise UserError(f"--student_init: {error}") from None
+    rank = max(a.rank for a in lora.adapters(net, given).values())
+    if rank > args.lora_rank:
+        raise UserError(f"--student_init: {path} has rank {rank}: give --lora_rank {rank}")
+    return given
 
 
 def network_from(run, source, teacher, base):
@@ -342,9 +395,10 @@ def network_from(run, source, teacher, base):
     source: a folder with a network of base's architecture, also one with linear attention; or a
     LoRA file, which is merged into a copy of base. Raises UserError.
     """
-    if lora.adapter_file(source):
-        net = copy_of(base, run.device, run.mesh, torch.float32)
-        merge_lora(net, source, "--student_init")
+    path = adapter_of(source)
+    if path:
+        net = run.copy_of(base, torch.float32)
+        merge_lora(net, path, "--student_init")
         return net
     net, _ = load_network(student_folder(source), place=run.place)
     shapes = [
@@ -361,31 +415,70 @@ def network_from(run, source, teacher, base):
     return net
 
 
-def trainable_copy(run, net, step_input=False):
-    """A float32 copy of net that is trained. step_input: it also takes `steps` (B,), through a new
-    layer that is zero at first, so that it begins as the same function."""
-    change = with_step_input if step_input else None
-    new = copy_of(net, run.device, run.mesh, torch.float32, change)
-    if step_input:
-        for p in new.steps.parameters():
-            nn.init.zeros_(p)
-    new.requires_grad_(True).train()
-    new.gradient_checkpointing = run.args.gradient_checkpointing
-    return new
+# ---- what is trained: copies of networks, or adapters on them. Nothing else copies a network -----
 
 
-def average_of(run, net):
-    """Where the moving average of net's weights is kept, which starts as net; frozen. net itself
-    where there is no average (--ema_decay 0)."""
+def trainable(run, net, name, rank=0, step_input=False):
+    """What a script trains, in float32: a copy of net, or where rank > 0 an adapter of net itself.
+
+    The adapter is called `name` in net, has no effect at first unless `load_start` gave it one, and
+    comes as a lora.Adapted; net's own weights stay as they are. name: also the key of the seed with
+    which it is drawn. step_input: a copy also takes `steps` (see with_step_input). Raises
+    UserError.
+    """
+    args = run.args
+    if not rank:
+        new = with_step_input(run, net) if step_input else run.copy_of(net, torch.float32)
+        new.requires_grad_(True).train()
+        new.gradient_checkpointing = args.gradient_checkpointing
+        return new
+    torch.manual_seed(stable_hash(args.seed, name))
+    lora.add(net, name, rank, args.lora_alpha)
+    given = f"{name}_given"
+    if given in lora.names(net):
+        try:
+            lora.start_from(net, name, given)
+        except ValueError as error:
+            raise UserError(f"--student_init: {error}") from None
+        lora.remove(net, given)
+    net.gradient_checkpointing = args.gradient_checkpointing
+    return lora.Adapted(net, name)
+
+
+def average_of(run, net, name="ema"):
+    """Where the moving average of net's weights is kept, which starts as net; frozen.
+
+    net: of `trainable`. A copy of it, or another adapter, `name`, of the same network; net itself
+    where there is no average (--ema_decay 0).
+    """
     if not run.args.ema_decay:
         return net
+    if isinstance(net, lora.Adapted):
+        lora.twin(net.net, name, net.adapter)
+        twin = lora.Adapted(net.net, name, copy.deepcopy(net.more))
+        return twin.requires_grad_(False).eval()
     return run.copy_of(net).requires_grad_(False).eval()
 
 
-def with_step_input(net):
-    """A network like net, without weights, that also takes `steps` (B,)."""
-    with torch.device("meta"):
-        return type(net)(**{**net.config, "steps_cond": True})
+def merged_copy(run, net):
+    """An Adapted -> a network in float32 with the adapter in its weights, without adapters."""
+    new = run.copy_of(net.net, torch.float32)
+    lora.add_to(new, net.net, net.adapter)
+    return new
+
+
+def with_step_input(run, net):
+    """A float32 copy of net that also takes `steps` (B,), through a new layer that is zero at
+    first, so that it begins as the same function."""
+
+    def blank(net):
+        with torch.device("meta"):
+            return type(net)(**{**net.config, "steps_cond": True})
+
+    new = run.copy_of(net, torch.float32, blank)
+    for p in new.steps.parameters():
+        nn.init.zeros_(p)
+    return new
 
 
 # ---- sampler.json and scheduler/: how a saved student samples ------------------------------------
@@ -474,6 +567,48 @@ def read_sampler(folder):
         raise UserError(
             f"{path} is not a sampler description of ours ({type(e).__name__}: {e})"
         ) from None
+
+
+def describe_adapters(args, teacher):
+    """What sampler.json says of a student that is adapters: which network they belong on."""
+    base = args.teacher if args.teacher in WORLDS else os.path.abspath(args.teacher)
+    loras = {"teacher_lora": list(teacher.loras)} if teacher.loras else {}
+    return {"lora_rank": args.lora_rank, "base": base, "seed": args.seed, **loras}
+
+
+def wrong_base(args, folder, saved):
+    """--teacher with --sample of adapters: pairs (wrong, why). saved: sampler.json of folder."""
+    base = saved["base"]
+    found = args.teacher or base in WORLDS or os.path.isdir(base)
+    why = f"the adapters of {folder} belong on {base}, which is not there: name that teacher with "
+    yield not found, why + "--teacher"
+
+
+def saved_teacher(run, saved, two_networks=False):
+    """The frozen teacher that the adapters of a saved student belong on.
+
+    run: with the flags of --sample, of which --teacher and --teacher_lora may name another place.
+    saved: its sampler.json. Raises UserError.
+    """
+    run = copy.copy(run)
+    args = run.args = copy.copy(run.args)
+    args.teacher = args.teacher or saved["base"]
+    args.teacher_lora = args.teacher_lora or saved.get("teacher_lora")
+    args.seed = saved["seed"]  # the network that stands for a closed-form teacher is fitted with it
+    teacher = start_teacher(run, two_networks)
+    freeze_teacher(run, teacher)
+    return teacher
+
+
+def load_adapter(net, name, path, saved):
+    """A saved adapter onto its network.  -> Adapted. Raises UserError, also for another network."""
+    try:
+        lora.load(net, name, lora.adapter_file(path) or path)
+    except ValueError as error:
+        raise UserError(
+            f"{error}; the adapters belong on {saved['base']}, name it with --teacher"
+        ) from None
+    return lora.Adapted(net, name)
 
 
 def read_own_sampler(sample, method):
