@@ -36,7 +36,11 @@ class Watch:
             self.state = state
             self.base = state["student"].net
             self.before = copy.deepcopy(lora.base_state_dict(self.base))
-            self.began = {n: copy.deepcopy(m.state_dict()) for n, m in run.modules.items()}
+            self.began = {
+                n: copy.deepcopy(m.state_dict())
+                for n, m in state.items()
+                if not isinstance(m, torch.optim.Optimizer)
+            }
 
         monkeypatch.setattr(Run, "start", start)
 

@@ -325,7 +325,7 @@ def test_film_of_a_short_run(tmp_path, ring):
         x_t = torch.tensor([[0.3, -0.2], [1.0, 0.5]])
         t, cond = torch.full((2,), 0.4), {"label": torch.zeros(2).long()}
         arrows = [0.6 * mu(x_t, t, cond, cond) - x_t for mu in self.mus]
-        student = copy.deepcopy(self.run.modules["student"])
+        student = copy.deepcopy(self.run.state["student"])
         shown.append((self.teacher.net, student, x_t, t, cond, arrows))
         take(self, done)
 
