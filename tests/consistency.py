@@ -9,7 +9,6 @@ regressed onto f_ema(x_s, s), where x_t is noised data and x_s is one teacher st
 x0 form a flow network has f(x, 0) = x by construction. This needs data, which TDM does not.
 """
 
-import copy
 import os
 import sys
 
@@ -21,7 +20,7 @@ from models.diffusion import ode_step, shift, step_grid, to_x0_eps  # noqa: E402
 from models.plumbing import report  # noqa: E402
 from models.plumbing.data import Conditions, load_data, to_unit  # noqa: E402
 from models.plumbing.run import Run, run_main  # noqa: E402
-from models.plumbing.teachers import freeze_teacher, start_teacher, trainable_copy  # noqa: E402
+from models.plumbing.teachers import average_of, freeze_teacher, start_teacher, trainable  # noqa: E402
 
 LEVELS = 40  # of the teacher's trajectory
 
@@ -47,8 +46,8 @@ def train(args):
     args.ema_decay = args.ema_decay or 0.95  # the target network is a moving average
     teacher = start_teacher(args)
     teacher.conditions = Conditions(args, teacher.base)
-    student = trainable_copy(args, teacher.base, run.device)
-    ema = copy.deepcopy(student).requires_grad_(False)
+    student = trainable(args, teacher.base, "student", run.device)
+    ema = average_of(args, student)
     freeze_teacher(args, teacher, run.device)
     grids = {n: step_grid(n, teacher.shift) for n in args.student_steps}
     data, data_cond, _ = load_data(args.teacher, teacher.shape[-1], seed=args.seed)

@@ -188,8 +188,8 @@ def test_first_gradient_is_that_of_the_draws(monkeypatch, tmp_path, tiny, flags,
         grads.append([p.grad.clone() for p in parameters])
         real_update(run, optimizers, what)
 
-    def freeze(args, teacher, device):
-        freeze_teacher(args, teacher, device)
+    def freeze(args, teacher, device, **more):
+        freeze_teacher(args, teacher, device, **more)
         frozen.append(teacher.net)
 
     monkeypatch.setattr(Run, "update", update)

@@ -19,7 +19,7 @@ from models.plumbing.teachers import (
     load_teacher,
     start_teacher,
     starting_network,
-    trainable_copy,
+    trainable,
 )
 
 TINY, noise = PIXART.tiny, PIXART.reference
@@ -62,7 +62,7 @@ def test_clock_of_another_table_of_betas(tmp_path, monkeypatch):
     tdm.main([*flags, *out, "--max_train_steps", "1", "--train_batch_size", "2"])
     args = tdm.parse_args([*flags, "--student_init", str(tmp_path / "run")])
     teacher = start_teacher(args)
-    copied = trainable_copy(args, teacher.net, torch.device("cpu"))
+    copied = trainable(args, teacher.net, "student", torch.device("cpu"))
     started = starting_network(args, teacher)
     again = ["--sample", str(tmp_path / "run"), "--output_dir", str(tmp_path / "samples")]
     sampled = report.load_student(Run(tdm.parse_args([*again, *flags[2:4]]), "tdm"))[0]

@@ -41,7 +41,7 @@ from models.networks import INDEX, WEIGHTS, load_network, network_config, save_n
 from models.networks.dit import DiT
 from models.networks.wan import WanTransformer3DModel
 from models.plumbing.run import Run, run_main
-from models.plumbing.teachers import read_scheduler, start_teacher, starting_network, trainable_copy
+from models.plumbing.teachers import read_scheduler, start_teacher, starting_network, trainable
 
 TINY_DIT = dict(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=2, num_classes=3)
 SHORT = """--max_train_steps 6 --train_batch_size 4 --teacher_steps 2 --preview_samples 3
@@ -546,7 +546,7 @@ def test_student_of_a_run_is_a_teacher_and_a_start(tmp_path):
     args = dmd.parse_args(flags.split())
     loaded = start_teacher(args)
     student, fake = (
-        trainable_copy(args, net, torch.device("cpu"))
+        trainable(args, net, "student", torch.device("cpu"))
         for net in (starting_network(args, loaded), loaded.base)
     )
     assert_bit_equal(student.state_dict(), of_one)

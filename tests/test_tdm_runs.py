@@ -351,7 +351,7 @@ def norms_by_step(monkeypatch, folder, flags):
         with monkeypatch.context() as m:
             diary = Diary(m, tdm)
             diary.wrap(m, Draws, "uniform", at_step_k)
-            diary.wrap(m, tdm, "trainable_copy", lambda real, *a: perturbed(real(*a), 7, 0.02))
+            diary.wrap(m, tdm, "trainable", lambda real, *a: perturbed(real(*a), 7, 0.02))
             short = "--max_train_steps 1 --train_batch_size 16 --fake_update_ratio 1"
             out = ["--output_dir", str(folder / str(k))]
             tdm.main([*flags, *short.split(), "--student_steps", "4", *out])
