@@ -762,7 +762,7 @@ CASES = [
     ),
     (
         "phased_dmd",
-        "--student_init {} starts full experts, not adapters: give --lora_rank 0 with it",
+        "--student_init {} starts full networks, not adapters: give --lora_rank 0 with it",
         "--student_init TEACHER --lora_rank 2",
         ["--student_init TEACHER --lora_rank 0"],
     ),

@@ -148,7 +148,7 @@ class Diary:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         of_phase = (f"fake{self.phase}", f"ema{self.phase}")
         now = {n: e for n, e in self.made.items() if n.startswith("expert") or n in of_phase}
-        nets = [self.teacher.net, self.teacher.base, *(e.net for e in now.values())]
+        nets = [self.teacher.net, self.teacher.base, *(getattr(e, "net", e) for e in now.values())]
         ids = [id(p) for p in parameters]
         update = types.SimpleNamespace(
             what=what,
@@ -334,7 +334,7 @@ def test_student_init(monkeypatch, tmp_path, capsys):
         says = refusal_of(capsys, phased_dmd.main, *flags, *own)
         assert f"does not have one expert for each of {phases} phases" in says
     says = refusal_of(capsys, phased_dmd.main, *flags, *given, "--lora_rank", "4")
-    assert "starts full experts, not adapters: give --lora_rank 0" in says
+    assert "starts full networks, not adapters: give --lora_rank 0" in says
     wrong = small_dit(dim=64, depth=2)
     save_network(wrong, network_config(wrong), str(tmp_path / "wrong"))
     given = ["--student_init", str(tmp_path / "wrong")]
