@@ -15,16 +15,22 @@ with --frames, and a caption for each of them, through the pipeline's autoencode
 
 The output is what the scripts take as --prompts: one row of "cond.*" for each prompt or image, and
 a single row of "uncond.*". The third form's has "x0" beside, and is what they take as --data, too.
+The first form's has prompts without their padding, in shards beyond --shard_gb (models/prompts.py);
+they go to disk as they are encoded, and the same command goes on with an interrupted one.
 Only the functions here need transformers, which training never imports.
 """
 
 import contextlib
 import functools
+import hashlib
 import html
 import importlib
+import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,30 +38,54 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from models import pairs as pairing
 from models.decode import load, require
-from models.files import UserError, load_json, save_tensors
+from models.files import ROW_TYPES, UserError, load_json, save_tensors
 from models.networks import trellis_path
 from models.networks.trellis import CLIP_WIDTH
 from models.plumbing.flags import Parser, number
 from models.plumbing.run import run_main
+from models.prompts import PromptWriter, is_complete, open_prompts, refuse_other
 
 
-@torch.no_grad()
-def t5_rows(kind, pipeline_folder, prompts, max_length):
-    """Features of prompts (list of str) by the T5 encoder of class `kind`; longer ones are cut.
+class Encoder(NamedTuple):
+    """A text encoder with its tokenizer.
 
-    -> one after the other, text (max_length, D) in the encoder's dtype and mask (max_length,) bool,
-    true for the prompt's tokens, on the CPU. Raises UserError if a library or folder is missing.
+    count(prompts, B of them) -> the tokens of each, a list.
+    features(prompts) -> text (B, L, D) in the encoder's dtype and mask (B, L) bool, true for the
+    prompts' tokens, which come first, on the CPU. Several are padded to the longest of them. None
+    sees the padding or another prompt, so that only the last bits depend on B.
+    """
+
+    count: Callable
+    features: Callable
+
+
+def load_t5(kind, clean, pipeline_folder, max_length):
+    """The T5 encoder of class `kind`. clean: a function of each prompt; longer ones are cut.
+
+    A single prompt is padded to max_length, as in the pipelines. -> Encoder. Raises UserError if a
+    library or folder is missing.
     """
     tokenizer = load("transformers", "AutoTokenizer", pipeline_folder, "tokenizer")
     encoder = load("transformers", kind, pipeline_folder, "text_encoder", dtype="auto")
-    settings = dict(padding="max_length", max_length=max_length, truncation=True)
-    for prompt in prompts:  # one at a time: 512 x 4096 activations through 24 layers
-        tokens = tokenizer([prompt], return_tensors="pt", **settings).to(encoder.device)
-        features = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state  # (1, L, D)
-        yield features[0].cpu(), tokens.attention_mask[0].bool().cpu()
+    tokenizer.padding_side = "right"
+    settings = dict(max_length=max_length, truncation=True)
+
+    def count(prompts):
+        return [len(ids) for ids in tokenizer(list(map(clean, prompts)), **settings).input_ids]
+
+    @torch.no_grad()
+    def features(prompts):
+        padding = "max_length" if len(prompts) == 1 else "longest"
+        texts = list(map(clean, prompts))
+        tokens = tokenizer(texts, padding=padding, return_tensors="pt", **settings)
+        ids, mask = tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)
+        return encoder(ids, mask).last_hidden_state.cpu(), mask.bool().cpu()
+
+    return Encoder(count, features)
 
 
 def together(rows):
@@ -87,11 +117,17 @@ def clean_prompt(text):
     return re.sub(r"\s+", " ", text).strip()
 
 
+def load_wan(pipeline_folder, max_length):
+    """-> Encoder, see `load_t5`."""
+    return load_t5("UMT5EncoderModel", clean_prompt, pipeline_folder, max_length)
+
+
 def wan_rows(pipeline_folder, prompts, max_length):
     """{"text": (max_length, D)} of each prompt, see `encode_wan`."""
-    cleaned = [clean_prompt(prompt) for prompt in prompts]
-    for text, keep in t5_rows("UMT5EncoderModel", pipeline_folder, cleaned, max_length):
-        yield {"text": text.masked_fill(~keep[:, None], 0)}
+    features = load_wan(pipeline_folder, max_length).features
+    for prompt in prompts:
+        text, keep = features([prompt])
+        yield {"text": text[0].masked_fill(~keep[0][:, None], 0)}
 
 
 def encode_wan(pipeline_folder, prompts, negative_prompt=NEGATIVE_PROMPT, max_length=512):
@@ -104,23 +140,45 @@ def encode_wan(pipeline_folder, prompts, negative_prompt=NEGATIVE_PROMPT, max_le
     return together(wan_rows(pipeline_folder, [*prompts, negative_prompt], max_length))
 
 
-def z_image_tokens(tokenizer, prompt, max_length):
-    """A prompt in Qwen3's chat template, at most max_length tokens.  -> input_ids (1, n), ..."""
+def z_image_tokens(tokenizer, prompts, max_length, **settings):
+    """Prompts in Qwen3's chat template, at most max_length tokens each.  -> input_ids, ..."""
     template = dict(tokenize=False, add_generation_prompt=True, enable_thinking=True)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **template)
-    return tokenizer([text], max_length=max_length, truncation=True, return_tensors="pt")
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **template)
+        for prompt in prompts
+    ]
+    return tokenizer(texts, max_length=max_length, truncation=True, **settings)
 
 
-@torch.no_grad()
-def z_image_rows(pipeline_folder, prompts, max_length):
-    """{"text": (n, D), "text_mask": (n,)} of each prompt's n tokens, see `encode_z_image`."""
+def load_z_image(pipeline_folder, max_length):
+    """Qwen3, whose tokens do not see those behind them.  -> Encoder
+
+    Raises UserError if a library or folder is missing.
+    """
     tokenizer = load("transformers", "AutoTokenizer", pipeline_folder, "tokenizer")
     encoder = load("transformers", "AutoModel", pipeline_folder, "text_encoder", dtype="auto")
-    for prompt in prompts:  # one at a time, so there is no padding to mask
-        tokens = z_image_tokens(tokenizer, prompt, max_length).to(encoder.device)
+    tokenizer.padding_side = "right"
+
+    def count(prompts):
+        return [len(ids) for ids in z_image_tokens(tokenizer, prompts, max_length).input_ids]
+
+    @torch.no_grad()
+    def features(prompts):
+        settings = dict(padding=len(prompts) > 1, return_tensors="pt")
+        tokens = z_image_tokens(tokenizer, prompts, max_length, **settings).to(encoder.device)
         output = encoder(tokens.input_ids, tokens.attention_mask, output_hidden_states=True)
-        text = output.hidden_states[-2][0].cpu()  # (n, D), before the last layer
-        yield {"text": text, "text_mask": torch.ones(len(text), dtype=torch.bool)}
+        text = output.hidden_states[-2].cpu()  # (B, L, D), before the last layer
+        return text, tokens.attention_mask.bool().cpu()
+
+    return Encoder(count, features)
+
+
+def z_image_rows(pipeline_folder, prompts, max_length):
+    """{"text": (n, D), "text_mask": (n,)} of each prompt's n tokens, see `encode_z_image`."""
+    features = load_z_image(pipeline_folder, max_length).features
+    for prompt in prompts:
+        text, mask = features([prompt])
+        yield {"text": text[0], "text_mask": mask[0]}
 
 
 def encode_z_image(pipeline_folder, prompts, negative_prompt="", max_length=512):
@@ -134,11 +192,21 @@ def encode_z_image(pipeline_folder, prompts, negative_prompt="", max_length=512)
     return together(z_image_rows(pipeline_folder, [*prompts, negative_prompt], max_length))
 
 
+def load_pixart(pipeline_folder, max_length):
+    """-> Encoder, see `load_t5`."""
+
+    def clean(prompt):
+        return prompt.lower().strip()
+
+    return load_t5("T5EncoderModel", clean, pipeline_folder, max_length)
+
+
 def pixart_rows(pipeline_folder, prompts, max_length):
     """{"text": (max_length, D), "mask": (max_length,)} of each prompt, see `encode_pixart`."""
-    cleaned = [prompt.lower().strip() for prompt in prompts]
-    for text, mask in t5_rows("T5EncoderModel", pipeline_folder, cleaned, max_length):
-        yield {"text": text, "mask": mask}
+    features = load_pixart(pipeline_folder, max_length).features
+    for prompt in prompts:
+        text, mask = features([prompt])
+        yield {"text": text[0], "mask": mask[0]}
 
 
 def encode_pixart(pipeline_folder, prompts, negative_prompt="", max_length=120):
@@ -231,20 +299,20 @@ def encode_trellis_images(folder, dinov2=DINOV2):
 CLIP, CLIP_TOKENS = "openai/clip-vit-large-patch14", 77  # its name, and as many as it has places
 
 
-@torch.no_grad()
-def encode_trellis_text(root, prompts, negative_prompt="", max_length=CLIP_TOKENS, clip=None):
-    """CLIP's tokens of prompts (list of N str), as TrellisTextTo3DPipeline's; longer ones are cut.
-
-    clip: a transformers folder, or a name that is downloaded; None: the one that pipeline.json in
-    root names, else CLIP. Returns {"cond.tokens": (N, max_length, 768), "uncond.tokens": (1,
-    max_length, 768)} on the CPU in float16, the precision in which TRELLIS uses them: all tokens
-    after the model's last norm, also those of the padding, for TRELLIS has no mask. Raises
-    UserError.
-    """
-    library, described = require("transformers"), os.path.join(root, "pipeline.json")
+def clip_name(root, clip=None):
+    """The folder or name of CLIP: clip, else what pipeline.json in root names, else CLIP."""
+    described = os.path.join(root, "pipeline.json")
     if clip is None and os.path.isfile(described):
         clip = load_json(described).get("args", {}).get("text_cond_model")
-    clip = str(clip or CLIP)
+    return str(clip or CLIP)
+
+
+def load_clip(root, max_length, clip=None):
+    """CLIP, which sees its padding: all of max_length tokens count.  -> Encoder
+
+    clip: of `encode_trellis_text`. Raises UserError.
+    """
+    library, clip = require("transformers"), clip_name(root, clip)
     if max_length > CLIP_TOKENS:
         raise UserError(f"--max_length {max_length}: CLIP takes at most {CLIP_TOKENS} tokens")
     try:
@@ -254,10 +322,27 @@ def encode_trellis_text(root, prompts, negative_prompt="", max_length=CLIP_TOKEN
         raise UserError(f"--clip {clip} cannot be loaded: {error}") from None
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     settings = dict(padding="max_length", max_length=max_length, truncation=True)
-    rows = []
-    for prompt in [*prompts, negative_prompt]:
-        ids = tokenizer([prompt], return_tensors="pt", **settings).input_ids
-        rows.append(model(ids.to(model.device)).last_hidden_state.half().cpu())  # (1, L, D)
+
+    @torch.no_grad()
+    def features(prompts):
+        ids = tokenizer(prompts, return_tensors="pt", **settings).input_ids
+        text = model(ids.to(model.device)).last_hidden_state.half().cpu()
+        return text, torch.ones(text.shape[:2], dtype=torch.bool)
+
+    return Encoder(lambda prompts: [max_length] * len(prompts), features)
+
+
+def encode_trellis_text(root, prompts, negative_prompt="", max_length=CLIP_TOKENS, clip=None):
+    """CLIP's tokens of prompts (list of N str), as TrellisTextTo3DPipeline's; longer ones are cut.
+
+    clip: a transformers folder, or a name that is downloaded; None: the one that pipeline.json in
+    root names, else CLIP. Returns {"cond.tokens": (N, max_length, 768), "uncond.tokens": (1,
+    max_length, 768)} on the CPU in float16, the precision in which TRELLIS uses them: all tokens
+    after the model's last norm, also those of the padding, for TRELLIS has no mask. Raises
+    UserError.
+    """
+    features = load_clip(root, max_length, clip).features
+    rows = [features([prompt])[0] for prompt in [*prompts, negative_prompt]]  # each (1, L, D)
     return {"cond.tokens": torch.cat(rows[:-1]), "uncond.tokens": rows[-1]}
 
 
@@ -331,23 +416,6 @@ def settings_of(folder, negative_prompt=None, max_length=None, clip=None):
     return encode, negative_prompt, max_length
 
 
-def encode_text(folder, prompts_txt, negative_prompt=None, max_length=None, clip=None):
-    """Features of a text file's prompts, by the class of the teacher; None is that class's default.
-
-    clip: of `encode_trellis_text`. Raises UserError for a folder or file that does not fit.
-    """
-    encode, *settings = settings_of(folder, negative_prompt, max_length, clip)
-    try:
-        lines = Path(prompts_txt).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --prompts_txt {prompts_txt} as UTF-8: {error}") from None
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompts_txt {prompts_txt} holds no prompt; write one prompt a line")
-    with blamed_on(folder):
-        return encode(folder, prompts, *settings)
-
-
 @contextlib.contextmanager
 def blamed_on(folder):
     """Errors inside are those of a folder with an incomplete tokenizer, text_encoder or vae."""
@@ -355,6 +423,131 @@ def blamed_on(folder):
         yield
     except (OSError, ValueError) as error:
         raise UserError(f"--teacher {folder}: {error}") from None
+
+
+# ---- prompts to disk -----------------------------------------------------------------------------
+
+
+class Stored(NamedTuple):
+    """How the prompts of a text encoder are stored; models/prompts.py has the file.
+
+    load(folder, max_length) -> Encoder. name, mask: the network's inputs, mask "" where it takes
+    none. full: whether a batch has max_length tokens, and not those of the longest prompt.
+    """
+
+    load: Callable
+    name: str
+    mask: str
+    full: bool
+
+
+# What T5 makes of PixArt's padding is left out: the network's mask gives it no weight at all.
+STORED = {
+    encode_wan: Stored(load_wan, "text", "", True),
+    encode_z_image: Stored(load_z_image, "text", "text_mask", False),
+    encode_pixart: Stored(load_pixart, "text", "mask", True),
+    encode_trellis_text: Stored(load_clip, "tokens", "", True),
+}
+SHARD_GB = 5.0  # as in diffusers
+
+
+def read_prompts(prompts_txt):
+    """The lines of a text file that are not blank -> list of str. Raises UserError."""
+    try:
+        lines = Path(prompts_txt).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --prompts_txt {prompts_txt} as UTF-8: {error}") from None
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts_txt {prompts_txt} holds no prompt; write one prompt a line")
+    return prompts
+
+
+def fingerprint_of(prompts, settings, folders):
+    """A hash of prompts, settings and text encoder, equal where a file may be gone on with.
+
+    settings: what JSON can hold. folders: of the tokenizer and encoder; of each file, the name,
+    the size, and the first and last megabyte.
+    """
+    found = hashlib.sha256(json.dumps([prompts, settings]).encode())
+    for folder in map(Path, folders):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            size = path.stat().st_size
+            found.update(f"{path.relative_to(folder)} {size} ".encode())
+            with open(path, "rb") as f:
+                found.update(f.read(2**20))
+                f.seek(max(0, size - 2**20))
+                found.update(f.read())
+    return found.hexdigest()[:32]
+
+
+def encode_text(args):
+    """--prompts_txt: write --output, or go on with it.  -> {name: shape and dtype}
+
+    Prompts are counted first, then encoded --batch_size at a time, each batch to disk before the
+    next. Raises UserError for a folder or file that does not fit.
+    """
+    chosen = args.negative_prompt, args.max_length, args.clip
+    encode, negative, max_length = settings_of(args.teacher, *chosen)
+    prompts = read_prompts(args.prompts_txt)
+    stored = STORED[getattr(encode, "func", encode)]
+    shard_gb, folders = args.shard_gb or SHARD_GB, ["tokenizer", "text_encoder"]
+    folders = [os.path.join(args.teacher, name) for name in folders]
+    settings = [stored[1:], negative, max_length, shard_gb]
+    load_encoder = stored.load
+    if load_encoder is load_clip:
+        clip = clip_name(args.teacher, args.clip)
+        folders = [clip] if os.path.isdir(clip) else []
+        settings += [] if folders else [clip]
+        load_encoder = functools.partial(load_clip, clip=clip)
+    fingerprint = fingerprint_of(prompts, settings, folders)
+    if is_complete(args.output, fingerprint):
+        print(
+            f"{args.output} is there already, of the same prompts and settings: remove it to "
+            "encode them again"
+        )
+        return stored_shapes(args.output)
+    refuse_other(args.output, fingerprint)
+    with blamed_on(args.teacher):
+        encoder = load_encoder(args.teacher, max_length)
+        batches = tqdm(range(0, len(prompts), 1024), desc="tokens", leave=False, delay=2)
+        lengths = [n for i in batches for n in encoder.count(prompts[i : i + 1024])]
+        text, mask = encoder.features([negative])
+    null = text[0][mask[0]]
+    padded_to = max_length if stored.full else max(len(null), *lengths)
+    metadata = {"padded_to": str(padded_to), "mask": stored.mask, "fingerprint": fingerprint}
+    shape = stored.name, torch.tensor(lengths), null
+    with PromptWriter(args.output, *shape, metadata, int(shard_gb * 1e9)) as writer:
+        write_text(writer, prompts, encoder, args.batch_size or 1, args.teacher)
+    return stored_shapes(args.output)
+
+
+def write_text(writer, prompts, encoder, batch_size, folder):
+    """Encode the prompts that the writer does not have, and give it the tokens of each.
+
+    Batches are those of an uninterrupted run: the first may have prompts that are there already.
+    """
+    done = writer.done
+    if done:
+        print(f"{writer.path}: going on after {done} of {len(prompts)} prompts", flush=True)
+    with tqdm(desc="prompts", total=len(prompts), initial=done) as bar:
+        for first in range(done - done % batch_size, len(prompts), batch_size):
+            with blamed_on(folder):
+                text, mask = encoder.features(prompts[first : first + batch_size])
+            for i, (row, keep) in enumerate(zip(text, mask), first):
+                if i >= done:
+                    writer.write(row[keep])
+                    bar.update()
+
+
+def stored_shapes(path):
+    """What batches of these prompts will be -> {name: shape and dtype}."""
+    file, types = open_prompts(path), {name: dtype for dtype, name in ROW_TYPES.items()}
+    slices = {key: file.get_slice(key) for key in sorted(file.keys())}
+    return {k: f"{tuple(v.get_shape())} {types[v.get_dtype()]}" for k, v in slices.items()}
+
+
+# ---- images with captions ------------------------------------------------------------------------
 
 
 ROWS = {encode_wan: wan_rows, encode_z_image: z_image_rows, encode_pixart: pixart_rows}
@@ -376,8 +569,7 @@ def encode_pairs(args):
     if encode is encode_z_image:  # the one whose rows are as long as their prompts
         tokenizer = load("transformers", "AutoTokenizer", args.teacher, "tokenizer")
         prompts = [negative, *(caption for _, caption in pairs)]
-        tokens = (z_image_tokens(tokenizer, prompt, max_length) for prompt in prompts)
-        length = max(each.input_ids.shape[1] for each in tokens)
+        length = max(map(len, z_image_tokens(tokenizer, prompts, max_length).input_ids))
 
     def text_rows(captions):
         with blamed_on(args.teacher):
@@ -388,7 +580,7 @@ def encode_pairs(args):
 
 # What is read, and which of the optional flags have an effect then.
 FORMS = {
-    "--prompts_txt": ("negative_prompt", "max_length", "clip"),
+    "--prompts_txt": ("negative_prompt", "max_length", "clip", "batch_size", "shard_gb"),
     "--images without a teacher of prompts": ("dinov2",),
     "--images with captions": (
         *("captions", "resolution", "frames", "vae"),
@@ -429,6 +621,10 @@ def parse_args(argv):
     add("--output", required=True, help="safetensors file to write: cond.*, uncond.*, and x0")
     add("--negative_prompt", help="prompt of uncond.*; if left out, the pipeline's own")
     add("--max_length", type=number(int, 1), help="tokens per prompt, the rest is cut")
+    add("--batch_size", type=number(int, 1), help="prompts that are encoded together, faster on a "
+        "GPU; more than 1 changes the last bits of the features; if left out, 1")
+    add("--shard_gb", type=number(float, above=0), help="size beyond which prompts are written as "
+        f"several files and OUTPUT.index.json; if left out, {SHARD_GB:g}")
     add("--dinov2", help=f"encoder of --images, folder or name; if left out, {DINOV2}")
     add("--clip", help="encoder of prompts for TRELLIS, folder or name; if left out, that "
         f"of the root's pipeline.json, else {CLIP}")
@@ -451,12 +647,10 @@ def main(argv=None):
         os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
         if form == "--images with captions":
             shapes = encode_pairs(args)
+        elif form == "--prompts_txt":
+            shapes = encode_text(args)
         else:
-            if form == "--prompts_txt":
-                settings = args.negative_prompt, args.max_length, args.clip
-                tensors = encode_text(args.teacher, args.prompts_txt, *settings)
-            else:
-                tensors = encode_trellis_images(args.images, args.dinov2 or DINOV2)
+            tensors = encode_trellis_images(args.images, args.dinov2 or DINOV2)
             save_tensors(tensors, args.output)
             shapes = {k: f"{tuple(v.shape)} {v.dtype}" for k, v in tensors.items()}
     except OSError as error:

@@ -51,6 +51,7 @@ from models.plumbing import teachers
 from models.plumbing.data import load_conditions
 from models.plumbing.flags import Parser
 from models.plumbing.run import Run
+from models.prompts import header_bytes
 
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
 TOOLS = ["models.encode", "models.decode", "models.convert"]
@@ -468,6 +469,13 @@ class Places:
     def PROMPTS_TXT(self, root):
         (root / "prompts.txt").write_text("a cat\n")
         return root / "prompts.txt"
+
+    def INTERRUPTED(self, root):
+        """An output of which there is a beginning, of other prompts."""
+        (root / "p.safetensors.partial").mkdir()
+        begun = header_bytes({}, {"fingerprint": "of others"})
+        (root / "p.safetensors.partial" / "p.safetensors").write_bytes(begun)
+        return root / "p.safetensors"
 
     def NO_PROMPTS_TXT(self, root):
         (root / "prompts.txt").write_text("\n")
@@ -1557,6 +1565,12 @@ CASES = [
         "--resolution {} {}: sides must be multiples of {}",
         f"--teacher PIXART_PIPE --images CAPTIONED --resolution 9 {OUT}",
         [f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 {OUT}"],
+    ),
+    (
+        "models.encode",
+        "of an interrupted python -m models.encode with other prompts or settings: give that",
+        "--teacher WAN_PIPE --prompts_txt PROMPTS_TXT --output INTERRUPTED",
+        [f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT {OUT}"],
     ),
     (
         "models.encode",

@@ -22,6 +22,7 @@ from models.networks.autoencoders import PatchPCA
 from models.networks.latent_space import LatentSpace, load_space
 from models.plumbing.data import Prompts
 from models.plumbing.run import run_main
+from models.prompts import open_prompts, prompt_shapes
 
 each = pytest.mark.parametrize(
     "model", [pytest.param(model, id=name) for name, model in MODELS.items()]
@@ -356,8 +357,11 @@ def test_command_line(saved, tmp_path, model, shape, counts):
     text.write_text("A cat\n\n a dog runs\n", encoding="utf-8")
     encode.main([*teacher, "--prompts_txt", str(text), "--output", str(output)])
     assert [p.name for p in output.parent.iterdir()] == ["prompts.safetensors"]
-    stored = load_file(output)
-    assert stored["cond.text"].shape == shape and stored["uncond.text"].shape == (1, *shape[1:])
+    assert prompt_shapes(output)["text"] == shape[1:]
+    if counts:  # the file has the prompts' own tokens alone
+        stored = load_file(output)
+        assert len(stored["cond.text"]) == sum(counts[:2])
+        assert len(stored["uncond.text"]) == counts[2]
     net = fill(model.net(**CONFIGS[model]))
     prompts = Prompts(str(output), net.cond_names, {"text": net.text_dim})
     cond, uncond = prompts.rows(torch.tensor([1, 0]), "cpu"), prompts.unconditional(2, "cpu")
@@ -421,14 +425,54 @@ def test_the_class_decides(saved, tmp_path, model, name, flags, function, negati
     (tmp_path / "p.txt").write_text("a cat runs fast\n")
     files = ["--prompts_txt", str(tmp_path / "p.txt"), "--output", str(tmp_path / "out")]
     encode.main(["--teacher", str(root), *files, *flags])
-    stored, want = (
-        load_file(tmp_path / "out"),
+    file, want = (
+        open_prompts(tmp_path / "out"),
         function(root, ["a cat runs fast"], negative, length),
     )
+    stored = {key: file.get_tensor(key) for key in file.keys()}
     assert stored.keys() == want.keys()
+    if model is PIXART:  # its encoder's padding, which the network masks, is not stored
+        for kind in ("cond", "uncond"):
+            want[f"{kind}.text"].masked_fill_(~want[f"{kind}.mask"][..., None], 0)
     assert all(torch.equal(stored[key], want[key]) for key in want)
     if model is not Z_IMAGE:
         assert stored["cond.text"].shape[1] == length
+
+
+@each
+def test_the_file_gives_the_batches_of_the_padded_one(saved, tmp_path, model):
+    """Several prompts in shards, against what a file with padding gives, bit for bit. PixArt's has
+    the encoder's padding too, which its network masks: outputs are equal, bit for bit."""
+    folder, prompts = saved(model)[1], ["a cat runs", "A  dog a cat runs fast", "dog", "a a a cat"]
+    function = {WAN: encode_wan, Z_IMAGE: encode_z_image, PIXART: encode_pixart}[model]
+    old, new, batched = (tmp_path / f"{name}.safetensors" for name in ("old", "new", "batched"))
+    save_file(function(folder, prompts), old)
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    flags = ["--teacher", str(folder), "--prompts_txt", str(tmp_path / "p.txt"), "--output"]
+    encode.main([*flags, str(new), "--shard_gb", "7e-7"])
+    encode.main([*flags, str(batched), "--batch_size", "3"])
+    assert len(list(tmp_path.glob("new-*"))) > 1 and not new.exists() and batched.exists()
+    net, index = fill(model.net(**CONFIGS[model])), torch.tensor([3, 1, 0, 2, 1])
+    x, t = torch.randn(5, CONFIGS[model].get("in_channels", 4), *model.size), torch.ones(5)
+    before = Prompts(str(old), net.cond_names, {})
+    for path in (new, batched):
+        after = Prompts(str(path), net.cond_names, {})
+        assert after.n == before.n == 4
+        for a, b in (
+            (before.rows(index, "cpu"), after.rows(index, "cpu")),
+            (before.unconditional(5, "cpu"), after.unconditional(5, "cpu")),
+        ):
+            assert a.keys() == b.keys()
+            if model.mask:
+                assert torch.equal(a[model.mask], b[model.mask])
+            if path == batched:
+                assert relative(net(x, t, **b), net(x, t, **a)) < 1e-5
+                continue
+            assert torch.equal(net(x, t, **a), net(x, t, **b))
+            if model is PIXART:
+                assert a["text"][~a["mask"]].any()
+                a["text"] = a["text"].masked_fill(~a["mask"][..., None], 0)
+            assert torch.equal(a["text"], b["text"])
 
 
 def write(folder, files):

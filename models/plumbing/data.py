@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from models.draws import stable_hash
 from models.files import UserError, load_json, open_tensors, save_json, save_tensors
+from models.prompts import open_prompts
 from models.worlds import WORLDS, load_world
 
 # ---- conditions ----------------------------------------------------------------------------------
@@ -24,6 +25,7 @@ from models.worlds import WORLDS, load_world
 class Prompts:
     """--prompts FILE.safetensors: cond.NAME (N, ...) and uncond.NAME (1, ...), read row by row.
 
+    The file may be a set of shards, and have its rows without padding (models/prompts.py).
     Attributes: n, the number of prompts; names, those of the network's inputs.
     """
 
@@ -32,7 +34,7 @@ class Prompts:
 
         widths: {name: the last dimension that the network takes, None for any}. Raises UserError.
         """
-        self.file, self.names = open_tensors(path), names
+        self.file, self.names = open_prompts(path), names
         for name in names:
             self._check(path, name, widths.get(name))
         self.cond = {n: Rows(self.file, f"cond.{n}", path).check() for n in names}
@@ -182,7 +184,7 @@ def load_conditions(source, net):
             f"--data {source}: a {type(net).__name__} is sampled from FILE.safetensors with "
             f"{' and '.join(keys)}, which python -m models.encode writes"
         )
-    file = open_tensors(source)
+    file = open_prompts(source)
     there, rows = set(file.keys()), {}
     for key, name in zip(keys, net.cond_names):
         if key not in there or file.get_slice(key).get_shape()[:1] in ([], [0]):
@@ -202,7 +204,7 @@ def read_unconditional(source, cond, needed=()):
     source: what --data names; only a file has such tensors. cond: {name: (N, ...)}. needed: names
     that must be there. Raises UserError.
     """
-    file = open_tensors(source) if str(source).endswith(".safetensors") else None
+    file = open_prompts(source) if str(source).endswith(".safetensors") else None
     there, found = set(file.keys()) if file else set(), {}
     for name, values in cond.items():
         shape, key = (1, *values.shape[1:]), f"uncond.{name}"

@@ -116,7 +116,7 @@ def add_distillation_flags(p):
     add("--student_init", default=None, metavar="FOLDER|FILE", help="start the student here "
         "instead of from the teacher: a network, or a LoRA file on the teacher")
     add("--prompts", default=None, metavar="FILE", help="for text teachers: safetensors with "
-        "cond.NAME (N, ...) and uncond.NAME (1, ...), see models/encode.py")
+        "cond.NAME and uncond.NAME, or a set of shards by its name, see models/encode.py")
     add("--sample_shape", type=number(int, 1), nargs="+", default=None,
         help="C H W or C T H W of a sample (default: the network's)")
     add("--save_dtype", choices=["float32", "bf16"], default=None,
