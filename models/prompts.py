@@ -25,7 +25,7 @@ import shutil
 
 import torch
 
-from models.files import ROW_TYPES, UserError, fsync_folder, load_json, open_tensors, save_json
+from models.files import DTYPES, UserError, fsync_folder, load_json, open_tensors, save_json
 
 INDEX, PARTIAL = ".index.json", ".partial"
 
@@ -51,7 +51,7 @@ def header_bytes(tensors, metadata):
     about, end = {"__metadata__": metadata}, 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + dtype.itemsize * math.prod(shape)
-        about[name] = {"dtype": ROW_TYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
+        about[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(about).encode()
     text = text.ljust(-(-len(text) // 8) * 8)  # so that the data is aligned
     return len(text).to_bytes(8, "little") + text
