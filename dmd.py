@@ -59,8 +59,8 @@ from models.plumbing.teachers import (
     average_of,
     freeze_teacher,
     network_folder,
+    new_student,
     start_teacher,
-    starting_network,
     trainable,
 )
 
@@ -229,8 +229,7 @@ def train(args):
     diffusion, scale = teacher.diffusion, args.guidance_scale
     times = args.student_times or step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... t_N
     see_step = fake_sees_step(args, teacher.base)
-    start = starting_network(args, teacher)
-    student = trainable(args, start, "student", run.device, args.lora_rank)
+    student = new_student(args, teacher, run.device)
     fake = starting_fake(args, teacher, run.device, see_step)
     freeze_teacher(args, teacher, run.device)
     real = real_batches(args, teacher, run.device) if needs_data(args) else None

@@ -52,8 +52,8 @@ from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import (
     average_of,
     freeze_teacher,
+    new_student,
     start_teacher,
-    starting_network,
     trainable,
 )
 
@@ -388,8 +388,7 @@ def train(args):
     # T = grid[0] > ... > 0 for every K
     grids = {n: trajectory(n, teacher.shift, args.max_time) for n in args.student_steps}
     see_K, of_x_s = sees_K(args, teacher.base), regresses_x_s(args, teacher.prediction)
-    start = starting_network(args, teacher)
-    student = trainable(args, start, "student", run.device, args.lora_rank, see_K)
+    student = new_student(args, teacher, run.device, see_K)
     fake = trainable(args, teacher.base, "fake", run.device, args.fake_lora_rank, see_K)
     freeze_teacher(args, teacher, run.device)
     try_network(teacher.base, teacher, run.device)
@@ -581,12 +580,13 @@ def wrong_flags(a):
     yield both, "--fake_noise: with --match clean the fake sees noised x anyway; leave it out"
     yield x_s and clean, "--regress x_s: with --match clean x itself is matched; leave it out"
     yield x_s and a.loss == "demo", "--regress x_s: --loss demo is of x; leave one of them out"
-    several = not (a.sample or a.untold) and len(set(a.student_steps)) > 1
+    counts = a.student_steps or []  # None with --sample
+    several, listed = len(set(counts)) > 1 and not a.untold, " ".join(map(str, counts))
     for flag in ("lora_rank", "fake_lora_rank"):
         yield several and getattr(a, flag), (
-            f"--{flag} {getattr(a, flag)}: an adapter cannot be conditioned on the number of "
-            f"steps, and --student_steps {' '.join(map(str, a.student_steps))} are several: give "
-            "one of them, or --untold (a penalty in Tab. 5)")
+            f"--{flag}: an adapter cannot be conditioned on the number of steps, and there are "
+            f"several, --student_steps {listed}: give one of them, or --untold (a penalty in "
+            "Tab. 5)")
 # fmt: on
 
 

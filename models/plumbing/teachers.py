@@ -420,6 +420,15 @@ def trainable(args, net, name, device, rank=0, step_input=False):
     return lora.Adapted(net, name)
 
 
+def new_student(args, teacher, device, step_input=False):
+    """The student of a script that has one: a copy or, with --lora_rank, an adapter on the teacher.
+
+    See `starting_network` for what it starts from, and `trainable`. Raises UserError.
+    """
+    start = starting_network(args, teacher)
+    return trainable(args, start, "student", device, args.lora_rank, step_input)
+
+
 def average_of(args, net, name="ema"):
     """Where the moving average of net's weights is kept, which starts as net; frozen.
 
