@@ -51,8 +51,8 @@ from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import (
     average_of,
     freeze_teacher,
+    new_student,
     start_teacher,
-    starting_network,
     trainable,
 )
 
@@ -320,8 +320,7 @@ def train(args):
     diffusion, alpha, ablation = teacher.diffusion, args.guidance_scale, Ablation(args)
     times = step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... > t_N, shifted
     see_step = fake_sees_step(args, teacher.base)
-    start = starting_network(run, teacher)
-    student = trainable(run, start, "student", args.lora_rank)
+    student = new_student(run, teacher)
     fake = trainable(run, teacher.base, "fake", args.fake_lora_rank, see_step)
     freeze_teacher(run, teacher)
     real = real_batches(args, teacher, run.device) if args.gan_weight else None

@@ -61,8 +61,8 @@ from models.plumbing.teachers import (
     average_of,
     freeze_teacher,
     network_folder,
+    new_student,
     start_teacher,
-    starting_network,
     trainable,
 )
 
@@ -231,8 +231,7 @@ def train(args):
     diffusion, scale = teacher.diffusion, args.guidance_scale
     times = args.student_times or step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... t_N
     see_step = fake_sees_step(args, teacher.base)
-    start = starting_network(run, teacher)
-    student = trainable(run, start, "student", args.lora_rank)
+    student = new_student(run, teacher)
     fake = starting_fake(run, teacher, see_step)
     freeze_teacher(run, teacher)
     real = real_batches(args, teacher, run.device) if needs_data(args) else None

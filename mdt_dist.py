@@ -61,13 +61,7 @@ from models.plumbing.film import Film
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.releases import TRELLIS_SAMPLES
 from models.plumbing.run import Run, run_main
-from models.plumbing.teachers import (
-    average_of,
-    freeze_teacher,
-    start_teacher,
-    starting_network,
-    trainable,
-)
+from models.plumbing.teachers import average_of, freeze_teacher, new_student, start_teacher
 
 # ---- the losses. x0, z (B, ...), or (M, C) with coords (M, 4) in cond; t (B,) --------------------
 
@@ -365,8 +359,7 @@ def train(args):
         teacher.conditions = Conditions(args, teacher.base)
     else:
         teacher.conditions = DataConditions(data, data_cond, args.data, teacher.base)
-    start = starting_network(run, teacher)
-    student = trainable(run, start, "student", args.lora_rank)
+    student = new_student(run, teacher)
     # An adapter's base stays in float32: the derivative is a difference of its outputs.
     freeze_teacher(run, teacher, in_bf16=not args.lora_rank)
     try_network(teacher.base, teacher, run.device)

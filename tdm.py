@@ -53,8 +53,8 @@ from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.teachers import (
     average_of,
     freeze_teacher,
+    new_student,
     start_teacher,
-    starting_network,
     trainable,
 )
 
@@ -395,8 +395,7 @@ def train(args):
     # T = grid[0] > ... > 0 for every K
     grids = {n: trajectory(n, teacher.shift, args.max_time) for n in args.student_steps}
     see_K, of_x_s = sees_K(args, teacher.base), regresses_x_s(args, teacher.prediction)
-    start = starting_network(run, teacher)
-    student = trainable(run, start, "student", args.lora_rank, see_K)
+    student = new_student(run, teacher, see_K)
     fake = trainable(run, teacher.base, "fake", args.fake_lora_rank, see_K)
     freeze_teacher(run, teacher)
     try_network(teacher.base, teacher, run.device)
@@ -588,12 +587,13 @@ def wrong_flags(a):
     yield both, "--fake_noise: with --match clean the fake sees noised x anyway; leave it out"
     yield x_s and clean, "--regress x_s: with --match clean x itself is matched; leave it out"
     yield x_s and a.loss == "demo", "--regress x_s: --loss demo is of x; leave one of them out"
-    several = not (a.sample or a.untold) and len(set(a.student_steps)) > 1
+    counts = a.student_steps or []  # None with --sample
+    several, listed = len(set(counts)) > 1 and not a.untold, " ".join(map(str, counts))
     for flag in ("lora_rank", "fake_lora_rank"):
         yield several and getattr(a, flag), (
-            f"--{flag} {getattr(a, flag)}: an adapter cannot be conditioned on the number of "
-            f"steps, and --student_steps {' '.join(map(str, a.student_steps))} are several: give "
-            "one of them, or --untold (a penalty in Tab. 5)")
+            f"--{flag}: an adapter cannot be conditioned on the number of steps, and there are "
+            f"several, --student_steps {listed}: give one of them, or --untold (a penalty in "
+            "Tab. 5)")
 # fmt: on
 
 

@@ -1,56 +1,70 @@
 """--lora_rank and --fake_lora_rank: all that is trained are adapters on the teacher's network.
 
 Each script runs a few updates on tiny networks. What the adapters themselves compute, and their
-files, is in test_lora.py.
+files, is in test_lora.py; experts of several phases are in test_phased_runs.py.
 """
 
 import copy
+import importlib
 
 import pytest
 import torch
+from helpers import assert_bit_equal, perturbed, quiet, refusal_of, ring_flags, small_dit
+from safetensors.torch import load_file
 
-import decoupled_dmd
-import dmd
-import tdm
-from models.networks import lora
+from models.files import load_json
+from models.networks import lora, network_config, save_network
+from models.plumbing import report, teachers
 from models.plumbing.run import Run
-from tests.helpers import quiet, ring_flags
 
 FAKE = "--lora_rank 2 --fake_lora_rank 2 "
-SCRIPTS = {
-    "dmd": (dmd, FAKE + "--student_steps 2 --gan_weight 0.1"),
-    "decoupled_dmd": (decoupled_dmd, FAKE + "--student_steps 2 --gan_weight 0.1"),
-    "tdm": (tdm, FAKE + "--student_steps 2"),
+SCRIPTS = {  # what a short run of each is given
+    "dmd": FAKE + "--student_steps 2 --gan_weight 0.1",
+    "decoupled_dmd": FAKE + "--student_steps 2 --gan_weight 0.1",
+    "tdm": FAKE + "--student_steps 2",
+    "linvideo": FAKE + "--objective adm_critic --bank_size 8 --sampling_steps 4",
+    "mdt_dist": "--lora_rank 2",
 }
 every = pytest.mark.parametrize("name", SCRIPTS)
+one_file = pytest.mark.parametrize("name", [n for n in SCRIPTS if n != "linvideo"])
+
+
+def script_of(name):
+    return importlib.import_module(name)
 
 
 class Watch:
-    """A run's networks, and the base as it was before training."""
+    """A run's networks (state), its base as it was before training, and how they began."""
 
-    def __init__(self, monkeypatch, script):
+    def __init__(self, monkeypatch):
         real = Run.start
 
         def start(run, **state):
             real(run, **state)
-            self.state = state
-            self.base = state["student"].net
-            self.before = copy.deepcopy(lora.base_state_dict(self.base))
-            self.began = {
-                n: copy.deepcopy(m.state_dict())
-                for n, m in state.items()
-                if not isinstance(m, torch.optim.Optimizer)
-            }
+            self.state, self.base = state, state["student"].net
+            self.before = copy.deepcopy(dict(lora.base_state_dict(self.base)))
+            networks = [k for k, v in state.items() if not isinstance(v, torch.optim.Optimizer)]
+            self.began = {k: copy.deepcopy(state[k].state_dict()) for k in networks}
 
         monkeypatch.setattr(Run, "start", start)
 
 
+def given(name, folder, *flags, steps=3):
+    """The command line of a short run."""
+    own = SCRIPTS[name].split()
+    fixed = ring_flags(folder, steps, 8, *own, "--ema_decay", "0.9", "--lr_decay_share", "0")
+    if name == "mdt_dist":
+        fixed[fixed.index("--teacher") + 1] = "voxels"
+        fixed[fixed.index("--train_batch_size") + 1] = "2"
+    return [*fixed, *flags]
+
+
 def run(monkeypatch, name, folder, *flags, steps=3):
-    """A short quiet run on the ring -> its Watch."""
+    """A short quiet run -> its Watch."""
     quiet(monkeypatch)
-    script, own = SCRIPTS[name]
-    watch = Watch(monkeypatch, script)
-    script.main(ring_flags(folder, steps, 8, *own.split(), "--ema_decay", "0.9", *flags))
+    monkeypatch.setattr(script_of(name), "finish", lambda *a: None, raising=False)
+    watch = Watch(monkeypatch)
+    script_of(name).main(given(name, folder, *flags, steps=steps))
     return watch
 
 
@@ -58,22 +72,163 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+# ---- what is trained -----------------------------------------------------------------------------
+
+
 @every
 def test_only_adapters_change(name, tmp_path, monkeypatch):
-    """The base stays bit-equal; student, fake, average and head move, and nothing else is trained.
+    """The base stays bit-equal. Student, fake, average and head move; nothing else is trained.
 
-    What is trained has rank (in + out) numbers for each of the three hidden layers.
+    An adapter has rank (in + out) numbers for each layer, and linvideo's student also its linear
+    attention and r.
     """
     watch = run(monkeypatch, name, tmp_path / "run")
-    assert equal(lora.base_state_dict(watch.base), watch.before)
-    assert not any(p.requires_grad for p in lora.base_parameters(watch.base).values())
-    student, ema = watch.state["student"], watch.state["ema"]
+    base, student, ema = watch.base, watch.state["student"], watch.state["ema"]
+    assert_bit_equal(dict(lora.base_state_dict(base)), watch.before)
+    assert not any(p.requires_grad or p.grad is not None for p in base_of(base))
     for who, began in watch.began.items():
         assert not equal(watch.state[who].state_dict(), began), who
     assert not equal(student.state_dict(), ema.state_dict())
-    for who in ("student", "fake"):
-        assert isinstance(watch.state[who], lora.Adapted)
-        assert watch.state[who].net is watch.base
-        assert sum(p.numel() for p in watch.state[who].parameters()) == 3 * 2 * (32 + 32)
-    trained = {id(p) for g in watch.state["optimizer"].param_groups for p in g["params"]}
-    assert trained == {id(p) for p in student.parameters()}
+    assert not any(p.requires_grad for p in ema.parameters())
+    layers = [key for key in lora.linears(base) if key.endswith(base.lora_targets)]
+    numbers = sum(2 * sum(base.get_submodule(key).weight.shape) for key in layers)
+    fake = "critic" if name == "linvideo" else "fake"
+    trained = {who: watch.state[who] for who in ("student", fake) if who in watch.state}
+    assert len(trained) == (1 if name == "mdt_dist" else 2)
+    for who, net in trained.items():
+        assert isinstance(net, lora.Adapted) and net.net is base and net.adapter == who
+        more = sum(p.numel() for p in net.more.parameters())
+        assert sum(p.numel() for p in net.parameters()) == numbers + more
+        assert (more > 0) == (name == "linvideo" and who == "student")
+        optimizer = watch.state["optimizer" if who == "student" else "optimizer_fake"]
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert {id(p) for p in net.parameters()} == held - {
+            id(p) for p in head_of(watch) if who == "fake"
+        }
+
+
+def base_of(net):
+    return lora.base_parameters(net).values()
+
+
+def head_of(watch):
+    return watch.state["head"].parameters() if "head" in watch.state else ()
+
+
+class Spied:
+    """A network whose calls are compared with those of another one."""
+
+    def __init__(self, net, calls):
+        self.net, self.calls, self.bare = net, calls, None
+
+    def __getattr__(self, name):
+        return getattr(self.net, name)
+
+    def __call__(self, x, t, **cond):
+        out = self.net(x, t, **cond)
+        if self.bare is not None:
+            with torch.no_grad():
+                self.calls.append(torch.equal(out, self.bare(x, t, **cond)))
+        return out
+
+
+@every
+def test_the_teacher_is_called_without_an_adapter(name, tmp_path, monkeypatch):
+    """While all adapters have an effect, the teacher is exactly the bare network."""
+    script, calls, spied = script_of(name), [], []
+    real, real_start = script.freeze_teacher, Run.start
+
+    def freeze(args, teacher, *rest, **more):
+        real(args, teacher, *rest, **more)
+        teacher.net = Spied(teacher.base, calls)  # on the ring not the closed form
+        spied.append(teacher.net)
+
+    def start(run, **state):
+        real_start(run, **state)
+        spied[0].bare = teachers.bare_copy(state["student"].net).eval()
+        with torch.no_grad():
+            for who in ("student", "fake", "ema", "critic"):
+                for p in state[who].parameters() if who in state else ():
+                    p += 0.1
+
+    monkeypatch.setattr(Run, "start", start)
+    monkeypatch.setattr(script, "freeze_teacher", freeze)
+    run(monkeypatch, name, tmp_path / "run")
+    assert len(calls) > 2 and all(calls)
+
+
+# ---- saving, resuming, sampling ------------------------------------------------------------------
+
+
+@every
+def test_resumed_run_is_bit_equal(name, tmp_path, monkeypatch):
+    """Two updates and two more leave the student and the state that four leave."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    once = ("--checkpointing_steps", "2", "--selection_share", "0.5")
+    once = once if name == "linvideo" else once[:2]
+    monkeypatch.setattr(Run, "seconds", lambda run: 0.0)
+    real = Run.end_step
+
+    def stop(run, step, **more):
+        if step == 2:
+            raise InterruptedError
+        return real(run, step, **more)
+
+    with monkeypatch.context() as m:
+        run(m, name, whole, *once, steps=4)
+    with monkeypatch.context() as m:
+        m.setattr(Run, "end_step", stop)
+        with pytest.raises(InterruptedError):
+            run(m, name, parts, *once, steps=4)
+    with monkeypatch.context() as m:
+        run(m, name, parts, *once, "--resume_from_checkpoint", "latest", steps=4)
+    for path in sorted(whole.rglob("*.safetensors")):
+        if "bank" not in path.parts:
+            assert_bit_equal(load_file(path), load_file(parts / path.relative_to(whole)))
+    assert (parts / "state" / "step-0000004").is_dir()
+
+
+@one_file
+def test_sampling_a_saved_adapter(name, tmp_path, monkeypatch, capsys):
+    """--sample puts student/'s adapter on its base again: the same function as the run's average.
+
+    A base that is gone, or another, ends in one line.
+    """
+    root = tmp_path / "teacher"
+    net = perturbed(small_dit(dim=32, depth=2, channels=3))
+    flags = []
+    if name != "mdt_dist":
+        save_network(net, network_config(net), str(root))
+        flags = ["--teacher", str(root)]
+        if "gan_weight" in SCRIPTS[name]:
+            flags += ["--gan_weight", "0"]
+    watch = run(monkeypatch, name, tmp_path / "run", *flags)
+    student = tmp_path / "run" / "student"
+    assert sorted(p.name for p in student.iterdir()) == ["adapter.safetensors", "sampler.json"]
+    saved = load_json(str(student / "sampler.json"))
+    assert (saved["lora_rank"], saved["seed"], saved["weights"]) == (2, 0, "adapter.safetensors")
+    assert saved["base"] == ("voxels" if name == "mdt_dist" else str(root))
+    script, out = script_of(name), ["--output_dir", str(tmp_path / "samples")]
+    args = script.parse_args(["--sample", str(tmp_path / "run"), *out])
+    more = (script.conditions_of,) if name == "mdt_dist" else ()
+    again = report.load_student(Run(args, name), *more)[0]
+    ema, x = watch.state["ema"], torch.randn(3, *watch.base.latent_shape)
+    t, label = torch.tensor([0.2, 0.7, 1.0]), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        want = ema(x, t, label=label)
+        torch.testing.assert_close(again(x, t, label=label), want, rtol=1e-5, atol=1e-6)
+        assert (watch.base(x, t, label=label) - want).abs().max() > 1e-4
+    monkeypatch.undo()
+    script.main(["--sample", str(tmp_path / "run"), *out, "--preview_samples", "2"])
+    assert (tmp_path / "samples" / "samples.png").is_file()
+    if name == "mdt_dist":
+        return
+    root.rename(tmp_path / "moved")
+    says = refusal_of(capsys, script.main, "--sample", str(tmp_path / "run"), *out)
+    assert f"belong on {root}, which is not there: name that teacher with --teacher" in says
+    again = ["--sample", str(tmp_path / "run"), *out, "--teacher"]
+    script.main([*again, str(tmp_path / "moved"), "--preview_samples", "2"])
+    other = perturbed(small_dit(dim=64, depth=2, channels=3))
+    save_network(other, network_config(other), str(tmp_path / "other"))
+    says = refusal_of(capsys, script.main, *again, str(tmp_path / "other"))
+    assert f"the adapters belong on {root}, name it with --teacher" in says

@@ -352,7 +352,8 @@ def norms_by_step(monkeypatch, folder, flags):
         with monkeypatch.context() as m:
             diary = Diary(m, tdm)
             diary.wrap(m, Draws, "uniform", at_step_k)
-            diary.wrap(m, tdm, "trainable", lambda real, *a: perturbed(real(*a), 7, 0.02))
+            for name in ("new_student", "trainable"):
+                diary.wrap(m, tdm, name, lambda real, *a: perturbed(real(*a), 7, 0.02))
             short = "--max_train_steps 1 --train_batch_size 16 --fake_update_ratio 1"
             out = ["--output_dir", str(folder / str(k))]
             tdm.main([*flags, *short.split(), "--student_steps", "4", *out])

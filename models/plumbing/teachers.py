@@ -445,6 +445,15 @@ def trainable(run, net, name, rank=0, step_input=False):
     return lora.Adapted(net, name)
 
 
+def new_student(run, teacher, step_input=False):
+    """The student of a script that has one: a copy or, with --lora_rank, an adapter on the teacher.
+
+    See `starting_network` for what it starts from, and `trainable`. Raises UserError.
+    """
+    start = starting_network(run, teacher)
+    return trainable(run, start, "student", run.args.lora_rank, step_input)
+
+
 def average_of(run, net, name="ema"):
     """Where the moving average of net's weights is kept, which starts as net; frozen.
 
