@@ -345,9 +345,12 @@ def test_other_prompts_or_settings_are_not_mixed(command, tmp_path, monkeypatch,
         (tmp_path / "wan" / "text_encoder").mkdir()
         (tmp_path / "wan" / "text_encoder" / "model.safetensors").write_bytes(b"other")
     flags = command.flags([*MANY, 5] if what == "prompts" else MANY, *flags)
+    calls = command.names["fake"](8)
     line = refusal_of(capsys, encode.main, *flags)
     assert "is of an interrupted python -m models.encode with other prompts or settings" in line
-    assert before and contents(partial, "p") == before
+    assert before and contents(partial, "p") == before and not calls
+    with pytest.raises(UserError, match="with other prompts or settings"):
+        writer_of(tmp_path / "p.safetensors", WAN, rows_of(WAN), 150)
 
 
 def test_memory_is_that_of_a_batch(command, tmp_path):
