@@ -220,7 +220,8 @@ class MixedAttention(nn.Module):
     q, k, v (B, n, heads, head_dim), after norm and rotation -> the same shape. softmax: the layer's
     own attention, called as softmax(q, k, v) without a mask. r is one trained number; at r = 1 this
     is the softmax attention, bit for bit. After `fix` only one is computed; a state that is loaded
-    needs `fix` again where `decided` is set.
+    needs `fix` again where `decided` is set. Both kinds take `share`, where other ranks have
+    further tokens.
     """
 
     def __init__(self, softmax, heads, head_dim, feature_map, r):
@@ -230,10 +231,12 @@ class MixedAttention(nn.Module):
         self.r = nn.Parameter(torch.tensor(float(r)))
         self.register_buffer("decided", torch.tensor(False))  # so that a resumed run knows
 
-    def forward(self, q, k, v):
+    def forward(self, q, k, v, **share):
         if self.only:
-            return self.softmax(q, k, v) if self.only == "softmax" else self.linear(q, k, v)
-        return (self.r * self.softmax(q, k, v) + (1 - self.r) * self.linear(q, k, v)).to(v.dtype)
+            attend = self.softmax if self.only == "softmax" else self.linear
+            return attend(q, k, v, **share)
+        softmax, linear = self.softmax(q, k, v, **share), self.linear(q, k, v, **share)
+        return (self.r * softmax + (1 - self.r) * linear).to(v.dtype)
 
     def fix(self, linear):
         """From now on this layer is either linear, or softmax attention."""
