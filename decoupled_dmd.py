@@ -318,6 +318,7 @@ def train(args):
     student = trainable_copy(args, starting_network(args, teacher), run.device)
     fake = trainable_copy(args, teacher.base, run.device, see_step)
     freeze_teacher(args, teacher, run.device)
+    run.spread_tokens(teacher.net, student, fake)
     real = real_batches(args, teacher, run.device) if args.gan_weight else None
     features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
     torch.manual_seed(stable_hash(args.seed, "head"))

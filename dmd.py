@@ -231,6 +231,7 @@ def train(args):
     student = trainable_copy(args, starting_network(args, teacher), run.device)
     fake = starting_fake(args, teacher, run.device, see_step)
     freeze_teacher(args, teacher, run.device)
+    run.spread_tokens(teacher.net, student, fake)
     real = real_batches(args, teacher, run.device) if needs_data(args) else None
     features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
     torch.manual_seed(stable_hash(args.seed, "head"))
@@ -364,16 +365,20 @@ def teacher_pairs(run, teacher):
     args, path = run.args, os.path.join(run.folder, "state", "pairs.safetensors")
     about = {"teacher_steps": str(args.teacher_steps)}  # which may change while the term is off
     there = run.first and os.path.isfile(path)  # a run that never saved has no pairs
-    if run.main and not (there and open_tensors(path).metadata() in (about, None)):
+    missing = run.main and not (there and open_tensors(path).metadata() in (about, None))
+    if any(run.mean_over_ranks(float(missing))):  # as rank 0 sees it
         draw = Draws(args.seed, "pairs", 0, range(args.regression_pairs), shape=teacher.shape)
         z, index = draw.noise("z"), teacher.conditions.index(draw)
         grid = step_grid(args.teacher_steps, teacher.shift)
-        y = []
-        for z_part, i in zip(z.split(run.B), index.split(run.B)):
-            cond, uncond = teacher.conditions.pick(i, run.device)
-            how = cond, uncond, args.guidance_scale, "heun"
-            y.append(teacher.diffusion.sample(teacher.net, z_part.to(run.device), grid, *how))
-        save_tensors({"z": z, "y": torch.cat([v.cpu() for v in y]), "index": index}, path, about)
+
+        def samples(first, last):
+            cond, uncond = teacher.conditions.pick(index[first:last], run.device)
+            z_in, how = z[first:last].to(run.device), (cond, uncond, args.guidance_scale, "heun")
+            return teacher.diffusion.sample(teacher.net, z_in, grid, *how)
+
+        y, _ = report.many_on_all_ranks(run, samples, len(z), teacher.shape, run.B)
+        if run.main:
+            save_tensors({"z": z, "y": y, "index": index}, path, about)
     run.wait_for_all()
     return load_tensors(path)
 

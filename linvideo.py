@@ -403,7 +403,7 @@ def bank_size(run, folder):
         return args.bank_size
     if os.path.isfile(path):
         return int(load_json(path)["trajectories"])
-    per_update = run.world_size * args.train_batch_size * args.gradient_accumulation_steps
+    per_update = run.parts * args.train_batch_size * args.gradient_accumulation_steps
     return -(-min(50_000, args.max_train_steps * per_update) // args.sampling_steps)
 
 
@@ -427,7 +427,7 @@ def announce(run, teacher, folder, rows, whose, remedy):
 
 
 def make_bank(run, teacher, grid):
-    """The teacher's trajectories on disk, each written once, by the rank whose share it is.
+    """The teacher's trajectories on disk, each written once, by the part whose share it is.
 
     Those that are there already are kept.  -> an open Bank. Raises UserError for another one's, and
     where the disk is too small.
@@ -451,7 +451,7 @@ def make_bank(run, teacher, grid):
     bank = Bank(folder, about, size, args.bank_batch, create=run.main)
     run.wait_for_all()  # until the folder is ready
     # a share goes by the files' numbers, because others' files may appear while this rank looks
-    mine = [part for part in bank.missing() if part % run.world_size == run.rank]
+    mine = [part for part in bank.missing() if part % run.parts == run.part]
     for part in tqdm(mine, desc="bank", disable=not run.main or not mine):
         rows = bank.rows_of(part)
         draw = Draws(args.seed, "bank", 0, rows, run.device, teacher.shape)
@@ -460,7 +460,8 @@ def make_bank(run, teacher, grid):
         scale = args.guidance_scale
         with run.autocast():
             states = trajectory(teacher.net, draw.noise("z"), grid, cond, uncond, scale)
-        bank.write(part, {"index": index, **{name: x.half() for name, x in states.items()}})
+        if run.writes:
+            bank.write(part, {"index": index, **{name: x.half() for name, x in states.items()}})
     run.wait_for_all()
     return bank.open()
 
@@ -532,7 +533,7 @@ def make_own_trajectories(run, step, own, bank, student, teacher, grid):
     """Where it is time, roll the student out and write this rank's share of the trajectories."""
     args, conditions = run.args, teacher.conditions
     own.begin(step, bank)
-    mine = [i for i in range(own.made, own.made + args.fresh) if i % run.world_size == run.rank]
+    mine = [i for i in range(own.made, own.made + args.fresh) if i % run.parts == run.part]
     if step % args.fresh_every or not mine:
         return
     draw = Draws(args.seed, "own", 0, mine, run.device, teacher.shape)
@@ -541,7 +542,7 @@ def make_own_trajectories(run, step, own, bank, student, teacher, grid):
     z, scale = draw.noise("z"), args.guidance_scale
     with run.autocast():
         states = trajectory(teacher.net, z, grid, cond, uncond, scale, sampler=student)
-    for row, i in enumerate(mine):
+    for row, i in enumerate(mine if run.writes else ()):
         one = {name: x[row].half() for name, x in states.items()}
         own.write(i, {"index": index[row, None], **one})
 
@@ -689,14 +690,14 @@ def velocity_error(run, student, teacher, bank, grid):
     """Mean squared error of the student's velocity on 256 fixed states of the bank, which the ranks
     share.  -> float."""
     errors = torch.zeros((), device=run.device)
-    for first in range(run.rank * run.B, 256, run.world_size * run.B):
+    for first in range(run.part * run.B, 256, run.parts * run.B):
         rows = range(first, min(first + run.B, 256))
         draw = Draws(run.args.seed, "check", 0, rows, run.device, teacher.shape, total=256)
         x_t, v_t, t, cond, _ = bank_states(run.args, draw, bank, teacher, grid)
         with run.autocast():
             v_hat = velocity(student, x_t, t, cond)
         errors += (v_hat - v_t).square().flatten(1).mean(1).sum()
-    return run.mean_over_ranks(errors * run.world_size / 256)[0]
+    return run.mean_over_ranks(errors * run.parts / 256)[0]
 
 
 def end_selection(run, step, selection, student, teacher, bank, grid):
@@ -760,6 +761,7 @@ def train(args):
     if args.objective in ("adm_critic", "dmd"):
         critic = trainable_copy(args, teacher.base, run.device)
     freeze_teacher(args, teacher, run.device)
+    run.spread_tokens(teacher.net, student, critic)
     try_network(teacher.base, teacher, run.device)
     ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
     optimizer = student_optimizer(args, student, mixed)

@@ -362,6 +362,7 @@ def train(args):
         teacher.conditions = DataConditions(data, data_cond, args.data, teacher.base)
     student = trainable_copy(args, starting_network(args, teacher), run.device)
     freeze_teacher(args, teacher, run.device)
+    run.spread_tokens(teacher.net, student)
     try_network(teacher.base, teacher, run.device)
     ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)

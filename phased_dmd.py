@@ -546,6 +546,7 @@ def train(args):
     draw_sample = student_sample_all_steps if args.no_truncation else student_sample
     grid = step_grid(args.student_steps, teacher.shift)  # t_0 = 1 > ... > t_N = 0
     phases = plan_phases(args, teacher, run.device)
+    run.spread_tokens(teacher.net, *(phase.init for phase in phases))
     try_network(teacher.base, teacher, run.device)
     info, tensors = read_state(run, phases)
     run.spent, film = info["seconds"], None
@@ -556,6 +557,7 @@ def train(args):
         # ---- a new expert and a new fake, both from the teacher; earlier experts are constants
         if not start_phase(args, phases, phase, info, tensors):
             continue  # it was over when the run was interrupted
+        run.spread_tokens(phase.fake.net)  # which may be no copy: see with_step_input
         experts = per_step(phases, [p.expert for p in phases[: phase.number]])
         film = film_of_phase(run, phases, phase, teacher, grid, film)
         updates = phase.end - phase.start
@@ -617,7 +619,7 @@ def train(args):
     experts, times = per_step(phases, trained), grid[:-1]
     sampler = student_sampler(run, experts, teacher, times)
     more = {}
-    if run.main and teacher.world:
+    if teacher.world:
         more["student"] = {"marginals": marginals(run, experts, teacher, grid)}
     parameters = sum(p.numel() for expert in trained for p in expert.parameters())
     report.finish(run, teacher, times, {"student": (len(times), sampler)}, parameters, more)
@@ -886,6 +888,7 @@ def sample_only(args):
     run = Run(args, "phased_dmd")
     refuse_output_dir(run.folder, sampling=True)
     experts, saved, teacher = load_student(run)
+    run.spread_tokens(*(expert.net for expert in experts))
     sampler = student_sampler(run, experts, teacher, saved["times"])
     report.write_samples(run, teacher, sampler, len(experts))
 

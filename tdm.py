@@ -386,6 +386,7 @@ def train(args):
     student = trainable_copy(args, starting_network(args, teacher), run.device, see_K)
     fake = trainable_copy(args, teacher.base, run.device, see_K)
     freeze_teacher(args, teacher, run.device)
+    run.spread_tokens(teacher.net, student, fake)
     try_network(teacher.base, teacher, run.device)
     ema = copy.deepcopy(student).requires_grad_(False).eval() if args.ema_decay else student
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)

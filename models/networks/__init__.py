@@ -26,7 +26,10 @@ where it depends on the config.
                             parameter that is not called weight or bias (models/networks/lora.py)
     self_attentions         modules, in order, whose attribute `attend(q, k, v)` mixes the tokens
                             and may be replaced; q, k, v (B, N, heads, head_dim)
+                            (and share=, where `sequence` is set: models/networks/sequence.py)
     heads, head_dim         sizes of each of those
+    sequence                None, or the ranks that share the tokens of each sample; a network
+                            without it cannot be spread over ranks
     sparse                  True: samples are points, x is (N, C), and forward also takes `coords`
     uncond_names            of cond_names, those whose unconditional twin is stored and not zeros
     current_name(key)       today's name of a parameter that old files store as key

@@ -58,7 +58,9 @@ class Share:
     def __init__(self, sequence, N):
         self.group, self.ranks, self.rank, self.N = sequence.group, sequence.ranks, sequence.rank, N
         if N < self.ranks:
-            raise ValueError(f"{N} tokens cannot be shared by {self.ranks} ranks: use at most {N}")
+            raise ValueError(
+                f"{N} tokens of a sample cannot be shared by {self.ranks} ranks: use at most {N}"
+            )
         self.sizes = [N // self.ranks + (rank < N % self.ranks) for rank in range(self.ranks)]
 
     def heads(self, x):

@@ -42,23 +42,27 @@ def many(draw_samples, n, batch=500):
 
 
 def many_on_all_ranks(run, draw_samples, n, shape, batch=500):
-    """The same samples, of which every rank makes a share: consecutive rows, under autocast.
+    """The same samples, of which every part of the run makes a share: consecutive rows, under
+    autocast.
 
     shape: of one sample.  -> (n, ...) on the CPU of rank 0, None on the others; milliseconds that
     this rank took for one sample.
     """
-    share = [n // run.world_size + (rank < n % run.world_size) for rank in range(run.world_size)]
-    first, x, ms = sum(share[: run.rank]), torch.empty(0, *shape), 0.0
-    if share[run.rank]:
+    share = [n // run.parts + (part < n % run.parts) for part in range(run.parts)]
+    first, x, ms = sum(share[: run.part]), torch.empty(0, *shape), 0.0
+    if share[run.part]:
         with run.autocast(), torch.no_grad():
-            x, ms = many(lambda a, b: draw_samples(first + a, first + b), share[run.rank], batch)
+            x, ms = many(lambda a, b: draw_samples(first + a, first + b), share[run.part], batch)
     if run.world_size == 1:
         return x, ms
-    part = torch.zeros(share[0], *shape, device=run.device)  # the shares of all ranks as long
-    part[: len(x)] = x.to(run.device)
-    parts = [torch.empty_like(part) for _ in share] if run.main else None
-    dist.gather(part, parts)
-    return torch.cat([p[:m].cpu() for p, m in zip(parts, share)]) if run.main else None, ms
+    made = torch.zeros(share[0], *shape, device=run.device)  # the shares of all ranks as long
+    made[: len(x)] = x.to(run.device)
+    ranks = [torch.empty_like(made) for _ in range(run.world_size)] if run.main else None
+    dist.gather(made, ranks)
+    if not run.main:
+        return None, ms
+    parts = ranks[:: run.world_size // run.parts]  # the ranks of one part have the same samples
+    return torch.cat([x[:m].cpu() for x, m in zip(parts, share)]), ms
 
 
 def evaluation_noise(run, shape, first, last, coords=None):
@@ -183,6 +187,7 @@ def load_student(run, conditions_of=Conditions):
     args = run.args
     folder, sampler, schedule, prediction, shift = read_own_sampler(args.sample, run.method)
     net, config = load_network(folder)
+    run.spread_tokens(net)
     set_clock(net, schedule)
     refuse_output_dir(run.folder, sampling=True)
     world_name = config.get("world")
@@ -232,7 +237,7 @@ def introduce(run, teacher, net, student):
     run.say(
         f"teacher {run.args.teacher}: {type(net).__name__}, {parameters:,} parameters, predicts "
         f"{teacher.prediction}, {teacher.schedule.describe()}, shift {teacher.shift:g}, guidance "
-        f"{run.args.guidance_scale:g}; {run.device} x {run.world_size}\nstudent: {student}"
+        f"{run.args.guidance_scale:g}; {run.describe_ranks()}\nstudent: {student}"
     )
 
 

@@ -42,6 +42,10 @@ from models.files import (
     save_json,
     save_tensors,
 )
+from models.networks.sequence import Sequence, use_sequence
+
+# Ranks wait so long for each other: rank 0 may draw samples, or write them, while others wait.
+PATIENCE = datetime.timedelta(hours=12)
 
 
 def run_main(main):
@@ -66,8 +70,10 @@ class Run:
     """One run of a script. args: its flags; method: the script's name.
 
     Attributes: rank, world_size, main (whether this is rank 0), device, B (rows per micro-batch and
-    rank), share (what one micro-batch's loss counts in an update), folder, changes (of flags, where
-    the run was resumed with others; see `changes_on_resume`).
+    part), share (what one micro-batch's loss counts in an update), folder, changes (of flags, where
+    the run was resumed with others; see `changes_on_resume`). Rows are shared out among `parts`, of
+    which this rank belongs to number `part`: single ranks, or with --sequence_ranks the groups that
+    share the tokens of their rows. `writes`: whether this rank writes what its part has made.
     """
 
     def __init__(self, args, method):
@@ -83,11 +89,43 @@ class Run:
             torch.cuda.set_device(self.device)
         if self.world_size > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            # rank 0 may draw samples for long while the others wait
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+            dist.init_process_group(backend, timeout=PATIENCE)
+        self.group_ranks(args.sequence_ranks)
         self.sums, self.counts, self.roots = {}, {}, set()
 
     # ---- ranks
+
+    def group_ranks(self, n):
+        """Make a part of every n consecutive ranks. Raises UserError."""
+        if self.world_size % n:
+            fitting = [str(m) for m in range(1, n) if self.world_size % m == 0]
+            raise UserError(
+                f"--sequence_ranks {n}: {self.world_size} rank(s) do not divide into groups of "
+                f"{n}: use one of {', '.join(fitting)}, or start a multiple of {n} with torchrun"
+            )
+        self.parts, self.part = self.world_size // n, self.rank // n
+        self.writes = self.rank % n == 0
+        self.sequence = None
+        if n > 1:
+            self.sequence = Sequence(dist.new_subgroups(n, timeout=PATIENCE)[0])
+
+    def describe_ranks(self):
+        """Devices in words."""
+        groups = f", {self.sequence.ranks} of them a sample" if self.sequence else ""
+        return f"{self.device} x {self.world_size}{groups}"
+
+    def spread_tokens(self, *nets):
+        """With --sequence_ranks these networks share the tokens of each sample among the ranks of
+        their group, and so do copies of them. None and closed forms are passed over.
+
+        Raises UserError.
+        """
+        for net in nets if self.sequence else ():
+            if isinstance(net, nn.Module) and next(net.parameters(), None) is not None:
+                try:
+                    use_sequence(net, self.sequence)
+                except ValueError as error:
+                    raise UserError(f"--sequence_ranks {self.sequence.ranks}: {error}") from None
 
     def mean_over_ranks(self, *values):
         """Scalars (tensors or numbers) averaged over ranks.  -> floats, all read at once."""
@@ -221,9 +259,9 @@ class Run:
         """The draws of every micro-batch of this rank. turn: which update of the step, part of the
         draws' key. teacher: its shape and shift are those of the draws.  -> Draws, one a
         micro-batch."""
-        micro_batches, per_micro = self.args.gradient_accumulation_steps, self.world_size * self.B
+        micro_batches, per_micro = self.args.gradient_accumulation_steps, self.parts * self.B
         for micro in range(micro_batches):
-            row = micro * per_micro + self.rank * self.B
+            row = micro * per_micro + self.part * self.B
             yield Draws(
                 *(self.args.seed, step, turn, range(row, row + self.B), self.device),
                 *(teacher.shape, teacher.shift, micro_batches * per_micro),
@@ -417,14 +455,16 @@ FREE_TO_CHANGE = set(
 
 # Flags that somebody may have to change in a run that goes on: how far and how often networks are
 # updated and averaged, and what the terms of a loss weigh, so that a GAN can be added after
-# convergence at lower rates. A change is printed and kept in state.json. All others must stay: they
-# decide what the state's tensors are, what is drawn and read, or what a term pulls towards.
+# convergence at lower rates; and how the tokens of a sample are spread. A change is printed and
+# kept in state.json. All others must stay: they decide what the state's tensors are, what is drawn
+# and read, or what a term pulls towards.
 MAY_CHANGE = set(
     "learning_rate learning_rate_fake learning_rate_features learning_rate_r learning_rate_muon "
     "lr_warmup_steps lr_decay_share lr_schedule lr_final max_grad_norm weight_decay "
     "ema_decay ema_start fake_update_ratio "
     "dm_weight gan_weight gan_weight_d regression_weight mean_variance_weight selection_weight "
-    "vm_weight vd_loss_weight".split()
+    "vm_weight vd_loss_weight "
+    "sequence_ranks".split()
 )
 
 # What only one term needs may change while the weight of that term is 0, before or after.
@@ -524,7 +564,8 @@ def changes_on_resume(info, args, world_size):
     -> [{"what": "--flag" or "ranks", "was": value, "is": value, "update": the first with it}].
     Raises UserError for a change that would not go on with the same run.
     """
-    saved = {k: v for k, v in info["flags"].items() if k not in FREE_TO_CHANGE}
+    saved = {"sequence_ranks": 1}  # in runs from before there was this flag
+    saved |= {k: v for k, v in info["flags"].items() if k not in FREE_TO_CHANGE}
     now = flags_to_save(args)
     if info["step"] > args.max_train_steps:
         raise UserError(
@@ -555,15 +596,17 @@ def refuse_other_batch(saved, ranks, args, world_size):
     samples are drawn, and their mean gradient is the same.
     """
     micro, parts = (saved[k] for k in BATCH)
-    samples = micro * parts * ranks
-    if args.train_batch_size * args.gradient_accumulation_steps * world_size == samples:
+    samples = micro * parts * (ranks // saved["sequence_ranks"])
+    groups = world_size // args.sequence_ranks  # of ranks that have the same samples
+    if args.train_batch_size * args.gradient_accumulation_steps * groups == samples:
         return
     before = f"updates were of {samples} samples (--train_batch_size {micro}, "
     before += f"--gradient_accumulation_steps {parts}, {ranks} rank(s))"
-    if samples % world_size:
-        fitting = ", ".join(str(n) for n in range(1, samples + 1) if samples % n == 0)
+    if samples % groups:
+        fitting = [n * args.sequence_ranks for n in range(1, samples + 1) if samples % n == 0]
+        fitting = ", ".join(map(str, fitting))
         raise UserError(f"{before}, which {world_size} ranks cannot share: use one of {fitting}")
-    each = samples // world_size
+    each = samples // groups
     fit = max(n for n in range(1, micro + 1) if each % n == 0)  # no larger: it may fill the memory
     raise UserError(
         f"{before}: on {world_size} rank(s) resume with --train_batch_size {fit} "
