@@ -350,8 +350,7 @@ def train(args):
                         x = diffusion.x0(student, x_in, times[k], **cond)
                     step_k = step_input(k, draw, see_step)
                     fake_cond = {**cond, **step_k}
-                    noise = draw.eps_t()
-                    loss = loss_fake = fake_score_loss(fake, diffusion, x, *noise, fake_cond)
+                    loss = loss_fake = fake_score_loss(fake, diffusion, x, *draw.eps_t(), fake_cond)
                     if args.gan_weight:
                         x_real, cond_real = real(draw, "real_gan")
                         samples = x, draw.eps_t("_gan_fake"), fake_cond
