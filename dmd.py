@@ -234,6 +234,7 @@ def train(args):
     student = new_student(run, teacher)
     fake = starting_fake(run, teacher, see_step)
     freeze_teacher(run, teacher)
+    run.spread_tokens(teacher.net, student, fake)
     real = real_batches(args, teacher, run.device) if needs_data(args) else None
     features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
     torch.manual_seed(stable_hash(args.seed, "head"))
@@ -264,8 +265,7 @@ def train(args):
                         x = diffusion.x0(student, x_in, times[k], **cond)
                     step_k = step_input(k, draw, see_step)
                     fake_cond = {**cond, **step_k}
-                    noise = draw.eps_t()
-                    loss = loss_fake = fake_score_loss(fake, diffusion, x, *noise, fake_cond)
+                    loss = loss_fake = fake_score_loss(fake, diffusion, x, *draw.eps_t(), fake_cond)
                     if args.gan_weight:
                         x_real, cond_real = real(draw, "real_gan")
                         samples = x, draw.eps_t("_gan_fake"), fake_cond

@@ -400,6 +400,7 @@ def train(args):
     world_name = args.data if is_readable(args, world, space) else None
     # both from the same seed
     net, ema = (run.place(build_network(args, data, shape, world_name)) for _ in range(2))
+    run.spread_tokens(net, ema)
     net.gradient_checkpointing = args.gradient_checkpointing
     ema.requires_grad_(False)
     optimizers, rates = build_optimizers(args, net)
@@ -781,7 +782,7 @@ def introduce(run, data, space, net, shape):
     run.say(
         f"data {run.args.data}: {len(data.x)} items of shape {tuple(data.x.shape[1:])}, "
         f"{data.num_classes} classes; {space.describe()}; {type(net).__name__} on {shape} with "
-        f"{parameters:,} parameters on {run.device} x {run.world_size}"
+        f"{parameters:,} parameters on {run.describe_ranks()}"
     )
 
 
@@ -1084,6 +1085,7 @@ def sample_only(args):
     run = Run(args, "latent_fm")
     folder, saved, *_ = read_own_sampler(args.sample, run.method)
     net, config = load_network(folder, place=run.place)
+    run.spread_tokens(net)
     saved = {"sample_steps": len(saved["times"]), "solver": saved["rule"], **saved}
     for name, default in SAMPLER.items():
         if getattr(args, name) is None:

@@ -228,7 +228,8 @@ class MixedAttention(nn.Module):
     q, k, v (B, n, heads, head_dim), after norm and rotation -> the same shape. softmax: the layer's
     own attention, called as softmax(q, k, v) without a mask. r is one trained number; at r = 1 this
     is the softmax attention, bit for bit. After `fix` only one is computed; a state that is loaded
-    needs `fix` again where `decided` is set.
+    needs `fix` again where `decided` is set. Both kinds take `share`, where other ranks have
+    further tokens.
     """
 
     whole = True  # over several ranks every one keeps all of it: r is a single number
@@ -240,10 +241,12 @@ class MixedAttention(nn.Module):
         self.r = nn.Parameter(torch.tensor(float(r)))
         self.register_buffer("decided", torch.tensor(False))  # so that a resumed run knows
 
-    def forward(self, q, k, v):
+    def forward(self, q, k, v, **share):
         if self.only:
-            return self.softmax(q, k, v) if self.only == "softmax" else self.linear(q, k, v)
-        return (self.r * self.softmax(q, k, v) + (1 - self.r) * self.linear(q, k, v)).to(v.dtype)
+            attend = self.softmax if self.only == "softmax" else self.linear
+            return attend(q, k, v, **share)
+        softmax, linear = self.softmax(q, k, v, **share), self.linear(q, k, v, **share)
+        return (self.r * softmax + (1 - self.r) * linear).to(v.dtype)
 
     def fix(self, linear):
         """From now on this layer is either linear, or softmax attention."""
@@ -432,7 +435,7 @@ def bank_size(run, folder):
         return args.bank_size
     if os.path.isfile(path):
         return int(load_json(path)["trajectories"])
-    per_update = run.world_size * args.train_batch_size * args.gradient_accumulation_steps
+    per_update = run.parts * args.train_batch_size * args.gradient_accumulation_steps
     return -(-min(50_000, args.max_train_steps * per_update) // args.sampling_steps)
 
 
@@ -456,7 +459,7 @@ def announce(run, teacher, folder, rows, whose, remedy):
 
 
 def make_bank(run, teacher, grid):
-    """The teacher's trajectories on disk, each written once, by the rank whose share it is.
+    """The teacher's trajectories on disk, each written once, by the part whose share it is.
 
     Those that are there already are kept.  -> an open Bank. Raises UserError for another one's, and
     where the disk is too small.
@@ -481,7 +484,7 @@ def make_bank(run, teacher, grid):
     run.wait_for_all()  # until the folder is ready
     missing = bank.missing()
     run.wait_for_all()  # all ranks have looked before one of them writes
-    turns = range(run.rank, run.rank + len(missing), run.world_size)  # all ranks take as many
+    turns = range(run.part, run.part + len(missing), run.parts)  # all ranks take as many
     for i in tqdm(turns, desc="bank", disable=not run.main or not missing):
         part = missing[min(i, len(missing) - 1)]
         rows = bank.rows_of(part)
@@ -491,7 +494,7 @@ def make_bank(run, teacher, grid):
         scale = args.guidance_scale
         with run.autocast():
             states = trajectory(teacher.net, draw.noise("z"), grid, cond, uncond, scale)
-        if i < len(missing):
+        if i < len(missing) and run.writes:
             bank.write(part, {"index": index, **{name: x.half() for name, x in states.items()}})
     run.wait_for_all()
     return bank.open()
@@ -564,7 +567,7 @@ def make_own_trajectories(run, step, own, bank, student, teacher, grid):
     """Where it is time, roll the student out and write this rank's share of the trajectories."""
     args, conditions = run.args, teacher.conditions
     own.begin(step, bank)
-    mine = [i for i in range(own.made, own.made + args.fresh) if i % run.world_size == run.rank]
+    mine = [i for i in range(own.made, own.made + args.fresh) if i % run.parts == run.part]
     if step % args.fresh_every:
         return
     rows = mine or [own.made]  # a rank without any calls the student all the same, for the others
@@ -574,7 +577,7 @@ def make_own_trajectories(run, step, own, bank, student, teacher, grid):
     z, scale = draw.noise("z"), args.guidance_scale
     with run.autocast():
         states = trajectory(teacher.net, z, grid, cond, uncond, scale, sampler=student)
-    for row, i in enumerate(mine):
+    for row, i in enumerate(mine if run.writes else ()):
         one = {name: x[row].half() for name, x in states.items()}
         own.write(i, {"index": index[row, None], **one})
 
@@ -722,8 +725,8 @@ def velocity_error(run, student, teacher, bank, grid):
     """Mean squared error of the student's velocity on 256 fixed states of the bank, which the ranks
     share.  -> float."""
     errors = torch.zeros((), device=run.device)
-    for part in range(0, 256, run.world_size * run.B):  # as often on all ranks
-        first = part + run.rank * run.B
+    for together in range(0, 256, run.parts * run.B):  # as often on all ranks
+        first = together + run.part * run.B
         own = range(first, min(first + run.B, 256))
         rows = own or range(1)
         draw = Draws(run.args.seed, "check", 0, rows, run.device, teacher.shape, total=256)
@@ -731,7 +734,7 @@ def velocity_error(run, student, teacher, bank, grid):
         with run.autocast():
             v_hat = velocity(student, x_t, t, cond)
         errors += (v_hat - v_t).square().flatten(1).mean(1)[: len(own)].sum()
-    return run.mean_over_ranks(errors * run.world_size / 256)[0]
+    return run.mean_over_ranks(errors * run.parts / 256)[0]
 
 
 def end_selection(run, step, selection, student, teacher, bank, grid):
@@ -794,6 +797,7 @@ def train(args):
     if args.objective in ("adm_critic", "dmd"):
         critic = trainable(run, teacher.base, "critic", args.fake_lora_rank)
     freeze_teacher(run, teacher)
+    run.spread_tokens(teacher.net, student, critic)
     mixed = mix_attention(student, args.feature_map, args.r_init)
     try_network(teacher.base, teacher, run.device)
     ema = average_of(run, student)

@@ -362,6 +362,7 @@ def train(args):
     student = new_student(run, teacher)
     # An adapter's base stays in float32: the derivative is a difference of its outputs.
     freeze_teacher(run, teacher, in_bf16=not args.lora_rank)
+    run.spread_tokens(teacher.net, student)
     try_network(teacher.base, teacher, run.device)
     ema = average_of(run, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)

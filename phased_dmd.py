@@ -477,6 +477,7 @@ def train(args):
     draw_sample = student_sample_all_steps if args.no_truncation else student_sample
     grid = step_grid(args.student_steps, teacher.shift)  # t_0 = 1 > ... > t_N = 0
     phases = plan_phases(run, teacher)
+    run.spread_tokens(teacher.net, *(phase.init for phase in phases))
     try_network(teacher.base, teacher, run.device)
     info, saved = read_state(run, phases)
     run.spent, film = info["seconds"], None
@@ -487,6 +488,7 @@ def train(args):
         # ---- a new expert and a new fake, both from the teacher; earlier experts are constants
         if not start_phase(run, phases, phase, info, saved):
             continue  # it was over when the run was interrupted
+        run.spread_tokens(phase.fake.net)  # which may be no copy: see with_step_input
         experts = per_step(phases, [p.expert for p in phases[: phase.number]])
         film = film_of_phase(run, phases, phase, teacher, grid, film)
         updates = phase.end - phase.start
@@ -800,6 +802,7 @@ def sample_only(args):
     run = Run(args, "phased_dmd")
     refuse_output_dir(run.folder, sampling=True)
     experts, saved, teacher = load_student(run)
+    run.spread_tokens(*(expert.net for expert in experts))
     sampler = student_sampler(run, experts, teacher, saved["times"])
     report.write_samples(run, teacher, sampler, len(experts))
 

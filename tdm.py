@@ -398,6 +398,7 @@ def train(args):
     student = new_student(run, teacher, see_K)
     fake = trainable(run, teacher.base, "fake", args.fake_lora_rank, see_K)
     freeze_teacher(run, teacher)
+    run.spread_tokens(teacher.net, student, fake)
     try_network(teacher.base, teacher, run.device)
     ema = average_of(run, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)

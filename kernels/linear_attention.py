@@ -102,22 +102,26 @@ def features(x, feature_map, w=None):
 
 
 def linear_attention_reference(
-    q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=0.0, chunk=4096
+    q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=0.0, chunk=4096, share=None
 ):
     """Eqs. (1) and (2) in torch on any device, `chunk` rows at a time.
 
     q (B, N_q, H, D), k, v (B, N, H, D) -> (B, N_q, H, D) in the dtype of q. Computes in float32, or
-    in float64 for float64 inputs, also under autocast. Differentiable by autograd.
+    in float64 for float64 inputs, also under autocast. Differentiable by autograd. share: see
+    `linear_attention`.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     w_q, w_k = (None if w is None else w.to(wide) for w in (w_q, w_k))
-    N = k.shape[1]
+    N = k.shape[1] if share is None else share.N
     with torch.autocast(q.device.type, enabled=False):
         S, z = 0, 0
-        for a in range(0, N, chunk):
+        for a in range(0, k.shape[1], chunk):
             phi = features(k[:, a : a + chunk].to(wide), feature_map, w_k)  # (B, n, H, f)
             S = S + torch.einsum("bnhf,bnhd->bhfd", phi, v[:, a : a + chunk].to(wide)) / N
             z = z + phi.sum(1) / N  # (B, H, f)
+        if share is not None:  # the keys of other ranks, by one all-reduce
+            S, z = share.sum(torch.cat([S, z[..., None]], dim=-1)).tensor_split([-1], dim=-1)
+            z = z[..., 0]
         out = []
         for a in range(0, q.shape[1], chunk):
             phi = features(q[:, a : a + chunk].to(wide), feature_map, w_q)
@@ -836,7 +840,9 @@ def _refusal(q, v, feature_map):
     return None
 
 
-def linear_attention(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=None, backend=None):
+def linear_attention(
+    q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=None, backend=None, share=None
+):
     """o_i = phi(q_i) S / (phi(q_i) . z + eps): Eqs. (1) and (2) at the top of this file.
 
     q (B, N_q, H, D), k (B, N, H, D), v (B, N, H, D_v), of one floating dtype and with any strides
@@ -848,6 +854,10 @@ def linear_attention(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=No
                  for "relu" and "none".
     backend      "triton", "torch", or None: Triton where it can run (a CUDA device, a supported
                  size and dtype, for size 128 the shared memory of sm_90), else torch.
+    share        where other ranks have further keys and queries: an object with N, how many keys
+                 there are in all, and sum(x), which adds x up over the ranks
+                 (models/networks/sequence.py). The torch reference runs then, also on a GPU: the
+                 kernels keep their sums to themselves.
 
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit, for an
     unknown name, an empty tensor or a projection of a map that has none, and for backend="triton"
@@ -859,6 +869,8 @@ def linear_attention(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=No
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend must be None, 'torch' or 'triton', got {backend!r}")
     refusal = None if backend == "torch" else _refusal(q, v, feature_map)
+    if share is not None:
+        refusal = "share: the kernels know of one rank's keys"
     if backend == "triton" and refusal:
         raise ValueError(f"backend='triton': {refusal}")
     fits = q.is_cuda
@@ -868,7 +880,7 @@ def linear_attention(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=No
         fits = getattr(properties, "shared_memory_per_block_optin", 0) >= SHARED
     if backend == "triton" or (backend is None and fits and not refusal):
         return _forward(q, k, v, w_q, w_k, feature_map, float(eps), 0)[0]
-    return linear_attention_reference(q, k, v, feature_map, w_q, w_k, eps)
+    return linear_attention_reference(q, k, v, feature_map, w_q, w_k, eps, share=share)
 
 
 # ---- in a network --------------------------------------------------------------------------------
@@ -894,9 +906,9 @@ class LinearAttention(torch.nn.Module):
                 w = torch.nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1))  # (H, D, D)
             self.register_parameter(name, w)
 
-    def forward(self, q, k, v):
-        """q, k, v (B, N, H, D) -> (B, N, H, D)."""
-        return linear_attention(q, k, v, self.feature_map, self.w_q, self.w_k)
+    def forward(self, q, k, v, share=None):
+        """q, k, v (B, N, H, D) -> (B, N, H, D); share: see linear_attention."""
+        return linear_attention(q, k, v, self.feature_map, self.w_q, self.w_k, share=share)
 
 
 def use_linear_attention(net, layers, feature_map="hedgehog"):

@@ -593,6 +593,12 @@ CASES = [
     ("dmd", "--dm_range: LO must be below HI", "--dm_range 0.9 0.1", ["--dm_range 0.1 0.9"]),
     (
         "dmd",
+        "--sequence_ranks {}: {} rank(s) do not divide into groups of {}: use one of {}",
+        "--sequence_ranks 2",
+        ["--sequence_ranks 1"],
+    ),
+    (
+        "dmd",
         "--data is for the GAN or --student_input real with several steps: set --gan_weight",
         "--data DATA",
         ["--data DATA --gan_weight 0.1", "", "--data DATA --student_input real --student_steps 2"],
@@ -1583,6 +1589,7 @@ CASES = [
 
 # What cannot be met in one run of one process with nothing prepared: tests that follow it.
 ELSEWHERE = {
+    "--sequence_ranks {}: {}": ("test_sequence", "test_networks_that_cannot"),
     "rank(s)), which {} ranks cannot share: use one of {}": (
         "test_resume",
         "test_ranks_that_cannot_share_the_batch",

@@ -945,7 +945,7 @@ def test_default_size_of_a_released_models_bank(tmp_path):
 
     def size(*flags, ranks=1):
         args = linvideo.parse_args(["--teacher", "/nowhere/Wan2.1-T2V-1.3B-Diffusers", *flags])
-        return linvideo.bank_size(types.SimpleNamespace(args=args, world_size=ranks), str(tmp_path))
+        return linvideo.bank_size(types.SimpleNamespace(args=args, parts=ranks), str(tmp_path))
 
     assert size() == 3000 / 50 and size(ranks=8) == 480  # batch 1
     assert size(ranks=32) == size("--train_batch_size", "64") == 1000
@@ -1365,7 +1365,7 @@ def test_ranks_share_the_bank_whatever_is_there(tmp_path):
     bank = tmp_path / "run" / "bank"
 
     def make(rank):
-        one = dict(rank=rank, main=rank == 0, world_size=3, device=torch.device("cpu"))
+        one = dict(part=rank, main=rank == 0, parts=3, writes=True, device=torch.device("cpu"))
         one |= dict(args=args, folder=str(tmp_path / "run"), wait_for_all=lambda: None, say=print)
         one["autocast"] = contextlib.nullcontext
         return linvideo.make_bank(types.SimpleNamespace(**one), teacher, step_grid(K, SHIFT))

@@ -81,13 +81,17 @@ def test_ranks_share_out_the_measures(tmp_path):
             assert b[name] == pytest.approx(a[name], rel=2e-2, abs=1e-3), (a["name"], name)
 
 
-@pytest.mark.parametrize("n, ranks", [(5, 3), (2, 3), (6, 2), (1, 1)])
-def test_shares_are_consecutive_and_gathered_in_order(monkeypatch, n, ranks):
-    """Every row once, the same rows whatever the ranks; a rank may have none."""
+@pytest.mark.parametrize("n, ranks, group", [(5, 3, 1), (2, 3, 1), (6, 2, 1), (1, 1, 1), (5, 6, 2)])
+def test_shares_are_consecutive_and_gathered_in_order(monkeypatch, n, ranks, group):
+    """Every row once, the same rows whatever the ranks; a rank may have none.
+
+    The ranks of a group (--sequence_ranks) draw the same rows.
+    """
     asked, sent = [], {}
 
     def rank(r):
         run = SimpleNamespace(rank=r, world_size=ranks, main=r == 0, device=torch.device("cpu"))
+        run.parts, run.part = ranks // group, r // group
         run.autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=False)
 
         def gather(part, parts):
@@ -107,7 +111,8 @@ def test_shares_are_consecutive_and_gathered_in_order(monkeypatch, n, ranks):
     x = rank(0)
     assert others == [None] * (ranks - 1)
     assert x[:, 0].tolist() == list(range(n)) and x.shape == (n, 2)
-    assert sorted(i for a, b in asked for i in range(a, b)) == list(range(n))
+    drawn = sorted(i for a, b in asked for i in range(a, b))
+    assert drawn == sorted(list(range(n)) * group)
     assert all(b - a <= 2 for a, b in asked)
 
 

@@ -47,8 +47,8 @@ CASES = {  # {name: (script, flags)}
     "linvideo critic": ("linvideo", "--bank_size 16 --objective adm_critic --sampling_steps 4"),
     "linvideo policy": (
         "linvideo",
-        "--objective adm --bank_size 16 --state policy --own_trajectories 4 --fresh 2 --fresh_every 2 "
-        "--sampling_steps 4",
+        "--objective adm --bank_size 16 --state policy --own_trajectories 4 --fresh 2 "
+        "--fresh_every 2 --sampling_steps 4",
     ),
     "linvideo adapters": ("linvideo", "--lora_rank 2 --bank_size 16 --sampling_steps 4"),
     "mdt_dist": ("mdt_dist", "--data {data} --derivative jvp"),

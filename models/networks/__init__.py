@@ -25,9 +25,12 @@ where it depends on the config.
     lora_key(name)          name in an adapter file of a layer, or of any module with parameters or
                             parameter that is not called weight or bias (models/networks/lora.py)
     self_attentions         modules, in order, whose attribute `attend(q, k, v)` mixes the tokens
-                            and may be replaced; q, k, v (B, N, heads, head_dim). Their dict
-                            `attends` has what replaces it in calls with an adapter, by its name
+                            and may be replaced; q, k, v (B, N, heads, head_dim), and share= where
+                            `sequence` is set (models/networks/sequence.py). Their dict `attends`
+                            has what replaces it in calls with an adapter, by its name
     heads, head_dim         sizes of each of those
+    sequence                None, or the ranks that share the tokens of each sample; a network
+                            without it cannot be spread over ranks
     sparse                  True: samples are points, x is (N, C), and forward also takes `coords`
     uncond_names            of cond_names, those whose unconditional twin is stored and not zeros
     current_name(key)       today's name of a parameter that old files store as key

@@ -31,7 +31,8 @@ from torch.utils.checkpoint import checkpoint
 from kernels.linear_attention import use_linear_attention
 from models.diffusion import sinusoid
 from models.networks import lora
-from models.networks.layers import attention, check_label, check_time
+from models.networks.layers import attention, check_label, check_time, given
+from models.networks.sequence import gather_tokens, share_of, split_tokens
 
 HEAD_DIM = 32
 
@@ -111,14 +112,15 @@ class Block(nn.Module):
         self.attend = attention  # may be replaced, to give this block another attention, also
         self.attends = {}  # in calls with an adapter alone: {adapter: module, not a parameter here}
 
-    def forward(self, x, c, cos, sin, adapter=None):
+    def forward(self, x, c, cos, sin, adapter=None, share=None):
         """x (B, N, D), c (B, cond_dim), cos and sin (N, 1, 16) -> (B, N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)
         qkv = self.qkv(modulate(self.norm1(x), shift1, scale1), adapter)  # (B, N, 3 D)
         q, k, v = qkv.unflatten(-1, (3, self.heads, HEAD_DIM)).unbind(2)  # (B, N, H, 32)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         attend = self.attends.get(adapter, self.attend)
-        x = x + gate1[:, None] * self.proj(attend(q, k, v).flatten(2), adapter)
+        mixed = attend(q, k, v, **given(share=share)).flatten(2)
+        x = x + gate1[:, None] * self.proj(mixed, adapter)
         first, act, second = self.mlp  # one by one: nn.Sequential passes no second argument on
         h = first(modulate(self.norm2(x), shift2, scale2), adapter)
         return x + gate2[:, None] * second(act(h), adapter)
@@ -147,6 +149,7 @@ class DiT(nn.Module):
     prediction = "flow_v"
     default_shift = 1.0
     cond_names = ("label",)
+    sequence = None
     lora_targets = ("qkv", "proj", "mlp.0", "mlp.2")  # in every block
 
     def __init__(
@@ -282,17 +285,18 @@ class DiT(nn.Module):
             context = self.project(context.to(self.embed.weight.dtype))
             seen = torch.cat([x, context.to(x.dtype)], 1)
         h = self.embed(patchify(seen, self.patch).to(c.dtype)) + self.position  # (B, N, D)
+        share = share_of(self.sequence, h.shape[1])
+        h = split_tokens(h, share)
+        rope = [split_tokens(z, share, dim=0) for z in (self.rope_cos, self.rope_sin)]
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(
-                    block, h, c, self.rope_cos, self.rope_sin, adapter, use_reentrant=False
-                )
+                h = checkpoint(block, h, c, *rope, adapter, share, use_reentrant=False)
             else:
-                h = block(h, c, self.rope_cos, self.rope_sin, adapter)
+                h = block(h, c, *rope, adapter, share)
             if return_features and i == len(self.blocks) // 2:
-                return h
+                return gather_tokens(h, share)
         shift, scale = self.final_modulation(c).chunk(2, dim=1)
         h = self.final(modulate(self.final_norm(h), shift, scale))  # (B, N, C * prod(patch))
-        v = unpatchify(h, self.channels, self.size, self.patch)
+        v = unpatchify(gather_tokens(h, share), self.channels, self.size, self.patch)
         gate = self.skip(c).reshape(-1, self.channels, *[1] * len(self.size))
         return v + gate * x.to(v.dtype)  # (B, C, *size)

@@ -71,6 +71,7 @@ from models.networks.layers import (
     unpatchify,
 )
 from models.networks.pixart import PatchEmbed, sine_positions
+from models.networks.sequence import gather_tokens, share_of, split_tokens
 
 # The paper's sizes at 256 x 256; facebook/DiT-XL-2-256 and DiT-XL-2-512 are DIT_XL_2 and
 # DIT_XL_2_512.
@@ -183,13 +184,13 @@ class Block(nn.Module):
         self.norm3 = LayerNorm(dim, eps, elementwise_affine=False)
         self.ff = FeedForward(dim, 4 * dim)
 
-    def forward(self, h, features, label, adapter=None):
+    def forward(self, h, features, label, adapter=None, share=None):
         """h (B, N, D), features (B, TIME_DIM) of time, label (B,) -> (B, N, D)."""
         # Each (B, 1, D).
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.norm1(features, label)
 
         z = (self.norm1.norm(h) * (1 + scale) + shift).to(h.dtype)
-        h = (h.float() + self.attn1(z, z, adapter=adapter) * gate).to(h.dtype)
+        h = (h.float() + self.attn1(z, z, adapter=adapter, share=share) * gate).to(h.dtype)
 
         z = (self.norm3(h) * (1 + mlp_scale) + mlp_shift).to(h.dtype)
         return (h.float() + self.ff(z, adapter) * mlp_gate).to(h.dtype)
@@ -216,6 +217,7 @@ class DiTTransformer2DModel(nn.Module):
     default_shift = 1.0
     latent_shape = (4, 32, 32)  # 256 x 256; an instance has that of its config
     cond_names = ("label",)
+    sequence = None
     if_copies_differ = 'put "shared_embedders": false into its config.json'
     lora_targets = (
         "attn1.to_q",
@@ -371,20 +373,22 @@ class DiTTransformer2DModel(nn.Module):
         grid = [size // self.patch_size for size in x.shape[2:]]  # rows, columns of tokens
         features_t = time_features(t, self.convention)  # (B, TIME_DIM)
         h = self.pos_embed(x)  # (B, N, D)
+        share = share_of(self.sequence, h.shape[1])
+        h = split_tokens(h, share)
 
         for i, block in enumerate(self.transformer_blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, features_t, label, adapter, use_reentrant=False)
+                h = checkpoint(block, h, features_t, label, adapter, share, use_reentrant=False)
             else:
-                h = block(h, features_t, label, adapter)
+                h = block(h, features_t, label, adapter, share)
             if return_features and i == len(self.transformer_blocks) // 2:
-                return h
+                return gather_tokens(h, share)
 
         with torch.autocast(x.device.type, enabled=False):
             table = self.proj_out_1(F.silu(self.transformer_blocks[0].norm1.emb(features_t, label)))
         shift, scale = table.float()[:, None].chunk(2, dim=2)  # each (B, 1, D)
         out = self.proj_out_2((self.norm_out(h) * (1 + scale) + shift).to(h.dtype))  # (B, N, p*p*C)
-        out = unpatchify(out, grid, [self.patch_size] * 2)  # (B, 8, H, W)
+        out = unpatchify(gather_tokens(out, share), grid, [self.patch_size] * 2)  # (B, 8, H, W)
         return self.sign * out[:, : x.shape[1]].to(x.dtype)  # (B, 4, H, W), without the variance
 
 

@@ -16,14 +16,23 @@ from models.networks import lora
 # ---- attention and rotary positions --------------------------------------------------------------
 
 
-def attention(q, k, v, mask=None):
+def attention(q, k, v, mask=None, share=None):
     """softmax(q k^T / sqrt(D)) v. q (B, N, H, D), k and v (B, M, H, D) -> (B, N, H, D).
 
     mask (B, 1, 1, M): bool, False for a key that no query sees; or of q's dtype, added to
-    q k^T / sqrt(D); or None.
+    q k^T / sqrt(D); or None. share: where q, k and v are of this rank's tokens alone (sequence.py);
+    the mask is then still of all of them.
     """
+    if share is not None:
+        q, k, v = share.heads(torch.stack([q, k, v]))  # all tokens of some heads
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, N, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)  # (B, N, H, D)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)  # (B, N, H, D)
+    return out if share is None else share.tokens(out)
+
+
+def given(**arguments):
+    """Those that are not None."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def rope(position, dims, theta):
@@ -76,8 +85,9 @@ class Attention(nn.Module):
 
     `attend(q, k, v)` on (B, N, H, D) mixes the tokens and can be replaced in any block, by a
     function or a module: `net.blocks[i].attn1.attend = linear_attention`. It is called with q and
-    k after norm and rotation, and also with the mask, if there is one. attends: {adapter: what
-    takes its place in calls with that adapter}; modules there are not this one's parameters.
+    k after norm and rotation, and also with the mask or the share, if there is one. attends:
+    {adapter: what takes its place in calls with that adapter}; modules there are not this one's
+    parameters.
     """
 
     def __init__(self, dim, heads, eps=None):
@@ -90,10 +100,10 @@ class Attention(nn.Module):
         )
         self.attend, self.attends = attention, {}
 
-    def forward(self, h, context, rope=None, adapter=None, mask=None):
+    def forward(self, h, context, rope=None, adapter=None, mask=None, share=None):
         """h (B, N, dim) attends to context (B, M, dim) -> (B, N, dim).
 
-        rope = (cos, sin) or None; mask as in `attention`.
+        rope = (cos, sin) or None; mask and share as in `attention`.
         """
         q, k = self.norm_q(self.to_q(h, adapter)), self.norm_k(self.to_k(context, adapter))
         v = self.to_v(context, adapter)
@@ -102,7 +112,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k = q.to(v.dtype), k.to(v.dtype)  # rounded once, after norm and rotation
         attend = self.attends.get(adapter, self.attend)
-        out = attend(q, k, v) if mask is None else attend(q, k, v, mask)
+        out = attend(q, k, v, **given(mask=mask, share=share))
         return self.to_out[0](out.flatten(2), adapter)  # (B, N, dim)
 
 

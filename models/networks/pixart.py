@@ -49,6 +49,7 @@ from models.networks.layers import (
     check_time,
     unpatchify,
 )
+from models.networks.sequence import gather_tokens, share_of, split_tokens
 
 # The released sizes, PixArt-alpha/PixArt-XL-2-512x512 and PixArt-XL-2-1024-MS. What is None
 # follows from sample_size: interpolation_scale is 1 and 2, and only the larger one is conditioned
@@ -179,16 +180,16 @@ class Block(nn.Module):
         self.ff = FeedForward(dim, 4 * dim)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
-    def forward(self, h, context, bias, modulation, adapter=None):
+    def forward(self, h, context, bias, modulation, adapter=None, share=None):
         """h (B, N, D), context (B, L, D), modulation (B, 6, D) float32 -> (B, N, D).
 
-        bias (B, 1, 1, L) is added to the logits of cross-attention.
+        bias (B, 1, 1, L) is added to the logits of cross-attention; share: see `attention`.
         """
         table = self.scale_shift_table.float() + modulation  # (B, 6, D)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table.chunk(6, dim=1)  # each (B, 1, D)
 
         z = (self.norm1(h) * (1 + scale) + shift).to(h.dtype)
-        h = (h.float() + self.attn1(z, z, adapter=adapter) * gate).to(h.dtype)
+        h = (h.float() + self.attn1(z, z, adapter=adapter, share=share) * gate).to(h.dtype)
 
         # Neither normalised, gated nor modulated.
         h = h + self.attn2(h, context, adapter=adapter, mask=bias).to(h.dtype)
@@ -216,6 +217,7 @@ class PixArtTransformer2DModel(nn.Module):
     clock_steps = 1000  # entries of the schedule's table; a teacher with another table has its own
     latent_shape = (4, 64, 64)  # 512 x 512; an instance has that of its config
     cond_names = ("text", "mask")
+    sequence = None
     lora_targets = (
         "attn1.to_q",
         "attn1.to_k",
@@ -334,16 +336,19 @@ class PixArtTransformer2DModel(nn.Module):
         # (B, 1, 1, L); finite, so that a mask without any token gives no NaN.
         bias = -10000.0 * (~mask.bool())[:, None, None].to(context.dtype)
 
+        share = share_of(self.sequence, h.shape[1])
+        h = split_tokens(h, share)
+        inputs = context, bias, modulation, adapter, share
         for i, block in enumerate(self.transformer_blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, context, bias, modulation, adapter, use_reentrant=False)
+                h = checkpoint(block, h, *inputs, use_reentrant=False)
             else:
-                h = block(h, context, bias, modulation, adapter)
+                h = block(h, *inputs)
             if return_features and i == len(self.transformer_blocks) // 2:
-                return h
+                return gather_tokens(h, share)
 
         table = self.scale_shift_table.float() + time[:, None]  # (B, 2, D)
         shift, scale = table.chunk(2, dim=1)  # each (B, 1, D)
         out = self.proj_out((self.norm_out(h) * (1 + scale) + shift).to(h.dtype))  # (B, N, p*p*C)
-        out = unpatchify(out, grid, [self.patch_size] * 2)  # (B, 8, H, W)
+        out = unpatchify(gather_tokens(out, share), grid, [self.patch_size] * 2)  # (B, 8, H, W)
         return out[:, : x.shape[1]].to(x.dtype)  # (B, 4, H, W), without the variance

@@ -100,7 +100,8 @@ def catch_up(new, net):
     are not sharded, such as a student's linear attention.  -> new."""
     settings = (bool, int, float, str, tuple, list, dict)
     for name, value in vars(net).items():
-        if isinstance(value, settings) and name[0] != "_" and name not in ("blank", "attends"):
+        kept = name == "sequence" or isinstance(value, settings)
+        if kept and name[0] != "_" and name not in ("blank", "attends"):
             setattr(new, name, copy.deepcopy(value))
     for name, child in net.named_children():
         if name == "lora":

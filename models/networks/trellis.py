@@ -47,7 +47,8 @@ from torch.utils.checkpoint import checkpoint
 from models.diffusion import sinusoid
 from models.networks import lora
 from models.networks.dit import patchify, unpatchify
-from models.networks.layers import attention, check_time
+from models.networks.layers import attention, check_time, given
+from models.networks.sequence import gather_tokens, share_of, split_tokens
 
 # The networks of microsoft/TRELLIS-image-large.
 SS_FLOW_L = dict(
@@ -174,7 +175,7 @@ class Attention(nn.Module):
     """Multi-head attention of tokens to themselves (context_dim None) or to a context.
 
     `attend(q, k, v)` on (B, N, H, D) mixes the tokens and can be replaced, as in layers.Attention.
-    It is also called with the mask, if there is one.
+    It is also called with the mask or the share, if there is one.
     """
 
     def __init__(self, dim, heads, qk_norm, context_dim=None):
@@ -190,10 +191,10 @@ class Attention(nn.Module):
         self.to_out = lora.Linear(dim, dim)
         self.attend = attention
 
-    def forward(self, h, context=None, mask=None, adapter=None):
+    def forward(self, h, context=None, mask=None, adapter=None, share=None):
         """h (B, N, dim), context (B, M, context_dim) or None -> (B, N, dim).
 
-        mask (B, 1, 1, M) bool or None: False for a key that no query sees.
+        mask (B, 1, 1, M) bool or None: False for a key that no query sees. share: see `attention`.
         """
 
         def split(x, parts):
@@ -204,7 +205,7 @@ class Attention(nn.Module):
         else:
             (q,), (k, v) = split(self.to_q(h, adapter), 1), split(self.to_kv(context, adapter), 2)
         q, k = self.q_rms_norm(q).to(v.dtype), self.k_rms_norm(k).to(v.dtype)
-        out = self.attend(q, k, v) if mask is None else self.attend(q, k, v, mask)
+        out = self.attend(q, k, v, **given(mask=mask, share=share))
         return self.to_out(out.flatten(2), adapter)  # (B, N, dim)
 
 
@@ -238,16 +239,17 @@ class Block(nn.Module):
         self.mlp = FeedForward(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, h, context, time, mask=None, adapter=None):
+    def forward(self, h, context, time, mask=None, adapter=None, share=None):
         """h (B, N, D), context (B, L, context_dim), time (B, D) -> (B, N, D).
 
-        mask (B, 1, 1, N) bool or None: False for padding.
+        mask (B, 1, 1, N) bool or None: False for padding. share: see `attention`.
         """
         table = [m[:, None] for m in modulation(self.adaLN_modulation, time, 6)]
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table  # each (B, 1, D)
 
         z = (self.norm1(h) * (1 + scale) + shift).to(h.dtype)
-        h = (wide(h) + self.self_attn(z, mask=mask, adapter=adapter) * gate).to(h.dtype)
+        mixed = self.self_attn(z, mask=mask, adapter=adapter, share=share)
+        h = (wide(h) + mixed * gate).to(h.dtype)
 
         z = self.norm2(h).to(h.dtype)
         h = h + self.cross_attn(z, context, adapter=adapter).to(h.dtype)  # not gated or modulated
@@ -313,14 +315,14 @@ class Transformer(nn.Module):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
-    def _run_blocks(self, h, tokens, time, mask, adapter, until_middle):
+    def _run_blocks(self, h, tokens, time, mask, adapter, until_middle, share=None):
         """h (B, N, D), tokens (B, L, cond_channels) -> output of the last block, (B, N, D).
 
         until_middle: stop after block num_blocks // 2 and return its output.
         """
         context = tokens.to(self.out_layer.weight.dtype)
         for i, block in enumerate(self.blocks):
-            h = self._run(block, h, context, time, mask, adapter)
+            h = self._run(block, h, context, time, mask, adapter, share)
             if until_middle and i == len(self.blocks) // 2:
                 break
         return h
@@ -369,6 +371,7 @@ class SparseStructureFlowModel(Transformer):
 
     latent_shape = (8, 16, 16, 16)
     stage = "sparse_structure"  # its name in pipeline.json
+    sequence = None
 
     def __init__(
         self,
@@ -412,10 +415,13 @@ class SparseStructureFlowModel(Transformer):
             raise ValueError(f"x has shape {tuple(x.shape)}; pass {want}")
         h = self.input_layer(patchify(x, self.patch).to(self.input_layer.weight.dtype))  # (B, N, D)
         h = (h + self.pos_emb).to(h.dtype)
-        h = self._run_blocks(h, tokens, self.t_embedder(t), None, adapter, return_features)
+        share = share_of(self.sequence, h.shape[1])
+        h, time = split_tokens(h, share), self.t_embedder(t)
+        h = self._run_blocks(h, tokens, time, None, adapter, return_features, share)
         if return_features:
-            return h
-        v = unpatchify(self._last(h), self.config["out_channels"], x.shape[2:], self.patch)
+            return gather_tokens(h, share)
+        v = gather_tokens(self._last(h), share)
+        v = unpatchify(v, self.config["out_channels"], x.shape[2:], self.patch)
         return v.to(x.dtype)
 
 

@@ -45,6 +45,7 @@ from models.networks.layers import (
     rope,
     unpatchify,
 )
+from models.networks.sequence import gather_tokens, share_of, split_tokens
 from models.networks.shards import on_some_rank
 
 # The released text-to-video sizes, Wan-AI/Wan2.1-T2V-{1.3B,14B}-Diffusers.
@@ -126,16 +127,16 @@ class Block(nn.Module):
         self.norm3 = LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, h, context, modulation, rope, adapter=None):
+    def forward(self, h, context, modulation, rope, adapter=None, share=None):
         """h (B, N, D), context (B, L, D), modulation (B, 6, D) float32 -> (B, N, D).
 
-        rope = (cos, sin), as rope_3d gives it.
+        rope = (cos, sin), as rope_3d gives it; share: see `attention`.
         """
         table = self.scale_shift_table.float() + modulation  # (B, 6, D)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = table.chunk(6, dim=1)  # each (B, 1, D)
 
         z = (self.norm1(h) * (1 + scale) + shift).to(h.dtype)
-        h = (h.float() + self.attn1(z, z, rope, adapter) * gate).to(h.dtype)
+        h = (h.float() + self.attn1(z, z, rope, adapter, share=share) * gate).to(h.dtype)
 
         z = self.norm2(h).to(h.dtype)
         h = h + self.attn2(z, context, adapter=adapter).to(h.dtype)  # neither gated nor modulated
@@ -213,6 +214,7 @@ class WanTransformer3DModel(nn.Module):
     default_shift = 5.0
     latent_shape = (16, 21, 60, 104)  # 81 frames of 480 x 832
     cond_names = ("text",)
+    sequence = None
     # As _keep_in_fp32_modules of diffusers' class, whose `rope` has no parameters here.
     keep_float32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     lora_targets = tuple(NATIVE_NAMES)
@@ -308,18 +310,21 @@ class WanTransformer3DModel(nn.Module):
 
         h = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))  # (B, D, T, H/2, W/2)
         h = h.flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
+        share = share_of(self.sequence, h.shape[1])
+        h = split_tokens(h, share)
+        inputs = context, modulation, [split_tokens(z, share, dim=0) for z in rope], adapter, share
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, context, modulation, rope, adapter, use_reentrant=False)
+                h = checkpoint(block, h, *inputs, use_reentrant=False)
             else:
-                h = block(h, context, modulation, rope, adapter)
+                h = block(h, *inputs)
             if return_features and i == len(self.blocks) // 2:
-                return h
+                return gather_tokens(h, share)
 
         table = self.scale_shift_table.float() + time[:, None]  # (B, 2, D)
         shift, scale = table.chunk(2, dim=1)  # each (B, 1, D)
         h = (self.norm_out(h) * (1 + scale) + shift).to(h.dtype)
-        h = self.proj_out(h)  # (B, N, pt*ph*pw*C)
+        h = gather_tokens(self.proj_out(h), share)  # (B, N, pt*ph*pw*C)
         return unpatchify(h, grid, self.patch_size).to(x.dtype)  # (B, C, T, H, W)
 
     def _check(self, x, t, text):

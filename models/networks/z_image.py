@@ -49,6 +49,7 @@ from models.networks.layers import (
     rotate,
     unpatchify,
 )
+from models.networks.sequence import gather_tokens, share_of, split_tokens
 
 # The released sizes, Tongyi-MAI/Z-Image-Turbo and Tongyi-MAI/Z-Image.
 Z_IMAGE_6B = dict(
@@ -117,16 +118,17 @@ class Attention(nn.Module):
         )  # "to_out.0" in checkpoints
         self.norm_q, self.norm_k = (RMSNorm(dim // heads, eps=QK_EPS) for _ in range(2))
 
-    def forward(self, h, mask, rotary, adapter=None):
+    def forward(self, h, mask, rotary, adapter=None, share=None):
         """h (B, N, dim) -> (B, N, dim).
 
-        mask (B, 1, 1, N) or None; rotary = (cos, sin), each ([B,] N, 1, D/2).
+        mask (B, 1, 1, N) or None; rotary = (cos, sin), each ([B,] N, 1, D/2); share: see
+        `attention`.
         """
         layers = (self.to_q, self.to_k, self.to_v)
         q, k, v = (to(h, adapter).unflatten(-1, (self.heads, -1)) for to in layers)  # (B, N, H, D)
         q, k = rotate(self.norm_q(q), *rotary), rotate(self.norm_k(k), *rotary)
         q, k = q.to(v.dtype), k.to(v.dtype)  # rounded once, after norm and rotation
-        out = attention(q, k, v, mask)
+        out = attention(q, k, v, mask, share)
         return self.to_out[0](out.flatten(2), adapter)
 
 
@@ -160,8 +162,8 @@ class Block(nn.Module):
         if modulated:
             self.adaLN_modulation = nn.Sequential(nn.Linear(min(dim, TIME_DIM), 4 * dim))
 
-    def forward(self, h, mask, rotary, time, adapter=None):
-        """h (B, N, D) -> (B, N, D); mask and rotary as in Attention, time (B, TIME_DIM) float32."""
+    def forward(self, h, mask, rotary, share, time, adapter=None):
+        """h (B, N, D) -> (B, N, D); time (B, TIME_DIM) float32, the others as in Attention."""
         scale, gate, mlp_scale, mlp_gate = 0.0, 1.0, 0.0, 1.0
         if self.adaLN_modulation is not None:
             # Each (B, 1, D).
@@ -169,7 +171,7 @@ class Block(nn.Module):
             gate, mlp_gate = gate.tanh(), mlp_gate.tanh()
 
         z = (self.attention_norm1(h) * (1 + scale)).to(h.dtype)
-        z = self.attention_norm2(self.attention(z, mask, rotary, adapter))
+        z = self.attention_norm2(self.attention(z, mask, rotary, adapter, share))
         h = (h.float() + gate * z).to(h.dtype)
 
         z = (self.ffn_norm1(h) * (1 + mlp_scale)).to(h.dtype)
@@ -208,6 +210,7 @@ class ZImageTransformer2DModel(nn.Module):
     default_shift = 3.0  # Turbo's. Only a fallback: a checkpoint's scheduler/ folder comes first.
     latent_shape = (16, 128, 128)  # 1024 x 1024
     cond_names = ("text", "text_mask")
+    sequence = None
     # In layers, noise_refiner and context_refiner.
     lora_targets = (
         "attention.to_q",
@@ -365,16 +368,22 @@ class ZImageTransformer2DModel(nn.Module):
                 return checkpoint(block, *inputs, time, adapter, use_reentrant=False)
             return block(*inputs, time, adapter)
 
+        # Spread over ranks are the image's tokens, and later all; the prompt alone is short.
+        share = share_of(self.sequence, P)
+        h, *rotary = (split_tokens(z, share) for z in (h, cos[:, :P], sin[:, :P]))
         for block in self.noise_refiner:
-            h = run(block, h, None, (cos[:, :P], sin[:, :P]))
+            h = run(block, h, None, rotary, share)
         for block in self.context_refiner:
-            c = run(block, c, mask_c, (cos[:, P:], sin[:, P:]))
-        h = torch.cat([h, c], dim=1)
+            c = run(block, c, mask_c, (cos[:, P:], sin[:, P:]), None)
+        h = torch.cat([gather_tokens(h, share), c], dim=1)
+        share = share_of(self.sequence, P + M)
+        h, *rotary = (split_tokens(z, share) for z in (h, cos, sin))
         for i, block in enumerate(self.layers):
-            h = run(block, h, mask, (cos, sin))
+            h = run(block, h, mask, rotary, share)
             if return_features and i == len(self.layers) // 2:
-                return h[:, :N]
+                return gather_tokens(h, share)[:, :N]
 
+        h = gather_tokens(h, share)
         out = self.all_final_layer[key](h[:, :N], time)  # (B, N, p*p*C)
         return -unpatchify(out, (rows, columns), (p, p)).to(x.dtype)  # Z-Image's own is x0 - eps
 

@@ -47,14 +47,15 @@ def many(draw_samples, n, batch=500):
 
 
 def many_on_all_ranks(run, draw_samples, n, shape, batch=500):
-    """The same samples, of which every rank makes a share: consecutive rows, under autocast.
+    """The same samples, of which every part of the run makes a share: consecutive rows, under
+    autocast.
 
     All ranks call their networks equally often, as networks that are shared out over them need: one
     that has fewer rows draws some that are not used. shape: of one sample.  -> (n, ...) on the CPU
     of rank 0, None on the others; milliseconds that this rank took for one sample.
     """
-    share = [n // run.world_size + (rank < n % run.world_size) for rank in range(run.world_size)]
-    first, own = sum(share[: run.rank]), share[run.rank]
+    share = [n // run.parts + (part < n % run.parts) for part in range(run.parts)]
+    first, own = sum(share[: run.part]), share[run.part]
     first = min(first, n - 1)
 
     def rows(a, b):  # of this rank's share, or one that is not used
@@ -66,11 +67,14 @@ def many_on_all_ranks(run, draw_samples, n, shape, batch=500):
     x = x[:own]
     if run.world_size == 1:
         return x, ms
-    part = torch.zeros(share[0], *shape, device=run.device)  # the shares of all ranks as long
-    part[: len(x)] = x.to(run.device)
-    parts = [torch.empty_like(part) for _ in share] if run.main else None
-    dist.gather(part, parts)
-    return torch.cat([p[:m].cpu() for p, m in zip(parts, share)]) if run.main else None, ms
+    made = torch.zeros(share[0], *shape, device=run.device)  # the shares of all ranks as long
+    made[: len(x)] = x.to(run.device)
+    ranks = [torch.empty_like(made) for _ in range(run.world_size)] if run.main else None
+    dist.gather(made, ranks)
+    if not run.main:
+        return None, ms
+    parts = ranks[:: run.world_size // run.parts]  # the ranks of one part have the same samples
+    return torch.cat([x[:m].cpu() for x, m in zip(parts, share)]), ms
 
 
 def evaluation_noise(run, shape, first, last, coords=None):
@@ -228,11 +232,13 @@ def load_student(run, conditions_of=Conditions):
     if sampler.get("lora_rank"):
         refuse(wrong_base(args, folder, sampler))
         base = saved_teacher(run, sampler)
+        run.spread_tokens(base.base)
         path = os.path.join(folder, sampler["weights"])
         net = load_adapter(base.base, "student", path, sampler)
         config, world_name = base.config, base.world_name
     else:
         net, config = load_network(folder, place=run.place)
+        run.spread_tokens(net)
         set_clock(net, schedule)
         world_name = config.get("world")
     like = Teacher(None, config, folder, schedule, prediction, shift, world_name, args.sample)
@@ -281,7 +287,7 @@ def introduce(run, teacher, net, student):
     run.say(
         f"teacher {run.args.teacher}: {type(net).__name__}, {parameters:,} parameters, predicts "
         f"{teacher.prediction}, {teacher.schedule.describe()}, shift {teacher.shift:g}, guidance "
-        f"{run.args.guidance_scale:g}; {run.device} x {run.world_size}\nstudent: {student}"
+        f"{run.args.guidance_scale:g}; {run.describe_ranks()}\nstudent: {student}"
     )
 
 

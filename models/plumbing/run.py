@@ -28,10 +28,12 @@ import time
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from models.draws import Draws
 from models.files import TrainingError, UserError, atomic_write, load_json
+from models.networks.sequence import Sequence, use_sequence
 from models.plumbing.sharding import average_whole, clip, copy_of, make_mesh, move_average, place
 from models.plumbing.state import (
     SavedState,
@@ -43,6 +45,9 @@ from models.plumbing.state import (
     unpack,
     unpack_optimizer,
 )
+
+# Ranks wait so long for each other: rank 0 may draw samples, or write them, while others wait.
+PATIENCE = datetime.timedelta(hours=12)
 
 
 def run_main(main):
@@ -67,9 +72,11 @@ class Run:
     """One run of a script. args: its flags; method: the script's name.
 
     Attributes: rank, world_size, main (whether this is rank 0), device, mesh (of the ranks that
-    share networks out, None for one rank), B (rows per micro-batch and rank), share (what one
+    share networks out, None for one rank), B (rows per micro-batch and part), share (what one
     micro-batch's loss counts in an update), folder, changes (of flags, where the run was resumed
-    with others; see `changes_on_resume`).
+    with others; see `changes_on_resume`). Rows are shared out among `parts`, of which this rank
+    belongs to number `part`: single ranks, or with --sequence_ranks the groups that share the
+    tokens of their rows. `writes`: whether this rank writes what its part has made.
     """
 
     def __init__(self, args, method):
@@ -85,9 +92,9 @@ class Run:
             torch.cuda.set_device(self.device)
         if self.world_size > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            # rank 0 may draw samples for long while the others wait
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+            dist.init_process_group(backend, timeout=PATIENCE)
         self.mesh = make_mesh(self.device, args.shard_ranks) if self.world_size > 1 else None
+        self.group_ranks(args.sequence_ranks)
         self.sums, self.counts, self.roots = {}, {}, set()
 
     # ---- ranks
@@ -104,6 +111,38 @@ class Run:
         """A network with net's weights, without its adapters, in memory of its own, shared out
         alike. dtype, change: see `sharding.copy_of`."""
         return copy_of(net, self.device, self.mesh, dtype, change)
+
+    def group_ranks(self, n):
+        """Make a part of every n consecutive ranks. Raises UserError."""
+        if self.world_size % n:
+            fitting = [str(m) for m in range(1, n) if self.world_size % m == 0]
+            raise UserError(
+                f"--sequence_ranks {n}: {self.world_size} rank(s) do not divide into groups of "
+                f"{n}: use one of {', '.join(fitting)}, or start a multiple of {n} with torchrun"
+            )
+        self.parts, self.part = self.world_size // n, self.rank // n
+        self.writes = self.rank % n == 0
+        self.sequence = None
+        if n > 1:
+            self.sequence = Sequence(dist.new_subgroups(n, timeout=PATIENCE)[0])
+
+    def describe_ranks(self):
+        """Devices in words."""
+        groups = f", {self.sequence.ranks} of them a sample" if self.sequence else ""
+        return f"{self.device} x {self.world_size}{groups}"
+
+    def spread_tokens(self, *nets):
+        """With --sequence_ranks these networks share the tokens of each sample among the ranks of
+        their group, and so do copies of them. None and closed forms are passed over.
+
+        Raises UserError.
+        """
+        for net in nets if self.sequence else ():
+            if isinstance(net, nn.Module) and next(net.parameters(), None) is not None:
+                try:
+                    use_sequence(net, self.sequence)
+                except ValueError as error:
+                    raise UserError(f"--sequence_ranks {self.sequence.ranks}: {error}") from None
 
     def mean_over_ranks(self, *values):
         """Scalars (tensors or numbers) averaged over ranks.  -> floats, all read at once."""
@@ -230,9 +269,9 @@ class Run:
         """The draws of every micro-batch of this rank. turn: which update of the step, part of the
         draws' key. teacher: its shape and shift are those of the draws.  -> Draws, one a
         micro-batch."""
-        micro_batches, per_micro = self.args.gradient_accumulation_steps, self.world_size * self.B
+        micro_batches, per_micro = self.args.gradient_accumulation_steps, self.parts * self.B
         for micro in range(micro_batches):
-            row = micro * per_micro + self.rank * self.B
+            row = micro * per_micro + self.part * self.B
             yield Draws(
                 *(self.args.seed, step, turn, range(row, row + self.B), self.device),
                 *(teacher.shape, teacher.shift, micro_batches * per_micro),

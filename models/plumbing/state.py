@@ -200,14 +200,15 @@ FREE_TO_CHANGE = set(
 
 # Flags that somebody may have to change in a run that goes on: how far and how often networks are
 # updated and averaged, and what the terms of a loss weigh, so that a GAN can be added after
-# convergence at lower rates. A change is printed and kept in state.json. All others must stay: they
-# decide what the state's tensors are, what is drawn and read, or what a term pulls towards.
+# convergence at lower rates; and how the tokens of a sample are spread. A change is printed and
+# kept in state.json. All others must stay: they decide what the state's tensors are, what is drawn
+# and read, or what a term pulls towards.
 MAY_CHANGE = set(
     "learning_rate learning_rate_fake learning_rate_features learning_rate_r learning_rate_muon "
     "lr_warmup_steps lr_decay_share lr_schedule lr_final max_grad_norm weight_decay "
     "ema_decay ema_start fake_update_ratio "
     "dm_weight gan_weight gan_weight_d regression_weight mean_variance_weight selection_weight "
-    "vm_weight vd_loss_weight".split()
+    "vm_weight vd_loss_weight sequence_ranks".split()
 )
 
 # What only one term needs may change while the weight of that term is 0, before or after.
@@ -232,7 +233,8 @@ def changes_on_resume(info, args, world_size):
     -> [{"what": "--flag" or "ranks", "was": value, "is": value, "update": the first with it}].
     Raises UserError for a change that would not go on with the same run.
     """
-    saved = {k: v for k, v in info["flags"].items() if k not in FREE_TO_CHANGE}
+    saved = {"sequence_ranks": 1}  # in runs from before there was this flag
+    saved |= {k: v for k, v in info["flags"].items() if k not in FREE_TO_CHANGE}
     now = flags_to_save(args)
     if info["step"] > args.max_train_steps:
         raise UserError(
@@ -263,15 +265,17 @@ def refuse_other_batch(saved, ranks, args, world_size):
     samples are drawn, and their mean gradient is the same.
     """
     micro, parts = (saved[k] for k in BATCH)
-    samples = micro * parts * ranks
-    if args.train_batch_size * args.gradient_accumulation_steps * world_size == samples:
+    samples = micro * parts * (ranks // saved["sequence_ranks"])
+    groups = world_size // args.sequence_ranks  # of ranks that have the same samples
+    if args.train_batch_size * args.gradient_accumulation_steps * groups == samples:
         return
     before = f"updates were of {samples} samples (--train_batch_size {micro}, "
     before += f"--gradient_accumulation_steps {parts}, {ranks} rank(s))"
-    if samples % world_size:
-        fitting = ", ".join(str(n) for n in range(1, samples + 1) if samples % n == 0)
+    if samples % groups:
+        fitting = [n * args.sequence_ranks for n in range(1, samples + 1) if samples % n == 0]
+        fitting = ", ".join(map(str, fitting))
         raise UserError(f"{before}, which {world_size} ranks cannot share: use one of {fitting}")
-    each = samples // world_size
+    each = samples // groups
     fit = max(n for n in range(1, micro + 1) if each % n == 0)  # no larger: it may fill the memory
     raise UserError(
         f"{before}: on {world_size} rank(s) resume with --train_batch_size {fit} "
