@@ -412,6 +412,7 @@ FREE_TO_CHANGE = set(
     "remeasure_teacher preview_samples preview_every gradient_checkpointing compile save_fp16 "
     "lora_dtype "
     "sample_steps solver atol rtol guidance_interval "
+    "dry_run device_memory device_tflops "
     "student_guidance teacher_shift teacher_guidance_interval".split()
 )
 
