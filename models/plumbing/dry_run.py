@@ -11,8 +11,8 @@ What is reckoned with:
 
 * Weights that are trained, their gradients and averages are float32, AdamW's two moments too. The
   teacher is bfloat16 on a GPU with --mixed_precision bf16, and with it the base of adapters.
-* Networks, gradients and moments are shared out evenly over the ranks of a node (--shard_ranks). Two
-  blocks of one network at a time are whole, one of them with its gradient. Adapters are whole.
+* Networks, gradients and moments are shared out evenly over the ranks of a node (--shard_ranks).
+  Two blocks of one network at a time are whole, one of them with its gradient. Adapters are whole.
 * With --sequence_ranks N a rank has 1 / N of the tokens, and so of all activations.
 * Gradients appear while activations go, so without accumulation on one rank the larger of the two
   counts, else their sum.

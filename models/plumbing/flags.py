@@ -87,8 +87,8 @@ def add_run_flags(p):
     add("--sample", default=None, metavar="FOLDER",
         help="do not train: load this saved student and write samples")
     add("--dry_run", type=number(int, 1), nargs="?", const=0, default=None, metavar="RANKS",
-        help="load nothing: print what a rank needs on so many ranks (those of torchrun, or 1) of a "
-        "GPU, FLOPs and seconds of an update")
+        help="load nothing: print what a rank of a GPU needs on so many ranks (those of torchrun, "
+        "or 1), and FLOPs and seconds of an update")
     add("--device_memory", type=number(float, above=0), default=None, metavar="GB",
         help="a run that needs more on a rank is refused before it loads anything; None: what the "
         "GPU has")

@@ -162,8 +162,11 @@ MERGED = 4  # of them make one token there: cells of 2 x 2 x 2 along a surface
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a network. batch: samples; shape: of one, (C, ...); text: tokens of a prompt, None
-    for what the released pipeline has; points: of a sample where samples are sparse."""
+    """One call of a network.
+
+    batch: samples; shape: of one, (C, ...); text: tokens of a prompt, None for what the released
+    pipeline has; points: of a sample where samples are sparse.
+    """
 
     batch: int
     shape: tuple
