@@ -45,6 +45,7 @@ from models.draws import stable_hash
 from models.networks.gan import GanHead
 from models.plumbing import report
 from models.plumbing.data import Conditions, real_batches, try_network
+from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import Film
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import Run, run_main
@@ -470,6 +471,33 @@ def sample_only(args):
     report.write_samples(run, teacher, sampler, len(saved["times"]))
 
 
+# ---- what an update costs, for --dry_run ---------------------------------------------------------
+
+
+def cost(args):
+    """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
+
+    A GAN logit is half a call of the fake. The averages are over the student's steps.
+    """
+    rank, rank_fake = getattr(args, "lora_rank", 0), getattr(args, "fake_lora_rank", 0)
+    networks = [
+        Network("teacher", "teacher"),
+        Network("student", "trained", rank, saved=True),
+        Network("fake", "trained", rank_fake),
+    ]
+    if args.ema_decay:
+        networks.append(Network("ema", "average", rank))
+    before = (args.student_steps - 1) / 2  # the student's calls that make its input
+    ablation, gan, turns = Ablation(args), 0.5 * (args.gan_weight > 0), []
+    if ablation.needs_fake:
+        graphs = {"fake": 1 + 2 * gan}  # denoising, D on samples and on data
+        turns.append(Turn("fake", args.fake_update_ratio, {"student": before + 1}, graphs))
+    at_dm = 1 if ablation.sees_dm else 0  # calls of the teacher at DM's level, and at CA's
+    at_ca = (1 if args.schedule == "shared" and at_dm else 2) if ablation.ca else 0
+    calls = {"student": before, "teacher": at_dm + at_ca, "fake": at_dm}
+    return networks, [*turns, Turn("student", 1, calls, {"student": 1, "fake": gan})]
+
+
 # ---- flags ---------------------------------------------------------------------------------------
 
 PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change of them
@@ -482,7 +510,7 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
         max_train_steps=1000, learning_rate=1e-6, learning_rate_fake=1e-5, fake_update_ratio=5,
         train_batch_size=1, ema_decay=0.0, adam_betas=[0.9, 0.999], weight_decay=0.01,
         lr_warmup_steps=0, lr_decay_share=0.0, student_steps=4, guidance_scale=4.0,
-        preview_samples=2, normalizer="branch",
+        preview_samples=2, normalizer="branch", gradient_checkpointing=True,
     ),
     "ZImageTransformer2DModel": dict(student_steps=8),  # Turbo's; shift 3, alpha 5: releases.py
 }  # fmt: skip
@@ -572,7 +600,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.sample:
         sample_only(args)
-    else:
+    elif not dry_run(args, *cost(args)):
         train(args)
 
 

@@ -53,6 +53,7 @@ from models.networks.gan import GanHead
 from models.networks.shards import copy_weights
 from models.plumbing import report
 from models.plumbing.data import Conditions, real_batches, try_network
+from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import film_of_scores
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import Run, run_main
@@ -437,6 +438,34 @@ def sample_only(args):
     report.write_samples(run, teacher, sampler, len(saved["times"]))
 
 
+# ---- what an update costs, for --dry_run ---------------------------------------------------------
+
+
+def cost(args):
+    """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
+
+    A GAN logit is half a call of the fake. The averages are over the student's steps.
+    """
+    rank, rank_fake = getattr(args, "lora_rank", 0), getattr(args, "fake_lora_rank", 0)
+    networks = [
+        Network("teacher", "teacher"),
+        Network("student", "trained", rank, saved=True),
+        Network("fake", "trained", rank_fake),
+    ]
+    if args.ema_decay:
+        networks.append(Network("ema", "average", rank))
+    before = (count_steps(args) - 1) / 2  # the student's calls that make its input
+    guided = 1 if args.guidance_scale == 1 else 2
+    gan, turns = 0.5 * (args.gan_weight > 0), []
+    if needs_fake(args):
+        graphs = {"fake": 1 + 2 * gan}  # denoising, D on samples and on data
+        turns.append(Turn("fake", args.fake_update_ratio, {"student": before + 1}, graphs))
+    calls, graphs = {"student": before}, {"student": 1 + (args.regression_weight > 0), "fake": gan}
+    if args.dm_weight:
+        calls |= {"teacher": guided, "fake": not args.no_fake_score}
+    return networks, [*turns, Turn("student", 1, calls, graphs)]
+
+
 # ---- flags ---------------------------------------------------------------------------------------
 
 PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change of them
@@ -449,7 +478,7 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
         max_train_steps=4000, learning_rate=2e-6, learning_rate_fake=4e-7, fake_update_ratio=5,
         train_batch_size=1, ema_decay=0.99, adam_betas=[0.0, 0.999], weight_decay=0.01,
         lr_warmup_steps=0, lr_decay_share=0.0, student_steps=4, guidance_scale=4.0,
-        preview_samples=2,
+        preview_samples=2, gradient_checkpointing=True,
     ),
     # DMD2's for its nearest teachers, EDM on ImageNet and SDXL: warm-up over 500 critic updates
     "DiTTransformer2DModel": dict(
@@ -544,7 +573,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.sample:
         sample_only(args)
-    else:
+    elif not dry_run(args, *cost(args)):
         train(args)
 
 

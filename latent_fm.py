@@ -75,6 +75,7 @@ from models.networks.latent_space import LatentSpace, load_space, space_beside
 from models.networks.ring_mlp import RingMLP
 from models.plumbing import report
 from models.plumbing.data import CROPS, Conditions, Rows, load_data, to_unit
+from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import Film
 from models.plumbing.flags import (
     Parser,
@@ -1107,6 +1108,42 @@ def sample_only(args):
     run.wait_for_all()
 
 
+# ---- what an update costs, for --dry_run ---------------------------------------------------------
+
+
+def cost(args):
+    """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
+
+    The autoencoder is left out, which --cache_latents takes out of the loop. Muon keeps one number
+    for each weight where AdamW keeps two.
+    """
+    moments = 4 if args.optimizer == "muon" else 8
+    networks = [Network("net", "trained", saved=True, moments=moments), Network("ema", "average")]
+    return networks, [Turn("net", 1, {}, {"net": 1})]
+
+
+def planned_network(args):
+    """The network that `train` builds, as far as flags and a file's header say it.
+
+    A folder's images have 1,000 classes here, and maps of 19. Raises UserError.
+    """
+    refuse(wrong_flags(args, load_world(args.data) if args.data in WORLDS else None))
+    shape, classes, maps = (3, args.resolution, args.resolution), 1000, 19
+    if args.data in WORLDS:
+        world = load_world(args.data)
+        shape, classes = world.shape, world.num_classes
+        maps = getattr(world, "map_classes", maps)
+    elif args.data.endswith(".safetensors"):
+        shape = tuple(open_tensors(args.data).get_slice("x0").get_shape()[1:])
+    if args.autoencoder == "pca":
+        shape = (args.pca_channels, *(side // args.pca_patch for side in shape[1:]))
+    elif args.autoencoder != "identity":  # Stable Diffusion's
+        shape = (4, *(side // 8 for side in shape[1:]))
+    classes = classes if args.task == "class" else 0
+    data = SimpleNamespace(num_classes=classes, class_names=None, map_classes=maps)
+    return build_network(args, data, shape, None)
+
+
 # ---- flags ---------------------------------------------------------------------------------------
 
 # What worlds and the paper's networks change of the flags' defaults.
@@ -1124,7 +1161,7 @@ MAPS = dict(max_train_steps=1200)  # --task semantic: a map says most of what th
 SIZED = dict(
     max_train_steps=400000, optimizer="adamw", learning_rate=1e-4, lr_warmup_steps=0,
     lr_decay_share=0.0, lr_schedule="cosine", weight_decay=0.0, ema_decay=0.9999,
-    adam_betas=[0.9, 0.999], max_grad_norm=0.0, crop="adm",
+    adam_betas=[0.9, 0.999], max_grad_norm=0.0, crop="adm", gradient_checkpointing=True,
 )  # fmt: skip
 # The sampler's flags where they are not given. They are None until then, so that --sample knows
 # which ones to read from sampler.json.
@@ -1312,7 +1349,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.sample:
         sample_only(args)
-    else:
+    elif not dry_run(args, *cost(args), build=planned_network):
         train(args)
 
 

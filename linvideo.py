@@ -47,6 +47,7 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from PIL import Image, ImageDraw
@@ -60,6 +61,7 @@ from models.files import UserError, load_json, open_tensors, save_json, save_ten
 from models.networks import lora
 from models.plumbing import report
 from models.plumbing.data import Bank, Conditions, try_network
+from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import Film
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import Run, run_main
@@ -999,6 +1001,52 @@ def sample_only(args):
     report.write_samples(run, teacher, sampler, calls)
 
 
+# ---- what an update costs, for --dry_run ---------------------------------------------------------
+
+
+def cost(args):
+    """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
+
+    While layers are selected the student computes both kinds of attention in each.
+    """
+
+    def mixed(net):
+        mix_attention(net, args.feature_map, args.r_init)
+
+    rank = getattr(args, "lora_rank", 0)
+    networks = [
+        Network("teacher", "teacher"),
+        Network("student", "trained", rank, saved=True, change=mixed),
+    ]
+    if args.ema_decay:
+        networks.append(Network("ema", "average", rank, change=mixed))
+    guided, objective = 1 if args.guidance_scale == 1 else 2, args.objective
+    calls, turns = {}, []
+    if objective in ("adm_critic", "dmd"):
+        networks.append(Network("critic", "trained", getattr(args, "fake_lora_rank", 0)))
+        make = {"student": 1 if objective == "dmd" else args.critic_steps * guided}
+        turns.append(Turn("critic", args.fake_update_ratio, make, {"critic": 1}))
+    if (objective, args.state) == ("adm", "policy"):  # its trajectories, shared out over ranks
+        rows = args.fresh / args.fresh_every / (args.train_batch_size * (args.dry_run or 1))
+        calls = dict.fromkeys(("teacher", "student"), rows * args.sampling_steps * guided)
+    elif objective != "mse":
+        calls = {"teacher": 1, "student" if objective == "adm" else "critic": 1}
+    if args.state == "rollout" and objective.startswith("adm"):
+        calls["student"] = calls.get("student", 0) + (args.sampling_steps - 1) * guided
+    return networks, [*turns, Turn("student", 1, calls, {"student": 1})]
+
+
+def bank_on_disk(args, shape, ranks):
+    """Bytes of the teacher's trajectories and of the student's own.  -> {what: bytes}"""
+    folder = args.bank or os.path.join(args.output_dir, "bank")
+    size = bank_size(SimpleNamespace(args=args, world_size=ranks), folder)
+    each = bytes_of_trajectory(args, SimpleNamespace(shape=shape))
+    own = {}
+    if (args.objective, args.state) == ("adm", "policy"):
+        own = {"the student's trajectories": OwnTrajectories(args, "").kept * each}
+    return {"the teacher's trajectories": size * each, **own}
+
+
 # ---- flags ---------------------------------------------------------------------------------------
 
 PRESETS = {  # the flags' defaults suit small networks; what other teachers change of them
@@ -1156,7 +1204,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.sample:
         sample_only(args)
-    else:
+    elif not dry_run(args, *cost(args), attention=True, disk=bank_on_disk):
         train(args)
 
 

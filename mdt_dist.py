@@ -57,6 +57,7 @@ from models.plumbing.data import (
     to_unit,
     try_network,
 )
+from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import Film
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.releases import TRELLIS_SAMPLES
@@ -598,6 +599,28 @@ def sample_only(args):
         report.write_samples(run, teacher, sampler, steps * calls_per_step(scale))
 
 
+# ---- what an update costs, for --dry_run ---------------------------------------------------------
+
+
+def cost(args):
+    """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
+
+    Velocity matching (or a baseline) and velocity distillation are a backward pass each.
+    """
+    rank = getattr(args, "lora_rank", 0)
+    networks = [Network("teacher", "teacher"), Network("student", "trained", rank, saved=True)]
+    if args.ema_decay:
+        networks.append(Network("ema", "average", rank))
+    of_vm, of_vd = (1 if w == 1 else 2 for w in (args.guidance_vm, args.guidance_vd))
+    again = 2 if args.mixed_precision == "bf16" else 1  # both points of Eq. 14, in float32
+    turns = []
+    if args.arm != "vd":
+        turns.append(Turn("student", 1, {"teacher": of_vm, "student": again}, {"student": 1}))
+    if args.arm in ("mdt", "vd"):
+        turns.append(Turn("student", 1, {"teacher": of_vd, "student": 1 + again}, {"student": 1}))
+    return networks, turns
+
+
 # ---- flags ---------------------------------------------------------------------------------------
 
 PRESETS = {  # the flags' defaults suit small networks; a released teacher gets the paper's values
@@ -605,7 +628,7 @@ PRESETS = {  # the flags' defaults suit small networks; a released teacher gets 
         max_train_steps=6000, train_batch_size=8, learning_rate=4e-8, d_norm=0.1, guidance_vm=41.0,
         guidance_vd=101.0, ema_decay=0.9999, ema_start=1, adam_betas=[0.9, 0.999],
         max_grad_norm=1.0, lr_warmup_steps=0, lr_decay_share=0.0, student_guidance=6.0,
-        guidance_scale=6.0, timestep_shift=1.0, preview_samples=4,
+        guidance_scale=6.0, timestep_shift=1.0, preview_samples=4, gradient_checkpointing=True,
     ),
     # the two stages of TRELLIS, whatever their tokens' width; the second's previews in the released
     # code have w = .1
@@ -723,7 +746,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.sample:
         sample_only(args)
-    else:
+    elif not dry_run(args, *cost(args)):
         train(args)
 
 

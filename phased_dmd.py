@@ -56,6 +56,7 @@ from models.files import UserError, load_json
 from models.networks import load_network, lora, save_network
 from models.plumbing import report
 from models.plumbing.data import Conditions, try_network
+from models.plumbing.dry_run import Network, Turn, dry_run, is_pair
 from models.plumbing.film import film_of_scores
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
 from models.plumbing.run import Run, refuse_output_dir, run_main
@@ -807,6 +808,37 @@ def sample_only(args):
     report.write_samples(run, teacher, sampler, len(experts))
 
 
+# ---- what an update costs, for --dry_run ---------------------------------------------------------
+
+
+def cost(args):
+    """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
+
+    They are those of the last phase, which holds most: the experts before it are there too. Of two
+    networks both give scores then, and the fake follows both.
+    """
+    pair, N, rank = is_pair(args.teacher), args.student_steps, args.lora_rank
+    steps, number = phase_steps(N, args.phases)[-1], args.phases
+    trained = f"expert{number}"
+    networks = [Network("teacher", "teacher", pair=pair)]
+    networks += [Network(f"expert{k}", "frozen", rank, saved=True) for k in range(1, number)]
+    networks += [
+        Network(trained, "trained", rank, saved=True),
+        Network("fake", "trained", args.fake_lora_rank, pair),
+    ]
+    if args.ema_decay:
+        networks.append(Network("ema", "average", rank))
+    before = steps.start + (len(steps) - 1) / 2  # calls of experts that make the input
+    graphs = {trained: 1}
+    if args.no_truncation:
+        before, graphs = steps.start, {trained: len(steps)}
+    guided = 1 if args.guidance_scale == 1 else 2
+    make = {trained: before + graphs[trained]}
+    fake_turn = Turn("fake", args.fake_update_ratio, make, {"fake": 1})
+    calls = {trained: before, "teacher": guided, "fake": 1}
+    return networks, [fake_turn, Turn(trained, 1, calls, graphs)]
+
+
 # ---- flags ---------------------------------------------------------------------------------------
 
 PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change of them
@@ -820,6 +852,7 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
         max_train_steps=800, train_batch_size=1, learning_rate=5e-5, learning_rate_fake=4e-7,
         fake_update_ratio=5, ema_decay=0.0, adam_betas=[0.0, 0.999], weight_decay=0.01,
         lr_warmup_steps=0, lr_decay_share=0.0, lora_rank=64, preview_samples=2,
+        gradient_checkpointing=True,
     ),
     # Shift: Table 1, which has 3 for Qwen-Image (not implemented here). Guidance: LightX2V's
     # phased_dmd configs. Other teachers keep their own of models/plumbing/releases.py.
@@ -972,7 +1005,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.sample:
         sample_only(args)
-    else:
+    elif not dry_run(args, *cost(args)):
         train(args)
 
 

@@ -46,6 +46,7 @@ from models.diffusion import expand, from_x0_eps, ode_step, shift, to_x0_eps, tr
 from models.files import UserError
 from models.plumbing import report
 from models.plumbing.data import Conditions, try_network
+from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import film_of_scores
 from models.plumbing.flags import distillation_parser, number, paper_values, parse
 from models.plumbing.run import Run, run_main
@@ -524,6 +525,30 @@ def sample_only(args):
     report.write_samples(run, teacher, samplers[asked[0]], asked[0])
 
 
+# ---- what an update costs, for --dry_run ---------------------------------------------------------
+
+
+def cost(args):
+    """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
+
+    The averages are over the student's step counts and their steps.
+    """
+    rank, rank_fake = getattr(args, "lora_rank", 0), getattr(args, "fake_lora_rank", 0)
+    networks = [
+        Network("teacher", "teacher"),
+        Network("student", "trained", rank, saved=True),
+        Network("fake", "trained", rank_fake),
+    ]
+    if args.ema_decay:
+        networks.append(Network("ema", "average", rank))
+    # the student's calls that make its input
+    before = sum((K - 1) / 2 for K in args.student_steps) / len(args.student_steps)
+    fake_turn = Turn("fake", args.fake_update_ratio, {"student": before + 1}, {"fake": 1})
+    guided = 1 if args.guidance_scale == 1 else 2
+    calls = {"student": before, "teacher": guided, "fake": 1}
+    return networks, [fake_turn, Turn("student", 1, calls, {"student": 1})]
+
+
 # ---- flags ---------------------------------------------------------------------------------------
 
 PRESETS = {  # the flags' defaults suit small DiTs; released: the paper's for PixArt-alpha, but
@@ -537,6 +562,7 @@ PRESETS = {  # the flags' defaults suit small DiTs; released: the paper's for Pi
         max_train_steps=500, learning_rate=2e-6, learning_rate_fake=2e-5, fake_update_ratio=1,
         train_batch_size=1, ema_decay=0.0, adam_betas=[0.0, 0.999], max_grad_norm=1.0,
         lr_warmup_steps=0, lr_decay_share=0.0, student_steps=[4], preview_samples=2,
+        gradient_checkpointing=True,
     ),
     **{f"PixArt-alpha {size}": dict(guidance_scale=3.5) for size in (256, 512, 1024)},
     "sample": dict(student_steps=None),
@@ -602,7 +628,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.sample:
         sample_only(args)
-    else:
+    elif not dry_run(args, *cost(args)):
         train(args)
 
 

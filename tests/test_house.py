@@ -82,6 +82,7 @@ ROOMS = [  # each may import from those above it, and within its own line by the
     ["models.worlds.voxels"],
     ["models.worlds"],
     ["models.plumbing.data", "models.plumbing.teachers", "models.plumbing.run"],
+    ["models.plumbing.footprint", "models.plumbing.dry_run"],
     ["models.plumbing.releases", "models.plumbing.flags", "models.plumbing.report"],
     ["models.plumbing.film"],
     ["models.worlds.__main__", "models.decode", "models.pairs", "models.encode", "models.convert"],

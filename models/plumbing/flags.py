@@ -11,6 +11,7 @@ import sys
 
 from models.files import UserError
 from models.plumbing import releases
+from models.plumbing.dry_run import H100
 from models.plumbing.teachers import is_small
 from models.worlds import refuse_ambiguous
 
@@ -80,7 +81,7 @@ def add_run_flags(p):
     add("--sequence_ranks", type=number(int, 1), default=1, metavar="N",
         help="N ranks share the tokens of each sample, for activations that fill one GPU; "
         "--train_batch_size is then of these N together")
-    add("--gradient_checkpointing", action="store_true",
+    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
         help="recompute blocks in the backward pass: less memory")
     add("--checkpointing_steps", type=number(int, 1), default=100,
         help="student updates between saves")
@@ -91,6 +92,14 @@ def add_run_flags(p):
         "in every such group; None: over the ranks of a node")
     add("--sample", default=None, metavar="FOLDER",
         help="do not train: load this saved student and write samples")
+    add("--dry_run", type=number(int, 1), nargs="?", const=0, default=None, metavar="RANKS",
+        help="load nothing: print what a rank of a GPU needs on so many ranks (those of torchrun, "
+        "or 1), and FLOPs and seconds of an update")
+    add("--device_memory", type=number(float, above=0), default=None, metavar="GB",
+        help="a run that needs more on a rank is refused before it loads anything; None: what the "
+        "GPU has")
+    add("--device_tflops", type=number(float, above=0), default=H100,
+        help="peak of a GPU, TFLOP/s, for the seconds of --dry_run (H100: 989)")
     p.shown.add_argument("--preview_every", type=number(int, 0), default=None, metavar="N",
         help="student updates between pictures of a run that goes on, which are made when it "
         "saves; None: at every save, 0: none before the end")

@@ -193,7 +193,7 @@ def find_state(output_dir, resume):
 FREE_TO_CHANGE = set(
     "output_dir max_train_steps resume_from_checkpoint checkpointing_steps sample settings "
     "remeasure_teacher preview_samples preview_every gradient_checkpointing compile save_fp16 "
-    "lora_dtype shard_ranks save_dtype "
+    "lora_dtype shard_ranks save_dtype dry_run device_memory device_tflops "
     "sample_steps solver atol rtol guidance_interval "
     "student_guidance teacher_shift teacher_guidance_interval".split()
 )
