@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from models.draws import Draws
 from models.files import TrainingError, UserError, atomic_write, load_json
+from models.networks import lora
 from models.networks.sequence import Sequence, use_sequence
 from models.plumbing.sharding import average_whole, clip, copy_of, make_mesh, move_average, place
 from models.plumbing.state import (
@@ -138,6 +139,7 @@ class Run:
         Raises UserError.
         """
         for net in nets if self.sequence else ():
+            net = net.net if isinstance(net, lora.Adapted) else net
             if isinstance(net, nn.Module) and next(net.parameters(), None) is not None:
                 try:
                     use_sequence(net, self.sequence)
