@@ -356,16 +356,17 @@ def train(args):
                         x = diffusion.x0(student, x_in, times[k], **cond)
                     step_k = step_input(k, draw, see_step)
                     fake_cond = {**cond, **step_k}
-                    loss = loss_fake = fake_score_loss(fake, diffusion, x, *draw.eps_t(), fake_cond)
-                    if args.gan_weight:
+                    loss = fake_score_loss(fake, diffusion, x, *draw.eps_t(), fake_cond)
+                (loss * run.share).backward()
+                run.note(loss_fake=loss)
+                if args.gan_weight:  # losses add up; a pass for each keeps one graph at a time
+                    with run.autocast():
                         x_real, cond_real = real(draw, "real_gan")
                         samples = x, draw.eps_t("_gan_fake"), fake_cond
                         samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
                         loss_d = discriminator_turn(fake, head, diffusion, *samples)
-                        loss = loss_fake + args.gan_weight_d * loss_d
-                        run.note(loss_d=loss_d)
-                (loss * run.share).backward()
-                run.note(loss_fake=loss_fake)
+                    (args.gan_weight_d * loss_d * run.share).backward()
+                    run.note(loss_d=loss_d)
             run.update(optimizer_fake, "fake")
 
         # ---- student: one update on its own samples; teacher, fake and head are constants

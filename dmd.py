@@ -47,12 +47,12 @@ import torch.nn.functional as F
 
 from models.diffusion import expand, step_grid
 from models.draws import Draws, stable_hash
-from models.files import UserError, load_json, load_tensors, open_tensors, save_tensors
+from models.files import UserError, load_json, open_tensors, save_tensors
 from models.networks import load_network
 from models.networks.gan import GanHead
 from models.networks.shards import copy_weights
 from models.plumbing import report
-from models.plumbing.data import Conditions, real_batches, try_network
+from models.plumbing.data import Conditions, Rows, real_batches, try_network
 from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import film_of_scores
 from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
@@ -266,16 +266,17 @@ def train(args):
                         x = diffusion.x0(student, x_in, times[k], **cond)
                     step_k = step_input(k, draw, see_step)
                     fake_cond = {**cond, **step_k}
-                    loss = loss_fake = fake_score_loss(fake, diffusion, x, *draw.eps_t(), fake_cond)
-                    if args.gan_weight:
+                    loss = fake_score_loss(fake, diffusion, x, *draw.eps_t(), fake_cond)
+                (loss * run.share).backward()
+                run.note(loss_fake=loss)
+                if args.gan_weight:  # losses add up; a pass for each keeps one graph at a time
+                    with run.autocast():
                         x_real, cond_real = real(draw, "real_gan")
                         samples = x, draw.eps_t("_gan_fake"), fake_cond
                         samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
                         loss_d = discriminator_turn(fake, head, diffusion, *samples)
-                        loss = loss_fake + args.gan_weight_d * loss_d
-                        run.note(loss_d=loss_d)
-                (loss * run.share).backward()
-                run.note(loss_fake=loss_fake)
+                    (args.gan_weight_d * loss_d * run.share).backward()
+                    run.note(loss_d=loss_d)
             run.update(optimizer_fake, "fake")
 
         # ---- student: one update on its own samples; teacher, fake and head are constants
@@ -302,13 +303,15 @@ def train(args):
                     loss_gan = generator_loss(logit)
                     loss = loss + args.gan_weight * loss_gan
                     run.note(loss_gan=loss_gan)
-                if pairs:
-                    loss_regression = regression_loss(draw, pairs, student, teacher, times[0])
-                    loss = loss + args.regression_weight * loss_regression
-                    run.note(loss_regression=loss_regression)
-            (loss * run.share).backward()
+            if loss.requires_grad:
+                (loss * run.share).backward()
             if args.gan_weight:  # g_dm is what the matching term alone sends into x
                 run.note(g_gan=(x.grad / run.share - g_dm).norm())
+            if pairs:
+                with run.autocast():
+                    loss = regression_loss(draw, pairs, student, teacher, times[0])
+                (args.regression_weight * loss * run.share).backward()
+                run.note(loss_regression=loss)
             run.note_samples(x)
         run.update(optimizer, "student")
         fake.requires_grad_(True)
@@ -383,7 +386,7 @@ def alpha_of(state):
 def teacher_pairs(run, teacher):
     """(z, y): teacher ODE samples, made once, kept beside the run (v1, Sec. 3.3).
 
-    -> {"z" (n, ...), "y" (n, ...), "index" (n,): which condition}.
+    -> {"z" (n, ...), "y" (n, ...), "index" (n,): which condition}, read row by row.
     """
     args, path = run.args, os.path.join(run.folder, "state", "pairs.safetensors")
     about = {"teacher_steps": str(args.teacher_steps)}  # which may change while the term is off
@@ -404,7 +407,8 @@ def teacher_pairs(run, teacher):
         if run.main:
             save_tensors({"z": z, "y": y, "index": index}, path, about)
     run.wait_for_all()
-    return load_tensors(path)
+    file = open_tensors(path)
+    return {name: Rows(file, name) for name in ("z", "y", "index")}
 
 
 def regression_loss(draw, pairs, student, teacher, t):
