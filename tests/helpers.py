@@ -154,8 +154,8 @@ class Diary:
 
         net.register_forward_hook(on_call, with_kwargs=True)
 
-    def on_freeze(self, real, args, teacher, device):
-        real(args, teacher, device)
+    def on_freeze(self, real, run, teacher):
+        real(run, teacher)
         self.teacher = teacher
         self.watch("teacher", teacher.net)
 

@@ -6,15 +6,30 @@ files, is in test_lora.py; experts of several phases are in test_phased_runs.py.
 
 import copy
 import importlib
+import types
+from unittest import mock
 
 import pytest
 import torch
-from helpers import assert_bit_equal, perturbed, quiet, refusal_of, ring_flags, small_dit
+from helpers import (
+    assert_bit_equal,
+    perturbed,
+    quiet,
+    refusal_of,
+    ring_flags,
+    save_tiny_wan,
+    small_dit,
+)
 from safetensors.torch import load_file
 
+import dmd
+import linvideo
+import tdm
 from models.files import load_json
-from models.networks import lora, network_config, save_network
+from models.networks import load_network, lora, network_config, save_network
+from models.plumbing import flags as flags_module
 from models.plumbing import report, teachers
+from models.plumbing.film import Film
 from models.plumbing.run import Run
 
 FAKE = "--lora_rank 2 --fake_lora_rank 2 "
@@ -41,8 +56,8 @@ class Watch:
 
         def start(run, **state):
             real(run, **state)
-            self.state, self.base = state, state["student"].net
-            self.before = copy.deepcopy(dict(lora.base_state_dict(self.base)))
+            self.state, self.base = state, getattr(state["student"], "net", None)
+            self.before = self.base and copy.deepcopy(dict(lora.base_state_dict(self.base)))
             networks = [k for k, v in state.items() if not isinstance(v, torch.optim.Optimizer)]
             self.began = {k: copy.deepcopy(state[k].state_dict()) for k in networks}
 
@@ -62,6 +77,8 @@ def given(name, folder, *flags, steps=3):
 def run(monkeypatch, name, folder, *flags, steps=3):
     """A short quiet run -> its Watch."""
     quiet(monkeypatch)
+    for what in ("take", "frame"):  # of the film
+        monkeypatch.setattr(Film, what, lambda *a, **k: None)
     monkeypatch.setattr(script_of(name), "finish", lambda *a: None, raising=False)
     watch = Watch(monkeypatch)
     script_of(name).main(given(name, folder, *flags, steps=steps))
@@ -232,3 +249,159 @@ def test_sampling_a_saved_adapter(name, tmp_path, monkeypatch, capsys):
     save_network(other, network_config(other), str(tmp_path / "other"))
     says = refusal_of(capsys, script.main, *again, str(tmp_path / "other"))
     assert f"the adapters belong on {root}, name it with --teacher" in says
+
+
+@pytest.mark.parametrize("rank", [0, 2, 3])
+def test_a_student_begins_as_the_adapter_of_a_run(rank, tmp_path, monkeypatch, capsys):
+    """--student_init of a run of adapters: as an adapter of at least its rank, or merged.
+
+    The fake begins as the teacher. A network, and a smaller rank, are refused.
+    """
+    root, net = tmp_path / "teacher", perturbed(small_dit(dim=32, depth=2, channels=3))
+    save_network(net, network_config(net), str(root))
+    flags = ["--teacher", str(root), "--gan_weight", "0", "--student_steps", "1"]
+    before = run(monkeypatch, "dmd", tmp_path / "run", *flags, "--learning_rate", "0.1")
+    ema = before.state["ema"]
+    flags += ["--student_init", str(tmp_path / "run")]
+    new, real_start = {}, Run.start
+
+    def start(run, **state):
+        new.update(copy.deepcopy({who: state[who] for who in ("student", "fake")}))
+        return real_start(run, **state)
+
+    monkeypatch.setattr(Run, "start", start)
+    more = ["--lora_rank", str(rank), "--fake_lora_rank", "2"]
+    dmd.main(given("dmd", tmp_path / "again", *flags, *more, steps=1))
+    x, t, label = torch.randn(3, 3, 6, 4), torch.tensor([0.2, 0.7, 1.0]), torch.arange(3)
+    with torch.no_grad():
+        want, bare = ema(x, t, label=label), net(x, t, label=label)
+        assert (want - bare).abs().max() > 1e-2
+        got = new["student"](x, t, label=label)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert torch.equal(new["fake"](x, t, label=label), bare)
+    monkeypatch.undo()
+    out = given("dmd", tmp_path / "no", *flags)
+    says = refusal_of(capsys, dmd.main, *out, "--lora_rank", "1")
+    assert "has rank 2: give --lora_rank 2" in says
+    says = refusal_of(capsys, dmd.main, *out, "--student_init", str(root))
+    assert "starts full networks, not adapters: give --lora_rank 0" in says
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_fake_begins_as_the_adapter_of_a_run(tmp_path, monkeypatch, capsys):
+    """--fake_init of dmd.py with --fake_lora_rank: the run's fake, of the same rank and alpha."""
+    flags = ["--gan_weight", "0", "--student_steps", "1"]
+    before = run(monkeypatch, "dmd", tmp_path / "run", *flags)
+    want = copy.deepcopy(before.state["fake"].state_dict())
+    init = ["--fake_init", str(tmp_path / "run")]
+    after = run(monkeypatch, "dmd", tmp_path / "again", *flags, *init, "--lora_rank", "0")
+    assert_bit_equal(after.began["fake"], want)
+    assert not equal(after.state["fake"].state_dict(), want)
+    monkeypatch.undo()
+    for other in ("--fake_lora_rank 3", "--lora_alpha 4", "--fake_init RING"):
+        if other.endswith("RING"):
+            net = small_dit()
+            save_network(net, network_config(net), str(tmp_path / "net"))
+            other = f"--fake_init {tmp_path / 'net'}"
+        given_flags = given("dmd", tmp_path / "no", *flags, *init, *other.split())
+        assert "it has no adapter of rank" in refusal_of(capsys, dmd.main, *given_flags)
+    full = given("dmd", tmp_path / "no", *flags, *init, "--fake_lora_rank", "0")
+    assert "it has no fake of this run's shapes" in refusal_of(capsys, dmd.main, *full)
+
+
+# ---- linear attention ----------------------------------------------------------------------------
+
+
+def test_the_merged_student_of_linvideo_is_the_adapted_one(tmp_path, monkeypatch):
+    """student/ is one whole network: the adapter is in its weights, its attention is linear.
+
+    The adapted network keeps softmax in all calls but those with the adapter.
+    """
+    monkeypatch.setattr(linvideo, "finish", lambda *a: None)
+    flags = ["--objective", "mse", "--target_layers", "2", "--learning_rate", "0.03"]
+    watch = run(monkeypatch, "linvideo", tmp_path / "run", *flags, steps=6)
+    net, config = load_network(str(tmp_path / "run" / "student"))
+    assert len(config["linear_layers"]) == 2 and not lora.names(net)
+    base, ema = watch.base, watch.state["ema"]
+    x, t, label = torch.randn(5, 2), torch.linspace(0.1, 1, 5), torch.arange(5) % 4
+    for i, place in enumerate(base.self_attentions):
+        kept = place.attends["ema"]
+        assert place.attends["student"] is watch.state["student"].more[str(i)] is not kept
+        kept.fix(i in config["linear_layers"])
+    with torch.no_grad():
+        got, bare = net(x, t, label=label), base(x, t, label=label)
+        torch.testing.assert_close(got, ema(x, t, label=label), rtol=1e-5, atol=1e-5)
+        assert (got - bare).abs().max() > 1e-2
+        assert torch.equal(bare, teachers.bare_copy(base).eval()(x, t, label=label))
+    monkeypatch.undo()
+    out = ["--output_dir", str(tmp_path / "samples")]
+    linvideo.main(["--sample", str(tmp_path / "run"), *out])
+    assert (tmp_path / "samples" / "samples.png").is_file()
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "phased_dmd"])
+def test_rates_of_adapters_on_released_teachers(name, tmp_path):
+    """A rank on the command line gives its network the adapters' rate, unless a rate is given too.
+
+    Small networks keep the flags' own defaults.
+    """
+    save_tiny_wan(tmp_path)
+    flags, script = ["--teacher", str(tmp_path)], script_of(name)
+    rate = flags_module.ADAPTER_RATE
+    full = script.parse_args(flags)
+    student = script.parse_args([*flags, "--lora_rank", "4"])
+    assert student.learning_rate == rate and (full.learning_rate < rate or name == "phased_dmd")
+    own = [*flags, "--lora_rank", "4", "--learning_rate", "1e-3"]
+    assert script.parse_args(own).learning_rate == 1e-3
+    ring = ["--teacher", "ring", "--lora_rank", "4", *(["--untold"] if name == "tdm" else [])]
+    assert script.parse_args(ring).learning_rate > rate
+    if name == "mdt_dist":
+        return
+    fake = script.parse_args([*flags, "--fake_lora_rank", "4"])
+    assert fake.learning_rate_fake == rate and fake.learning_rate == full.learning_rate
+    assert student.learning_rate_fake == full.learning_rate_fake != rate
+
+
+def test_several_step_counts_need_full_weights(capsys):
+    """tdm.py conditions on the number of steps, for which adapters have no layer."""
+    for flag in ("--lora_rank", "--fake_lora_rank"):
+        for counts in ([], ["--student_steps", "2", "4"]):
+            says = refusal_of(capsys, tdm.main, "--teacher", "ring", flag, "2", *counts)
+            assert f"{flag}: an adapter cannot be conditioned on the number of steps" in says
+        tdm.parse_args(["--teacher", "ring", flag, "2", "--untold"])
+        tdm.parse_args(["--teacher", "ring", flag, "2", "--student_steps", "4"])
+
+
+@pytest.mark.parametrize("name", ["dmd", "decoupled_dmd"])
+def test_an_adapter_of_the_fake_is_not_conditioned_on_the_step(name):
+    script = script_of(name)
+    net = small_dit()
+    for rank, sees in (("0", True), ("2", False)):
+        flags = f"--teacher ring --student_steps 4 --fake_lora_rank {rank}"
+        assert bool(script.fake_sees_step(script.parse_args(flags.split()), net)) == sees
+
+
+def test_precision_of_base_and_adapters(tmp_path):
+    """bfloat16 on a GPU, which the CPU stands for here, is for the base; adapters are float32.
+
+    A full copy that is made before is of the teacher's float32 weights.
+    """
+    flags = [*save_tiny_wan(tmp_path), "--lora_rank", "2", "--mixed_precision", "bf16"]
+    args = dmd.parse_args(flags)
+    teacher = teachers.start_teacher(args)
+    exact = copy.deepcopy(dict(teacher.base.state_dict()))
+    student = teachers.new_student(args, teacher, torch.device("cpu"))
+    fake = teachers.trainable(args, teacher.base, "fake", torch.device("cpu"))
+    gpu = types.SimpleNamespace(type="cuda")
+    with mock.patch.object(torch.nn.Module, "to", lambda net, device: net):
+        teachers.freeze_teacher(args, teacher, gpu)
+    ema = teachers.average_of(types.SimpleNamespace(ema_decay=0.9), student)
+    assert_bit_equal(dict(fake.state_dict()), exact)
+    rounded = {p.dtype for p in lora.base_parameters(teacher.base).values()}
+    assert rounded == {torch.bfloat16, torch.float32}  # keep_float32
+    for net in (student, ema):
+        assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in student.parameters())

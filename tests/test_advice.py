@@ -384,6 +384,10 @@ class Places:
         (folder / "report.json").write_text("{}")  # as a run that is not quiet leaves one
         return folder
 
+    def LORA_RUN(self, root):
+        flags = f"--teacher {self['TEACHER']} --train_batch_size 4 --checkpointing_steps 1"
+        return short(dmd, root / "run", f"{flags} --lora_rank 2 --fake_lora_rank 2")
+
     def RUN_2(self, root):
         """For the resumed run that goes on, so that RUN's states stay."""
         return Path(shutil.copytree(self["RUN"], root / "run"))
@@ -663,6 +667,12 @@ CASES = [
         "--fake_init OTHER_RUN",
         ["--fake_init TEACHER", "--fake_init RUN --student_steps 2"],
     ),
+    (
+        "dmd",
+        "--fake_init {}: it has no adapter of rank {} and alpha {} for the fake: give the run's",
+        "--fake_init LORA_RUN --fake_lora_rank 3",
+        ["--fake_init LORA_RUN --fake_lora_rank 2 --lora_alpha 8", "--fake_lora_rank 3"],
+    ),
     ("dmd", "--student_times must descend", "--student_times 0.4 1", ["--student_times 1 0.4"]),
     # ---- decoupled_dmd
     ("decoupled_dmd", "--{}: LO must be below HI", "--ca_range 0.9 0.1", ["--ca_range 0.1 0.9"]),
@@ -759,6 +769,12 @@ CASES = [
         "--regress x_s: --loss demo is of x; leave one of them out",
         "--regress x_s --loss demo",
         ["--regress x_s", "--loss demo"],
+    ),
+    (
+        "tdm",
+        "--{}: an adapter cannot be conditioned on the number of steps, and there are several",
+        "--student_steps 1 2 --lora_rank 2",
+        ["--student_steps 2 --lora_rank 2", "--student_steps 1 2 --lora_rank 2 --untold"],
     ),
     # ---- phased_dmd
     ("phased_dmd", "--dm_range: LO must be below HI", "--dm_range 1 0.1", ["--dm_range 0.1 1"]),

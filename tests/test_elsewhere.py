@@ -21,6 +21,8 @@ from models.draws import Draws
 from models.encode import encode_pixart, encode_wan, encode_z_image
 from models.networks import load_network, lora
 from models.networks.dit import DiT
+from models.plumbing import report
+from models.plumbing.run import Run
 from models.plumbing.teachers import load_teacher, read_sampler, scheduler_config
 
 diffusers = pytest.importorskip("diffusers")
@@ -200,6 +202,37 @@ def test_the_page_samples_a_student(monkeypatch, tmp_path, roots, family, rule):
     wrong = {loaded: loaded.split(" = ")[0] + " = " + stock_of(family)}
     theirs, _ = run_block(monkeypatch, family, code, root, student, **wrong)
     assert relative(theirs, ours) > 1e-3
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_the_page_samples_an_adapter(monkeypatch, tmp_path, roots, family):
+    """--lora_rank: the page's lines with the adapter on the teacher sample as --sample does.
+
+    Without the adapter they do not.
+    """
+    pytest.importorskip("peft")
+    root, flags = roots[family]
+    out = tmp_path / "run"
+    flags = [*flags, "--student_steps", "4", "--renoise", "ode", "--lora_rank", "2"]
+    flags += ["--fake_lora_rank", "2", "--learning_rate", "0.2", "--max_train_steps", "2"]
+    flags += ["--timestep_shift", "1" if family in ("pixart", "dit") else "5"]
+    dmd.main([*flags, "--output_dir", str(out)])
+    prompts = root / "prompts.safetensors"
+    given = ["--prompts", str(prompts)] if prompts.is_file() else []
+    args = dmd.parse_args(["--sample", str(out), *given])
+    net, sampler, teacher = report.load_student(Run(args, "dmd"))
+    at = teacher.diffusion, noise_of(family), sampler["times"], condition(family, root), "ode"
+    ours = dmd.sample(net, *at)[0]
+    page = (ROOT / "docs" / "elsewhere.md").read_text()
+    load, wrap = re.findall(r"`(pipe\.(?:load_lora|transformer = peft).*?)`", page)[:2]
+    line = load if (out / "student" / "adapter.safetensors").is_file() else wrap
+    code = re.sub(r"^network = .*\n", "", blocks()[family], flags=re.M)
+    code = "import peft\n" + code.replace("transformer=network, ", "")
+    code = code.replace("\nout = ", f"\n{line}\nout = ")
+    theirs, _ = run_block(monkeypatch, family, code, root, out / "student")
+    assert relative(theirs, ours) < 1e-5
+    bare, _ = run_block(monkeypatch, family, code.replace(line, ""), root, out / "student")
+    assert relative(bare, ours) > 1e-3
 
 
 def stock_of(family):

@@ -78,7 +78,8 @@ class Teacher:
     def fingerprint(self):
         """Short hash of the weights, the LoRA files among them: the key of what is measured."""
         if self.folder is None:  # fitted in this run
-            values = [whole_tensor(v).cpu().numpy() for v in self.net.state_dict().values()]
+            own = lora.base_state_dict(self.net)
+            values = [whole_tensor(v).cpu().numpy() for v in own.values()]
             values = [v.tobytes() for v in values]
             return hashlib.sha256(b"".join(values)).hexdigest()[:16]
         own = weights_hash(self.folder)
