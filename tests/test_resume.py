@@ -463,6 +463,22 @@ def test_ranks_that_cannot_share_the_batch():
         changes_on_resume(info, dmd.parse_args(["--train_batch_size", "4"]), 3)
 
 
+def test_samples_of_an_update_are_counted_by_groups():
+    """Ranks of one --sequence_ranks group have the same samples; the groups may change."""
+    info = saved_on(4, 2, 1)  # 8 samples
+    args = dmd.parse_args("--train_batch_size 4 --sequence_ranks 2".split())
+    changes = changes_on_resume(info, args, 4)
+    assert [c["what"] for c in changes] == ["--sequence_ranks", "--train_batch_size"]
+    info["flags"] |= {"sequence_ranks": 2}  # 4 samples
+    args = dmd.parse_args("--train_batch_size 2 --sequence_ranks 4".split())
+    assert [c["was"] for c in changes_on_resume(info, args, 8)] == [2, 4]
+    with pytest.raises(UserError, match="which 12 ranks cannot share: use one of 4, 8, 16$"):
+        changes_on_resume(info, args, 12)
+    info = saved_on(1, 2, 1)
+    del info["flags"]["sequence_ranks"]  # of a run from before there was the flag
+    assert changes_on_resume(info, dmd.parse_args(["--train_batch_size", "2"]), 1) == []
+
+
 def test_another_batch_on_as_many_ranks_is_refused(monkeypatch, tmp_path, capsys):
     """In a run: one line, and what it says works."""
     quiet(monkeypatch)

@@ -109,9 +109,9 @@ def test_a_mask_is_used_only_where_prompts_fill_up_differently(monkeypatch):
     """Attention without a mask is faster, and the same."""
     seen, original = [], z_image.attention
 
-    def attention(q, k, v, mask):
+    def attention(q, k, v, mask, share=None):
         seen.append(mask)
-        return original(q, k, v, mask)
+        return original(q, k, v, mask, share)
 
     monkeypatch.setattr(z_image, "attention", attention)
     net = fill(ZImageTransformer2DModel(**TINY))

@@ -200,15 +200,14 @@ FREE_TO_CHANGE = set(
 
 # Flags that somebody may have to change in a run that goes on: how far and how often networks are
 # updated and averaged, and what the terms of a loss weigh, so that a GAN can be added after
-# convergence at lower rates; and how the tokens of a sample are spread. A change is printed and
-# kept in state.json. All others must stay: they decide what the state's tensors are, what is drawn
-# and read, or what a term pulls towards.
+# convergence at lower rates. A change is printed and kept in state.json. All others must stay: they
+# decide what the state's tensors are, what is drawn and read, or what a term pulls towards.
 MAY_CHANGE = set(
     "learning_rate learning_rate_fake learning_rate_features learning_rate_r learning_rate_muon "
     "lr_warmup_steps lr_decay_share lr_schedule lr_final max_grad_norm weight_decay "
     "ema_decay ema_start fake_update_ratio "
     "dm_weight gan_weight gan_weight_d regression_weight mean_variance_weight selection_weight "
-    "vm_weight vd_loss_weight sequence_ranks".split()
+    "vm_weight vd_loss_weight".split()
 )
 
 # What only one term needs may change while the weight of that term is 0, before or after.
@@ -218,7 +217,8 @@ OF_A_TERM = {
     "teacher_steps": "regression_weight",
 }
 
-# Together with the number of ranks these make an update's samples, whose number must stay.
+# Together with the number of ranks, over --sequence_ranks, these make an update's samples, whose
+# number must stay.
 BATCH = ("train_batch_size", "gradient_accumulation_steps")
 
 
@@ -243,7 +243,7 @@ def changes_on_resume(info, args, world_size):
         )
     changed = [k for k in sorted(set(saved) | set(now)) if saved.get(k) != now.get(k)]
     unused = {k for k, term in OF_A_TERM.items() if 0 in (saved.get(term), now.get(term))}
-    free = MAY_CHANGE | unused | set(BATCH)
+    free = MAY_CHANGE | unused | {*BATCH, "sequence_ranks"}
     wrong = [f"--{k} was {saved.get(k)!r} and is {now.get(k)!r}" for k in changed if k not in free]
     if wrong:
         raise UserError(
