@@ -1,6 +1,7 @@
 """Seconds of a student step of any script, split among networks, backward passes and updates.
 
     python -m tests.bench dmd [--steps 20] [-- any flags of dmd.py]
+    python -m tests.bench --shape wan-1.3b-480p dmd [--tflops 989] [-- any flags of dmd.py]
 
 Runs the script's own main in a temporary folder and times it from outside, with hooks on the
 networks that it trains and on its teacher, and wrappers around backward and Run.update. A GPU is
@@ -13,10 +14,18 @@ dropped, and the run is stopped before it saves or measures anything. The rows o
     total          a step from its first draw to its row in log.csv
 
 with mean and standard deviation over the steps. Compare two commits in one sitting, as a ratio.
+
+--shape makes the teacher: a released config with random weights, in bfloat16 where there is a GPU,
+or a small one of no release for a processor, with random prompts. One step is dropped, and what the
+run needs is compared with what --dry_run says: peak memory, and model FLOPs over the seconds as a
+share of the device's peak. Memory is the GPU allocator's, or what the process grew by beyond what
+it had before main; for that start it with MALLOC_MMAP_THRESHOLD_=100000 in the environment, so
+that the C library gives back what is freed. Large networks are made on the GPU directly.
 """
 
 import argparse
 import contextlib
+import gc
 import importlib
 import os
 import statistics
@@ -29,9 +38,13 @@ import torch
 from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from models.files import UserError  # noqa: E402
-from models.networks import lora  # noqa: E402
+from models.files import UserError, load_json  # noqa: E402
+from models.networks import config_file, lora, network_from_config, to_dtype  # noqa: E402
+from models.networks.wan import WanTwoNetworks  # noqa: E402
+from models.plumbing import dry_run, teachers  # noqa: E402
+from models.plumbing.footprint import on_meta  # noqa: E402
 from models.plumbing.run import Run, run_main  # noqa: E402
+from tests.folders import save_conditions, save_config  # noqa: E402
 
 SCRIPTS = "dmd phased_dmd decoupled_dmd tdm linvideo latent_fm mdt_dist".split()
 SKIPPED = 5  # steps at the start, slower than the others: memory is allocated, kernels are chosen
@@ -62,6 +75,7 @@ class Stopwatch:
         self.calls = []  # {network's name: calls} of each step
         self.part = None  # what is being timed, and since when
         self.began = None  # when the current step began, None between steps
+        self.memory = None  # a Memory, whose peak is of the steps alone
 
     def watch(self, name, net):
         """Time the calls of a network from now on. One that has a name keeps it."""
@@ -139,6 +153,8 @@ class Stopwatch:
 
     def on_steps(self, real, run, *args, **kwargs):
         for step in real(run, *args, **kwargs):
+            if self.memory and not self.steps:
+                self.memory.forget_peak()  # that of loading
             self.begin_step()
             yield step
 
@@ -178,22 +194,147 @@ def hooked(stopwatch, script):
     return stack
 
 
-def measure(name, steps, flags=()):
-    """Run a script for SKIPPED + steps student steps.  -> its Stopwatch, without the first five.
+def measure(name, steps, flags=(), skipped=SKIPPED, memory=None):
+    """Run a script for skipped + steps student steps.  -> its Stopwatch, without the first ones.
 
-    flags: of the script; they may shorten the run. Raises UserError where no step is left.
+    flags: of the script; they may shorten the run. memory: a Memory, for the steps' peak. Raises
+    UserError where no step is left.
     """
     script, stopwatch = importlib.import_module(name), Stopwatch()
+    stopwatch.memory = memory
     with tempfile.TemporaryDirectory() as folder, hooked(stopwatch, script):
-        length = f"--max_train_steps {SKIPPED + steps} --checkpointing_steps 1000000"
+        length = f"--max_train_steps {skipped + steps} --checkpointing_steps 1000000"
         length += " --preview_every 0"  # nor is a film of the ring a part of a step
         out = ["--output_dir", os.path.join(folder, "run")]
         with contextlib.suppress(Enough):
             script.main([*out, *length.split(), *flags])
-    stopwatch.steps, stopwatch.calls = stopwatch.steps[SKIPPED:], stopwatch.calls[SKIPPED:]
+    stopwatch.steps, stopwatch.calls = stopwatch.steps[skipped:], stopwatch.calls[skipped:]
     if not stopwatch.steps:
-        raise UserError(f"the first {SKIPPED} steps are not measured: let the run be longer")
+        raise UserError(f"the first {skipped} steps are not measured: let the run be longer")
     return stopwatch
+
+
+# ---- released shapes -----------------------------------------------------------------------------
+
+# name: (of tests/folders.py, flags). Small ones have weights in files, large ones make them.
+SHAPES = {
+    "wan-tiny": ("tiny Wan", "--sample_shape 16 1 16 16 --train_batch_size 4"),
+    "wan-middle": ("middle Wan", "--sample_shape 16 1 16 16 --train_batch_size 2"),
+    "wan-tiny-pair": ("tiny Wan pair", "--sample_shape 16 1 16 16 --train_batch_size 4"),
+    "wan-1.3b-480p": ("Wan 2.1 T2V 1.3B", "--sample_shape 16 21 60 104 --mixed_precision bf16"),
+    "wan-14b-480p": ("Wan 2.1 T2V 14B", "--sample_shape 16 21 60 104 --mixed_precision bf16"),
+    "z-image-1024": ("Z-Image", "--sample_shape 16 128 128 --mixed_precision bf16"),
+    "pixart-512": ("PixArt-alpha 512", "--sample_shape 4 64 64 --mixed_precision bf16"),
+    "trellis-ss": ("TRELLIS image structure", "--mixed_precision bf16"),
+}
+# The bank of linvideo.py is not a part of a step: the shortest there is.
+EXTRA = {"linvideo": "--bank_size 1 --sampling_steps 2"}
+
+
+def plan_of(name, flags, ranks=1, device=None):
+    """-> what --dry_run reckons for a script with these flags, a Plan."""
+    script = importlib.import_module(name)
+    args = script.parse_args(list(flags))
+    build = getattr(script, "planned_network", None)
+    net = on_meta(lambda: build(args)) if build else dry_run.teacher_network(args)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return dry_run.Plan(args, net, *script.cost(args), ranks, device)
+
+
+def random_weights(stack):
+    """Let teachers be made on the GPU with random weights, from config.json alone."""
+
+    def load_network(folder, dtype=torch.float32, **_):
+        described = config_file(folder)
+        config = load_json(described)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            net = to_dtype(network_from_config(config, described), dtype)
+        return net.eval(), config
+
+    def load_two_networks(root, dtype=torch.float32, **_):
+        parts = [
+            load_network(os.path.join(root, n), dtype) for n in ("transformer", "transformer_2")
+        ]
+        (high, config), (low, config_2) = parts
+        return WanTwoNetworks(high, low, 0.875), config, config_2
+
+    replaced = dict(load_network=load_network, load_two_networks=load_two_networks)
+    replaced |= dict(weights_hash=lambda folder: "random")
+    for name, function in replaced.items():
+        stack.enter_context(mock.patch.object(teachers, name, function))
+
+
+class Memory:
+    """Bytes that a run takes beyond what there was before: of the GPU's allocator, or of the
+    process, without the pages of files (libraries are read as they are used)."""
+
+    def __init__(self):
+        warm_up()
+        gc.collect()
+        if torch.cuda.is_available():
+            self.before = torch.cuda.memory_allocated()
+            return
+        now = process_bytes()
+        self.before, self.files = now["VmRSS"], now["RssFile"]
+
+    @staticmethod
+    def forget_peak():
+        """The peak begins anew."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+
+    def peak(self):
+        """Bytes at most since `forget_peak`, beyond those at the beginning."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() - self.before
+        now = process_bytes()
+        return now["VmHWM"] - self.before - (now["RssFile"] - self.files)
+
+
+def warm_up():
+    """One update of a layer: libraries are imported and have their work space."""
+    layer = nn.TransformerEncoderLayer(512, 8, batch_first=True)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    nn.Conv3d(16, 64, (1, 2, 2), stride=(1, 2, 2))(torch.randn(2, 16, 4, 16, 16)).sum().backward()
+    layer(torch.randn(4, 256, 512)).sum().backward()
+    optimizer.step()
+
+
+def process_bytes():
+    """{name: bytes} of /proc/self/status."""
+    with open("/proc/self/status") as f:
+        words = [line.split() for line in f]
+    return {w[0].rstrip(":"): 1024 * int(w[1]) for w in words if w[-1] == "kB"}
+
+
+def measure_shape(name, shape, steps=2, given=()):
+    """Run a script at one of SHAPES.  -> its Stopwatch, bytes at its peak, and its Plan."""
+    release, flags = SHAPES[shape]
+    small = release.split()[0] in ("tiny", "middle")
+    with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:
+        teacher = save_config(release, os.path.join(root, "teacher"), weights=small)
+        conditions = save_conditions(release, os.path.join(root, "conditions.safetensors"))
+        flags = ["--teacher", teacher, *conditions, *flags.split(), *EXTRA.get(name, "").split()]
+        flags += given
+        importlib.import_module(name)
+        if not small:
+            random_weights(stack)
+        memory = Memory()
+        stopwatch = measure(name, steps, flags, skipped=1, memory=memory)
+        return stopwatch, memory.peak(), plan_of(name, flags)
+
+
+def print_shape(stopwatch, used, plan, tflops):
+    """What --shape adds to the table."""
+    seconds = statistics.mean(step["total"] for step in stopwatch.steps)
+    model, again = plan.flops()
+    print(f"model {model / 1e12:.5g} TFLOP an update, recomputed {again / 1e12:.5g} TFLOP")
+    share = model / seconds / (tflops * 1e12)
+    print(f"{seconds:.4g} seconds an update: {100 * share:.3g} % of {tflops:g} TFLOP/s")
+    print(f"memory {used / 1e9:.4g} GB, predicted {plan.peak() / 1e9:.4g} GB")
 
 
 def print_table(stopwatch):
@@ -220,15 +361,23 @@ def main(argv=None):
     )
     p.add_argument("script", choices=SCRIPTS, help="which script")
     skipped = f"student steps measured, after {SKIPPED} that are not"
-    p.add_argument("--steps", type=int, default=20, help=skipped)
+    p.add_argument("--steps", type=int, default=None, help=f"{skipped} (20; with --shape 2)")
+    p.add_argument("--shape", choices=SHAPES, default=None, help="a teacher with random weights")
+    peak = "the device's peak, of which model FLOPs are a share (H100: 989)"
+    p.add_argument("--tflops", type=float, default=dry_run.H100, help=peak)
     argv = [*(sys.argv[1:] if argv is None else argv), "--"]
     end = argv.index("--")
     args, given = p.parse_args(argv[:end]), argv[end + 1 : -1]
-    stopwatch = measure(args.script, args.steps, given)
+    if args.shape:
+        stopwatch, *shown = measure_shape(args.script, args.shape, args.steps or 2, given)
+    else:
+        stopwatch = measure(args.script, args.steps or 20, given)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     where = f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     print(f"\n{' '.join([args.script, *given])}: {len(stopwatch.steps)} steps, {where}")
     print_table(stopwatch)
+    if args.shape:
+        print_shape(stopwatch, *shown, args.tflops)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""Folders of released teachers without their weights, and small ones with random weights.
+
+    save_config("Wan 2.1 T2V 1.3B", root)      # config.json, scheduler/ and what else is read first
+
+Each is a pipeline root or, for TRELLIS, DIR/NAME, as `--teacher` takes it. --dry_run needs no more.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+
+from models.files import save_json, save_tensors
+from models.networks import NETWORKS, network_config, save_network
+from models.networks.dit_imagenet import DIT_XL_2, DIT_XL_2_512
+from models.networks.trellis import SLAT_FLOW_L, SS_FLOW_L
+from models.networks.wan import WAN_1_3B, WAN_14B
+
+WAN, Z_IMAGE = "WanTransformer3DModel", "ZImageTransformer2DModel"
+PIXART, DIT = "PixArtTransformer2DModel", "DiTTransformer2DModel"
+STRUCTURE, LATENTS = "SparseStructureFlowModel", "SLatFlowModel"
+FLOW_3 = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}
+FLOW_3 |= {"prediction_type": "flow_prediction"}
+FLOW_6 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0}
+LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+LINEAR |= {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}
+LINEAR |= {"prediction_type": "epsilon"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """network: its class; config: its arguments; scheduler: of the folder; pair: two networks;
+    text: tokens of a prompt; boundary: of a pair."""
+
+    network: str
+    config: dict
+    scheduler: dict = field(default_factory=dict)
+    pair: bool = False
+    text: int = 512
+
+
+def wan(heads, width, ffn, layers):
+    """A Wan of another size."""
+    sizes = dict(num_attention_heads=heads, attention_head_dim=width, ffn_dim=ffn)
+    return Config(WAN, dict(WAN_1_3B, num_layers=layers, text_dim=256, **sizes), FLOW_3, text=64)
+
+
+ALPHA = dict(caption_channels=4096)
+CONFIGS = {
+    "Wan 2.1 T2V 1.3B": Config(WAN, WAN_1_3B, FLOW_3),
+    "Wan 2.1 T2V 14B": Config(WAN, WAN_14B, FLOW_3),
+    "Wan 2.2 T2V A14B": Config(WAN, WAN_14B, FLOW_3, pair=True),
+    "Z-Image": Config(Z_IMAGE, {}, FLOW_6),
+    "PixArt-alpha 512": Config(
+        PIXART, dict(caption_channels=4096, sample_size=64), LINEAR, text=120
+    ),
+    "PixArt-alpha 1024": Config(PIXART, dict(ALPHA, sample_size=128), LINEAR, text=120),
+    "DiT-XL/2 256": Config(DIT, DIT_XL_2, LINEAR),
+    "DiT-XL/2 512": Config(DIT, DIT_XL_2_512, LINEAR),
+    "SiT-XL/2 256": Config(DIT, dict(DIT_XL_2, out_channels=4, convention="sit")),
+    "TRELLIS image structure": Config(STRUCTURE, SS_FLOW_L, text=1374),
+    "TRELLIS image latents": Config(LATENTS, SLAT_FLOW_L, text=1374),
+    # of no release: what a processor can train in seconds
+    "tiny Wan": wan(4, 64, 1024, 6),  # 7 million parameters
+    "middle Wan": wan(6, 64, 1536, 6),  # 15 million
+    "tiny Wan pair": Config(WAN, wan(4, 64, 1024, 6).config, FLOW_3, pair=True, text=64),
+}
+
+
+def save_config(name, root, weights=False):
+    """Write the folder of one of CONFIGS.  -> what --teacher takes. weights: random ones too."""
+    about, root = CONFIGS[name], str(root)
+    if about.network in (STRUCTURE, LATENTS):
+        os.makedirs(root, exist_ok=True)
+        save_json({"name": about.network, "args": about.config}, os.path.join(root, "flow.json"))
+        return os.path.join(root, "flow")
+    parts = ["transformer", "transformer_2"] if about.pair else ["transformer"]
+    for part in parts:
+        folder = os.path.join(root, part)
+        os.makedirs(folder, exist_ok=True)
+        if weights:
+            torch.manual_seed(len(part))
+            net = NETWORKS[about.network](**about.config)
+            save_network(net, network_config(net), folder)
+        else:
+            config = {"_class_name": about.network, **about.config}
+            save_json(config, os.path.join(folder, "config.json"))
+    if about.scheduler:
+        os.makedirs(os.path.join(root, "scheduler"), exist_ok=True)
+        where = os.path.join(root, "scheduler", "scheduler_config.json")
+        save_json(about.scheduler, where)
+    index = {"boundary_ratio": 0.875} if about.pair else {}
+    save_json(index, os.path.join(root, "model_index.json"))
+    return root
+
+
+def save_conditions(name, path, rows=4):
+    """A file of random prompts (--prompts) for one of CONFIGS, or of --data for TRELLIS's
+    structures.  -> the flags."""
+    about, g = CONFIGS[name], torch.Generator().manual_seed(0)
+    if about.network == DIT:
+        return []
+    if about.network == STRUCTURE:
+        tokens = torch.randn(rows, about.text, about.config["cond_channels"], generator=g)
+        x0 = torch.randn(rows, 8, *[about.config["resolution"]] * 3, generator=g)
+        save_tensors({"x0": x0, "cond.tokens": tokens}, path)
+        return ["--data", path]
+    width = {WAN: about.config.get("text_dim"), Z_IMAGE: 2560, PIXART: 4096}[about.network]
+    text = torch.randn(rows + 1, about.text, width, generator=g).bfloat16()
+    tensors = {"cond.text": text[:rows], "uncond.text": text[rows:]}
+    mask = {Z_IMAGE: "text_mask", PIXART: "mask"}.get(about.network)
+    if mask:
+        ones = torch.ones(rows + 1, about.text, dtype=torch.bool)
+        tensors |= {f"cond.{mask}": ones[:rows], f"uncond.{mask}": ones[rows:]}
+    save_tensors(tensors, path)
+    return ["--prompts", path]

@@ -1,0 +1,378 @@
+"""--dry_run: what it reckons against what runs take, and refusals of what cannot fit."""
+
+import copy
+import importlib
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ENV, ROOT, refusal_of, save_tiny_teacher, save_tiny_wan
+from torch.nn.functional import scaled_dot_product_attention
+
+import dmd
+import mdt_dist
+from models.networks import NETWORKS
+from models.networks.dit import DiT
+from models.networks.trellis import SLatFlowModel, SparseStructureFlowModel
+from models.networks.wan import WAN_14B, WanTransformer3DModel
+from models.plumbing import dry_run
+from models.plumbing.dry_run import Network, Plan, Turn
+from models.plumbing.footprint import (
+    Call,
+    Meter,
+    adapted,
+    as_fake,
+    measure,
+    on_meta,
+    saved_bytes,
+    trace,
+    with_blocks,
+)
+from tests.folders import CONFIGS, save_config
+
+GB = 1e9
+TINY = dict(
+    num_attention_heads=2,
+    attention_head_dim=24,
+    ffn_dim=96,
+    freq_dim=32,
+    text_dim=16,
+    in_channels=4,
+)
+CALL = Call(2, (4, 2, 4, 6), text=5)
+
+
+def wan(layers=3, **more):
+    return WanTransformer3DModel(**{**TINY, "num_layers": layers, **more})
+
+
+def dit():
+    return DiT(size=(16, 16), patch=(4, 4), channels=3, dim=64, depth=3, num_classes=10)
+
+
+# ---- one network ---------------------------------------------------------------------------------
+
+
+def run_of(net, call, gradient=True):
+    x, t, cond = call.inputs(net)
+    for v in (x, t, *(v for v in cond.values() if v.is_floating_point())):
+        v.uniform_()
+    return lambda: net(x, t, **cond), [*net.parameters(), *net.buffers(), x, t, *cond.values()]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("build, call", [(wan, CALL), (dit, Call(3, (3, 16, 16)))])
+def test_saved_activations_are_those_of_a_real_call(build, call, checkpointing):
+    """Bytes that autograd keeps, without computing anything, are exactly those of a real call."""
+    net = build()
+    net.gradient_checkpointing = checkpointing
+    want = saved_bytes(*run_of(net, call))
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    shapes = copy.deepcopy(on_meta(build))
+    with FakeTensorMode():
+        as_fake(shapes).gradient_checkpointing = checkpointing
+        x, t, cond = call.inputs(shapes)
+        known = [*shapes.parameters(), *shapes.buffers(), x, t, *cond.values()]
+        got = saved_bytes(lambda: shapes(x, t, **cond), known)
+    assert got == want > 10_000
+    # and what is alive after the call is that, but for what it returns
+    cost = measure(on_meta(build), call, checkpointing=checkpointing)
+    assert want <= cost.saved <= 1.1 * want
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_deep_networks_follow_from_two_and_three_blocks(checkpointing):
+    """Nine blocks on a straight line are nine blocks that ran."""
+    net = on_meta(lambda: wan(9))
+    cost = measure(net, CALL, checkpointing=checkpointing)
+    whole = trace(copy.deepcopy(net), CALL, False, checkpointing, None, True)
+    got = [cost.forward, cost.saved_all, cost.saved, cost.backward]
+    got += [cost.flops, cost.flops_backward, cost.flops_again]
+    assert got == pytest.approx(list(whole), rel=1e-6)
+    assert len(net.blocks) == 9 and len(with_blocks(net, 2).blocks) == 2
+    assert cost.saved < 0.6 * cost.saved_all if checkpointing else cost.saved == cost.saved_all
+
+
+def test_flops_of_a_transformer_are_those_of_its_formula():
+    """2 N (4 D^2 + 2 D F) + 4 N^2 D for self-attention and MLP of a block, and so on by hand."""
+    D, F, L, layers, B, text, freq = 48, 96, 5, 3, 2, 16, 32
+    N = 2 * 2 * 3  # patches of 1 x 2 x 2
+    block = 2 * N * (4 * D * D + 2 * D * F) + 4 * N * N * D  # self-attention and MLP
+    block += 2 * (2 * N + 2 * L) * D * D + 4 * N * L * D  # cross-attention
+    ends = 2 * N * (16 * D) + 2 * N * (16 * D)  # patches in and out
+    ends += 2 * (freq * D + D * D + 6 * D * D) + 2 * L * (text * D + D * D)  # time and text
+    cost = measure(on_meta(lambda: wan(layers)), CALL)
+    assert cost.flops == B * (layers * block + ends)
+    # the gradient takes twice that, less those of inputs: patches, waves and text
+    inputs = B * (2 * N * 16 * D + 2 * freq * D + 2 * L * text * D)
+    assert cost.flops_backward == 2 * cost.flops - inputs
+    again = measure(on_meta(lambda: wan(layers)), CALL, checkpointing=True)
+    assert again.flops_again == pytest.approx(B * layers * block, rel=0.2)
+    assert again.flops_backward == cost.flops_backward
+
+
+def test_attention_is_fused():
+    """Nothing of N x N numbers is counted: twice the tokens keep twice the bytes."""
+    sizes = []
+    for frames in (64, 128):
+        sizes.append(measure(on_meta(wan), Call(1, (4, frames, 8, 8), text=5)))
+    one, two = sizes
+    assert two.saved < 2.05 * one.saved and two.backward < 2.05 * one.backward
+    assert two.flops > 2.3 * one.flops
+    q = torch.zeros(1, 1, 512, 8)
+    with Meter([q]) as meter:
+        scaled_dot_product_attention(q, q, q)
+    assert meter.peak < 4 * 512 * 64
+
+
+def test_a_network_of_14_billion_takes_seconds_and_no_memory():
+    net = on_meta(lambda: WanTransformer3DModel(**WAN_14B))
+    cost = measure(net, Call(1, (16, 21, 90, 160)), bf16=True, checkpointing=True)
+    assert cost.parameters == 14_288_491_584 and cost.weights == 4 * cost.parameters
+    assert 30 * GB < cost.saved < 40 * GB < 1000 * GB < cost.saved_all
+    assert 6.4e15 < cost.flops < 6.6e15 and cost.flops_again == pytest.approx(cost.flops, rel=0.01)
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if "14B" not in n and "Wan" not in n])
+def test_every_released_network_is_measured(name):
+    about = CONFIGS[name]
+    config = {**about.config, **({"num_blocks": 3} if "num_blocks" in about.config else {})}
+    net = on_meta(lambda: NETWORKS[about.network](**config))
+    cost = measure(net, Call(1, net.latent_shape, points=2000), bf16=True, checkpointing=True)
+    assert 0 < cost.saved < cost.saved_all and cost.flops_backward > 1.8 * cost.flops
+
+
+def test_sparse_networks_go_by_the_number_of_points():
+    """Shapes in place of points that are looked up: what a real call computes is the same."""
+    config = dict(resolution=16, in_channels=2, model_channels=32, cond_channels=12, out_channels=2)
+    config |= dict(num_blocks=2, num_heads=2, io_block_channels=[16], qk_rms_norm=True)
+    net = SLatFlowModel(**config)
+    place = torch.cartesian_prod(*[torch.arange(0, 16)] * 2)[:128]  # one layer: 4 points a voxel
+    coords = torch.cat([place.new_zeros(128, 1), place, place.new_zeros(128, 1)], 1)
+    x, tokens = torch.zeros(128, 2), torch.zeros(1, 7, 12)
+    with Meter([*net.parameters(), x, tokens, coords]) as real, torch.no_grad():
+        net(x, torch.zeros(1), tokens, coords)
+    got = measure(on_meta(lambda: SLatFlowModel(**config)), Call(1, (2,), text=7, points=128))
+    assert got.flops == real.flops
+
+
+def test_adapters_have_gradients_of_their_own_alone():
+    net = adapted(on_meta(wan), 4)
+    cost = measure(net, CALL, adapter="adapter")
+    assert cost.trained == 3 * 4 * (8 * 2 * 48 + 2 * (48 + 96))
+    full = measure(on_meta(wan), CALL)
+    assert cost.flops_backward < 0.75 * full.flops_backward
+    assert cost.parameters == full.parameters + cost.trained
+
+
+# ---- the plan ------------------------------------------------------------------------------------
+
+
+def flags(**more):
+    known = dict(train_batch_size=2, gradient_accumulation_steps=1, mixed_precision="no")
+    known |= dict(gradient_checkpointing=False, teacher="somewhere", sample_shape=[4, 2, 4, 6])
+    return SimpleNamespace(**{**known, **more})
+
+
+NETWORKS_OF_DMD = [Network("teacher", "teacher"), Network("student", "trained", saved=True)]
+TURN = [Turn("student", 1, {"teacher": 2, "student": 1.5}, {"student": 1})]
+
+
+def test_bytes_of_a_rank():
+    """4 bytes a weight, 4 a gradient, 8 for AdamW, 4 for an average; shared out over ranks."""
+    net = on_meta(wan)
+    P = sum(p.numel() for p in net.parameters())
+    networks = [*NETWORKS_OF_DMD, Network("ema", "average")]
+    one = Plan(flags(), net, networks, TURN)
+    assert one.static() == {
+        "weights": 8 * P,
+        "optimiser": 8 * P,
+        "moving average": 4 * P,
+        "gathered blocks": 0,
+    }
+    gradients, saved, work = one.of_turn(TURN[0])
+    cost = one.costs["student"]
+    assert (gradients, saved) == (4 * P, cost.saved)
+    assert one.peak() == 20 * P + max(4 * P, cost.saved) + work
+    assert one.disk() == {"a state (two are kept)": 16 * P, "student": 4 * P}
+    twice = Plan(flags(gradient_accumulation_steps=2), net, networks, TURN)
+    assert twice.peak() == 20 * P + 4 * P + cost.saved + work
+    four = Plan(flags(), net, networks, TURN, ranks=4)
+    assert four.static()["weights"] == 2 * P and four.static()["optimiser"] == 2 * P
+    block = sum(4 * p.numel() for p in net.blocks[0].parameters())
+    assert four.static()["gathered blocks"] == 3 * block + cost.outside
+    assert four.of_turn(TURN[0]) == (P, saved, work)
+    split = Plan(flags(sequence_ranks=2), net, networks, TURN, ranks=2)
+    assert split.of_turn(TURN[0])[1:] == (saved / 2, work / 2)
+    assert split.flops()[0] == one.flops()[0] / 2
+
+
+def test_flops_of_an_update():
+    plan = Plan(flags(gradient_accumulation_steps=3), on_meta(wan), NETWORKS_OF_DMD, TURN)
+    cost = plan.costs["student"]
+    assert plan.flops() == (3 * (4.5 * cost.flops + cost.flops_backward), 0)
+    assert plan.seconds(1.0) == pytest.approx(plan.flops()[0] / 0.45e12)
+
+
+def test_adapters_are_whole_and_the_base_is_shared_out():
+    networks = [Network("teacher", "teacher"), Network("student", "trained", 4, saved=True)]
+    how = flags(mixed_precision="bf16")
+    plan = Plan(how, on_meta(wan), networks, TURN, ranks=2)
+    full = Plan(how, on_meta(wan), NETWORKS_OF_DMD, TURN, ranks=2)
+    A = plan.costs["student"].trained
+    assert plan.static()["weights"] == plan.costs["teacher"].weights / 2 + 4 * A
+    assert plan.costs["teacher"].weights < 0.6 * 4 * plan.costs["teacher"].parameters  # bfloat16
+    assert plan.static()["optimiser"] == 8 * A and plan.disk()["student"] == 4 * A
+    assert plan.peak() < full.peak()
+
+
+def test_pairs_have_two_networks():
+    networks = [Network("teacher", "teacher", pair=True), Network("student", "trained")]
+    pair = Plan(flags(), on_meta(wan), networks, TURN)
+    one = Plan(flags(), on_meta(wan), NETWORKS_OF_DMD, TURN)
+    P = one.costs["student"].parameters
+    assert pair.static()["weights"] == one.static()["weights"] + 4 * P
+
+
+def test_largest_batch_fits_and_one_more_does_not():
+    plan = Plan(flags(), on_meta(wan), NETWORKS_OF_DMD, TURN)
+    memory = plan.peak(7) / (1 - dry_run.FREE) + 1
+    assert plan.largest_batch(memory) == 7
+    assert plan.largest_batch(plan.peak(1)) == 0
+
+
+# ---- against runs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "wan-tiny dmd --steps 1 -- --fake_update_ratio 1",
+        "wan-tiny dmd --steps 1 -- --fake_update_ratio 1 --no-gradient_checkpointing",
+        "wan-middle dmd --steps 1 -- --fake_update_ratio 1 --gradient_accumulation_steps 2",
+        "wan-tiny phased_dmd --steps 1 -- --fake_update_ratio 1 --phases 1 --lora_rank 16 "
+        "--fake_lora_rank 16 --train_batch_size 8 --no-gradient_checkpointing",
+    ],
+)
+def test_predicted_memory_is_what_a_run_takes(command):
+    """Within 15 % of the process's peak, beyond what it had before; each in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench", "--shape", *command.split()],
+        capture_output=True,
+        text=True,
+        env={**ENV, "MALLOC_MMAP_THRESHOLD_": "100000"},
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.search(r"memory (\S+) GB, predicted (\S+) GB", done.stdout)
+    measured, predicted = map(float, found.groups())
+    assert predicted == pytest.approx(measured, rel=0.15) and measured > 0.1
+
+
+# ---- the scripts ---------------------------------------------------------------------------------
+
+
+def test_dry_run_needs_no_weights_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = save_config("Wan 2.1 T2V 1.3B", tmp_path / "teacher")
+    before = sorted(tmp_path.rglob("*"))
+    dmd.main(["--teacher", teacher, "--mixed_precision", "bf16", "--dry_run", "8"])
+    out = capsys.readouterr().out
+    assert "student      trained       1,418,996,800" in out
+    assert "8 rank(s), networks in 8 part(s), cuda, batch 1, samples of 16 x 21 x 60 x 104" in out
+    assert "fits 80 GB" in out and "989 TFLOP/s" in out and "recomputed" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "script", "dmd phased_dmd decoupled_dmd tdm linvideo mdt_dist latent_fm".split()
+)
+def test_every_script_states_its_networks(script, capsys):
+    """The networks it says are those that it then has, and its turns name them."""
+    module = importlib.import_module(script)
+    module.main(["--dry_run"])
+    assert "peak" in capsys.readouterr().out
+    args = module.parse_args([])
+    networks, turns = module.cost(args)
+    names = {network.name for network in networks}
+    trained = {network.name for network in networks if network.role == "trained"}
+    assert {turn.trains for turn in turns} == trained
+    for turn in turns:
+        assert {*turn.calls, *turn.graphs} <= names and turn.graphs[turn.trains] >= 1
+    assert any(network.saved for network in networks)
+
+
+def test_calls_are_those_of_a_run(tmp_path):
+    """Per update of dmd.py with one step, R = 3, guidance 2 and accumulation."""
+    args = dmd.parse_args("--fake_update_ratio 3 --guidance_scale 2".split())
+    networks, turns = dmd.cost(args)
+    calls = {network.name: 0 for network in networks}
+    for turn in turns:
+        for name, count in [*turn.calls.items(), *turn.graphs.items()]:
+            calls[name] += turn.times * count
+    # tests/test_bench.py counts these in a run
+    assert calls == {"teacher": 2, "student": 4, "fake": 4, "ema": 0}
+
+
+def test_too_large_a_run_is_refused_before_it_loads(tmp_path, capsys):
+    """In one line with the numbers, and without a weight on the disk."""
+    teacher = save_config("Wan 2.1 T2V 1.3B", tmp_path / "teacher")
+    asked = ["--teacher", teacher, "--mixed_precision", "bf16", "--device_memory", "40"]
+    line = refusal_of(capsys, dmd.main, *asked)
+    assert re.search(r"needs \S+ GB a rank and the device has 40, of which 3 % stay free", line)
+    assert "optimiser 22.7" in line and "8 ranks (" in line
+    line = refusal_of(capsys, dmd.main, *asked, "--no-gradient_checkpointing")
+    assert "--gradient_checkpointing (" in line
+
+
+def test_a_run_that_fits_is_not_refused(tmp_path):
+    plan = Plan(
+        dmd.parse_args(["--teacher", "ring"]),
+        on_meta(NETWORKS["RingMLP"]),
+        *dmd.cost(dmd.parse_args(["--teacher", "ring"])),
+    )
+    dry_run.refuse_too_large(plan, 1 * GB)
+
+
+def test_shapes_that_do_not_fit_end_in_one_line(tmp_path, capsys):
+    wrong = [*save_tiny_wan(tmp_path), "--sample_shape", "4", "2", "5", "6", "--dry_run"]
+    assert "do not divide into patches" in refusal_of(capsys, dmd.main, *wrong)
+
+
+def test_two_networks_are_planned_for(tmp_path, capsys):
+    import phased_dmd
+
+    teacher = save_config("tiny Wan pair", tmp_path / "teacher")
+    phased_dmd.main(["--teacher", teacher, "--dry_run", "--sample_shape", "16", "1", "16", "16"])
+    out = capsys.readouterr().out
+    rows = dict(re.findall(r"^(\w+) +(?:teacher|rank 64|trained|frozen) +([\d,]+)", out, re.M))
+    count = {name: int(n.replace(",", "")) for name, n in rows.items()}
+    assert count["teacher"] == count["fake"] and count["expert1"] == count["expert2"]
+    assert count["expert1"] < 0.5 * count["teacher"]
+
+
+def test_trellis_is_planned_for(tmp_path, capsys):
+    teacher = save_config("TRELLIS image structure", tmp_path / "teacher")
+    mdt_dist.main(["--teacher", teacher, "--dry_run", "--train_batch_size", "1"])
+    assert "samples of 8 x 16 x 16 x 16" in capsys.readouterr().out
+    small = SparseStructureFlowModel(resolution=4, in_channels=2, model_channels=32,
+        cond_channels=12, out_channels=2, num_blocks=2, num_heads=2, patch_size=1)  # fmt: skip
+    assert small.gradient_checkpointing is False
+
+
+def test_released_teachers_are_checkpointed(tmp_path):
+    """And nothing small is, unless it is asked for."""
+    teacher = save_config("Wan 2.1 T2V 1.3B", tmp_path / "teacher")
+    for script in "dmd phased_dmd decoupled_dmd tdm linvideo mdt_dist".split():
+        parse = importlib.import_module(script).parse_args
+        assert parse(["--teacher", teacher]).gradient_checkpointing
+        off = parse(["--teacher", teacher, "--no-gradient_checkpointing"])
+        assert not off.gradient_checkpointing
+        assert not parse(["--teacher", save_tiny_teacher(tmp_path / "own")]).gradient_checkpointing
+    parse = importlib.import_module("latent_fm").parse_args
+    assert parse(["--network", "DiT-B/2"]).gradient_checkpointing
+    assert not parse([]).gradient_checkpointing
