@@ -259,7 +259,7 @@ def random_weights(stack):
         return WanTwoNetworks(high, low, 0.875), config, config_2
 
     replaced = dict(load_network=load_network, load_two_networks=load_two_networks)
-    replaced |= dict(weights_hash=lambda folder: "random")
+    replaced |= dict(weights_hash=lambda folder: "random", is_stored_in_bf16=lambda folder: False)
     for name, function in replaced.items():
         stack.enter_context(mock.patch.object(teachers, name, function))
 

@@ -259,7 +259,7 @@ def test_largest_batch_fits_and_one_more_does_not():
     ],
 )
 def test_predicted_memory_is_what_a_run_takes(command):
-    """Within 15 % of the process's peak, beyond what it had before; each in a process of its own."""
+    """Within 15 % of the process's peak, beyond what it had before; each in its own process."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.bench", "--shape", *command.split()],
         capture_output=True,
