@@ -241,6 +241,7 @@ class Phase:
     base: nn.Module  # the teacher's network in charge of its steps
     init: nn.Module  # what the expert starts from: base, or the network of --student_init
     fake_base: nn.Module  # what the fake starts from: all that is in charge somewhere on (s, 1)
+    idle: nn.Module | None  # the teacher's network that is in charge nowhere on (s, 1), if any
     given: str | None = None  # the adapter of base that the expert begins as (--student_init)
     expert: Any = None  # stays; all below exists while the phase is being trained
     fake: Any = None
@@ -276,6 +277,7 @@ def plan_phases(run, teacher):
                 base=base,
                 init=base,
                 fake_base=base if high else teacher.base,
+                idle=teacher.base.low if high else None,
             )
         )
     if args.student_init:
@@ -404,8 +406,15 @@ def start_phase(run, phases, phase, info, saved):
     return True
 
 
-def end_phase(args, phase):
+def set_aside(phase, device):
+    """Move the network that the phase does not ask to the host's memory, "cpu", or back."""
+    if phase.idle is not None:
+        phase.idle.to(device)
+
+
+def end_phase(args, phase, device):
     """The expert is frozen, as its average; everything else of the phase is dropped."""
+    set_aside(phase, device)
     if args.ema_decay:
         phase.expert.load_state_dict(phase.ema.state_dict())
     phase.expert.requires_grad_(False)
@@ -489,6 +498,7 @@ def train(args):
         # ---- a new expert and a new fake, both from the teacher; earlier experts are constants
         if not start_phase(run, phases, phase, info, saved):
             continue  # it was over when the run was interrupted
+        set_aside(phase, "cpu")
         run.spread_tokens(phase.fake)  # which may be no copy: see with_step_input
         experts = per_step(phases, [p.expert for p in phases[: phase.number]])
         film = film_of_phase(run, phases, phase, teacher, grid, film)
@@ -544,7 +554,7 @@ def train(args):
             )
             if time_to_save or step + 1 == phase.end:
                 save(run, phases, phase, teacher, grid, step)
-        end_phase(args, phase)
+        end_phase(args, phase, run.device)
 
     trained = [phase.expert for phase in phases]
     save_student(run, trained, phases, teacher, grid)
@@ -592,6 +602,7 @@ def read_state(run, phases):
 
 def save(run, phases, phase, teacher, grid, step):
     """samples.png, student/ and state/ after this step, on all ranks."""
+    set_aside(phase, run.device)  # later experts begin as it
     trained = experts_so_far(phases, phase)
     sampler = sampler_so_far(run, phases, phase, teacher, grid)
     report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})
@@ -600,6 +611,7 @@ def save(run, phases, phase, teacher, grid, step):
     things |= {"fake": phase.fake} | ({"ema": phase.ema} if run.args.ema_decay else {})
     things |= {"optimizer": phase.optimizer, "optimizer_fake": phase.optimizer_fake}
     run.save_state(step, things, phase=phase.number - 1, phase_start=phase.start)
+    set_aside(phase, "cpu")
 
 
 def experts_so_far(phases, phase):

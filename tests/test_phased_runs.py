@@ -41,7 +41,7 @@ from models.diffusion import Diffusion, Flow, expand, shift, step_grid, unshift
 from models.draws import Draws
 from models.files import load_json, open_tensors, save_json
 from models.networks import WEIGHTS, load_network, lora, network_config, save_network, weights_hash
-from models.networks.wan import WAN_1_3B, WAN_14B, WAN_A14B, WanTwoNetworks
+from models.networks.wan import WAN_1_3B, WAN_14B, WAN_A14B, WanTransformer3DModel, WanTwoNetworks
 from models.plumbing import run as plumbing_run
 from models.plumbing import teachers
 from models.plumbing.data import Conditions
@@ -1614,6 +1614,30 @@ def test_lora_files_of_a_teacher_with_two_networks(tmp_path, capsys):
     own = ["--teacher_lora", files[0], "--output_dir", str(tmp_path / "no")]
     says = refusal_of(capsys, phased_dmd.main, *flags, *own)
     assert "has two networks, for high and for low noise: give a file for each" in says
+
+
+def test_the_low_noise_network_waits_on_the_host_in_the_first_phase(tmp_path, monkeypatch):
+    """There nothing is asked of it but what previews start later experts from, and for a preview
+    it comes back; in the second phase it is there."""
+    flags, log, where = wan_flags(tmp_path / "wan", 0.875), [], {}
+    quiet(monkeypatch)
+    real_set, real_forward = phased_dmd.set_aside, WanTransformer3DModel.forward
+
+    def set_aside(phase, device):
+        real_set(phase, device)
+        if phase.idle is not None:
+            where[phase.idle] = str(device) == "cpu" and not isinstance(device, torch.device)
+            log.append((phase.number, where[phase.idle]))
+
+    def forward(net, *args, **kwargs):
+        assert not where.get(net)
+        return real_forward(net, *args, **kwargs)
+
+    monkeypatch.setattr(phased_dmd, "set_aside", set_aside)
+    monkeypatch.setattr(WanTransformer3DModel, "forward", forward)
+    phased_dmd.main([*flags, "--output_dir", str(tmp_path / "run")])
+    assert log[0] == (1, True) and log[-1] == (1, False) and len(where) == 1
+    assert (1, False) in log[1:-1]  # for a preview, or a student that is saved
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
