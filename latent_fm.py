@@ -410,7 +410,7 @@ def train(args):
     cache = cache_latents(run, data, space) if args.cache_latents else None
     if args.latent_norm != "none" and space is not getattr(world, "space", None):
         measure_norm(args, data, space, cache, run.device)
-    forward = torch.compile(net) if args.compile else net
+    run.compile_blocks(net)
     latents = SimpleNamespace(shape=shape, shift=args.timestep_shift)  # what is drawn
     introduce(run, data, space, net, shape)
     film = ring_film(run, world_name, ema)
@@ -429,9 +429,9 @@ def train(args):
             with run.autocast():
                 batch = x0, eps, t, cond
                 if args.sigma_min:
-                    loss, error = flow_matching_loss_sigma_min(forward, *batch, args.sigma_min)
+                    loss, error = flow_matching_loss_sigma_min(net, *batch, args.sigma_min)
                 else:
-                    loss, error = flow_matching_loss(forward, *batch)
+                    loss, error = flow_matching_loss(net, *batch)
             (loss * run.share).backward()
             run.note(loss=loss)
             add_by_quarter(totals, t, error)
@@ -1215,8 +1215,6 @@ def add_network_flags(p):
     add("--cond_dim", type=number(int, 8), default=48, help="width of the time and class embedding")
     add("--t_scale", type=number(float, above=0), default=1000.0,
         help="the sinusoids see t times this (paper's code: 1)")
-    p.run.add_argument("--compile", action="store_true",
-        help="torch.compile the network for training")
     p.run.add_argument("--save_fp16", action="store_true",
         help="store student/ in float16, as the shipped teachers are")
 

@@ -497,6 +497,7 @@ def alone(args=None):
         mesh=None,
         sequence=None,
         spread_tokens=lambda *nets: None,
+        compile_blocks=lambda net: net,
         device=cpu,
         place=lambda net: sharding.place(net, cpu, None),
         copy_of=lambda net, *how: sharding.copy_of(net, cpu, None, *how),

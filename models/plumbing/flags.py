@@ -83,6 +83,9 @@ def add_run_flags(p):
         "--train_batch_size is then of these N together")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
         help="recompute blocks in the backward pass: less memory")
+    add("--compile", action="store_true",
+        help="torch.compile every block of the networks, which pays on a GPU: the first updates "
+        "take minutes, and every new shape of a batch again")
     add("--checkpointing_steps", type=number(int, 1), default=100,
         help="student updates between saves")
     add("--resume_from_checkpoint", default=None, metavar="latest|PATH",

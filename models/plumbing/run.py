@@ -35,7 +35,15 @@ from models.draws import Draws
 from models.files import TrainingError, UserError, atomic_write, load_json
 from models.networks import lora
 from models.networks.sequence import Sequence, use_sequence
-from models.plumbing.sharding import average_whole, clip, copy_of, make_mesh, move_average, place
+from models.plumbing.sharding import (
+    average_whole,
+    blocks_of,
+    clip,
+    copy_of,
+    make_mesh,
+    move_average,
+    place,
+)
 from models.plumbing.state import (
     SavedState,
     changes_on_resume,
@@ -107,6 +115,12 @@ class Run:
         every rank has all of it, as of adapters, with which it is in one optimiser.  -> net
         """
         return place(net, self.device, None if whole else self.mesh)
+
+    def compile_blocks(self, net):
+        """With --compile each block of net is compiled when it is first called. -> net"""
+        for block in blocks_of(net) if self.args.compile else ():
+            block.compile()
+        return net
 
     def copy_of(self, net, dtype=None, change=None):
         """A network with net's weights, without its adapters, in memory of its own, shared out

@@ -49,7 +49,9 @@ def make_mesh(device, shard_ranks=None):
 def blocks_of(net):
     """The parts of a network that are gathered one at a time: the elements of its lists, and before
     these what several of them have in common."""
-    lists = [child for child in net.children() if isinstance(child, nn.ModuleList)]
+    parts = getattr(net, "networks", [net])
+    children = [child for part in parts for child in part.children()]
+    lists = [child for child in children if isinstance(child, nn.ModuleList)]
     blocks = [block for blocks in lists for block in blocks if has_parameters(block)]
     seen, common = set(), []
     for block in blocks:

@@ -337,7 +337,7 @@ def freeze_teacher(run, teacher, in_bf16=True):
     if in_bf16 and rounds_teacher(run):
         to_dtype(teacher.net, torch.bfloat16)
     for net in (teacher.net, teacher.base):
-        net.to(run.device).eval()
+        run.compile_blocks(net.to(run.device).eval())
         for p in lora.base_parameters(net).values():
             p.requires_grad_(False)
 
@@ -432,7 +432,7 @@ def trainable(run, net, name, rank=0, step_input=False):
         new = with_step_input(run, net) if step_input else run.copy_of(net, torch.float32)
         new.requires_grad_(True).train()
         new.gradient_checkpointing = args.gradient_checkpointing
-        return new
+        return run.compile_blocks(new)
     torch.manual_seed(stable_hash(args.seed, name))
     lora.add(net, name, rank, args.lora_alpha)
     given = f"{name}_given"
