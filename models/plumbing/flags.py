@@ -78,8 +78,8 @@ def add_run_flags(p):
     add("--mixed_precision", choices=["no", "bf16"], default="no",
         help="bf16: networks under autocast")
     add("--sequence_ranks", type=number(int, 1), default=1, metavar="N",
-        help="N ranks share the tokens of each sample, for activations that fill one GPU; "
-        "--train_batch_size is then of these N together")
+        help="N ranks share the tokens of each sample, where its activations fill one GPU; "
+        "--train_batch_size is of these N together")
     add("--gradient_checkpointing", action="store_true",
         help="recompute blocks in the backward pass: less memory")
     add("--checkpointing_steps", type=number(int, 1), default=100,
