@@ -19,7 +19,8 @@ import torch.distributed as dist
 from helpers import ENV, ROOT, fill, read_log, save_tiny_teacher, weights
 from safetensors.torch import save_file
 
-from models.files import UserError
+from models import networks
+from models.files import TensorWriter, UserError
 from models.networks import load_network, lora, network_config, save_network
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DiTTransformer2DModel
@@ -27,6 +28,7 @@ from models.networks.shards import blank_copy, own_rows, whole_tensor
 from models.networks.wan import WanTransformer3DModel
 from models.plumbing.run import Run
 from models.plumbing.sharding import blocks_of, clip, copy_of, make_mesh, move_average, place
+from models.plumbing.state import save_state
 
 BATCH = 12  # of all ranks together
 SHORT = "--max_train_steps 10 --checkpointing_steps 5 --seed 1 --preview_every 0 --teacher_steps 1 "
@@ -276,6 +278,7 @@ def parts(folder):
     run = Run(run_flags(), "parts")
     check_clip_and_average(run)
     check_copies(run, Path(folder))
+    check_host_memory(run, Path(folder))
     net = run.place(middle_dit())
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     x, t = torch.randn(2, *net.latent_shape), torch.rand(2)
@@ -357,6 +360,49 @@ def check_copies(run, folder):
     t = torch.tensor([0.3, 0.8])
     with torch.no_grad():
         torch.testing.assert_close(again(x, t, text=text), want(x, t, text=text))
+
+
+def anonymous_bytes():
+    """Memory of this process that belongs to no file."""
+    with open("/proc/self/status") as f:
+        return next(1024 * int(line.split()[1]) for line in f if line.startswith("RssAnon"))
+
+
+def check_host_memory(run, folder):
+    """Loading holds this rank's part and one tensor more, saving one tensor more. 76 MB in tensors
+    of at most 7."""
+    net = DiT(size=(4, 4), patch=(2, 2), channels=3, dim=544, depth=4, num_classes=4)
+    tensors = [p.numel() * p.itemsize for p in net.parameters()]
+    path = str(folder / f"large-{run.world_size}")
+    save_network(net, network_config(net), path, write=run.main)
+    run.wait_for_all()
+    del net
+    most, slack = [], 8e6  # of the allocator's
+
+    def watch(module, name):
+        real = getattr(module, name)
+
+        def watched(*args):
+            out = real(*args)
+            most.append(anonymous_bytes())
+            return out
+
+        setattr(module, name, watched)
+        return lambda: setattr(module, name, real)
+
+    undo, before = watch(networks, "rows_of_file"), anonymous_bytes()
+    again, _ = load_network(path, place=run.place)
+    assert max(most) - before < sum(tensors) / run.world_size + max(tensors) + slack
+    undo()
+    most.clear()
+    undo, before = watch(TensorWriter, "write"), anonymous_bytes()
+    save_network(again, network_config(again), path, write=run.main)
+    state = {"net": again}
+    info = dict(world_size=run.world_size)
+    out = str(folder / f"out-{run.world_size}")
+    save_state(out, 1, state, info, run.rank, run.wait_for_all)
+    assert max(most) - before < 2 * max(tensors) + slack
+    undo()
 
 
 def tiny_wan():
