@@ -32,6 +32,7 @@ from models.plumbing.footprint import (
     trace,
     with_blocks,
 )
+from tests import scale
 from tests.folders import CONFIGS, save_config
 
 GB = 1e9
@@ -370,3 +371,40 @@ def test_released_teachers_are_checkpointed(tmp_path):
     parse = importlib.import_module("latent_fm").parse_args
     assert parse(["--network", "DiT-B/2"]).gradient_checkpointing
     assert not parse([]).gradient_checkpointing
+
+
+# ---- docs/scale.md -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", scale.ROWS, ids=lambda row: f"{row.script} {row.release}")
+def test_commands_of_the_table_parse(row):
+    """With full networks and with adapters; the page has the row and the command."""
+    for flags in (row.flags, f"{row.flags} {row.adapters}"):
+        args = scale.parse(row.script, f"--teacher {row.folder} {flags}")
+        assert args.mixed_precision == "bf16"
+    page = (ROOT / "docs" / "scale.md").read_text()
+    assert f"| {row.release} | {row.sample} | `{row.script}.py` |" in page
+    assert row.command().split(" ", 1)[1] in page
+    with pytest.raises(SystemExit):
+        scale.parse(row.script, f"--teacher {row.folder} {flags} --no_such_flag 1")
+
+
+def test_readme_names_no_teacher_that_the_table_lacks():
+    readme = (ROOT / "README.md").read_text().split("## Released teachers")[1]
+    table = [line for line in readme.splitlines() if line.startswith("| ")][2:]
+    rows = " ".join(f"{row.release} {row.script}" for row in scale.ROWS)
+    for name in ("Wan 2.1", "Wan 2.2", "Z-Image", "PixArt-alpha", "DiT", "SiT", "TRELLIS"):
+        assert name in rows
+    for script in re.findall(r"`(\w+)\.py`", " ".join(table[:6])):
+        assert script in rows
+
+
+def test_a_row_of_the_table(tmp_path):
+    """The smallest number of GPUs fits, and half of it does not."""
+    teacher = save_config("Wan 2.2 T2V A14B", tmp_path / "teacher")
+    row = next(row for row in scale.ROWS if "A14B" in row.release and "81" in row.sample)
+    count, plan = scale.smallest(row, teacher, adapters=True)
+    assert 1 < count <= 8 and plan.shards == count and plan.fits(80 * GB)
+    how = plan.networks, plan.turns, count // 2, "cuda", plan.measured
+    plan.args.shard_ranks = count // 2
+    assert not Plan(plan.args, plan.net, *how).fits(80 * GB)
