@@ -121,12 +121,12 @@ class Plan:
                 return Cost()  # a closed form
         if (network.role == "teacher" or network.rank) and self.bf16 and self.device == "cuda":
             to_dtype(net, torch.bfloat16)
-        if network.change:
-            with torch.device("meta"):
-                network.change(net)
         name = "adapter" if network.rank else None
         if name:
             adapted(net, network.rank, name)
+        if network.change:  # what it adds is trained beside an adapter
+            with torch.device("meta"):
+                network.change(net)
         try:
             how = self.bf16, args.gradient_checkpointing, name, gradient
             return measure(net, self.call, *how)
