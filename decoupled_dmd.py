@@ -29,7 +29,7 @@ Launch.
                 python decoupled_dmd.py --no_dm       # CA alone: sharp, then runs away (Fig. 2)
     torchrun    torchrun --nproc-per-node 8 decoupled_dmd.py --teacher Z-Image \
                     --prompts prompts.safetensors --mixed_precision bf16 \
-                    --gradient_checkpointing --gradient_accumulation_steps 16
+                    --gradient_accumulation_steps 16
     sampling    python decoupled_dmd.py --sample runs/decoupled_dmd-glyphs/student
 
 Deviations; the reasons are in docs/decoupled_dmd.md. Scores are written as x0 predictions. Released

@@ -30,7 +30,7 @@ Launch.
                     --gan_weight 0.3 --learning_rate 6e-4          # the GAN after convergence
     torchrun    torchrun --nproc-per-node 8 dmd.py --teacher Wan2.1-T2V-1.3B-Diffusers \
                     --prompts prompts.safetensors --mixed_precision bf16 \
-                    --gradient_checkpointing --gradient_accumulation_steps 8
+                    --gradient_accumulation_steps 8
     sampling    python dmd.py --sample runs/dmd-glyphs/student
 
 Deviations; the reasons are in docs/dmd.md. The gradient drops Eq. 7's factor alpha_t, as both

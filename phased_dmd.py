@@ -32,7 +32,7 @@ Launch.
                     --fake_update_ratio 5 --ema_decay 0
     torchrun    torchrun --nproc-per-node 8 phased_dmd.py --teacher Wan2.2-T2V-A14B-Diffusers \
                     --prompts prompts.safetensors --mixed_precision bf16 \
-                    --gradient_checkpointing --fake_lora_rank 64 --sample_shape 16 1 90 160
+                    --fake_lora_rank 64 --sample_shape 16 1 90 160
     sampling    python phased_dmd.py --sample runs/phased_dmd-clips/student
 
 Deviations; reasons in docs/phased_dmd.md. The gradient has DMD's normalised weight. Eq. 13's taper

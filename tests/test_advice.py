@@ -935,6 +935,13 @@ CASES = [
         "--bank BANK --bank_size 6",
         ["--bank OUT --bank_size 6"],
     ),
+    # ---- what cannot fit
+    (
+        "dmd",
+        "--dry_run prints all of it, and --device_memory GB says what there is",
+        "--teacher TEACHER --device_memory 0.001",
+        ["--teacher TEACHER --device_memory 1"],
+    ),
     # ---- mdt_dist
     (
         "mdt_dist",

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ENV, ROOT, refusal_of, save_tiny_teacher, save_tiny_wan
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 import dmd
@@ -31,17 +32,12 @@ from models.plumbing.footprint import (
     trace,
     with_blocks,
 )
+from tests import scale
 from tests.folders import CONFIGS, save_config
 
 GB = 1e9
-TINY = dict(
-    num_attention_heads=2,
-    attention_head_dim=24,
-    ffn_dim=96,
-    freq_dim=32,
-    text_dim=16,
-    in_channels=4,
-)
+TINY = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, freq_dim=32, text_dim=16)
+TINY |= dict(in_channels=4, out_channels=4)
 CALL = Call(2, (4, 2, 4, 6), text=5)
 
 
@@ -70,8 +66,6 @@ def test_saved_activations_are_those_of_a_real_call(build, call, checkpointing):
     net = build()
     net.gradient_checkpointing = checkpointing
     want = saved_bytes(*run_of(net, call))
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     shapes = copy.deepcopy(on_meta(build))
     with FakeTensorMode():
         as_fake(shapes).gradient_checkpointing = checkpointing
@@ -79,21 +73,21 @@ def test_saved_activations_are_those_of_a_real_call(build, call, checkpointing):
         known = [*shapes.parameters(), *shapes.buffers(), x, t, *cond.values()]
         got = saved_bytes(lambda: shapes(x, t, **cond), known)
     assert got == want > 10_000
-    # and what is alive after the call is that, but for what it returns
+    # what is alive after the call is that, what it returns and what blocks hold without a hook
     cost = measure(on_meta(build), call, checkpointing=checkpointing)
-    assert want <= cost.saved <= 1.1 * want
+    assert want <= cost.saved <= 1.2 * want
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_deep_networks_follow_from_two_and_three_blocks(checkpointing):
-    """Nine blocks on a straight line are nine blocks that ran."""
-    net = on_meta(lambda: wan(9))
+    """Six blocks on a straight line are six blocks that ran."""
+    net = on_meta(lambda: wan(6))
     cost = measure(net, CALL, checkpointing=checkpointing)
     whole = trace(copy.deepcopy(net), CALL, False, checkpointing, None, True)
     got = [cost.forward, cost.saved_all, cost.saved, cost.backward]
     got += [cost.flops, cost.flops_backward, cost.flops_again]
     assert got == pytest.approx(list(whole), rel=1e-6)
-    assert len(net.blocks) == 9 and len(with_blocks(net, 2).blocks) == 2
+    assert len(net.blocks) == 6 and len(with_blocks(net, 2).blocks) == 2
     assert cost.saved < 0.6 * cost.saved_all if checkpointing else cost.saved == cost.saved_all
 
 
@@ -140,8 +134,9 @@ def test_a_network_of_14_billion_takes_seconds_and_no_memory():
 @pytest.mark.parametrize("name", [n for n in CONFIGS if "14B" not in n and "Wan" not in n])
 def test_every_released_network_is_measured(name):
     about = CONFIGS[name]
-    config = {**about.config, **({"num_blocks": 3} if "num_blocks" in about.config else {})}
-    net = on_meta(lambda: NETWORKS[about.network](**config))
+    depth = [k for k in ("num_blocks", "num_layers") if k in about.config]
+    fewer = dict.fromkeys(depth or ["num_layers" if "Pix" in name else "n_layers"], 2)
+    net = on_meta(lambda: NETWORKS[about.network](**{**about.config, **fewer}))
     cost = measure(net, Call(1, net.latent_shape, points=2000), bf16=True, checkpointing=True)
     assert 0 < cost.saved < cost.saved_all and cost.flops_backward > 1.8 * cost.flops
 
@@ -252,7 +247,6 @@ def test_largest_batch_fits_and_one_more_does_not():
     "command",
     [
         "wan-tiny dmd --steps 1 -- --fake_update_ratio 1",
-        "wan-tiny dmd --steps 1 -- --fake_update_ratio 1 --no-gradient_checkpointing",
         "wan-middle dmd --steps 1 -- --fake_update_ratio 1 --gradient_accumulation_steps 2",
         "wan-tiny phased_dmd --steps 1 -- --fake_update_ratio 1 --phases 1 --lora_rank 16 "
         "--fake_lora_rank 16 --train_batch_size 8 --no-gradient_checkpointing",
@@ -320,13 +314,14 @@ def test_calls_are_those_of_a_run(tmp_path):
 
 def test_too_large_a_run_is_refused_before_it_loads(tmp_path, capsys):
     """In one line with the numbers, and without a weight on the disk."""
-    teacher = save_config("Wan 2.1 T2V 1.3B", tmp_path / "teacher")
-    asked = ["--teacher", teacher, "--mixed_precision", "bf16", "--device_memory", "40"]
+    teacher = save_config("tiny Wan", tmp_path / "teacher")
+    asked = ["--teacher", teacher, "--sample_shape", "16", "1", "16", "16"]
+    asked += ["--device_memory", "0.25", "--train_batch_size", "3"]
     line = refusal_of(capsys, dmd.main, *asked)
-    assert re.search(r"needs \S+ GB a rank and the device has 40, of which 3 % stay free", line)
-    assert "optimiser 22.7" in line and "8 ranks (" in line
+    assert re.search(r"needs \S+ GB a rank and the device has 0.25, of which 3 % stay free", line)
+    assert "optimiser 0.11" in line and "8 ranks (" in line
     line = refusal_of(capsys, dmd.main, *asked, "--no-gradient_checkpointing")
-    assert "--gradient_checkpointing (" in line
+    assert "--gradient_checkpointing (" in line and "--train_batch_size 1 (" in line
 
 
 def test_a_run_that_fits_is_not_refused(tmp_path):
@@ -376,3 +371,40 @@ def test_released_teachers_are_checkpointed(tmp_path):
     parse = importlib.import_module("latent_fm").parse_args
     assert parse(["--network", "DiT-B/2"]).gradient_checkpointing
     assert not parse([]).gradient_checkpointing
+
+
+# ---- docs/scale.md -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", scale.ROWS, ids=lambda row: f"{row.script} {row.release}")
+def test_commands_of_the_table_parse(row):
+    """With full networks and with adapters; the page has the row and the command."""
+    for flags in (row.flags, f"{row.flags} {row.adapters}"):
+        args = scale.parse(row.script, f"--teacher {row.folder} {flags}")
+        assert args.mixed_precision == "bf16"
+    page = (ROOT / "docs" / "scale.md").read_text()
+    assert f"| {row.release} | {row.sample} | `{row.script}.py` |" in page
+    assert row.command().split(" ", 1)[1] in page
+    with pytest.raises(SystemExit):
+        scale.parse(row.script, f"--teacher {row.folder} {flags} --no_such_flag 1")
+
+
+def test_readme_names_no_teacher_that_the_table_lacks():
+    readme = (ROOT / "README.md").read_text().split("## Released teachers")[1]
+    table = [line for line in readme.splitlines() if line.startswith("| ")][2:]
+    rows = " ".join(f"{row.release} {row.script}" for row in scale.ROWS)
+    for name in ("Wan 2.1", "Wan 2.2", "Z-Image", "PixArt-alpha", "DiT", "SiT", "TRELLIS"):
+        assert name in rows
+    for script in re.findall(r"`(\w+)\.py`", " ".join(table[:6])):
+        assert script in rows
+
+
+def test_a_row_of_the_table(tmp_path):
+    """The smallest number of GPUs fits, and half of it does not."""
+    teacher = save_config("Wan 2.2 T2V A14B", tmp_path / "teacher")
+    row = next(row for row in scale.ROWS if "A14B" in row.release and "81" in row.sample)
+    count, plan = scale.smallest(row, teacher, adapters=True)
+    assert 1 < count <= 8 and plan.shards == count and plan.fits(80 * GB)
+    how = plan.networks, plan.turns, count // 2, "cuda", plan.measured
+    plan.args.shard_ranks = count // 2
+    assert not Plan(plan.args, plan.net, *how).fits(80 * GB)

@@ -92,10 +92,11 @@ class Plan:
     """Bytes of one rank and FLOPs of one student update. args: a script's flags.
 
     net: the network of the teacher's architecture, on the meta device. ranks: how many there are;
-    device: "cuda" or "cpu". costs: {network: Cost}. Raises UserError for shapes that do not fit.
+    device: "cuda" or "cpu". costs: {network: Cost}. measured: of another plan with the same net,
+    so that nothing is measured twice. Raises UserError for shapes that do not fit.
     """
 
-    def __init__(self, args, net, networks, turns, ranks=1, device="cuda"):
+    def __init__(self, args, net, networks, turns, ranks=1, device="cuda", measured=None):
         self.args, self.net, self.networks, self.turns = args, net, networks, turns
         self.ranks, self.device, self.B = ranks, device, args.train_batch_size
         self.sequence = getattr(args, "sequence_ranks", 1) or 1
@@ -103,13 +104,14 @@ class Plan:
         self.shards = getattr(args, "shard_ranks", None) or min(ranks, node)
         self.bf16 = args.mixed_precision == "bf16"
         self.call = call_of(args, net)
-        measured, self.costs = {}, {}
+        self.measured, self.costs = {} if measured is None else measured, {}
         for network in networks:
             gradient = network.role == "trained"
             key = gradient, network.rank, network.change, network.role == "teacher"
-            if key not in measured:
-                measured[key] = self.measure(network, gradient)
-            self.costs[network.name] = measured[key]
+            key += self.call, args.gradient_checkpointing, self.bf16, device
+            if key not in self.measured:
+                self.measured[key] = self.measure(network, gradient)
+            self.costs[network.name] = self.measured[key]
 
     def measure(self, network, gradient):
         """-> Cost of a network of the script."""
@@ -119,12 +121,12 @@ class Plan:
                 return Cost()  # a closed form
         if (network.role == "teacher" or network.rank) and self.bf16 and self.device == "cuda":
             to_dtype(net, torch.bfloat16)
-        if network.change:
-            with torch.device("meta"):
-                network.change(net)
         name = "adapter" if network.rank else None
         if name:
             adapted(net, network.rank, name)
+        if network.change:  # what it adds is trained beside an adapter
+            with torch.device("meta"):
+                network.change(net)
         try:
             how = self.bf16, args.gradient_checkpointing, name, gradient
             return measure(net, self.call, *how)
@@ -346,7 +348,8 @@ def remedies(plan):
     if hasattr(args, "lora_rank") and not all(n.rank for n in plan.trained()):
         fake = " --fake_lora_rank 64" if hasattr(args, "fake_lora_rank") else ""
         adapters = [as_adapter(network) for network in plan.networks]
-        small = Plan(args, plan.net, adapters, plan.turns, plan.ranks, plan.device)
+        how = plan.turns, plan.ranks, plan.device, plan.measured
+        small = Plan(args, plan.net, adapters, *how)
         found.append((f"--lora_rank 64{fake}", small.peak()))
     least = 0.98 * plan.peak()
     return sorted(((what, n) for what, n in found if n < least), key=lambda pair: pair[1])
@@ -354,7 +357,7 @@ def remedies(plan):
 
 def with_flags(plan, args, ranks=None):
     """The same plan with other flags, or on another number of ranks."""
-    how = plan.networks, plan.turns, ranks or plan.ranks, plan.device
+    how = plan.networks, plan.turns, ranks or plan.ranks, plan.device, plan.measured
     return Plan(args, plan.net, *how)
 
 
@@ -385,11 +388,12 @@ def report_lines(plan, memory, disk):
         f"--train_batch_size {batch or 'none'}"
     )
     model, again = plan.flops()
-    lines += ["", f"an update: {model / 1e12:.5g} model TFLOP and {again / 1e12:.5g} recomputed"]
-    tflops = args.device_tflops
-    lines[-1] += (
-        f"; {plan.seconds(tflops):.4g} seconds at {100 * REACHED:g} % of {tflops:g} TFLOP/s"
-    )
+    tflops, seconds = args.device_tflops, plan.seconds(args.device_tflops)
+    lines += [
+        "",
+        f"an update: {model / 1e12:.5g} model TFLOP and {again / 1e12:.5g} recomputed; "
+        f"{seconds:.4g} seconds at {100 * REACHED:g} % of {tflops:g} TFLOP/s",
+    ]
     lines += ["", "GB on disk:"]
     for name, size in {**plan.disk(), **prompts_on_disk(args), **disk}.items():
         lines.append(f"    {name:28s} {size / GB:10.3f}")
