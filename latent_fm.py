@@ -438,6 +438,7 @@ def train(args):
         run.update(optimizers, "net")
         run.update_ema(ema, net, step, start=10)
         film.frame(step)
+        totals = run.sum_over_ranks(totals)
         by_t = totals[:, 0] / totals[:, 1].clamp_min(1)  # 0 in a quarter that no t fell into
         run.note(**{f"loss_t{quarter}": by_t[quarter] for quarter in range(4)})
         if run.end_step(step, show=("loss",), lr=args.learning_rate * lr_factor):  # True: save
