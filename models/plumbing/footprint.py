@@ -15,8 +15,9 @@ with up to four blocks run whole. What is counted:
 
 The fake device is the processor, on which attention takes a fused kernel that saves q, k, v, the
 output and one number a row, as on a GPU, and never N x N numbers. Differences remain: work space
-inside a kernel is not seen, and linear attention is that of the kernel's registered shapes where
-it would run on a GPU. Numbers are for one device that holds the whole network and all tokens.
+inside a kernel is not seen, and linear attention is counted as PyTorch computes it, which keeps
+more than the kernel of a GPU. Numbers are for one device that holds the whole network and all
+tokens.
 """
 
 import contextlib
