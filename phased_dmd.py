@@ -41,6 +41,7 @@ levels are spread evenly over a batch, and none is below .02 in the student's tu
 averaged weights, betas and falling rates suit short runs of small networks.
 """
 
+import gc
 import math
 import os
 from dataclasses import dataclass
@@ -422,6 +423,7 @@ def end_phase(args, phase, device):
         if net is not phase.expert and isinstance(net, lora.Adapted):
             lora.remove(net.net, net.adapter)
     phase.fake = phase.ema = phase.optimizer = phase.optimizer_fake = None
+    gc.collect()  # a fused AdamW and its moments refer to each other
 
 
 def student_sample(draw, phase, experts, teacher, grid, gradient):

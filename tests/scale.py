@@ -8,9 +8,7 @@ the script's released defaults and one sample a rank (TRELLIS: the stated number
 """
 
 import argparse
-import contextlib
 import importlib
-import io
 import os
 import shlex
 import sys
@@ -24,8 +22,6 @@ from tests.folders import save_config  # noqa: E402
 PAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs", "scale.md")
 MEMORY, COUNTS = 80, (1, 2, 4, 8, 16, 32, 64)
 ADAPTERS = "--lora_rank 64 --fake_lora_rank 64"
-# Flags that are taken for a script whose parser does not have them (yet).
-PENDING = {"lora_rank", "fake_lora_rank", "shard_ranks", "sequence_ranks"}
 
 
 @dataclass(frozen=True)
@@ -78,22 +74,8 @@ ROWS = [
 
 
 def parse(script, flags):
-    """Flags of a script -> namespace, where those of PENDING that it does not have are set too."""
-    module, words, later = importlib.import_module(script), shlex.split(flags), {}
-    while True:
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):
-                args = module.parse_args(words)
-            break
-        except SystemExit:
-            at = [i for i, w in enumerate(words) if w[2:] in PENDING and w[2:] not in later]
-            if not at:
-                raise
-            later[words[at[0]][2:]] = int(words[at[0] + 1])
-            del words[at[0] : at[0] + 2]
-    for name, value in later.items():
-        setattr(args, name, value)
-    return args
+    """Flags of a script -> namespace."""
+    return importlib.import_module(script).parse_args(shlex.split(flags))
 
 
 def smallest(row, folder, adapters=False):

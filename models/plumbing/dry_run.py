@@ -36,6 +36,7 @@ from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.plumbing.footprint import Call, Cost, adapted, measure, on_meta
 from models.plumbing.teachers import find_folder, network_folder
+from models.prompts import open_prompts
 
 GB = 1e9
 FREE = 0.03  # of a device's memory, what stays free
@@ -266,7 +267,7 @@ def call_of(args, net):
     for path in (getattr(args, "prompts", None), getattr(args, "data", None)):
         if not str(path).endswith(".safetensors"):
             continue
-        file = open_tensors(path)
+        file = open_prompts(path) if path == getattr(args, "prompts", None) else open_tensors(path)
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
         for key in ("cond.text", "cond.tokens"):
             if len(shapes.get(key, ())) == 3:
