@@ -50,7 +50,6 @@ from models.draws import Draws, stable_hash
 from models.files import UserError, load_json, open_tensors, save_tensors
 from models.networks import load_network
 from models.networks.gan import GanHead
-from models.networks.shards import copy_weights
 from models.plumbing import report
 from models.plumbing.data import Conditions, Rows, real_batches, try_network
 from models.plumbing.dry_run import Network, Turn, dry_run
@@ -66,6 +65,7 @@ from models.plumbing.teachers import (
     start_teacher,
     trainable,
 )
+from models.shards import copy_weights
 
 # ---- the losses ----------------------------------------------------------------------------------
 #
@@ -308,10 +308,7 @@ def train(args):
             if args.gan_weight:  # g_dm is what the matching term alone sends into x
                 run.note(g_gan=(x.grad / run.share - g_dm).norm())
             if pairs:
-                with run.autocast():
-                    loss = regression_loss(draw, pairs, student, teacher, times[0])
-                (args.regression_weight * loss * run.share).backward()
-                run.note(loss_regression=loss)
+                regression_turn(run, draw, pairs, student, teacher, times[0])
             run.note_samples(x)
         run.update(optimizer, "student")
         fake.requires_grad_(True)
@@ -409,6 +406,14 @@ def teacher_pairs(run, teacher):
     run.wait_for_all()
     file = open_tensors(path)
     return {name: Rows(file, name) for name in ("z", "y", "index")}
+
+
+def regression_turn(run, draw, pairs, student, teacher, t):
+    """The regression's own backward pass, which adds to the student's gradient."""
+    with run.autocast():
+        loss = regression_loss(draw, pairs, student, teacher, t)
+    (run.args.regression_weight * loss * run.share).backward()
+    run.note(loss_regression=loss)
 
 
 def regression_loss(draw, pairs, student, teacher, t):

@@ -7,7 +7,7 @@ costs in float32. So on a CPU the same iteration runs in float32 here, and elsew
 
 import torch
 
-from models.networks.shards import own_rows, rows_in, whole_tensor
+from models.shards import own_rows, rows_in, whole_tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of torch.optim.Muon
 

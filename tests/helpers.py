@@ -574,7 +574,7 @@ import torch
 from safetensors.torch import save_file
 torch.set_num_threads(1)
 import {script}
-from models.networks.shards import whole_tensor
+from models.shards import whole_tensor
 from models.plumbing import run
 from models.plumbing.run import run_main
 real, calls = run.clip, []

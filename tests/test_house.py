@@ -71,7 +71,8 @@ def test_no_function_is_long():
 
 ROOMS = [  # each may import from those above it, and within its own line by the order in it
     ["kernels.linear_attention"],
-    ["models.diffusion", "models.files", "models.draws", "models.pictures", "models.muon"],
+    ["models.diffusion", "models.files", "models.draws", "models.pictures", "models.shards"],
+    ["models.muon"],
     ["models.prompts"],
     ["models.networks.lora", "models.networks.layers"],
     ["models.networks.*"],
@@ -81,7 +82,8 @@ ROOMS = [  # each may import from those above it, and within its own line by the
     ["models.worlds.ring", "models.worlds.glyphs", "models.worlds.clips", "models.worlds.shapes"],
     ["models.worlds.voxels"],
     ["models.worlds"],
-    ["models.plumbing.data", "models.plumbing.teachers", "models.plumbing.run"],
+    ["models.plumbing.data", "models.plumbing.teachers"],
+    ["models.plumbing.sharding", "models.plumbing.state", "models.plumbing.run"],
     ["models.plumbing.footprint", "models.plumbing.dry_run"],
     ["models.plumbing.releases", "models.plumbing.flags", "models.plumbing.report"],
     ["models.plumbing.film"],

@@ -24,11 +24,11 @@ from models.files import TensorWriter, UserError
 from models.networks import load_network, lora, network_config, save_network, to_dtype
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DiTTransformer2DModel
-from models.networks.shards import blank_copy, own_rows, whole_tensor
 from models.networks.wan import WanTransformer3DModel
 from models.plumbing.run import Run
 from models.plumbing.sharding import blocks_of, clip, copy_of, make_mesh, move_average, place
 from models.plumbing.state import save_state
+from models.shards import blank_copy, own_rows, whole_tensor
 
 BATCH = 12  # of all ranks together
 SHORT = "--max_train_steps 10 --checkpointing_steps 5 --seed 1 --preview_every 0 --teacher_steps 1 "

@@ -91,7 +91,6 @@ from models.networks.dit_imagenet import DiTTransformer2DModel
 from models.networks.pixart import PixArtTransformer2DModel
 from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
-from models.networks.shards import allocate, own_rows, rows_in, whole_tensor
 from models.networks.trellis import (
     SLatFlowModel,
     SparseStructureDecoder,
@@ -100,6 +99,7 @@ from models.networks.trellis import (
 )
 from models.networks.wan import WanTransformer3DModel, WanTwoNetworks
 from models.networks.z_image import ZImageTransformer2DModel
+from models.shards import allocate, own_rows, rows_in, whole_tensor
 
 NETWORKS = {
     "DiT": DiT,

@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.files import load_json, open_tensors, save_json, save_tensors
-from models.networks.shards import own_rows, rows_in
+from models.shards import own_rows, rows_in
 
 
 class Adapter(nn.Module):

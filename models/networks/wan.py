@@ -46,7 +46,7 @@ from models.networks.layers import (
     unpatchify,
 )
 from models.networks.sequence import gather_tokens, share_of, split_tokens
-from models.networks.shards import on_some_rank
+from models.shards import on_some_rank
 
 # The released text-to-video sizes, Wan-AI/Wan2.1-T2V-{1.3B,14B}-Diffusers.
 WAN_1_3B = dict(

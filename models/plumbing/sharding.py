@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from models.files import UserError
-from models.networks.shards import allocate, blank_copy, copy_weights, own_rows
+from models.shards import allocate, blank_copy, copy_weights, own_rows
 
 
 def make_mesh(device, shard_ranks=None):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from models.files import TensorWriter, UserError, fsync_folder, open_tensors, save_json
-from models.networks.shards import first_row, holds, own_rows, rows_in
+from models.shards import first_row, holds, own_rows, rows_in
 
 # ---- writing -------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from models.networks import (
     trellis_path,
     weights_hash,
 )
-from models.networks.shards import whole_tensor
+from models.shards import whole_tensor
 from models.worlds import WORLDS, load_world
 from models.worlds.ring import fit_ring_network, fit_ring_transformer
 
