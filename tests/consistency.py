@@ -17,10 +17,9 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tdm  # noqa: E402
 from models.diffusion import ode_step, shift, step_grid, to_x0_eps  # noqa: E402
-from models.plumbing import report  # noqa: E402
+from models.plumbing import report, teachers  # noqa: E402
 from models.plumbing.data import Conditions, load_data, to_unit  # noqa: E402
 from models.plumbing.run import Run, run_main  # noqa: E402
-from models.plumbing.teachers import average_of, freeze_teacher, start_teacher, trainable  # noqa: E402
 
 LEVELS = 40  # of the teacher's trajectory
 
@@ -44,11 +43,11 @@ def consistency_loss(student, ema, teacher, x0, eps, t, s, cond, uncond, guidanc
 def train(args):
     run = Run(args, "consistency")
     args.ema_decay = args.ema_decay or 0.95  # the target network is a moving average
-    teacher = start_teacher(run)
+    teacher = teachers.start_teacher(run)
     teacher.conditions = Conditions(args, teacher.base)
-    student = trainable(run, teacher.base, "student")
-    ema = average_of(run, student)
-    freeze_teacher(run, teacher)
+    student = teachers.trainable(run, teacher.base, "student")
+    ema = teachers.average_of(run, student)
+    teachers.freeze_teacher(run, teacher)
     grids = {n: step_grid(n, teacher.shift) for n in args.student_steps}
     data, data_cond, _ = load_data(args.teacher, teacher.shape[-1], seed=args.seed)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=0.0, fused=True)
