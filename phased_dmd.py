@@ -817,7 +817,7 @@ def sample_only(args):
     run = Run(args, "phased_dmd")
     refuse_output_dir(run.folder, sampling=True)
     experts, saved, teacher = load_student(run)
-    run.spread_tokens(*(expert.net for expert in experts))
+    run.spread_tokens(*experts)
     sampler = student_sampler(run, experts, teacher, saved["times"])
     report.write_samples(run, teacher, sampler, len(experts))
 

@@ -382,7 +382,11 @@ def test_shared_embedders_stay_one_through_training_copies_and_files(tmp_path):
         assert all(torch.equal(v, net.state_dict()[k]) for k, v in other.state_dict().items())
     trained(copied)
     flags = SimpleNamespace(
-        ema_decay=0.9, output_dir="x", train_batch_size=1, gradient_accumulation_steps=1
+        ema_decay=0.9,
+        output_dir="x",
+        train_batch_size=1,
+        gradient_accumulation_steps=1,
+        sequence_ranks=1,
     )
     Run(flags, "x").update_ema(averaged, copied, step=100)
     for key, value in averaged.state_dict().items():

@@ -531,7 +531,7 @@ def test_convert(case, layers, monkeypatch):
         m.fix(linear=i in layers)
     calls, kernel, softmax = [], kernels.linear_attention, F.scaled_dot_product_attention
     counted = {
-        (kernels, "linear_attention"): lambda *a: calls.append("linear") or kernel(*a),
+        (kernels, "linear_attention"): lambda *a, **k: calls.append("linear") or kernel(*a, **k),
         (F, "scaled_dot_product_attention"): lambda *a, **k: (
             calls.append("softmax") or softmax(*a, **k)
         ),

@@ -224,7 +224,7 @@ class Run:
             return None, None
         info = load_json(os.path.join(folder, "state.json"))
         changes = changes_on_resume(info, args, self.world_size)
-        saved = SavedState(folder, info["world_size"])
+        saved = SavedState(folder, info.get("world_size", 1))
         self.changes = info.get("changes", []) + changes
         for c in changes:
             self.say(f"{c['what']} was {c['was']} and is {c['is']} from update {c['update']} on")
