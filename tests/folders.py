@@ -14,7 +14,7 @@ from models.files import save_json, save_tensors
 from models.networks import NETWORKS, network_config, save_network
 from models.networks.dit_imagenet import DIT_XL_2, DIT_XL_2_512
 from models.networks.trellis import SLAT_FLOW_L, SS_FLOW_L
-from models.networks.wan import WAN_1_3B, WAN_14B
+from models.networks.wan import WAN_1_3B, WAN_5B, WAN_14B
 
 WAN, Z_IMAGE = "WanTransformer3DModel", "ZImageTransformer2DModel"
 PIXART, DIT = "PixArtTransformer2DModel", "DiTTransformer2DModel"
@@ -49,6 +49,7 @@ ALPHA = dict(caption_channels=4096)
 CONFIGS = {
     "Wan 2.1 T2V 1.3B": Config(WAN, WAN_1_3B, FLOW_3),
     "Wan 2.1 T2V 14B": Config(WAN, WAN_14B, FLOW_3),
+    "Wan 2.2 TI2V 5B": Config(WAN, WAN_5B, {**FLOW_3, "flow_shift": 5.0}),
     "Wan 2.2 T2V A14B": Config(WAN, WAN_14B, FLOW_3, pair=True),
     "Z-Image": Config(Z_IMAGE, {}, FLOW_6),
     "PixArt-alpha 512": Config(

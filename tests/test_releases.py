@@ -27,7 +27,6 @@ PIXART = {"_class_name": "PixArtTransformer2DModel"}
 DIT = {"_class_name": "DiTTransformer2DModel"}
 STRUCTURE = {"name": "SparseStructureFlowModel"}
 LATENTS = {"name": "ElasticSLatFlowModel"}  # the name in TRELLIS's released configs
-WAN_5B = dict(wan.WAN_1_3B, num_attention_heads=24, in_channels=48, out_channels=48, ffn_dim=14336)
 CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
     "Z-Image": (Z_IMAGE, {**FLOW, "shift": 6.0}, dict(timestep_shift=3, guidance_scale=5)),
     "Z-Image-Turbo": (Z_IMAGE, {**FLOW, "shift": 3.0}, dict(timestep_shift=3, guidance_scale=1)),
@@ -47,7 +46,7 @@ CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
         dict(timestep_shift=5, guidance_scale=4),
     ),
     "Wan 2.2 TI2V 5B": (
-        {**WAN, **WAN_5B},
+        {**WAN, **wan.WAN_5B},
         {**UNIPC, "flow_shift": 5.0},
         dict(timestep_shift=5, guidance_scale=5),
     ),
