@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from models import pairs as pairing
 from models.decode import load, require
-from models.files import ROW_TYPES, UserError, load_json, save_tensors
+from models.files import DTYPES, UserError, load_json, save_tensors
 from models.networks import trellis_path
 from models.networks.trellis import CLIP_WIDTH
 from models.plumbing.flags import Parser, number
@@ -542,7 +542,7 @@ def write_text(writer, prompts, encoder, batch_size, folder):
 
 def stored_shapes(path):
     """What batches of these prompts will be -> {name: shape and dtype}."""
-    file, types = open_prompts(path), {name: dtype for dtype, name in ROW_TYPES.items()}
+    file, types = open_prompts(path), {name: dtype for dtype, name in DTYPES.items()}
     slices = {key: file.get_slice(key) for key in sorted(file.keys())}
     return {k: f"{tuple(v.get_shape())} {types[v.get_dtype()]}" for k, v in slices.items()}
 
