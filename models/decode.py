@@ -65,11 +65,11 @@ def check_latents(x0, channels, sides):
 
 @torch.no_grad()
 def decode_wan(pipeline_folder, x0):
-    """Pixels of normalised latents x0 (B, 16, T, H, W) -> uint8 (B, 4T - 3, 3, 8H, 8W) on the CPU.
+    """Pixels of normalised latents x0 (B, C, T, H, W) -> uint8 (B, 4T - 3, 3, fH, fW) on the CPU.
 
-    The VAE's own latents are x0 * latents_std + latents_mean per channel (its config). Decoded in
-    float32, one video at a time. Raises ValueError for a wrong shape of x0, UserError if a library
-    or folder is missing.
+    C = 16 and f = 8; of Wan 2.2's 5B C = 48 and f = 16. The VAE's own latents are x0 * latents_std
+    + latents_mean per channel (its config). Decoded in float32, one video at a time. Raises
+    ValueError for a wrong shape of x0, UserError if a library or folder is missing.
     """
     vae = load("diffusers", "AutoencoderKLWan", pipeline_folder, "vae", torch_dtype=torch.float32)
     check_latents(x0, vae.config.z_dim, ("T", "H", "W"))

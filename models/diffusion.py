@@ -50,6 +50,8 @@ class VP:
 
     betas:    "linear" (DDPM, PixArt), "scaled_linear" (linear in sqrt(beta), Stable Diffusion), or
               the n betas themselves, which need no ends; something else raises ValueError.
+    snr_shift: divide alpha^2 / sigma^2 by this number, before zero_snr (CogVideoX 2408.06072, where
+              it is 3: a video's many frames need more noise).
     zero_snr: rescale so that alpha(1) is exactly 0 (Lin 2305.08891, Alg. 1).
 
     Index i of the table's n entries is t = (i + 1) / n, so the indices 999, 749, 499 and 249 of
@@ -59,7 +61,13 @@ class VP:
     """
 
     def __init__(
-        self, betas="scaled_linear", beta_start=0.00085, beta_end=0.012, n=1000, zero_snr=False
+        self,
+        betas="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        n=1000,
+        zero_snr=False,
+        snr_shift=1.0,
     ):
         if betas == "linear":
             beta = torch.linspace(beta_start, beta_end, n, dtype=torch.float64)
@@ -71,9 +79,14 @@ class VP:
         else:
             what = repr(betas) if isinstance(betas, str) else f"{len(betas)} numbers"
             raise ValueError(f"betas must be 'linear', 'scaled_linear' or {n} numbers, got {what}")
-        self.betas, self.n, self.zero_snr = betas, n, zero_snr
+        if not snr_shift > 0:
+            raise ValueError(f"snr_shift must be above 0, got {snr_shift}")
+        self.betas, self.n, self.zero_snr, self.snr_shift = betas, n, zero_snr, snr_shift
         self.beta_start, self.beta_end = beta_start, beta_end
-        sqrt_abar = torch.cumprod(1 - beta, 0).sqrt()
+        abar = torch.cumprod(1 - beta, 0)
+        if snr_shift != 1:
+            abar = abar / (abar + snr_shift * (1 - abar))
+        sqrt_abar = abar.sqrt()
         if zero_snr:  # keep alpha at index 0, move the last index to exactly 0
             sqrt_abar = (sqrt_abar - sqrt_abar[-1]) * sqrt_abar[0] / (sqrt_abar[0] - sqrt_abar[-1])
         self.sqrt_abar = sqrt_abar  # (n,) alpha at t = 1/n, 2/n, ..., 1
@@ -102,12 +115,21 @@ class VP:
 
     def describe(self):
         """The schedule in words."""
-        ending = ", zero terminal SNR" if self.zero_snr else ""
+        ending = f", SNR / {self.snr_shift:g}" if self.snr_shift != 1 else ""
+        ending += ", zero terminal SNR" if self.zero_snr else ""
         kind = self.betas if isinstance(self.betas, str) else "given"
         return f"VP ({kind} betas, {self.n} steps{ending})"
 
     def in_diffusers(self):
-        """The table as entries of a scheduler_config.json."""
+        """The table as entries of a scheduler_config.json.
+
+        Few classes of diffusers know a shifted SNR; the betas that it amounts to suit them all.
+        """
+        if self.snr_shift != 1:
+            abar = self.sqrt_abar**2
+            betas = 1 - abar / torch.cat([torch.ones(1).double(), abar[:-1]])
+            betas = {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
+            return {"num_train_timesteps": self.n, **betas}
         table = {"num_train_timesteps": self.n, "rescale_betas_zero_snr": self.zero_snr}
         if isinstance(self.betas, list):
             return {**table, "trained_betas": self.betas}

@@ -12,12 +12,14 @@ import torch
 
 from models.files import save_json, save_tensors
 from models.networks import NETWORKS, network_config, save_network
+from models.networks.cogvideox import COGVIDEOX_2B
 from models.networks.dit_imagenet import DIT_XL_2, DIT_XL_2_512
 from models.networks.trellis import SLAT_FLOW_L, SS_FLOW_L
-from models.networks.wan import WAN_1_3B, WAN_14B
+from models.networks.wan import WAN_1_3B, WAN_5B, WAN_14B
 
 WAN, Z_IMAGE = "WanTransformer3DModel", "ZImageTransformer2DModel"
 PIXART, DIT = "PixArtTransformer2DModel", "DiTTransformer2DModel"
+COGVIDEOX = "CogVideoXTransformer3DModel"
 STRUCTURE, LATENTS = "SparseStructureFlowModel", "SLatFlowModel"
 FLOW_3 = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}
 FLOW_3 |= {"prediction_type": "flow_prediction"}
@@ -25,6 +27,24 @@ FLOW_6 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0}
 LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 LINEAR |= {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}
 LINEAR |= {"prediction_type": "epsilon"}
+# As THUDM/CogVideoX-2b has it, but for timestep_spacing, which its authors set when they sample.
+COGVIDEOX_SCHEDULER = dict(
+    _class_name="CogVideoXDDIMScheduler",
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    clip_sample=False,
+    clip_sample_range=1.0,
+    num_train_timesteps=1000,
+    prediction_type="v_prediction",
+    rescale_betas_zero_snr=True,
+    sample_max_value=1.0,
+    set_alpha_to_one=True,
+    snr_shift_scale=3.0,
+    steps_offset=0,
+    timestep_spacing="trailing",
+    trained_betas=None,
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +69,7 @@ ALPHA = dict(caption_channels=4096)
 CONFIGS = {
     "Wan 2.1 T2V 1.3B": Config(WAN, WAN_1_3B, FLOW_3),
     "Wan 2.1 T2V 14B": Config(WAN, WAN_14B, FLOW_3),
+    "Wan 2.2 TI2V 5B": Config(WAN, WAN_5B, {**FLOW_3, "flow_shift": 5.0}),
     "Wan 2.2 T2V A14B": Config(WAN, WAN_14B, FLOW_3, pair=True),
     "Z-Image": Config(Z_IMAGE, {}, FLOW_6),
     "PixArt-alpha 512": Config(
@@ -58,6 +79,7 @@ CONFIGS = {
     "DiT-XL/2 256": Config(DIT, DIT_XL_2, LINEAR),
     "DiT-XL/2 512": Config(DIT, DIT_XL_2_512, LINEAR),
     "SiT-XL/2 256": Config(DIT, dict(DIT_XL_2, out_channels=4, convention="sit")),
+    "CogVideoX-2B": Config(COGVIDEOX, COGVIDEOX_2B, COGVIDEOX_SCHEDULER, text=226),
     "TRELLIS image structure": Config(STRUCTURE, SS_FLOW_L, text=1374),
     "TRELLIS image latents": Config(LATENTS, SLAT_FLOW_L, text=1374),
     # of no release: what a processor can train in seconds
@@ -105,8 +127,8 @@ def save_conditions(name, path, rows=4):
         x0 = torch.randn(rows, 8, *[about.config["resolution"]] * 3, generator=g)
         save_tensors({"x0": x0, "cond.tokens": tokens}, path)
         return ["--data", path]
-    width = {WAN: about.config.get("text_dim"), Z_IMAGE: 2560, PIXART: 4096}[about.network]
-    text = torch.randn(rows + 1, about.text, width, generator=g).bfloat16()
+    width = {WAN: about.config.get("text_dim"), Z_IMAGE: 2560, PIXART: 4096, COGVIDEOX: 4096}
+    text = torch.randn(rows + 1, about.text, width[about.network], generator=g).bfloat16()
     tensors = {"cond.text": text[:rows], "uncond.text": text[rows:]}
     mask = {Z_IMAGE: "text_mask", PIXART: "mask"}.get(about.network)
     if mask:

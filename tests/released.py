@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import fill, relative
 
-from models.networks import pixart, wan, z_image
+from models.networks import cogvideox, pixart, wan, z_image
 
 
 def wan_velocity(net, x, t, text):
@@ -33,6 +33,12 @@ def pixart_noise(net, x, t, text, mask, index=None):
     index = 1000 * t - 1 if index is None else index
     out = net(x, text, index, added_cond_kwargs=sizes, encoder_attention_mask=mask).sample
     return out.chunk(2, dim=1)[0] if out.shape[1] == 2 * x.shape[1] else out
+
+
+def cogvideox_v(net, x, t, text, index=None):
+    """diffusers has frames before channels; its clock is the index."""
+    index = 1000 * t - 1 if index is None else index
+    return net(x.transpose(1, 2), text, index).sample.transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,4 +157,26 @@ PIXART = Released(
     "caption_channels",
     "mask",
 )
+COGVIDEOX = Released(
+    cogvideox,
+    "CogVideoXTransformer3DModel",
+    dict(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=12,
+        text_embed_dim=10,
+        num_layers=3,
+        max_text_seq_length=5,
+        sample_width=6,
+        sample_height=4,
+        sample_frames=5,
+    ),
+    cogvideox_v,
+    (2, 4, 6),
+    [5, 5],
+    "text_embed_dim",
+)
+# Those whose pipelines models/encode.py knows; test_cogvideox.py has the other.
 MODELS = {"wan": WAN, "z_image": Z_IMAGE, "pixart": PIXART}

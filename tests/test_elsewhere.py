@@ -9,8 +9,9 @@ import re
 
 import pytest
 import torch
+from folders import COGVIDEOX_SCHEDULER
 from helpers import ROOT, fill, relative
-from released import MODELS
+from released import COGVIDEOX, MODELS
 from safetensors.torch import load_file, save_file
 from test_pipeline import CONFIGS, image_vae, pixart_parts, wan_parts, z_image_parts
 
@@ -42,14 +43,18 @@ CLASSES = {  # of the page's blocks, in its order
     "z_image": "ZImagePipeline",
     "pixart": "PixArtAlphaPipeline",
     "dit": "DiTPipeline",
+    "cogvideox": "CogVideoXPipeline",
     "experts": "WanPipeline",
 }
 SHAPES = {"wan": (16, 2, 4, 6), "z_image": (4, 4, 6), "pixart": (4, 8, 8), "dit": (4, 8, 8)}
+SHAPES["cogvideox"] = (4, 2, 4, 6)
+VP_FAMILIES = ("pixart", "dit", "cogvideox")  # whose times have no shift
 SIZES = {  # in pixels, as arguments of the pipelines
     "wan": dict(height=32, width=48, num_frames=5),
     "z_image": dict(height=8, width=12),
     "pixart": dict(height=16, width=16, use_resolution_binning=False),
     "dit": {},
+    "cogvideox": dict(height=32, width=48, num_frames=5),
 }
 STUDENT = "--max_train_steps 1 --fake_update_ratio 1 --teacher_steps 0 --preview_samples 2"
 
@@ -68,9 +73,28 @@ def pipeline(family):
         for other in others:  # equal in every released checkpoint
             other.load_state_dict(first.state_dict())
         return diffusers.DiTPipeline(net, image_vae(scaling_factor=0.18215), stock("linear"))
+    if family == "cogvideox":
+        return cogvideox_parts()
     model = MODELS[family]
     parts = {"wan": wan_parts, "z_image": z_image_parts, "pixart": pixart_parts}[family]
     return parts(diffusers, transformers, random_network(model.theirs(**CONFIGS[model])))
+
+
+def cogvideox_parts():
+    """The pipeline wants 226 tokens of a prompt."""
+    net = random_network(COGVIDEOX.theirs(**{**COGVIDEOX.tiny, "max_text_seq_length": 226}))
+    text = pixart_parts(diffusers, transformers, net)
+    stages = 4  # an eighth of the sides
+    vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * stages,
+        up_block_types=("CogVideoXUpBlock3D",) * stages,
+        block_out_channels=(4,) * stages,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    scheduler = diffusers.CogVideoXDDIMScheduler.from_config(COGVIDEOX_SCHEDULER)
+    return diffusers.CogVideoXPipeline(text.tokenizer, text.text_encoder, vae, net, scheduler)
 
 
 def random_network(net):
@@ -99,11 +123,26 @@ def roots(tmp_path_factory):
         flags = ["--teacher", str(root), *STUDENT.split(), "--sample_shape"]
         flags += map(str, SHAPES[family])
         if family != "dit":
-            encode = {"wan": encode_wan, "z_image": encode_z_image, "pixart": encode_pixart}
-            save_file(encode[family](root, [PROMPT]), root / "prompts.safetensors")
+            save_file(encoded(family, root), root / "prompts.safetensors")
             flags += ["--prompts", str(root / "prompts.safetensors")]
         found[family] = root, flags
     return found
+
+
+def encoded(family, root):
+    """The prompt as a file of prompts has it."""
+    if family == "cogvideox":
+        with torch.no_grad():
+            pipe = diffusers.CogVideoXPipeline.from_pretrained(root)
+            cond, uncond = pipe.encode_prompt([PROMPT], "")
+        return {"cond.text": cond.contiguous(), "uncond.text": uncond.contiguous()}
+    encode = {"wan": encode_wan, "z_image": encode_z_image, "pixart": encode_pixart}
+    return encode[family](root, [PROMPT])
+
+
+def frames_first(family, x):
+    """Latents (B, C, T, H, W) as the pipeline of this family has them, and back."""
+    return x.transpose(1, 2) if family == "cogvideox" else x
 
 
 def noise_of(family, rows=1):
@@ -123,7 +162,7 @@ def give_noise(monkeypatch, family):
     noise, names = noise_of(family), iter(f"renoise{i}" for i in range(99))
 
     def fresh(*args, **kwargs):
-        return noise(next(names))
+        return frames_first(family, noise(next(names)))
 
     for module in ("flow_match_euler_discrete", "lcm", "ddim"):
         name = f"diffusers.schedulers.scheduling_{module}.randn_tensor"
@@ -139,7 +178,9 @@ def run_block(monkeypatch, family, code, root, student, **changes):
     kind = getattr(diffusers, CLASSES[family])
     size = "wan" if family == "experts" else family
     z, call, latents = give_noise(monkeypatch, size), kind.__call__, []
-    given = {} if family == "dit" else dict(latents=z.clone(), output_type="latent", **SIZES[size])
+    given = {} if family == "dit" else dict(output_type="latent", **SIZES[size])
+    if family != "dit":
+        given["latents"] = frames_first(family, z).clone()
     monkeypatch.setattr(kind, "__call__", lambda self, *a, **k: call(self, *a, **k, **given))
     if family == "dit":  # it takes no latents and gives none
         where = "diffusers.pipelines.dit.pipeline_dit.randn_tensor"
@@ -162,7 +203,8 @@ def run_block(monkeypatch, family, code, root, student, **changes):
     with torch.no_grad():
         exec(compile(code, f"docs/elsewhere.md, {family}", "exec"), space)
     monkeypatch.undo()
-    return (latents[0][0] if latents else space["out"]), space
+    out = latents[0][0] if latents else space["out"]
+    return frames_first(family, out[None])[0], space
 
 
 # ---- the pipelines of diffusers ------------------------------------------------------------------
@@ -173,7 +215,7 @@ def run_block(monkeypatch, family, code, root, student, **changes):
 def test_the_page_samples_a_student(monkeypatch, tmp_path, roots, family, rule):
     """With the saved scheduler as our own sampler does; with the teacher's own it does not."""
     root, flags = roots[family]
-    out, shift = tmp_path / "run", "1" if family in ("pixart", "dit") else "5"
+    out, shift = tmp_path / "run", "1" if family in VP_FAMILIES else "5"
     flags = [*flags, "--student_steps", "4", "--renoise", rule, "--timestep_shift", shift]
     dmd.main([*flags, "--output_dir", str(out), "--learning_rate", "1e-3"])
     student = out / "student"
@@ -215,7 +257,7 @@ def test_the_page_samples_an_adapter(monkeypatch, tmp_path, roots, family):
     out = tmp_path / "run"
     flags = [*flags, "--student_steps", "4", "--renoise", "ode", "--lora_rank", "2"]
     flags += ["--fake_lora_rank", "2", "--learning_rate", "0.2", "--max_train_steps", "2"]
-    flags += ["--timestep_shift", "1" if family in ("pixart", "dit") else "5"]
+    flags += ["--timestep_shift", "1" if family in VP_FAMILIES else "5"]
     dmd.main([*flags, "--output_dir", str(out)])
     prompts = root / "prompts.safetensors"
     given = ["--prompts", str(prompts)] if prompts.is_file() else []
@@ -238,6 +280,7 @@ def test_the_page_samples_an_adapter(monkeypatch, tmp_path, roots, family):
 def stock_of(family):
     """Code of the scheduler that the teacher's own folder has."""
     kind = {"pixart": "diffusers.DPMSolverMultistepScheduler", "dit": "diffusers.DDIMScheduler"}
+    kind["cogvideox"] = "diffusers.CogVideoXDPMScheduler"
     kind = kind.get(family, "FlowMatchEulerDiscreteScheduler")
     return f"{kind}.from_pretrained(teacher, subfolder='scheduler')"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers import TINY_PIXART, TINY_WAN, TINY_Z_IMAGE, perturbed
+from released import COGVIDEOX
 from test_adding import examples
 
 from models.diffusion import PREDICTIONS, VP, Flow
@@ -19,6 +20,7 @@ from models.networks import (
     trellis_path,
 )
 from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
+from models.networks.cogvideox import CogVideoXTransformer3DModel
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DiTTransformer2DModel
 from models.networks.pixart import PixArtTransformer2DModel
@@ -93,6 +95,14 @@ CASES = {
     ),
     "DiTTransformer2DModel": Case(
         DiTTransformer2DModel, TINY_DIT_IMAGENET, (8, 8), 4, "transformer_blocks", 16
+    ),
+    "CogVideoXTransformer3DModel": Case(
+        CogVideoXTransformer3DModel,
+        dict(COGVIDEOX.tiny, max_text_seq_length=L),
+        (2, 4, 6),
+        4,
+        "transformer_blocks",
+        12,
     ),
     "SparseStructureFlowModel": Case(SparseStructureFlowModel, TINY_SS, (8, 8, 8), 4, "blocks", 64),
     "SLatFlowModel": Case(SLatFlowModel, dict(TINY_SS, io_block_channels=[16]), (), 4, "blocks", 0),
@@ -417,6 +427,8 @@ def as_features(case, out, call):
         return out[:, None]
     if case.cls is ZImageTransformer2DModel:
         return out[:, : case.tokens]  # the image's tokens alone
+    if case.cls is CogVideoXTransformer3DModel:
+        return out[:, L:]  # the video's, which the prompt's precede
     if case.cls is SLatFlowModel:  # without what pads a sample
         merged = torch.cat([call["coords"][:, :1], call["coords"][:, 1:] // 2], 1).unique(dim=0)
         return torch.cat([out[i, : (merged[:, 0] == i).sum()] for i in range(B)])
@@ -558,7 +570,8 @@ def test_attention_can_be_replaced(case):
         before = net(**call)
         net.self_attentions[1].attend = mean
         after = net(**call)
-    assert seen == [{(B, case.tokens, net.heads, net.head_dim)}]
+    prompt = L if case.cls is CogVideoXTransformer3DModel else 0  # which is in the sequence there
+    assert seen == [{(B, prompt + case.tokens, net.heads, net.head_dim)}]
     assert (after - before).abs().max() > 1e-4
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from folders import COGVIDEOX_SCHEDULER
 from helpers import PIXART_SCHEDULER, quiet, save_tiny_teacher
 
 import decoupled_dmd
@@ -12,7 +13,7 @@ import linvideo
 import mdt_dist
 import phased_dmd
 import tdm
-from models.networks import NETWORKS, pixart, trellis, wan, z_image
+from models.networks import NETWORKS, cogvideox, pixart, trellis, wan, z_image
 from models.networks.dit_imagenet import DIT_B_2, DIT_XL_2, DIT_XL_2_512
 from models.plumbing import releases
 from models.plumbing.flags import distillation_parser, parse
@@ -25,9 +26,9 @@ WAN = {"_class_name": "WanTransformer3DModel"}
 Z_IMAGE = {"_class_name": "ZImageTransformer2DModel", **z_image.Z_IMAGE_6B}
 PIXART = {"_class_name": "PixArtTransformer2DModel"}
 DIT = {"_class_name": "DiTTransformer2DModel"}
+COGVIDEOX = {"_class_name": "CogVideoXTransformer3DModel"}
 STRUCTURE = {"name": "SparseStructureFlowModel"}
 LATENTS = {"name": "ElasticSLatFlowModel"}  # the name in TRELLIS's released configs
-WAN_5B = dict(wan.WAN_1_3B, num_attention_heads=24, in_channels=48, out_channels=48, ffn_dim=14336)
 CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
     "Z-Image": (Z_IMAGE, {**FLOW, "shift": 6.0}, dict(timestep_shift=3, guidance_scale=5)),
     "Z-Image-Turbo": (Z_IMAGE, {**FLOW, "shift": 3.0}, dict(timestep_shift=3, guidance_scale=1)),
@@ -47,7 +48,7 @@ CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
         dict(timestep_shift=5, guidance_scale=4),
     ),
     "Wan 2.2 TI2V 5B": (
-        {**WAN, **WAN_5B},
+        {**WAN, **wan.WAN_5B},
         {**UNIPC, "flow_shift": 5.0},
         dict(timestep_shift=5, guidance_scale=5),
     ),
@@ -92,6 +93,11 @@ CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
         {**DIT, **DIT_B_2, "num_embeds_ada_norm": 0, "convention": "lfm"},
         None,
         dict(timestep_shift=1, guidance_scale=1),
+    ),
+    "CogVideoX-2B": (
+        {**COGVIDEOX, **cogvideox.COGVIDEOX_2B},
+        COGVIDEOX_SCHEDULER,
+        dict(timestep_shift=1, guidance_scale=6),
     ),
     "TRELLIS image structure": (
         {**STRUCTURE, "args": trellis.SS_FLOW_L},

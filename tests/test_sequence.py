@@ -22,6 +22,7 @@ import phased_dmd
 from kernels.linear_attention import linear_attention
 from models.files import UserError
 from models.networks import WEIGHTS, lora, network_config, save_network
+from models.networks.cogvideox import CogVideoXTransformer3DModel
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DiTTransformer2DModel
 from models.networks.pixart import PixArtTransformer2DModel
@@ -83,6 +84,13 @@ def pixart(**more):
     return PixArtTransformer2DModel(**{**TINY_PIXART, **sizes, "sample_size": 128})
 
 
+def cogvideox(**more):
+    """35 tokens of a prompt, then 30 of a video: a rank may have some of both, or of one."""
+    sizes = dict(num_attention_heads=6, attention_head_dim=8, in_channels=4, out_channels=4)
+    sizes |= dict(time_embed_dim=12, text_embed_dim=16, num_layers=2, max_text_seq_length=35)
+    return CogVideoXTransformer3DModel(**{**sizes, **more})
+
+
 def dit_imagenet():
     sizes = dict(num_attention_heads=6, attention_head_dim=6, num_layers=2)
     return DiTTransformer2DModel(**sizes, out_channels=8, sample_size=10, num_embeds_ada_norm=4)
@@ -124,6 +132,8 @@ CASES = {  # name: (network, shape of a sample, further arguments of forward)
     "z_image": (lambda: checkpointed(z_image()), (4, 10, 14), {}),
     "pixart": (pixart, (4, 10, 14), {}),
     "dit_imagenet": (dit_imagenet, (4, 10, 14), {}),
+    "cogvideox": (lambda: checkpointed(cogvideox()), (4, 1, 10, 12), {}),
+    "cogvideox, linear": (lambda: cogvideox(linear_layers=[0]), (4, 1, 10, 12), {}),
     "structure": (structure, (4, 5, 5, 5), {}),
 }
 

@@ -27,7 +27,7 @@ import dmd
 from models.diffusion import Flow
 from models.networks import WEIGHTS, load_network, lora, z_image
 from models.networks.pixart import PIXART_512, PIXART_1024, PixArtTransformer2DModel
-from models.networks.wan import WAN_1_3B, WAN_14B, WAN_A14B
+from models.networks.wan import WAN_1_3B, WAN_5B, WAN_14B, WAN_A14B
 from models.networks.z_image import Z_IMAGE_6B
 from models.plumbing.teachers import describe_schedule
 
@@ -252,6 +252,7 @@ SIZED = "adaln_single.emb.resolution_embedder.linear_1.weight"
     [
         pytest.param(WAN, WAN_1_3B, 1_418_996_800, {}, id="wan-1.3b"),
         pytest.param(WAN, WAN_14B, 14_288_491_584, {}, id="wan-14b"),
+        pytest.param(WAN, WAN_5B, 4_999_787_712, {"proj_out.weight": (192, 3072)}, id="wan-5b"),
         pytest.param(WAN, WAN_A14B, 14_288_491_584, {}, id="wan-a14b"),
         pytest.param(
             Z_IMAGE,

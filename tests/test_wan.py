@@ -5,17 +5,21 @@ The rest is in test_transformers.py and test_pipeline.py.
 
 import copy
 import json
+import math
 import types
 
 import pytest
 import torch
-from helpers import alone, fill
+from helpers import alone, fill, read_log, relative
 from released import WAN
+from safetensors.torch import load_file, save_file
 
-from models.diffusion import Flow
+import dmd
+from models.decode import decode_wan
+from models.diffusion import Diffusion, Flow, step_grid
 from models.files import UserError, save_json
-from models.networks import layers, load_network, network_config, save_network, to_dtype
-from models.networks.wan import WAN_A14B, WanTransformer3DModel, WanTwoNetworks
+from models.networks import layers, load_network, lora, network_config, save_network, to_dtype
+from models.networks.wan import WAN_5B, WAN_A14B, WanTransformer3DModel, WanTwoNetworks
 from models.plumbing.teachers import freeze_teacher, is_small, load_teacher
 
 TINY = dict(WAN.tiny, num_layers=2)
@@ -437,3 +441,203 @@ def test_wrong_roots_are_refused(tmp_path):
     (tmp_path / "root" / "transformer").rename(tmp_path / "elsewhere")
     refused("has transformer_2/ but no transformer/")
     assert is_small(root) is False
+
+
+# ---- Wan 2.2 TI2V 5B -----------------------------------------------------------------------------
+
+TINY_5B = dict(TINY, in_channels=48, out_channels=48)
+LATENT_5B = (48, 3, 4, 6)
+
+
+def with_token_times(net, x, t, text):
+    """diffusers' network, called with a time for each token, as its pipeline does for this one."""
+    tokens = x[0, 0].numel() // (net.config.patch_size[1] * net.config.patch_size[2])
+    return net(x, (1000 * t)[:, None].expand(-1, tokens), text).sample
+
+
+@pytest.mark.parametrize(
+    "changes, size, lengths",
+    [
+        ({}, (3, 6, 10), [5, 5, 5]),
+        (dict(num_attention_heads=3, attention_head_dim=16, num_layers=1), (1, 2, 6), [1, 1]),
+        (dict(eps=0.05, freq_dim=30, ffn_dim=44), (5, 4, 2), [7, 7]),
+    ],
+)
+def test_5b_is_diffusers_with_a_time_for_each_token(changes, size, lengths):
+    config = {**TINY_5B, **changes}
+    ours, reference = WAN.pair(config)
+    calls = [WAN.inputs(config, size, lengths) for _ in range(2)]
+    leaves = [
+        {**c, "x": c["x"].requires_grad_(), "text": c["text"].requires_grad_()} for c in calls
+    ]
+    out, want = ours(**leaves[0]), with_token_times(reference, **leaves[1])
+    assert want.std() > 0.1 and WAN.error(out, want) <= 1e-5
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    (out * weight).sum().backward()
+    (want * weight).sum().backward()
+    for name in ("x", "text"):
+        assert relative(leaves[0][name].grad, leaves[1][name].grad) <= 1e-5
+    parameters = dict(reference.named_parameters())
+    for name, p in ours.named_parameters():
+        assert torch.allclose(p.grad, parameters[name].grad, rtol=1e-4, atol=1e-4), name
+
+
+def test_5b_has_its_own_shape_and_settings(tmp_path):
+    with torch.device("meta"):
+        assert WanTransformer3DModel(**WAN_5B).latent_shape == (48, 31, 44, 80)
+        assert WanTransformer3DModel(**WAN_A14B).latent_shape == (16, 21, 60, 104)
+    root, prompts = save_5b(tmp_path / "5b")
+    teacher = load_teacher(root)
+    assert teacher.shift == 5.0 and teacher.net.latent_shape == (48, 31, 44, 80)
+    assert isinstance(teacher.schedule, Flow) and teacher.prediction == "flow_v"
+
+
+def test_image_conditioning_of_5b_is_refused():
+    """Its times of tokens, of which the first frame's would be 0."""
+    WAN.refuses("image-to-video, which is not implemented; pass one", t=torch.rand(2, 12))
+
+
+def test_videos_of_5b_are_decoded(tmp_path):
+    """Its VAE has 48 channels and sides 16x smaller: diffusers' decoder, after our scale."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=48,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.1 * i for i in range(48)],
+        latents_std=[1 + 0.1 * i for i in range(48)],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    ).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    x0 = torch.randn(2, 48, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    i = torch.arange(48.0).view(1, 48, 1, 1, 1)
+    with torch.no_grad():
+        want = vae.decode(x0 * (1 + 0.1 * i) + 0.1 * i).sample.transpose(1, 2)
+    video = decode_wan(str(tmp_path), x0)
+    assert video.shape == (2, 5, 3, 32, 48) and video.float().std() > 1
+    assert (video.float() - 255 * (want / 2 + 0.5).clamp(0, 1)).abs().max() <= 0.51
+
+
+def save_5b(root):
+    """A pipeline root that diffusers wrote, and a file of prompts.  -> their paths"""
+    diffusers = pytest.importorskip("diffusers")
+    pipe = pipeline_of_5b(diffusers)
+    pipe.transformer.save_pretrained(root / "transformer")
+    pipe.scheduler.save_pretrained(root / "scheduler")
+    pipe.save_config(root)
+    g = torch.Generator().manual_seed(1)
+    prompts = {
+        "cond.text": torch.randn(3, 5, 10, generator=g),
+        "uncond.text": torch.zeros(1, 5, 10),
+    }
+    save_file(prompts, str(root / "prompts.safetensors"))
+    return str(root), str(root / "prompts.safetensors")
+
+
+def pipeline_of_5b(diffusers, scheduler=None):
+    torch.manual_seed(0)
+    net = fill(WAN.theirs(**TINY_5B))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(0.5 if p.dim() > 1 else 1.0)
+    scheduler = scheduler or diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    rest = dict(tokenizer=None, text_encoder=None, vae=None, expand_timesteps=True)
+    pipe = diffusers.WanPipeline(**rest, scheduler=scheduler, transformer=net)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sampled_by(pipe, z, cond, uncond, steps, scale=1.0):
+    return pipe(
+        prompt_embeds=cond,
+        negative_prompt_embeds=uncond.expand(len(cond), -1, -1),
+        latents=z.clone(),
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        num_frames=4 * (z.shape[2] - 1) + 1,
+        height=16 * z.shape[3],
+        width=16 * z.shape[4],
+        output_type="latent",
+    ).frames
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_sampling_5b_is_that_of_its_pipeline(tmp_path, scale):
+    """Euler of ours and WanPipeline with expand_timesteps and the Euler scheduler at shift 5."""
+    diffusers = pytest.importorskip("diffusers")
+    root, prompts = save_5b(tmp_path / "root")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    pipe, seen = pipeline_of_5b(diffusers, scheduler), []
+    pipe.transformer.register_forward_pre_hook(
+        lambda m, args, call: seen.append(call["timestep"]), with_kwargs=True
+    )
+    stored, g = load_file(prompts), torch.Generator().manual_seed(3)
+    cond, uncond = stored["cond.text"][:2], stored["uncond.text"]
+    z = torch.randn(2, *LATENT_5B, generator=g)
+    grid = step_grid(4, 5.0)
+    set_timesteps = scheduler.set_timesteps  # four steps of shift 5, without a step near 0
+    scheduler.set_timesteps = lambda n, device=None, **_: set_timesteps(
+        sigmas=[u / 4 for u in (4, 3, 2, 1)], device=device
+    )
+    want = sampled_by(pipe, z, cond, uncond, 4, scale)
+    assert {t.shape for t in seen} == {(2, 18)}
+    teacher = load_teacher(root)
+    assert torch.allclose(scheduler.sigmas, torch.tensor(grid))
+    given = {"text": cond}, {"text": uncond.expand(2, -1, -1)}
+    ours = teacher.diffusion.sample(teacher.net, z, grid, *given, scale, "euler")
+    assert relative(ours, want) <= 1e-4 and relative(z, want) > 0.1
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "adapter"])
+def test_distilling_5b(tmp_path, rank):
+    """Two updates of dmd.py. The student samples in diffusers' pipeline as it does here."""
+    diffusers = pytest.importorskip("diffusers")
+    root, prompts = save_5b(tmp_path / "root")
+    flags = ["--teacher", root, "--prompts", prompts, "--max_train_steps", "2"]
+    flags += ["--sample_shape", *map(str, LATENT_5B), "--teacher_steps", "2"]
+    flags += ["--train_batch_size", "2", "--student_steps", "2", "--preview_samples", "2"]
+    flags += ["--fake_update_ratio", "1"]
+    flags += ["--learning_rate", "1e-2", "--renoise", "ode", "--output_dir", str(tmp_path / "run")]
+    if rank:
+        flags += ["--lora_rank", str(rank), "--fake_lora_rank", str(rank)]
+    dmd.main(flags)
+    log = read_log(tmp_path / "run")
+    assert len(log) == 2
+    assert all(math.isfinite(float(row[key])) for row in log for key in ("loss_fake", "loss_dm"))
+    folder = tmp_path / "run" / "student"
+    dmd.main(["--sample", str(folder), "--prompts", prompts, "--output_dir", str(tmp_path / "x")])
+    again = load_file(tmp_path / "x" / "samples.safetensors")["x0"]
+    assert again.shape[1:] == LATENT_5B and again.isfinite().all()
+
+    pipe = pipeline_of_5b(
+        diffusers, diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    )
+    if rank:
+        net = load_network(root + "/transformer")[0]
+        lora.load(net, "a", str(folder / "adapter.safetensors"))
+        net = lora.Adapted(net, "a")
+        pipe.load_lora_weights(str(folder / "adapter.safetensors"))
+    else:
+        net = load_network(str(folder))[0]
+        pipe.transformer = WAN.theirs.from_pretrained(folder).eval()
+    times = json.loads((folder / "sampler.json").read_text())["times"]
+    set_timesteps = pipe.scheduler.set_timesteps
+    pipe.scheduler.set_timesteps = lambda n, device=None, **_: set_timesteps(
+        sigmas=times, device=device
+    )
+    stored, g = load_file(prompts), torch.Generator().manual_seed(3)
+    z, cond = torch.randn(2, *LATENT_5B, generator=g), stored["cond.text"][:2]
+    want = sampled_by(pipe, z, cond, stored["uncond.text"], len(times))
+    at = Diffusion(Flow(), "flow_v"), lambda name: z, times, {"text": cond}, "ode"
+    with torch.no_grad():
+        ours, untrained = (dmd.sample(n, *at) for n in (net, load_teacher(root).net))
+    assert relative(ours, want) <= 1e-4 and relative(untrained, want) > 1e-3

@@ -86,6 +86,7 @@ import torch
 from models.files import TensorWriter, UserError, load_json, open_tensors, save_json
 from models.networks import lora
 from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
+from models.networks.cogvideox import CogVideoXTransformer3DModel
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DiTTransformer2DModel
 from models.networks.pixart import PixArtTransformer2DModel
@@ -109,6 +110,7 @@ NETWORKS = {
     "ZImageTransformer2DModel": ZImageTransformer2DModel,
     "PixArtTransformer2DModel": PixArtTransformer2DModel,
     "DiTTransformer2DModel": DiTTransformer2DModel,
+    "CogVideoXTransformer3DModel": CogVideoXTransformer3DModel,
     "AutoencoderKL": AutoencoderKL,
     "PatchPCA": PatchPCA,
     "Identity": Identity,

@@ -1,9 +1,9 @@
 """Wan 2.1 and 2.2 text-to-video transformers (2503.20314), with diffusers' parameter names.
 
-A video latent (16 channels, 4x fewer frames, 8x smaller sides) is cut into patches of 1x2x2. Every
-token passes through blocks of self-attention over all tokens of the clip, with a 3-D rotary
-position; cross-attention to the prompt's 512 UMT5 tokens; and an MLP. Time enters only as shift,
-scale and gate of the norms (AdaLN).
+A video latent (16 channels, 4x fewer frames, 8x smaller sides; of Wan 2.2's 5B 48 channels, 16x
+smaller sides) is cut into patches of 1x2x2. Every token passes through blocks of self-attention
+over all tokens of the clip, with a 3-D rotary position; cross-attention to the prompt's 512 UMT5
+tokens; and an MLP. Time enters only as shift, scale and gate of the norms (AdaLN).
 
     net = WanTransformer3DModel(**WAN_1_3B)
     v = net(x_t, t, text=prompts)      # t = 0 data, t = 1 noise; v = eps - x0
@@ -12,7 +12,7 @@ Wan 2.2 A14B is two such networks, one for high and one for low noise: `WanTwoNe
 called in the same way.
 
     symbol   meaning                                                    shape
-    x        latent at time t, normalised as the VAE's config says      (B, 16, T, H, W)
+    x        latent at time t, normalised as the VAE's config says      (B, C, T, H, W)
     t        time in [0, 1], after the shift                            (B,)
     text     UMT5 features, padding set to zero (there is no mask)      (B, L, 4096)
     h        tokens, N = T * (H / 2) * (W / 2), in order T, H, W        (B, N, D)
@@ -72,6 +72,12 @@ WAN_14B = dict(WAN_1_3B, num_attention_heads=40, ffn_dim=13824, num_layers=40)
 # 0.875 decides. The image-to-video A14B (boundary_ratio 0.9) has in_channels = 36: 16 of noise, 4
 # of a mask, 16 of the first frame. Those extra inputs are not implemented here.
 WAN_A14B = dict(WAN_14B)
+# Wan-AI/Wan2.2-TI2V-5B-Diffusers: the same transformer over the latents of another VAE. Its
+# pipeline (expand_timesteps) gives each token a time of its own, so that the first frame of
+# image-to-video can stay at 0. From text alone all of them are t, and the network is that of one
+# time for a sample: so t stays (B,) here, and times for tokens are refused.
+WAN_5B = dict(WAN_1_3B, num_attention_heads=24, in_channels=48, out_channels=48, ffn_dim=14336)
+LATENT_SHAPE_5B = (48, 31, 44, 80)  # 121 frames of 704 x 1280
 
 
 # ---- pieces --------------------------------------------------------------------------------------
@@ -199,7 +205,7 @@ def lora_key(name):
 
 
 class WanTransformer3DModel(nn.Module):
-    """Wan 2.1. Keyword arguments are the keys of diffusers' config.json, kept in `self.config`.
+    """Wan. Keyword arguments are the keys of diffusers' config.json, kept in `self.config`.
 
     One addition: linear_layers, indices of the blocks whose self-attention is linear, with this
     feature_map (students of linvideo.py). image_dim, added_kv_proj_dim and pos_embed_seq_len
@@ -212,7 +218,8 @@ class WanTransformer3DModel(nn.Module):
     # Wan's generate.py samples text-to-video at shift 5; diffusers advises 3 at 480p and 5 at 720p.
     # Only a fallback: a checkpoint's scheduler/ folder comes first.
     default_shift = 5.0
-    latent_shape = (16, 21, 60, 104)  # 81 frames of 480 x 832
+    # 81 frames of 480 x 832; an instance with 48 channels has that of the 5B.
+    latent_shape = (16, 21, 60, 104)
     cond_names = ("text",)
     sequence = None
     # As _keep_in_fp32_modules of diffusers' class, whose `rope` has no parameters here.
@@ -270,6 +277,8 @@ class WanTransformer3DModel(nn.Module):
 
         dim = num_attention_heads * attention_head_dim
         self.patch_size, self.text_dim = tuple(patch_size), text_dim
+        if in_channels == WAN_5B["in_channels"]:
+            self.latent_shape = LATENT_SHAPE_5B
         self.out_channels = out_channels or in_channels
         self.patch_embedding = nn.Conv3d(in_channels, dim, self.patch_size, stride=self.patch_size)
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
@@ -347,6 +356,11 @@ class WanTransformer3DModel(nn.Module):
                 f"T, H, W = {tuple(x.shape[2:])} need more than rope_max_seq_len = "
                 f"{c['rope_max_seq_len']} positions on one axis; "
                 "pass a smaller x or raise rope_max_seq_len"
+            )
+        if t.dim() == 2:
+            raise ValueError(
+                f"t has shape {tuple(t.shape)}: times of single tokens are for image-to-video, "
+                f"which is not implemented; pass one for each sample, ({x.shape[0]},)"
             )
         check_time(t, x)
         check_text(text, x, c["text_dim"])

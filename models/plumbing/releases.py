@@ -40,6 +40,7 @@ class Release:
 
 WAN, Z_IMAGE = "WanTransformer3DModel", "ZImageTransformer2DModel"
 PIXART, DIT = "PixArtTransformer2DModel", "DiTTransformer2DModel"
+COGVIDEOX = "CogVideoXTransformer3DModel"
 TRELLIS_STAGES = ("SparseStructureFlowModel", "SLatFlowModel")
 WAN_1B = {"num_layers": 30, "num_attention_heads": 12, "in_channels": 16}
 WAN_14B = {"num_layers": 40, "num_attention_heads": 40, "in_channels": 16, "image_dim": None}
@@ -150,6 +151,13 @@ RELEASES = (
         {"timestep_shift": 1.0, "guidance_scale": 1.5},
     ),
     Release("LFM", DIT, {"convention": "lfm"}, {"timestep_shift": 1.0, "guidance_scale": 1.0}),
+    # THUDM/CogVideoX-2b: guidance_scale 6 in its card and of CogVideoXPipeline.
+    Release(
+        "CogVideoX-2B",
+        COGVIDEOX,
+        {"num_layers": 30, "num_attention_heads": 30, "in_channels": 16},
+        {"timestep_shift": 1.0, "guidance_scale": 6.0},
+    ),
     # microsoft/TRELLIS-image-large: DINOv2's tokens of width 1024. TRELLIS-text-*: CLIP's of 768,
     # example_text.py names cfg_strength 7.5 for both stages.
     *(

@@ -160,7 +160,11 @@ def read_scheduler(folder):
             f"{folder}: an eps network says nothing about x0 at zero terminal SNR: "
             "use v_prediction or sample"
         )
-    return VP(betas, c.get("beta_start"), c.get("beta_end"), n, zero_snr), prediction, None
+    ends = c.get("beta_start"), c.get("beta_end")
+    # Only CogVideoX's schedulers have this key, and 3 where it is left out.
+    is_shifted = c.get("_class_name", "").startswith("CogVideoX")
+    snr_shift = float(c.get("snr_shift_scale", 3.0)) if is_shifted else 1.0
+    return VP(betas, *ends, n, zero_snr, snr_shift), prediction, None
 
 
 def find_folder(name):
@@ -500,6 +504,7 @@ PIPELINES = (
     "ZImageTransformer2DModel",
     "PixArtTransformer2DModel",
     "DiTTransformer2DModel",
+    "CogVideoXTransformer3DModel",
 )
 PREDICTION_TYPES = {"eps": "epsilon", "vp_v": "v_prediction", "x0": "sample"}
 
@@ -510,14 +515,16 @@ def describe_schedule(schedule):
         return {"type": "flow"}
     table = {"betas": schedule.betas, "n": schedule.n, "zero_snr": schedule.zero_snr}
     ends = {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
-    return {"type": "vp", **table, **ends}
+    shift = {"snr_shift": schedule.snr_shift} if schedule.snr_shift != 1 else {}
+    return {"type": "vp", **table, **ends, **shift}
 
 
 def read_schedule(s):
     """Inverse of describe_schedule."""
     if s["type"] == "flow":
         return Flow()
-    return VP(s["betas"], s["beta_start"], s["beta_end"], s["n"], s["zero_snr"])
+    ends = s["beta_start"], s["beta_end"]
+    return VP(s["betas"], *ends, s["n"], s["zero_snr"], s.get("snr_shift", 1.0))
 
 
 def scheduler_config(net, schedule, sampler):
