@@ -88,7 +88,9 @@ from models.networks import lora
 from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DiTTransformer2DModel
+from models.networks.lumina2 import Lumina2Transformer2DModel
 from models.networks.pixart import PixArtTransformer2DModel
+from models.networks.qwen_image import QwenImageTransformer2DModel
 from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.networks.shards import allocate, own_rows, rows_in, whole_tensor
@@ -108,6 +110,8 @@ NETWORKS = {
     "WanTransformer3DModel": WanTransformer3DModel,
     "ZImageTransformer2DModel": ZImageTransformer2DModel,
     "PixArtTransformer2DModel": PixArtTransformer2DModel,
+    "QwenImageTransformer2DModel": QwenImageTransformer2DModel,
+    "Lumina2Transformer2DModel": Lumina2Transformer2DModel,
     "DiTTransformer2DModel": DiTTransformer2DModel,
     "AutoencoderKL": AutoencoderKL,
     "PatchPCA": PatchPCA,

@@ -154,7 +154,9 @@ def size_of(parameters):
 
 # ---- a call --------------------------------------------------------------------------------------
 
-TEXT = {"WanTransformer3DModel": 512, "ZImageTransformer2DModel": 512}  # tokens of a prompt
+# Tokens of a prompt.
+TEXT = {"WanTransformer3DModel": 512, "ZImageTransformer2DModel": 512}
+TEXT |= {"QwenImageTransformer2DModel": 512, "Lumina2Transformer2DModel": 256}
 IMAGE_TOKENS, CLIP_TOKENS = 1374, 77  # of TRELLIS's image and text models
 POINTS = 20_000  # of a shape in TRELLIS's second stage
 MERGED = 4  # of them make one token there: cells of 2 x 2 x 2 along a surface
