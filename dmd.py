@@ -54,7 +54,14 @@ from models.plumbing import report
 from models.plumbing.data import Conditions, Rows, real_batches, try_network
 from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import film_of_scores
-from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
+from models.plumbing.flags import (
+    add_guidance_rescale_flag,
+    distillation_parser,
+    number,
+    paper_values,
+    parse,
+    refuse,
+)
 from models.plumbing.run import Run, run_main
 from models.plumbing.state import SavedState, find_state, named_tensors
 from models.plumbing.teachers import (
@@ -393,7 +400,7 @@ def teacher_pairs(run, teacher):
         n = args.regression_pairs
         draw = Draws(args.seed, "pairs", 0, range(n), shape=teacher.shape)
         z, index = draw.noise("z"), teacher.conditions.index(draw)
-        grid = step_grid(args.teacher_steps, teacher.shift)
+        grid = teacher.grid(args.teacher_steps)
 
         def samples(a, b):
             cond, uncond = teacher.conditions.pick(index[a:b], run.device)
@@ -505,6 +512,7 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
 def parse_args(argv=None):
     p = distillation_parser("Distil a diffusion or flow teacher into a few-step student "
                             "(DMD 2311.18828, DMD2 2405.14867).")
+    add_guidance_rescale_flag(p)
     p.set_defaults(max_train_steps=760, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.995)
     paper_values(p, fake_update_ratio="5 to 10; v1: 1", adam_betas=".9 .999", weight_decay=".01",
                  lr_decay_share="0", ema_decay="0")

@@ -59,7 +59,14 @@ from models.plumbing import report
 from models.plumbing.data import Conditions, try_network
 from models.plumbing.dry_run import Network, Turn, dry_run, is_pair
 from models.plumbing.film import film_of_scores
-from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
+from models.plumbing.flags import (
+    add_guidance_rescale_flag,
+    distillation_parser,
+    number,
+    paper_values,
+    parse,
+    refuse,
+)
 from models.plumbing.run import Run, refuse_output_dir, run_main
 from models.plumbing.state import unpack, unpack_optimizer
 from models.plumbing.teachers import (
@@ -901,6 +908,7 @@ def parse_args(argv=None):
     p = distillation_parser("Distil a flow or diffusion teacher into few steps, one expert per "
                             "interval of noise (Phased DMD, 2510.27684). A teacher may have two "
                             "networks (Wan 2.2).")
+    add_guidance_rescale_flag(p)
     p.set_defaults(teacher="clips", max_train_steps=500, train_batch_size=32, learning_rate=5e-4,
                    learning_rate_fake=2e-3, lr_warmup_steps=20, ema_decay=0.99, preview_samples=18)
     paper_values(p, fake_update_ratio="5", adam_betas="0 .999", weight_decay="not stated",

@@ -48,7 +48,13 @@ from models.plumbing import report
 from models.plumbing.data import Conditions, try_network
 from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import film_of_scores
-from models.plumbing.flags import distillation_parser, number, paper_values, parse
+from models.plumbing.flags import (
+    add_guidance_rescale_flag,
+    distillation_parser,
+    number,
+    paper_values,
+    parse,
+)
 from models.plumbing.run import Run, run_main
 from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.teachers import (
@@ -573,6 +579,7 @@ PRESETS = {  # the flags' defaults suit small DiTs; released: the paper's for Pi
 def parse_args(argv=None):
     p = distillation_parser("Distil a flow or diffusion teacher into a student of 1, 2 and 4 "
                             "deterministic steps (TDM, 2503.06674).")
+    add_guidance_rescale_flag(p)
     p.set_defaults(max_train_steps=900, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.995)
     paper_values(p, fake_update_ratio="1", adam_betas="0 .999", weight_decay="demo: .01",
                  lr_decay_share="0", learning_rate_fake="2e-5, ten times the student's")

@@ -19,6 +19,7 @@ shape (B, ...) with t of shape (B,), and need only torch.
 import math
 
 import torch
+import torch.nn.functional as F
 
 PREDICTIONS = ("x0", "eps", "flow_v", "vp_v", "score")
 
@@ -231,6 +232,26 @@ def guide(cond, uncond, scale):
     return uncond + scale * (cond - uncond)
 
 
+RESCALES = ("patch", "row")
+
+
+def rescale(guided, cond, over):
+    """A guided prediction, brought to the norms of the conditional one (B, C, H, W).
+
+    over: what has a norm of its own, one of RESCALES. "patch": all channels of 2 x 2 places, as
+    QwenImagePipeline has it; "row": each row of each channel, as Lumina2Pipeline has it. The
+    network's own output has to be given: another reading of it has other norms. H and W are even.
+    """
+
+    def norms(x):
+        if over == "row":
+            return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        square = F.avg_pool2d(x.square().sum(1, keepdim=True), 2) * 4  # (B, 1, H / 2, W / 2)
+        return square.sqrt().repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+    return guided * (norms(cond) / norms(guided).clamp_min(1e-12))
+
+
 # ---- time ----------------------------------------------------------------------------------------
 
 
@@ -244,14 +265,20 @@ def unshift(t, s):
     return t / (s - (s - 1) * t)
 
 
-def step_grid(steps, timestep_shift=1.0):
+def step_grid(steps, timestep_shift=1.0, terminal=None):
     """Times 1 = t_0 > t_1 > ... > t_steps = 0, uniform in u and then shifted.
 
-    -> list of steps + 1 floats. Raises ValueError for less than one step.
+    terminal: where given, all times before the 0 are stretched, so that the last of them is this
+    one (shift_terminal of diffusers). -> list of steps + 1 floats. Raises ValueError for less than
+    one step.
     """
     if steps < 1:
         raise ValueError(f"a step grid needs at least 1 step, got {steps}")
-    return [shift(1 - i / steps, timestep_shift) for i in range(steps + 1)]
+    times = [shift(1 - i / steps, timestep_shift) for i in range(steps + 1)]
+    if terminal and steps > 1:
+        stretch = (1 - terminal) / (1 - times[-2])
+        times = [1 - (1 - t) * stretch for t in times[:-1]] + [0.0]
+    return times
 
 
 def logit_normal(normal, mean=0.0, std=1.0):
@@ -308,12 +335,16 @@ def sample_ode(predict, schedule, noise, grid, solver="heun"):
     return x
 
 
-def guided_x0(teacher, schedule, kind, x_t, t, cond, uncond, guidance_scale):
+def guided_x0(teacher, schedule, kind, x_t, t, cond, uncond, guidance_scale, over=None):
     """A network's x0 under guidance: two calls, or one when guidance is off (scale 1).
 
     x_t (B, ...), t (B,) -> (B, ...). cond, uncond: keywords of the network, with the condition and
-    without it.
+    without it. over: one of RESCALES, see `rescale`; None: guidance as it is.
     """
+    if over and guidance_scale != 1:
+        given, null = (teacher(x_t, t, **c).to(x_t.dtype) for c in (cond, uncond))
+        guided = rescale(guide(given, null, guidance_scale), given, over)
+        return to_x0_eps(guided, kind, x_t, schedule.alpha(t), schedule.sigma(t))[0]
     x0 = predict_x0(teacher, schedule, kind, x_t, t, **cond)
     if guidance_scale == 1:
         return x0
@@ -321,14 +352,16 @@ def guided_x0(teacher, schedule, kind, x_t, t, cond, uncond, guidance_scale):
 
 
 @torch.no_grad()
-def sample_teacher(teacher, schedule, kind, z, grid, cond, uncond, guidance_scale, solver):
+def sample_teacher(
+    teacher, schedule, kind, z, grid, cond, uncond, guidance_scale, solver, over=None
+):
     """Guided probability-flow ODE of the teacher over a grid 1 = t_0 > ... > 0.
 
-    z (B, ...), the noise -> x0 (B, ...).
+    z (B, ...), the noise -> x0 (B, ...). over: see `guided_x0`.
     """
 
     def predict(x_t, t):
-        x0 = guided_x0(teacher, schedule, kind, x_t, t, cond, uncond, guidance_scale)
+        x0 = guided_x0(teacher, schedule, kind, x_t, t, cond, uncond, guidance_scale, over)
         return x0, to_x0_eps(x0, "x0", x_t, schedule.alpha(t), schedule.sigma(t))[1]
 
     return sample_ode(predict, schedule, z, grid, solver)
@@ -357,11 +390,12 @@ class Diffusion:
     """A noise schedule and what networks predict under it: every conversion that a script needs.
 
     Times are floats, the same for the whole batch, or tensors (B,). Networks are called as
-    net(x_t, t, **cond); x, eps, x_t and all results are (B, ...).
+    net(x_t, t, **cond); x, eps, x_t and all results are (B, ...). over: how guidance is rescaled,
+    one of RESCALES (`rescale`), or None.
     """
 
-    def __init__(self, schedule, prediction):
-        self.schedule, self.prediction = schedule, prediction
+    def __init__(self, schedule, prediction, over=None):
+        self.schedule, self.prediction, self.over = schedule, prediction, over
 
     def add_noise(self, x0, eps, t):
         """x_t = alpha(t) x0 + sigma(t) eps."""
@@ -386,14 +420,13 @@ class Diffusion:
 
     def guided_x0(self, net, x_t, t, cond, uncond, guidance_scale):
         """The network's x0 under guidance: two calls, one when guidance is off."""
-        t = per_row(t, x_t)
-        return guided_x0(net, self.schedule, self.prediction, x_t, t, cond, uncond, guidance_scale)
+        how = self.schedule, self.prediction, x_t, per_row(t, x_t)
+        return guided_x0(net, *how, cond, uncond, guidance_scale, self.over)
 
     def sample(self, net, z, grid, cond, uncond, guidance_scale, solver):
         """The guided probability-flow ODE from z over a grid 1 = t_0 > ... > 0.  -> x0."""
-        return sample_teacher(
-            net, self.schedule, self.prediction, z, grid, cond, uncond, guidance_scale, solver
-        )
+        given = z, grid, cond, uncond, guidance_scale, solver, self.over
+        return sample_teacher(net, self.schedule, self.prediction, *given)
 
 
 def per_row(t, x):

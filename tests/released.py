@@ -6,9 +6,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import fill, relative
+from helpers import fill, relative, save_tiny_image_root
+from safetensors.torch import load_file
 
-from models.networks import cogvideox, pixart, wan, z_image
+from models.networks import cogvideox, load_network, lumina2, pixart, qwen_image, wan, z_image
 
 
 def wan_velocity(net, x, t, text):
@@ -41,6 +42,21 @@ def cogvideox_v(net, x, t, text, index=None):
     return net(x.transpose(1, 2), text, index).sample.transpose(1, 2)
 
 
+def qwen_image_velocity(net, x, t, text, mask):
+    """As QwenImagePipeline calls it: packed, with the number of patches of an image."""
+    B, C, H, W = x.shape
+    p = net.config.patch_size
+    h = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)
+    shapes = [[(1, H // p, W // p)]] * B
+    out = net(h, text, mask, t, shapes).sample.view(B, H // p, W // p, C, p, p)
+    return out.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+
+def lumina2_velocity(net, x, t, text, mask):
+    """As Lumina2Pipeline calls it: its clock is 1 - t, its sign x0 - eps."""
+    return -net(x, 1 - t, text, mask).sample
+
+
 @dataclass(frozen=True, eq=False)
 class Released:
     module: ModuleType
@@ -68,13 +84,19 @@ class Released:
         g, B = torch.Generator().manual_seed(seed), len(lengths)
         L = max(lengths) + (2 if self.mask else 0)
         call = dict(
-            x=torch.randn(B, config.get("in_channels", 4), *size, generator=g),
+            x=torch.randn(B, self.channels(config), *size, generator=g),
             t=torch.rand(B, generator=g),
             text=torch.randn(B, L, config[self.width], generator=g),
         )
         if self.mask:
             call[self.mask] = torch.arange(L) < torch.tensor(lengths)[:, None]
         return call
+
+    def channels(self, config):
+        """Of a latent."""
+        if self is QWEN_IMAGE:  # which counts those of a patch
+            return config["in_channels"] // config.get("patch_size", 2) ** 2
+        return config.get("in_channels", 4)
 
     def pair(self, config=None):
         """-> ours and diffusers', with the same weights."""
@@ -178,5 +200,123 @@ COGVIDEOX = Released(
     [5, 5],
     "text_embed_dim",
 )
-# Those whose pipelines models/encode.py knows; test_cogvideox.py has the other.
+QWEN_IMAGE = Released(
+    qwen_image,
+    "QwenImageTransformer2DModel",
+    dict(
+        in_channels=16,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=12,
+        num_attention_heads=3,
+        joint_attention_dim=10,
+        axes_dims_rope=[4, 4, 4],
+    ),
+    qwen_image_velocity,
+    (4, 6),
+    [5, 4],
+    "joint_attention_dim",
+    "mask",
+)
+LUMINA2 = Released(
+    lumina2,
+    "Lumina2Transformer2DModel",
+    dict(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=48,
+        num_layers=3,
+        num_refiner_layers=2,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=[4, 4, 4],
+        axes_lens=[64, 16, 16],
+        cap_feat_dim=10,
+    ),
+    lumina2_velocity,
+    (4, 6),
+    [5, 4],
+    "cap_feat_dim",
+    "mask",
+)
+# Those whose pipelines models/encode.py knows; the others have test files of their own.
 MODELS = {"wan": WAN, "z_image": Z_IMAGE, "pixart": PIXART}
+
+
+# ---- what the files of single networks share -----------------------------------------------------
+
+
+def assert_equal_to_diffusers(model, changes, size, lengths):
+    """Output to 1e-5, all gradients to 1e-4, for tiny networks with the same random weights."""
+    config = {**model.tiny, **changes}
+    (ours, reference), call = model.pair(config), model.inputs(config, size, lengths)
+    calls = [
+        {**call, **{k: call[k].clone().requires_grad_() for k in ("x", "text")}} for _ in range(2)
+    ]
+    out, want = ours(**calls[0]), model.reference(reference, **calls[1])
+    assert out.shape == want.shape == call["x"].shape and want.std() > 0.1
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    for result in (out, want):
+        (result * weight).sum().backward()
+    assert model.error(out, want) <= 1e-5
+    for name in ("x", "text"):
+        assert relative(calls[0][name].grad, calls[1][name].grad) <= 1e-5, name
+    keep, gradient = call[model.mask], calls[0]["text"].grad
+    assert not gradient[~keep].any() and gradient[keep].abs().sum(-1).all()
+    parameters = dict(reference.named_parameters())
+    for name, p in ours.named_parameters():
+        want = parameters[name].grad
+        assert (p.grad is None) == (want is None), name
+        if want is not None:
+            assert torch.allclose(p.grad, want, rtol=1e-4, atol=1e-4 * max(1, want.abs().max()))
+
+
+def assert_released_size(model, config, parameters):
+    """Names, shapes and number of parameters are diffusers', and so are the keys of the config."""
+    with torch.device("meta"):
+        ours, reference = model.net(**config), model.theirs(**config)
+    shapes = {k: tuple(v.shape) for k, v in ours.state_dict().items()}
+    assert shapes == {k: tuple(v.shape) for k, v in reference.state_dict().items()}
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    assert sum(p.numel() for p in reference.parameters()) == parameters
+    assert not list(ours.buffers())  # nothing that meta construction or .to(bfloat16) could spoil
+    theirs = {k: v for k, v in reference.config.items() if not k.startswith("_")}
+    assert set(ours.config) == set(theirs) and ours.config == {k: theirs[k] for k in config}
+
+
+def save_root(model, root, pipeline, scheduler):
+    """A tiny teacher and its prompts, the last of which is the unconditional one -> flags."""
+    root.mkdir(parents=True, exist_ok=True)
+    g = torch.Generator().manual_seed(1)
+    mask = torch.arange(9) < torch.tensor([4, 9, 1, 6, 7, 2])[:, None]
+    text = torch.randn(6, 9, model.tiny[model.width], generator=g)
+    prompts = {"cond.text": text[:5], "cond.mask": mask[:5]}
+    prompts |= {"uncond.text": text[5:], "uncond.mask": mask[5:]}
+    how = model.name, pipeline, {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
+    flags = save_tiny_image_root(root, fill(model.net(**model.tiny)), *how, prompts)
+    return [*flags, *"--train_batch_size 3 --max_train_steps 2 --guidance_scale 2".split()]
+
+
+def assert_student(model, run, teacher, still=()):
+    """student/ of a run is a network that diffusers loads and that computes the same there.
+
+    still: beginnings of the names of parameters that need not have moved.
+    """
+    ours = load_network(str(run / "student"))[0]
+    reference = model.theirs.from_pretrained(run / "student").eval()
+    call = model.inputs()
+    with torch.no_grad():
+        out = ours(**call)
+        assert model.error(out, model.reference(reference, **call)) <= 1e-5 and out.std() > 0.01
+    start = load_network(str(teacher / "transformer"))[0].state_dict()
+    same = {k for k, v in ours.state_dict().items() if torch.equal(v, start[k])}
+    assert all(k.startswith(tuple(still)) for k in same), same
+
+
+def sampled(script, run, prompts, *flags):
+    """--sample of a run in a process that knows nothing of it -> its samples and the run's own."""
+    out = run.parent / f"{run.name}-samples"
+    argv = ["--sample", str(run), "--prompts", str(prompts), "--preview_samples", "2", *flags]
+    script.main([*argv, "--output_dir", str(out)])
+    return [load_file(d / "samples.safetensors")["x0"] for d in (out, run)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers import TINY_PIXART, TINY_WAN, TINY_Z_IMAGE, perturbed
-from released import COGVIDEOX
+from released import COGVIDEOX, LUMINA2, QWEN_IMAGE
 from test_adding import examples
 
 from models.diffusion import PREDICTIONS, VP, Flow
@@ -23,7 +23,9 @@ from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
 from models.networks.cogvideox import CogVideoXTransformer3DModel
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DiTTransformer2DModel
+from models.networks.lumina2 import Lumina2Transformer2DModel
 from models.networks.pixart import PixArtTransformer2DModel
+from models.networks.qwen_image import QwenImageTransformer2DModel
 from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.networks.trellis import (
@@ -92,6 +94,12 @@ CASES = {
     ),
     "PixArtTransformer2DModel": Case(
         PixArtTransformer2DModel, TINY_PIXART_3, (4, 6), 4, "transformer_blocks", 6
+    ),
+    "QwenImageTransformer2DModel": Case(
+        QwenImageTransformer2DModel, QWEN_IMAGE.tiny, (4, 6), 4, "transformer_blocks", 6
+    ),
+    "Lumina2Transformer2DModel": Case(
+        Lumina2Transformer2DModel, LUMINA2.tiny, (4, 6), 4, "layers", 6
     ),
     "DiTTransformer2DModel": Case(
         DiTTransformer2DModel, TINY_DIT_IMAGENET, (8, 8), 4, "transformer_blocks", 16
@@ -402,6 +410,11 @@ def test_wrong_calls_of_two_networks_are_refused():
 # ---- features ------------------------------------------------------------------------------------
 
 
+def of_image(out):
+    """What a block returns; of two streams the image's."""
+    return out[0] if isinstance(out, tuple) else out
+
+
 class Watch:
     """Names of the modules that ran, in the order in which they ended, and the outputs of one."""
 
@@ -413,7 +426,7 @@ class Watch:
                     lambda module, args, out, name=name: self.ran.append(name)
                 )
         net.get_submodule(keep).register_forward_hook(
-            lambda module, args, out: self.kept.append(out.detach())
+            lambda module, args, out: self.kept.append(of_image(out).detach())
         )
 
     def clear(self):
@@ -429,6 +442,8 @@ def as_features(case, out, call):
         return out[:, : case.tokens]  # the image's tokens alone
     if case.cls is CogVideoXTransformer3DModel:
         return out[:, L:]  # the video's, which the prompt's precede
+    if case.cls is Lumina2Transformer2DModel:
+        return out[:, -case.tokens :]
     if case.cls is SLatFlowModel:  # without what pads a sample
         merged = torch.cat([call["coords"][:, :1], call["coords"][:, 1:] // 2], 1).unique(dim=0)
         return torch.cat([out[i, : (merged[:, 0] == i).sum()] for i in range(B)])

@@ -13,7 +13,7 @@ import linvideo
 import mdt_dist
 import phased_dmd
 import tdm
-from models.networks import NETWORKS, cogvideox, pixart, trellis, wan, z_image
+from models.networks import NETWORKS, cogvideox, lumina2, pixart, qwen_image, trellis, wan, z_image
 from models.networks.dit_imagenet import DIT_B_2, DIT_XL_2, DIT_XL_2_512
 from models.plumbing import releases
 from models.plumbing.flags import distillation_parser, parse
@@ -120,6 +120,16 @@ CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
         dict(guidance_scale=8.5),
     ),
 }
+CASES["Qwen-Image"] = (
+    {"_class_name": "QwenImageTransformer2DModel", **qwen_image.QWEN_IMAGE},
+    {**FLOW, "use_dynamic_shifting": True, "shift_terminal": 0.02},
+    dict(timestep_shift=3, guidance_scale=4),
+)
+CASES["Lumina-Image 2.0"] = (
+    {"_class_name": "Lumina2Transformer2DModel", **lumina2.LUMINA_2},
+    {**FLOW, "shift": 6.0},
+    dict(timestep_shift=6, guidance_scale=4),
+)
 DISTILLED = ("Z-Image-Turbo", "PixArt-LCM")
 
 

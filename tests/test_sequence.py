@@ -25,7 +25,9 @@ from models.networks import WEIGHTS, lora, network_config, save_network
 from models.networks.cogvideox import CogVideoXTransformer3DModel
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DiTTransformer2DModel
+from models.networks.lumina2 import Lumina2Transformer2DModel
 from models.networks.pixart import PixArtTransformer2DModel
+from models.networks.qwen_image import QwenImageTransformer2DModel
 from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.networks.sequence import (
@@ -79,6 +81,18 @@ def z_image():
     return ZImageTransformer2DModel(**{**TINY_Z_IMAGE, **sizes})
 
 
+def qwen_image():
+    sizes = dict(num_attention_heads=6, attention_head_dim=6, axes_dims_rope=[2, 2, 2])
+    sizes |= dict(in_channels=16, out_channels=4, num_layers=2, joint_attention_dim=16)
+    return QwenImageTransformer2DModel(**sizes)
+
+
+def lumina2():
+    sizes = dict(hidden_size=36, num_attention_heads=6, num_kv_heads=3, axes_dim_rope=[2, 2, 2])
+    sizes |= dict(in_channels=4, num_layers=2, num_refiner_layers=1, multiple_of=16)
+    return Lumina2Transformer2DModel(**sizes, cap_feat_dim=16)
+
+
 def pixart(**more):
     sizes = dict(num_attention_heads=6, attention_head_dim=6, cross_attention_dim=36)
     return PixArtTransformer2DModel(**{**TINY_PIXART, **sizes, "sample_size": 128})
@@ -130,6 +144,8 @@ CASES = {  # name: (network, shape of a sample, further arguments of forward)
     "wan, two networks": (lambda: WanTwoNetworks(wan(), wan(), 0.5), (4, 1, 10, 14), {}),
     "wan, adapter": (lambda: checkpointed(with_adapter(wan())), (4, 1, 10, 14), {"adapter": "a"}),
     "z_image": (lambda: checkpointed(z_image()), (4, 10, 14), {}),
+    "qwen_image": (lambda: checkpointed(qwen_image()), (4, 10, 14), {}),
+    "lumina2": (lambda: checkpointed(lumina2()), (4, 10, 14), {}),
     "pixart": (pixart, (4, 10, 14), {}),
     "dit_imagenet": (dit_imagenet, (4, 10, 14), {}),
     "cogvideox": (lambda: checkpointed(cogvideox()), (4, 1, 10, 12), {}),

@@ -89,7 +89,9 @@ from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
 from models.networks.cogvideox import CogVideoXTransformer3DModel
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DiTTransformer2DModel
+from models.networks.lumina2 import Lumina2Transformer2DModel
 from models.networks.pixart import PixArtTransformer2DModel
+from models.networks.qwen_image import QwenImageTransformer2DModel
 from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.networks.trellis import (
@@ -109,6 +111,8 @@ NETWORKS = {
     "WanTransformer3DModel": WanTransformer3DModel,
     "ZImageTransformer2DModel": ZImageTransformer2DModel,
     "PixArtTransformer2DModel": PixArtTransformer2DModel,
+    "QwenImageTransformer2DModel": QwenImageTransformer2DModel,
+    "Lumina2Transformer2DModel": Lumina2Transformer2DModel,
     "DiTTransformer2DModel": DiTTransformer2DModel,
     "CogVideoXTransformer3DModel": CogVideoXTransformer3DModel,
     "AutoencoderKL": AutoencoderKL,

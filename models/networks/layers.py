@@ -150,6 +150,17 @@ class TwoLayers(nn.Module):
         return self.linear_2(self.act(self.linear_1(x)))
 
 
+def modulation(net, time, parts):
+    """net(time) in equal parts, each (B, 1, ...) float32; time (B, D) float32.
+
+    Autocast must not lower the precision of what scales every token: float32 weights give float32.
+    bfloat16 weights compute in bfloat16, as in diffusers.
+    """
+    with torch.autocast(time.device.type, enabled=False):
+        time = time.to(next(net.parameters()).dtype)
+        return net(time).float()[:, None].chunk(parts, dim=-1)
+
+
 def unpatchify(tokens, grid, patch):
     """(B, prod(grid), prod(patch) * C), channels last in a patch -> (B, C, *sizes).
 

@@ -45,6 +45,7 @@ from models.networks.layers import (
     check_mask,
     check_text,
     check_time,
+    modulation,
     rope,
     rotate,
     unpatchify,
@@ -81,16 +82,6 @@ QK_EPS = 1e-5  # epsilon of the norms of q and k, whatever norm_eps is
 def fill_up(n):
     """The next multiple of 32 from n on; n int or tensor of int."""
     return -(-n // MULTIPLE) * MULTIPLE
-
-
-def modulation(net, time, parts):
-    """net(time) in equal parts, each (B, 1, ...) float32; time (B, TIME_DIM) float32.
-
-    Autocast must not lower the precision of what scales every token: float32 weights give float32.
-    bfloat16 weights compute in bfloat16, as in diffusers.
-    """
-    with torch.autocast(time.device.type, enabled=False):
-        return net(time.to(net[-1].weight.dtype)).float()[:, None].chunk(parts, dim=-1)
 
 
 class TimeEmbedder(nn.Module):

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 
+from models.diffusion import RESCALES
 from models.files import UserError
 from models.plumbing import releases
 from models.plumbing.dry_run import H100
@@ -174,6 +175,13 @@ def add_adapter_flags(p, fake_score=True):
         add("--fake_lora_rank", type=number(int, 0), default=0,
             help="the same for the fake, which is then not conditioned on the step, and for "
             "--learning_rate_fake; 0 = full weights")
+
+
+def add_guidance_rescale_flag(p):
+    """A flag of methods whose guided predictions all come from Diffusion.guided_x0."""
+    p.method.add_argument("--guidance_rescale", choices=["none", *RESCALES], default=None,
+        help="guided predictions of the teacher get the norms of the conditional ones: of each "
+        "2 x 2 patch, as QwenImagePipeline does, or of each row, as Lumina2Pipeline; None: none")
 # fmt: on
 
 ADAPTER_RATE = 5e-5  # Phased DMD's for adapters (2510.27684)

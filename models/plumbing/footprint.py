@@ -159,6 +159,8 @@ TEXT = {  # tokens of a prompt
     "WanTransformer3DModel": 512,
     "ZImageTransformer2DModel": 512,
     "CogVideoXTransformer3DModel": 226,
+    "QwenImageTransformer2DModel": 512,
+    "Lumina2Transformer2DModel": 256,
 }
 IMAGE_TOKENS, CLIP_TOKENS = 1374, 77  # of TRELLIS's image and text models
 POINTS = 20_000  # of a shape in TRELLIS's second stage

@@ -41,6 +41,7 @@ class Release:
 WAN, Z_IMAGE = "WanTransformer3DModel", "ZImageTransformer2DModel"
 PIXART, DIT = "PixArtTransformer2DModel", "DiTTransformer2DModel"
 COGVIDEOX = "CogVideoXTransformer3DModel"
+QWEN_IMAGE, LUMINA_2 = "QwenImageTransformer2DModel", "Lumina2Transformer2DModel"
 TRELLIS_STAGES = ("SparseStructureFlowModel", "SLatFlowModel")
 WAN_1B = {"num_layers": 30, "num_attention_heads": 12, "in_channels": 16}
 WAN_14B = {"num_layers": 40, "num_attention_heads": 40, "in_channels": 16, "image_dim": None}
@@ -71,6 +72,22 @@ RELEASES = (
         Z_IMAGE,
         {"dim": 3840, "scheduler.shift": 6.0},
         {"timestep_shift": 3.0, "guidance_scale": 5.0},
+    ),
+    # Qwen/Qwen-Image: true_cfg_scale 4 in its card, and QwenImagePipeline rescales guidance. Its
+    # scheduler has a shift that grows with the image, 2 at 1024 x 1024; Phased DMD distils at 3.
+    Release(
+        "Qwen-Image",
+        QWEN_IMAGE,
+        {"num_layers": 60, "num_attention_heads": 24, "joint_attention_dim": 3584},
+        {"timestep_shift": 3.0, "guidance_scale": 4.0, "guidance_rescale": "patch"},
+    ),
+    # Alpha-VLLM/Lumina-Image-2.0: shift 6 in its scheduler/, guidance_scale 4 in Lumina2Pipeline,
+    # which also rescales it by rows (cfg_normalization); Decoupled DMD's Eq. 4 does not.
+    Release(
+        "Lumina-Image 2.0",
+        LUMINA_2,
+        {"num_layers": 26, "hidden_size": 2304, "cap_feat_dim": 2304},
+        {"timestep_shift": 6.0, "guidance_scale": 4.0},
     ),
     # Wan-AI/Wan2.1-T2V-1.3B: 5 in its diffusers card, 6 in the README of Wan2.1.
     Release(

@@ -15,7 +15,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from models.diffusion import ode_calls, step_grid
+from models.diffusion import ode_calls
 from models.draws import Draws
 from models.files import UserError, open_tensors, save_json, save_tensors
 from models.networks import load_network, lora, save_network
@@ -282,18 +282,19 @@ def introduce(run, teacher, net, student):
     """
     parameters = sum(p.numel() for p in lora.base_parameters(net).values())
     settings = getattr(run.args, "settings", "")
+    rescaled = f" rescaled by {teacher.over}" if teacher.over else ""
     if settings:
         run.say(settings)
     run.say(
         f"teacher {run.args.teacher}: {type(net).__name__}, {parameters:,} parameters, predicts "
         f"{teacher.prediction}, {teacher.schedule.describe()}, shift {teacher.shift:g}, guidance "
-        f"{run.args.guidance_scale:g}; {run.describe_ranks()}\nstudent: {student}"
+        f"{run.args.guidance_scale:g}{rescaled}; {run.describe_ranks()}\nstudent: {student}"
     )
 
 
 def teacher_sampler(run, teacher, grid=None, solver="heun"):
     """The guided teacher's sampler, over --teacher_steps steps or another grid."""
-    grid = grid or step_grid(max(1, run.args.teacher_steps), teacher.shift)
+    grid = grid or teacher.grid(max(1, run.args.teacher_steps))
 
     def draw(index, a, b):
         z = evaluation_noise(run, teacher.shape, a, b)("z")
@@ -378,7 +379,9 @@ def measured_teacher(run, teacher, label, sampler, key, row):
     if not (folder and key):
         return measured(run, teacher, label, sampler, row)
     precision = "-bf16" if run.args.mixed_precision == "bf16" else ""
-    name = f"{teacher.fingerprint()}-{key}-shift{teacher.shift:g}-guidance{scale:g}{precision}"
+    rescaled = f"-rescaled-{teacher.over}" if teacher.over else ""
+    name = f"{teacher.fingerprint()}-{key}-shift{teacher.shift:g}-guidance{scale:g}"
+    name += rescaled + precision
     path = os.path.join(folder, "measured", f"{name}.safetensors")
     known = run.main and os.path.isfile(path) and not run.args.remeasure_teacher
     if any(run.mean_over_ranks(float(known))):  # as rank 0 sees it

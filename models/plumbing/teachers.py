@@ -7,6 +7,7 @@ else from the folder's scheduler/, else from the network's class.
 
 import copy
 import hashlib
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ class Teacher:
     network, if any
     folder        where the weights are, None for a closed form; of two networks the root
     schedule, prediction, shift       how it was trained
+    terminal      the time before 0 where its own many-step grid ends, or None (`step_grid`)
+    over          how its guidance is rescaled, or None (models/diffusion.py)
     world_name    the embedded world that its samples belong to, or None; label: a short name
     shape         of one sample
     conditions    where cond comes from (models/plumbing/data.py)
@@ -65,10 +68,16 @@ class Teacher:
     conditions: Any = None
     loras: tuple = ()
     stored_in_bf16: bool = False
+    terminal: float | None = None
+    over: str | None = None
 
     @property
     def diffusion(self):
-        return Diffusion(self.schedule, self.prediction)
+        return Diffusion(self.schedule, self.prediction, self.over)
+
+    def grid(self, steps):
+        """The times of its own samples in so many steps; those of a student are `step_grid`."""
+        return step_grid(steps, self.shift, self.terminal)
 
     @property
     def world(self):
@@ -123,11 +132,38 @@ def is_small(name):
     return name in WORLDS or kind in ("DiT", "RingDiT", "RingMLP")
 
 
-def read_scheduler(folder):
-    """A diffusers scheduler/ folder -> (schedule, prediction, shift or None); raises UserError."""
+def dynamic_shift(c, tokens):
+    """The shift that a scheduler with use_dynamic_shifting has for an image of so many tokens.
+
+    c: its scheduler_config.json. mu is linear in the number of tokens. Exponential time shifting
+    has the shift exp(mu), linear time shifting mu itself.
+    """
+    few, many = c.get("base_image_seq_len", 256), c.get("max_image_seq_len", 4096)
+    low, high = c.get("base_shift", 0.5), c.get("max_shift", 1.15)
+    mu = low + (high - low) * (tokens - few) / (many - few)
+    return mu if c.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+# Networks whose pipelines let a shift depend on the number of the image's patches.
+COUNTS_PATCHES = ("QwenImageTransformer2DModel", "ZImageTransformer2DModel")
+OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
+
+
+def read_scheduler(folder, tokens=None):
+    """A diffusers scheduler/ folder -> (schedule, prediction, shift or None); raises UserError.
+
+    tokens: of an image, for a shift that depends on their number.
+    """
     c = load_json(os.path.join(folder, "scheduler_config.json"))
     is_flow = "FlowMatch" in c.get("_class_name", "") or c.get("use_flow_sigmas")
     if is_flow or c.get("prediction_type") == "flow_prediction":
+        wrong = [key for key in OTHER_SIGMAS if c.get(key)]
+        if wrong:
+            raise UserError(
+                f"{folder}: {wrong[0]} is not supported: set it to false in scheduler_config.json"
+            )
+        if c.get("use_dynamic_shifting") and tokens:
+            return Flow(), "flow_v", dynamic_shift(c, tokens)
         if c.get("use_dynamic_shifting"):
             raise UserError(
                 f"{folder}: use_dynamic_shifting lets the shift depend on the size of the image: "
@@ -180,11 +216,12 @@ def find_folder(name):
     return folder
 
 
-def load_teacher(name, dtype=torch.float32, two_networks=False, place=on_cpu):
+def load_teacher(name, dtype=torch.float32, two_networks=False, place=on_cpu, shape=None):
     """Resolve --teacher -> Teacher, without base, shape and conditions. Raises UserError.
 
     two_networks: whether a root with transformer_2/ is accepted (its net is a WanTwoNetworks) or
-    refused. place: see `load_network`.
+    refused. place: see `load_network`. shape: of a sample, on which the shift may depend; None: the
+    network's own.
     """
     if name == "ring":  # a closed form, no checkpoint
         net = load_world(name).teacher()
@@ -206,12 +243,13 @@ def load_teacher(name, dtype=torch.float32, two_networks=False, place=on_cpu):
             f"{folder} is a {type(net).__name__}, which does not denoise: "
             "give a diffusion or flow network"
         )
-    schedule, prediction, shift = how_it_was_trained(net, root, folder)
+    schedule, prediction, shift, terminal = how_it_was_trained(net, root, folder, shape)
     set_clock(net, schedule)
     label = name if name in WORLDS else os.path.basename(os.path.abspath(root))
     where = root if two else folder
     world_name = config.get("world")
     teacher = Teacher(net, config, where, schedule, prediction, shift, world_name, label, config_2)
+    teacher.terminal = terminal
     teacher.stored_in_bf16 = is_stored_in_bf16(folder)
     return teacher
 
@@ -225,18 +263,25 @@ def scheduler_folder(root, folder):
     return None
 
 
-def how_it_was_trained(net, root, folder):
-    """-> schedule, prediction, shift: from sampler.json, or scheduler/, or the network's class.
+def how_it_was_trained(net, root, folder, shape=None):
+    """-> schedule, prediction, shift, terminal: from sampler.json, or scheduler/, or the network's
+    class.
 
     sampler.json is only in students of ours. Their own scheduler/ is written for other programs.
+    shape: of a sample, None: the network's own.
     """
     if os.path.isfile(os.path.join(folder, "sampler.json")):
-        return read_sampler(folder)[1:]
+        return *read_sampler(folder)[1:], None
     where = scheduler_folder(root, folder)
-    if where:
-        schedule, prediction, shift = read_scheduler(where)
-        return schedule, prediction, shift or net.default_shift
-    return getattr(net, "default_schedule", Flow()), net.prediction, net.default_shift
+    if not where:
+        schedule = getattr(net, "default_schedule", Flow())
+        return schedule, net.prediction, net.default_shift, None
+    tokens = None
+    if type(net).__name__ in COUNTS_PATCHES:
+        tokens = math.prod(size // net.patch_size for size in (shape or net.latent_shape)[1:])
+    schedule, prediction, shift = read_scheduler(where, tokens)
+    terminal = load_json(os.path.join(where, "scheduler_config.json")).get("shift_terminal")
+    return schedule, prediction, shift or net.default_shift, terminal
 
 
 def set_clock(net, schedule):
@@ -271,7 +316,7 @@ def start_teacher(run, two_networks=False, attention=False, in_bf16=True):
     dtype = torch.float32
     if in_bf16 and rounds_teacher(run) and only_adapters(args):
         dtype = torch.bfloat16
-    teacher = load_teacher(args.teacher, dtype, two_networks, run.place)
+    teacher = load_teacher(args.teacher, dtype, two_networks, run.place, args.sample_shape)
     if args.teacher_lora:
         merge_loras(teacher, args.teacher_lora)
     teacher.base = teacher.net
@@ -283,7 +328,20 @@ def start_teacher(run, two_networks=False, attention=False, in_bf16=True):
     if args.timestep_shift is not None:
         teacher.shift = args.timestep_shift
     teacher.shape = tuple(args.sample_shape or teacher.base.latent_shape)
+    teacher.over = rescaling(getattr(args, "guidance_rescale", None), teacher.shape)
     return teacher
+
+
+def rescaling(over, shape):
+    """--guidance_rescale -> Teacher.over. Raises UserError for samples that have no such parts."""
+    if over in (None, "none"):
+        return None
+    if len(shape) != 3 or any(size % 2 for size in shape[1:]):
+        raise UserError(
+            f"--guidance_rescale {over} is for images (C, H, W) of even sides, samples are "
+            f"{tuple(shape)}: give --guidance_rescale none"
+        )
+    return over
 
 
 def merge_loras(teacher, sources):
@@ -505,7 +563,11 @@ PIPELINES = (
     "PixArtTransformer2DModel",
     "DiTTransformer2DModel",
     "CogVideoXTransformer3DModel",
+    "QwenImageTransformer2DModel",
+    "Lumina2Transformer2DModel",
 )
+# Those whose pipelines make the steps 1 ... 1 / N themselves; to others the times must be given.
+OWN_STEPS = ("ZImageTransformer2DModel", "QwenImageTransformer2DModel", "Lumina2Transformer2DModel")
 PREDICTION_TYPES = {"eps": "epsilon", "vp_v": "v_prediction", "x0": "sample"}
 
 
@@ -543,8 +605,7 @@ def scheduler_config(net, schedule, sampler):
     if isinstance(schedule, Flow):
         if sampler["prediction"] != "flow_v":
             return None
-        # ZImagePipeline makes the steps 1 ... 1 / N itself; to others the times must be given.
-        own_steps = name == "ZImageTransformer2DModel" and times == step_grid(len(times), s)[:-1]
+        own_steps = name in OWN_STEPS and times == step_grid(len(times), s)[:-1]
         return {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "num_train_timesteps": 1000,
