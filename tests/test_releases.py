@@ -12,7 +12,7 @@ import linvideo
 import mdt_dist
 import phased_dmd
 import tdm
-from models.networks import NETWORKS, pixart, trellis, wan, z_image
+from models.networks import NETWORKS, pixart, trellis, unet, wan, z_image
 from models.networks.dit_imagenet import DIT_B_2, DIT_XL_2, DIT_XL_2_512
 from models.plumbing import releases
 from models.plumbing.flags import distillation_parser, parse
@@ -25,6 +25,11 @@ WAN = {"_class_name": "WanTransformer3DModel"}
 Z_IMAGE = {"_class_name": "ZImageTransformer2DModel", **z_image.Z_IMAGE_6B}
 PIXART = {"_class_name": "PixArtTransformer2DModel"}
 DIT = {"_class_name": "DiTTransformer2DModel"}
+UNET = {"_class_name": "UNet2DConditionModel"}
+SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+PNDM = {"_class_name": "PNDMScheduler", **SCALED}
+V_DDIM = {"_class_name": "DDIMScheduler", **SCALED, "prediction_type": "v_prediction"}
+EULER = {"_class_name": "EulerDiscreteScheduler", **SCALED, "prediction_type": "epsilon"}
 STRUCTURE = {"name": "SparseStructureFlowModel"}
 LATENTS = {"name": "ElasticSLatFlowModel"}  # the name in TRELLIS's released configs
 WAN_5B = dict(wan.WAN_1_3B, num_attention_heads=24, in_channels=48, out_channels=48, ffn_dim=14336)
@@ -72,6 +77,17 @@ CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
         dict(timestep_shift=1, guidance_scale=4.5),
     ),
     "PixArt-LCM": ({**PIXART, **pixart.PIXART_1024}, LCM, dict(timestep_shift=1, guidance_scale=1)),
+    "Stable Diffusion 1.5": (
+        {**UNET, **unet.SD_1_5},
+        PNDM,
+        dict(timestep_shift=1, guidance_scale=7.5),
+    ),
+    "Stable Diffusion 2.1": (
+        {**UNET, **unet.SD_2_1},
+        V_DDIM,
+        dict(timestep_shift=1, guidance_scale=7.5),
+    ),
+    "SDXL": ({**UNET, **unet.SDXL}, EULER, dict(timestep_shift=1, guidance_scale=5)),
     "DiT-XL/2 256": ({**DIT, **DIT_XL_2}, None, dict(timestep_shift=1, guidance_scale=1.5)),
     "DiT-XL/2 512": (
         {**DIT_XL_2_512, "_class_name": "Transformer2DModel", "convention": "dit"},
@@ -128,7 +144,8 @@ def save_release(root, name):
     if "args" in config:
         write(root / "ckpts" / "flow.json", config)
         return str(root / "ckpts" / "flow")
-    write(root / "transformer" / "config.json", config)
+    part = "unet" if config["_class_name"] == "UNet2DConditionModel" else "transformer"
+    write(root / part / "config.json", config)
     write(root / "model_index.json", {"_class_name": "Pipeline"})
     if scheduler:
         write(root / "scheduler" / "scheduler_config.json", scheduler)
@@ -155,7 +172,8 @@ def test_a_release_is_recognised_and_gives_its_settings(tmp_path, name):
     """As a root, and as the component folder in it; the command line wins and is named."""
     teacher = save_release(tmp_path, name)
     settings = CASES[name][2]
-    places = [teacher] if "TRELLIS" in name else [teacher, teacher + "/transformer"]
+    part = "unet" if CASES[name][0].get("_class_name") in UNET.values() else "transformer"
+    places = [teacher] if "TRELLIS" in name else [teacher, f"{teacher}/{part}"]
     for place in places:
         assert releases.recognise(place).name == name
         args = parse(distillation_parser("x"), ["--teacher", place], "x", {"released": {}})

@@ -105,10 +105,11 @@ def student_folder(folder):
 def network_folder(folder):
     """The component that a --teacher folder stands for.
 
-    A pipeline root's transformer/, a run's student/, or the folder itself.
+    A pipeline root's transformer/ or unet/, a run's student/, or the folder itself.
     """
     if os.path.isfile(os.path.join(folder, "model_index.json")):
-        return os.path.join(folder, "transformer")
+        names = [n for n in ("transformer", "unet") if os.path.isdir(os.path.join(folder, n))]
+        return os.path.join(folder, (names or ["transformer"])[0])
     return student_folder(folder)
 
 
@@ -500,6 +501,7 @@ PIPELINES = (
     "ZImageTransformer2DModel",
     "PixArtTransformer2DModel",
     "DiTTransformer2DModel",
+    "UNet2DConditionModel",
 )
 PREDICTION_TYPES = {"eps": "epsilon", "vp_v": "v_prediction", "x0": "sample"}
 
