@@ -372,14 +372,14 @@ def ode_calls(steps, solver):
     return steps if solver == "euler" else 2 * steps - 1
 
 
-def sinusoid(t, dim, max_period=10000.0):
-    """Sinusoidal features of 1000 t: cos, then sin, at dim / 2 geometric frequencies.
+def sinusoid(t, dim, max_period=10000.0, scale=1000.0):
+    """Sinusoidal features of scale * t: cos, then sin, at dim / 2 geometric frequencies.
 
     t (B,) -> (B, dim) float32.
     """
     i = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
     freq = torch.exp(-math.log(max_period) * i / (dim // 2))
-    angle = 1000.0 * t.float()[:, None] * freq  # (B, dim / 2)
+    angle = scale * t.float()[:, None] * freq  # (B, dim / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 

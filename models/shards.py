@@ -57,6 +57,14 @@ def holds(x):
     return not any(copies)
 
 
+def gathered_parts(net):
+    """The modules of a network that are gathered one at a time: what it names itself (`gathered`),
+    or the elements of its lists."""
+    lists = [child for child in net.children() if isinstance(child, nn.ModuleList)]
+    parts = getattr(net, "gathered", None) or [block for blocks in lists for block in blocks]
+    return [part for part in parts if any(True for _ in part.parameters())]
+
+
 def on_some_rank(net, *each):
     """Whether something is so on any of the ranks that net is shared out over.  -> list of bool.
 

@@ -15,11 +15,13 @@ from models.networks import NETWORKS, network_config, save_network
 from models.networks.cogvideox import COGVIDEOX_2B
 from models.networks.dit_imagenet import DIT_XL_2, DIT_XL_2_512
 from models.networks.trellis import SLAT_FLOW_L, SS_FLOW_L
+from models.networks.unet import SD_1_5, SDXL
 from models.networks.wan import WAN_1_3B, WAN_5B, WAN_14B
 
 WAN, Z_IMAGE = "WanTransformer3DModel", "ZImageTransformer2DModel"
 PIXART, DIT = "PixArtTransformer2DModel", "DiTTransformer2DModel"
 COGVIDEOX = "CogVideoXTransformer3DModel"
+UNET = "UNet2DConditionModel"
 STRUCTURE, LATENTS = "SparseStructureFlowModel", "SLatFlowModel"
 FLOW_3 = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}
 FLOW_3 |= {"prediction_type": "flow_prediction"}
@@ -45,6 +47,7 @@ COGVIDEOX_SCHEDULER = dict(
     timestep_spacing="trailing",
     trained_betas=None,
 )
+SCALED = dict(LINEAR, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ CONFIGS = {
         PIXART, dict(caption_channels=4096, sample_size=64), LINEAR, text=120
     ),
     "PixArt-alpha 1024": Config(PIXART, dict(ALPHA, sample_size=128), LINEAR, text=120),
+    "Stable Diffusion 1.5": Config(UNET, SD_1_5, SCALED, text=77),
+    "SDXL": Config(UNET, SDXL, SCALED, text=77),
     "DiT-XL/2 256": Config(DIT, DIT_XL_2, LINEAR),
     "DiT-XL/2 512": Config(DIT, DIT_XL_2_512, LINEAR),
     "SiT-XL/2 256": Config(DIT, dict(DIT_XL_2, out_channels=4, convention="sit")),
@@ -97,6 +102,7 @@ def save_config(name, root, weights=False):
         save_json({"name": about.network, "args": about.config}, os.path.join(root, "flow.json"))
         return os.path.join(root, "flow")
     parts = ["transformer", "transformer_2"] if about.pair else ["transformer"]
+    parts = ["unet"] if about.network == UNET else parts
     for part in parts:
         folder = os.path.join(root, part)
         os.makedirs(folder, exist_ok=True)
@@ -127,10 +133,15 @@ def save_conditions(name, path, rows=4):
         x0 = torch.randn(rows, 8, *[about.config["resolution"]] * 3, generator=g)
         save_tensors({"x0": x0, "cond.tokens": tokens}, path)
         return ["--data", path]
-    width = {WAN: about.config.get("text_dim"), Z_IMAGE: 2560, PIXART: 4096, COGVIDEOX: 4096}
-    text = torch.randn(rows + 1, about.text, width[about.network], generator=g).bfloat16()
+    widths = {WAN: about.config.get("text_dim"), Z_IMAGE: 2560, PIXART: 4096, COGVIDEOX: 4096}
+    width = widths.get(about.network) or about.config["cross_attention_dim"]
+    text = torch.randn(rows + 1, about.text, width, generator=g).bfloat16()
     tensors = {"cond.text": text[:rows], "uncond.text": text[rows:]}
     mask = {Z_IMAGE: "text_mask", PIXART: "mask"}.get(about.network)
+    if about.config.get("addition_embed_type"):
+        for kind, count in (("cond", rows), ("uncond", 1)):
+            tensors[f"{kind}.pooled"] = torch.randn(count, 1280, generator=g)
+            tensors[f"{kind}.size"] = torch.tensor([[1024, 1024, 0, 0, 1024, 1024]] * count)
     if mask:
         ones = torch.ones(rows + 1, about.text, dtype=torch.bool)
         tensors |= {f"cond.{mask}": ones[:rows], f"uncond.{mask}": ones[rows:]}

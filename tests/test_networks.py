@@ -34,6 +34,7 @@ from models.networks.trellis import (
     SparseStructureEncoder,
     SparseStructureFlowModel,
 )
+from models.networks.unet import SD_1_5, SDXL, UNet2DConditionModel
 from models.networks.wan import WanTransformer3DModel, WanTwoNetworks
 from models.networks.z_image import ZImageTransformer2DModel
 
@@ -49,6 +50,25 @@ TINY_DIT_IMAGENET = dict(
     num_layers=3,
     sample_size=8,
     num_embeds_ada_norm=4,
+)
+TINY_SD = dict(
+    SD_1_5,
+    sample_size=8,
+    block_out_channels=[8, 12, 16, 16],
+    norm_num_groups=4,
+    cross_attention_dim=10,
+    attention_head_dim=2,
+)
+TINY_SDXL = dict(
+    SDXL,
+    sample_size=8,
+    block_out_channels=[8, 12, 16],
+    norm_num_groups=4,
+    cross_attention_dim=10,
+    transformer_layers_per_block=[1, 1, 2],
+    attention_head_dim=[1, 2, 2],
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=53,
 )
 TINY_DIT = dict(size=(6, 4), patch=(3, 2), channels=2, dim=64, depth=3, num_classes=4)
 TINY_SS = dict(
@@ -73,6 +93,11 @@ class Case:
     channels: int
     blocks: str  # the attribute that holds the blocks, of which there are three
     tokens: int  # number of tokens of one sample in features
+    parts: tuple = ()  # first, middle and a later part, where these are not the three blocks
+
+    @property
+    def three(self):
+        return self.parts or tuple(f"{self.blocks}.{i}" for i in range(3))
 
     def net(self, **changes):
         """The network, with noise on every weight, so that no layer that starts at zero hides
@@ -81,6 +106,7 @@ class Case:
         return perturbed(self.cls(**{**self.config, **changes}))
 
 
+U_NET = ("down_blocks.0", "mid_block", "up_blocks.0")
 CASES = {
     "DiT": Case(DiT, TINY_DIT, (6, 4), 2, "blocks", 4),
     "DiT-context": Case(
@@ -111,6 +137,10 @@ CASES = {
         4,
         "transformer_blocks",
         12,
+    ),
+    "UNet2DConditionModel": Case(UNet2DConditionModel, TINY_SD, (8, 7), 4, "down_blocks", 1, U_NET),
+    "UNet2DConditionModel-SDXL": Case(
+        UNet2DConditionModel, TINY_SDXL, (8, 5), 4, "down_blocks", 4, U_NET
     ),
     "SparseStructureFlowModel": Case(SparseStructureFlowModel, TINY_SS, (8, 8, 8), 4, "blocks", 64),
     "SLatFlowModel": Case(SLatFlowModel, dict(TINY_SS, io_block_channels=[16]), (), 4, "blocks", 0),
@@ -160,6 +190,10 @@ def condition(net, name, x, generator):
         return torch.randn(B, L, net.text_dim, generator=generator)
     if name == "tokens":
         return torch.randn(B, L, net.config["cond_channels"], generator=generator)
+    if name == "pooled":
+        return torch.randn(B, net.pooled_dim, generator=generator)
+    if name == "size":
+        return torch.randint(0, 1024, (B, 6), generator=generator)
     if name in ("mask", "text_mask"):
         return torch.arange(L) < torch.tensor([2, L, 1])[:, None]
     if name == "context":
@@ -314,7 +348,7 @@ def test_every_input_matters(case):
     net = case.net()
     call = call_of(case, net)
     twins = {"label": torch.full((B,), getattr(net, "num_classes", 0)), "t": 1 - call["t"]}
-    for name in ("x", "text", "tokens", "context"):
+    for name in ("x", "text", "tokens", "context", "pooled", "size"):
         if name in call:
             twins[name] = torch.zeros_like(call[name])
     for name in ("mask", "text_mask"):
@@ -375,6 +409,10 @@ def wrong_calls(call):
     for name in {"mask", "text_mask"} & set(call):
         wrong[f"{name} shorter"] = {name: call[name][:, :-1]}
         wrong[f"{name} in floats"] = {name: call[name].float()}
+    for name in {"pooled", "size"} & set(call):
+        wrong[f"no {name}"] = {name: None}
+        wrong[f"{name} wider"] = {name: torch.cat([call[name], call[name][:, :1]], dim=1)}
+        wrong[f"{name} of one sample"] = {name: call[name][:1]}
     if "context" in call:
         wrong["no context"] = {"context": None}
         wrong["context channels"] = {"context": call["context"][:, :1]}
@@ -438,6 +476,8 @@ def as_features(case, out, call):
     """Output of the middle block in a full pass -> what return_features has to give."""
     if case.cls is RingMLP:
         return out[:, None]
+    if case.cls is UNet2DConditionModel:
+        return out.flatten(2).mT
     if case.cls is ZImageTransformer2DModel:
         return out[:, : case.tokens]  # the image's tokens alone
     if case.cls is CogVideoXTransformer3DModel:
@@ -458,14 +498,14 @@ def test_features_are_the_middle_block_s_and_nothing_runs_after_it(case, checkpo
     call = call_of(case, net)
     trained_adapter(net)
     call["adapter"] = adapter
-    middle = f"{case.blocks}.{len(getattr(net, case.blocks)) // 2}"
-    assert middle == f"{case.blocks}.1"
+    first, middle, last = case.three
+    assert case.parts or middle == f"{case.blocks}.{len(getattr(net, case.blocks)) // 2}"
     watch = Watch(net, middle)
 
     with torch.no_grad():
         net(**call)
     full, want = list(watch.ran), as_features(case, watch.kept[0], call)
-    assert f"{case.blocks}.2" in full
+    assert last in full
 
     net.gradient_checkpointing = checkpointing
     for grad in (False, True):
@@ -477,11 +517,11 @@ def test_features_are_the_middle_block_s_and_nothing_runs_after_it(case, checkpo
             assert features.shape[:2] == (B, case.tokens) and features.dim() == 3
         assert watch.ran == full[: len(watch.ran)] and watch.ran[-1] == middle
         later = set(full) - set(watch.ran)
-        assert f"{case.blocks}.2" in later
+        assert last in later
 
     features.square().sum().backward()
     assert not later & set(watch.ran)  # nor when backward computes blocks again
-    first, last = (getattr(net, case.blocks)[i] for i in (0, 2))
+    first, last = (net.get_submodule(name) for name in (first, last))
     assert any(p.grad is not None for p in first.parameters())
     shared = {id(p) for p in first.parameters()}  # blocks may share an embedder of the conditions
     own = [p for p in last.parameters() if id(p) not in shared]

@@ -13,7 +13,17 @@ import linvideo
 import mdt_dist
 import phased_dmd
 import tdm
-from models.networks import NETWORKS, cogvideox, lumina2, pixart, qwen_image, trellis, wan, z_image
+from models.networks import (
+    NETWORKS,
+    cogvideox,
+    lumina2,
+    pixart,
+    qwen_image,
+    trellis,
+    unet,
+    wan,
+    z_image,
+)
 from models.networks.dit_imagenet import DIT_B_2, DIT_XL_2, DIT_XL_2_512
 from models.plumbing import releases
 from models.plumbing.flags import distillation_parser, parse
@@ -27,6 +37,11 @@ Z_IMAGE = {"_class_name": "ZImageTransformer2DModel", **z_image.Z_IMAGE_6B}
 PIXART = {"_class_name": "PixArtTransformer2DModel"}
 DIT = {"_class_name": "DiTTransformer2DModel"}
 COGVIDEOX = {"_class_name": "CogVideoXTransformer3DModel"}
+UNET = {"_class_name": "UNet2DConditionModel"}
+SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+PNDM = {"_class_name": "PNDMScheduler", **SCALED}
+V_DDIM = {"_class_name": "DDIMScheduler", **SCALED, "prediction_type": "v_prediction"}
+EULER = {"_class_name": "EulerDiscreteScheduler", **SCALED, "prediction_type": "epsilon"}
 STRUCTURE = {"name": "SparseStructureFlowModel"}
 LATENTS = {"name": "ElasticSLatFlowModel"}  # the name in TRELLIS's released configs
 CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
@@ -73,6 +88,17 @@ CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
         dict(timestep_shift=1, guidance_scale=4.5),
     ),
     "PixArt-LCM": ({**PIXART, **pixart.PIXART_1024}, LCM, dict(timestep_shift=1, guidance_scale=1)),
+    "Stable Diffusion 1.5": (
+        {**UNET, **unet.SD_1_5},
+        PNDM,
+        dict(timestep_shift=1, guidance_scale=7.5),
+    ),
+    "Stable Diffusion 2.1": (
+        {**UNET, **unet.SD_2_1},
+        V_DDIM,
+        dict(timestep_shift=1, guidance_scale=7.5),
+    ),
+    "SDXL": ({**UNET, **unet.SDXL}, EULER, dict(timestep_shift=1, guidance_scale=5)),
     "DiT-XL/2 256": ({**DIT, **DIT_XL_2}, None, dict(timestep_shift=1, guidance_scale=1.5)),
     "DiT-XL/2 512": (
         {**DIT_XL_2_512, "_class_name": "Transformer2DModel", "convention": "dit"},
@@ -144,7 +170,8 @@ def save_release(root, name):
     if "args" in config:
         write(root / "ckpts" / "flow.json", config)
         return str(root / "ckpts" / "flow")
-    write(root / "transformer" / "config.json", config)
+    part = "unet" if config["_class_name"] == "UNet2DConditionModel" else "transformer"
+    write(root / part / "config.json", config)
     write(root / "model_index.json", {"_class_name": "Pipeline"})
     if scheduler:
         write(root / "scheduler" / "scheduler_config.json", scheduler)
@@ -171,7 +198,8 @@ def test_a_release_is_recognised_and_gives_its_settings(tmp_path, name):
     """As a root, and as the component folder in it; the command line wins and is named."""
     teacher = save_release(tmp_path, name)
     settings = CASES[name][2]
-    places = [teacher] if "TRELLIS" in name else [teacher, teacher + "/transformer"]
+    part = "unet" if CASES[name][0].get("_class_name") in UNET.values() else "transformer"
+    places = [teacher] if "TRELLIS" in name else [teacher, f"{teacher}/{part}"]
     for place in places:
         assert releases.recognise(place).name == name
         args = parse(distillation_parser("x"), ["--teacher", place], "x", {"released": {}})

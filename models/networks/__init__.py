@@ -40,6 +40,8 @@ where it depends on the config.
                             stay float32 when the network becomes bfloat16 (to_dtype), as in
                             diffusers' from_pretrained, and compute in float32, also under autocast
     lora_aliases            {ending of a layer's name: what some LoRA files call it}
+    gathered                modules that are gathered one at a time where ranks share the network
+                            (models/plumbing/sharding.py); left out for the elements of its lists
 
 prediction, default_schedule, default_shift and latent_shape are fallbacks: what a checkpoint's
 scheduler/ folder or the command line says comes first.
@@ -52,12 +54,15 @@ scheduler/ folder or the command line says comes first.
     label             classes, integers; None = the null label                (B,)
     text, tokens      features of prompts or of images                        (B, L, D)
     mask, text_mask   true where text is a token of the prompt                (B, L) bool or int
+    pooled            one feature of the whole prompt (SDXL)                  (B, P)
+    size              sizes of the image and its crop, in pixels (SDXL)       (B, 6)
     context           a picture beside x (DiT with context_channels)          (B, C', *size)
     coords            where sparse: sample, x, y, z of each point             (N, 4) int
     steps             an index or count of student steps; None = not given.   (B,)
                       Only a network with steps_cond in its config takes it
     return_features   True: return the output of block depth // 2, counted    (B, N, D), or (M, D)
-                      from 0, in place of the prediction, and stop there      where sparse
+                      from 0, in place of the prediction, and stop there; of  where sparse
+                      a U-Net, that of its lowest level
     adapter           name of an adapter (models/networks/lora.py); None =
                       the bare network
     returns           the prediction                                          (B, *latent_shape)
@@ -100,6 +105,7 @@ from models.networks.trellis import (
     SparseStructureEncoder,
     SparseStructureFlowModel,
 )
+from models.networks.unet import UNet2DConditionModel
 from models.networks.wan import WanTransformer3DModel, WanTwoNetworks
 from models.networks.z_image import ZImageTransformer2DModel
 from models.shards import allocate, own_rows, rows_in, whole_tensor
@@ -115,6 +121,7 @@ NETWORKS = {
     "Lumina2Transformer2DModel": Lumina2Transformer2DModel,
     "DiTTransformer2DModel": DiTTransformer2DModel,
     "CogVideoXTransformer3DModel": CogVideoXTransformer3DModel,
+    "UNet2DConditionModel": UNet2DConditionModel,
     "AutoencoderKL": AutoencoderKL,
     "PatchPCA": PatchPCA,
     "Identity": Identity,

@@ -20,8 +20,9 @@ before `add` leaves only adapters to train.
 Files of ours hold X.lora_A.weight and X.lora_B.weight with alpha / rank multiplied into lora_B, so
 that a program that knows nothing of alpha adds B A. X is net.lora_key(layer) where the network has
 that method (Wan, Z-Image: names that ComfyUI and load_lora_weights of diffusers' pipelines take;
-PixArt: ComfyUI and peft), otherwise transformer.LAYER. `save` writes one file, `save_peft` a folder
-for peft. `load` and `merge_file` also read what other programs write; see "reading files" below.
+Stable Diffusion: the latter's; PixArt: ComfyUI and peft), otherwise transformer.LAYER. `save`
+writes one file, `save_peft` a folder for peft. `load` and `merge_file` also read what other
+programs write; see "reading files" below.
 """
 
 import json
@@ -576,7 +577,8 @@ def _peft_settings(path, metadata):
     text = metadata.get("lora_adapter_metadata")
     if text:
         try:
-            return {k.removeprefix("transformer."): v for k, v in json.loads(text).items()}
+            settings = json.loads(text).items()
+            return {k.removeprefix("transformer.").removeprefix("unet."): v for k, v in settings}
         except (ValueError, AttributeError):
             raise ValueError(
                 f"{path}: lora_adapter_metadata in its header is no JSON object, and the "

@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from models.networks import lora, trellis
+from models.shards import gathered_parts
 
 # ---- what is alive, and what is computed ---------------------------------------------------------
 
@@ -161,6 +162,7 @@ TEXT = {  # tokens of a prompt
     "CogVideoXTransformer3DModel": 226,
     "QwenImageTransformer2DModel": 512,
     "Lumina2Transformer2DModel": 256,
+    "UNet2DConditionModel": 77,
 }
 IMAGE_TOKENS, CLIP_TOKENS = 1374, 77  # of TRELLIS's image and text models
 POINTS = 20_000  # of a shape in TRELLIS's second stage
@@ -191,6 +193,10 @@ class Call:
                 cond[name] = torch.empty(B, self.text or TEXT.get(kind, 120), net.text_dim)
             elif name in ("mask", "text_mask"):
                 cond[name] = torch.ones(B, self.text or TEXT.get(kind, 120), dtype=torch.bool)
+            elif name == "pooled":
+                cond[name] = torch.empty(B, net.pooled_dim)
+            elif name == "size":
+                cond[name] = torch.empty(B, 6)
             elif name == "tokens":
                 width = net.config["cond_channels"]
                 length = CLIP_TOKENS if width == trellis.CLIP_WIDTH else IMAGE_TOKENS
@@ -306,13 +312,14 @@ def measure(net, call, bf16=False, checkpointing=False, adapter=None, gradient=T
     what a call without gradient costs is measured.
     """
     lists = blocks_of(net)
-    in_blocks = {id(p) for blocks in lists for p in blocks.parameters()}
+    blocks = gathered_parts(net)
+    in_blocks = {id(p) for block in blocks for p in block.parameters()}
     parameters = list(net.parameters())
     cost = Cost(
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         weights=size_of(parameters),
-        block=max((size_of(b.parameters()) for blocks in lists for b in blocks), default=0),
+        block=max((size_of(block.parameters()) for block in blocks), default=0),
         outside=size_of(p for p in parameters if id(p) not in in_blocks),
     )
     how = call, bf16, checkpointing, adapter, gradient

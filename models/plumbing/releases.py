@@ -42,6 +42,7 @@ WAN, Z_IMAGE = "WanTransformer3DModel", "ZImageTransformer2DModel"
 PIXART, DIT = "PixArtTransformer2DModel", "DiTTransformer2DModel"
 COGVIDEOX = "CogVideoXTransformer3DModel"
 QWEN_IMAGE, LUMINA_2 = "QwenImageTransformer2DModel", "Lumina2Transformer2DModel"
+UNET = "UNet2DConditionModel"
 TRELLIS_STAGES = ("SparseStructureFlowModel", "SLatFlowModel")
 WAN_1B = {"num_layers": 30, "num_attention_heads": 12, "in_channels": 16}
 WAN_14B = {"num_layers": 40, "num_attention_heads": 40, "in_channels": 16, "image_dim": None}
@@ -142,6 +143,21 @@ RELEASES = (
         )
         for size in (32, 64, 128)
     ),
+    # StableDiffusionPipeline's guidance_scale 7.5, StableDiffusionXLPipeline's 5.0. What the papers
+    # of the methods guide with is in PRESETS of their scripts. 1.5 is the shape of 1.1 to 1.5.
+    *(
+        Release(
+            name,
+            UNET,
+            {"cross_attention_dim": width, "in_channels": 4},
+            {"timestep_shift": 1.0, "guidance_scale": scale},
+        )
+        for name, width, scale in (
+            ("Stable Diffusion 1.5", 768, 7.5),
+            ("Stable Diffusion 2.1", 1024, 7.5),
+            ("SDXL", 2048, 5.0),
+        )
+    ),
     # facebook/DiT-XL-2-256 and -512: the paper's figures are at guidance 1.5 (DiT 2212.09748,
     # Tables 2 and 3), its pictures and DiTPipeline at 4. The same in SiT 2401.08740, Table 1.
     *(
@@ -229,7 +245,7 @@ def folder_names(root):
     names = [name for name in parts if name.startswith("models--")]  # the cache of huggingface_hub
     if not os.path.isdir(root):  # DIR/NAME in TRELLIS's layout
         names.append(parts.pop())
-    while parts[-1].startswith("transformer") or parts[-1] in ("student", "ckpts"):
+    while parts[-1].startswith("transformer") or parts[-1] in ("unet", "student", "ckpts"):
         parts.pop()
     return [*names, parts[-1]]
 

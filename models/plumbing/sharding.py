@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from models.files import UserError
-from models.shards import allocate, blank_copy, copy_weights, own_rows
+from models.shards import allocate, blank_copy, copy_weights, gathered_parts, own_rows
 
 
 def make_mesh(device, shard_ranks=None):
@@ -47,12 +47,9 @@ def make_mesh(device, shard_ranks=None):
 
 
 def blocks_of(net):
-    """The parts of a network that are gathered one at a time: the elements of its lists, and before
-    these what several of them have in common."""
-    parts = getattr(net, "networks", [net])
-    children = [child for part in parts for child in part.children()]
-    lists = [child for child in children if isinstance(child, nn.ModuleList)]
-    blocks = [block for blocks in lists for block in blocks if has_parameters(block)]
+    """The parts of a network that are gathered one at a time (`gathered_parts`), and before these
+    what several of them have in common."""
+    blocks = [b for part in getattr(net, "networks", [net]) for b in gathered_parts(part)]
     seen, common = set(), []
     for block in blocks:
         for module in block.modules():

@@ -114,10 +114,11 @@ def student_folder(folder):
 def network_folder(folder):
     """The component that a --teacher folder stands for.
 
-    A pipeline root's transformer/, a run's student/, or the folder itself.
+    A pipeline root's transformer/ or unet/, a run's student/, or the folder itself.
     """
     if os.path.isfile(os.path.join(folder, "model_index.json")):
-        return os.path.join(folder, "transformer")
+        names = [n for n in ("transformer", "unet") if os.path.isdir(os.path.join(folder, n))]
+        return os.path.join(folder, (names or ["transformer"])[0])
     return student_folder(folder)
 
 
@@ -565,6 +566,7 @@ PIPELINES = (
     "CogVideoXTransformer3DModel",
     "QwenImageTransformer2DModel",
     "Lumina2Transformer2DModel",
+    "UNet2DConditionModel",
 )
 # Those whose pipelines make the steps 1 ... 1 / N themselves; to others the times must be given.
 OWN_STEPS = ("ZImageTransformer2DModel", "QwenImageTransformer2DModel", "Lumina2Transformer2DModel")
