@@ -1613,6 +1613,8 @@ CASES = [
 # What cannot be met in one run of one process with nothing prepared: tests that follow it.
 ELSEWHERE = {
     "--sequence_ranks {}: {}": ("test_sequence", "test_networks_that_cannot"),
+    "--shard_ranks {} does not": ("test_sharding", "test_mesh_refuses_other_numbers"),
+    "from an earlier step's folder": ("test_sharding", "test_a_broken_part_of_a_state_is_one_line"),
     "rank(s)), which {} ranks cannot share: use one of {}": (
         "test_resume",
         "test_ranks_that_cannot_share_the_batch",
