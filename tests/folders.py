@@ -14,6 +14,8 @@ from models.files import save_json, save_tensors
 from models.networks import NETWORKS, network_config, save_network
 from models.networks.cogvideox import COGVIDEOX_2B
 from models.networks.dit_imagenet import DIT_XL_2, DIT_XL_2_512
+from models.networks.lumina2 import LUMINA_2
+from models.networks.qwen_image import QWEN_IMAGE
 from models.networks.trellis import SLAT_FLOW_L, SS_FLOW_L
 from models.networks.unet import SD_1_5, SDXL
 from models.networks.wan import WAN_1_3B, WAN_5B, WAN_14B
@@ -22,6 +24,7 @@ WAN, Z_IMAGE = "WanTransformer3DModel", "ZImageTransformer2DModel"
 PIXART, DIT = "PixArtTransformer2DModel", "DiTTransformer2DModel"
 COGVIDEOX = "CogVideoXTransformer3DModel"
 UNET = "UNet2DConditionModel"
+QWEN, LUMINA = "QwenImageTransformer2DModel", "Lumina2Transformer2DModel"
 STRUCTURE, LATENTS = "SparseStructureFlowModel", "SLatFlowModel"
 FLOW_3 = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}
 FLOW_3 |= {"prediction_type": "flow_prediction"}
@@ -75,6 +78,8 @@ CONFIGS = {
     "Wan 2.2 TI2V 5B": Config(WAN, WAN_5B, {**FLOW_3, "flow_shift": 5.0}),
     "Wan 2.2 T2V A14B": Config(WAN, WAN_14B, FLOW_3, pair=True),
     "Z-Image": Config(Z_IMAGE, {}, FLOW_6),
+    "Qwen-Image": Config(QWEN, QWEN_IMAGE, FLOW_6),
+    "Lumina-Image 2.0": Config(LUMINA, LUMINA_2, FLOW_6, text=256),
     "PixArt-alpha 512": Config(
         PIXART, dict(caption_channels=4096, sample_size=64), LINEAR, text=120
     ),
@@ -134,10 +139,12 @@ def save_conditions(name, path, rows=4):
         save_tensors({"x0": x0, "cond.tokens": tokens}, path)
         return ["--data", path]
     widths = {WAN: about.config.get("text_dim"), Z_IMAGE: 2560, PIXART: 4096, COGVIDEOX: 4096}
+    widths |= {QWEN: 3584, LUMINA: 2304}
     width = widths.get(about.network) or about.config["cross_attention_dim"]
     text = torch.randn(rows + 1, about.text, width, generator=g).bfloat16()
     tensors = {"cond.text": text[:rows], "uncond.text": text[rows:]}
-    mask = {Z_IMAGE: "text_mask", PIXART: "mask"}.get(about.network)
+    mask = {Z_IMAGE: "text_mask", PIXART: "mask", QWEN: "mask", LUMINA: "mask"}
+    mask = mask.get(about.network)
     if about.config.get("addition_embed_type"):
         for kind, count in (("cond", rows), ("uncond", 1)):
             tensors[f"{kind}.pooled"] = torch.randn(count, 1280, generator=g)

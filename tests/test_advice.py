@@ -1326,6 +1326,13 @@ CASES = [
     ("dmd", "--teacher {}: the folder is empty", "--teacher EMPTY", ["--teacher TEACHER"]),
     (
         "dmd",
+        "--guidance_rescale {} is for images (C, H, W) of even sides, samples are {}: give "
+        "--guidance_rescale none",
+        "--teacher ring --guidance_rescale patch",
+        ["--teacher ring --guidance_rescale none"],
+    ),
+    (
+        "dmd",
         "--teacher_lora: {} is a closed form without weights: leave it out",
         "--teacher ring --teacher_lora LORA",
         ["--teacher ring"],

@@ -299,10 +299,7 @@ class QwenImageTransformer2DModel(nn.Module):
         rows, columns = (size // self.patch_size for size in x.shape[2:])
         rotary = self._rotary(rows, columns, text.shape[1], x.device)
 
-        # If nothing is masked, attention without a mask is faster.
-        keep, joint = mask.bool(), None
-        if not keep.all():
-            joint = torch.cat([keep, keep.new_ones(h.shape[:2])], dim=1)[:, None, None]
+        joint = self._joint_mask(mask.bool(), h.shape[1])
         shares = [share_of(self.sequence, z.shape[1]) for z in (h, c)]
         h, c = (split_tokens(z, share) for z, share in zip((h, c), shares))
         rotary = [
@@ -320,6 +317,12 @@ class QwenImageTransformer2DModel(nn.Module):
 
         out = self.proj_out(self.norm_out(gather_tokens(h, shares[0]), time))  # (B, N, p*p*C)
         return unpatchify(out, self.channels, x.shape[2:], patch).to(x.dtype)
+
+    def _joint_mask(self, keep, N):
+        """keep (B, L) bool -> (B, 1, 1, L + N), or None if nothing is masked: that is faster."""
+        if keep.all():
+            return None
+        return torch.cat([keep, keep.new_ones(len(keep), N)], dim=1)[:, None, None]
 
     def _rotary(self, rows, columns, length, device):
         """(cos, sin) of the image's tokens, and of a prompt of this length.

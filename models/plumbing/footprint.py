@@ -213,8 +213,10 @@ class Call:
 def shapes_alone(net, batch):
     """Where a network looks at values, which fake tensors do not have: prompts count as full, and
     every MERGED points of a sparse sample become one token."""
-    if hasattr(net, "cap_embedder"):  # Z-Image counts a prompt's tokens
-        net._check = lambda x, t, text, mask: [text.shape[1]] * len(x)
+    if type(net).__name__ in ("ZImageTransformer2DModel", "Lumina2Transformer2DModel"):
+        net._check = lambda x, t, text, mask: [text.shape[1]] * len(x)  # they count tokens
+    if hasattr(net, "_joint_mask"):  # Qwen-Image's, None for full prompts
+        net._joint_mask = lambda keep, N: None
     replaced = {}
     if getattr(net, "sparse", False):
         net._check_points = lambda *_: None
