@@ -17,6 +17,7 @@ import dmd
 import tdm
 from models.diffusion import VP, guide, sample_ode, step_grid, to_x0_eps
 from models.networks import load_network, lora
+from models.networks.sequence import use_sequence
 from models.networks.shards import gathered_parts
 from models.networks.unet import (
     SD_1_5,
@@ -481,6 +482,27 @@ def test_two_ranks_are_one_process(adapters, tmp_path, monkeypatch):
     how = dict(least=1e-6, first=2, within=lambda call: 1e-3)
     updates = assert_two_ranks_are_one_process(monkeypatch, tmp_path, dmd, flags, **how)
     assert updates == 4
+
+
+def test_prompts_of_another_width(tmp_path, capsys, monkeypatch):
+    quiet(monkeypatch)
+    flags, _ = save_root(tmp_path, "SDXL")
+    path, out = tmp_path / "prompts.safetensors", ["--output_dir", str(tmp_path / "run")]
+    tensors = load_file(path)
+    for name, message in (
+        ("pooled", "'pooled' embeddings are 10 wide (unconditional 10), the teacher takes 5"),
+        ("size", "size is torch.int64 (1, 12); pass numbers of shape (1, 6)"),
+    ):
+        wide = {k: torch.cat([v, v], 1) if name in k else v for k, v in tensors.items()}
+        save_file(wide, path)
+        assert message in refusal_of(capsys, dmd.main, *flags, *out)
+    save_file({k: v for k, v in tensors.items() if "pooled" not in k}, path)
+    assert "lacks 'cond.pooled'" in refusal_of(capsys, dmd.main, *flags, *out)
+
+
+def test_tokens_are_not_spread_over_ranks():
+    with pytest.raises(ValueError, match="a UNet2DConditionModel cannot spread its tokens"):
+        use_sequence(UNet2DConditionModel(**TINY_SD), None)
 
 
 # ---- refusals ------------------------------------------------------------------------------------
