@@ -85,7 +85,7 @@ CONFIGS = {
     ),
     "PixArt-alpha 1024": Config(PIXART, dict(ALPHA, sample_size=128), LINEAR, text=120),
     "Stable Diffusion 1.5": Config(UNET, SD_1_5, SCALED, text=77),
-    "SDXL": Config(UNET, SDXL, SCALED, text=77),
+    "SDXL base 1.0": Config(UNET, SDXL, SCALED, text=77),
     "DiT-XL/2 256": Config(DIT, DIT_XL_2, LINEAR),
     "DiT-XL/2 512": Config(DIT, DIT_XL_2_512, LINEAR),
     "SiT-XL/2 256": Config(DIT, dict(DIT_XL_2, out_channels=4, convention="sit")),

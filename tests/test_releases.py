@@ -98,7 +98,7 @@ CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
         V_DDIM,
         dict(timestep_shift=1, guidance_scale=7.5),
     ),
-    "SDXL": ({**UNET, **unet.SDXL}, EULER, dict(timestep_shift=1, guidance_scale=5)),
+    "SDXL base 1.0": ({**UNET, **unet.SDXL}, EULER, dict(timestep_shift=1, guidance_scale=5)),
     "DiT-XL/2 256": ({**DIT, **DIT_XL_2}, None, dict(timestep_shift=1, guidance_scale=1.5)),
     "DiT-XL/2 512": (
         {**DIT_XL_2_512, "_class_name": "Transformer2DModel", "convention": "dit"},

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from helpers import fill, quiet, refusal_of, relative
+from helpers import assert_two_ranks_are_one_process, fill, quiet, refusal_of, relative
 from safetensors.torch import load_file, save_file
 from test_networks import TINY_SD, TINY_SDXL
 
@@ -17,6 +17,7 @@ import dmd
 import tdm
 from models.diffusion import VP, guide, sample_ode, step_grid, to_x0_eps
 from models.networks import load_network, lora
+from models.networks.sequence import use_sequence
 from models.networks.unet import (
     SD_1_5,
     SD_2_1,
@@ -465,6 +466,43 @@ def test_roots_have_unet_in_place_of_transformer(tmp_path, capsys, monkeypatch):
     save_file(wide, tmp_path / "prompts.safetensors")
     line = refusal_of(capsys, tdm.main, *flags, "--output_dir", str(tmp_path / "run"))
     assert "20 wide" in line and "the teacher takes 10" in line
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_two_ranks_are_one_process(adapters, tmp_path, monkeypatch):
+    """Shared out over two gloo ranks: the gradients of one process, of the GAN's features too."""
+    quiet(monkeypatch)
+    (tmp_path / "root").mkdir()
+    flags, _ = save_root(tmp_path / "root", "SDXL")
+    at = flags.index("--train_batch_size")
+    flags = flags[:at] + flags[at + 2 :]
+    flags += "--student_steps 2 --fake_update_ratio 1 --max_grad_norm 1e9".split()
+    flags += ["--gan_weight", "5e-3", "--data", str(tmp_path / "root" / "data.safetensors")]
+    flags += ["--lora_rank", "2", "--fake_lora_rank", "2"] if adapters else []
+    how = dict(least=1e-6, first=2, within=lambda call: 1e-3)
+    updates = assert_two_ranks_are_one_process(monkeypatch, tmp_path, dmd, flags, **how)
+    assert updates == 4
+
+
+def test_prompts_of_another_width(tmp_path, capsys, monkeypatch):
+    quiet(monkeypatch)
+    flags, _ = save_root(tmp_path, "SDXL")
+    path, out = tmp_path / "prompts.safetensors", ["--output_dir", str(tmp_path / "run")]
+    tensors = load_file(path)
+    for name, message in (
+        ("pooled", "'pooled' embeddings are 10 wide (unconditional 10), the teacher takes 5"),
+        ("size", "size is torch.int64 (1, 12); pass numbers of shape (1, 6)"),
+    ):
+        wide = {k: torch.cat([v, v], 1) if name in k else v for k, v in tensors.items()}
+        save_file(wide, path)
+        assert message in refusal_of(capsys, dmd.main, *flags, *out)
+    save_file({k: v for k, v in tensors.items() if "pooled" not in k}, path)
+    assert "lacks 'cond.pooled'" in refusal_of(capsys, dmd.main, *flags, *out)
+
+
+def test_tokens_are_not_spread_over_ranks():
+    with pytest.raises(ValueError, match="a UNet2DConditionModel cannot spread its tokens"):
+        use_sequence(UNet2DConditionModel(**TINY_SD), None)
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ where it depends on the config.
     cond_names              names of the conditioning arguments of forward, a tuple of str
     num_classes             with "label" in cond_names: K classes 0 .. K-1, and K is the null label
     text_dim                with "text" in cond_names: width of the text features
+    pooled_dim              with "pooled" in cond_names: its width
     config                  keyword arguments that build the network again, type(net)(**net.config);
                             values as JSON gives them back, since config.json holds them
     gradient_checkpointing  bool, may be set: recompute blocks in backward instead of storing them

@@ -101,7 +101,7 @@ class Conditions:
                     f"a {type(net).__name__} teacher needs --prompts FILE.safetensors with "
                     + " and ".join(f"cond.{n}, uncond.{n}" for n in net.cond_names)
                 )
-            widths = {"text": getattr(net, "text_dim", None)}
+            widths = {n: getattr(net, f"{n}_dim", None) for n in ("text", "pooled")}
             self.prompts = Prompts(args.prompts, net.cond_names, widths)
         elif args.prompts:
             raise UserError(

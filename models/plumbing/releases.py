@@ -155,7 +155,7 @@ RELEASES = (
         for name, width, scale in (
             ("Stable Diffusion 1.5", 768, 7.5),
             ("Stable Diffusion 2.1", 1024, 7.5),
-            ("SDXL", 2048, 5.0),
+            ("SDXL base 1.0", 2048, 5.0),
         )
     ),
     # facebook/DiT-XL-2-256 and -512: the paper's figures are at guidance 1.5 (DiT 2212.09748,
