@@ -44,10 +44,12 @@ class Row:
 
 
 WAN_1B, WAN_22 = "Wan2.1-T2V-1.3B-Diffusers", "Wan2.2-T2V-A14B-Diffusers"
+WAN_5B = "Wan2.2-TI2V-5B-Diffusers"
 TEXT = "--prompts prompts.safetensors --mixed_precision bf16"
 TRELLIS = "TRELLIS-image-large/ckpts"
 VIDEO, IMAGE = "81 frames of 480 x 832", "1 frame of 720 x 1280"
 AT_480P, AT_720P = "--sample_shape 16 21 60 104", "--sample_shape 16 1 90 160"
+AT_1328 = "--sample_shape 16 166 166"
 ROWS = [
     Row("Wan 2.1 T2V 1.3B", WAN_1B, VIDEO, "dmd", f"{TEXT} {AT_480P}"),
     Row("Wan 2.1 T2V 1.3B", WAN_1B, VIDEO, "phased_dmd", f"{TEXT} {AT_480P}"),
@@ -57,7 +59,13 @@ ROWS = [
     ),
     Row("Wan 2.2 T2V A14B", WAN_22, IMAGE, "phased_dmd", f"{TEXT} {AT_720P}"),
     Row("Wan 2.2 T2V A14B", WAN_22, VIDEO, "phased_dmd", f"{TEXT} {AT_480P}"),
+    Row("Wan 2.2 TI2V 5B", WAN_5B, "121 frames of 704 x 1280", "dmd", TEXT),
+    Row("CogVideoX-2B", "CogVideoX-2b", "49 frames of 480 x 720", "tdm", TEXT),
     Row("Z-Image", "Z-Image", "1024 x 1024", "decoupled_dmd", TEXT),
+    Row("Qwen-Image", "Qwen-Image", "1328 x 1328", "phased_dmd", f"{TEXT} {AT_1328}"),
+    Row("Lumina-Image 2.0", "Lumina-Image-2.0", "1024 x 1024", "decoupled_dmd", TEXT),
+    Row("SDXL base 1.0", "stable-diffusion-xl-base-1.0", "1024 x 1024", "dmd", TEXT),
+    Row("Stable Diffusion 1.5", "stable-diffusion-v1-5", "512 x 512", "dmd", TEXT),
     Row("PixArt-alpha 512", "PixArt-XL-2-512x512", "512 x 512", "tdm", TEXT),
     Row("DiT-XL/2 256", "DiT-XL-2", "256 x 256", "dmd", "--mixed_precision bf16"),
     Row("SiT-XL/2 256", "SiT-XL-2", "256 x 256", "dmd", "--mixed_precision bf16"),
