@@ -875,7 +875,7 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
         lr_warmup_steps=0, lr_decay_share=0.0, lora_rank=64, preview_samples=2,
         gradient_checkpointing=True,
     ),
-    # Shift: Table 1, which has 3 for Qwen-Image (not implemented here). Guidance: LightX2V's
+    # Shift: Table 1, which has 3 for Qwen-Image, as releases.py has. Guidance: LightX2V's
     # phased_dmd configs. Other teachers keep their own of models/plumbing/releases.py.
     "WanTransformer3DModel": dict(timestep_shift=5.0, guidance_scale=4.0),
     "Wan 2.1 T2V 1.3B": dict(guidance_scale=5.0),

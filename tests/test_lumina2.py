@@ -21,6 +21,7 @@ import decoupled_dmd
 import dmd
 from models.diffusion import Diffusion, Flow, step_grid
 from models.networks import load_network, lora, lumina2
+from models.networks.layers import modulation
 from models.networks.lumina2 import Lumina2Transformer2DModel
 from models.plumbing.teachers import load_teacher, read_sampler
 
@@ -125,6 +126,23 @@ def test_bfloat16_as_close_to_float32_as_diffusers():
         ]
         assert ours(**call).dtype == torch.float32  # float32 ODE states work
     assert errors[0] < 1.5 * errors[1] + 1e-3 and errors[0] < 0.05
+
+
+def test_what_scales_tokens_is_float32_under_autocast():
+    net, call = fill(LUMINA2.net(**TINY)), LUMINA2.inputs()
+    t = call["t"]
+    with torch.no_grad():
+        exact, before = (
+            net(**call),
+            modulation(net.layers[0].norm1.linear, net.time_caption_embed.time(t), 4),
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            low, after = (
+                net(**call),
+                modulation(net.layers[0].norm1.linear, net.time_caption_embed.time(t), 4),
+            )
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert 0 < (low - exact).norm() / exact.norm() < 0.03
 
 
 def test_a_folder_of_diffusers_loads_here(tmp_path):

@@ -23,6 +23,7 @@ import tdm
 from models.diffusion import Diffusion, Flow, guide, rescale, step_grid
 from models.files import UserError
 from models.networks import load_network, lora, qwen_image
+from models.networks.layers import modulation
 from models.networks.qwen_image import QwenImageTransformer2DModel
 from models.plumbing.teachers import dynamic_shift, load_teacher, read_sampler, read_scheduler
 
@@ -136,6 +137,23 @@ def test_bfloat16_as_close_to_float32_as_diffusers():
         ]
         assert ours(**call).dtype == torch.float32  # float32 ODE states work
     assert errors[0] < errors[1] + 1e-3 and errors[0] < 0.05
+
+
+def test_what_scales_tokens_is_float32_under_autocast():
+    net, call = fill(QWEN_IMAGE.net(**TINY)), QWEN_IMAGE.inputs()
+    t = call["t"]
+    with torch.no_grad():
+        exact, before = (
+            net(**call),
+            modulation(net.transformer_blocks[0].img_mod, net.time_text_embed(t), 6),
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            low, after = (
+                net(**call),
+                modulation(net.transformer_blocks[0].img_mod, net.time_text_embed(t), 6),
+            )
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert 0 < (low - exact).norm() / exact.norm() < 0.03
 
 
 def test_a_folder_of_diffusers_loads_here(tmp_path):
