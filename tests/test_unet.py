@@ -122,6 +122,13 @@ def test_defaults_of_the_config_are_diffusers():
     assert {k for k in own if own[k] != other[k]} == {"sample_size"}  # theirs needs none
 
 
+def test_epsilons_are_diffusers():
+    """Outputs of random networks, whose activations are large, would hardly show them."""
+    nets = pair(dict(TINY_SDXL, norm_eps=1e-4))
+    own, want = ({k: m.eps for k, m in net.named_modules() if hasattr(m, "eps")} for net in nets)
+    assert own == want and set(own.values()) == {1e-4, 1e-5, 1e-6}
+
+
 def test_diffusers_keeps_no_part_of_it_in_float32():
     assert not diffusers.UNet2DConditionModel._keep_in_fp32_modules
     assert not getattr(UNet2DConditionModel, "keep_float32", ())
