@@ -486,9 +486,10 @@ def make_bank(run, teacher, grid):
     run.wait_for_all()  # until the folder is ready
     missing = bank.missing()
     run.wait_for_all()  # all ranks have looked before one of them writes
-    turns = range(run.part, run.part + len(missing), run.parts)  # all ranks take as many
+    shares = [[part for part in missing if part % run.parts == p] for p in range(run.parts)]
+    mine, turns = shares[run.part], range(max(map(len, shares)))  # all ranks take as many
     for i in tqdm(turns, desc="bank", disable=not run.main or not missing):
-        part = missing[min(i, len(missing) - 1)]
+        part = mine[i] if i < len(mine) else missing[0]
         rows = bank.rows_of(part)
         draw = Draws(args.seed, "bank", 0, rows, run.device, teacher.shape)
         index = conditions.index(draw)
@@ -496,7 +497,7 @@ def make_bank(run, teacher, grid):
         scale = args.guidance_scale
         with run.autocast():
             states = trajectory(teacher.net, draw.noise("z"), grid, cond, uncond, scale)
-        if i < len(missing) and run.writes:
+        if i < len(mine) and run.writes:
             bank.write(part, {"index": index, **{name: x.half() for name, x in states.items()}})
     run.wait_for_all()
     return bank.open()

@@ -9,6 +9,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
 
 
+# Files that start processes or train for long: each is done by one worker, so they begin first.
+FIRST = "sharding unet sequence report dry_run linear_attention tdm_orderings resume".split()
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"test_{name}.py" for name in FIRST]
+    items.sort(key=lambda i: names.index(i.path.name) if i.path.name in names else len(names))
+
+
 def pytest_addoption(parser):
     help = "run every documented command that takes less than 90 seconds (tests/test_commands.py)"
     parser.addoption("--commands", action="store_true", help=help)

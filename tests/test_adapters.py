@@ -6,12 +6,12 @@ files, is in test_lora.py; experts of several phases are in test_phased_runs.py.
 
 import copy
 import importlib
-import types
 from unittest import mock
 
 import pytest
 import torch
 from helpers import (
+    alone,
     assert_bit_equal,
     perturbed,
     quiet,
@@ -162,7 +162,7 @@ def test_the_teacher_is_called_without_an_adapter(name, tmp_path, monkeypatch):
 
     def start(run, **state):
         real_start(run, **state)
-        spied[0].bare = teachers.bare_copy(state["student"].net).eval()
+        spied[0].bare = run.copy_of(state["student"].net).eval()
         with torch.no_grad():
             for who in ("student", "fake", "ema", "critic"):
                 for p in state[who].parameters() if who in state else ():
@@ -332,7 +332,7 @@ def test_the_merged_student_of_linvideo_is_the_adapted_one(tmp_path, monkeypatch
         got, bare = net(x, t, label=label), base(x, t, label=label)
         torch.testing.assert_close(got, ema(x, t, label=label), rtol=1e-5, atol=1e-5)
         assert (got - bare).abs().max() > 1e-2
-        assert torch.equal(bare, teachers.bare_copy(base).eval()(x, t, label=label))
+        assert torch.equal(bare, alone().copy_of(base).eval()(x, t, label=label))
     monkeypatch.undo()
     out = ["--output_dir", str(tmp_path / "samples")]
     linvideo.main(["--sample", str(tmp_path / "run"), *out])
@@ -391,14 +391,15 @@ def test_precision_of_base_and_adapters(tmp_path):
     """
     flags = [*save_tiny_wan(tmp_path), "--lora_rank", "2", "--mixed_precision", "bf16"]
     args = dmd.parse_args(flags)
-    teacher = teachers.start_teacher(args)
+    args.ema_decay, run = 0.9, alone(args)
+    teacher = teachers.start_teacher(run)
     exact = copy.deepcopy(dict(teacher.base.state_dict()))
-    student = teachers.new_student(args, teacher, torch.device("cpu"))
-    fake = teachers.trainable(args, teacher.base, "fake", torch.device("cpu"))
-    gpu = types.SimpleNamespace(type="cuda")
+    student = teachers.new_student(run, teacher)
+    fake = teachers.trainable(run, teacher.base, "fake")
+    run.device = torch.device("cuda")
     with mock.patch.object(torch.nn.Module, "to", lambda net, device: net):
-        teachers.freeze_teacher(args, teacher, gpu)
-    ema = teachers.average_of(types.SimpleNamespace(ema_decay=0.9), student)
+        teachers.freeze_teacher(run, teacher)
+    ema = teachers.average_of(run, student)
     assert_bit_equal(dict(fake.state_dict()), exact)
     rounded = {p.dtype for p in lora.base_parameters(teacher.base).values()}
     assert rounded == {torch.bfloat16, torch.float32}  # keep_float32

@@ -4,15 +4,13 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ENV, ROOT, perturbed, refusal_of, saved_tensors
 from helpers import dit_inputs as inputs
+from helpers import perturbed, refusal_of, saved_tensors
 from helpers import small_dit as small
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -255,22 +253,6 @@ def test_resume_is_bit_equal(tmp_path, data, optimizer, network, monkeypatch):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     lines = (tmp_path / "broken" / "log.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["step", "1", "2", "3", "4", "5", "6"]
-
-
-def test_two_ranks_are_one_process_with_twice_the_batch(tmp_path, data):
-    ranks = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    for name, launch, batch in (("one", [], "8"), ("two", ranks, "4")):
-        flags = [*TINY, "--data", data, "--optimizer", "adamw", "--train_batch_size", batch]
-        script = [str(ROOT / "latent_fm.py"), *flags, "--output_dir", str(tmp_path / name)]
-        done = subprocess.run(
-            [sys.executable, *launch, *script], capture_output=True, text=True, env=ENV, timeout=200
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (
-        np.genfromtxt(tmp_path / n / "log.csv", delimiter=",", names=True) for n in ("one", "two")
-    )
-    np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-4)
-    np.testing.assert_allclose(one["norm_net"], two["norm_net"], rtol=1e-3)
 
 
 def test_a_saved_teacher_is_sampled_and_distilled(tmp_path, data, capsys):

@@ -437,7 +437,7 @@ def test_the_papers_optimiser():
 def test_max_grad_norm_0_is_off(tmp_path, limit, length):
     args = SimpleNamespace(
         max_grad_norm=limit, output_dir=str(tmp_path), train_batch_size=1,
-        gradient_accumulation_steps=1, mixed_precision="no",
+        gradient_accumulation_steps=1, mixed_precision="no", sequence_ranks=1,
     )  # fmt: skip
     run, p = Run(args, "x"), torch.zeros(4, requires_grad=True)
     p.grad = torch.full((4,), 10.0)

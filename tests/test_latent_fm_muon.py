@@ -123,7 +123,10 @@ def test_bfloat16_that_is_only_imitated_is_named(tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     args = SimpleNamespace(
-        output_dir=str(tmp_path / "run"), train_batch_size=1, gradient_accumulation_steps=1
+        output_dir=str(tmp_path / "run"),
+        train_batch_size=1,
+        gradient_accumulation_steps=1,
+        sequence_ranks=1,
     )
     for precision in ("bf16", "no"):
         args.mixed_precision, args.resume_from_checkpoint = precision, None

@@ -16,7 +16,6 @@ from helpers import Diary as DmdDiary
 from helpers import (
     alone,
     assert_bit_equal,
-    assert_two_ranks_are_one_process,
     perturbed,
     quiet,
     read_log,
@@ -1322,35 +1321,6 @@ def test_dmd_goes_on_from_a_student(monkeypatch, tmp_path, capsys):
 
 
 # ---- ranks ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("more", ["", POLICY], ids=["part", "policy"])
-def test_two_ranks_are_one_process_with_twice_the_batch(monkeypatch, tmp_path, more):
-    """Each makes its share of the bank, and of the student's own trajectories.
-
-    Gradients and log are those of one process with all.
-    """
-    flags = [*FEW, *wan_flags(tmp_path / "wan"), "--guidance_scale", "2", "--target_layers", "1"]
-    flags += more.split()
-    with monkeypatch.context() as m:
-        quiet(m)
-        assert_two_ranks_are_one_process(m, tmp_path, linvideo, flags, least=1e-4)
-    one, two = tmp_path / "one", tmp_path / "two"
-    other = read_bank(two / "bank")
-    for k, v in read_bank(one / "bank").items():
-        torch.testing.assert_close(v, other[k], rtol=2e-3, atol=2e-3)
-    for a, b in zip(read_log(one), read_log(two), strict=True):
-        for name in ("loss", "g", "norm_student", "r_0", "r_1"):
-            near = pytest.approx(float(b[name]), rel=2e-3, abs=1e-5)
-            assert float(a[name]) == near, (a["step"], name)
-    assert (two / "samples.png").is_file() and (two / "r.png").is_file()
-    configs = [load_json(str(folder / "student" / "config.json")) for folder in (one, two)]
-    assert configs[0] == configs[1] and configs[0]["linear_layers"]
-    found = [load_json(str(folder / "selection.json")) for folder in (one, two)]
-    for name in ("velocity_error_before", "velocity_error_after"):  # which the ranks share
-        assert found[0][name] == pytest.approx(found[1][name], rel=2e-3)
-    own = [sorted(p.name for p in folder.glob("own/*")) for folder in (one, two)]
-    assert own[0] == own[1] and len(own[0]) == (9 if more else 0)
 
 
 def test_ranks_share_the_bank_whatever_is_there(tmp_path):

@@ -22,6 +22,7 @@ OURS = {  # files whose functions are named: not the tests, nor an environment i
 ON_THE_HOST = {
     "agreed",  # what all ranks agree on, drawn on the CPU
     "draw_segments",  # tdm: the step of every row, drawn on the CPU
+    "largest_over_ranks",  # of these steps; over several ranks all have to know it
     "rows",  # linvideo: rows of the bank, read from a file
 }
 ONCE = {"end_selection", "velocity_error", "layers_now"}  # linvideo: when the selection ends

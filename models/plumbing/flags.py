@@ -14,7 +14,7 @@ from models.files import UserError
 from models.plumbing import releases
 from models.plumbing.dry_run import H100
 from models.plumbing.teachers import is_small
-from models.worlds import refuse_ambiguous
+from models.worlds import WORLDS, refuse_ambiguous
 
 
 class Parser(argparse.ArgumentParser):
@@ -241,7 +241,7 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
     known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
     presets = presets(known) if callable(presets) else presets
     start, taken = known.sample or known.teacher, {}
-    if start in presets:
+    if start in presets and (start in WORLDS or known.sample):  # no folder of a release's name
         p.set_defaults(**presets[start])
     elif not is_small(start):
         taken, rates = release_defaults(p, start, presets), adapter_rates(known)
