@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -13,11 +14,16 @@ torch.set_num_threads(1)
 FIRST = "sharding unet sequence report dry_run linear_attention tdm_orderings resume".split()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     names = [f"test_{name}.py" for name in FIRST]
     items.sort(key=lambda i: names.index(i.path.name) if i.path.name in names else len(names))
+    for item in items:
+        if item.get_closest_marker("long") and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="long: give --long"))
 
 
 def pytest_addoption(parser):
     help = "run every documented command that takes less than 90 seconds (tests/test_commands.py)"
     parser.addoption("--commands", action="store_true", help=help)
+    help = "also tests of several ranks and of claims that together take five minutes more"
+    parser.addoption("--long", action="store_true", help=help)

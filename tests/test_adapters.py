@@ -288,6 +288,7 @@ def test_a_student_begins_as_the_adapter_of_a_run(rank, tmp_path, monkeypatch, c
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.long
 def test_a_fake_begins_as_the_adapter_of_a_run(tmp_path, monkeypatch, capsys):
     """--fake_init of dmd.py with --fake_lora_rank: the run's fake, of the same rank and alpha."""
     flags = ["--gan_weight", "0", "--student_steps", "1"]

@@ -299,6 +299,7 @@ def test_adapters_of_a_run(tmp_path, script):
     torch.testing.assert_close(again, own, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_two_ranks_are_one_process_with_twice_the_batch(monkeypatch, tmp_path):
     """Sharded, and each block gathered when it is called."""
     flags = teacher_at(tmp_path / "teacher")

@@ -400,6 +400,7 @@ def test_samples_without_patches_are_not_rescaled(tmp_path, capsys):
     dmd.main([*flags, "--guidance_rescale", "none"])
 
 
+@pytest.mark.long
 def test_two_ranks_are_one_process_with_twice_the_batch(monkeypatch, tmp_path):
     """Sharded, and each block gathered when it is called."""
     flags = teacher_at(tmp_path / "teacher")

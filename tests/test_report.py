@@ -52,7 +52,9 @@ def flags_for(script, tmp_path):
 # ---- all ranks -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", [dmd, phased_dmd], ids=lambda s: s.__name__)
+@pytest.mark.parametrize(
+    "script", [dmd, pytest.param(phased_dmd, marks=pytest.mark.long)], ids=lambda s: s.__name__
+)
 def test_ranks_share_out_the_samples(tmp_path, script):
     """Five samples on two ranks, after training and by --sample: those of one rank."""
     flags = flags_for(script, tmp_path)
@@ -69,6 +71,7 @@ def test_ranks_share_out_the_samples(tmp_path, script):
     torch.testing.assert_close(one, made, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_ranks_share_out_the_measures(tmp_path):
     """report.json of two ranks, for a world: 2,000 samples a row, half of them on each."""
     flags = "--teacher ring --max_train_steps 1 --teacher_steps 4 --fake_update_ratio 1".split()

@@ -163,7 +163,8 @@ def difference(a, b):
     return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
 
 
-RUNS = [(2, name) for name in CASES] + [(n, name) for n in (3, 4) for name in ON_MORE[n]]
+RUNS = [(2, name) for name in CASES]
+RUNS += [pytest.param(n, name, marks=pytest.mark.long) for n in (3, 4) for name in ON_MORE[n]]
 
 
 @pytest.mark.parametrize("ranks, name", RUNS)
@@ -182,6 +183,7 @@ def test_ranks_are_one_process(work, on_ranks, ranks, name):
 
 
 @pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.long
 def test_a_state_of_two_ranks_goes_on_on_more(on_ranks, ranks):
     whole, again = weights(on_ranks(2) / "dmd"), weights(on_ranks(ranks) / "resumed dmd")
     assert difference(whole, again) < 1e-6

@@ -15,6 +15,8 @@ from models.worlds import load_world
 from models.worlds.measures import balanced_labels
 from tests.orderings import METHODS, hit, run, sampled
 
+pytestmark = pytest.mark.long  # they train for a minute and a half
+
 
 @pytest.fixture(scope="module")
 def of(tmp_path_factory):

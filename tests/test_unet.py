@@ -475,7 +475,8 @@ def test_roots_have_unet_in_place_of_transformer(tmp_path, capsys, monkeypatch):
     assert "20 wide" in line and "the teacher takes 10" in line
 
 
-@pytest.mark.parametrize("adapters", [True])
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.long
 def test_two_ranks_are_one_process(adapters, tmp_path, monkeypatch):
     """Shared out over two gloo ranks: the gradients of one process, of the GAN's features too."""
     quiet(monkeypatch)
