@@ -962,7 +962,14 @@ def test_a_longer_run_keeps_its_bank(monkeypatch, tmp_path):
     at = FEW.index("--bank_size")
     flags = [*FEW[:at], *FEW[at + 2 :], "--output_dir", str(tmp_path / "run")]
     flags += ["--teacher", save_dit(tmp_path / "teacher"), "--objective", "mse"]
-    monkeypatch.setitem(linvideo.PRESETS, str(tmp_path / "teacher"), dict(bank_size=None))
+    real = linvideo.parse_args
+
+    def parse_args(argv):
+        args = real(argv)
+        args.bank_size = None  # as released teachers have it
+        return args
+
+    monkeypatch.setattr(linvideo, "parse_args", parse_args)
     linvideo.main(flags)
     files = sorted((tmp_path / "run" / "bank").glob("*.safetensors"))
     assert load_json(str(tmp_path / "run" / "bank" / "bank.json"))["trajectories"] == 5
