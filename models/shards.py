@@ -33,7 +33,7 @@ def rows_in(x, of):
     """
     own = own_rows(x)
     if not own.dim():
-        return of[...] if not torch.is_tensor(of) else of
+        return of  # a number, which is a tensor already
     if not isinstance(x, DTensor):
         return of[:]
     first = first_row(x)
@@ -125,9 +125,7 @@ def catch_up(new, net):
 def allocate(net, device):
     """Memory on the device for what is on the meta device, not initialised; the rest moves there.
     -> net"""
-    return net._apply(
-        lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device), recurse=True
-    )
+    return net._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
 
 
 @torch.no_grad()
