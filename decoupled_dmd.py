@@ -480,7 +480,7 @@ def cost(args):
 
     A GAN logit is half a call of the fake. The averages are over the student's steps.
     """
-    rank, rank_fake = getattr(args, "lora_rank", 0), getattr(args, "fake_lora_rank", 0)
+    rank, rank_fake = args.lora_rank, args.fake_lora_rank
     networks = [
         Network("teacher", "teacher"),
         Network("student", "trained", rank, saved=True),

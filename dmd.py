@@ -352,14 +352,15 @@ def starting_fake(run, teacher, see_step):
         raise UserError(f"--fake_init {path} is a student, no score: give its run, with its state/")
     own = named_tensors(fake, "fake")
     if state:
-        saved = SavedState(state, load_json(os.path.join(state, "state.json"))["world_size"])
+        info = load_json(os.path.join(state, "state.json"))
+        saved, alpha = SavedState(state, info.get("world_size", 1)), info["flags"].get("lora_alpha")
         shapes = {f"fake.{k}": saved.shape(f"fake.{k}") for k in saved.names("fake")}
     else:
-        net = load_network(network_folder(path), place=run.place)[0]
+        net, alpha = load_network(network_folder(path), place=run.place)[0], None
         shapes = {k: tuple(v.shape) for k, v in named_tensors(net, "fake").items()}
     missing = {k for k in own if k not in shapes and not k.startswith("fake.steps.")}
     other = missing or any(k not in own or own[k].shape != v for k, v in shapes.items())
-    if rank and (other or alpha_of(state) != args.lora_alpha):
+    if rank and (other or alpha != args.lora_alpha):
         raise UserError(
             f"--fake_init {path}: it has no adapter of rank {rank} and alpha {args.lora_alpha:g} "
             "for the fake: give the run's --fake_lora_rank and --lora_alpha, or leave --fake_init "
@@ -377,11 +378,6 @@ def starting_fake(run, teacher, see_step):
     else:
         copy_weights(fake, net)
     return fake
-
-
-def alpha_of(state):
-    """The --lora_alpha of a run's state folder."""
-    return load_json(os.path.join(state, "state.json"))["flags"].get("lora_alpha")
 
 
 # ---- DMD v1's regression -------------------------------------------------------------------------
@@ -462,7 +458,7 @@ def cost(args):
 
     A GAN logit is half a call of the fake. The averages are over the student's steps.
     """
-    rank, rank_fake = getattr(args, "lora_rank", 0), getattr(args, "fake_lora_rank", 0)
+    rank, rank_fake = args.lora_rank, args.fake_lora_rank
     networks = [
         Network("teacher", "teacher"),
         Network("student", "trained", rank, saved=True),

@@ -1014,7 +1014,7 @@ def cost(args):
     def mixed(net):
         mix_attention(net, args.feature_map, args.r_init)
 
-    rank = getattr(args, "lora_rank", 0)
+    rank = args.lora_rank
     networks = [
         Network("teacher", "teacher"),
         Network("student", "trained", rank, saved=True, change=mixed),
@@ -1024,7 +1024,7 @@ def cost(args):
     guided, objective = 1 if args.guidance_scale == 1 else 2, args.objective
     calls, turns = {}, []
     if objective in ("adm_critic", "dmd"):
-        networks.append(Network("critic", "trained", getattr(args, "fake_lora_rank", 0)))
+        networks.append(Network("critic", "trained", args.fake_lora_rank))
         make = {"student": 1 if objective == "dmd" else args.critic_steps * guided}
         turns.append(Turn("critic", args.fake_update_ratio, make, {"critic": 1}))
     if (objective, args.state) == ("adm", "policy"):  # its trajectories, shared out over ranks
@@ -1040,7 +1040,7 @@ def cost(args):
 def bank_on_disk(args, shape, ranks):
     """Bytes of the teacher's trajectories and of the student's own.  -> {what: bytes}"""
     folder = args.bank or os.path.join(args.output_dir, "bank")
-    size = bank_size(SimpleNamespace(args=args, world_size=ranks), folder)
+    size = bank_size(SimpleNamespace(args=args, parts=ranks // args.sequence_ranks), folder)
     each = bytes_of_trajectory(args, SimpleNamespace(shape=shape))
     own = {}
     if (args.objective, args.state) == ("adm", "policy"):

@@ -353,7 +353,9 @@ def distillation(args, student, teacher, z1, z2, t, cond, uncond):
 
 def train(args):
     run = Run(args, "mdt_dist")
-    teacher = start_teacher(run)
+    # An adapter's base stays in float32: the derivative is a difference of its outputs.
+    in_bf16 = not args.lora_rank
+    teacher = start_teacher(run, in_bf16=in_bf16)
     refuse(wrong_flags(args, teacher))
     data, data_cond = load_paired_data(args, teacher, is_sparse(teacher.base))
     if "label" in teacher.base.cond_names:
@@ -361,8 +363,7 @@ def train(args):
     else:
         teacher.conditions = DataConditions(data, data_cond, args.data, teacher.base)
     student = new_student(run, teacher)
-    # An adapter's base stays in float32: the derivative is a difference of its outputs.
-    freeze_teacher(run, teacher, in_bf16=not args.lora_rank)
+    freeze_teacher(run, teacher, in_bf16=in_bf16)
     run.spread_tokens(teacher.net, student)
     try_network(teacher.base, teacher, run.device)
     ema = average_of(run, student)
@@ -607,7 +608,7 @@ def cost(args):
 
     Velocity matching (or a baseline) and velocity distillation are a backward pass each.
     """
-    rank = getattr(args, "lora_rank", 0)
+    rank = args.lora_rank
     networks = [Network("teacher", "teacher"), Network("student", "trained", rank, saved=True)]
     if args.ema_decay:
         networks.append(Network("ema", "average", rank))

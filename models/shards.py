@@ -62,7 +62,12 @@ def gathered_parts(net):
     or the elements of its lists."""
     lists = [child for child in net.children() if isinstance(child, nn.ModuleList)]
     parts = getattr(net, "gathered", None) or [block for blocks in lists for block in blocks]
-    return [part for part in parts if any(True for _ in part.parameters())]
+    return [part for part in parts if has_parameters(part)]
+
+
+def has_parameters(module):
+    """Whether there is anything to share out."""
+    return any(True for _ in module.parameters())
 
 
 def on_some_rank(net, *each):

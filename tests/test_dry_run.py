@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 import dmd
+import linvideo
 import mdt_dist
 from models.networks import NETWORKS
 from models.networks.dit import DiT
@@ -282,6 +283,39 @@ def test_dry_run_needs_no_weights_and_writes_nothing(tmp_path, capsys, monkeypat
     assert "8 rank(s), networks in 8 part(s), cuda, batch 1, samples of 16 x 21 x 60 x 104" in out
     assert "fits 80 GB" in out and "989 TFLOP/s" in out and "recomputed" in out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_bank_without_a_size_is_planned_for_the_ranks_that_fill_it(tmp_path, capsys):
+    """As released teachers have it: by the samples of an update, of groups that share tokens."""
+    flags = save_tiny_wan(tmp_path)
+    at = flags.index("--student_steps")  # which linvideo.py does not have
+    flags = [*flags[:at], *flags[at + 2 :], "--target_layers", "1", "--dry_run"]
+    linvideo.main([*flags, "8"])
+    assert "the teacher's trajectories" in capsys.readouterr().out
+    shape, sizes = (4, 1, 4, 4), []
+    for sequence_ranks in ("1", "4"):
+        own = ["8", "--sequence_ranks", sequence_ranks, "--max_train_steps", "100"]
+        args = linvideo.parse_args([*flags, *own])
+        sizes += linvideo.bank_on_disk(args, shape, 8).values()
+    assert args.bank_size is None and sizes[0] == 4 * sizes[1] > 0
+
+
+def test_the_base_of_mdt_dist_s_adapters_stays_float32(tmp_path, monkeypatch):
+    """Also as it is read: its derivative is a difference of outputs."""
+    asked = []
+
+    class Enough(Exception):
+        """The teacher has been asked for."""
+
+    def start(run, in_bf16=True):
+        asked.append(in_bf16)
+        raise Enough
+
+    monkeypatch.setattr(mdt_dist, "start_teacher", start)
+    for rank in ("0", "2"):
+        with pytest.raises(Enough):
+            mdt_dist.main(["--lora_rank", rank, "--output_dir", str(tmp_path / "run")])
+    assert asked == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from models.files import UserError
-from models.shards import allocate, blank_copy, copy_weights, gathered_parts, own_rows
+from models.shards import (
+    allocate,
+    blank_copy,
+    copy_weights,
+    gathered_parts,
+    has_parameters,
+    own_rows,
+)
 
 
 def make_mesh(device, shard_ranks=None):
@@ -58,11 +65,6 @@ def blocks_of(net):
                 common.append(module)
         seen |= set(block.modules())
     return common + blocks
-
-
-def has_parameters(module):
-    """Whether there is anything to share out."""
-    return any(True for _ in module.parameters())
 
 
 def shard(net, mesh):
