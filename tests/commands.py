@@ -3,15 +3,21 @@
     python -m tests.commands                  # lists them, with what docs/commands.md knows
     python -m tests.commands --measure ring   # runs those with "ring" in them that can run here,
                                               # one after the other, and writes their times down
+    python -m tests.commands --begin          # runs the beginning of each that trains for minutes
+                                              # and writes down what the whole of it would take
 
 `tests/test_commands.py` runs those of a few seconds, and with `--commands` all below 90; what needs
 weights or files of one's own can only be parsed, which it does for each.
 """
 
 import argparse
+import csv
+import importlib
 import os
 import re
 import shlex
+import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -66,13 +72,13 @@ def long(command):
     return f"python {script[1]}.py"
 
 
-def times():
-    """docs/commands.md -> {command: seconds}."""
+def times(unit=""):
+    """docs/commands.md -> {command: seconds}; with unit=" min" those of `begin` in minutes."""
     if not os.path.isfile(TABLE):
         return {}
     with open(TABLE) as f:
-        rows = re.findall(r"^\| `([^`]+)` \| ([\d.]+) \|", f.read(), re.M)
-    return {command: float(seconds) for command, seconds in rows}
+        rows = re.findall(rf"^\| `([^`]+)` \| ([\d.]+){unit} \|", f.read(), re.M)
+    return {command: float(number) for command, number in rows}
 
 
 def execute(command, folder, threads=None, limit=None):
@@ -87,19 +93,60 @@ def execute(command, folder, threads=None, limit=None):
     return time.perf_counter() - began, done
 
 
-def write(known):
-    """docs/commands.md with these times, {command: seconds}."""
-    found = commands()
+def begin(command, folder, updates=12, limit=400):
+    """Run a training as written, but into runs/begun, until it has made some updates; end it.
+
+    -> minutes of its whole training: the median update's seconds times --max_train_steps. Raises
+    RuntimeError for a command that fails or does not get so far in `limit` seconds.
+    """
+    words = [*shlex.split(command), "--output_dir", "runs/begun"]
+    script = importlib.import_module(words[1].removesuffix(".py"))
+    args = script.parse_args(words[2:])
+    log = os.path.join(folder, args.output_dir, "log.csv")
+    shutil.rmtree(os.path.dirname(log), ignore_errors=True)
+    output, deadline = os.path.join(folder, "begin.txt"), time.monotonic() + limit
+    with open(output, "w") as f:
+        run = subprocess.Popen([sys.executable, *words[1:]], cwd=folder, stdout=f, stderr=f)
+        while run.poll() is None and len(rows_of(log)) < updates:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
+    ended = run.poll()
+    run.kill()
+    run.wait()
+    seconds = [float(row["seconds"]) for row in rows_of(log)]
+    if ended or len(seconds) < updates:
+        with open(output) as f:
+            raise RuntimeError(f"{command}: {len(seconds)} updates, {f.read()[-300:]}")
+    return statistics.median(seconds) * args.max_train_steps / 60
+
+
+def rows_of(log):
+    """The rows of a log.csv that may not be there yet, or not to its last line."""
+    if not os.path.isfile(log):
+        return []
+    with open(log) as f:
+        return [row for row in csv.DictReader(f) if row.get("seconds")]
+
+
+def write(known, begun=None):
+    """docs/commands.md with these times: {command: seconds}, and of `begin` {command: minutes}."""
+    found, begun = commands(), times(" min") if begun is None else begun
 
     def pages(command):
         return ", ".join(os.path.basename(p) for p in dict.fromkeys(found[command]))
 
     measured = sorted((seconds, command) for command, seconds in known.items() if command in found)
     others = [c for c in found if not own(c) and c not in known and long(c)]
+    parts = sorted((begun[c], c) for c in others if c in begun)
+    others = [c for c in others if c not in begun]
     with open(TABLE, "w") as f:
         print(HEAD, file=f)
         for seconds, command in measured:
             print(f"| `{command}` | {seconds:.0f} | {pages(command)} |", file=f)
+        print(BEGUN, file=f)
+        for minutes, command in parts:
+            print(f"| `{command}` | {minutes:.1f} min | {pages(command)} |", file=f)
         print(OTHERS, file=f)
         for command in sorted(others, key=lambda c: (long(c), c)):
             print(f"| `{command}` | `{long(command)}` | {pages(command)} |", file=f)
@@ -113,22 +160,49 @@ one. `python -m pytest tests/test_commands.py --commands` runs those below 90.
 
 | command | seconds | pages |
 |---|---|---|"""
+BEGUN = """
+Begun as written and ended after twelve updates (`OMP_NUM_THREADS=1 python -m tests.commands
+--begin`): the median update's time, on one thread, times the number of updates. Banks, teachers'
+rows and the measuring at the end come on top, one to three minutes.
+
+| command | training | pages |
+|---|---|---|"""
 OTHERS = """
-Not run to their end as written; they train as many steps as the default run beside them, at one to
-three times its cost a step. Their flags are parsed by a test.
+Not run as written, only parsed: they take as long as the command beside them, or minutes.
 
 | command | compare | pages |
 |---|---|---|"""
+
+
+def begin_all(part, folder):
+    """Begin every long command with `part` in it that has no time yet, and write the times down."""
+    known, begun = times(), times(" min")
+    for command in commands():
+        trains = (long(command) or "").startswith("python")
+        if part in command and trains and not own(command) and command not in {**known, **begun}:
+            try:
+                begun[command] = begin(command, folder)
+            except RuntimeError as error:
+                print(error, flush=True)
+                continue
+            print(f"{begun[command]:6.1f} min  {command}", flush=True)
+            write(known, begun)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", nargs="?", const="", help="run those that have this in them")
     parser.add_argument("--long", action="store_true", help="those that take minutes, too")
+    parser.add_argument(
+        "--begin", nargs="?", const="", help="begin the long ones with this in them"
+    )
     parser.add_argument("--folder", default=ROOT, help="where to run them: a copy of the project")
     parser.add_argument("--limit", type=float, help="stop a command after so many seconds")
     args = parser.parse_args()
     known = times()
+    if args.begin is not None:
+        begin_all(args.begin, args.folder)
+        return
     for command, pages in commands().items():
         if own(command):
             print(f"   own  {command}")
