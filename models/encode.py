@@ -41,13 +41,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from models import pairs as pairing
-from models.decode import load, require
 from models.files import DTYPES, UserError, load_json, save_tensors
+from models.libraries import load, require
 from models.networks import trellis_path
 from models.networks.trellis import CLIP_WIDTH
 from models.plumbing.flags import Parser, number
 from models.plumbing.run import run_main
 from models.prompts import PromptWriter, is_complete, open_prompts, refuse_other
+from models.vaes import find_autoencoder, load_autoencoder
 
 
 class Encoder(NamedTuple):
@@ -562,9 +563,10 @@ def encode_pairs(args):
     if args.resolution is None:
         raise UserError("--images with captions: give --resolution H W, or one number for squares")
     size, frames = (args.resolution * 2)[:2], args.frames or 1
-    pairs = pairing.find_pairs(args.images, args.captions)
-    with blamed_on(args.vae or args.teacher):
-        to_latent = pairing.load_encoder(args.vae or args.teacher, size, frames)
+    pairs = pairing.find_pairs(args.images, args.captions, frames)
+    flag = "vae" if args.vae else "teacher"
+    space = load_autoencoder(args.vae or args.teacher, flag)
+    pairing.check_shape(space, size, frames, args.teacher)
     length = max_length
     if encode is encode_z_image:  # the one whose rows are as long as their prompts
         tokenizer = load("transformers", "AutoTokenizer", args.teacher, "tokenizer")
@@ -573,9 +575,36 @@ def encode_pairs(args):
 
     def text_rows(captions):
         with blamed_on(args.teacher):
-            yield from ROWS[encode](args.teacher, [*captions, negative], max_length)
+            for row in ROWS[encode](args.teacher, [*captions, negative], max_length):
+                padded = {k: v.new_zeros(length, *v.shape[1:]) for k, v in row.items()}
+                for k, v in row.items():
+                    padded[k][: len(v)] = v
+                yield padded
 
-    return pairing.write_pairs(args.output, pairs, size, frames, to_latent, text_rows, length)
+    fingerprint = fingerprint_of_pairs(args, pairs, [size, frames, negative, max_length])
+    if is_complete(args.output, fingerprint):
+        print(
+            f"{args.output} is there already, of the same images and settings: remove it to "
+            "encode them again"
+        )
+        return stored_shapes(args.output)
+    refuse_other(args.output, fingerprint)
+    with pairing.RowWriter(args.output, {"fingerprint": fingerprint}) as file:
+        pairing.write_pairs(file, pairs, space, size, frames, text_rows)
+    return stored_shapes(args.output)
+
+
+def fingerprint_of_pairs(args, pairs, settings):
+    """A hash of images, captions and settings, equal where a file may be gone on with."""
+    folders = [find_autoencoder(args.vae or args.teacher)[0]]
+    for kind in ("tokenizer", "text_encoder"):  # SDXL has two of each
+        folders += sorted(Path(args.teacher).glob(f"{kind}*"))
+    stats = [os.stat(path) for path, _ in pairs]
+    files = [
+        [os.path.relpath(path, args.images), caption, stat.st_size, stat.st_mtime_ns]
+        for (path, caption), stat in zip(pairs, stats)
+    ]
+    return fingerprint_of(files, settings, folders)
 
 
 # What is read, and which of the optional flags have an effect then.
