@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import ENV, PIXART_SCHEDULER, ROOT, fill, refusal_of, relative, word_tokenizer
+from helpers import ENV, ROOT, fill, refusal_of, relative
 from PIL import Image
+from pipelines import CONFIGS, save_pipeline
 from released import MODELS, PIXART, WAN, Z_IMAGE
 from safetensors.torch import load_file, save_file
 
@@ -27,114 +28,17 @@ from models.prompts import open_prompts, prompt_shapes
 each = pytest.mark.parametrize(
     "model", [pytest.param(model, id=name) for name, model in MODELS.items()]
 )
-CONFIGS = {
-    WAN: dict(WAN.tiny, num_layers=2, text_dim=16, in_channels=16, out_channels=16),
-    Z_IMAGE: Z_IMAGE.tiny,
-    PIXART: PIXART.tiny,
-}
-
-# Like Qwen3's: whose turn it is, and an empty thought where thinking is off.
-CHAT = (
-    "{% for m in messages %}<start> {{ m.role }} {{ m.content }} <end> {% endfor %}"
-    "{% if add_generation_prompt %}<start> assistant "
-    "{% if not enable_thinking %}<think> {% endif %}{% endif %}"
-)
-
-
-def image_vae(**config):
-    return fill(
-        pytest.importorskip("diffusers").AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            **config,
-        )
-    )
-
-
-def wan_parts(diffusers, transformers, transformer):
-    tokenizer = word_tokenizer(["<pad>", "</s>", "<unk>"], end="</s>", eos_token="</s>")
-    encoder = transformers.UMT5EncoderModel(
-        transformers.UMT5Config(
-            vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4
-        )
-    )
-    vae = diffusers.AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    return diffusers.WanPipeline(
-        tokenizer,
-        encoder.eval(),
-        vae.eval(),
-        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer,
-    )
-
-
-def z_image_parts(diffusers, transformers, transformer):
-    tokenizer = word_tokenizer(
-        ["<pad>", "<unk>", "<start>", "<end>", "<think>", "user", "assistant"], eos_token="<end>"
-    )
-    tokenizer.chat_template = CHAT
-    encoder = transformers.Qwen3Model(
-        transformers.Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=10,
-            intermediate_size=24,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=6,
-        )
-    )
-    vae = image_vae(
-        scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
-    )
-    return diffusers.ZImagePipeline(
-        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae,
-        encoder.eval(),
-        tokenizer,
-        transformer,
-    )
-
-
-def pixart_parts(diffusers, transformers, transformer):
-    tokenizer = word_tokenizer(["<pad>", "</s>", "<unk>"], end="</s>", eos_token="</s>")
-    encoder = transformers.T5EncoderModel(
-        transformers.T5Config(
-            vocab_size=len(tokenizer),
-            d_model=10,
-            d_kv=4,
-            d_ff=24,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-        )
-    )
-    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(PIXART_SCHEDULER)
-    return diffusers.PixArtAlphaPipeline(
-        tokenizer, encoder.eval(), image_vae(scaling_factor=0.18215), transformer, scheduler
-    )
+NAMES = {model: name for name, model in MODELS.items()}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """-> function of a model: a pipeline of tiny random networks and a word-level tokenizer, and
-    the folder where it is saved."""
-    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    """-> function of a model: a pipeline of tiny random networks, and the folder where it is."""
 
     @functools.cache
     def make(model):
-        torch.manual_seed(0)
-        transformer = fill(model.theirs(**CONFIGS[model]))
-        pipe = {WAN: wan_parts, Z_IMAGE: z_image_parts, PIXART: pixart_parts}[model](
-            diffusers, transformers, transformer
-        )
-        pipe.set_progress_bar_config(disable=True)
         folder = tmp_path_factory.mktemp(model.name) / "pipeline"
-        pipe.save_pretrained(folder)
-        return pipe, folder
+        return save_pipeline(NAMES[model], folder), folder
 
     return make
 
