@@ -22,7 +22,7 @@ from models.libraries import device
 from models.plumbing.data import files_below, is_image, read_frames, to_unit
 from models.prompts import PARTIAL, header_bytes, read_header
 from models.vaes import latent_shape
-from models.videos import is_video, read_video
+from models.videos import is_video, read_video, video_library
 
 # ---- images, videos and their captions -----------------------------------------------------------
 
@@ -42,6 +42,8 @@ def find_pairs(folder, captions=None, frames=1):
     what = "images" if frames == 1 else "images or videos"
     if not paths:
         raise UserError(f"--images {folder} holds no {what}")
+    if films := [path for path in paths if is_video(path)]:
+        video_library(f"--images {folder}: {os.path.relpath(films[0], folder)}")
     keys = [caption_key(folder, path, captions) for path in paths]
     where = f"--captions {captions}" if captions else "a .txt of the same name beside it"
     bare = [path for key, path in zip(keys, paths) if not known.get(key)]
@@ -52,11 +54,8 @@ def find_pairs(folder, captions=None, frames=1):
             "image out"
         )
     if lost := sorted(known.keys() - set(keys)):
-        print(
-            f"{len(lost)} captions in {captions or folder} are of no image in {folder}, such as "
-            f"that of {lost[0]}: left out",
-            file=sys.stderr,
-        )
+        without = f"{len(lost)} without an image in {folder}, such as that of {lost[0]}"
+        print(f"{captions or folder}: captions are left out, {without}", file=sys.stderr)
     return [(path, known[key]) for key, path in zip(keys, paths)]
 
 
@@ -280,10 +279,8 @@ def write_latents(file, pairs, size, frames, space, shape):
     for path, _ in tqdm(pairs[done:], desc="latents", total=len(pairs), initial=done):
         try:
             x, six = read_pixels(path, size, frames)
-        except UserError:  # no library for videos
-            raise
         except Exception as e:  # Pillow and the others raise errors of many kinds
-            why = one_line(f"{type(e).__name__}: {e}")
+            why = one_line(f"{type(e).__name__}: {e}")[:200]  # ffmpeg says much
             print(f"skipped {path}: {why}", file=sys.stderr)
             file.note(SKIPPED)
             continue

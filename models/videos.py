@@ -15,7 +15,7 @@ from PIL import Image
 from models.files import UserError
 
 ENDINGS = (".mp4", ".m4v", ".webm", ".mov", ".mkv", ".avi")
-LIBRARIES = ("imageio_ffmpeg", "av", "cv2")  # by which one knows what is installed
+LIBRARIES = {"imageio": ("imageio_ffmpeg", "imageio"), "av": ("av",), "cv2": ("cv2",)}
 FINE = "18"  # quality of H.264: hardly to be told from the original
 
 
@@ -30,12 +30,11 @@ def video_library(what):
 
     what: the flag and the file that need it, for the message.
     """
-    for name in LIBRARIES:
+    for name, modules in LIBRARIES.items():
         try:
-            module = importlib.import_module(name)
+            return name, [importlib.import_module(module) for module in modules][-1]
         except ImportError:
             continue
-        return name, importlib.import_module("imageio") if name == "imageio_ffmpeg" else module
     raise UserError(
         f"{what} needs imageio with ffmpeg, PyAV or OpenCV, and none is installed: "
         "pip install imageio[ffmpeg]"
@@ -48,7 +47,7 @@ def read_video(path, frames):
     Raises what the library raises for a broken file, and ValueError where it finds no video.
     """
     name, library = video_library(path)
-    reader = {"imageio_ffmpeg": read_by_imageio, "av": read_by_av, "cv2": read_by_opencv}[name]
+    reader = {"imageio": read_by_imageio, "av": read_by_av, "cv2": read_by_opencv}[name]
     return [Image.fromarray(a) for a in itertools.islice(reader(library, path), frames)]
 
 
@@ -86,7 +85,7 @@ def write_mp4(path, pixels, fps):
     name, library = video_library(path)
     H, W = (side - side % 2 for side in pixels.shape[1:3])
     pixels = np.ascontiguousarray(pixels[:, :H, :W])
-    if name == "imageio_ffmpeg":
+    if name == "imageio":
         how = dict(codec="libx264", macro_block_size=2, output_params=["-crf", FINE])
         with library.get_writer(path, format="FFMPEG", fps=fps, quality=None, **how) as writer:
             for frame in pixels:

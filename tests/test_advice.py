@@ -562,9 +562,20 @@ class Places:
         save_space(root)
         return root
 
-    def X0(self, root):
-        save_file({"x0": torch.randn(2, 4, 4, 4)}, root / "x0.safetensors")
+    def VAE_WITHOUT_WEIGHTS(self, root):
+        shutil.copytree(self["VAE"], root, dirs_exist_ok=True)
+        (root / "vae" / WEIGHTS).unlink()
+        return root
+
+    def X0(self, root, *shape):
+        save_file({"x0": torch.randn(shape or (2, 4, 4, 4))}, root / "x0.safetensors")
         return root / "x0.safetensors"
+
+    def X0_EMPTY(self, root):
+        return self.X0(root, 0, 4, 4, 4)
+
+    def X0_VIDEO(self, root):
+        return self.X0(root, 1, 16, 1, 2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -1382,21 +1393,27 @@ CASES = [
     # ---- models.decode
     (
         "models.decode",
-        "--teacher {}: its vae/ is {}, which cannot be decoded here: pass a pipeline folder with",
+        "--{} {}: its autoencoder is {}, which is not known here: pass a folder with {}",
         f"--teacher OTHER_VAE --latents X0 {OUT}",
         [f"--teacher VAE --latents X0 {OUT}"],
     ),
     (
         "models.decode",
-        "--teacher {} {}: pass a diffusers pipeline folder with vae/, a run of ours with",
+        "--{} {} {}: pass a diffusers pipeline folder with vae/, a run of ours with",
         f"--teacher EMPTY --latents X0 {OUT}",
         [f"--teacher VAE --latents X0 {OUT}", f"--teacher SPACE --latents X0 {OUT}"],
     ),
     (
         "models.decode",
-        "--fps is for videos, and --teacher {} makes images: leave it out",
+        "--{} is for videos, and --teacher {} makes images: leave it out",
         f"--teacher SPACE --latents X0 {OUT} --fps 8",
         [f"--teacher SPACE --latents X0 {OUT}"],
+    ),
+    (
+        "models.decode",
+        "--fps has no effect with --format png: leave it out",
+        f"--teacher WAN_PIPE --latents X0_VIDEO {OUT} --format png --fps 8",
+        [f"--teacher WAN_PIPE --latents X0_VIDEO {OUT} --format png"],
     ),
     (
         "models.decode",
@@ -1406,15 +1423,27 @@ CASES = [
     ),
     (
         "models.decode",
-        "--latents {} has no tensor x0; write the latents under that key",
+        "--latents {} has no tensor x0, but {}; write the latents under that key",
         f"--teacher SPACE --latents NO_ITEMS {OUT}",
         [f"--teacher SPACE --latents X0 {OUT}"],
     ),
     (
         "models.decode",
-        "--teacher {}, --latents {}: {}",
-        f"--teacher SPACE --latents DATA {OUT}",
+        "--latents {}: x0 has no rows, {}: name another file",
+        f"--teacher SPACE --latents X0_EMPTY {OUT}",
         [f"--teacher SPACE --latents X0 {OUT}"],
+    ),
+    (
+        "models.decode",
+        "--latents {}: x0 has shape {}, and the autoencoder of --teacher {} needs (B, {}, {}): ",
+        f"--teacher SPACE --latents X0_VIDEO {OUT}",
+        [f"--teacher SPACE --latents X0 {OUT}", f"--teacher WAN_PIPE --latents X0_VIDEO {OUT}"],
+    ),
+    (
+        "models.decode",
+        "--{} {}: {}",
+        f"--teacher VAE_WITHOUT_WEIGHTS --latents X0 {OUT}",
+        [f"--teacher VAE --latents X0 {OUT}"],
     ),
     (
         "models.decode",
@@ -1542,13 +1571,13 @@ CASES = [
     ),
     (
         "models.encode",
-        "--images {} holds no images",
+        "--images {} holds no {}",
         f"--teacher PIXART_PIPE --images EMPTY --resolution 8 {OUT}",
         [f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 {OUT}"],
     ),
     (
         "models.encode",
-        "--images {}: {} of {} images have no caption, such as {}: write it into {}",
+        "--images {}: {} of {} {} have no caption or an empty one, such as {}: write it into {}",
         f"--teacher PIXART_PIPE --images PICTURES --resolution 8 {OUT}",
         [
             f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 {OUT}",
@@ -1569,19 +1598,19 @@ CASES = [
     ),
     (
         "models.encode",
-        "{} is {}: give --vae with AutoencoderKL or AutoencoderKLWan",
+        "--{} {}: its autoencoder is {}, which is not known here: pass a folder with {}",
         f"--teacher PIXART_PIPE --vae OTHER_VAE --images CAPTIONED --resolution 8 {OUT}",
         [f"--teacher PIXART_PIPE --vae VAE --images CAPTIONED --resolution 8 {OUT}"],
     ),
     (
         "models.encode",
-        "--frames {}: an AutoencoderKL encodes images, leave it out",
+        "--frames {}: this teacher makes images, leave it out",
         f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 --frames 5 {OUT}",
         [f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 {OUT}"],
     ),
     (
         "models.encode",
-        "--frames {}: Wan's autoencoder takes 1, 5, 9, ... frames",
+        "--frames {}: this teacher's videos have {}, ... frames",
         f"--teacher WAN_PIPE --images MOVIES --resolution 16 --frames 4 {OUT}",
         [
             f"--teacher WAN_PIPE --images MOVIES --resolution 16 --frames 5 {OUT}",
