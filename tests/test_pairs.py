@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import refusal_of
 from PIL import Image, ImageOps
+from pipelines import encoded
 from released import PIXART, WAN, Z_IMAGE
 from safetensors.torch import load_file
 from test_pipeline import saved  # noqa: F401
@@ -60,9 +61,7 @@ def test_images_with_captions(saved, pictures, tmp_path, capsys, model, flags): 
     run_encode(*asked, "--output", output)
     assert "1.png" in capsys.readouterr().err
     tensors = load_file(output)
-    encode_prompts, negative, length = encode.settings_of(str(folder), None, None)
-    length = int(flags[1]) if flags else length
-    want = encode_prompts(folder, CAPTIONS, negative, length)
+    want = encoded(folder, CAPTIONS, max_length=int(flags[1]) if flags else None)
     assert set(tensors) == {"x0", *want}
     for name, value in want.items():
         assert torch.equal(tensors[name], value) and tensors[name].dtype == value.dtype
