@@ -14,6 +14,8 @@ from helpers import PIXART_SCHEDULER, fill, word_tokenizer
 from released import COGVIDEOX, LUMINA2, PIXART, QWEN_IMAGE, WAN, Z_IMAGE
 from test_networks import TINY_SD, TINY_SDXL
 
+from models.text_encoders import ask, padded_rows
+
 # Configs of the networks whose tiny ones are too small for the text encoders or autoencoders here.
 CONFIGS = {
     WAN: dict(WAN.tiny, num_layers=2, text_dim=16, in_channels=16, out_channels=16),
@@ -21,7 +23,7 @@ CONFIGS = {
     PIXART: PIXART.tiny,
     COGVIDEOX: dict(COGVIDEOX.tiny, max_text_seq_length=226),  # as its pipeline wants it
     QWEN_IMAGE: dict(QWEN_IMAGE.tiny, joint_attention_dim=16),
-    LUMINA2: LUMINA2.tiny,
+    LUMINA2: dict(LUMINA2.tiny, axes_lens=[300, 64, 64]),  # 256 tokens of a prompt
 }
 WAN_5B = dict(CONFIGS[WAN], in_channels=48, out_channels=48)
 SCALED = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1)
@@ -299,3 +301,17 @@ def save_pipeline(family, folder):
     pipe = make_pipeline(family)
     pipe.save_pretrained(folder)
     return pipe
+
+
+def encoded(folder, prompts, **how):
+    """Prompts as a file of --prompts with padding: {"cond.text": (N, L, D), "uncond.text": ...}.
+
+    how: arguments of `ask`.
+    """
+    asked = ask(str(folder), **how)
+    encoder = asked.load()
+    counts = encoder.count([*prompts, asked.negative or ""])
+    rows = list(padded_rows(asked, encoder, prompts, asked.length(asked.kept(counts))))
+    stacked = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
+    cond = {f"cond.{k}": v[:-1] for k, v in stacked.items()}
+    return cond | {f"uncond.{k}": v[-1:].clone() for k, v in stacked.items()}

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 from helpers import ROOT, fill, relative
-from pipelines import CONFIGS, FAMILIES, image_vae
+from pipelines import CONFIGS, FAMILIES, encoded, image_vae
 from released import MODELS
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +18,6 @@ import dmd
 import phased_dmd
 from models.diffusion import VP, Diffusion, Flow, step_grid
 from models.draws import Draws
-from models.encode import encode_pixart, encode_wan, encode_z_image
 from models.networks import load_network, lora
 from models.networks.dit import DiT
 from models.plumbing import report
@@ -102,21 +101,10 @@ def roots(tmp_path_factory):
         flags = ["--teacher", str(root), *STUDENT.split(), "--sample_shape"]
         flags += map(str, SHAPES[family])
         if family != "dit":
-            save_file(encoded(family, root), root / "prompts.safetensors")
+            save_file(encoded(root, [PROMPT]), root / "prompts.safetensors")
             flags += ["--prompts", str(root / "prompts.safetensors")]
         found[family] = root, flags
     return found
-
-
-def encoded(family, root):
-    """The prompt as a file of prompts has it."""
-    if family == "cogvideox":
-        with torch.no_grad():
-            pipe = diffusers.CogVideoXPipeline.from_pretrained(root)
-            cond, uncond = pipe.encode_prompt([PROMPT], "")
-        return {"cond.text": cond.contiguous(), "uncond.text": uncond.contiguous()}
-    encode = {"wan": encode_wan, "z_image": encode_z_image, "pixart": encode_pixart}
-    return encode[family](root, [PROMPT])
 
 
 def frames_first(family, x):

@@ -17,13 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from models import decode, encode
 from models.decode import to_bytes
-from models.encode import NEGATIVE_PROMPT, encode_pixart, encode_wan, encode_z_image
 from models.files import save_json
 from models.networks.autoencoders import PatchPCA
 from models.networks.latent_space import LatentSpace, load_space
 from models.plumbing.data import Prompts
 from models.plumbing.run import run_main
-from models.prompts import open_prompts, prompt_shapes
+from models.prompts import prompt_shapes
 
 each = pytest.mark.parametrize(
     "model", [pytest.param(model, id=name) for name, model in MODELS.items()]
@@ -41,90 +40,6 @@ def saved(tmp_path_factory):
         return save_pipeline(NAMES[model], folder), folder
 
     return make
-
-
-# ---- prompts to features -------------------------------------------------------------------------
-
-
-def test_encode_as_wan_pipeline(saved):
-    pipe, folder = saved(WAN)
-    prompts = ["a cat runs", "a  dog \n &amp;amp; a cat runs fast", "dog"]
-    with torch.no_grad():
-        cond, uncond = pipe.encode_prompt(prompts, "fast dog", max_sequence_length=12)
-    ours = encode_wan(folder, prompts, "fast dog", max_length=12)
-    assert ours["cond.text"].shape == (3, 12, 16) and ours["uncond.text"].shape == (1, 12, 16)
-    assert (ours["cond.text"] - cond).abs().max() < 1e-5
-    assert (ours["uncond.text"] - uncond[:1]).abs().max() < 1e-5
-    lengths = (ours["cond.text"].abs().sum(-1) > 0).sum(1)
-    assert lengths.tolist() == [4, 8, 2]  # the words and </s>; zeros after
-    short = encode_wan(folder, prompts, max_length=3)
-    assert short["cond.text"].shape == (3, 3, 16)  # longer prompts are cut
-
-
-def test_encode_as_z_image_pipeline(saved):
-    pipe, folder = saved(Z_IMAGE)
-    prompts = ["a cat runs", "a dog a cat runs fast", "dog"]
-    for negative, length in (("", 512), ("fast dog", 512), ("", 7)):  # the last cuts
-        with (
-            torch.no_grad()
-        ):  # a list of its own: the pipeline writes its chat template into the list it is given
-            cond, uncond = pipe.encode_prompt(
-                list(prompts), negative_prompt=[negative] * 3, max_sequence_length=length
-            )
-        ours = encode_z_image(folder, prompts, negative, max_length=length)
-        counts = [min(length, n + 5) for n in (3, 6, 1)]
-        assert [len(row) for row in cond] == counts
-        assert ours["cond.text"].shape == (3, max(counts), 10) and ours["uncond.text"].shape == (
-            1,
-            max(counts),
-            10,
-        )
-        assert {k: v.dtype for k, v in ours.items() if "mask" in k} == {
-            "cond.text_mask": torch.bool,
-            "uncond.text_mask": torch.bool,
-        }
-        for part, want in (("cond", cond), ("uncond", uncond[:1])):
-            for text, keep, row in zip(ours[part + ".text"], ours[part + ".text_mask"], want):
-                assert (
-                    keep.sum() == len(row)
-                    and keep[: len(row)].all()
-                    and relative(text[keep], row) < 1e-5
-                    and not text[~keep].any()
-                )
-    assert (
-        encode_z_image(folder, prompts)["uncond.text_mask"].sum() == 5
-    )  # '' by default: the chat template alone
-
-
-def test_encode_as_pixart_pipeline(saved):
-    pipe, folder = saved(PIXART)
-    prompts = ["a cat runs", "  A Dog a cat RUNS fast ", "dog"]
-    for negative, length in (("", 120), ("Fast dog", 120), ("", 3)):  # the last cuts
-        with torch.no_grad():
-            text, mask, null, null_mask = pipe.encode_prompt(
-                prompts, negative_prompt=negative, max_sequence_length=length
-            )
-        ours = encode_pixart(folder, prompts, negative, max_length=length)
-        assert ours["cond.text"].shape == (3, length, 10) and ours["uncond.text"].shape == (
-            1,
-            length,
-            10,
-        )
-        assert (
-            relative(ours["cond.text"], text) < 1e-5
-            and relative(ours["uncond.text"], null[:1]) < 1e-5
-        )
-        assert {v.dtype for k, v in ours.items() if "mask" in k} == {torch.bool}
-        assert torch.equal(ours["cond.mask"], mask.bool()) and torch.equal(
-            ours["uncond.mask"], null_mask[:1].bool()
-        )
-        assert ours["cond.mask"].sum(1).tolist() == [min(length, n) for n in (4, 7, 2)]
-    with torch.no_grad():
-        text, _, null, _ = pipe.encode_prompt(prompts)  # both with the pipeline's own defaults
-    ours = encode_pixart(folder, prompts)
-    assert (
-        relative(ours["cond.text"], text) < 1e-5 and relative(ours["uncond.text"], null[:1]) < 1e-5
-    )
 
 
 # ---- latents to pixels: tests/test_vaes.py has the autoencoders of pipelines ---------------------
@@ -216,92 +131,6 @@ def test_command_line(saved, tmp_path, model, shape, counts):
                 assert picture.size == (6, 4) and picture.mode == "RGB"
 
 
-# model, class in model_index.json (None: no such file; "": no class in it), flags, function, and
-# what it must be called with: negative prompt and max_length.
-@pytest.mark.parametrize(
-    "model, name, flags, function, negative, length",
-    [
-        (WAN, "WanPipeline", [], encode_wan, NEGATIVE_PROMPT, 512),
-        (WAN, None, [], encode_wan, NEGATIVE_PROMPT, 512),
-        (WAN, "", ["--negative_prompt", ""], encode_wan, "", 512),
-        (Z_IMAGE, "ZImagePipeline", [], encode_z_image, "", 512),
-        (Z_IMAGE, None, ["--max_length", "6"], encode_z_image, "", 6),
-        (PIXART, "PixArtAlphaPipeline", [], encode_pixart, "", 120),
-        (PIXART, "PixArtSigmaPipeline", [], encode_pixart, "", 300),
-        (PIXART, "PixArtSigmaPipeline", ["--max_length", "120"], encode_pixart, "", 120),
-        (
-            PIXART,
-            "PixArtAlphaPipeline",
-            ["--negative_prompt", "A dog"],
-            encode_pixart,
-            "A dog",
-            120,
-        ),
-        (PIXART, None, ["--max_length", "9"], encode_pixart, "", 9),
-    ],
-)
-def test_the_class_decides(saved, tmp_path, model, name, flags, function, negative, length):
-    """The class in model_index.json, or else the transformer's; an explicit flag wins."""
-    root = tmp_path / "root"
-    shutil.copytree(saved(model)[1], root)
-    index = json.loads((root / "model_index.json").read_text())
-    (root / "model_index.json").unlink()
-    if name is not None:
-        index.pop("_class_name")
-        save_json(index | ({"_class_name": name} if name else {}), str(root / "model_index.json"))
-    (tmp_path / "p.txt").write_text("a cat runs fast\n")
-    files = ["--prompts_txt", str(tmp_path / "p.txt"), "--output", str(tmp_path / "out")]
-    encode.main(["--teacher", str(root), *files, *flags])
-    file, want = (
-        open_prompts(tmp_path / "out"),
-        function(root, ["a cat runs fast"], negative, length),
-    )
-    stored = {key: file.get_tensor(key) for key in file.keys()}
-    assert stored.keys() == want.keys()
-    if model is PIXART:  # its encoder's padding, which the network masks, is not stored
-        for kind in ("cond", "uncond"):
-            want[f"{kind}.text"].masked_fill_(~want[f"{kind}.mask"][..., None], 0)
-    assert all(torch.equal(stored[key], want[key]) for key in want)
-    if model is not Z_IMAGE:
-        assert stored["cond.text"].shape[1] == length
-
-
-@each
-def test_the_file_gives_the_batches_of_the_padded_one(saved, tmp_path, model):
-    """Several prompts in shards, against what a file with padding gives, bit for bit. PixArt's has
-    the encoder's padding too, which its network masks: outputs are equal, bit for bit."""
-    folder, prompts = saved(model)[1], ["a cat runs", "A  dog a cat runs fast", "dog", "a a a cat"]
-    function = {WAN: encode_wan, Z_IMAGE: encode_z_image, PIXART: encode_pixart}[model]
-    old, new, batched = (tmp_path / f"{name}.safetensors" for name in ("old", "new", "batched"))
-    save_file(function(folder, prompts), old)
-    (tmp_path / "p.txt").write_text("\n".join(prompts))
-    flags = ["--teacher", str(folder), "--prompts_txt", str(tmp_path / "p.txt"), "--output"]
-    encode.main([*flags, str(new), "--shard_gb", "7e-7"])
-    encode.main([*flags, str(batched), "--batch_size", "3"])
-    assert len(list(tmp_path.glob("new-*"))) > 1 and not new.exists() and batched.exists()
-    net, index = fill(model.net(**CONFIGS[model])), torch.tensor([3, 1, 0, 2, 1])
-    x, t = torch.randn(5, CONFIGS[model].get("in_channels", 4), *model.size), torch.ones(5)
-    before = Prompts(str(old), net.cond_names, {})
-    for path in (new, batched):
-        after = Prompts(str(path), net.cond_names, {})
-        assert after.n == before.n == 4
-        for a, b in (
-            (before.rows(index, "cpu"), after.rows(index, "cpu")),
-            (before.unconditional(5, "cpu"), after.unconditional(5, "cpu")),
-        ):
-            assert a.keys() == b.keys()
-            if model.mask:
-                assert torch.equal(a[model.mask], b[model.mask])
-            if path == batched:
-                assert relative(net(x, t, **b), net(x, t, **a)) < 1e-5
-                continue
-            assert torch.equal(net(x, t, **a), net(x, t, **b))
-            if model is PIXART:
-                assert a["text"][~a["mask"]].any()
-                a["text"] = a["text"].masked_fill(~a["mask"][..., None], 0)
-            assert torch.equal(a["text"], b["text"])
-
-
 def write(folder, files):
     """Make a folder with {name: JSON, or None for an empty folder} in it. -> its path as str."""
     folder.mkdir()
@@ -336,13 +165,15 @@ PIXART_BARE = {"transformer/config.json": {"_class_name": "PixArtTransformer2DMo
         (
             {"model_index.json": {"_class_name": "DiTPipeline"}},
             ["--images", "i"],
-            "is DiTPipeline, and --images is for TRELLIS's image models and for Wan, Z-Image",
+            "is DiTPipeline, and --images is for TRELLIS's image models and for the pipelines that",
         ),
         (
             {"model_index.json": {"_class_name": "DiTPipeline"}, **PIXART_BARE},
             ["--prompts_txt", "p"],
             "is DiTPipeline, and --prompts_txt is for WanPipeline, ZImagePipeline, "
-            "PixArtAlphaPipeline, PixArtSigmaPipeline, TrellisTextTo3DPipeline: pass one of these",
+            "PixArtAlphaPipeline, PixArtSigmaPipeline, CogVideoXPipeline, QwenImagePipeline, "
+            "Lumina2Pipeline, Lumina2Text2ImgPipeline, StableDiffusionPipeline, "
+            "StableDiffusionXLPipeline, TrellisTextTo3DPipeline: pass one of these",
         ),
         (
             {"model_index.json": {"_class_name": ["a", "B"]}},
@@ -489,7 +320,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(saved, tmp_path, capsys, monkey
     refused("error: --teacher", encoding(text, teacher=empty), noisy=True)
     refused("error: --teacher", decoding(bad, teacher=empty), noisy=True)
     shutil.rmtree(tmp_path / "empty" / "tokenizer")
-    refused("pass a diffusers pipeline folder, with tokenizer/", encoding(text, teacher=empty))
+    says = "and there is no tokenizer: pass a whole pipeline folder"
+    refused(says, encoding(text, teacher=empty))
     channels = "16, T" if model is WAN else 4
     refused(f"needs (B, {channels}, H, W)", decoding(bad), noisy=True)
     for name in ("transformers", "diffusers"):  # import then raises ImportError, as when absent

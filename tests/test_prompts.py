@@ -12,8 +12,7 @@ from helpers import ENV, ROOT, quiet, read_log, refusal_of, save_tiny_wan, witho
 from safetensors.torch import load_file, save_file
 
 import dmd
-from models import encode, prompts
-from models.encode import together
+from models import encode, prompts, text_encoders
 from models.files import UserError, save_json, save_tensors
 from models.plumbing.data import Prompts, load_conditions
 from models.prompts import PromptWriter, open_prompts, prompt_shapes, split_rows
@@ -45,7 +44,9 @@ def padded_file(path, kind, rows):
         padded[: len(row)] = row
         keep = torch.arange(len(padded)) < len(row)
         full.append({name: padded, mask: keep} if mask else {name: padded})
-    save_tensors(together(full), str(path))
+    stacked = {k: torch.stack([row[k] for row in full]) for k in full[0]}
+    cond = {f"cond.{k}": v[:-1] for k, v in stacked.items()}
+    save_tensors(cond | {f"uncond.{k}": v[-1:] for k, v in stacked.items()}, str(path))
 
 
 def writer_of(path, kind, rows, shard_bytes=2**30, fingerprint="a"):
@@ -146,7 +147,7 @@ def test_split_rows(most, want):
 # An encoder of random features, which are those of the prompt's number: "NUMBER TOKENS" a line.
 FAKE = """
 import os, signal, torch
-from models import encode
+from models import encode, text_encoders
 def fake(width, kill=0):
     calls = []
     def count(prompts):
@@ -160,10 +161,11 @@ def fake(width, kill=0):
         for row, prompt, n in zip(text, prompts, lengths):
             seed = torch.Generator().manual_seed(int(prompt.split()[0]))
             row[:n] = torch.randn(n, width, generator=seed)
-        return text, torch.arange(max(lengths)) < lengths[:, None]
+        return {"text": text}, torch.arange(max(lengths)) < lengths[:, None]
     def load(folder, max_length):
-        return encode.Encoder(count, features)
-    encode.STORED[encode.encode_wan] = encode.Stored(load, "text", "", True)
+        return text_encoders.Encoder(count, features, lambda prompt: features([prompt]))
+    family = text_encoders.Family(load, 512, "max_length", folders=("text_encoder",))
+    text_encoders.FAMILIES["WanPipeline"] = family
     return calls
 """
 ALONE = """
@@ -180,9 +182,9 @@ class Command:
 
     def __init__(self, root, monkeypatch, capsys):
         self.root, self.capsys = root, capsys
-        (root / "wan").mkdir()
+        (root / "wan" / "text_encoder").mkdir(parents=True)
         save_json({"_class_name": "WanPipeline"}, str(root / "wan" / "model_index.json"))
-        monkeypatch.setattr(encode, "STORED", dict(encode.STORED))
+        monkeypatch.setattr(text_encoders, "FAMILIES", dict(text_encoders.FAMILIES))
         self.names = {}
         exec(FAKE, self.names)
 
@@ -342,7 +344,6 @@ def test_other_prompts_or_settings_are_not_mixed(command, tmp_path, monkeypatch,
     before = contents(partial, "p")
     flags = {"settings": ["--max_length", 100], "shards": ["--shard_gb", 1]}.get(what, [])
     if what == "encoder":
-        (tmp_path / "wan" / "text_encoder").mkdir()
         (tmp_path / "wan" / "text_encoder" / "model.safetensors").write_bytes(b"other")
     flags = command.flags([*MANY, 5] if what == "prompts" else MANY, *flags)
     calls = command.names["fake"](8)
