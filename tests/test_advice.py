@@ -492,6 +492,10 @@ class Places:
         save_pipeline("wan", root)
         return root
 
+    def SDXL_PIPE(self, root):
+        save_pipeline("sdxl", root)
+        return root
+
     def PIXART_PIPE(self, root):
         save_pipeline("pixart", root)
         return root
@@ -543,6 +547,11 @@ class Places:
         save_json({"_class_name": "WanPipeline"}, str(root / "model_index.json"))
         (root / "tokenizer").mkdir()
         (root / "text_encoder").mkdir()
+        return root
+
+    def NO_ENCODER(self, root):
+        """A pipeline without tokenizer/ and text_encoder/."""
+        save_json({"_class_name": "WanPipeline"}, str(root / "model_index.json"))
         return root
 
     def TRELLIS_ROOT(self, root):
@@ -1472,9 +1481,12 @@ CASES = [
     ),
     (
         "models.encode",
-        "--max_length {}: CLIP takes at most {} tokens",
+        "--max_length {}: a {} takes {} {} tokens: leave it out",
         f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT --max_length 78 {OUT}",
-        [f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT --max_length 77 {OUT}"],
+        [
+            f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT --max_length 77 {OUT}",
+            f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT {OUT}",
+        ],
     ),
     (
         "models.encode",
@@ -1502,8 +1514,23 @@ CASES = [
     ),
     (
         "models.encode",
-        "--clip has no effect with a {}, which has its own encoder: leave it out",
+        "--{} has no effect with a {}: leave it out",
         f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT --clip CLIP {OUT}",
+        [f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--resolution {}: give H W, or one number for squares",
+        f"--teacher SDXL_PIPE --prompts_txt PROMPTS_TXT --resolution 8 8 8 {OUT}",
+        [
+            f"--teacher SDXL_PIPE --prompts_txt PROMPTS_TXT --resolution 8 16 {OUT}",
+            f"--teacher SDXL_PIPE --prompts_txt PROMPTS_TXT --resolution 8 {OUT}",
+        ],
+    ),
+    (
+        "models.encode",
+        "--teacher {}: a {} encodes prompts with {}, and there is no {}: pass a whole pipeline",
+        f"--teacher NO_ENCODER --prompts_txt PROMPTS_TXT {OUT}",
         [f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT {OUT}"],
     ),
     (
@@ -1547,7 +1574,7 @@ CASES = [
     ),
     (
         "models.encode",
-        "--teacher {} is {}, and --images is for TRELLIS's image models and for Wan, Z-Image and",
+        "--teacher {} is {}, and --images is for TRELLIS's image models and for the pipelines that",
         f"--teacher DIT_ROOT --images PICTURES {OUT}",
         [
             f"--teacher TRELLIS_ROOT --images PICTURES {OUT}",

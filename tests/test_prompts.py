@@ -49,12 +49,12 @@ def padded_file(path, kind, rows):
     save_tensors(cond | {f"uncond.{k}": v[-1:] for k, v in stacked.items()}, str(path))
 
 
-def writer_of(path, kind, rows, shard_bytes=2**30, fingerprint="a"):
+def writer_of(path, kind, rows, shard_bytes=2**30, fingerprint="a", beside=None):
     name, mask, length, _ = kind
     lengths = torch.tensor([len(row) for row in rows[:-1]])
     padded_to = length or max(map(len, rows))
     about = {"padded_to": str(padded_to), "mask": mask, "fingerprint": fingerprint}
-    return PromptWriter(str(path), name, lengths, rows[-1], about, shard_bytes)
+    return PromptWriter(str(path), name, lengths, rows[-1], about, shard_bytes, beside)
 
 
 def write(path, kind, rows, *more):
@@ -98,6 +98,44 @@ def test_batches_are_those_of_the_padded_file(tmp_path, kind, shard_bytes):
     total = sum(len(row) for row in rows[:-1]) * WIDTH * 2
     files = [path for path in tmp_path.glob("new*.safetensors")]
     assert sum(load_file(p)[f"cond.{kind[0]}"].nbytes for p in files) == total
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 150])
+@KINDS
+def test_what_a_prompt_has_once(tmp_path, kind, shard_bytes):
+    """Beside the tokens, in one file and in shards; a file that ends anywhere is gone on with."""
+    rows, path, size = rows_of(kind), tmp_path / "p.safetensors", torch.arange(6)
+    g = torch.Generator().manual_seed(1)
+    pooled = [torch.randn(3, generator=g).to(kind[3]) for _ in rows]
+
+    def run(stop=None):
+        once = {"pooled": pooled[-1], "size": size}
+        with writer_of(path, kind, rows, shard_bytes, "a", once) as writer:
+            done = writer.done
+            for i in range(done, stop or len(rows) - 1):
+                writer.write(rows[i], pooled=pooled[i], size=size + i)
+            if stop:
+                raise KeyboardInterrupt
+        return done
+
+    with pytest.raises(KeyboardInterrupt):
+        run(4)
+    last = max((tmp_path / "p.safetensors.partial").iterdir(), key=lambda path: path.name)
+    os.truncate(last, last.stat().st_size - 1)  # of the fourth prompt
+    with pytest.raises(ValueError, match="prompt 3: no size and no pooled"):
+        once = {"pooled": pooled[-1], "size": size}
+        writer_of(path, kind, rows, shard_bytes, "a", once).write(rows[3])
+    assert run() == 3
+    file = Prompts(str(path), [name for name in (*kind[:2], "pooled", "size") if name], {})
+    index = torch.tensor([5, 0, 3])
+    batch = file.rows(index, "cpu")
+    assert torch.equal(batch["pooled"], torch.stack([pooled[i] for i in index]).float())
+    assert torch.equal(batch["size"], index[:, None] + size)
+    null = file.unconditional(2, "cpu")
+    assert torch.equal(null["pooled"], torch.stack([pooled[-1]] * 2).float())
+    assert null["size"].tolist() == [size.tolist()] * 2
+    for i, text in zip(index, batch[kind[0]]):
+        assert torch.equal(text[: len(rows[i])], rows[i].float()) and not text[len(rows[i]) :].any()
 
 
 def test_the_index_is_a_name_too_and_sampling_takes_shards(tmp_path):
