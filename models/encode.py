@@ -11,13 +11,13 @@ TRELLIS's text models. The class that model_index.json names, or without that fi
 network, decides how prompts are encoded and the defaults of --negative_prompt and --max_length
 (models/text_encoders.py). The second form is for TRELLIS's image models; --teacher may name their
 root. TRELLIS's encoders of prompts and images are not in its root: --clip, --dinov2. The third form
-makes real data for a GAN on the teachers of the first: images, or for Wan animated ones with
---frames, and a caption for each of them, through the pipeline's autoencoder (models/pairs.py).
+makes real data for a GAN on the teachers of the first: images, or with --frames videos, and a
+caption for each of them, through the pipeline's autoencoder (models/pairs.py, models/vaes.py).
 
 The output is what the scripts take as --prompts: one row of "cond.*" for each prompt or image, and
 a single row of "uncond.*". The third form's has "x0" beside, and is what they take as --data, too.
-The first form's has prompts without their padding, in shards beyond --shard_gb (models/prompts.py);
-they go to disk as they are encoded, and the same command goes on with an interrupted one.
+The first form's has prompts without their padding, in shards beyond --shard_gb (models/prompts.py).
+Both go to disk as they are encoded, and the same command goes on with an interrupted one.
 """
 
 import contextlib
@@ -360,8 +360,8 @@ def parse_args(argv):
     add("--resolution", type=number(int, 8), nargs="+", metavar="PIXELS",
         help="H W of --images with captions, or one number; their centre is cut out. Of SDXL's "
         "size, with --prompts_txt, if left out, 1024")
-    add("--frames", type=number(int, 1), help="of each animated image, for Wan: 1, 5, 9, ...; "
-        "if left out, 1")
+    add("--frames", type=number(int, 1), help="of each video (animated image, video file or folder "
+        "of frames), for Wan and CogVideoX: 1, 5, 9, ...; if left out, 1")
     add("--vae", metavar="FOLDER", help="autoencoder of --images with captions, where it is not "
         "in --teacher")
     return p.parse_args(argv)
