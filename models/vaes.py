@@ -69,7 +69,7 @@ class DiffusersSpace:
         if len(mean) not in (1, self.channels) or len(std) != len(mean):
             raise ValueError(
                 f"{folder}: latents_mean has {len(mean)} and latents_std {len(std)} numbers for "
-                f"{self.channels} channels"
+                f"{self.channels} channels: restore its config.json"
             )
         self.mean, self.std = (
             torch.tensor(v, device=device()).view(-1, 1, 1, 1) for v in (mean, std)
@@ -113,14 +113,14 @@ def find_autoencoder(folder, flag="teacher"):
     named it, for messages. -> path, name. Raises UserError.
     """
     known = ("LatentSpace", *AUTOENCODERS)
-    found = [(p, name) for p, name in places_of(folder) if p.name == "vae" or name in known]
-    if not found:
+    likely = ((p, name) for p, name in places_of(folder) if p.name == "vae" or name in known)
+    place, name = next(likely, (None, None))
+    if place is None:
         fault = "has no autoencoder" if os.path.isdir(folder) else "is not a folder"
         raise UserError(
             f"--{flag} {folder} {fault}: pass a diffusers pipeline folder with vae/, a run of ours "
             "with autoencoder/, or the folder of an autoencoder"
         )
-    place, name = found[0]
     if name not in known:
         raise UserError(
             f"--{flag} {folder}: its autoencoder is {name}, which is not known here: pass a folder "

@@ -75,6 +75,18 @@ def test_as_the_pipeline(tmp_path, family):
         assert (space.to_pixels(z) - pixels).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("family", ["sdxl", "cogvideox"])
+def test_float32_whatever_the_files_are(tmp_path, family):
+    """SDXL's overflows in float16."""
+    make_pipeline(family).vae.half().save_pretrained(tmp_path / "vae")
+    space, z = load_autoencoder(str(tmp_path)), latents(family, 1)
+    net = space.vae if space.step else space.autoencoder
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    x = space.to_pixels(z)
+    assert x.dtype == torch.float32 and x.isfinite().all()
+    assert space.to_latents(x).dtype == torch.float32
+
+
 # ---- python -m models.decode ---------------------------------------------------------------------
 
 
