@@ -1,53 +1,25 @@
-"""Turn latents, such as the samples.safetensors of a run, into GIFs of videos or PNGs of images.
+"""Turn latents, such as the samples.safetensors of a run, into pictures or videos.
 
     python -m models.decode --teacher FOLDER --latents samples.safetensors --output runs/pictures
 
-The autoencoder in FOLDER decides how. FOLDER is a diffusers pipeline with vae/ (AutoencoderKLWan or
-AutoencoderKL), a run of ours with autoencoder/ beside student/, or the folder of an AutoencoderKL.
-Only pipelines need diffusers. models/encode.py is the other end.
+The autoencoder in FOLDER decides how. FOLDER is a diffusers pipeline with vae/ (models/vaes.py has
+the classes), a run of ours with autoencoder/ beside student/, or the folder of an autoencoder.
+Images become PNGs. Videos become GIFs, MP4s (--format mp4, where a library for them is installed:
+models/videos.py) or folders of PNGs (--format png). Rows are read, decoded and written one by one.
+AutoencoderKL needs no library, the others diffusers. models/encode.py is the other end.
 """
 
-import functools
-import importlib
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import nn
 
-from models.files import UserError, load_json, load_tensors
-from models.networks.latent_space import load_space
+from models.files import UserError, open_tensors
+from models.libraries import device
 from models.plumbing.flags import Parser, number
 from models.plumbing.run import run_main
-
-
-def require(library):
-    """Import an optional library. Raises UserError where it is not installed."""
-    try:
-        return importlib.import_module(library)
-    except ImportError:
-        raise UserError(
-            f"{library} is not installed; it is needed to encode prompts and images, and to decode "
-            f"latents: pip install {library}"
-        ) from None
-
-
-def load(library, kind, pipeline_folder, component, **keywords):
-    """library.kind.from_pretrained(pipeline_folder/component); networks in eval mode, on any GPU.
-
-    Raises UserError for a missing library or folder, and the library's own errors for bad files.
-    """
-    cls, path = getattr(require(library), kind), Path(pipeline_folder) / component
-    if not path.is_dir():
-        raise UserError(f"no folder {path}; pass a diffusers pipeline folder, with {component}/")
-    loaded = cls.from_pretrained(str(path), local_files_only=True, **keywords)
-    if isinstance(loaded, nn.Module):
-        loaded.to(device()).eval()
-    return loaded
-
-
-def device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+from models.vaes import AUTOENCODERS, find_autoencoder, load_autoencoder
+from models.videos import video_library, write_mp4
 
 
 def to_bytes(pixels):
@@ -55,97 +27,47 @@ def to_bytes(pixels):
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().cpu()
 
 
-def check_latents(x0, channels, sides):
-    """Raises ValueError unless x0 is (B, channels, *sides)."""
-    if x0.dim() != 2 + len(sides) or x0.shape[1] != channels:
-        raise ValueError(
-            f"x0 has shape {tuple(x0.shape)}; this VAE needs (B, {channels}, {', '.join(sides)})"
+def open_latents(path):
+    """The tensor x0 of --latents, to be read row by row.  -> a slice. Raises UserError."""
+    try:
+        file = open_tensors(path)
+    except UserError as error:
+        raise UserError(f"cannot read --latents: {error}") from None
+    if "x0" not in file.keys():
+        there = ", ".join(sorted(file.keys())) or "nothing"
+        raise UserError(
+            f"--latents {path} has no tensor x0, but {there}; write the latents under that key"
+        )
+    rows = file.get_slice("x0")
+    if rows.get_shape()[:1] in ([], [0]):
+        raise UserError(f"--latents {path}: x0 has no rows, {rows.get_shape()}: name another file")
+    return rows
+
+
+def check_latents(shape, space, teacher, path):
+    """Raises UserError unless latents of this shape are a space's. teacher, path: the flags'."""
+    sides = ["T", "H", "W"] if space.step else ["H", "W"]
+    if len(shape) != 2 + len(sides) or shape[1] != space.channels or 0 in shape:
+        raise UserError(
+            f"--latents {path}: x0 has shape {tuple(shape)}, and the autoencoder of --teacher "
+            f"{teacher} needs (B, {space.channels}, {', '.join(sides)}): name the teacher that "
+            "these were sampled from"
         )
 
 
-@torch.no_grad()
-def decode_wan(pipeline_folder, x0):
-    """Pixels of normalised latents x0 (B, C, T, H, W) -> uint8 (B, 4T - 3, 3, fH, fW) on the CPU.
+def decode_row(space, z, where):
+    """Latents z (1, C, [T,] H, W) of a space -> uint8 ([F,] 3, H, W) on the CPU, in RGB.
 
-    C = 16 and f = 8; of Wan 2.2's 5B C = 48 and f = 16. The VAE's own latents are x0 * latents_std
-    + latents_mean per channel (its config). Decoded in float32, one video at a time. Raises
-    ValueError for a wrong shape of x0, UserError if a library or folder is missing.
+    Decoded in float32. where: what messages begin with. Raises UserError for latents that are not
+    finite, and for an autoencoder whose pixels are no pictures.
     """
-    vae = load("diffusers", "AutoencoderKLWan", pipeline_folder, "vae", torch_dtype=torch.float32)
-    check_latents(x0, vae.config.z_dim, ("T", "H", "W"))
-    mean, std = (
-        torch.tensor(stat, device=vae.device).view(1, -1, 1, 1, 1)
-        for stat in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    videos = []
-    for row in x0.split(1):
-        pixels = vae.decode(row.to(vae.device, torch.float32) * std + mean).sample
-        videos.append(to_bytes(pixels).transpose(1, 2))  # from (1, 3, T', H', W')
-    return torch.cat(videos)
-
-
-@torch.no_grad()
-def decode_images(pipeline_folder, x0):
-    """Pixels of image latents x0 (B, C, H, W) -> uint8 (B, 3, 8H, 8W) on the CPU.
-
-    The VAE's own latents are x0 / scaling_factor + shift_factor (its config; no shift_factor: 0).
-    Decoded in float32, one image at a time. Raises ValueError for a wrong shape of x0, UserError if
-    a library or folder is missing.
-    """
-    vae = load("diffusers", "AutoencoderKL", pipeline_folder, "vae", torch_dtype=torch.float32)
-    c = vae.config
-    check_latents(x0, c.latent_channels, ("H", "W"))
-    images = []
-    for row in x0.split(1):
-        latent = row.to(vae.device, torch.float32) / c.scaling_factor + (c.shift_factor or 0.0)
-        images.append(to_bytes(vae.decode(latent).sample))
-    return torch.cat(images)
-
-
-def decode_in_space(folder, x0):
-    """Pixels of latents x0 (B, C, H, W) of a latent space of ours -> uint8 (B, 3, fH, fW).
-
-    folder is what load_space takes. Decoded in float32, one image at a time. Raises ValueError for
-    a wrong shape of x0 or an autoencoder that makes no images, UserError for wrong files.
-    """
-    space = load_space(str(folder)).to(device())
-    config = space.autoencoder.config
-    check_latents(x0, config.get("latent_channels", config.get("channels")), ("H", "W"))
-    rows = [space.to_pixels(row.to(device(), torch.float32)) for row in x0.split(1)]
-    pixels = to_bytes(torch.cat(rows))
-    if pixels.shape[1] not in (1, 3):
-        raise ValueError(f"its pixels have {pixels.shape[1]} channels; pictures have 1 or 3")
-    return pixels.expand(-1, 3, -1, -1)
-
-
-# By the class of a pipeline's vae/: function, and the kind of file that shows what it returns.
-DECODERS = {"AutoencoderKLWan": (decode_wan, "gif"), "AutoencoderKL": (decode_images, "png")}
-
-
-def choose_decoder(folder):
-    """The autoencoder of a --teacher folder -> function of x0, "gif" or "png". Raises UserError."""
-    root = Path(folder).resolve()
-    vae, own = root / "vae" / "config.json", root / "config.json"
-    if vae.is_file():
-        name = str(load_json(vae).get("_class_name"))
-        if name not in DECODERS:
-            raise UserError(
-                f"--teacher {folder}: its vae/ is {name}, which cannot be decoded here: pass a "
-                f"pipeline folder with {' or '.join(DECODERS)}"
-            )
-        decode, suffix = DECODERS[name]
-        return functools.partial(decode, folder), suffix
-    run = root.parent if root.name == "student" else root
-    for space in (root, run / "autoencoder"):
-        if (space / "latents.json").is_file():
-            return functools.partial(decode_in_space, space), "png"
-    if own.is_file() and load_json(own).get("_class_name") == "AutoencoderKL":
-        return functools.partial(decode_in_space, root), "png"
-    fault = "has no autoencoder" if root.is_dir() else "is not a folder"
-    raise UserError(
-        f"--teacher {folder} {fault}: pass a diffusers pipeline folder with vae/, a run "
-        "of ours with autoencoder/, or the folder of an AutoencoderKL"
-    )
+    if not z.isfinite().all():
+        raise UserError(f"{where} has numbers that are not finite: sample again, or take it out")
+    pixels = space.to_pixels(z.to(device(), torch.float32))[0]
+    if pixels.shape[0] not in (1, 3):
+        raise UserError(f"{where} gives pixels of {len(pixels)} channels; pictures have 1 or 3")
+    pixels = to_bytes(pixels).expand(3, *pixels.shape[1:])
+    return pixels.transpose(0, 1) if space.step else pixels
 
 
 def to_image(pixels):
@@ -154,48 +76,69 @@ def to_image(pixels):
 
 
 def save_picture(pixels, path, fps):
-    """uint8 (3, H, W) as a PNG, or (T, 3, H, W) as an endless GIF, by the ending of path."""
+    """An image, uint8 (3, H, W), as a PNG; a video (F, 3, H, W) by the ending of path.
+
+    .gif: endless; .mp4; none: a folder of PNGs. fps: frames a second, of the first two.
+    """
     if path.suffix == ".png":
         to_image(pixels).save(path)
-    else:
+    elif path.suffix == ".gif":
         first, *rest = [to_image(frame) for frame in pixels]
         first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+    elif path.suffix == ".mp4":
+        write_mp4(str(path), pixels.permute(0, 2, 3, 1).numpy(), fps)
+    else:
+        path.mkdir(exist_ok=True)
+        for i, frame in enumerate(pixels):
+            to_image(frame).save(path / f"{i:03d}.png")
+
+
+def parse_args(argv):
+    p = Parser(prog="python -m models.decode", description=__doc__.partition("\n")[0])
+    add = p.add_argument
+    add("--teacher", required=True, help="pipeline folder, run of ours or autoencoder")
+    add("--latents", required=True, help="safetensors file with x0 (B, C, [T,] H, W)")
+    add("--output", required=True, help="folder for the pictures 000, 001, ...")
+    formats = "of videos: gif, mp4, or png, a folder of frames each; if left out, gif"
+    add("--format", choices=("gif", "mp4", "png"), help=formats)
+    rates = "if left out, Wan's 16 (5B: 24) or CogVideoX's 8"
+    add("--fps", type=number(float, above=0), help=f"frames a second of a GIF or MP4; {rates}")
+    return p.parse_args(argv)
+
+
+def check_flags(args, videos):
+    """Raises UserError for flags that have no effect, and for a library that is missing."""
+    for flag in ("fps", "format"):
+        if getattr(args, flag) is not None and not videos:
+            raise UserError(
+                f"--{flag} is for videos, and --teacher {args.teacher} makes images: leave it out"
+            )
+    if args.fps is not None and args.format == "png":
+        raise UserError("--fps has no effect with --format png: leave it out")
+    if args.format == "mp4":
+        video_library("--format mp4")
 
 
 def main(argv=None):
-    p = Parser(prog="python -m models.decode", description=__doc__.partition("\n")[0])
-    p.add_argument("--teacher", required=True, help="pipeline folder, run of ours or autoencoder")
-    p.add_argument("--latents", required=True, help="safetensors file with x0 (B, C, [T,] H, W)")
-    p.add_argument("--output", required=True, help="folder for the pictures 000, 001, ...")
-    p.add_argument("--fps", type=number(float, above=0), help="of a GIF; if left out, Wan's 16")
-    args = p.parse_args(argv)
-    decode, suffix = choose_decoder(args.teacher)
-    if args.fps is not None and suffix != "gif":
-        raise UserError(
-            f"--fps is for videos, and --teacher {args.teacher} makes images: leave it out"
-        )
-    try:
-        x0 = load_tensors(args.latents).get("x0")
-    except UserError as error:
-        raise UserError(f"cannot read --latents: {error}") from None
-    if x0 is None:
-        raise UserError(
-            f"--latents {args.latents} has no tensor x0; write the latents under that key"
-        )
-    try:
-        decoded = decode(x0)
-    except (OSError, ValueError) as error:  # a wrong shape of x0, an incomplete vae/
-        raise UserError(f"--teacher {args.teacher}, --latents {args.latents}: {error}") from None
-    try:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
-        for i, pixels in enumerate(decoded):
-            path = Path(args.output) / f"{i:03d}.{suffix}"
-            save_picture(pixels, path, args.fps or 16)
-            print(path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write --output {args.output}: {error}; name a new folder"
-        ) from None
+    args = parse_args(argv)
+    videos = AUTOENCODERS.get(find_autoencoder(args.teacher)[1], False)
+    check_flags(args, videos)
+    rows = open_latents(args.latents)
+    space = load_autoencoder(args.teacher)
+    check_latents(rows.get_shape(), space, args.teacher, args.latents)
+    suffix = {"gif": ".gif", "mp4": ".mp4", "png": ""}[args.format or "gif"] if videos else ".png"
+    fps = args.fps or getattr(space, "fps", None)
+    for i in range(rows.get_shape()[0]):
+        pixels = decode_row(space, rows[i : i + 1], f"--latents {args.latents}: row {i} of x0")
+        try:
+            path = Path(args.output) / f"{i:03d}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_picture(pixels, path, fps)
+        except OSError as error:
+            raise UserError(
+                f"cannot write --output {args.output}: {error}; name a new folder"
+            ) from None
+        print(path)
 
 
 if __name__ == "__main__":

@@ -5,221 +5,44 @@
     python -m models.encode --teacher FOLDER --images FOLDER --resolution 512 \\
         --output data.safetensors
 
-The first form takes a diffusers pipeline folder of Wan, Z-Image, PixArt-alpha or PixArt-Sigma, or
-the root of one of TRELLIS's text models. The class that model_index.json names, or without that
-file the class of the transformer, decides how prompts are encoded and the defaults of
---negative_prompt and --max_length. The second form is for TRELLIS's image models; --teacher may
-name their root. TRELLIS's encoders of prompts and images are not in its root: --clip, --dinov2. The
-third form makes real data for a GAN on the teachers of the first: images, or for Wan animated ones
-with --frames, and a caption for each of them, through the pipeline's autoencoder (models/pairs.py).
+The first form takes a diffusers pipeline folder of a teacher that has prompts (Wan, Z-Image,
+PixArt, CogVideoX, Qwen-Image, Lumina-Image 2.0, Stable Diffusion, SDXL), or the root of one of
+TRELLIS's text models. The class that model_index.json names, or without that file the class of the
+network, decides how prompts are encoded and the defaults of --negative_prompt and --max_length
+(models/text_encoders.py). The second form is for TRELLIS's image models; --teacher may name their
+root. TRELLIS's encoders of prompts and images are not in its root: --clip, --dinov2. The third form
+makes real data for a GAN on the teachers of the first: images, or with --frames videos, and a
+caption for each of them, through the pipeline's autoencoder (models/pairs.py, models/vaes.py).
 
 The output is what the scripts take as --prompts: one row of "cond.*" for each prompt or image, and
 a single row of "uncond.*". The third form's has "x0" beside, and is what they take as --data, too.
-The first form's has prompts without their padding, in shards beyond --shard_gb (models/prompts.py);
-they go to disk as they are encoded, and the same command goes on with an interrupted one.
-Only the functions here need transformers, which training never imports.
+The first form's has prompts without their padding, in shards beyond --shard_gb (models/prompts.py).
+Both go to disk as they are encoded, and the same command goes on with an interrupted one.
 """
 
 import contextlib
-import functools
 import hashlib
-import html
-import importlib
 import json
 import os
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from models import pairs as pairing
-from models.decode import load, require
-from models.files import DTYPES, UserError, load_json, save_tensors
-from models.networks import trellis_path
-from models.networks.trellis import CLIP_WIDTH
+from models.files import DTYPES, UserError, save_tensors
+from models.libraries import require
 from models.plumbing.flags import Parser, number
 from models.plumbing.run import run_main
 from models.prompts import PromptWriter, is_complete, open_prompts, refuse_other
+from models.text_encoders import CLIP, FAMILIES, ask, padded_rows, teacher_class
+from models.vaes import find_autoencoder, load_autoencoder
 
-
-class Encoder(NamedTuple):
-    """A text encoder with its tokenizer.
-
-    count(prompts, B of them) -> the tokens of each, a list.
-    features(prompts) -> text (B, L, D) in the encoder's dtype and mask (B, L) bool, true for the
-    prompts' tokens, which come first, on the CPU. Several are padded to the longest of them. None
-    sees the padding or another prompt, so that only the last bits depend on B.
-    """
-
-    count: Callable
-    features: Callable
-
-
-def load_t5(kind, clean, pipeline_folder, max_length):
-    """The T5 encoder of class `kind`. clean: a function of each prompt; longer ones are cut.
-
-    A single prompt is padded to max_length, as in the pipelines. -> Encoder. Raises UserError if a
-    library or folder is missing.
-    """
-    tokenizer = load("transformers", "AutoTokenizer", pipeline_folder, "tokenizer")
-    encoder = load("transformers", kind, pipeline_folder, "text_encoder", dtype="auto")
-    tokenizer.padding_side = "right"
-    settings = dict(max_length=max_length, truncation=True)
-
-    def count(prompts):
-        return [len(ids) for ids in tokenizer(list(map(clean, prompts)), **settings).input_ids]
-
-    @torch.no_grad()
-    def features(prompts):
-        padding = "max_length" if len(prompts) == 1 else "longest"
-        texts = list(map(clean, prompts))
-        tokens = tokenizer(texts, padding=padding, return_tensors="pt", **settings)
-        ids, mask = tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)
-        return encoder(ids, mask).last_hidden_state.cpu(), mask.bool().cpu()
-
-    return Encoder(count, features)
-
-
-def together(rows):
-    """Rows {name: (L, D) or (L,)}, the last of which is the negative prompt's, as a file has them.
-
-    -> {"cond.NAME": (N, L, ...), "uncond.NAME": (1, L, ...)}; shorter rows end with zeros.
-    """
-    rows = list(rows)
-    stacked = {k: pad_sequence([row[k] for row in rows], batch_first=True) for k in rows[0]}
-    cond = {f"cond.{k}": v[:-1] for k, v in stacked.items()}
-    return cond | {f"uncond.{k}": v[-1:] for k, v in stacked.items()}
-
-
-# The negative prompt that Wan samples with by default (wan/configs/shared_config.py).
-NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，"
-    "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，"
-    "畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
-
-
-def clean_prompt(text):
-    """Clean a prompt as WanPipeline does: repair (ftfy, where installed), unescape, one line."""
-    try:
-        text = importlib.import_module("ftfy").fix_text(text)
-    except ImportError:
-        pass  # optional in diffusers too: it only matters for text that was decoded wrongly
-    text = html.unescape(html.unescape(text))  # twice: "&amp;lt;" occurs in scraped captions
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def load_wan(pipeline_folder, max_length):
-    """-> Encoder, see `load_t5`."""
-    return load_t5("UMT5EncoderModel", clean_prompt, pipeline_folder, max_length)
-
-
-def wan_rows(pipeline_folder, prompts, max_length):
-    """{"text": (max_length, D)} of each prompt, see `encode_wan`."""
-    features = load_wan(pipeline_folder, max_length).features
-    for prompt in prompts:
-        text, keep = features([prompt])
-        yield {"text": text[0].masked_fill(~keep[0][:, None], 0)}
-
-
-def encode_wan(pipeline_folder, prompts, negative_prompt=NEGATIVE_PROMPT, max_length=512):
-    """UMT5 features of prompts (list of N str), as WanPipeline computes them; longer ones are cut.
-
-    Returns {"cond.text": (N, max_length, D), "uncond.text": (1, max_length, D)} on the CPU in the
-    encoder's dtype; D = 4096 in Wan. Rows after a prompt's last token are zero: Wan has no mask and
-    is trained that way. Raises UserError if a library or folder is missing.
-    """
-    return together(wan_rows(pipeline_folder, [*prompts, negative_prompt], max_length))
-
-
-def z_image_tokens(tokenizer, prompts, max_length, **settings):
-    """Prompts in Qwen3's chat template, at most max_length tokens each.  -> input_ids, ..."""
-    template = dict(tokenize=False, add_generation_prompt=True, enable_thinking=True)
-    texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **template)
-        for prompt in prompts
-    ]
-    return tokenizer(texts, max_length=max_length, truncation=True, **settings)
-
-
-def load_z_image(pipeline_folder, max_length):
-    """Qwen3, whose tokens do not see those behind them.  -> Encoder
-
-    Raises UserError if a library or folder is missing.
-    """
-    tokenizer = load("transformers", "AutoTokenizer", pipeline_folder, "tokenizer")
-    encoder = load("transformers", "AutoModel", pipeline_folder, "text_encoder", dtype="auto")
-    tokenizer.padding_side = "right"
-
-    def count(prompts):
-        return [len(ids) for ids in z_image_tokens(tokenizer, prompts, max_length).input_ids]
-
-    @torch.no_grad()
-    def features(prompts):
-        settings = dict(padding=len(prompts) > 1, return_tensors="pt")
-        tokens = z_image_tokens(tokenizer, prompts, max_length, **settings).to(encoder.device)
-        output = encoder(tokens.input_ids, tokens.attention_mask, output_hidden_states=True)
-        text = output.hidden_states[-2].cpu()  # (B, L, D), before the last layer
-        return text, tokens.attention_mask.bool().cpu()
-
-    return Encoder(count, features)
-
-
-def z_image_rows(pipeline_folder, prompts, max_length):
-    """{"text": (n, D), "text_mask": (n,)} of each prompt's n tokens, see `encode_z_image`."""
-    features = load_z_image(pipeline_folder, max_length).features
-    for prompt in prompts:
-        text, mask = features([prompt])
-        yield {"text": text[0], "text_mask": mask[0]}
-
-
-def encode_z_image(pipeline_folder, prompts, negative_prompt="", max_length=512):
-    """Qwen3 features of prompts (list of N str), as ZImagePipeline computes them; longer are cut.
-
-    Returns {"cond.text": (N, L, D), "cond.text_mask": (N, L) bool, "uncond.text": (1, L, D),
-    "uncond.text_mask": (1, L) bool} on the CPU, text in the encoder's dtype. D = 2560 in Z-Image;
-    L is the longest prompt's number of tokens, with those of the chat template, and at most
-    max_length. Raises UserError if a library or folder is missing.
-    """
-    return together(z_image_rows(pipeline_folder, [*prompts, negative_prompt], max_length))
-
-
-def load_pixart(pipeline_folder, max_length):
-    """-> Encoder, see `load_t5`."""
-
-    def clean(prompt):
-        return prompt.lower().strip()
-
-    return load_t5("T5EncoderModel", clean, pipeline_folder, max_length)
-
-
-def pixart_rows(pipeline_folder, prompts, max_length):
-    """{"text": (max_length, D), "mask": (max_length,)} of each prompt, see `encode_pixart`."""
-    features = load_pixart(pipeline_folder, max_length).features
-    for prompt in prompts:
-        text, mask = features([prompt])
-        yield {"text": text[0], "mask": mask[0]}
-
-
-def encode_pixart(pipeline_folder, prompts, negative_prompt="", max_length=120):
-    """T5 features of prompts (list of N str), as PixArtAlphaPipeline computes them; longer are cut.
-
-    Returns {"cond.text": (N, max_length, D), "cond.mask": (N, max_length) bool, "uncond.text":
-    (1, max_length, D), "uncond.mask": (1, max_length) bool} on the CPU, text in the encoder's
-    dtype; D = 4096 in PixArt. Prompts become lower case and are stripped; the pipeline's
-    clean_caption, which also removes URLs and the like, is for scraped captions and not used.
-    PixArt-Sigma has max_length 300. Raises UserError if a library or folder is missing.
-    """
-    return together(pixart_rows(pipeline_folder, [*prompts, negative_prompt], max_length))
-
+# ---- images of TRELLIS ---------------------------------------------------------------------------
 
 DINOV2 = "facebook/dinov2-with-registers-large"
 SIDE, LANCZOS = 518, Image.Resampling.LANCZOS  # pixels: 37 x 37 patches of 14
@@ -296,168 +119,21 @@ def encode_trellis_images(folder, dinov2=DINOV2):
     return {"cond.tokens": tokens, "uncond.tokens": torch.zeros_like(tokens[:1])}
 
 
-CLIP, CLIP_TOKENS = "openai/clip-vit-large-patch14", 77  # its name, and as many as it has places
-
-
-def clip_name(root, clip=None):
-    """The folder or name of CLIP: clip, else what pipeline.json in root names, else CLIP."""
-    described = os.path.join(root, "pipeline.json")
-    if clip is None and os.path.isfile(described):
-        clip = load_json(described).get("args", {}).get("text_cond_model")
-    return str(clip or CLIP)
-
-
-def load_clip(root, max_length, clip=None):
-    """CLIP, which sees its padding: all of max_length tokens count.  -> Encoder
-
-    clip: of `encode_trellis_text`. Raises UserError.
-    """
-    library, clip = require("transformers"), clip_name(root, clip)
-    if max_length > CLIP_TOKENS:
-        raise UserError(f"--max_length {max_length}: CLIP takes at most {CLIP_TOKENS} tokens")
-    try:
-        tokenizer = library.AutoTokenizer.from_pretrained(clip)
-        model = library.CLIPTextModel.from_pretrained(clip, use_safetensors=True).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--clip {clip} cannot be loaded: {error}") from None
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    settings = dict(padding="max_length", max_length=max_length, truncation=True)
-
-    @torch.no_grad()
-    def features(prompts):
-        ids = tokenizer(prompts, return_tensors="pt", **settings).input_ids
-        text = model(ids.to(model.device)).last_hidden_state.half().cpu()
-        return text, torch.ones(text.shape[:2], dtype=torch.bool)
-
-    return Encoder(lambda prompts: [max_length] * len(prompts), features)
-
-
-def encode_trellis_text(root, prompts, negative_prompt="", max_length=CLIP_TOKENS, clip=None):
-    """CLIP's tokens of prompts (list of N str), as TrellisTextTo3DPipeline's; longer ones are cut.
-
-    clip: a transformers folder, or a name that is downloaded; None: the one that pipeline.json in
-    root names, else CLIP. Returns {"cond.tokens": (N, max_length, 768), "uncond.tokens": (1,
-    max_length, 768)} on the CPU in float16, the precision in which TRELLIS uses them: all tokens
-    after the model's last norm, also those of the padding, for TRELLIS has no mask. Raises
-    UserError.
-    """
-    features = load_clip(root, max_length, clip).features
-    rows = [features([prompt])[0] for prompt in [*prompts, negative_prompt]]  # each (1, L, D)
-    return {"cond.tokens": torch.cat(rows[:-1]), "uncond.tokens": rows[-1]}
-
-
-# By the class of the pipeline, or of the transformer where there is no model_index.json: function,
-# default negative prompt, default tokens per prompt (None: PixArt-alpha and PixArt-Sigma differ in
-# it but not in their transformer's class).
-TEXT_TEACHERS = {
-    "WanPipeline": (encode_wan, NEGATIVE_PROMPT, 512),
-    "WanTransformer3DModel": (encode_wan, NEGATIVE_PROMPT, 512),
-    "ZImagePipeline": (encode_z_image, "", 512),
-    "ZImageTransformer2DModel": (encode_z_image, "", 512),
-    "PixArtAlphaPipeline": (encode_pixart, "", 120),
-    "PixArtSigmaPipeline": (encode_pixart, "", 300),
-    "PixArtTransformer2DModel": (encode_pixart, "", None),
-    "Transformer2DModel": (encode_pixart, "", None),  # its name in older versions of diffusers
-    "TrellisTextTo3DPipeline": (encode_trellis_text, "", CLIP_TOKENS),
-}
-
-
-def teacher_class(folder):
-    """The class of a diffusers pipeline or of its transformer, "TrellisTextTo3DPipeline" for a root
-    or a network of TRELLIS's text models, or "TRELLIS" for the others. Raises UserError.
-    """
-    for name in ("model_index.json", "transformer/config.json"):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path) and "_class_name" in (config := load_json(path)):
-            return str(config["_class_name"])
-    inside = [os.path.join(folder, name) for name in ("pipeline.json", "ckpts")]
-    if any(map(os.path.exists, inside)) or trellis_path(folder):
-        return "TrellisTextTo3DPipeline" if takes_text(folder) else "TRELLIS"
-    fault = "has no model_index.json, transformer/config.json or pipeline.json"
-    raise UserError(
-        f"--teacher {folder} {fault if os.path.isdir(folder) else 'is not a folder'}: pass a "
-        "diffusers pipeline folder, or TRELLIS's root"
-    )
-
-
-def takes_text(path):
-    """Whether TRELLIS's root, or one of its networks, is conditioned on prompts."""
-    network, described = trellis_path(path), os.path.join(path, "pipeline.json")
-    if network and os.path.isfile(network + ".json"):
-        return load_json(network + ".json").get("args", {}).get("cond_channels") == CLIP_WIDTH
-    return os.path.isfile(described) and "text_cond_model" in load_json(described).get("args", {})
-
-
-def settings_of(folder, negative_prompt=None, max_length=None, clip=None):
-    """How the prompts of a teacher are encoded, with the defaults of its class in place of None.
-
-    clip: of `encode_trellis_text`. -> function, negative prompt, tokens a prompt. Raises UserError
-    for a folder that does not fit.
-    """
-    name = teacher_class(folder)
-    if name not in TEXT_TEACHERS:
-        remedy = "pass one of these" if name != "TRELLIS" else "pass --images instead"
-        known = ", ".join(n for n in TEXT_TEACHERS if n.endswith("Pipeline"))
-        raise UserError(f"--teacher {folder} is {name}, and --prompts_txt is for {known}: {remedy}")
-    encode, *defaults = TEXT_TEACHERS[name]
-    if encode is encode_trellis_text:
-        encode = functools.partial(encode, clip=clip)
-    elif clip is not None:
-        raise UserError(
-            f"--clip has no effect with a {name}, which has its own encoder: leave it out"
-        )
-    negative_prompt = defaults[0] if negative_prompt is None else negative_prompt
-    max_length = max_length or defaults[1]
-    if max_length is None:
-        raise UserError(
-            f"--teacher {folder} has no model_index.json to tell PixArt-alpha from PixArt-Sigma: "
-            "pass --max_length 120 for alpha, 300 for Sigma"
-        )
-    return encode, negative_prompt, max_length
-
-
-@contextlib.contextmanager
-def blamed_on(folder):
-    """Errors inside are those of a folder with an incomplete tokenizer, text_encoder or vae."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise UserError(f"--teacher {folder}: {error}") from None
-
-
 # ---- prompts to disk -----------------------------------------------------------------------------
 
-
-class Stored(NamedTuple):
-    """How the prompts of a text encoder are stored; models/prompts.py has the file.
-
-    load(folder, max_length) -> Encoder. name, mask: the network's inputs, mask "" where it takes
-    none. full: whether a batch has max_length tokens, and not those of the longest prompt.
-    """
-
-    load: Callable
-    name: str
-    mask: str
-    full: bool
-
-
-# What T5 makes of PixArt's padding is left out: the network's mask gives it no weight at all.
-STORED = {
-    encode_wan: Stored(load_wan, "text", "", True),
-    encode_z_image: Stored(load_z_image, "text", "text_mask", False),
-    encode_pixart: Stored(load_pixart, "text", "mask", True),
-    encode_trellis_text: Stored(load_clip, "tokens", "", True),
-}
 SHARD_GB = 5.0  # as in diffusers
 
 
 def read_prompts(prompts_txt):
-    """The lines of a text file that are not blank -> list of str. Raises UserError."""
+    """The lines of a text file that are not blank -> {number of the line, from 1: str}.
+
+    Raises UserError.
+    """
     try:
         lines = Path(prompts_txt).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --prompts_txt {prompts_txt} as UTF-8: {error}") from None
-    prompts = [line for line in lines if line.strip()]
+    prompts = {i: line for i, line in enumerate(lines, 1) if line.strip()}
     if not prompts:
         raise UserError(f"--prompts_txt {prompts_txt} holds no prompt; write one prompt a line")
     return prompts
@@ -481,26 +157,42 @@ def fingerprint_of(prompts, settings, folders):
     return found.hexdigest()[:32]
 
 
+def count_tokens(encoder, prompts, names, max_length):
+    """The tokens of each prompt, uncut, as a list; a line is printed where some will be cut.
+
+    names: of the prompts, for that line.
+    """
+    parts = tqdm(range(0, len(prompts), 1024), desc="tokens", leave=False, delay=2)
+    counts = [n for i in parts for n in encoder.count(prompts[i : i + 1024])]
+    cut = [name for name, n in zip(names, counts, strict=True) if n > max_length]
+    if cut:
+        print(
+            f"{len(cut)} of {len(prompts)} prompts have more than {max_length} tokens and are "
+            f"cut, {cut[0]} first"
+        )
+    return counts
+
+
+def sides(resolution):
+    """--resolution -> [H, W]. Raises UserError."""
+    if len(resolution) > 2:
+        raise UserError(
+            f"--resolution {' '.join(map(str, resolution))}: give H W, or one number for squares"
+        )
+    return (resolution * 2)[:2]
+
+
 def encode_text(args):
     """--prompts_txt: write --output, or go on with it.  -> {name: shape and dtype}
 
     Prompts are counted first, then encoded --batch_size at a time, each batch to disk before the
     next. Raises UserError for a folder or file that does not fit.
     """
-    chosen = args.negative_prompt, args.max_length, args.clip
-    encode, negative, max_length = settings_of(args.teacher, *chosen)
-    prompts = read_prompts(args.prompts_txt)
-    stored = STORED[getattr(encode, "func", encode)]
-    shard_gb, folders = args.shard_gb or SHARD_GB, ["tokenizer", "text_encoder"]
-    folders = [os.path.join(args.teacher, name) for name in folders]
-    settings = [stored[1:], negative, max_length, shard_gb]
-    load_encoder = stored.load
-    if load_encoder is load_clip:
-        clip = clip_name(args.teacher, args.clip)
-        folders = [clip] if os.path.isdir(clip) else []
-        settings += [] if folders else [clip]
-        load_encoder = functools.partial(load_clip, clip=clip)
-    fingerprint = fingerprint_of(prompts, settings, folders)
+    flags = dict(clip=args.clip, resolution=args.resolution and sides(args.resolution))
+    asked = ask(args.teacher, args.negative_prompt, args.max_length, **flags)
+    lines = read_prompts(args.prompts_txt)
+    prompts, shard_gb = list(lines.values()), args.shard_gb or SHARD_GB
+    fingerprint = fingerprint_of(prompts, [*asked.settings(), shard_gb], asked.folders())
     if is_complete(args.output, fingerprint):
         print(
             f"{args.output} is there already, of the same prompts and settings: remove it to "
@@ -509,15 +201,16 @@ def encode_text(args):
         return stored_shapes(args.output)
     refuse_other(args.output, fingerprint)
     with blamed_on(args.teacher):
-        encoder = load_encoder(args.teacher, max_length)
-        batches = tqdm(range(0, len(prompts), 1024), desc="tokens", leave=False, delay=2)
-        lengths = [n for i in batches for n in encoder.count(prompts[i : i + 1024])]
-        text, mask = encoder.features([negative])
-    null = text[0][mask[0]]
-    padded_to = max_length if stored.full else max(len(null), *lengths)
-    metadata = {"padded_to": str(padded_to), "mask": stored.mask, "fingerprint": fingerprint}
-    shape = stored.name, torch.tensor(lengths), null
-    with PromptWriter(args.output, *shape, metadata, int(shard_gb * 1e9)) as writer:
+        encoder = asked.load()
+        names = [f"line {i}" for i in lines]
+        kept = asked.kept(count_tokens(encoder, prompts, names, asked.max_length))
+        null, mask = encoder.negative(asked.negative)
+    name, *beside = null
+    uncond = null[name][0][mask[0]]
+    metadata = {"padded_to": str(asked.length([*kept, len(uncond)]))}
+    metadata |= {"mask": asked.family.mask, "fingerprint": fingerprint}
+    shape = name, torch.tensor(kept), uncond, metadata, int(shard_gb * 1e9)
+    with PromptWriter(args.output, *shape, {k: null[k][0] for k in beside}) as writer:
         write_text(writer, prompts, encoder, args.batch_size or 1, args.teacher)
     return stored_shapes(args.output)
 
@@ -533,10 +226,11 @@ def write_text(writer, prompts, encoder, batch_size, folder):
     with tqdm(desc="prompts", total=len(prompts), initial=done) as bar:
         for first in range(done - done % batch_size, len(prompts), batch_size):
             with blamed_on(folder):
-                text, mask = encoder.features(prompts[first : first + batch_size])
-            for i, (row, keep) in enumerate(zip(text, mask), first):
-                if i >= done:
-                    writer.write(row[keep])
+                found, mask = encoder.features(prompts[first : first + batch_size])
+            name, *beside = found
+            for i, keep in enumerate(mask):
+                if first + i >= done:
+                    writer.write(found[name][i][keep], **{k: found[k][i] for k in beside})
                     bar.update()
 
 
@@ -547,10 +241,16 @@ def stored_shapes(path):
     return {k: f"{tuple(v.get_shape())} {types[v.get_dtype()]}" for k, v in slices.items()}
 
 
+@contextlib.contextmanager
+def blamed_on(folder):
+    """Errors inside are those of a folder with an incomplete tokenizer, text_encoder or vae."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"--teacher {folder}: {' '.join(str(error).split())}") from None
+
+
 # ---- images with captions ------------------------------------------------------------------------
-
-
-ROWS = {encode_wan: wan_rows, encode_z_image: z_image_rows, encode_pixart: pixart_rows}
 
 
 def encode_pairs(args):
@@ -558,29 +258,56 @@ def encode_pairs(args):
 
     Raises UserError.
     """
-    encode, negative, max_length = settings_of(args.teacher, args.negative_prompt, args.max_length)
+    asked = ask(args.teacher, args.negative_prompt, args.max_length)
     if args.resolution is None:
         raise UserError("--images with captions: give --resolution H W, or one number for squares")
-    size, frames = (args.resolution * 2)[:2], args.frames or 1
-    pairs = pairing.find_pairs(args.images, args.captions)
-    with blamed_on(args.vae or args.teacher):
-        to_latent = pairing.load_encoder(args.vae or args.teacher, size, frames)
-    length = max_length
-    if encode is encode_z_image:  # the one whose rows are as long as their prompts
-        tokenizer = load("transformers", "AutoTokenizer", args.teacher, "tokenizer")
-        prompts = [negative, *(caption for _, caption in pairs)]
-        length = max(map(len, z_image_tokens(tokenizer, prompts, max_length).input_ids))
+    size, frames = sides(args.resolution), args.frames or 1
+    if "resolution" in asked.flags:
+        asked.flags["resolution"] = size
+    pairs = pairing.find_pairs(args.images, args.captions, frames)
+    space = load_autoencoder(args.vae or args.teacher, "vae" if args.vae else "teacher")
+    pairing.check_shape(space, size, frames, args.teacher)
+    with blamed_on(args.teacher):
+        encoder = asked.load()
+        names, captions = zip(*pairs)
+        counts = count_tokens(encoder, list(captions), names, asked.max_length)
+        counts += encoder.count([asked.negative or ""])
+    length = asked.length(asked.kept(counts))
 
     def text_rows(captions):
         with blamed_on(args.teacher):
-            yield from ROWS[encode](args.teacher, [*captions, negative], max_length)
+            yield from padded_rows(asked, encoder, captions, length)
 
-    return pairing.write_pairs(args.output, pairs, size, frames, to_latent, text_rows, length)
+    fingerprint = fingerprint_of_pairs(args, pairs, asked, [size, frames, length])
+    if is_complete(args.output, fingerprint):
+        print(
+            f"{args.output} is there already, of the same images and settings: remove it to "
+            "encode them again"
+        )
+        return stored_shapes(args.output)
+    refuse_other(args.output, fingerprint)
+    with pairing.RowWriter(args.output, {"fingerprint": fingerprint}) as file:
+        pairing.write_pairs(file, pairs, space, size, frames, text_rows)
+    return stored_shapes(args.output)
+
+
+def fingerprint_of_pairs(args, pairs, asked, settings):
+    """A hash of images, captions and settings, equal where a file may be gone on with."""
+    folders = [find_autoencoder(args.vae or args.teacher)[0], *asked.folders()]
+    stats = [os.stat(path) for path, _ in pairs]
+    files = [
+        [os.path.relpath(path, args.images), caption, stat.st_size, stat.st_mtime_ns]
+        for (path, caption), stat in zip(pairs, stats)
+    ]
+    return fingerprint_of(files, [*asked.settings(), *settings], folders)
 
 
 # What is read, and which of the optional flags have an effect then.
 FORMS = {
-    "--prompts_txt": ("negative_prompt", "max_length", "clip", "batch_size", "shard_gb"),
+    "--prompts_txt": (
+        *("negative_prompt", "max_length", "clip", "resolution"),
+        *("batch_size", "shard_gb"),
+    ),
     "--images without a teacher of prompts": ("dinov2",),
     "--images with captions": (
         *("captions", "resolution", "frames", "vae"),
@@ -596,10 +323,10 @@ def form_of(args):
     if args.images is not None:
         name = teacher_class(args.teacher) if args.teacher else "TRELLIS"
         form = images if name == "TRELLIS" else pairs
-        if form == pairs and TEXT_TEACHERS.get(name, [None])[0] not in ROWS:
+        if form == pairs and (name not in FAMILIES or not FAMILIES[name].folders):
             raise UserError(
                 f"--teacher {args.teacher} is {name}, and --images is for TRELLIS's image models "
-                "and for Wan, Z-Image and PixArt: pass their root, or --prompts_txt instead"
+                "and for the pipelines that take prompts: pass their root, or --prompts_txt instead"
             )
     elif args.teacher is None:
         raise UserError("--prompts_txt needs --teacher: pass a diffusers pipeline folder")
@@ -631,9 +358,10 @@ def parse_args(argv):
     add("--captions", metavar="FILE", help='captions of --images: FILE.json, {"NAME": "CAPTION"}, '
         "or FILE.jsonl with file_name and text; if left out, NAME.txt beside each image")
     add("--resolution", type=number(int, 8), nargs="+", metavar="PIXELS",
-        help="H W of --images with captions, or one number; their centre is cut out")
-    add("--frames", type=number(int, 1), help="of each animated image, for Wan: 1, 5, 9, ...; "
-        "if left out, 1")
+        help="H W of --images with captions, or one number; their centre is cut out. Of SDXL's "
+        "size, with --prompts_txt, if left out, 1024")
+    add("--frames", type=number(int, 1), help="of each video (animated image, video file or folder "
+        "of frames), for Wan and CogVideoX: 1, 5, 9, ...; if left out, 1")
     add("--vae", metavar="FOLDER", help="autoencoder of --images with captions, where it is not "
         "in --teacher")
     return p.parse_args(argv)

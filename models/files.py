@@ -136,63 +136,6 @@ def save_tensors(tensors, path, metadata=None):
             file.write(name, value)
 
 
-class RowWriter:
-    """A safetensors file whose tensors are written row by row, never as a whole in memory.
-
-    with RowWriter(path) as file:
-        file.add("x0", torch.float16, (n, 4, 32, 32))
-        file.write("x0", i, row)            # in any order
-    The file is there, complete, when the block ends without an error, and otherwise is not.
-    """
-
-    HEADER = 4096  # bytes that are kept for names and shapes
-
-    def __init__(self, path):
-        self.path, self.tmp, self.tensors, self.end = path, f"{path}.tmp-{os.getpid()}", {}, 0
-        self.file = open(self.tmp, "wb")
-
-    def add(self, name, dtype, shape):
-        """A further tensor, behind those that are there. dtype: one of DTYPES."""
-        row = dtype.itemsize * math.prod(shape[1:])
-        self.tensors[name] = dtype, list(shape), self.end, row
-        self.end += shape[0] * row
-
-    def cut(self, rows):
-        """The tensor that was added last has only so many rows after all."""
-        name, (dtype, shape, begin, row) = list(self.tensors.items())[-1]
-        self.tensors[name] = dtype, [rows, *shape[1:]], begin, row
-        self.end = begin + rows * row
-
-    def write(self, name, i, value):
-        """Row i of a tensor. value: of the row's shape, and converted to its type."""
-        dtype, shape, begin, row = self.tensors[name]
-        value = value.detach().to("cpu", dtype).contiguous().expand(shape[1:])
-        self.file.seek(8 + self.HEADER + begin + i * row)
-        self.file.write(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error, *_):
-        about = {
-            name: {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, begin + n]}
-            for name, (dtype, shape, begin, row) in self.tensors.items()
-            for n in [shape[0] * row]
-        }
-        header = json.dumps(about).encode().ljust(self.HEADER)
-        self.file.truncate(8 + self.HEADER + self.end)
-        self.file.seek(0)
-        self.file.write(len(header).to_bytes(8, "little") + header)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        if error:
-            os.remove(self.tmp)
-        else:
-            os.replace(self.tmp, self.path)
-            fsync_folder(os.path.dirname(self.path) or ".")
-
-
 DTYPES = {  # names of the file format
     torch.float64: "F64",
     torch.float32: "F32",

@@ -1,12 +1,14 @@
-"""Images or short videos with captions as rows of --data for a text teacher: latents and features.
+"""Images or videos with captions as rows of --data for a text teacher: latents and features.
 
 models/encode.py has the command. Everything is read and written one by one, so that a set of any
-size needs little memory. The latents are samples of the autoencoder's posterior, normalised as the
-teacher sees them.
+size needs little memory, and the same command goes on with an interrupted one. The latents are
+samples of the autoencoder's posterior, normalised as the teacher sees them (models/vaes.py).
 """
 
 import json
+import math
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -14,179 +16,292 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from models.decode import device, load
 from models.draws import Draws
-from models.files import RowWriter, UserError, load_json
-from models.networks.latent_space import load_vae, vae_folder
+from models.files import UserError, fsync_folder, load_json
+from models.libraries import device
 from models.plumbing.data import files_below, is_image, read_frames, to_unit
+from models.prompts import PARTIAL, header_bytes, read_header
+from models.vaes import latent_shape
+from models.videos import is_video, read_video, video_library
 
-# ---- images and their captions -------------------------------------------------------------------
+# ---- images, videos and their captions -----------------------------------------------------------
 
 
-def find_pairs(folder, captions=None):
+def find_pairs(folder, captions=None, frames=1):
     """All images below a folder with their captions.  -> [(path, caption)], sorted by path.
 
     captions: FILE.json, {"NAME": "CAPTION"}, or FILE.jsonl with file_name and text in each line;
-    None: a .txt of the same name beside each image. Raises UserError, also for an image without.
+    None: a .txt of the same name beside each image. frames above 1: also video files, and folders
+    of frames, which have a caption of their own. What has captions but is not there is named on
+    stderr. Raises UserError, also for an image without a caption.
     """
     if not os.path.isdir(folder):
         raise UserError(f"--images {folder} is not a folder; put images with captions in one")
-    paths = [path for path in files_below(folder) if is_image(path)]
+    known = read_captions(captions) if captions else read_texts(folder)
+    paths = list(find_items(folder, known, frames))
+    what = "images" if frames == 1 else "images or videos"
     if not paths:
-        raise UserError(f"--images {folder} holds no images")
-    names = [os.path.relpath(path, folder) for path in paths]
-    known = read_captions(captions) if captions else None
-    texts = [known.get(name) if known else read_text(path) for name, path in zip(names, paths)]
-    bare = [name for name, text in zip(names, texts) if not text]
+        raise UserError(f"--images {folder} holds no {what}")
+    if films := [path for path in paths if is_video(path)]:
+        video_library(f"--images {folder}: {os.path.relpath(films[0], folder)}")
+    keys = [caption_key(folder, path, captions) for path in paths]
+    where = f"--captions {captions}" if captions else "a .txt of the same name beside it"
+    bare = [path for key, path in zip(keys, paths) if not known.get(key)]
     if bare:
-        where = f"--captions {captions}" if captions else "a .txt of the same name beside it"
         raise UserError(
-            f"--images {folder}: {len(bare)} of {len(names)} images have no caption, such as "
-            f"{bare[0]}: write it into {where}, or take the image out"
+            f"--images {folder}: {len(bare)} of {len(paths)} {what} have no caption or an empty "
+            f"one, such as {os.path.relpath(bare[0], folder)}: write it into {where}, or take the "
+            "image out"
         )
-    return list(zip(paths, texts))
+    if lost := sorted(known.keys() - set(keys)):
+        without = f"{len(lost)} without an image in {folder}, such as that of {lost[0]}"
+        print(f"{captions or folder}: captions are left out, {without}", file=sys.stderr)
+    return [(path, known[key]) for key, path in zip(keys, paths)]
 
 
-def read_text(image):
-    """The caption in the .txt beside an image, or None."""
-    path = os.path.splitext(image)[0] + ".txt"
-    if not os.path.isfile(path):
-        return None
-    with open(path, encoding="utf-8", errors="replace") as f:
-        return " ".join(f.read().split())
+def caption_key(folder, path, captions):
+    """By what the caption of an image is found: its name below the folder, for .txt the stem."""
+    name = os.path.relpath(path, folder)
+    return name if captions or os.path.isdir(path) else os.path.splitext(name)[0]
+
+
+def find_items(folder, known, frames):
+    """Paths of the images below a folder, for `find_pairs`. known: its captions by their keys."""
+    whole = set()  # folders of frames
+    for path in files_below(folder):
+        inside = os.path.relpath(os.path.dirname(path), folder)
+        if frames > 1 and inside in known and is_image(path):
+            if inside not in whole:
+                yield os.path.dirname(path)
+            whole.add(inside)
+        elif is_image(path) or (frames > 1 and is_video(path)):
+            yield path
+
+
+def one_line(text):
+    return " ".join(text.split())
+
+
+def read_texts(folder):
+    """The captions in .txt files below a folder -> {name without .txt: caption}."""
+    found = {}
+    for path in files_below(folder):
+        if path.endswith(".txt"):
+            with open(path, encoding="utf-8", errors="replace") as f:
+                found[os.path.relpath(path, folder).removesuffix(".txt")] = one_line(f.read())
+    return found
 
 
 def read_captions(path):
     """--captions FILE -> {name of an image: caption}. Raises UserError."""
-    if path.endswith(".json"):
-        known = load_json(path)
-    else:
-        try:
-            with open(path, encoding="utf-8") as f:
+    try:
+        with open(path, encoding="utf-8") as f:
+            if path.endswith(".json"):
+                known = dict(json.load(f))
+            else:
                 rows = [json.loads(line) for line in f if line.strip()]
-            known = {row["file_name"]: row["text"] for row in rows}
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(
-                f"--captions {path}: {type(e).__name__}: {e}; wanted FILE.json with "
-                '{"NAME": "CAPTION"}, or file_name and text in each line of FILE.jsonl'
-            ) from None
+                known = {row["file_name"]: row["text"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"--captions {path}: {type(e).__name__}: {e}; wanted FILE.json with "
+            '{"NAME": "CAPTION"}, or file_name and text in each line of FILE.jsonl'
+        ) from None
     if not all(isinstance(text, str) for text in known.values()):
         raise UserError(f'--captions {path}: wanted {{"NAME": "CAPTION"}}, with one text each')
-    return known
+    return {os.path.normpath(name): one_line(text) for name, text in known.items()}
+
+
+# ---- pixels --------------------------------------------------------------------------------------
+
+
+def frames_of(path, frames):
+    """The first frames of an image, a video or a folder of images.  -> PIL images, at most so many
+
+    Raises what Pillow or the library for videos raises.
+    """
+    if os.path.isdir(path):
+        names = [name for name in sorted(os.listdir(path)) if is_image(name)]
+        return [read_frames(os.path.join(path, name))[0] for name in names[:frames]]
+    return read_video(path, frames) if is_video(path) else read_frames(path, frames)
 
 
 def read_pixels(path, size, frames):
-    """The first frames of an image, the centre of the shape of size (H, W).
+    """The first frames of an image or video, the centre of the shape of size (H, W).
 
-    -> uint8 (3, H, W) for one frame, else (3, frames, H, W). Raises what Pillow raises, and
-    ValueError for a file with fewer frames.
+    -> uint8 (3, H, W) for one frame, else (3, frames, H, W); and (6,) int64 as SDXL has it: height
+    and width before, top and left of what was cut out, in pixels of the scaled image, H and W.
+    Raises what `frames_of` raises, and ValueError for a file with fewer frames.
     """
-    read = read_frames(path, frames)
+    read = frames_of(path, frames)
     if len(read) < frames:
         raise ValueError(f"it has {len(read)} frames, --frames wants {frames}")
+    before = read[0].height, read[0].width
+    scale = max(new / old for new, old in zip(size, before))
+    corner = [round((old * scale - new) / 2) for new, old in zip(size, before)]
     lanczos = Image.Resampling.LANCZOS
     cut = [np.array(ImageOps.fit(image, size[::-1], lanczos)) for image in read]
     x = torch.from_numpy(np.stack(cut)).permute(3, 0, 1, 2)
-    return x[:, 0] if frames == 1 else x
+    return x[:, 0] if frames == 1 else x, torch.tensor([*before, *corner, *size])
 
 
-# ---- latents -------------------------------------------------------------------------------------
+def check_shape(space, size, frames, folder):
+    """Raises UserError for --resolution and --frames that an autoencoder or network cannot take.
 
-
-def load_encoder(folder, size, frames):
-    """The autoencoder of a pipeline.  -> function (uint8 pixels, row number): latent (C, ...)
-
-    AutoencoderKL encodes images. AutoencoderKLWan encodes videos of 1, 5, 9, ... frames, and needs
-    diffusers. Raises UserError for another, and for sizes that it does not take.
+    space: of models/vaes.py. folder: the teacher's, for its network's patches.
     """
-    inside = vae_folder(folder)
-    path = os.path.join(inside, "config.json")
-    name = str(load_json(path).get("_class_name"))
-    if name not in ("AutoencoderKL", "AutoencoderKLWan"):
-        raise UserError(f"{inside} is {name}: give --vae with AutoencoderKL or AutoencoderKLWan")
-    if name == "AutoencoderKL" and frames > 1:
-        raise UserError(f"--frames {frames}: an AutoencoderKL encodes images, leave it out")
-    if (frames - 1) % 4:
-        raise UserError(f"--frames {frames}: Wan's autoencoder takes 1, 5, 9, ... frames")
-    if name == "AutoencoderKL":
-        encode, factor = image_encoder(inside)
-    else:
-        encode, factor = video_encoder(inside)
-    if any(side % factor for side in size):
-        raise UserError(f"--resolution {size[0]} {size[1]}: sides must be multiples of {factor}")
-    return encode
+    if frames > 1 and not space.step:
+        raise UserError(f"--frames {frames}: this teacher makes images, leave it out")
+    if frames > 1 and (frames - 1) % space.step:
+        some = ", ".join(str(1 + k * space.step) for k in range(3))
+        raise UserError(f"--frames {frames}: this teacher's videos have {some}, ... frames")
+    multiple = space.factor * patch_of(folder)
+    if any(side % multiple for side in size):
+        raise UserError(f"--resolution {size[0]} {size[1]}: sides must be multiples of {multiple}")
 
 
-def image_encoder(folder):
-    """-> encode, pixels a side of one latent pixel. For AutoencoderKL."""
-    vae = load_vae(folder).to(device())
-
-    @torch.no_grad()
-    def encode(x, row):
-        mean, logvar = vae.posterior(to_unit(x)[None].to(device()))
-        return vae.normalise(mean + (logvar / 2).exp() * noise(row, mean))[0]
-
-    return encode, vae.factor
-
-
-def video_encoder(folder):
-    """The same for AutoencoderKLWan."""
-    parent, name = os.path.split(os.path.abspath(folder))
-    vae = load("diffusers", "AutoencoderKLWan", parent, name, torch_dtype=torch.float32)
-    mean, std = (
-        torch.tensor(stat, device=device()).view(-1, 1, 1, 1)
-        for stat in (vae.config.latents_mean, vae.config.latents_std)
-    )
-
-    @torch.no_grad()
-    def encode(x, row):
-        x = x if x.dim() == 4 else x[:, None]
-        posterior = vae.encode(to_unit(x)[None].to(device())).latent_dist
-        return (posterior.mean + posterior.std * noise(row, posterior.mean))[0].sub(mean) / std
-
-    return encode, vae.spatial_compression_ratio
-
-
-def noise(row, like):
-    """Standard normal for this row, the same on every machine.  -> (1, ...) like `like`"""
-    return Draws(0, "posterior", 0, [row]).normal("posterior", like.shape[1:]).to(like)
+def patch_of(folder):
+    """The side of the patches that a pipeline's network cuts latents into; of a U-Net, 1."""
+    path = os.path.join(folder, "transformer", "config.json")
+    config = load_json(path) if os.path.isfile(path) else {}
+    patch = config.get("patch_size") or config.get("all_patch_size") or 1
+    return patch[-1] if isinstance(patch, list) else patch
 
 
 # ---- the file ------------------------------------------------------------------------------------
 
 
-def write_pairs(output, pairs, size, frames, encode, text_rows, length):
+class RowWriter:
+    """A safetensors file whose tensors are written row by row, never as a whole in memory.
+
+    with RowWriter(path, {"fingerprint": "..."}) as file:
+        file.add("x0", torch.float16, (n, 4, 32, 32))
+        file.write("x0", i, row)            # in any order
+        file.note("a line")                 # what is written is safe, and file.notes has the line
+    The file is there, complete, when the block ends without an error. Otherwise what was noted is
+    in the folder path.partial, and the next RowWriter of this path begins with these rows and
+    notes. It must add the same tensors. models/prompts.py has another one's refusal, by the
+    fingerprint (`refuse_other`).
+    """
+
+    HEADER = 4096  # bytes that are kept for names and shapes
+
+    def __init__(self, path, metadata):
+        self.path, self.metadata, self.tensors, self.end = path, metadata, {}, 0
+        self.folder = path + PARTIAL
+        os.makedirs(self.folder, exist_ok=True)
+        self.tmp = os.path.join(self.folder, os.path.basename(path))
+        goes_on = (read_header(self.tmp) or {}).get("__metadata__") == metadata
+        self.file = open(self.tmp, "r+b" if goes_on else "w+b")
+        self.journal = open(os.path.join(self.folder, "notes"), "a+" if goes_on else "w+")
+        self.journal.seek(0)
+        text = self.journal.read()
+        self.notes = text.split("\n")[:-1]
+        self.journal.truncate(text.rfind("\n") + 1)  # of a line that a killed process began
+
+    def add(self, name, dtype, shape):
+        """A further tensor, behind those that are there. dtype: one of DTYPES."""
+        row = dtype.itemsize * math.prod(shape[1:])
+        self.tensors[name] = dtype, list(shape), self.end, row
+        self.end += shape[0] * row
+        self._write_header()
+
+    def cut(self, rows):
+        """The tensor that was added last has only so many rows after all."""
+        name, (dtype, shape, begin, row) = list(self.tensors.items())[-1]
+        self.tensors[name] = dtype, [rows, *shape[1:]], begin, row
+        self.end = begin + rows * row
+
+    def write(self, name, i, value):
+        """Row i of a tensor. value: of the row's shape, and converted to its type."""
+        dtype, shape, begin, row = self.tensors[name]
+        value = value.detach().to("cpu", dtype).contiguous().expand(shape[1:])
+        self.file.seek(8 + self.HEADER + begin + i * row)
+        self.file.write(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+    def note(self, line):
+        self.file.flush()
+        self.notes.append(line)
+        self.journal.write(line + "\n")
+        self.journal.flush()
+
+    def _write_header(self):
+        shapes = {name: (dtype, shape) for name, (dtype, shape, *_) in self.tensors.items()}
+        text = header_bytes(shapes, self.metadata)[8:].ljust(self.HEADER)
+        self.file.seek(0)
+        self.file.write(len(text).to_bytes(8, "little") + text)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        self.journal.close()
+        if not error:
+            self._write_header()
+            self.file.truncate(8 + self.HEADER + self.end)
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if not error:
+            os.replace(self.tmp, self.path)
+            fsync_folder(os.path.dirname(self.path) or ".")
+        if not error or not self.notes:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_pairs(file, pairs, space, size, frames, text_rows):
     """Encode and write x0, cond.NAME (N, ...) and uncond.NAME (1, ...); what fails is skipped.
 
-    pairs: see find_pairs. encode: see load_encoder. text_rows(captions) -> for each of them and for
-    the negative prompt behind them {NAME: (n, ...)}, n at most length. -> {name: shape}. Raises
-    UserError.
+    file: a RowWriter. pairs: see find_pairs. space: of models/vaes.py. text_rows(captions) -> what
+    the network takes, {NAME: (...)}, for each of them and for the negative prompt behind them;
+    "size" among it (SDXL) becomes that of each image. Raises UserError.
     """
-    kept = []
-    with RowWriter(output) as file:
-        for path, caption in tqdm(pairs, desc="latents"):
-            try:
-                x = read_pixels(path, size, frames)
-            except Exception as e:  # Pillow raises errors of many kinds
-                print(f"skipped {path}: {type(e).__name__}: {e}", file=sys.stderr)
-                continue
-            latent = encode(x, len(kept))
-            if not kept:
-                file.add("x0", torch.float16, (len(pairs), *latent.shape))
-            file.write("x0", len(kept), latent)
-            kept.append(caption)
-        if not kept:
-            raise UserError(f"none of the {len(pairs)} images could be read")
-        file.cut(len(kept))
-        rows = tqdm(text_rows(kept), desc="captions", total=len(kept) + 1)
-        for i, row in enumerate(rows):
-            for name, value in row.items():
-                shape = (length, *value.shape[1:])
-                if i == 0:
-                    file.add(f"cond.{name}", value.dtype, (len(kept), *shape))
-                    file.add(f"uncond.{name}", value.dtype, (1, *shape))
-                padded = value.new_zeros(shape)
-                padded[: len(value)] = value
-                kind, at = ("cond", i) if i < len(kept) else ("uncond", 0)
-                file.write(f"{kind}.{name}", at, padded)
-    return {name: tuple(shape) for name, (_, shape, *_) in file.tensors.items()}
+    shape = latent_shape(space, size, frames)
+    file.add("x0", torch.float16, (len(pairs), *shape))
+    write_latents(file, pairs, size, frames, space, shape)
+    kept = [caption for (_, caption), note in zip(pairs, file.notes) if note != SKIPPED]
+    if not kept:
+        file.notes.clear()  # nothing to go on with
+        raise UserError(f"none of the {len(pairs)} images could be read")
+    file.cut(len(kept))
+    write_captions(file, kept, len(file.notes) - len(pairs), text_rows)
+
+
+# Notes of an image that cannot be read and of a caption; of other images their six numbers.
+SKIPPED, ENCODED = "skipped", "encoded"
+
+
+def write_latents(file, pairs, size, frames, space, shape):
+    """Those of the images without a note, each of which is noted."""
+    done = min(len(file.notes), len(pairs))
+    row = done - file.notes[:done].count(SKIPPED)
+    if done:
+        print(f"{file.path}: going on after {done} of {len(pairs)} images", flush=True)
+    for path, _ in tqdm(pairs[done:], desc="latents", total=len(pairs), initial=done):
+        try:
+            x, six = read_pixels(path, size, frames)
+        except Exception as e:  # Pillow and the others raise errors of many kinds
+            why = one_line(f"{type(e).__name__}: {e}")[:200]  # ffmpeg says much
+            print(f"skipped {path}: {why}", file=sys.stderr)
+            file.note(SKIPPED)
+            continue
+        draw = Draws(0, "posterior", 0, [row])  # the same on every machine
+        noise = draw.normal("posterior", shape).to(device())
+        file.write("x0", row, space.to_latents(to_unit(x)[None].to(device()), noise)[0])
+        file.note(" ".join(map(str, six.tolist())))
+        row += 1
+
+
+def write_captions(file, captions, done, text_rows):
+    """cond.NAME and uncond.NAME, see `write_pairs`; of the captions, so many are done."""
+    for name, value in next(text_rows([])).items():
+        file.add(f"cond.{name}", value.dtype, (len(captions), *value.shape))
+        file.add(f"uncond.{name}", value.dtype, (1, *value.shape))
+        file.write(f"uncond.{name}", 0, value)
+    sizes = [note for note in file.notes if note not in (SKIPPED, ENCODED)]
+    rows = zip(range(done, len(captions)), text_rows(captions[done:]))
+    for i, row in tqdm(rows, desc="captions", total=len(captions), initial=done):
+        if "size" in row:
+            row["size"] = torch.tensor(list(map(int, sizes[i].split())))
+        for name, value in row.items():
+            file.write(f"cond.{name}", i, value)
+        file.note(ENCODED)

@@ -4,7 +4,9 @@
     uncond.NAME   (n, D)    the negative prompt's tokens
     cond.NAME     (M, D)    the tokens of all prompts, one prompt after the other
     metadata      padded_to, the tokens of a prompt in a batch, zeros behind its own; mask, the name
-                  under which the network takes the mask of a prompt's own, "" where it takes none
+                  under which the network takes the mask of a prompt's own, "" where it takes none;
+                  beside, names of what a prompt has once (SDXL's pooled and size), as cond.NAME
+                  (N, P) and uncond.NAME (1, P), left out where there are none
 
 Where no prompt is shorter and there is no mask, nothing is to be left out, and the tensors are
 uncond.NAME (1, L, D) and cond.NAME (N, L, D) without offsets. Files of that form with masks beside
@@ -70,17 +72,23 @@ class PromptWriter:
             writer.write(row)           # (its length, D)
     The file, or the index, is there when the block ends without an error. The header of a shard is
     written first, as all lengths are known, and rows are appended: the size of what a killed
-    process leaves behind tells which prompts are whole.
+    process leaves behind tells which prompts are whole. What a prompt has once has its place before
+    all rows, and is written before the prompt's own.
     """
 
-    def __init__(self, path, name, lengths, uncond, metadata, shard_bytes):
+    def __init__(self, path, name, lengths, uncond, metadata, shard_bytes, beside=None):
         """lengths: (N,) int64. uncond: (n, D), the negative prompt's tokens. metadata: strings.
 
-        metadata has padded_to, mask and fingerprint. shard_bytes: the most of a shard, up to the
-        last prompt, without its header. Raises UserError for an interrupted run that had others.
+        metadata has padded_to, mask and fingerprint. shard_bytes: the most of a shard's tokens, up
+        to the last prompt. beside: {NAME: (P,)}, what the negative prompt has once. Raises
+        UserError for an interrupted run that had others.
         """
         self.path, self.name, self.lengths = path, name, lengths
         self.uncond, self.metadata, self.file = uncond.cpu(), metadata, None
+        # Larger numbers first, so that all of them are aligned.
+        self.beside = dict(sorted((beside or {}).items(), key=lambda pair: -pair[1].itemsize))
+        if self.beside:
+            self.metadata = {**metadata, "beside": " ".join(self.beside)}
         self.row = uncond[0].numel() * uncond.dtype.itemsize  # bytes of a token
         padded_to = int(metadata["padded_to"])
         same = bool((lengths == padded_to).all()) and len(uncond) == padded_to
@@ -94,7 +102,7 @@ class PromptWriter:
         return base if many == 1 else f"{stem}-{k + 1:05d}-of-{many:05d}.safetensors"
 
     def head(self, k):
-        """What stands before the prompts of shard k -> header with offsets, uncond; bytes."""
+        """How shard k begins: header and offsets, as bytes; {name: where its tensor begins}."""
         first, end = self.shards[k]
         lengths, shape = self.lengths[first:end], list(self.uncond.shape[1:])
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -105,8 +113,15 @@ class PromptWriter:
         else:
             tensors = {"cond.offsets": (torch.int64, [len(offsets)])}
             un, cond = list(self.uncond.shape), [tokens, *shape]
+        for name, value in self.beside.items():
+            for key, rows in ((f"uncond.{name}", 1), (f"cond.{name}", end - first)):
+                tensors[key] = (value.dtype, [rows, *value.shape])
         tensors |= {f"uncond.{self.name}": (dtype, un), f"cond.{self.name}": (dtype, cond)}
-        return header_bytes(tensors, self.metadata) + bytes_of(offsets), bytes_of(self.uncond)
+        header, at = header_bytes(tensors, self.metadata), {}
+        place = len(header)
+        for name, (dtype, shape) in tensors.items():
+            at[name], place = place, place + dtype.itemsize * math.prod(shape)
+        return header + bytes_of(offsets), at
 
     def _place(self, k):
         """Where shard k is, or is to be: a run may have been killed while it moved its shards."""
@@ -116,22 +131,22 @@ class PromptWriter:
         if os.path.exists(partial) or not os.path.exists(moved):
             return partial
         whole = self.row * int(self.lengths[slice(*self.shards[k])].sum())
-        head, uncond = self.head(k)
+        head, at = self.head(k)
         with open(moved, "rb") as f:
             known = f.read(len(head)) == head
-        size = len(head) + len(uncond) + whole
+        size = at[f"cond.{self.name}"] + whole
         return moved if known and os.path.getsize(moved) == size else partial
 
     def _find(self):
         """How many prompts lie whole on disk; a part of another one is cut off."""
         refuse_other(self.path, self.metadata["fingerprint"])
         for k, (first, end) in enumerate(self.shards):
-            path, head = self._place(k), self.head(k)
-            before = sum(map(len, head))
+            path, (head, at) = self._place(k), self.head(k)
+            before = at[f"cond.{self.name}"]
             if not os.path.exists(path) or os.path.getsize(path) < before:
                 return first
             with open(path, "rb") as f:
-                if f.read(len(head[0])) != head[0]:
+                if f.read(len(head)) != head:
                     raise other_run(self.path)
             tokens = (os.path.getsize(path) - before) // self.row
             ends = self.lengths[first:end].cumsum(0)
@@ -141,19 +156,39 @@ class PromptWriter:
                 return first + whole
         return len(self.lengths)
 
-    def write(self, text):
-        """The next prompt's tokens, (its length, D)."""
+    def _open(self, k):
+        """Shard k, begun if it is not on disk yet."""
+        os.makedirs(self.path + PARTIAL, exist_ok=True)
+        head, self.at = self.head(k)
+        is_new = self.done == self.shards[k][0]
+        self.file = open(self._place(k), "wb" if is_new else "r+b")
+        if is_new:
+            self.file.write(head)
+            for name, value in [*self.beside.items(), (self.name, self.uncond)]:
+                self.file.seek(self.at[f"uncond.{name}"])  # what is skipped is zero
+                self.file.write(bytes_of(value))
+
+    def write(self, text, **beside):
+        """The next prompt's tokens, (its length, D), and what it has once, each (P,)."""
         k = bisect.bisect_right([first for first, _ in self.shards], self.done) - 1
-        (first, end), wanted = self.shards[k], (int(self.lengths[self.done]), self.uncond.shape[1:])
-        if (len(text), text.shape[1:]) != wanted or text.dtype != self.uncond.dtype:
-            raise ValueError(
-                f"prompt {self.done} is {text.dtype} {tuple(text.shape)}: not {wanted}"
-            )
+        (first, end), length = self.shards[k], int(self.lengths[self.done])
+        wanted = {self.name: self.uncond.new_empty(length, *self.uncond.shape[1:]), **self.beside}
+        for name, value in {self.name: text, **beside}.items():
+            like = wanted.pop(name)
+            if value.shape != like.shape or value.dtype != like.dtype:
+                raise ValueError(
+                    f"prompt {self.done}: {name} is {value.dtype} {tuple(value.shape)}: not "
+                    f"{like.dtype} {tuple(like.shape)}"
+                )
+        if wanted:
+            raise ValueError(f"prompt {self.done}: no {' and no '.join(wanted)}")
         if self.file is None:
-            os.makedirs(self.path + PARTIAL, exist_ok=True)
-            self.file = open(self._place(k), "wb" if self.done == first else "ab")
-            if self.done == first:
-                self.file.write(b"".join(self.head(k)))
+            self._open(k)
+        for name, value in beside.items():
+            row = value.numel() * value.itemsize
+            self.file.seek(self.at[f"cond.{name}"] + row * (self.done - first))
+            self.file.write(bytes_of(value))
+        self.file.seek(0, os.SEEK_END)
         self.file.write(bytes_of(text))
         self.file.flush()
         self.done += 1
@@ -301,20 +336,26 @@ class PromptFile:
         keys = set(files[0].keys())
         if any(set(f.keys()) != keys for f in files):
             raise broken(where, "its shards have different tensors")
+        beside = keys if "cond.offsets" not in keys else self.once(keys)
+        for key in sorted(beside):
+            parts = [f.get_slice(key) for f in files]
+            parts = parts if key.startswith("cond.") else parts[:1]
+            self.slices[key] = PaddedRows(parts, [None] * len(parts), None)
         if "cond.offsets" not in keys:
-            for key in keys:
-                parts = [f.get_slice(key) for f in files]
-                parts = parts if key.startswith("cond.") else parts[:1]
-                self.slices[key] = PaddedRows(parts, [None] * len(parts), None)
             return
         if not self.about.get("padded_to", "").isdecimal():
             raise broken(where, "no padded_to in its metadata")
         offsets = [f.get_tensor("cond.offsets") for f in files]
-        for key in sorted(keys - {"cond.offsets"}):
+        for key in sorted(keys - beside - {"cond.offsets"}):
             parts, at = [f.get_slice(key) for f in files], offsets
             if not key.startswith("cond."):  # one row, the same in all shards
                 parts, at = parts[:1], [torch.tensor([0, parts[0].get_shape()[0]])]
             self._add(where, key, parts, at)
+
+    def once(self, keys):
+        """Those of the keys that a prompt has once."""
+        names = self.about.get("beside", "").split()
+        return {key for key in keys if key.partition(".")[2] in names}
 
     def _add(self, where, key, slices, offsets):
         """The rows called key, and the mask that goes with them."""

@@ -17,11 +17,9 @@ import types
 from pathlib import Path
 
 import pytest
-import released
 import torch
 from helpers import (
     ROOT,
-    fill,
     quiet,
     refusal_of,
     ring_network,
@@ -31,9 +29,10 @@ from helpers import (
     save_tiny_wan,
 )
 from PIL import Image
+from pipelines import image_vae, save_pipeline
 from safetensors.torch import load_file, save_file
 from test_dit_imagenet import official_state
-from test_pipeline import CONFIGS, image_vae, pixart_parts, save_space, wan_parts
+from test_pipeline import save_space
 from test_trellis import CLASSES, save_root, save_text_root, save_tiny_clip, sparse_file
 
 import dmd
@@ -489,20 +488,17 @@ class Places:
         pictures(root, name="objects")
         return root
 
-    def pipeline(self, root, model, parts):
-        diffusers, transformers = (
-            pytest.importorskip("diffusers"),
-            pytest.importorskip("transformers"),
-        )
-        transformer = fill(model.theirs(**CONFIGS[model]))
-        parts(diffusers, transformers, transformer).save_pretrained(root)
+    def WAN_PIPE(self, root):
+        save_pipeline("wan", root)
         return root
 
-    def WAN_PIPE(self, root):
-        return self.pipeline(root, released.WAN, wan_parts)
+    def SDXL_PIPE(self, root):
+        save_pipeline("sdxl", root)
+        return root
 
     def PIXART_PIPE(self, root):
-        return self.pipeline(root, released.PIXART, pixart_parts)
+        save_pipeline("pixart", root)
+        return root
 
     def BARE_PIXART(self, root):
         """Without the file that tells alpha from Sigma."""
@@ -553,6 +549,11 @@ class Places:
         (root / "text_encoder").mkdir()
         return root
 
+    def NO_ENCODER(self, root):
+        """A pipeline without tokenizer/ and text_encoder/."""
+        save_json({"_class_name": "WanPipeline"}, str(root / "model_index.json"))
+        return root
+
     def TRELLIS_ROOT(self, root):
         save_root(root, {})
         return root
@@ -570,9 +571,20 @@ class Places:
         save_space(root)
         return root
 
-    def X0(self, root):
-        save_file({"x0": torch.randn(2, 4, 4, 4)}, root / "x0.safetensors")
+    def VAE_WITHOUT_WEIGHTS(self, root):
+        shutil.copytree(self["VAE"], root, dirs_exist_ok=True)
+        (root / "vae" / WEIGHTS).unlink()
+        return root
+
+    def X0(self, root, *shape):
+        save_file({"x0": torch.randn(shape or (2, 4, 4, 4))}, root / "x0.safetensors")
         return root / "x0.safetensors"
+
+    def X0_EMPTY(self, root):
+        return self.X0(root, 0, 4, 4, 4)
+
+    def X0_VIDEO(self, root):
+        return self.X0(root, 1, 16, 1, 2, 2)
 
 
 @pytest.fixture(scope="module")
@@ -1390,21 +1402,27 @@ CASES = [
     # ---- models.decode
     (
         "models.decode",
-        "--teacher {}: its vae/ is {}, which cannot be decoded here: pass a pipeline folder with",
+        "--{} {}: its autoencoder is {}, which is not known here: pass a folder with {}",
         f"--teacher OTHER_VAE --latents X0 {OUT}",
         [f"--teacher VAE --latents X0 {OUT}"],
     ),
     (
         "models.decode",
-        "--teacher {} {}: pass a diffusers pipeline folder with vae/, a run of ours with",
+        "--{} {} {}: pass a diffusers pipeline folder with vae/, a run of ours with",
         f"--teacher EMPTY --latents X0 {OUT}",
         [f"--teacher VAE --latents X0 {OUT}", f"--teacher SPACE --latents X0 {OUT}"],
     ),
     (
         "models.decode",
-        "--fps is for videos, and --teacher {} makes images: leave it out",
+        "--{} is for videos, and --teacher {} makes images: leave it out",
         f"--teacher SPACE --latents X0 {OUT} --fps 8",
         [f"--teacher SPACE --latents X0 {OUT}"],
+    ),
+    (
+        "models.decode",
+        "--fps has no effect with --format png: leave it out",
+        f"--teacher WAN_PIPE --latents X0_VIDEO {OUT} --format png --fps 8",
+        [f"--teacher WAN_PIPE --latents X0_VIDEO {OUT} --format png"],
     ),
     (
         "models.decode",
@@ -1414,15 +1432,27 @@ CASES = [
     ),
     (
         "models.decode",
-        "--latents {} has no tensor x0; write the latents under that key",
+        "--latents {} has no tensor x0, but {}; write the latents under that key",
         f"--teacher SPACE --latents NO_ITEMS {OUT}",
         [f"--teacher SPACE --latents X0 {OUT}"],
     ),
     (
         "models.decode",
-        "--teacher {}, --latents {}: {}",
-        f"--teacher SPACE --latents DATA {OUT}",
+        "--latents {}: x0 has no rows, {}: name another file",
+        f"--teacher SPACE --latents X0_EMPTY {OUT}",
         [f"--teacher SPACE --latents X0 {OUT}"],
+    ),
+    (
+        "models.decode",
+        "--latents {}: x0 has shape {}, and the autoencoder of --teacher {} needs (B, {}, {}): ",
+        f"--teacher SPACE --latents X0_VIDEO {OUT}",
+        [f"--teacher SPACE --latents X0 {OUT}", f"--teacher WAN_PIPE --latents X0_VIDEO {OUT}"],
+    ),
+    (
+        "models.decode",
+        "--{} {}: {}",
+        f"--teacher VAE_WITHOUT_WEIGHTS --latents X0 {OUT}",
+        [f"--teacher VAE --latents X0 {OUT}"],
     ),
     (
         "models.decode",
@@ -1451,9 +1481,12 @@ CASES = [
     ),
     (
         "models.encode",
-        "--max_length {}: CLIP takes at most {} tokens",
+        "--max_length {}: a {} takes {} {} tokens: leave it out",
         f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT --max_length 78 {OUT}",
-        [f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT --max_length 77 {OUT}"],
+        [
+            f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT --max_length 77 {OUT}",
+            f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT {OUT}",
+        ],
     ),
     (
         "models.encode",
@@ -1481,8 +1514,23 @@ CASES = [
     ),
     (
         "models.encode",
-        "--clip has no effect with a {}, which has its own encoder: leave it out",
+        "--{} has no effect with a {}: leave it out",
         f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT --clip CLIP {OUT}",
+        [f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT {OUT}"],
+    ),
+    (
+        "models.encode",
+        "--resolution {}: give H W, or one number for squares",
+        f"--teacher SDXL_PIPE --prompts_txt PROMPTS_TXT --resolution 8 8 8 {OUT}",
+        [
+            f"--teacher SDXL_PIPE --prompts_txt PROMPTS_TXT --resolution 8 16 {OUT}",
+            f"--teacher SDXL_PIPE --prompts_txt PROMPTS_TXT --resolution 8 {OUT}",
+        ],
+    ),
+    (
+        "models.encode",
+        "--teacher {}: a {} encodes prompts with {}, and there is no {}: pass a whole pipeline",
+        f"--teacher NO_ENCODER --prompts_txt PROMPTS_TXT {OUT}",
         [f"--teacher WAN_PIPE --prompts_txt PROMPTS_TXT {OUT}"],
     ),
     (
@@ -1526,7 +1574,7 @@ CASES = [
     ),
     (
         "models.encode",
-        "--teacher {} is {}, and --images is for TRELLIS's image models and for Wan, Z-Image and",
+        "--teacher {} is {}, and --images is for TRELLIS's image models and for the pipelines that",
         f"--teacher DIT_ROOT --images PICTURES {OUT}",
         [
             f"--teacher TRELLIS_ROOT --images PICTURES {OUT}",
@@ -1550,13 +1598,13 @@ CASES = [
     ),
     (
         "models.encode",
-        "--images {} holds no images",
+        "--images {} holds no {}",
         f"--teacher PIXART_PIPE --images EMPTY --resolution 8 {OUT}",
         [f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 {OUT}"],
     ),
     (
         "models.encode",
-        "--images {}: {} of {} images have no caption, such as {}: write it into {}",
+        "--images {}: {} of {} {} have no caption or an empty one, such as {}: write it into {}",
         f"--teacher PIXART_PIPE --images PICTURES --resolution 8 {OUT}",
         [
             f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 {OUT}",
@@ -1577,19 +1625,19 @@ CASES = [
     ),
     (
         "models.encode",
-        "{} is {}: give --vae with AutoencoderKL or AutoencoderKLWan",
+        "--{} {}: its autoencoder is {}, which is not known here: pass a folder with {}",
         f"--teacher PIXART_PIPE --vae OTHER_VAE --images CAPTIONED --resolution 8 {OUT}",
         [f"--teacher PIXART_PIPE --vae VAE --images CAPTIONED --resolution 8 {OUT}"],
     ),
     (
         "models.encode",
-        "--frames {}: an AutoencoderKL encodes images, leave it out",
+        "--frames {}: this teacher makes images, leave it out",
         f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 --frames 5 {OUT}",
         [f"--teacher PIXART_PIPE --images CAPTIONED --resolution 8 {OUT}"],
     ),
     (
         "models.encode",
-        "--frames {}: Wan's autoencoder takes 1, 5, 9, ... frames",
+        "--frames {}: this teacher's videos have {}, ... frames",
         f"--teacher WAN_PIPE --images MOVIES --resolution 16 --frames 4 {OUT}",
         [
             f"--teacher WAN_PIPE --images MOVIES --resolution 16 --frames 5 {OUT}",

@@ -9,17 +9,15 @@ import re
 
 import pytest
 import torch
-from folders import COGVIDEOX_SCHEDULER
 from helpers import ROOT, fill, relative
-from released import COGVIDEOX, MODELS
+from pipelines import CONFIGS, FAMILIES, encoded, image_vae
+from released import MODELS
 from safetensors.torch import load_file, save_file
-from test_pipeline import CONFIGS, image_vae, pixart_parts, wan_parts, z_image_parts
 
 import dmd
 import phased_dmd
 from models.diffusion import VP, Diffusion, Flow, step_grid
 from models.draws import Draws
-from models.encode import encode_pixart, encode_wan, encode_z_image
 from models.networks import load_network, lora
 from models.networks.dit import DiT
 from models.plumbing import report
@@ -73,28 +71,8 @@ def pipeline(family):
         for other in others:  # equal in every released checkpoint
             other.load_state_dict(first.state_dict())
         return diffusers.DiTPipeline(net, image_vae(scaling_factor=0.18215), stock("linear"))
-    if family == "cogvideox":
-        return cogvideox_parts()
-    model = MODELS[family]
-    parts = {"wan": wan_parts, "z_image": z_image_parts, "pixart": pixart_parts}[family]
-    return parts(diffusers, transformers, random_network(model.theirs(**CONFIGS[model])))
-
-
-def cogvideox_parts():
-    """The pipeline wants 226 tokens of a prompt."""
-    net = random_network(COGVIDEOX.theirs(**{**COGVIDEOX.tiny, "max_text_seq_length": 226}))
-    text = pixart_parts(diffusers, transformers, net)
-    stages = 4  # an eighth of the sides
-    vae = diffusers.AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * stages,
-        up_block_types=("CogVideoXUpBlock3D",) * stages,
-        block_out_channels=(4,) * stages,
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-    )
-    scheduler = diffusers.CogVideoXDDIMScheduler.from_config(COGVIDEOX_SCHEDULER)
-    return diffusers.CogVideoXPipeline(text.tokenizer, text.text_encoder, vae, net, scheduler)
+    name, config, parts = FAMILIES[family]
+    return parts(diffusers, transformers, random_network(getattr(diffusers, name)(**config)))
 
 
 def random_network(net):
@@ -123,21 +101,10 @@ def roots(tmp_path_factory):
         flags = ["--teacher", str(root), *STUDENT.split(), "--sample_shape"]
         flags += map(str, SHAPES[family])
         if family != "dit":
-            save_file(encoded(family, root), root / "prompts.safetensors")
+            save_file(encoded(root, [PROMPT]), root / "prompts.safetensors")
             flags += ["--prompts", str(root / "prompts.safetensors")]
         found[family] = root, flags
     return found
-
-
-def encoded(family, root):
-    """The prompt as a file of prompts has it."""
-    if family == "cogvideox":
-        with torch.no_grad():
-            pipe = diffusers.CogVideoXPipeline.from_pretrained(root)
-            cond, uncond = pipe.encode_prompt([PROMPT], "")
-        return {"cond.text": cond.contiguous(), "uncond.text": uncond.contiguous()}
-    encode = {"wan": encode_wan, "z_image": encode_z_image, "pixart": encode_pixart}
-    return encode[family](root, [PROMPT])
 
 
 def frames_first(family, x):

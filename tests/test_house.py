@@ -87,6 +87,7 @@ ROOMS = [  # each may import from those above it, and within its own line by the
     ["models.plumbing.footprint", "models.plumbing.dry_run"],
     ["models.plumbing.releases", "models.plumbing.flags", "models.plumbing.report"],
     ["models.plumbing.film"],
+    ["models.libraries", "models.vaes", "models.videos", "models.text_encoders"],
     ["models.worlds.__main__", "models.decode", "models.pairs", "models.encode", "models.convert"],
     ["kernels.bench_linear_attention"],
     SCRIPTS,

@@ -12,8 +12,7 @@ from helpers import ENV, ROOT, quiet, read_log, refusal_of, save_tiny_wan, witho
 from safetensors.torch import load_file, save_file
 
 import dmd
-from models import encode, prompts
-from models.encode import together
+from models import encode, prompts, text_encoders
 from models.files import UserError, save_json, save_tensors
 from models.plumbing.data import Prompts, load_conditions
 from models.prompts import PromptWriter, open_prompts, prompt_shapes, split_rows
@@ -45,15 +44,17 @@ def padded_file(path, kind, rows):
         padded[: len(row)] = row
         keep = torch.arange(len(padded)) < len(row)
         full.append({name: padded, mask: keep} if mask else {name: padded})
-    save_tensors(together(full), str(path))
+    stacked = {k: torch.stack([row[k] for row in full]) for k in full[0]}
+    cond = {f"cond.{k}": v[:-1] for k, v in stacked.items()}
+    save_tensors(cond | {f"uncond.{k}": v[-1:] for k, v in stacked.items()}, str(path))
 
 
-def writer_of(path, kind, rows, shard_bytes=2**30, fingerprint="a"):
+def writer_of(path, kind, rows, shard_bytes=2**30, fingerprint="a", beside=None):
     name, mask, length, _ = kind
     lengths = torch.tensor([len(row) for row in rows[:-1]])
     padded_to = length or max(map(len, rows))
     about = {"padded_to": str(padded_to), "mask": mask, "fingerprint": fingerprint}
-    return PromptWriter(str(path), name, lengths, rows[-1], about, shard_bytes)
+    return PromptWriter(str(path), name, lengths, rows[-1], about, shard_bytes, beside)
 
 
 def write(path, kind, rows, *more):
@@ -97,6 +98,44 @@ def test_batches_are_those_of_the_padded_file(tmp_path, kind, shard_bytes):
     total = sum(len(row) for row in rows[:-1]) * WIDTH * 2
     files = [path for path in tmp_path.glob("new*.safetensors")]
     assert sum(load_file(p)[f"cond.{kind[0]}"].nbytes for p in files) == total
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 150])
+@KINDS
+def test_what_a_prompt_has_once(tmp_path, kind, shard_bytes):
+    """Beside the tokens, in one file and in shards; a file that ends anywhere is gone on with."""
+    rows, path, size = rows_of(kind), tmp_path / "p.safetensors", torch.arange(6)
+    g = torch.Generator().manual_seed(1)
+    pooled = [torch.randn(3, generator=g).to(kind[3]) for _ in rows]
+
+    def run(stop=None):
+        once = {"pooled": pooled[-1], "size": size}
+        with writer_of(path, kind, rows, shard_bytes, "a", once) as writer:
+            done = writer.done
+            for i in range(done, stop or len(rows) - 1):
+                writer.write(rows[i], pooled=pooled[i], size=size + i)
+            if stop:
+                raise KeyboardInterrupt
+        return done
+
+    with pytest.raises(KeyboardInterrupt):
+        run(4)
+    last = max((tmp_path / "p.safetensors.partial").iterdir(), key=lambda path: path.name)
+    os.truncate(last, last.stat().st_size - 1)  # of the fourth prompt
+    with pytest.raises(ValueError, match="prompt 3: no size and no pooled"):
+        once = {"pooled": pooled[-1], "size": size}
+        writer_of(path, kind, rows, shard_bytes, "a", once).write(rows[3])
+    assert run() == 3
+    file = Prompts(str(path), [name for name in (*kind[:2], "pooled", "size") if name], {})
+    index = torch.tensor([5, 0, 3])
+    batch = file.rows(index, "cpu")
+    assert torch.equal(batch["pooled"], torch.stack([pooled[i] for i in index]).float())
+    assert torch.equal(batch["size"], index[:, None] + size)
+    null = file.unconditional(2, "cpu")
+    assert torch.equal(null["pooled"], torch.stack([pooled[-1]] * 2).float())
+    assert null["size"].tolist() == [size.tolist()] * 2
+    for i, text in zip(index, batch[kind[0]]):
+        assert torch.equal(text[: len(rows[i])], rows[i].float()) and not text[len(rows[i]) :].any()
 
 
 def test_the_index_is_a_name_too_and_sampling_takes_shards(tmp_path):
@@ -146,7 +185,7 @@ def test_split_rows(most, want):
 # An encoder of random features, which are those of the prompt's number: "NUMBER TOKENS" a line.
 FAKE = """
 import os, signal, torch
-from models import encode
+from models import encode, text_encoders
 def fake(width, kill=0):
     calls = []
     def count(prompts):
@@ -160,10 +199,11 @@ def fake(width, kill=0):
         for row, prompt, n in zip(text, prompts, lengths):
             seed = torch.Generator().manual_seed(int(prompt.split()[0]))
             row[:n] = torch.randn(n, width, generator=seed)
-        return text, torch.arange(max(lengths)) < lengths[:, None]
+        return {"text": text}, torch.arange(max(lengths)) < lengths[:, None]
     def load(folder, max_length):
-        return encode.Encoder(count, features)
-    encode.STORED[encode.encode_wan] = encode.Stored(load, "text", "", True)
+        return text_encoders.Encoder(count, features, lambda prompt: features([prompt]))
+    family = text_encoders.Family(load, 512, "max_length", folders=("text_encoder",))
+    text_encoders.FAMILIES["WanPipeline"] = family
     return calls
 """
 ALONE = """
@@ -180,9 +220,9 @@ class Command:
 
     def __init__(self, root, monkeypatch, capsys):
         self.root, self.capsys = root, capsys
-        (root / "wan").mkdir()
+        (root / "wan" / "text_encoder").mkdir(parents=True)
         save_json({"_class_name": "WanPipeline"}, str(root / "wan" / "model_index.json"))
-        monkeypatch.setattr(encode, "STORED", dict(encode.STORED))
+        monkeypatch.setattr(text_encoders, "FAMILIES", dict(text_encoders.FAMILIES))
         self.names = {}
         exec(FAKE, self.names)
 
@@ -342,7 +382,6 @@ def test_other_prompts_or_settings_are_not_mixed(command, tmp_path, monkeypatch,
     before = contents(partial, "p")
     flags = {"settings": ["--max_length", 100], "shards": ["--shard_gb", 1]}.get(what, [])
     if what == "encoder":
-        (tmp_path / "wan" / "text_encoder").mkdir()
         (tmp_path / "wan" / "text_encoder" / "model.safetensors").write_bytes(b"other")
     flags = command.flags([*MANY, 5] if what == "prompts" else MANY, *flags)
     calls = command.names["fake"](8)

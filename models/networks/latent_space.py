@@ -47,6 +47,8 @@ class LatentSpace:
     that `save` does not copy them; None if nowhere.
     """
 
+    step = 0  # it makes images; models/vaes.py has spaces of videos
+
     def __init__(self, autoencoder, mean=None, std=None, folder=None):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.mean, self.std, self.folder = mean, std, folder
@@ -60,6 +62,12 @@ class LatentSpace:
     def factor(self):
         """f: sides of the pixels over sides of the latent."""
         return self.autoencoder.factor
+
+    @property
+    def channels(self):
+        """C, of z."""
+        config = self.autoencoder.config
+        return config.get("latent_channels", config.get("channels"))
 
     def pixel_shape(self, shape):
         """The shape of one item's pixels. shape: of its latent, (C, ...) -> (channels, ...)."""
@@ -170,14 +178,14 @@ def load_space(folder):
             "put it back, or name its new place in that file"
         )
     autoencoder = load_vae(where) if where else load_network(folder)[0]
-    channels = autoencoder.config.get("latent_channels", autoencoder.config.get("channels"))
+    space = LatentSpace(autoencoder, mean, std, where)
     for v in (mean, std):
-        if v is not None and len(v) != channels:
+        if v is not None and len(v) != space.channels:
             raise UserError(
                 f"{path} has numbers for {len(v)} channels, "
-                f"its autoencoder has {channels}: {remedy}"
+                f"its autoencoder has {space.channels}: {remedy}"
             )
-    return LatentSpace(autoencoder, mean, std, where)
+    return space
 
 
 def space_beside(student):
