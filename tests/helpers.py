@@ -3,13 +3,13 @@
 import copy
 import csv
 import os
-import subprocess
-import sys
+import signal
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from forks import launch
 from safetensors.torch import load_file, save_file
 
 import decoupled_dmd
@@ -566,11 +566,20 @@ setattr(os, name, counted)
 run_main(lambda: importlib.import_module(script).main(flags))
 """
 
+
+def killed(folder, script, function, text, n, *flags):
+    """A run of this script in a process of its own that ends as SUICIDAL says."""
+    (folder / "suicidal.py").write_text(SUICIDAL)
+    dead = launch(folder / "suicidal.py", [script, function, text, n, *flags])
+    assert dead.returncode == -signal.SIGKILL, dead.stderr
+
+
 # Saves the averaged gradients of the first 24 updates as GRADIENTS.1, .2, ..., and otherwise runs
 # the script.
 SPYING = """
 import os, sys
 import torch
+from forks import launch
 from safetensors.torch import save_file
 torch.set_num_threads(1)
 import {script}
@@ -598,22 +607,12 @@ def assert_two_ranks_are_one_process(
     `least`, up to within(number of the update) of it.  -> the number of all updates. m: a
     MonkeyPatch, whose changes reach the one process alone."""
     (folder / "spy.py").write_text(SPYING.format(script=script.__name__))
-    ranks = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(folder / "spy.py"),
-    ]
-    done = subprocess.run(
-        [*ranks, *flags, "--train_batch_size", str(batch), "--output_dir", str(folder / "two")],
-        capture_output=True,
-        text=True,
-        env={**ENV, "GRADIENTS": str(folder / "two") + ".gradients"},
+    done = launch(
+        folder / "spy.py",
+        [*flags, "--train_batch_size", batch, "--output_dir", folder / "two"],
+        ranks=2,
+        env={"GRADIENTS": str(folder / "two") + ".gradients"},
         cwd=folder,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     gradients, real = [], run.clip

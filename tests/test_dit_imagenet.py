@@ -7,14 +7,13 @@ Also clocks, signs, files, models/convert.py and a run on it.
 import copy
 import json
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import ENV, ROOT, fill, read_log, refusal_of, relative
+from forks import launch
+from helpers import ROOT, fill, read_log, refusal_of, relative
 from safetensors.torch import load_file, save_file
 
 import dmd
@@ -731,12 +730,11 @@ def test_converted_folders_are_teachers(tmp_path, convention, flags, prediction)
 
 def test_the_command_runs_and_refuses_in_one_line(tmp_path):
     save_file(official_state(rows=1, outputs=4), tmp_path / "lfm.safetensors")
-    command = [sys.executable, "-m", "models.convert", "--num_attention_heads", "3"]
-    command += ["--input", str(tmp_path / "lfm.safetensors"), "--prediction", "flow_v"]
+    given = ["--num_attention_heads", "3", "--prediction", "flow_v"]
+    given += ["--input", tmp_path / "lfm.safetensors"]
 
     def run(*flags):
-        flags = [*command, *map(str, flags)]
-        return subprocess.run(flags, env=ENV, cwd=ROOT, capture_output=True, text=True)
+        return launch(ROOT / "models" / "convert.py", [*given, *flags], cwd=ROOT)
 
     done = run("--output", tmp_path / "out", "--noise_at", "1")
     assert done.returncode == 0, done.stderr

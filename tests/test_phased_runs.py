@@ -6,20 +6,17 @@ Also equality with dmd.py, adapters, Wan 2.2, ranks, crashes, refusals.
 import copy
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import types
 import weakref
 
 import pytest
 import torch
+from forks import launch
 from helpers import (
-    ENV,
-    SUICIDAL,
     alone,
     assert_bit_equal,
     assert_two_ranks_are_one_process,
+    killed,
     perturbed,
     quiet,
     read_log,
@@ -931,8 +928,8 @@ def test_sampling_in_a_new_process(finished, tmp_path):
     Another process draws what the run showed of its experts.
     """
     runs = {kind: shutil.copytree(finished[kind].folder, tmp_path / kind) for kind in EXPERTS}
-    command = [sys.executable, "-c", SAMPLING, *map(str, runs.values())]
-    fresh = subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=tmp_path)
+    (tmp_path / "sampling.py").write_text(SAMPLING)
+    fresh = launch(tmp_path / "sampling.py", runs.values(), cwd=tmp_path)
     assert fresh.returncode == 0, fresh.stderr
     for kind, folder in runs.items():
         samples = tmp_path / f"{kind}-samples"
@@ -1852,9 +1849,7 @@ def test_kills_and_resumes(finished, tmp_path, kind):
     run, want = tmp_path / "run", finished[kind].folder
     flags = [*finished[kind].flags, "--output_dir", str(run), "--resume_from_checkpoint", "latest"]
     for text, n in DEATHS[kind]:
-        command = [sys.executable, "-c", SUICIDAL, "phased_dmd", "replace", text, str(n), *flags]
-        dead = subprocess.run(command, capture_output=True, text=True, env=ENV)
-        assert dead.returncode == -signal.SIGKILL, dead.stderr
+        killed(tmp_path, "phased_dmd", "replace", text, n, *flags)
     phased_dmd.main(flags)
     assert_bit_equal(weights(run), weights(want))
     assert without_time(read_log(run)) == without_time(read_log(want))

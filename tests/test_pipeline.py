@@ -3,13 +3,13 @@
 import functools
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import ENV, ROOT, fill, refusal_of, relative
+from forks import launch
+from helpers import ROOT, fill, refusal_of, relative
 from PIL import Image
 from pipelines import CONFIGS, save_pipeline
 from released import MODELS, PIXART, WAN, Z_IMAGE
@@ -247,13 +247,7 @@ def test_the_commands_run_and_refuse_in_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
 
     def command(name, *flags):
-        return subprocess.run(
-            [sys.executable, "-m", f"models.{name}", *flags],
-            env=ENV,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        return launch(ROOT / "models" / f"{name}.py", flags, cwd=ROOT)
 
     def decoding(run, output):
         flags = ["--latents", str(tmp_path / "x0"), "--output", str(tmp_path / output)]

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ENV, ROOT, read_log, save_tiny_teacher
+from forks import launch
+from helpers import ROOT, read_log, save_tiny_teacher
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -28,11 +27,7 @@ QUICK = "--max_train_steps 2 --train_batch_size 4 --teacher_steps 2 --preview_sa
 
 def command(script, *flags, ranks=1):
     """Run a script as a user does, on gloo ranks.  -> what it printed."""
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    line = [*start, str(ROOT / f"{script.__name__}.py"), *map(str, flags)]
-    done = subprocess.run(line, capture_output=True, text=True, env=ENV, timeout=300)
+    done = launch(ROOT / f"{script.__name__}.py", flags, ranks if ranks > 1 else None)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

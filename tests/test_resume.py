@@ -4,19 +4,16 @@ import importlib
 import json
 import re
 import shlex
-import signal
-import subprocess
-import sys
 import types
 
 import pytest
 import torch
+from forks import launch
 from helpers import (
-    ENV,
     SPYING,
-    SUICIDAL,
     assert_bit_equal,
     each,
+    killed,
     quiet,
     read_log,
     refusal_of,
@@ -352,11 +349,8 @@ def test_kill_while_log_csv_gets_new_columns(monkeypatch, tmp_path, call, n):
     run("dmd", first)
     flags, log = resumed(first, 6, *second), tmp_path / "run" / "log.csv"
     old = log.read_text()
-    command = [sys.executable, "-c", SUICIDAL, "dmd", call, "log.csv", str(n), *flags]
-    if call == "fsync":  # of a number, not a name; 1 and 2 are of the log's opening
-        command = [sys.executable, "-c", SUICIDAL, "dmd", "fsync", "", str(n), *flags]
-    dead = subprocess.run(command, capture_output=True, text=True, env=ENV)
-    assert dead.returncode == -signal.SIGKILL, dead.stderr
+    # fsync is of a number, not a name, and its first two are of the log's opening
+    killed(tmp_path, "dmd", call, "" if call == "fsync" else "log.csv", n, *flags)
     left = log.read_text()
     rows = [line.split(",") for line in left.splitlines()]
     assert left == old or (len(rows) >= 5 and {len(r) for r in rows} == {len(rows[0])})
@@ -377,15 +371,8 @@ def test_kill_while_log_csv_gets_new_columns(monkeypatch, tmp_path, call, n):
 def ranks(script, folder, flags, gradients=None):
     """Run a script on two gloo ranks, in its own processes."""
     (folder / "spy.py").write_text(SPYING.format(script=script))
-    command = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    env = {**ENV, "GRADIENTS": str(gradients or folder / "gradients")}
-    done = subprocess.run(
-        [sys.executable, *command, str(folder / "spy.py"), *flags],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=300,
-    )
+    env = {"GRADIENTS": str(gradients or folder / "gradients")}
+    done = launch(folder / "spy.py", flags, 2, env)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -393,9 +380,7 @@ def ranks(script, folder, flags, gradients=None):
 def one_process(script, folder, flags, gradients):
     """The same in one process of its own."""
     (folder / "spy.py").write_text(SPYING.format(script=script))
-    env = {**ENV, "GRADIENTS": str(gradients)}
-    command = [sys.executable, str(folder / "spy.py"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    done = launch(folder / "spy.py", flags, env={"GRADIENTS": str(gradients)})
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -415,8 +400,8 @@ def test_resume_on_another_number_of_ranks(tmp_path):
         state = str(out / "state" / "step-0000002")
         go_on = [*flags, "--resume_from_checkpoint", state, "--max_train_steps", "4", *more.split()]
         go_on += ["--output_dir", str(tmp_path / name)]
-        start = ranks if name == "two" else one_process
-        said = start("dmd", tmp_path, go_on, tmp_path / f"{name}.gradients")
+        begin = ranks if name == "two" else one_process
+        said = begin("dmd", tmp_path, go_on, tmp_path / f"{name}.gradients")
         assert ("number of ranks was 2 and is 1 from update 3 on" in said) == (name != "two")
         info, ends[name] = last_state(tmp_path / name)
         assert info["world_size"] == (2 if name == "two" else 1)

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import signal
 import subprocess
 import sys
 import time
@@ -10,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import launch
 from helpers import (
     ENV,
     ROOT,
-    SUICIDAL,
     TINY_WAN,
     alone,
     assert_bit_equal,
     assert_two_ranks_are_one_process,
     each,
+    killed,
     perturbed,
     read_log,
     refusal_of,
@@ -326,8 +326,7 @@ def test_exit_code_from_the_shell(tmp_path):
     """
 
     def run(script, *flags):
-        command = [sys.executable, str(ROOT / script), *flags]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENV)
+        return launch(ROOT / script, flags, cwd=tmp_path)
 
     bad = run("dmd.py", "--teacher", "nowhere")
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1
@@ -426,9 +425,7 @@ def test_kill_during_a_save(unbroken, tmp_path, call, n):
     """
     script, flags, final, log = unbroken
     flags = [*flags, "--output_dir", str(tmp_path / "run")]
-    command = [sys.executable, "-c", SUICIDAL, script.__name__, call, "", str(n), *flags]
-    dead = subprocess.run(command, capture_output=True, text=True, env=ENV)
-    assert dead.returncode == -signal.SIGKILL, dead.stderr
+    killed(tmp_path, script.__name__, call, "", n, *flags)
     script.main([*flags, "--resume_from_checkpoint", "latest"])
     assert_bit_equal(weights(tmp_path / "run"), final)
     assert without_time(read_log(tmp_path / "run")) == without_time(log)
@@ -518,9 +515,8 @@ def test_outputs_of_a_run(tmp_path, script):
     assert all(float(v) == float(v) for r in rows for v in r.values())
     assert {"loss_fake", "norm_fake", "norm_student", "mean", "std", "seconds"} < set(rows[0])
     assert not any(name.endswith("_s") for name in rows[0])  # one clock for the whole step
-    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), "--sample", "run/student"]
-    command += ["--preview_samples", "3"]
-    fresh = subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=tmp_path)
+    flags = ["--sample", "run/student", "--preview_samples", "3"]
+    fresh = launch(ROOT / f"{script.__name__}.py", flags, cwd=tmp_path)
     assert fresh.returncode == 0, fresh.stderr
     samples = tmp_path / "runs" / "run-samples"
     x = load_file(samples / "samples.safetensors")["x0"]

@@ -6,13 +6,13 @@ This file is also what four ranks run: torchrun --nproc-per-node 4 tests/test_se
 import contextlib
 import copy
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ENV, TINY_PIXART, TINY_WAN, TINY_Z_IMAGE, fill, read_log, weights
+from forks import launch
+from helpers import TINY_PIXART, TINY_WAN, TINY_Z_IMAGE, fill, read_log, weights
 from safetensors.torch import load_file, save_file
 
 import dmd
@@ -300,9 +300,7 @@ def folder(tmp_path_factory):
     save_network(net, network_config(net), str(folder / "teacher"))
     data = {"x0": normal(12, 1, 6, 6), "cond.label": torch.arange(12) % 3}
     save_file(data, str(folder / "data.safetensors"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "4", __file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300)
+    done = launch(__file__, [folder], ranks=4)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from forks import launch
 from helpers import ENV, fill, read_log, refusal_of, save_tiny_teacher, weights
 from safetensors.torch import save_file
 
@@ -75,16 +76,9 @@ def flags_of(name, folder, out, ranks, *more):
     return script, [*flags, *more]
 
 
-def start_ranks(ranks, what, folder, *more, env=None):
+def start_ranks(ranks, what, folder, *more):
     """This file on so many ranks.  -> the finished process"""
-    command = "-m torch.distributed.run --standalone --nproc-per-node".split()
-    return subprocess.run(
-        [sys.executable, *command, str(ranks), __file__, what, str(folder), *more],
-        capture_output=True,
-        text=True,
-        env={**ENV, **(env or {})},
-        timeout=900,
-    )
+    return launch(__file__, [what, folder, *more], ranks, timeout=900)
 
 
 def trainings(folder, file="cases.json"):
@@ -112,13 +106,7 @@ def work(tmp_path_factory):
     save_file({"x0": x0, "cond.label": label}, folder / "data.safetensors")
     cases = [flags_of(name, folder, folder / "one" / name, 1) for name in CASES]
     save_json_list(cases, folder / "one.json")
-    done = subprocess.run(
-        [sys.executable, __file__, "trainings", str(folder), "one.json"],
-        capture_output=True,
-        text=True,
-        env=ENV,
-        timeout=900,
-    )
+    done = launch(__file__, ["trainings", folder, "one.json"], timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -433,7 +421,11 @@ def test_parts_of_a_rank(tmp_path):
     """Parameters, gradients and moments are 1 / ranks of one process's, up to one block's; and the
     checks above, on 2 and 4 ranks."""
     for ranks in (2, 4):
-        done = start_ranks(ranks, "parts", tmp_path, env={"MALLOC_MMAP_THRESHOLD_": "65536"})
+        # by torchrun itself, since memory counts
+        command = [sys.executable, *"-m torch.distributed.run --standalone".split()]
+        command += ["--nproc-per-node", str(ranks), __file__, "parts", str(tmp_path)]
+        env = {**ENV, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
 
     def measured(rank, ranks):
