@@ -9,7 +9,6 @@ import re
 
 import pytest
 import torch
-from folders import COGVIDEOX_SCHEDULER
 from helpers import ROOT, fill, relative
 from released import COGVIDEOX, MODELS
 from safetensors.torch import load_file, save_file
@@ -25,6 +24,7 @@ from models.networks.dit import DiT
 from models.plumbing import report
 from models.plumbing.run import Run
 from models.plumbing.teachers import load_teacher, read_sampler, scheduler_config
+from tests.schedulers import COGVIDEOX_SCHEDULER
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

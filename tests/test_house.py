@@ -82,7 +82,7 @@ ROOMS = [  # each may import from those above it, and within its own line by the
     ["models.worlds.ring", "models.worlds.glyphs", "models.worlds.clips", "models.worlds.shapes"],
     ["models.worlds.voxels"],
     ["models.worlds"],
-    ["models.plumbing.data", "models.plumbing.teachers"],
+    ["models.plumbing.schedulers", "models.plumbing.data", "models.plumbing.teachers"],
     ["models.plumbing.sharding", "models.plumbing.state", "models.plumbing.run"],
     ["models.plumbing.footprint", "models.plumbing.dry_run"],
     ["models.plumbing.releases", "models.plumbing.flags", "models.plumbing.report"],

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from folders import COGVIDEOX_SCHEDULER
 from helpers import PIXART_SCHEDULER, quiet, save_tiny_teacher
 
 import decoupled_dmd
@@ -28,9 +27,9 @@ from models.networks.dit_imagenet import DIT_B_2, DIT_XL_2, DIT_XL_2_512
 from models.plumbing import releases
 from models.plumbing.flags import distillation_parser, parse
 from models.plumbing.state import FREE_TO_CHANGE
+from tests.schedulers import COGVIDEOX_SCHEDULER, SCHEDULERS
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-UNIPC = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"}
 LCM = {"_class_name": "LCMScheduler", "beta_schedule": "linear"}
 WAN = {"_class_name": "WanTransformer3DModel"}
 Z_IMAGE = {"_class_name": "ZImageTransformer2DModel", **z_image.Z_IMAGE_6B}
@@ -38,10 +37,8 @@ PIXART = {"_class_name": "PixArtTransformer2DModel"}
 DIT = {"_class_name": "DiTTransformer2DModel"}
 COGVIDEOX = {"_class_name": "CogVideoXTransformer3DModel"}
 UNET = {"_class_name": "UNet2DConditionModel"}
-SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-PNDM = {"_class_name": "PNDMScheduler", **SCALED}
-V_DDIM = {"_class_name": "DDIMScheduler", **SCALED, "prediction_type": "v_prediction"}
-EULER = {"_class_name": "EulerDiscreteScheduler", **SCALED, "prediction_type": "epsilon"}
+PNDM, V_DDIM = SCHEDULERS["Stable Diffusion 1.5"], SCHEDULERS["Stable Diffusion 2.1"]
+EULER, UNIPC = SCHEDULERS["SDXL base 1.0"], SCHEDULERS["Wan 2.1 T2V 1.3B"]
 STRUCTURE = {"name": "SparseStructureFlowModel"}
 LATENTS = {"name": "ElasticSLatFlowModel"}  # the name in TRELLIS's released configs
 CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
@@ -148,7 +145,7 @@ CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
 }
 CASES["Qwen-Image"] = (
     {"_class_name": "QwenImageTransformer2DModel", **qwen_image.QWEN_IMAGE},
-    {**FLOW, "use_dynamic_shifting": True, "shift_terminal": 0.02},
+    SCHEDULERS["Qwen-Image"],
     dict(timestep_shift=3, guidance_scale=4),
 )
 CASES["Lumina-Image 2.0"] = (
