@@ -15,10 +15,12 @@ from models.networks import NETWORKS, network_config, save_network
 from models.networks.cogvideox import COGVIDEOX_2B
 from models.networks.dit_imagenet import DIT_XL_2, DIT_XL_2_512
 from models.networks.lumina2 import LUMINA_2
+from models.networks.pixart import PIXART_512, PIXART_1024
 from models.networks.qwen_image import QWEN_IMAGE
 from models.networks.trellis import SLAT_FLOW_L, SS_FLOW_L
 from models.networks.unet import SD_1_5, SDXL
 from models.networks.wan import WAN_1_3B, WAN_5B, WAN_14B
+from models.networks.z_image import Z_IMAGE_6B
 from tests.schedulers import PIXART as DPM_SOLVER
 from tests.schedulers import SCHEDULERS
 
@@ -49,17 +51,16 @@ def wan(heads, width, ffn, layers):
     return Config(WAN, dict(WAN_1_3B, num_layers=layers, text_dim=256, **sizes), FLOW, text=64)
 
 
-ALPHA = dict(caption_channels=4096)
 CONFIGS = {
     "Wan 2.1 T2V 1.3B": Config(WAN, WAN_1_3B, SCHEDULERS["Wan 2.1 T2V 1.3B"]),
     "Wan 2.1 T2V 14B": Config(WAN, WAN_14B, SCHEDULERS["Wan 2.1 T2V 14B"]),
     "Wan 2.2 TI2V 5B": Config(WAN, WAN_5B, SCHEDULERS["Wan 2.2 TI2V 5B"]),
     "Wan 2.2 T2V A14B": Config(WAN, WAN_14B, SCHEDULERS["Wan 2.2 T2V A14B"], pair=True),
-    "Z-Image": Config(Z_IMAGE, {}, SCHEDULERS["Z-Image"]),
+    "Z-Image": Config(Z_IMAGE, Z_IMAGE_6B, SCHEDULERS["Z-Image"]),
     "Qwen-Image": Config(QWEN, QWEN_IMAGE, SCHEDULERS["Qwen-Image"]),
     "Lumina-Image 2.0": Config(LUMINA, LUMINA_2, SCHEDULERS["Lumina-Image 2.0"], text=256),
-    "PixArt-alpha 512": Config(PIXART, dict(ALPHA, sample_size=64), DPM_SOLVER, text=120),
-    "PixArt-alpha 1024": Config(PIXART, dict(ALPHA, sample_size=128), DPM_SOLVER, text=120),
+    "PixArt-alpha 512": Config(PIXART, PIXART_512, DPM_SOLVER, text=120),
+    "PixArt-alpha 1024": Config(PIXART, PIXART_1024, DPM_SOLVER, text=120),
     "Stable Diffusion 1.5": Config(UNET, SD_1_5, SCHEDULERS["Stable Diffusion 1.5"], text=77),
     "SDXL base 1.0": Config(UNET, SDXL, SCHEDULERS["SDXL base 1.0"], text=77),
     "DiT-XL/2 256": Config(DIT, DIT_XL_2, SCHEDULERS["DiT-XL/2 256"]),

@@ -525,6 +525,13 @@ def test_tokens_are_not_spread_over_ranks():
 # ---- refusals ------------------------------------------------------------------------------------
 
 
+REFINER = dict(  # what stabilityai/stable-diffusion-xl-refiner-1.0 has of its own
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2560,
+)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -548,6 +555,7 @@ def test_tokens_are_not_spread_over_ranks():
         (dict(transformer_layers_per_block=[1, 1, 1, [1, 2]]), "transformer_layers_per_block"),
         (dict(addition_embed_type="text"), "addition_embed_type = 'text' is not implemented"),
         (dict(addition_embed_type="text_time"), "projection_class_embeddings_input_dim = None"),
+        (REFINER, "projection_class_embeddings_input_dim = 2560 is of SDXL's refiner"),
     ],
 )
 def test_wrong_configs_are_named(change, message):
