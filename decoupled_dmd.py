@@ -513,9 +513,6 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
         lr_warmup_steps=0, lr_decay_share=0.0, student_steps=4, guidance_scale=4.0,
         preview_samples=2, normalizer="branch", gradient_checkpointing=True,
     ),
-    "SDXL base 1.0": dict(  # DMD2's recipe, whose alpha is 8
-        learning_rate=5e-7, learning_rate_fake=5e-7, lr_warmup_steps=100, guidance_scale=8.0,
-    ),
     "ZImageTransformer2DModel": dict(student_steps=8),  # Turbo's; shift 3, alpha 5: releases.py
 }  # fmt: skip
 

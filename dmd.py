@@ -501,15 +501,9 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
         learning_rate=5e-7, learning_rate_fake=5e-7, adam_betas=[0.9, 0.999], ema_decay=0.0,
         lr_warmup_steps=100,
     ),
-    # DMD2's own teachers: SDXL's rates, and the first of two stages of Stable Diffusion 1.5
-    "UNet2DConditionModel": dict(
+    "UNet2DConditionModel": dict(  # SDXL's; rows of models/plumbing/papers.py are stronger
         learning_rate=5e-7, learning_rate_fake=5e-7, adam_betas=[0.9, 0.999], ema_decay=0.0,
         lr_warmup_steps=100,
-    ),
-    "SDXL base 1.0": dict(guidance_scale=8.0),
-    "Stable Diffusion 1.5": dict(
-        learning_rate=1e-5, learning_rate_fake=1e-5, fake_update_ratio=10, lr_warmup_steps=50,
-        guidance_scale=1.75, student_steps=1,
     ),
 }  # fmt: skip
 

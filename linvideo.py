@@ -63,7 +63,14 @@ from models.plumbing import report
 from models.plumbing.data import Bank, Conditions, try_network
 from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import Film
-from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
+from models.plumbing.flags import (
+    distillation_parser,
+    given_flags,
+    number,
+    paper_values,
+    parse,
+    refuse,
+)
 from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import (
     average_of,
@@ -1146,6 +1153,8 @@ def parse_args(argv=None):
         "there, else as many as the run reads once, at most 50,000 states)")
     add("--bank_batch", type=number(int, 1), default=64, help="trajectories in a file of the bank")
     args = parse(p, argv, "linvideo", PRESETS, wrong_flags)
+    if layers_listed(args) and "target_layers" not in given_flags(p, argv):
+        args.target_layers = None  # the paper's number is of layers that are learned
     args.state = args.state or STATES.get(args.objective, "part")
     return args
 
@@ -1174,10 +1183,10 @@ def wrong_networks(a, teacher, start):
     net, name = teacher.base, f"--teacher {a.teacher}"
     replaceable = hasattr(net, "self_attentions")
     flow = isinstance(teacher.schedule, Flow) and teacher.prediction == "flow_v"
+    yield not flow, (f"{name} predicts {teacher.prediction}; the score of Eq. 13 is a flow's: "
+                     "give a teacher that predicts a flow's velocity, eps - x0, such as Wan")
     yield not replaceable, (f"{name}: a {type(net).__name__} has no self-attention that can be "
                             "replaced; DiT and Wan have")
-    yield not flow, (f"{name} predicts {teacher.prediction}; the score of Eq. 13 is a flow's: "
-                     "give a teacher that predicts its velocity")
     yield "linear_layers" in net.config, (f"{name} has linear attention already: give the network "
                                           "that it was made from")
     yield "linear_layers" in start.config, (f"--student_init {a.student_init} has linear attention "

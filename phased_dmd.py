@@ -879,7 +879,6 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
     # phased_dmd configs. Other teachers keep their own of models/plumbing/releases.py.
     "WanTransformer3DModel": dict(timestep_shift=5.0, guidance_scale=4.0),
     "Wan 2.1 T2V 1.3B": dict(guidance_scale=5.0),
-    "Wan 2.1 T2V 14B": dict(guidance_scale=5.0),
 }  # fmt: skip
 
 

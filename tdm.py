@@ -570,11 +570,6 @@ PRESETS = {  # the flags' defaults suit small DiTs; released: the paper's for Pi
         lr_warmup_steps=0, lr_decay_share=0.0, student_steps=[4], preview_samples=2,
         gradient_checkpointing=True,
     ),
-    **{f"PixArt-alpha {size}": dict(guidance_scale=3.5) for size in (256, 512, 1024)},
-    "Stable Diffusion 1.5": dict(max_train_steps=3000, guidance_scale=3.5),
-    "SDXL base 1.0": dict(  # the paper has 1000 updates at 512 x 512 and 1000 at 1024 x 1024
-        max_train_steps=1000, learning_rate=1e-6, learning_rate_fake=5e-6, guidance_scale=8.0,
-    ),
     "sample": dict(student_steps=None),
 }  # fmt: skip
 

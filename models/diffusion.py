@@ -265,16 +265,17 @@ def unshift(t, s):
     return t / (s - (s - 1) * t)
 
 
-def step_grid(steps, timestep_shift=1.0, terminal=None):
+def step_grid(steps, timestep_shift=1.0, terminal=None, raw=None):
     """Times 1 = t_0 > t_1 > ... > t_steps = 0, uniform in u and then shifted.
 
     terminal: where given, all times before the 0 are stretched, so that the last of them is this
-    one (shift_terminal of diffusers). -> list of steps + 1 floats. Raises ValueError for less than
-    one step.
+    one (shift_terminal of diffusers). raw: other times u, descending, steps + 1 of them. -> list of
+    steps + 1 floats. Raises ValueError for less than one step.
     """
     if steps < 1:
         raise ValueError(f"a step grid needs at least 1 step, got {steps}")
-    times = [shift(1 - i / steps, timestep_shift) for i in range(steps + 1)]
+    raw = raw or [1 - i / steps for i in range(steps + 1)]
+    times = [shift(u, timestep_shift) for u in raw]
     if terminal and steps > 1:
         stretch = (1 - terminal) / (1 - times[-2])
         times = [1 - (1 - t) * stretch for t in times[:-1]] + [0.0]
@@ -303,11 +304,11 @@ def ode_step(schedule, x0, eps, s):
 
 @torch.no_grad()
 def sample_ode(predict, schedule, noise, grid, solver="heun"):
-    """Integrate the probability-flow ODE from t = 1 to 0.  -> x0 (B, ...).
+    """Integrate the probability-flow ODE over a grid, from t = 1 to 0.  -> x0 (B, ...).
 
     predict: (x_t (B, ...), t (B,)) -> (x0, eps), each (B, ...).
-    noise:   (B, ...), taken as x at t = 1, which is exact where alpha(1) = 0.
-    grid:    descending times that end at 0.
+    noise:   (B, ...), taken as x at the grid's first time, which is exact at t = 1 if alpha(1) = 0.
+    grid:    descending times that end at 0, or where diffusers' samples of a teacher do.
     solver:  "euler" (one call a step) or "heun" (two calls a step, one on the last step).
 
     In the variables y = x / (alpha + sigma) and tau = sigma / (alpha + sigma) every schedule is the
@@ -322,7 +323,7 @@ def sample_ode(predict, schedule, noise, grid, solver="heun"):
         x0, eps = predict(x, t_now)
         x_next = ode_step(schedule, x0, eps, t_next)
         # not every prediction has a slope at t = 0, so the last step is Euler's
-        if solver == "heun" and s > 0:
+        if solver == "heun" and s > grid[-1]:
             x0_next, eps_next = predict(x_next, t_next)
             scale_now = schedule.alpha(t_now) + schedule.sigma(t_now)
             scale_next = schedule.alpha(t_next) + schedule.sigma(t_next)

@@ -15,10 +15,14 @@ from models.networks import NETWORKS, network_config, save_network
 from models.networks.cogvideox import COGVIDEOX_2B
 from models.networks.dit_imagenet import DIT_XL_2, DIT_XL_2_512
 from models.networks.lumina2 import LUMINA_2
+from models.networks.pixart import PIXART_512, PIXART_1024
 from models.networks.qwen_image import QWEN_IMAGE
 from models.networks.trellis import SLAT_FLOW_L, SS_FLOW_L
 from models.networks.unet import SD_1_5, SDXL
 from models.networks.wan import WAN_1_3B, WAN_5B, WAN_14B
+from models.networks.z_image import Z_IMAGE_6B
+from tests.schedulers import PIXART as DPM_SOLVER
+from tests.schedulers import SCHEDULERS
 
 WAN, Z_IMAGE = "WanTransformer3DModel", "ZImageTransformer2DModel"
 PIXART, DIT = "PixArtTransformer2DModel", "DiTTransformer2DModel"
@@ -26,31 +30,7 @@ COGVIDEOX = "CogVideoXTransformer3DModel"
 UNET = "UNet2DConditionModel"
 QWEN, LUMINA = "QwenImageTransformer2DModel", "Lumina2Transformer2DModel"
 STRUCTURE, LATENTS = "SparseStructureFlowModel", "SLatFlowModel"
-FLOW_3 = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 3.0}
-FLOW_3 |= {"prediction_type": "flow_prediction"}
-FLOW_6 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0}
-LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
-LINEAR |= {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}
-LINEAR |= {"prediction_type": "epsilon"}
-# As THUDM/CogVideoX-2b has it, but for timestep_spacing, which its authors set when they sample.
-COGVIDEOX_SCHEDULER = dict(
-    _class_name="CogVideoXDDIMScheduler",
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    beta_start=0.00085,
-    clip_sample=False,
-    clip_sample_range=1.0,
-    num_train_timesteps=1000,
-    prediction_type="v_prediction",
-    rescale_betas_zero_snr=True,
-    sample_max_value=1.0,
-    set_alpha_to_one=True,
-    snr_shift_scale=3.0,
-    steps_offset=0,
-    timestep_spacing="trailing",
-    trained_betas=None,
-)
-SCALED = dict(LINEAR, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+FLOW = SCHEDULERS["Wan 2.1 T2V 1.3B"]
 
 
 @dataclass(frozen=True)
@@ -68,34 +48,31 @@ class Config:
 def wan(heads, width, ffn, layers):
     """A Wan of another size."""
     sizes = dict(num_attention_heads=heads, attention_head_dim=width, ffn_dim=ffn)
-    return Config(WAN, dict(WAN_1_3B, num_layers=layers, text_dim=256, **sizes), FLOW_3, text=64)
+    return Config(WAN, dict(WAN_1_3B, num_layers=layers, text_dim=256, **sizes), FLOW, text=64)
 
 
-ALPHA = dict(caption_channels=4096)
 CONFIGS = {
-    "Wan 2.1 T2V 1.3B": Config(WAN, WAN_1_3B, FLOW_3),
-    "Wan 2.1 T2V 14B": Config(WAN, WAN_14B, FLOW_3),
-    "Wan 2.2 TI2V 5B": Config(WAN, WAN_5B, {**FLOW_3, "flow_shift": 5.0}),
-    "Wan 2.2 T2V A14B": Config(WAN, WAN_14B, FLOW_3, pair=True),
-    "Z-Image": Config(Z_IMAGE, {}, FLOW_6),
-    "Qwen-Image": Config(QWEN, QWEN_IMAGE, FLOW_6),
-    "Lumina-Image 2.0": Config(LUMINA, LUMINA_2, FLOW_6, text=256),
-    "PixArt-alpha 512": Config(
-        PIXART, dict(caption_channels=4096, sample_size=64), LINEAR, text=120
-    ),
-    "PixArt-alpha 1024": Config(PIXART, dict(ALPHA, sample_size=128), LINEAR, text=120),
-    "Stable Diffusion 1.5": Config(UNET, SD_1_5, SCALED, text=77),
-    "SDXL base 1.0": Config(UNET, SDXL, SCALED, text=77),
-    "DiT-XL/2 256": Config(DIT, DIT_XL_2, LINEAR),
-    "DiT-XL/2 512": Config(DIT, DIT_XL_2_512, LINEAR),
+    "Wan 2.1 T2V 1.3B": Config(WAN, WAN_1_3B, SCHEDULERS["Wan 2.1 T2V 1.3B"]),
+    "Wan 2.1 T2V 14B": Config(WAN, WAN_14B, SCHEDULERS["Wan 2.1 T2V 14B"]),
+    "Wan 2.2 TI2V 5B": Config(WAN, WAN_5B, SCHEDULERS["Wan 2.2 TI2V 5B"]),
+    "Wan 2.2 T2V A14B": Config(WAN, WAN_14B, SCHEDULERS["Wan 2.2 T2V A14B"], pair=True),
+    "Z-Image": Config(Z_IMAGE, Z_IMAGE_6B, SCHEDULERS["Z-Image"]),
+    "Qwen-Image": Config(QWEN, QWEN_IMAGE, SCHEDULERS["Qwen-Image"]),
+    "Lumina-Image 2.0": Config(LUMINA, LUMINA_2, SCHEDULERS["Lumina-Image 2.0"], text=256),
+    "PixArt-alpha 512": Config(PIXART, PIXART_512, DPM_SOLVER, text=120),
+    "PixArt-alpha 1024": Config(PIXART, PIXART_1024, DPM_SOLVER, text=120),
+    "Stable Diffusion 1.5": Config(UNET, SD_1_5, SCHEDULERS["Stable Diffusion 1.5"], text=77),
+    "SDXL base 1.0": Config(UNET, SDXL, SCHEDULERS["SDXL base 1.0"], text=77),
+    "DiT-XL/2 256": Config(DIT, DIT_XL_2, SCHEDULERS["DiT-XL/2 256"]),
+    "DiT-XL/2 512": Config(DIT, DIT_XL_2_512, SCHEDULERS["DiT-XL/2 512"]),
     "SiT-XL/2 256": Config(DIT, dict(DIT_XL_2, out_channels=4, convention="sit")),
-    "CogVideoX-2B": Config(COGVIDEOX, COGVIDEOX_2B, COGVIDEOX_SCHEDULER, text=226),
+    "CogVideoX-2B": Config(COGVIDEOX, COGVIDEOX_2B, SCHEDULERS["CogVideoX-2B"], text=226),
     "TRELLIS image structure": Config(STRUCTURE, SS_FLOW_L, text=1374),
     "TRELLIS image latents": Config(LATENTS, SLAT_FLOW_L, text=1374),
     # of no release: what a processor can train in seconds
     "tiny Wan": wan(4, 64, 1024, 6),  # 7 million parameters
     "middle Wan": wan(6, 64, 1536, 6),  # 15 million
-    "tiny Wan pair": Config(WAN, wan(4, 64, 1024, 6).config, FLOW_3, pair=True, text=64),
+    "tiny Wan pair": Config(WAN, wan(4, 64, 1024, 6).config, FLOW, pair=True, text=64),
 }
 
 

@@ -1,4 +1,4 @@
-"""Do the pages of docs/ still quote the code they link to?
+"""Do the pages of docs/ still quote the code they link to, and have its tables?
 
     python -m tests.pages            # says which links point beside their lines
     python -m tests.pages --write    # and moves the numbers to where the quoted lines stand now
@@ -12,6 +12,9 @@ A quotation is a link to a range of lines, alone on its line, with a block of Py
 
 The block is those lines, less what all of them are indented by. Where the code was changed, the
 page has to be changed by hand: its words may no longer be true either.
+
+Between <!-- tests/prescribed.py: NAME --> and <!-- end --> stands a table of tests/prescribed.py,
+which --write writes, too.
 """
 
 import argparse
@@ -20,12 +23,15 @@ import re
 import sys
 import textwrap
 
+from tests import prescribed
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
 QUOTATION = re.compile(
     r"^\[`([^`\n]+)`, lines (\d+) to (\d+)\]\(([^)\n]+)#L(\d+)-L(\d+)\)\n+```python\n(.*?)\n```$",
     re.M | re.S,
 )
+TABLE = re.compile(r"(<!-- tests/prescribed\.py: (\w+) -->\n\n)(.*?)(\n<!-- end -->)", re.S)
 LINK = re.compile(r"\(([^)\s]+\.py)#L(\d+)(?:-L(\d+))?\)")
 
 
@@ -56,8 +62,12 @@ def find(path, block):
 
 
 def wrong(page):
-    """-> one line for each quotation that its lines do not bear out, and each link elsewhere."""
-    found = []
+    """-> one line for each quotation that its lines do not bear out, each link elsewhere, and each
+    table that is not what tests/prescribed.py makes."""
+    found, text = [], (ROOT / page).read_text()
+    for _, name, table, _ in TABLE.findall(text):
+        if table != prescribed.block(name):
+            found.append(f"{page}: the table {name} is another: python -m tests.pages --write")
     for match in quotations(page):
         name, first, last, link, a, b, block = match.groups()
         path = target(page, link)
@@ -67,7 +77,7 @@ def wrong(page):
             now = find(path, block)
             where = f"they are lines {now[0]} to {now[1]}" if now else "they are nowhere in it"
             found.append(f"{page}: {name} L{a}-L{b} are not the lines quoted below: {where}")
-    for link, a, b in LINK.findall((ROOT / page).read_text()):
+    for link, a, b in LINK.findall(text):
         path = target(page, link)
         if not path.is_file() or int(b or a) > len(path.read_text().splitlines()):
             found.append(f"{page}: there is no {link}#L{a}")
@@ -75,7 +85,8 @@ def wrong(page):
 
 
 def moved(page):
-    """The page's text with the line numbers of every quotation set right where they can be."""
+    """The page's text with its tables and with the line numbers of every quotation set right where
+    they can be."""
 
     def right(match):
         name, _, _, link, _, _, block = match.groups()
@@ -87,7 +98,8 @@ def moved(page):
         head = f"[`{name}`, lines {a} to {b}]({link}#L{a}-L{b})"
         return head + match[0][match[0].index(")") + 1 :]
 
-    return QUOTATION.sub(right, (ROOT / page).read_text())
+    text = QUOTATION.sub(right, (ROOT / page).read_text())
+    return TABLE.sub(lambda m: m[1] + prescribed.block(m[2]) + m[4], text)
 
 
 def main():

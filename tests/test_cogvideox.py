@@ -8,23 +8,18 @@ import math
 
 import pytest
 import torch
-from folders import COGVIDEOX_SCHEDULER
 from helpers import fill, read_log, refusal_of, relative
 from released import COGVIDEOX
 from safetensors.torch import load_file, save_file
 
 import dmd
-from models.diffusion import VP, Diffusion, step_grid
+from models.diffusion import VP, Diffusion
 from models.files import save_json
 from models.networks import load_network, lora, to_dtype
 from models.networks.cogvideox import COGVIDEOX_2B, CogVideoXTransformer3DModel
-from models.plumbing.teachers import (
-    describe_schedule,
-    load_teacher,
-    read_sampler,
-    read_schedule,
-    read_scheduler,
-)
+from models.plumbing.schedulers import read_scheduler
+from models.plumbing.teachers import describe_schedule, load_teacher, read_sampler, read_schedule
+from tests.schedulers import COGVIDEOX_SCHEDULER
 
 TINY, SIZE = COGVIDEOX.tiny, (4, 2, 4, 6)
 
@@ -260,15 +255,15 @@ def noise_and_prompts(root):
 
 @pytest.mark.parametrize("steps, scale", [(4, 1.0), (4, 6.0), (10, 2.0)])
 def test_sampling_is_that_of_the_pipeline(tmp_path, steps, scale):
-    """Euler of ours, and CogVideoXPipeline with the scheduler in the teacher's folder."""
+    """Euler of ours on the teacher's own grid, and CogVideoXPipeline with its scheduler."""
     save_root(tmp_path)
     z, cond, uncond = noise_and_prompts(tmp_path)
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.CogVideoXDDIMScheduler.from_pretrained(tmp_path / "scheduler")
     want = sampled_by(pipeline(scheduler), z, cond, uncond, steps, scale)
-    grid = step_grid(steps)
-    assert scheduler.timesteps.tolist() == [round(1000 * t) - 1 for t in grid[:-1]]
     teacher = load_teacher(str(tmp_path))
+    grid = teacher.grid(steps)
+    assert scheduler.timesteps.tolist() == [round(1000 * t) - 1 for t in grid[:-1]]
     assert teacher.prediction == "vp_v" and teacher.schedule.snr_shift == 3.0
     given = {"text": cond}, {"text": uncond.expand(2, -1, -1)}
     ours = teacher.diffusion.sample(teacher.net, z, grid, *given, scale, "euler")

@@ -25,26 +25,12 @@ from models.files import UserError
 from models.networks import load_network, lora, qwen_image
 from models.networks.layers import modulation
 from models.networks.qwen_image import QwenImageTransformer2DModel
-from models.plumbing.teachers import dynamic_shift, load_teacher, read_sampler, read_scheduler
+from models.plumbing.schedulers import dynamic_shift, read_scheduler
+from models.plumbing.teachers import load_teacher, read_sampler
+from tests.schedulers import SCHEDULERS
 
 TINY = QWEN_IMAGE.tiny
-# scheduler/scheduler_config.json of Qwen/Qwen-Image.
-SCHEDULER = dict(
-    base_image_seq_len=256,
-    base_shift=0.5,
-    invert_sigmas=False,
-    max_image_seq_len=8192,
-    max_shift=0.9,
-    num_train_timesteps=1000,
-    shift=1.0,
-    shift_terminal=0.02,
-    stochastic_sampling=False,
-    time_shift_type="exponential",
-    use_beta_sigmas=False,
-    use_dynamic_shifting=True,
-    use_exponential_sigmas=False,
-    use_karras_sigmas=False,
-)
+SCHEDULER = SCHEDULERS["Qwen-Image"]
 # What the last block does to the prompt's stream is not used any more, and has no gradient or 0.
 STILL = ("attn.to_add_out", "txt_mlp", "attn.add_q_proj", "attn.norm_added_q")
 STILL = tuple(f"transformer_blocks.2.{name}" for name in STILL)

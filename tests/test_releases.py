@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from folders import COGVIDEOX_SCHEDULER
 from helpers import PIXART_SCHEDULER, quiet, save_tiny_teacher
 
 import decoupled_dmd
@@ -25,12 +24,12 @@ from models.networks import (
     z_image,
 )
 from models.networks.dit_imagenet import DIT_B_2, DIT_XL_2, DIT_XL_2_512
-from models.plumbing import releases
+from models.plumbing import papers, releases
 from models.plumbing.flags import distillation_parser, parse
 from models.plumbing.state import FREE_TO_CHANGE
+from tests.schedulers import COGVIDEOX_SCHEDULER, SCHEDULERS
 
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-UNIPC = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"}
 LCM = {"_class_name": "LCMScheduler", "beta_schedule": "linear"}
 WAN = {"_class_name": "WanTransformer3DModel"}
 Z_IMAGE = {"_class_name": "ZImageTransformer2DModel", **z_image.Z_IMAGE_6B}
@@ -38,10 +37,8 @@ PIXART = {"_class_name": "PixArtTransformer2DModel"}
 DIT = {"_class_name": "DiTTransformer2DModel"}
 COGVIDEOX = {"_class_name": "CogVideoXTransformer3DModel"}
 UNET = {"_class_name": "UNet2DConditionModel"}
-SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-PNDM = {"_class_name": "PNDMScheduler", **SCALED}
-V_DDIM = {"_class_name": "DDIMScheduler", **SCALED, "prediction_type": "v_prediction"}
-EULER = {"_class_name": "EulerDiscreteScheduler", **SCALED, "prediction_type": "epsilon"}
+PNDM, V_DDIM = SCHEDULERS["Stable Diffusion 1.5"], SCHEDULERS["Stable Diffusion 2.1"]
+EULER, UNIPC = SCHEDULERS["SDXL base 1.0"], SCHEDULERS["Wan 2.1 T2V 1.3B"]
 STRUCTURE = {"name": "SparseStructureFlowModel"}
 LATENTS = {"name": "ElasticSLatFlowModel"}  # the name in TRELLIS's released configs
 CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
@@ -148,7 +145,7 @@ CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
 }
 CASES["Qwen-Image"] = (
     {"_class_name": "QwenImageTransformer2DModel", **qwen_image.QWEN_IMAGE},
-    {**FLOW, "use_dynamic_shifting": True, "shift_terminal": 0.02},
+    SCHEDULERS["Qwen-Image"],
     dict(timestep_shift=3, guidance_scale=4),
 )
 CASES["Lumina-Image 2.0"] = (
@@ -254,6 +251,66 @@ def test_all_scripts_take_the_row(tmp_path, script, name):
     args = script.parse_args(["--teacher", save_release(tmp_path, name)])
     assert args.settings.startswith(f"settings: {name}: ")
     assert "settings" in FREE_TO_CHANGE
+
+
+# ---- what the papers of the methods prescribe ----------------------------------------------------
+
+SCRIPTS = dict(dmd=dmd, phased_dmd=phased_dmd, decoupled_dmd=decoupled_dmd, tdm=tdm)
+SCRIPTS |= dict(linvideo=linvideo, mdt_dist=mdt_dist)
+ROWS = [(method, row) for method, rows in papers.PAPERS.items() for row in rows]
+IDS = [f"{method}-{row.teachers[0]}" for method, row in ROWS]
+
+
+@pytest.mark.parametrize("method, row", ROWS, ids=IDS)
+def test_a_row_of_a_paper_is_a_script_s_default(tmp_path, method, row):
+    """Of each teacher that it names; the run names what is taken, and the command line wins."""
+    for i, name in enumerate(row.teachers):
+        teacher = save_release(tmp_path / str(i), name)
+        args = SCRIPTS[method].parse_args(["--teacher", teacher])
+        assert {flag: getattr(args, flag) for flag in row.settings} == row.settings
+        assert set(row.unstated) <= set(vars(args)) and row.source
+        assert all(f"{flag} {value:g}" in args.settings for flag, value in row.settings.items())
+        assert papers.row_of(method, name) is row
+        for flag in row.settings:
+            args = SCRIPTS[method].parse_args(["--teacher", teacher, f"--{flag}", "3"])
+            assert getattr(args, flag) == 3
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_help_ends_with_the_rows(method, capsys):
+    with pytest.raises(SystemExit):
+        SCRIPTS[method].parse_args(["--help"])
+    out = capsys.readouterr().out
+    end = out[out.index("released teachers, with what their rows change") :]
+    assert "docs/teachers.md" in end and max(map(len, out.splitlines())) <= 100
+    words = " ".join(end.split())
+    for row in papers.PAPERS[method]:
+        for flag, value in row.settings.items():
+            assert f"--{flag} {value:g}" in words
+        for text in (*row.teachers, row.source, f"batch {row.batch}"):
+            assert text in words
+
+
+def test_figures_of_the_papers():
+    """Some that are easily mixed up."""
+    sdxl, tdm_sdxl = papers.row_of("dmd", "SDXL base 1.0"), papers.row_of("tdm", "SDXL base 1.0")
+    assert sdxl.settings["guidance_scale"] == tdm_sdxl.settings["guidance_scale"] == 8
+    assert (sdxl.batch, sdxl.gan, tdm_sdxl.batch) == ("128", "5e-3", "64")
+    assert tdm_sdxl.settings["learning_rate_fake"] == 5e-6
+    assert papers.settings("dmd", "Stable Diffusion 1.5")["guidance_scale"] == 1.75
+    assert papers.settings("linvideo", "Wan 2.1 T2V 14B") == {"target_layers": 22}
+    assert papers.settings("dmd", "no such teacher") == papers.settings("x", "Z-Image") == {}
+    assert papers.help_of("latent_fm") == ""
+
+
+def test_layers_that_are_listed_need_no_number(tmp_path):
+    """The row's 16 layers are for --select learned and the other rules."""
+    teacher = save_release(tmp_path, "Wan 2.1 T2V 1.3B")
+    for select, target in (("learned", 16), ("last", 16), ("3 4 5", None)):
+        args = linvideo.parse_args(["--teacher", teacher, "--select", *select.split()])
+        assert args.target_layers == target
+    args = linvideo.parse_args(f"--teacher {teacher} --select 3 4 --target_layers 2".split())
+    assert args.target_layers == 2
 
 
 # ---- distilled teachers --------------------------------------------------------------------------

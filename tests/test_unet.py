@@ -5,6 +5,7 @@ The contract is in test_networks.py.
 
 import inspect
 import json
+import warnings
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from test_networks import TINY_SD, TINY_SDXL
 import decoupled_dmd
 import dmd
 import tdm
-from models.diffusion import VP, guide, sample_ode, step_grid, to_x0_eps
+from models.diffusion import VP, step_grid
 from models.networks import load_network, lora
 from models.networks.sequence import use_sequence
 from models.networks.unet import (
@@ -29,6 +30,7 @@ from models.networks.unet import (
 from models.plumbing.sharding import blocks_of
 from models.plumbing.teachers import load_teacher, network_folder
 from models.shards import gathered_parts
+from tests.schedulers import SCHEDULERS
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -209,32 +211,36 @@ def sized(call):
     return {**call, "size": torch.tensor([[H, W, 0, 0, H, W]] * len(call["x"]))}
 
 
-@pytest.mark.parametrize("name", ["SD 1.5", "v", "SDXL"])
-@pytest.mark.parametrize("scale", [1.0, 7.5])
-def test_sampling_is_that_of_the_pipeline(name, scale):
-    """Euler on the ODE is the pipeline with DDIM at the indices 999, 749, 499 and 249."""
-    config, size = TINY[name], (8, 16)
-    ours, reference = pair(config)
-    call, null = inputs(config, size, B=2), inputs(config, size, B=2, seed=5)
+RELEASES = {"SD 1.5": "Stable Diffusion 1.5", "v": "Stable Diffusion 2.1", "SDXL": "SDXL base 1.0"}
+
+
+@pytest.mark.parametrize("name", RELEASES)
+@pytest.mark.parametrize("scale, steps", [(1.0, 4), (7.5, 6)])
+def test_many_steps_are_the_pipeline_s(name, scale, steps, tmp_path):
+    """Euler of ours on the teacher's own grid, and the pipeline with the released scheduler.
+
+    Stable Diffusion 1.5 has PNDM, a multistep rule; DDIM has its steps with the same file.
+    """
+    released = SCHEDULERS[RELEASES[name]]
+    scheduler = getattr(diffusers, released["_class_name"]).from_config(released)
+    _, reference = pair(TINY[name])
+    pipeline(reference, scheduler).save_pretrained(tmp_path)
+    if name == "SD 1.5":
+        scheduler = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    call, null = (inputs(TINY[name], (8, 16), B=2, seed=seed) for seed in (1, 5))
     if name == "SDXL":
         call, null = sized(call), sized(null)
-    kind = "v_prediction" if name == "v" else "epsilon"
-    how = dict(set_alpha_to_one=True, timestep_spacing="trailing", prediction_type=kind)
-    scheduler = diffusers.DDIMScheduler(**SCHEDULER, **how)
-    want = sampled_by(pipeline(reference, scheduler), call, null, 4, scale)
-    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
-    schedule, rest = VP("scaled_linear", 0.00085, 0.012), ("x", "t")
-
-    def predict(x, t):
-        cond, uncond = (
-            ours(x, t, **{k: v for k, v in c.items() if k not in rest}) for c in (call, null)
-        )
-        level = schedule.alpha(t), schedule.sigma(t)
-        return to_x0_eps(guide(cond, uncond, scale), "vp_v" if name == "v" else "eps", x, *level)
-
-    x = sample_ode(predict, schedule, call["x"], step_grid(4), "euler")
+    want = sampled_by(pipeline(reference, scheduler), call, null, steps, scale)
+    teacher = load_teacher(str(tmp_path))
+    grid = teacher.grid(steps)
+    assert grid[0] == {4: 0.752, 6: 0.832}[steps] and len(grid) == steps + 1
+    assert grid[-1] == (0.0 if name == "SDXL" else 0.001)
+    conds = [{k: c[k] for k in teacher.net.cond_names} for c in (call, null)]
+    x = teacher.diffusion.sample(teacher.net, call["x"], grid, *conds, scale, "euler")
     print(f"difference {relative(x, want):.1e}")
     assert relative(x, want) < 1e-4 and relative(call["x"], want) > 0.1
+    even = step_grid(steps), *conds, scale, "euler"
+    assert relative(teacher.diffusion.sample(teacher.net, call["x"], *even), want) > 1e-2
 
 
 # ---- adapters ------------------------------------------------------------------------------------
@@ -431,7 +437,10 @@ def test_a_student_s_scheduler_samples_it_in_the_pipeline(rule, name, tmp_path, 
         monkeypatch.setattr(
             "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *a, **k: fresh
         )
-    want = sampled_by(pipeline(reference, scheduler), call, call, 2, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of steps_offset and clip_sample
+        pipe = pipeline(reference, scheduler)
+    want = sampled_by(pipe, call, call, 2, 1.0)
     noises = {"z": call["x"], "renoise0": fresh}
     diffusion = load_teacher(str(root)).diffusion
     if rule == "renoise":
@@ -516,6 +525,13 @@ def test_tokens_are_not_spread_over_ranks():
 # ---- refusals ------------------------------------------------------------------------------------
 
 
+REFINER = dict(  # what stabilityai/stable-diffusion-xl-refiner-1.0 has of its own
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2560,
+)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -539,6 +555,7 @@ def test_tokens_are_not_spread_over_ranks():
         (dict(transformer_layers_per_block=[1, 1, 1, [1, 2]]), "transformer_layers_per_block"),
         (dict(addition_embed_type="text"), "addition_embed_type = 'text' is not implemented"),
         (dict(addition_embed_type="text_time"), "projection_class_embeddings_input_dim = None"),
+        (REFINER, "projection_class_embeddings_input_dim = 2560 is of SDXL's refiner"),
     ],
 )
 def test_wrong_configs_are_named(change, message):

@@ -15,7 +15,7 @@ from released import WAN
 from safetensors.torch import load_file, save_file
 
 import dmd
-from models.diffusion import Diffusion, Flow, step_grid
+from models.diffusion import Diffusion, Flow
 from models.files import UserError, save_json
 from models.networks import layers, load_network, lora, network_config, save_network, to_dtype
 from models.networks.wan import WAN_5B, WAN_A14B, WanTransformer3DModel, WanTwoNetworks
@@ -543,7 +543,10 @@ def sampled_by(pipe, z, cond, uncond, steps, scale=1.0):
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_sampling_5b_is_that_of_its_pipeline(tmp_path, scale):
-    """Euler of ours and WanPipeline with expand_timesteps and the Euler scheduler at shift 5."""
+    """Euler of ours on the teacher's own grid, and WanPipeline with expand_timesteps.
+
+    Its scheduler, UniPC, is a multistep rule; Euler's has UniPC's levels.
+    """
     diffusers = pytest.importorskip("diffusers")
     root, prompts = save_5b(tmp_path / "root")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
@@ -554,15 +557,16 @@ def test_sampling_5b_is_that_of_its_pipeline(tmp_path, scale):
     stored, g = load_file(prompts), torch.Generator().manual_seed(3)
     cond, uncond = stored["cond.text"][:2], stored["uncond.text"]
     z = torch.randn(2, *LATENT_5B, generator=g)
-    grid = step_grid(4, 5.0)
-    set_timesteps = scheduler.set_timesteps  # four steps of shift 5, without a step near 0
-    scheduler.set_timesteps = lambda n, device=None, **_: set_timesteps(
-        sigmas=[u / 4 for u in (4, 3, 2, 1)], device=device
-    )
-    want = sampled_by(pipe, z, cond, uncond, 4, scale)
+    teacher, set_timesteps = load_teacher(root), scheduler.set_timesteps
+    raw = [1 - k * 0.999 / 6 for k in range(6)]
+    scheduler.set_timesteps = lambda n, device=None, **_: set_timesteps(sigmas=raw, device=device)
+    want = sampled_by(pipe, z, cond, uncond, 6, scale)
     assert {t.shape for t in seen} == {(2, 18)}
-    teacher = load_teacher(root)
-    assert torch.allclose(scheduler.sigmas, torch.tensor(grid))
+    unipc = diffusers.UniPCMultistepScheduler.from_pretrained(root, subfolder="scheduler")
+    unipc.set_timesteps(6)
+    grid = teacher.grid(6)
+    for levels in (scheduler.sigmas, unipc.sigmas):
+        assert torch.allclose(levels, torch.tensor(grid), atol=2e-6)
     given = {"text": cond}, {"text": uncond.expand(2, -1, -1)}
     ours = teacher.diffusion.sample(teacher.net, z, grid, *given, scale, "euler")
     assert relative(ours, want) <= 1e-4 and relative(z, want) > 0.1

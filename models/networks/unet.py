@@ -401,6 +401,12 @@ def check_addition(kind, width, ids):
         raise ValueError(
             f"addition_embed_type = {kind!r} is not implemented, only null and 'text_time'"
         )
+    if kind and width == 5 * (ids or 0) + 1280:
+        raise ValueError(
+            f"projection_class_embeddings_input_dim = {width} is of SDXL's refiner, which gets an "
+            "aesthetic score and five numbers in all and finishes what the base has begun: give "
+            "the base, stable-diffusion-xl-base-1.0"
+        )
     if kind and (not width or not ids or ids % 2 or width <= SIZES * ids):
         raise ValueError(
             f"projection_class_embeddings_input_dim = {width} must be larger than {SIZES} * "

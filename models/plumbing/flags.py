@@ -8,13 +8,18 @@ reads the command line twice: once to learn the teacher, once with that teacher'
 import argparse
 import os
 import sys
+import textwrap
 
 from models.diffusion import RESCALES
 from models.files import UserError
-from models.plumbing import releases
+from models.plumbing import papers, releases
 from models.plumbing.dry_run import H100
 from models.plumbing.teachers import is_small
 from models.worlds import WORLDS, refuse_ambiguous
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the flags, and the lines at the end as they are."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,9 +30,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=Help,
             allow_abbrev=False,
             usage=kwargs.pop("usage", "%(prog)s [flags]"),
+            description=textwrap.fill(kwargs.pop("description", ""), 100),
             **kwargs,
         )
         titles = ("method", "ablations", "optimiser", "run", "what is shown")
@@ -232,19 +238,19 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
     argv, where other flags matter too. A key that is the teacher's name stands alone. Our own small
     networks keep the flags' own defaults. For other teachers the following add up, the later the
     stronger: "released", the teacher's row in releases.py, its network's class, its release's name,
-    and the rates of adapters where a rank is given.
+    the method's row in papers.py, and the rates of adapters where a rank is given.
     "sample" holds where --sample is given (None: the saved student decides).
     args.settings says in words what a released teacher prescribes. Wrong input ends in one line on
     stderr and exit code 2.
     """
     argv = sys.argv[1:] if argv is None else argv
     known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
-    presets = presets(known) if callable(presets) else presets
+    presets, p.epilog = presets(known) if callable(presets) else presets, papers.help_of(method)
     start, taken = known.sample or known.teacher, {}
     if start in presets and (start in WORLDS or known.sample):  # no folder of a release's name
         p.set_defaults(**presets[start])
     elif not is_small(start):
-        taken, rates = release_defaults(p, start, presets), adapter_rates(known)
+        taken, rates = release_defaults(p, start, presets, method), adapter_rates(known)
         taken |= {flag: rate for flag, rate in rates.items() if flag in taken}
         p.set_defaults(**{**presets["released"], **taken, **rates})
     if known.sample:  # the saved student names its teacher
@@ -261,13 +267,14 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
     return args
 
 
-def release_defaults(p, teacher, presets):
-    """What the row of releases.py and a script's presets for it say, of the flags that p has."""
+def release_defaults(p, teacher, presets, method):
+    """What releases.py, a script's presets and papers.py say of a teacher, of flags that p has."""
     name, settings = releases.settings_of(teacher)
     known = {action.dest for action in p._actions}
     settings = {flag: value for flag, value in settings.items() if flag in known}
     network = releases.facts_of(teacher)[0]
-    return {**settings, **presets.get(network, {}), **presets.get(name, {})}
+    own = {**presets.get(network, {}), **presets.get(name, {})}
+    return {**settings, **own, **papers.settings(method, name)}
 
 
 def given_flags(p, argv):

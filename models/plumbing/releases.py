@@ -28,6 +28,7 @@ class Release:
                scheduler_config.json, or "two_networks", whether the root has transformer_2/
     settings   {flag: default}, guidance as uncond + scale (cond - uncond); of a flag that a script
                does not have, nothing is taken
+    source     of the settings, in words
     distilled  in words, how it was distilled; None: it was not
     """
 
@@ -35,6 +36,7 @@ class Release:
     network: str
     facts: dict = field(default_factory=dict)
     settings: dict = field(default_factory=dict)
+    source: str = ""
     distilled: str | None = None
 
 
@@ -57,75 +59,75 @@ XL_2 = {"num_layers": 28, "num_attention_heads": 16, "num_embeds_ada_norm": 1000
 TRELLIS_SAMPLES = {"teacher_shift": 3.0, "teacher_guidance_interval": [0.5, 1.0]}
 
 RELEASES = (
-    # Tongyi-MAI/Z-Image-Turbo: scheduler shift 3, guidance_scale 0.0 in its card, 8 calls. The
-    # pipeline adds guidance as cond + g (cond - uncond), so our scale is g + 1.
+    # Z-Image's pipeline adds guidance as cond + g (cond - uncond), so our scale is g + 1.
     Release(
         "Z-Image-Turbo",
         Z_IMAGE,
         {"dim": 3840, "scheduler.shift": 3.0},
         {"timestep_shift": 3.0, "guidance_scale": 1.0},
+        "its scheduler's shift, its card's guidance",
         distilled="8 steps without guidance",
     ),
-    # Tongyi-MAI/Z-Image: scheduler shift 6; its authors distilled it at 3, Turbo's (an author in
-    # Z-Image #74). Its card has guidance_scale 4 and recommends 3 to 5: here 5, and 4 to 6.
+    # Tongyi-MAI/Z-Image: scheduler shift 6. Its card recommends guidance 3 to 5, here 4 to 6.
     Release(
         "Z-Image",
         Z_IMAGE,
         {"dim": 3840, "scheduler.shift": 6.0},
         {"timestep_shift": 3.0, "guidance_scale": 5.0},
+        "shift: an author in Z-Image's issue 74, its scheduler has 6; guidance: 4 in its card",
     ),
-    # Qwen/Qwen-Image: true_cfg_scale 4 in its card, and QwenImagePipeline rescales guidance. Its
-    # scheduler has a shift that grows with the image, 2 at 1024 x 1024; Phased DMD distils at 3.
+    # Qwen/Qwen-Image: its scheduler has a shift that grows with the image, 2 at 1024 x 1024.
     Release(
         "Qwen-Image",
         QWEN_IMAGE,
         {"num_layers": 60, "num_attention_heads": 24, "joint_attention_dim": 3584},
         {"timestep_shift": 3.0, "guidance_scale": 4.0, "guidance_rescale": "patch"},
+        "shift: Phased DMD 2510.27684; true_cfg_scale of its card; QwenImagePipeline rescales",
     ),
-    # Alpha-VLLM/Lumina-Image-2.0: shift 6 in its scheduler/, guidance_scale 4 in Lumina2Pipeline,
-    # which also rescales it by rows (cfg_normalization); Decoupled DMD's Eq. 4 does not.
+    # Alpha-VLLM/Lumina-Image-2.0: its pipeline rescales guidance by rows (cfg_normalization), which
+    # Decoupled DMD's Eq. 4 does not.
     Release(
         "Lumina-Image 2.0",
         LUMINA_2,
         {"num_layers": 26, "hidden_size": 2304, "cap_feat_dim": 2304},
         {"timestep_shift": 6.0, "guidance_scale": 4.0},
+        "its scheduler's shift, Lumina2Pipeline's guidance",
     ),
-    # Wan-AI/Wan2.1-T2V-1.3B: 5 in its diffusers card, 6 in the README of Wan2.1.
     Release(
         "Wan 2.1 T2V 1.3B",
         WAN,
         {**WAN_1B, "image_dim": None},
         {"timestep_shift": WAN_SHIFT, "guidance_scale": 5.0},
+        "guidance of its card for diffusers; 6 in the README of Wan2.1",
     ),
-    # wan/configs/wan_t2v_A14B.py: sample_guide_scale (3, 4), low and high noise; sample_shift 12 in
-    # 40 steps. Phased DMD distils it at shift 5 from a teacher sampled with guidance 4.
     Release(
         "Wan 2.2 T2V A14B",
         WAN,
         {**WAN_14B, "two_networks": True},
         {"timestep_shift": WAN_SHIFT, "guidance_scale": 4.0},
+        "Phased DMD 2510.27684 and its many-step samples; wan/configs: shift 12, guidance 3 and 4",
     ),
-    # Wan-AI/Wan2.1-T2V-14B: sample_guide_scale 5, sample_shift 5.
     Release(
         "Wan 2.1 T2V 14B",
         WAN,
         {**WAN_14B, "two_networks": False},
         {"timestep_shift": WAN_SHIFT, "guidance_scale": 5.0},
+        "sample_shift and sample_guide_scale of wan/configs",
     ),
-    # wan/configs/wan_ti2v_5B.py: sample_guide_scale 5, sample_shift 5. Its autoencoder is another.
     Release(
         "Wan 2.2 TI2V 5B",
         WAN,
         {"num_layers": 30, "num_attention_heads": 24, "in_channels": 48},
         {"timestep_shift": WAN_SHIFT, "guidance_scale": 5.0},
+        "wan/configs/wan_ti2v_5B.py",
     ),
-    # PixArtAlphaPipeline's and PixArtSigmaPipeline's guidance_scale: 4.5. VP times have no shift.
-    # PixArt-LCM-XL-2-1024-MS: LCMScheduler, guidance_scale 0.0 in its card, 4 steps.
+    # VP times have no shift.
     Release(
         "PixArt-LCM",
         PIXART,
         {"scheduler._class_name": "LCMScheduler"},
         {"timestep_shift": 1.0, "guidance_scale": 1.0},
+        "guidance_scale 0.0 in its card",
         distilled="a consistency model with guidance in its weights, 2 to 8 steps",
     ),
     Release(
@@ -133,6 +135,7 @@ RELEASES = (
         PIXART,
         {"num_layers": 28, "sample_size": 128, "use_additional_conditions": False},
         {"timestep_shift": 1.0, "guidance_scale": 4.5},
+        "guidance of PixArtSigmaPipeline",
     ),
     *(
         Release(
@@ -140,17 +143,18 @@ RELEASES = (
             PIXART,
             {"num_layers": 28, "sample_size": size},
             {"timestep_shift": 1.0, "guidance_scale": 4.5},
+            "guidance of PixArtAlphaPipeline",
         )
         for size in (32, 64, 128)
     ),
-    # StableDiffusionPipeline's guidance_scale 7.5, StableDiffusionXLPipeline's 5.0. What the papers
-    # of the methods guide with is in PRESETS of their scripts. 1.5 is the shape of 1.1 to 1.5.
+    # What the papers of the methods guide with is in papers.py. 1.5 is the shape of 1.1 to 1.5.
     *(
         Release(
             name,
             UNET,
             {"cross_attention_dim": width, "in_channels": 4},
             {"timestep_shift": 1.0, "guidance_scale": scale},
+            "guidance of its pipeline",
         )
         for name, width, scale in (
             ("Stable Diffusion 1.5", 768, 7.5),
@@ -158,14 +162,14 @@ RELEASES = (
             ("SDXL base 1.0", 2048, 5.0),
         )
     ),
-    # facebook/DiT-XL-2-256 and -512: the paper's figures are at guidance 1.5 (DiT 2212.09748,
-    # Tables 2 and 3), its pictures and DiTPipeline at 4. The same in SiT 2401.08740, Table 1.
+    # facebook/DiT-XL-2-256 and -512: the paper's pictures and DiTPipeline have guidance 4.
     *(
         Release(
             f"DiT-XL/2 {8 * size}",
             DIT,
             {**XL_2, "sample_size": size, "convention": convention},
             {"timestep_shift": 1.0, "guidance_scale": 1.5},
+            "guidance of DiT 2212.09748, Tables 2 and 3",
         )
         for size in (32, 64)
         for convention in (None, "dit")
@@ -175,33 +179,43 @@ RELEASES = (
         DIT,
         {"convention": "sit", "num_embeds_ada_norm": 1000},
         {"timestep_shift": 1.0, "guidance_scale": 1.5},
+        "guidance of SiT 2401.08740, Table 1",
     ),
-    # VinAIResearch/LFM: --cfg_scale 1.5 for ImageNet, its other sets have no classes.
     Release(
         "LFM ImageNet",
         DIT,
         {"convention": "lfm", "num_embeds_ada_norm": 1000},
         {"timestep_shift": 1.0, "guidance_scale": 1.5},
+        "cfg_scale of VinAIResearch/LFM",
     ),
-    Release("LFM", DIT, {"convention": "lfm"}, {"timestep_shift": 1.0, "guidance_scale": 1.0}),
-    # THUDM/CogVideoX-2b: guidance_scale 6 in its card and of CogVideoXPipeline.
+    Release(
+        "LFM",
+        DIT,
+        {"convention": "lfm"},
+        {"timestep_shift": 1.0, "guidance_scale": 1.0},
+        "data without classes",
+    ),
     Release(
         "CogVideoX-2B",
         COGVIDEOX,
         {"num_layers": 30, "num_attention_heads": 30, "in_channels": 16},
         {"timestep_shift": 1.0, "guidance_scale": 6.0},
+        "guidance of its card and of CogVideoXPipeline",
     ),
-    # microsoft/TRELLIS-image-large: DINOv2's tokens of width 1024. TRELLIS-text-*: CLIP's of 768,
-    # example_text.py names cfg_strength 7.5 for both stages.
+    # microsoft/TRELLIS-image-large: DINOv2's tokens of width 1024. TRELLIS-text-*: CLIP's of 768.
     *(
         Release(
             f"TRELLIS {kind} {stage}",
             network,
             {"cond_channels": width},
             {"guidance_scale": 1.0 + w, **TRELLIS_SAMPLES},
+            f"cfg_strength {w} of {where}",
         )
         for network, stage in zip(TRELLIS_STAGES, ("structure", "latents"))
-        for kind, width, w in (("image", 1024, 5.0), ("text", 768, 7.5))
+        for kind, width, w, where in (
+            ("image", 1024, 5.0, "pipeline.json"),
+            ("text", 768, 7.5, "example_text.py"),
+        )
     ),
 )
 

@@ -29,6 +29,7 @@ from models.networks import (
     trellis_path,
     weights_hash,
 )
+from models.plumbing.schedulers import PREDICTION_TYPES, read_scheduler, read_spacing
 from models.shards import whole_tensor
 from models.worlds import WORLDS, load_world
 from models.worlds.ring import fit_ring_network, fit_ring_transformer
@@ -46,6 +47,7 @@ class Teacher:
     folder        where the weights are, None for a closed form; of two networks the root
     schedule, prediction, shift       how it was trained
     terminal      the time before 0 where its own many-step grid ends, or None (`step_grid`)
+    spacing       how its scheduler lays that grid (models/plumbing/schedulers.py), None: evenly
     over          how its guidance is rescaled, or None (models/diffusion.py)
     world_name    the embedded world that its samples belong to, or None; label: a short name
     shape         of one sample
@@ -69,6 +71,7 @@ class Teacher:
     loras: tuple = ()
     stored_in_bf16: bool = False
     terminal: float | None = None
+    spacing: Any = None
     over: str | None = None
 
     @property
@@ -77,7 +80,8 @@ class Teacher:
 
     def grid(self, steps):
         """The times of its own samples in so many steps; those of a student are `step_grid`."""
-        return step_grid(steps, self.shift, self.terminal)
+        raw = self.spacing and self.spacing.times(steps)
+        return step_grid(steps, self.shift, self.terminal, raw)
 
     @property
     def world(self):
@@ -133,75 +137,8 @@ def is_small(name):
     return name in WORLDS or kind in ("DiT", "RingDiT", "RingMLP")
 
 
-def dynamic_shift(c, tokens):
-    """The shift that a scheduler with use_dynamic_shifting has for an image of so many tokens.
-
-    c: its scheduler_config.json. mu is linear in the number of tokens. Exponential time shifting
-    has the shift exp(mu), linear time shifting mu itself.
-    """
-    few, many = c.get("base_image_seq_len", 256), c.get("max_image_seq_len", 4096)
-    low, high = c.get("base_shift", 0.5), c.get("max_shift", 1.15)
-    mu = low + (high - low) * (tokens - few) / (many - few)
-    return mu if c.get("time_shift_type") == "linear" else math.exp(mu)
-
-
 # Networks whose pipelines let a shift depend on the number of the image's patches.
 COUNTS_PATCHES = ("QwenImageTransformer2DModel", "ZImageTransformer2DModel")
-OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
-
-
-def read_scheduler(folder, tokens=None):
-    """A diffusers scheduler/ folder -> (schedule, prediction, shift or None); raises UserError.
-
-    tokens: of an image, for a shift that depends on their number.
-    """
-    c = load_json(os.path.join(folder, "scheduler_config.json"))
-    is_flow = "FlowMatch" in c.get("_class_name", "") or c.get("use_flow_sigmas")
-    if is_flow or c.get("prediction_type") == "flow_prediction":
-        wrong = [key for key in OTHER_SIGMAS if c.get(key)]
-        if wrong:
-            raise UserError(
-                f"{folder}: {wrong[0]} is not supported: set it to false in scheduler_config.json"
-            )
-        if c.get("use_dynamic_shifting") and tokens:
-            return Flow(), "flow_v", dynamic_shift(c, tokens)
-        if c.get("use_dynamic_shifting"):
-            raise UserError(
-                f"{folder}: use_dynamic_shifting lets the shift depend on the size of the image: "
-                "set it to false there, and shift to the one of your size"
-            )
-        return Flow(), "flow_v", float(c.get("shift") or c.get("flow_shift") or 1.0)
-    kinds = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
-    prediction = kinds.get(c.get("prediction_type", "epsilon"))
-    betas, n = c.get("trained_betas") or c.get("beta_schedule"), c.get("num_train_timesteps", 1000)
-    trained = isinstance(betas, list)
-    if prediction is None or not (trained or betas in ("linear", "scaled_linear")):
-        raise UserError(
-            f"{folder}: prediction_type {c.get('prediction_type')!r} with beta_schedule {betas!r} "
-            "is not supported (linear or scaled_linear; epsilon, v_prediction or sample; or a "
-            "flow scheduler)"
-        )
-    if trained and len(betas) != n:
-        raise UserError(
-            f"{folder}: scheduler_config.json has {len(betas)} trained_betas and "
-            f"num_train_timesteps {n}: restore it from the source of the checkpoint"
-        )
-    if not trained and not {"beta_start", "beta_end"} <= set(c):
-        raise UserError(
-            f"{folder}: scheduler_config.json lacks beta_start or beta_end: restore it from the "
-            "source of the checkpoint"
-        )
-    zero_snr = bool(c.get("rescale_betas_zero_snr"))
-    if zero_snr and prediction == "eps":
-        raise UserError(
-            f"{folder}: an eps network says nothing about x0 at zero terminal SNR: "
-            "use v_prediction or sample"
-        )
-    ends = c.get("beta_start"), c.get("beta_end")
-    # Only CogVideoX's schedulers have this key, and 3 where it is left out.
-    is_shifted = c.get("_class_name", "").startswith("CogVideoX")
-    snr_shift = float(c.get("snr_shift_scale", 3.0)) if is_shifted else 1.0
-    return VP(betas, *ends, n, zero_snr, snr_shift), prediction, None
 
 
 def find_folder(name):
@@ -244,13 +181,13 @@ def load_teacher(name, dtype=torch.float32, two_networks=False, place=on_cpu, sh
             f"{folder} is a {type(net).__name__}, which does not denoise: "
             "give a diffusion or flow network"
         )
-    schedule, prediction, shift, terminal = how_it_was_trained(net, root, folder, shape)
+    schedule, prediction, shift, terminal, spacing = how_it_was_trained(net, root, folder, shape)
     set_clock(net, schedule)
     label = name if name in WORLDS else os.path.basename(os.path.abspath(root))
     where = root if two else folder
     world_name = config.get("world")
     teacher = Teacher(net, config, where, schedule, prediction, shift, world_name, label, config_2)
-    teacher.terminal = terminal
+    teacher.terminal, teacher.spacing = terminal, spacing
     teacher.stored_in_bf16 = is_stored_in_bf16(folder)
     return teacher
 
@@ -265,24 +202,24 @@ def scheduler_folder(root, folder):
 
 
 def how_it_was_trained(net, root, folder, shape=None):
-    """-> schedule, prediction, shift, terminal: from sampler.json, or scheduler/, or the network's
-    class.
+    """-> schedule, prediction, shift, terminal, spacing: from sampler.json, or scheduler/, or the
+    network's class.
 
     sampler.json is only in students of ours. Their own scheduler/ is written for other programs.
     shape: of a sample, None: the network's own.
     """
     if os.path.isfile(os.path.join(folder, "sampler.json")):
-        return *read_sampler(folder)[1:], None
+        return *read_sampler(folder)[1:], None, None
     where = scheduler_folder(root, folder)
     if not where:
         schedule = getattr(net, "default_schedule", Flow())
-        return schedule, net.prediction, net.default_shift, None
+        return schedule, net.prediction, net.default_shift, None, None
     tokens = None
     if type(net).__name__ in COUNTS_PATCHES:
         tokens = math.prod(size // net.patch_size for size in (shape or net.latent_shape)[1:])
     schedule, prediction, shift = read_scheduler(where, tokens)
     terminal = load_json(os.path.join(where, "scheduler_config.json")).get("shift_terminal")
-    return schedule, prediction, shift or net.default_shift, terminal
+    return schedule, prediction, shift or net.default_shift, terminal, read_spacing(where)
 
 
 def set_clock(net, schedule):
@@ -556,7 +493,7 @@ def with_step_input(run, net):
 
 # ---- sampler.json and scheduler/: how a saved student samples ------------------------------------
 
-# Networks that a pipeline of diffusers samples, and its names of predictions.
+# Networks that a pipeline of diffusers samples.
 PIPELINES = (
     "WanTransformer3DModel",
     "WanTwoNetworks",
@@ -570,7 +507,6 @@ PIPELINES = (
 )
 # Those whose pipelines make the steps 1 ... 1 / N themselves; to others the times must be given.
 OWN_STEPS = ("ZImageTransformer2DModel", "QwenImageTransformer2DModel", "Lumina2Transformer2DModel")
-PREDICTION_TYPES = {"eps": "epsilon", "vp_v": "v_prediction", "x0": "sample"}
 
 
 def describe_schedule(schedule):
@@ -621,7 +557,8 @@ def scheduler_config(net, schedule, sampler):
     if prediction is None or not (whole if fresh_noise else regular):
         return None
     table = {**schedule.in_diffusers(), "prediction_type": prediction}
-    table |= {"clip_sample": False, "set_alpha_to_one": True}
+    # Trailing steps and LCM's have no offset, but Stable Diffusion's pipeline warns of another one.
+    table |= {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1}
     if fresh_noise:
         # This scaling makes its c_skip 0 and its c_out 1: the next step then starts from the
         # prediction itself, as it does here.
