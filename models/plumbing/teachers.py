@@ -596,7 +596,7 @@ def describe_adapters(args, teacher):
 def wrong_base(args, folder, saved):
     """--teacher with --sample of adapters: pairs (wrong, why). saved: sampler.json of folder."""
     base = saved["base"]
-    found = args.teacher or base in WORLDS or os.path.isdir(base)
+    found = args.teacher or base in WORLDS or os.path.isdir(base) or trellis_path(base)
     why = f"the adapters of {folder} belong on {base}, which is not there: name that teacher with "
     yield not found, why + "--teacher"
 

@@ -1,0 +1,467 @@
+"""Every pair of a method and a released teacher, on two gloo ranks, from a folder of diffusers.
+
+Each run makes a few updates, in full or as adapters, on two ranks of one torchrun (tests/ranks.py),
+with gradient checkpointing. It must be one process's run without, of twice the batch, to what
+rounding leaves; its student is loaded and sampled again, here and by diffusers. --long runs all.
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from folders import COGVIDEOX_SCHEDULER, FLOW_3, LINEAR, SCALED
+from helpers import ENV, PIXART_SCHEDULER, fill, read_log, refusal_of, relative, weights
+from ranks import ADAM, NAME, TINY, start
+from released import COGVIDEOX, LUMINA2, PIXART, QWEN_IMAGE, WAN, Z_IMAGE
+from safetensors.torch import load_file, save_file
+from test_dit_imagenet import TINY as TINY_DIT
+from test_dit_imagenet import inputs as dit_inputs
+from test_dit_imagenet import noise as dit_noise
+from test_networks import TINY_SD, TINY_SDXL
+from test_qwen_image import SCHEDULER as QWEN_SCHEDULER
+from test_trellis import CLASSES, points
+from test_trellis import save_root as save_trellis
+from test_unet import inputs as unet_inputs
+from test_unet import pipeline as unet_pipeline
+from test_unet import theirs as unet_noise
+from test_wan import TINY_5B, with_token_times
+
+import latent_fm
+from models.files import save_json
+from models.networks import dit_imagenet, load_network, lora
+from models.networks.trellis import SLatFlowModel, SparseStructureFlowModel
+from models.plumbing import releases
+
+diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
+
+# ---- the teachers --------------------------------------------------------------------------------
+
+STEPS_OF_SD = dict(SCALED, steps_offset=1, timestep_spacing="leading")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A released teacher, with networks of a few thousand weights.
+
+    release     its row of releases.py
+    shape       of a sample
+    pipeline    of diffusers, by name
+    network     of diffusers, by name; config: its arguments
+    scheduler   what its folder has in scheduler/
+    call        -> arguments of our network; reference: (network of diffusers, them) -> the same
+    """
+
+    release: str
+    shape: tuple
+    pipeline: str
+    network: str
+    config: dict
+    scheduler: dict
+    call: Callable
+    reference: Callable
+    text: tuple = (9, 10)  # tokens of a prompt and their width
+    mask: str | None = None
+
+
+def flow(**config):
+    return {"_class_name": "FlowMatchEulerDiscreteScheduler", **config}
+
+
+def of_released(release, pipeline, model, scheduler, **more):
+    """A Family of one of the transformers of tests/released.py."""
+    config = more.pop("config", model.tiny)
+    shape = (model.channels(config), *model.size)
+    given = dict(call=lambda: model.inputs(config), reference=model.reference, mask=model.mask)
+    return Family(release, shape, pipeline, model.name, config, scheduler, **{**given, **more})
+
+
+def unet(release, pipeline, config, scheduler):
+    call = lambda: unet_inputs(config)  # noqa: E731
+    how = config, scheduler, call, unet_noise
+    return Family(release, (4, 8, 8), pipeline, "UNet2DConditionModel", *how, text=(5, 10))
+
+
+UNI_PC = {**FLOW_3, "num_train_timesteps": 1000}
+FAMILIES = {
+    "SD 1.5": unet(
+        "Stable Diffusion 1.5",
+        "StableDiffusionPipeline",
+        TINY_SD,
+        {**STEPS_OF_SD, "_class_name": "PNDMScheduler", "skip_prk_steps": True},
+    ),
+    "SDXL": unet(
+        "SDXL base 1.0",
+        "StableDiffusionXLPipeline",
+        TINY_SDXL,
+        {**STEPS_OF_SD, "_class_name": "EulerDiscreteScheduler"},
+    ),
+    "PixArt": of_released("PixArt-alpha 512", "PixArtAlphaPipeline", PIXART, PIXART_SCHEDULER),
+    "DiT": Family(
+        "DiT-XL/2 256",
+        (4, 8, 8),
+        "DiTPipeline",
+        "DiTTransformer2DModel",
+        TINY_DIT,
+        LINEAR,
+        dit_inputs,
+        dit_noise,
+        text=(),
+    ),
+    "Wan 2.1": of_released("Wan 2.1 T2V 1.3B", "WanPipeline", WAN, UNI_PC),
+    "Wan 2.2": of_released("Wan 2.2 T2V A14B", "WanPipeline", WAN, UNI_PC),
+    "Wan 5B": of_released(
+        "Wan 2.2 TI2V 5B",
+        "WanPipeline",
+        WAN,
+        {**UNI_PC, "flow_shift": 5.0},
+        config=TINY_5B,
+        reference=with_token_times,
+    ),
+    "CogVideoX": of_released(
+        "CogVideoX-2B", "CogVideoXPipeline", COGVIDEOX, COGVIDEOX_SCHEDULER, text=(5, 10)
+    ),
+    "Qwen-Image": of_released(
+        "Qwen-Image", "QwenImagePipeline", QWEN_IMAGE, flow(**QWEN_SCHEDULER)
+    ),
+    "Lumina 2": of_released("Lumina-Image 2.0", "Lumina2Pipeline", LUMINA2, flow(shift=6.0)),
+    "Z-Image": of_released("Z-Image", "ZImagePipeline", Z_IMAGE, flow(shift=6.0)),
+}
+STAGES = {"structure": SparseStructureFlowModel, "latents": SLatFlowModel}
+
+
+def random_network(family, seed=0):
+    """A network of diffusers' class whose weights hide nothing."""
+    torch.manual_seed(seed)
+    net = fill(getattr(diffusers, family.network)(**family.config), seed)
+    if family.network == "DiTTransformer2DModel":
+        first, *others = (block.norm1.emb for block in net.transformer_blocks)
+        for other in others:  # equal in every released checkpoint
+            other.load_state_dict(first.state_dict())
+    return net
+
+
+def parts_of(name):
+    """Names of the networks in the family's folder."""
+    if FAMILIES[name].network == "UNet2DConditionModel":
+        return ["unet"]
+    return ["transformer", "transformer_2"] if name == "Wan 2.2" else ["transformer"]
+
+
+def save_root(name, root):
+    """A pipeline root without text encoders and VAE; network and scheduler are saved by diffusers."""
+    family, parts = FAMILIES[name], parts_of(name)
+    for seed, part in enumerate(parts):
+        random_network(family, seed).save_pretrained(root / part)
+    kind = getattr(diffusers, family.scheduler["_class_name"])
+    kind.from_config(family.scheduler).save_pretrained(root / "scheduler")
+    index = {part: ["diffusers", family.network] for part in parts}
+    index |= {"boundary_ratio": 0.875} if name == "Wan 2.2" else {}
+    save_json({"_class_name": family.pipeline, **index}, str(root / "model_index.json"))
+
+
+def pipeline_of(name, net):
+    """The family's pipeline around a network, to load adapters."""
+    if FAMILIES[name].network == "UNet2DConditionModel":
+        return unet_pipeline(net, None)
+    none = dict.fromkeys(("vae", "text_encoder", "tokenizer", "scheduler"))
+    return getattr(diffusers, FAMILIES[name].pipeline)(transformer=net, **none)
+
+
+def conditions(name, rows, seed):
+    """Random features of prompts, {name: (rows, ...)}, of different lengths where there is a mask."""
+    family, g = FAMILIES[name], torch.Generator().manual_seed(seed)
+    if not family.text:
+        return {"label": torch.arange(rows) % family.config["num_embeds_ada_norm"]}
+    L, D = family.text
+    found = {"text": torch.randn(rows, L, D, generator=g)}
+    if family.mask:
+        lengths = torch.tensor([4, L, 1, 6][:rows])
+        found[family.mask] = torch.arange(L) < lengths[:, None]
+    if name == "SDXL":
+        found["pooled"] = torch.randn(rows, 5, generator=g)
+        found["size"] = torch.tensor([[64, 64, 0, 8 * i, 64, 64] for i in range(rows)])
+    return found
+
+
+def save_teacher(name, root):
+    """A folder that diffusers wrote (of TRELLIS, one in its own layout), prompts.safetensors and
+    data.safetensors.  -> the flags of a run that say where they are"""
+    root.mkdir()
+    if name in STAGES:
+        return save_stage(STAGES[name], root)
+    save_root(name, root)
+    cond, uncond = conditions(name, 4, 1), conditions(name, 1, 2)
+    g = torch.Generator().manual_seed(3)
+    real = {f"cond.{k}": v for k, v in cond.items()}
+    save_file(
+        {"x0": torch.randn(4, *FAMILIES[name].shape, generator=g), **real},
+        root / "data.safetensors",
+    )
+    flags = ["--teacher", str(root)]
+    if "text" in cond:
+        prompts = real | {f"uncond.{k}": v for k, v in uncond.items()}
+        save_file(prompts, root / "prompts.safetensors")
+        flags += ["--prompts", str(root / "prompts.safetensors")]
+    return [*flags, "--sample_shape", *map(str, FAMILIES[name].shape)]
+
+
+def save_stage(cls, root):
+    """One of TRELLIS's two stages, with latents and the tokens of their images. -> flags"""
+    g, data = torch.Generator().manual_seed(0), root / "data.safetensors"
+    x0 = {"x0": torch.randn(4, 3, 4, 4, 4, generator=g)}
+    if cls is SLatFlowModel:  # samples of like size, so that ranks have equal shares of all points
+        coords = points((6,) * 4, 8)[:, 1:].int().contiguous()
+        offsets = torch.arange(0, 25, 6)
+        x0 = {"coords": coords, "feats": torch.randn(24, 3, generator=g), "offsets": offsets}
+    save_file({**x0, "cond.tokens": torch.randn(4, 5, 10, generator=g)}, data)
+    return ["--teacher", save_trellis(root, {cls: CLASSES[cls]})[cls], "--data", str(data)]
+
+
+# ---- the pairs -----------------------------------------------------------------------------------
+
+ALL = [name for name in FAMILIES if name != "Wan 2.2"]
+PAPERS = {  # {script: teachers}; of dmd.py and decoupled_dmd.py all that have one network
+    "dmd": [*ALL, "SDXL in one step"],
+    "decoupled_dmd": ALL,
+    "tdm": ["SD 1.5", "SDXL", "PixArt", "CogVideoX"],
+    "phased_dmd": ["Wan 2.1", "Wan 2.2", "Qwen-Image"],
+    "linvideo": ["Wan 2.1"],
+    "mdt_dist": ["structure", "latents"],
+    "latent_fm": ["DiT"],
+}
+PAIRS = [(script, name) for script, names in PAPERS.items() for name in names]
+CASES = [
+    (*pair, kind)
+    for pair in PAIRS
+    for kind in ("full", "adapters")
+    if pair[0] != "latent_fm" or kind == "full"
+]
+USUAL = [("dmd", "SDXL", "full")]  # without --long
+
+SHORT = "--preview_samples 2 --checkpointing_steps 1000 --lr_warmup_steps 0 --learning_rate 1e-3 "
+OWN = {  # flags of a script
+    "dmd": "--teacher_steps 0 --learning_rate_fake 1e-3 --fake_update_ratio 1",
+    "decoupled_dmd": "--teacher_steps 0 --learning_rate_fake 1e-3 --fake_update_ratio 1",
+    "tdm": "--teacher_steps 0 --learning_rate_fake 1e-3",
+    "phased_dmd": "--teacher_steps 0 --learning_rate_fake 1e-3 --fake_update_ratio 1",
+    "linvideo": "--teacher_steps 0 --sampling_steps 4 --bank_size 4 --bank_batch 2 --target_layers 1",
+    "mdt_dist": "--teacher_steps 0",
+    "latent_fm": "--ema_decay 0 --sample_steps 2",
+}
+PRESCRIBED = ("guidance_scale", "guidance_rescale", "timestep_shift", "student_steps")
+
+
+def prescribed(script, release):
+    """What the release's row and the script's presets say of guidance, shift and steps -> flags.
+
+    The tiny folders are not recognised as the releases that they stand for.
+    """
+    (row, *_) = [r for r in releases.RELEASES if r.name == release]
+    presets = importlib.import_module(script).PRESETS
+    found = {**row.settings, **presets.get(row.network, {}), **presets.get(row.name, {})}
+    if script in ("decoupled_dmd", "linvideo"):
+        found.pop("guidance_rescale", None)
+    flags = []
+    for name in PRESCRIBED:
+        value = found.get(name)
+        values = value if isinstance(value, list) else [value]
+        flags += [] if value is None else [f"--{name}", *map(str, values)]
+    return flags
+
+
+def updates(script):
+    """How many; of phased_dmd.py two in each of two phases."""
+    return 4 if script == "phased_dmd" else 2
+
+
+def flags_of(case, teacher, root, out, batch):
+    """The command line of a run. teacher: flags of its folder; batch: of one rank."""
+    script, name, kind = case
+    family = FAMILIES.get(name.removesuffix(" in one step"))
+    flags = (SHORT + OWN[script]).split() + ["--max_train_steps", str(updates(script))]
+    flags += ["--train_batch_size", str(batch), "--output_dir", str(out)]
+    if script == "latent_fm":
+        at = flags.index("--preview_samples")
+        del flags[at : at + 2]
+        return [*flags, "--network", NAME, "--data", str(root / "data.safetensors")]
+    if name not in STAGES:
+        flags += prescribed(script, family.release)
+    if name.endswith("in one step"):
+        flags += ["--student_times", "0.4"]
+    if kind == "adapters" or script == "phased_dmd":  # whose default are adapters
+        flags += ["--lora_rank", "2" if kind == "adapters" else "0"]
+    if kind == "adapters" and script not in ("linvideo", "mdt_dist"):
+        flags += ["--fake_lora_rank", "2"]
+    if script in ("dmd", "decoupled_dmd") and (
+        kind == "full" or family.network == "UNet2DConditionModel"
+    ):
+        flags += ["--gan_weight", "5e-3", "--data", str(root / "data.safetensors")]
+    return [*flags, *teacher]
+
+
+def name_of(case):
+    return " ".join(case)
+
+
+def batch_of(case):
+    """Samples of a rank. Of two networks one, so that ranks train different ones at a time."""
+    return 1 if case[1] == "Wan 2.2" else 2
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """A function: name -> folder, flags; each is made once."""
+    root, made = tmp_path_factory.mktemp("teachers"), {}
+
+    def make(name):
+        name = name.removesuffix(" in one step")
+        if name not in made:
+            made[name] = (
+                root / name.replace(" ", "-"),
+                save_teacher(name, root / name.replace(" ", "-")),
+            )
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory, request, teachers):
+    """A folder with a run, on two ranks, of every case that this session tests."""
+    folder, runs = tmp_path_factory.mktemp("ranks"), []
+    for case in CASES:
+        tested = any(
+            getattr(i, "callspec", None)
+            and i.callspec.params.get("case") == case
+            and not i.get_closest_marker("skip")
+            for i in request.session.items
+        )
+        if tested:
+            root, flags = teachers(case[1])
+            out = folder / name_of(case)
+            runs.append((name_of(case), case[0], flags_of(case, flags, root, out, batch_of(case))))
+    done = start(2, folder, runs, ENV, seconds=60 + 30 * len(runs))
+    if done.returncode:
+        (folder / "stderr").write_text(done.stderr[-3000:])
+    return folder
+
+
+def marked(case):
+    return pytest.param(case, id=name_of(case), marks=() if case in USUAL else pytest.mark.long)
+
+
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+def test_pair(case, teachers, on_two_ranks, tmp_path, monkeypatch):
+    script, two = importlib.import_module(case[0]), on_two_ranks / name_of(case)
+    for why in (on_two_ranks / "failed" / name_of(case), on_two_ranks / "stderr"):
+        assert not why.exists() or (two / "report.json").is_file(), why.read_text()
+    root, teacher = teachers(case[1])
+    monkeypatch.setattr(torch.optim, "AdamW", ADAM)
+    monkeypatch.setitem(latent_fm.PAPER_NETWORKS, NAME, TINY)
+    flags = flags_of(case, teacher, root, tmp_path / "one", batch_of(case))
+    script.main([*flags, "--no-gradient_checkpointing", "--gradient_accumulation_steps", "2"])
+    check_logs(read_log(tmp_path / "one"), read_log(two), updates(case[0]))
+    check_state(weights(tmp_path / "one"), weights(two))
+    check_samples(case, script, two, teacher, tmp_path / "drawn")
+    check_reloaded(case, two / "student", root)
+
+
+def check_logs(one, two, steps):
+    """Finite, and the losses and norms of one process."""
+    assert len(one) == len(two) == steps
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert math.isfinite(float(b[key])), key
+            if key.startswith(("loss", "norm")):
+                assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-4, abs=1e-6), key
+
+
+def check_state(one, two):
+    """Of the student and of the last state the networks, averages, and moments of AdamW: each up to
+    a share of its norm, where no rounding can be seen in one weight."""
+    assert one.keys() == two.keys()
+    wholes = {}
+    for key, a in one.items():
+        network, moment = key.split(".")[0], key.split(".")[-1] if "exp_avg" in key else ""
+        parts = wholes.setdefault((network, moment), ([], []))
+        parts[0].append(a.double().flatten())
+        parts[1].append(two[key].double().flatten() - parts[0][-1])
+    for (network, moment), (values, differences) in wholes.items():
+        share = torch.cat(differences).norm() / torch.cat(values).norm()
+        print(f"{network} {moment}: {share:.1e}")
+        assert share < (1e-4 if moment else 1e-6), (network, moment)
+
+
+def check_samples(case, script, run, teacher, out):
+    """--sample in this process draws what the run showed at its end."""
+    if case[0] == "latent_fm":
+        script.main(["--sample", str(run), "--output_dir", str(out)])
+        assert (out / "samples.png").is_file()
+        return
+    names = ("--prompts", "--data")
+    flags = [w for i, w in enumerate(teacher) if w in names or i and teacher[i - 1] in names]
+    script.main(["--sample", str(run), *flags, "--preview_samples", "2", "--output_dir", str(out)])
+    ours, drawn = (load_file(d / "samples.safetensors") for d in (run, out))
+    assert ours.keys() == drawn.keys()
+    for key, x in drawn.items():
+        assert x.isfinite().all()
+        torch.testing.assert_close(x, ours[key], rtol=1e-3, atol=1e-3)
+    if "x0" in drawn and case[1] not in STAGES:
+        assert drawn["x0"].shape == (2, *FAMILIES[case[1].removesuffix(" in one step")].shape)
+
+
+def check_reloaded(case, student, root):
+    """The library computes our function of the student, which is not the teacher's.
+
+    TRELLIS has no library here, and linear attention is in none: what we load was sampled above.
+    """
+    script, name, kind = case
+    name = name.removesuffix(" in one step")
+    if name in STAGES or script == "linvideo":
+        return
+    family = FAMILIES[name]
+    if script == "latent_fm":
+        return check_dit(student)
+    experts = {"expert1": parts_of(name)[0], "expert2": parts_of(name)[-1]}
+    files = experts if script == "phased_dmd" else {"adapter": parts_of(name)[0]}
+    for file, part in files.items():
+        base, call = load_network(str(root / part))[0], family.call()
+        if kind == "adapters":
+            ours, reference = with_adapter(name, root / part, student / lora.saved_name(base, file))
+        else:
+            folder = student / file if script == "phased_dmd" else student
+            ours = load_network(str(folder))[0]
+            reference = getattr(diffusers, family.network).from_pretrained(folder)
+        with torch.no_grad():
+            out, want = ours(**call), family.reference(reference.eval(), **call)
+            assert relative(out, want) <= 1e-5 and relative(base(**call), out) > 1e-4
+
+
+def with_adapter(name, folder, path):
+    """A network and its adapter file, loaded here and by diffusers.  -> ours, theirs"""
+    net = load_network(str(folder))[0]
+    lora.load(net, "a", lora.adapter_file(str(path)))
+    reference = getattr(diffusers, FAMILIES[name].network).from_pretrained(folder)
+    if lora.is_for_peft(net):
+        return lora.Adapted(net, "a"), peft.PeftModel.from_pretrained(reference, path)
+    pipeline_of(name, reference).load_lora_weights(str(path))
+    return lora.Adapted(net, "a"), reference
+
+
+def check_dit(student):
+    """A network of latent_fm.py is diffusers' class with a clock and a sign of its own."""
+    ours = load_network(str(student))[0]
+    call = dit_inputs({**TINY_DIT, "num_embeds_ada_norm": ours.num_classes})
+    reference = diffusers.DiTTransformer2DModel.from_pretrained(student).eval()
+    a, b, last, sign, _ = dit_imagenet.CONVENTIONS[ours.convention]
+    for block in reference.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 128 - last
+    with torch.no_grad():
+        out, index = ours(**call), a * call["t"] + b
+        want = sign * dit_noise(reference, call["x"], None, call["label"], index=index)
+    assert relative(out, want) <= 1e-5 and out.std() > 1e-3
