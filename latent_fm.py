@@ -51,7 +51,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from models.diffusion import (
     Diffusion,
@@ -85,7 +84,7 @@ from models.plumbing.flags import (
     paper_values,
     refuse,
 )
-from models.plumbing.run import Run, refuse_output_dir, run_main
+from models.plumbing.run import Run, progress, refuse_output_dir, run_main
 from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.teachers import describe_schedule, read_own_sampler
 from models.worlds import WORLDS, load_world, refuse_ambiguous
@@ -659,7 +658,7 @@ def pixels_hash(x):
 def encode_all(data, space, batch, hflip, device):
     """-> {"mean", "std"}: (N, 1 or 2, C, h, w), on the CPU; the second is the mirror image's."""
     means, stds = [], []
-    for first in tqdm(range(0, len(data.x), batch), desc="latents"):
+    for first in progress(range(0, len(data.x), batch), "latents"):
         index = torch.arange(first, min(first + batch, len(data.x)))
         x = to_unit(data.x[index]).to(device)
         moments = [space.own_moments(v) for v in ([x, x.flip(-1)] if hflip else [x])]

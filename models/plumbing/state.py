@@ -8,6 +8,7 @@ before it writes it.
 """
 
 import json
+import math
 import os
 import shutil
 
@@ -70,7 +71,11 @@ def save_state(output_dir, step, things, info, rank=0, wait_for_all=lambda: None
         shutil.rmtree(tmp, ignore_errors=True)
         os.makedirs(tmp)
     wait_for_all()
-    write_own_part(state_file(tmp, rank, info["world_size"]), things)
+    try:
+        write_own_part(state_file(tmp, rank, info["world_size"]), things)
+    except OSError:  # a full disk: the older states stay
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
     wait_for_all()
     if rank:
         return
@@ -192,8 +197,8 @@ def find_state(output_dir, resume):
 # memory it takes; and settings, a line of text. They are not kept in state.json.
 FREE_TO_CHANGE = set(
     "output_dir max_train_steps resume_from_checkpoint checkpointing_steps sample settings "
-    "remeasure_teacher preview_samples preview_every gradient_checkpointing compile save_fp16 "
-    "lora_dtype shard_ranks save_dtype dry_run device_memory device_tflops "
+    "remeasure_teacher preview_samples preview_every max_minutes gradient_checkpointing compile "
+    "save_fp16 lora_dtype shard_ranks save_dtype dry_run device_memory device_tflops "
     "sample_steps solver atol rtol guidance_interval "
     "student_guidance teacher_shift teacher_guidance_interval".split()
 )
@@ -225,6 +230,27 @@ BATCH = ("train_batch_size", "gradient_accumulation_steps")
 def flags_to_save(args):
     """The flags that state.json keeps."""
     return {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE}
+
+
+def batch_flags(args):
+    """{flag of BATCH: its value}."""
+    return {k: getattr(args, k) for k in BATCH}
+
+
+def keep_batch(info, args, world_size):
+    """The command that a run was started with goes on, on another number of ranks, with as many
+    samples an update: --gradient_accumulation_steps changes, where that alone can do it.
+
+    info: state.json; its "command" has these flags as that run was given them.
+    """
+    saved = {k: info["flags"][k] for k in BATCH}
+    if batch_flags(args) not in (saved, info.get("command")) or "world_size" not in info:
+        return
+    groups = info["world_size"] // info["flags"].get("sequence_ranks", 1)
+    samples = math.prod(saved.values()) * groups
+    together = args.train_batch_size * (world_size // args.sequence_ranks)
+    if samples % together == 0:
+        args.gradient_accumulation_steps = samples // together
 
 
 def changes_on_resume(info, args, world_size):
