@@ -485,6 +485,8 @@ def load_training_data(args, world):
     found = load_data(args.data, args.resolution, args.pool, args.seed, **how)
     x, cond, class_names = found
     data = TrainingData(x, cond.get("label"))
+    if isinstance(x, Rows):
+        refuse_bytes_as_floats(where, x)
     if args.task == "class" and data.label is None:
         raise UserError(
             f"{where}: no cond.label tensor, which --task class needs; --task uncond does without"
@@ -498,6 +500,16 @@ def load_training_data(args, world):
         if args.hflip:
             data.map_mirror = mirror_classes(map_names(args, world, data.map_classes))
     return data
+
+
+def refuse_bytes_as_floats(where, x):
+    """Raises UserError for pixels from 0 to 255 in a tensor of floats. x: Rows."""
+    some = x[torch.linspace(0, len(x) - 1, min(64, len(x))).long()]
+    if some.is_floating_point() and some.min() >= 0 and some.max() > 2:
+        raise UserError(
+            f"{where}: x0 goes from {some.min():.3g} to {some.max():.3g}: give pixels as bytes "
+            "(U8) of 0 to 255, or as floats within [-1, 1]"
+        )
 
 
 def count_classes(where, world, label):

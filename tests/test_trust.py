@@ -11,6 +11,7 @@ import functools
 import io
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -30,6 +31,7 @@ from helpers import (
     weights,
     without_time,
 )
+from safetensors.torch import save_file
 
 import dmd
 from models.files import RowWriter, TensorWriter, UserError, fsync_folder, replacing
@@ -232,6 +234,37 @@ def test_an_output_folder_that_cannot_be_made(teacher, capsys):
     """Though its permissions say that it can, to root."""
     error = refusal_of(capsys, dmd.main, *flags_for(teacher, "/proc/run"))
     assert "--output_dir" in error
+
+
+# ---- inputs that changed, or moved, while a run was interrupted ----------------------------------
+
+
+def data_file(path, seed=0, middle=0.0):
+    x0 = torch.randn(2000, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+    x0[1000:1100] += middle
+    save_file({"x0": x0, "cond.label": torch.arange(2000) % 3}, path)
+    return str(path)
+
+
+def test_a_run_goes_on_with_the_inputs_it_began_with(teacher, tmp_path, capsys):
+    """Other content under the same name is refused, the same content elsewhere is not."""
+    own, data = shutil.copytree(teacher, tmp_path / "own"), data_file(tmp_path / "d.safetensors")
+    flags, gan = flags_for(str(own), tmp_path / "run"), ["--gan_weight", "0.1", "--data"]
+    assert ended([*flags, *gan, data]) == 0
+    flags += ["--resume_from_checkpoint", "latest", "--max_train_steps", "7"]
+    state = ["--resume_from_checkpoint", str(tmp_path / "run" / "state" / "step-0000006")]
+    data_file(tmp_path / "d.safetensors", middle=1e-3)
+    error = refusal_of(capsys, dmd.main, *flags, *gan, data)
+    assert f"--data {data}: these are not the files that the run began with" in error
+    assert ended(flags) == 0  # it is not read then
+    moved = data_file(tmp_path / "moved.safetensors")
+    elsewhere = str(tmp_path / "elsewhere")
+    own.rename(elsewhere)
+    again = [*flags, *gan, moved, "--teacher", elsewhere, *state]
+    assert ended(again) == 0
+    weights = next(Path(elsewhere).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-4] + b"1234")
+    assert "--teacher" in refusal_of(capsys, dmd.main, *again)
 
 
 # ---- a full disk ---------------------------------------------------------------------------------

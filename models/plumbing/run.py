@@ -52,6 +52,7 @@ from models.plumbing.state import (
     complete_states,
     find_state,
     flags_to_save,
+    inputs_of,
     keep_batch,
     save_state,
     unpack,
@@ -262,6 +263,7 @@ class Run:
         SavedState; None, None for a fresh start. Raises UserError.
         """
         args = self.args
+        self.inputs = inputs_of(args) if self.main else {}
         folder = find_state(args.output_dir, args.resume_from_checkpoint)
         if folder is None:
             if args.resume_from_checkpoint:
@@ -270,7 +272,7 @@ class Run:
         info = load_json(os.path.join(folder, "state.json"))
         keep_batch(info, args, self.world_size)
         self.share = 1 / args.gradient_accumulation_steps
-        changes = changes_on_resume(info, args, self.world_size)
+        changes = changes_on_resume(info, args, self.world_size, self.inputs)
         saved = SavedState(folder, info.get("world_size", 1))
         self.changes = info.get("changes", []) + changes
         for c in changes:
@@ -326,7 +328,7 @@ class Run:
         """state/: these networks, adapters and optimisers, {name: thing}, after the update of this
         step, on all ranks. more: further entries of state.json."""
         info = {"flags": flags_to_save(self.args), "world_size": self.world_size}
-        info |= {"command": self.command}
+        info |= {"command": self.command, "inputs": self.inputs}
         info |= {"changes": self.changes, "seconds": self.seconds(), **more}
         save_state(self.folder, step + 1, things, info, self.rank, self.wait_for_all)
 

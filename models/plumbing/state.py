@@ -15,8 +15,14 @@ import shutil
 import torch
 from torch import nn
 
-from models.files import TensorWriter, UserError, fsync_folder, open_tensors, save_json
+from models.draws import stable_hash
+from models.files import TensorWriter, UserError, fingerprint, fsync_folder, open_tensors, save_json
+from models.networks import weight_files
+from models.plumbing.data import files_below
+from models.plumbing.teachers import find_folder, network_folder
+from models.prompts import INDEX, shards_of
 from models.shards import first_row, holds, own_rows, rows_in
+from models.worlds import WORLDS
 
 # ---- writing -------------------------------------------------------------------------------------
 
@@ -253,9 +259,55 @@ def keep_batch(info, args, world_size):
         args.gradient_accumulation_steps = samples // together
 
 
-def changes_on_resume(info, args, world_size):
+def inputs_of(args):
+    """Fingerprints of the files that a run reads, {flag: text}; those of worlds are none.
+
+    A teacher is its weights, prompts and data are files, or what a folder holds. Raises UserError.
+    """
+    found = {}
+    for flag in ("teacher", "prompts", "data"):
+        name = getattr(args, flag, None)
+        if not name or name in WORLDS:
+            continue
+        if flag == "teacher":
+            root = find_folder(name)
+            two = os.path.join(root, "transformer_2")
+            folders = [network_folder(root), *([two] if os.path.isdir(two) else [])]
+            paths = [path for folder in folders for path in sorted(weight_files(folder))]
+        elif os.path.isdir(name):
+            about = [(os.path.relpath(p, name), os.path.getsize(p)) for p in files_below(name)]
+            found[flag] = f"{stable_hash(*about):08x}"
+            continue
+        else:
+            index = name.removesuffix(INDEX) + INDEX
+            shards = shards_of(index) if os.path.isfile(index) else []
+            folder = os.path.dirname(name)
+            paths = [os.path.join(folder, shard["file"]) for shard in shards] or [name]
+        found[flag] = fingerprint(path for path in paths if os.path.isfile(path))
+    return found
+
+
+def same_inputs(info, inputs, args, unused):
+    """Which of a run's inputs are the files that they were, wherever they are now.
+
+    info: state.json. inputs: of `inputs_of`. unused: flags whose term is off. Raises UserError for
+    other content.
+    """
+    before = info.get("inputs", {})
+    known = [flag for flag in inputs if flag in before and flag not in unused]
+    for flag in known:
+        if before[flag] != inputs[flag]:
+            raise UserError(
+                f"--{flag} {getattr(args, flag)}: these are not the files that the run began with: "
+                f"restore them, or begin a run of its own in another --output_dir"
+            )
+    return set(known)
+
+
+def changes_on_resume(info, args, world_size, inputs=None):
     """What a resumed run changes, of what it may change. info: state.json of its checkpoint.
 
+    inputs: of `inputs_of`, whose files may have moved.
     -> [{"what": "--flag" or "ranks", "was": value, "is": value, "update": the first with it}].
     Raises UserError for a change that would not go on with the same run.
     """
@@ -269,7 +321,8 @@ def changes_on_resume(info, args, world_size):
         )
     changed = [k for k in sorted(set(saved) | set(now)) if saved.get(k) != now.get(k)]
     unused = {k for k, term in OF_A_TERM.items() if 0 in (saved.get(term), now.get(term))}
-    free = MAY_CHANGE | unused | {*BATCH, "sequence_ranks"}
+    same = same_inputs(info, inputs or {}, args, unused)
+    free = MAY_CHANGE | unused | same | {*BATCH, "sequence_ranks"}
     wrong = [f"--{k} was {saved.get(k)!r} and is {now.get(k)!r}" for k in changed if k not in free]
     if wrong:
         raise UserError(
