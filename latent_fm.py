@@ -51,7 +51,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from models.diffusion import (
     Diffusion,
@@ -85,7 +84,7 @@ from models.plumbing.flags import (
     paper_values,
     refuse,
 )
-from models.plumbing.run import Run, refuse_output_dir, run_main
+from models.plumbing.run import Run, progress, refuse_output_dir, run_main
 from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.teachers import describe_schedule, read_own_sampler
 from models.worlds import WORLDS, load_world, refuse_ambiguous
@@ -486,6 +485,8 @@ def load_training_data(args, world):
     found = load_data(args.data, args.resolution, args.pool, args.seed, **how)
     x, cond, class_names = found
     data = TrainingData(x, cond.get("label"))
+    if isinstance(x, Rows):
+        refuse_bytes_as_floats(where, x)
     if args.task == "class" and data.label is None:
         raise UserError(
             f"{where}: no cond.label tensor, which --task class needs; --task uncond does without"
@@ -499,6 +500,16 @@ def load_training_data(args, world):
         if args.hflip:
             data.map_mirror = mirror_classes(map_names(args, world, data.map_classes))
     return data
+
+
+def refuse_bytes_as_floats(where, x):
+    """Raises UserError for pixels from 0 to 255 in a tensor of floats. x: Rows."""
+    some = x[torch.linspace(0, len(x) - 1, min(64, len(x))).long()]
+    if some.is_floating_point() and some.min() >= 0 and some.max() > 2:
+        raise UserError(
+            f"{where}: x0 goes from {some.min():.3g} to {some.max():.3g}: give pixels as bytes "
+            "(U8) of 0 to 255, or as floats within [-1, 1]"
+        )
 
 
 def count_classes(where, world, label):
@@ -659,7 +670,7 @@ def pixels_hash(x):
 def encode_all(data, space, batch, hflip, device):
     """-> {"mean", "std"}: (N, 1 or 2, C, h, w), on the CPU; the second is the mirror image's."""
     means, stds = [], []
-    for first in tqdm(range(0, len(data.x), batch), desc="latents"):
+    for first in progress(range(0, len(data.x), batch), "latents"):
         index = torch.arange(first, min(first + batch, len(data.x)))
         x = to_unit(data.x[index]).to(device)
         moments = [space.own_moments(v) for v in ([x, x.flip(-1)] if hflip else [x])]

@@ -52,7 +52,6 @@ from types import SimpleNamespace
 import torch
 from PIL import Image, ImageDraw
 from torch import nn
-from tqdm import tqdm
 
 from kernels.linear_attention import FEATURE_MAPS, LinearAttention, use_linear_attention
 from models.diffusion import Flow, add_noise, expand, guide, shift, step_grid
@@ -71,7 +70,7 @@ from models.plumbing.flags import (
     parse,
     refuse,
 )
-from models.plumbing.run import Run, run_main
+from models.plumbing.run import Run, progress, run_main
 from models.plumbing.teachers import (
     average_of,
     freeze_teacher,
@@ -495,7 +494,7 @@ def make_bank(run, teacher, grid):
     run.wait_for_all()  # all ranks have looked before one of them writes
     shares = [[part for part in missing if part % run.parts == p] for p in range(run.parts)]
     mine, turns = shares[run.part], range(max(map(len, shares)))  # all ranks take as many
-    for i in tqdm(turns, desc="bank", disable=not run.main or not missing):
+    for i in progress(turns, "bank", disable=not run.main or not missing):
         part = mine[i] if i < len(mine) else missing[0]
         rows = bank.rows_of(part)
         draw = Draws(args.seed, "bank", 0, rows, run.device, teacher.shape)
@@ -522,14 +521,19 @@ class OwnTrajectories:
     made   how many the student has made before this update
     """
 
-    def __init__(self, args, folder):
-        self.args, self.folder, self.size = args, folder, args.own_trajectories
+    def __init__(self, args, run=None):
+        """run: whose folder has them, which moves (`Run.settle`); None: only to count them."""
+        self.args, self.run, self.size = args, run, args.own_trajectories
         lasting = 2 * args.checkpointing_steps // args.fresh_every + 2
         self.kept = self.size + args.fresh * lasting
 
     def begin(self, step, bank=None):
         """An update begins. bank: the teacher's, an open Bank."""
         self.made, self.bank = self.args.fresh * -(-step // self.args.fresh_every), bank
+
+    @property
+    def folder(self):
+        return os.path.join(self.run.folder, "own")
 
     def path(self, i):
         """The file of this trajectory."""
@@ -559,7 +563,7 @@ class OwnTrajectories:
 
 def start_own_trajectories(run, teacher):
     """-> OwnTrajectories. Raises UserError where they have gone, or the disk is too small."""
-    args, own = run.args, OwnTrajectories(run.args, os.path.join(run.folder, "own"))
+    args, own = run.args, OwnTrajectories(run.args, run)
     own.begin(run.first)
     if 0 < run.first < args.max_train_steps and not os.path.isfile(own.path(own.made - 1)):
         raise UserError(
@@ -1051,7 +1055,7 @@ def bank_on_disk(args, shape, ranks):
     each = bytes_of_trajectory(args, SimpleNamespace(shape=shape))
     own = {}
     if (args.objective, args.state) == ("adm", "policy"):
-        own = {"the student's trajectories": OwnTrajectories(args, "").kept * each}
+        own = {"the student's trajectories": OwnTrajectories(args).kept * each}
     return {"the teacher's trajectories": size * each, **own}
 
 

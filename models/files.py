@@ -3,6 +3,8 @@
 Files are JSON or safetensors, never pickles, and are never left half-written.
 """
 
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -19,27 +21,62 @@ class TrainingError(Exception):
     """Training cannot go on (a loss is not finite). Exit code 1."""
 
 
-def atomic_write(path, data):
-    """Write bytes so that, whatever happens, `path` holds either the old or the new content.
+@contextlib.contextmanager
+def replacing(path, mode="wb", **how):
+    """A file to write, so that, whatever happens, `path` holds either the old or the new content.
 
-    The bytes go to a temporary file beside it, which is flushed to disk and renamed.
+    The bytes go to a temporary file beside it, which is flushed to disk and renamed when the block
+    ends, and removed where it ends with an error. mode, how: as for `open`.
     """
     tmp = f"{path}.tmp-{os.getpid()}"
-    with open(tmp, "wb") as f:
+    file = open(tmp, mode, **how)
+    whole = False
+    try:
+        yield file
+        whole = True
+    finally:
+        put_in_place(file, tmp, path, whole)
+
+
+def put_in_place(file, tmp, path, whole):
+    """Close a file that was written as tmp: it is path if it is whole and gets onto the disk.
+
+    Otherwise it is removed, which on a full disk leaves room to go on with.
+    """
+    try:
+        if whole:
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        whole = False
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # closing flushes too
+            file.close()
+        if not whole:
+            os.remove(tmp)
+    if whole:
+        os.replace(tmp, path)
+        fsync_folder(os.path.dirname(path) or ".")
+
+
+def atomic_write(path, data):
+    """Write bytes as `replacing` does."""
+    with replacing(path) as f:
         f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
-    fsync_folder(os.path.dirname(path) or ".")
 
 
 def fsync_folder(folder):
-    """Flush the folder's entries to disk, so that renames in it survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    """Flush the folder's entries to disk, so that renames in it survive a power cut.
+
+    Windows cannot open a folder, and some network disks refuse to flush one.
+    """
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def save_json(value, path):
@@ -63,6 +100,34 @@ def load_json(path):
             f"{path} is not a JSON object: restore it from the source of the checkpoint"
         )
     return value
+
+
+def fingerprint(paths, pieces=64, size=2**16):
+    """A short hash of files: their sizes, and pieces spread over each of them.
+
+    It tells other content apart without reading all of it; up to pieces * size bytes are all read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        length = os.path.getsize(path)
+        digest.update(f"{length} ".encode())
+        with open(path, "rb") as f:
+            for k in range(pieces):
+                at = k * size if length <= pieces * size else k * (length - size) // (pieces - 1)
+                f.seek(at)
+                digest.update(f.read(size))
+    return digest.hexdigest()[:16]
+
+
+def path_inside(folder, name, where):
+    """The path of a file that another file names. where: that one, for the message.
+
+    Raises UserError for a name that leads out of the folder.
+    """
+    parts = str(name).replace("\\", "/").split("/")
+    if not isinstance(name, str) or os.path.isabs(name) or ".." in parts or ":" in parts[0]:
+        raise UserError(f"{where} names {name!r}, which is not in {folder}: name files inside it")
+    return os.path.join(folder, name)
 
 
 class TensorWriter:
@@ -112,17 +177,12 @@ class TensorWriter:
         missing = sorted(self.places.keys() - self.written)
         if self.path is None:
             return
-        self.file.truncate(self.begin + self.size)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        if error or missing:
-            os.remove(self.tmp)
-            if not error:
-                raise ValueError(f"{self.path}: {missing[0]!r} was never written")
-            return
-        os.replace(self.tmp, self.path)
-        fsync_folder(os.path.dirname(self.path) or ".")
+        whole = not error and not missing
+        if whole:
+            self.file.truncate(self.begin + self.size)
+        put_in_place(self.file, self.tmp, self.path, whole)
+        if missing and not error:
+            raise ValueError(f"{self.path}: {missing[0]!r} was never written")
 
 
 def save_tensors(tensors, path, metadata=None):

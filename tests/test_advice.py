@@ -255,6 +255,12 @@ class Places:
     def UNLABELLED(self, root):
         return self.tensors(root, **{"cond.label": None})
 
+    def FLOAT_LABELS(self, root):
+        return self.tensors(root, **{"cond.label": torch.arange(6) % 3 + 0.5})
+
+    def WHOLE_NUMBERS(self, root):
+        return self.tensors(root, x0=torch.ones(6, 1, 4, 4, dtype=torch.int64))
+
     def FEW_LABELS(self, root):
         return self.tensors(root, **{"cond.label": torch.arange(5) % 3})
 
@@ -1265,6 +1271,18 @@ CASES = [
     ),
     (
         "dmd",
+        "--data {}: cond.label is {} {}: wanted integers (N,)",
+        "--gan_weight 0.1 --data FLOAT_LABELS",
+        ["--gan_weight 0.1 --data DATA"],
+    ),
+    (
+        "dmd",
+        "--data {}: x0 is {}: wanted floats",
+        "--gan_weight 0.1 --data WHOLE_NUMBERS",
+        ["--gan_weight 0.1 --data DATA"],
+    ),
+    (
+        "dmd",
         "--data {}: labels from {} to {}, the teacher has classes 0 to {}",
         "--gan_weight 0.1 --data MANY_CLASSES",
         ["--gan_weight 0.1 --data DATA"],
@@ -1667,6 +1685,12 @@ CASES = [
 
 # What cannot be met in one run of one process with nothing prepared: tests that follow it.
 ELSEWHERE = {
+    "--output_dir: {} cannot be made": ("test_trust", "test_an_output_folder_that_cannot_be_made"),
+    "give each an --output_dir of its own": ("test_trust", "test_two_runs_in_one_folder"),
+    "these are not the files that the run began with": (
+        "test_trust",
+        "test_a_run_goes_on_with_the_inputs_it_began_with",
+    ),
     "--sequence_ranks {}: {}": ("test_sequence", "test_networks_that_cannot"),
     "--shard_ranks {} does not": ("test_sharding", "test_mesh_refuses_other_numbers"),
     "from an earlier step's folder": ("test_sharding", "test_a_broken_part_of_a_state_is_one_line"),

@@ -127,6 +127,7 @@ def test_bfloat16_that_is_only_imitated_is_named(tmp_path, monkeypatch, capsys, 
         train_batch_size=1,
         gradient_accumulation_steps=1,
         sequence_ranks=1,
+        max_train_steps=1,
     )
     for precision in ("bf16", "no"):
         args.mixed_precision, args.resume_from_checkpoint = precision, None

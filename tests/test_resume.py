@@ -29,7 +29,13 @@ import latent_fm
 from models.files import UserError
 from models.networks import WEIGHTS
 from models.plumbing.run import Log, Run, advice_after, run_main
-from models.plumbing.state import MAY_CHANGE, changes_on_resume, flags_to_save
+from models.plumbing.state import (
+    MAY_CHANGE,
+    batch_flags,
+    changes_on_resume,
+    flags_to_save,
+    keep_batch,
+)
 
 SHORT = "--max_train_steps 4 --train_batch_size 4 --checkpointing_steps 2 --seed 1".split()
 CASES = {  # flags with which every script makes an update of the tiny teacher in no time
@@ -388,14 +394,15 @@ def one_process(script, folder, flags, gradients):
 def test_resume_on_another_number_of_ranks(tmp_path):
     """Two ranks for two steps, then one: the two ranks' run, if the same samples make an update.
 
-    With two micro-batches of the ranks' size bit for bit, since halves of gradients are added
-    either way; with one of twice the size up to rounding. And back from one rank to two.
+    The same command takes two micro-batches of the ranks' size, bit for bit the same, since halves
+    of gradients are added either way; one of twice the size is up to rounding. And back from one
+    rank to two.
     """
     flags = flags_of("dmd", tmp_path, "--train_batch_size", "2", "--max_grad_norm", "1e9")
     out = tmp_path / "run"
     ranks("dmd", tmp_path, [*flags, "--max_train_steps", "2"])
     ends, gradients = {}, {}
-    parts = {"two": "", "micro": "--gradient_accumulation_steps 2", "one": "--train_batch_size 4"}
+    parts = {"two": "", "micro": "", "one": "--train_batch_size 4"}
     for name, more in parts.items():
         state = str(out / "state" / "step-0000002")
         go_on = [*flags, "--resume_from_checkpoint", state, "--max_train_steps", "4", *more.split()]
@@ -440,6 +447,37 @@ def test_other_ranks_with_another_batch_are_refused_with_values_that_work(count,
     assert args.train_batch_size <= batch
     changes = changes_on_resume(info, args, now)
     assert {"what": "number of ranks", "was": count, "is": now, "update": 4} in changes
+
+
+@pytest.mark.parametrize(
+    "count, batch, micro, now, then", [(8, 4, 2, 2, 8), (2, 6, 1, 1, 2), (1, 2, 4, 2, 2)]
+)
+def test_the_same_command_goes_on_on_another_number_of_ranks(count, batch, micro, now, then):
+    """With as many samples an update, by accumulation; and so does it when it is given again."""
+    info = saved_on(count, batch, micro)
+    command = f"--train_batch_size {batch} --gradient_accumulation_steps {micro}".split()
+    args = dmd.parse_args(command)
+    keep_batch(info, args, now)
+    assert args.gradient_accumulation_steps == then and args.train_batch_size == batch
+    changes = changes_on_resume(info, args, now)
+    assert {c["what"] for c in changes} == {"--gradient_accumulation_steps", "number of ranks"}
+    saved = {"flags": flags_to_save(args), "world_size": now, "step": 3}
+    saved["command"] = batch_flags(dmd.parse_args(command))
+    for ranks, steps in ((now, then), (count, micro)):
+        args = dmd.parse_args(command)
+        keep_batch(saved, args, ranks)
+        assert args.gradient_accumulation_steps == steps
+        changes_on_resume(saved, args, ranks)
+
+
+def test_another_command_keeps_what_it_says():
+    """And is refused if that makes another batch."""
+    info = saved_on(2, 4, 1)
+    args = dmd.parse_args("--train_batch_size 4 --gradient_accumulation_steps 3".split())
+    keep_batch(info, args, 1)
+    assert args.gradient_accumulation_steps == 3
+    with pytest.raises(UserError, match="updates were of 8 samples"):
+        changes_on_resume(info, args, 1)
 
 
 def test_ranks_that_cannot_share_the_batch():
@@ -565,7 +603,8 @@ def test_in_the_first_update_the_inputs_come_first(monkeypatch, tmp_path, capsys
         prompts="p.safetensors",
         teacher="t",
     )
-    assert advice_after(0, args).startswith("look for numbers that are not finite behind --prompts")
+    advice = advice_after(0, args, args.output_dir)
+    assert advice.startswith("look for numbers that are not finite behind --prompts")
 
 
 def test_the_advice_names_a_state_that_was_given_by_its_path(monkeypatch, tmp_path, capsys):

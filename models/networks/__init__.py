@@ -192,6 +192,12 @@ def weight_files(folder):
             f"{folder} has only a pickle ({pickles[0]}); "
             f"pickles can run code and are never loaded: convert it to {WEIGHTS}"
         )
+    variants = [n for n in sorted(os.listdir(folder)) if n.startswith(WEIGHTS.split(".")[0])]
+    if variants:
+        raise UserError(
+            f"{folder} has no {WEIGHTS}, only a variant ({', '.join(variants[:3])}): give each "
+            f"file its plain name, as {WEIGHTS} or {INDEX}"
+        )
     raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}")
 
 
@@ -355,6 +361,11 @@ def read_weights(net, files, folder, what, kind):
                         f"both: {net.if_copies_differ}"
                     )
                 there.copy_(rows)
+                if there.is_floating_point() and not there.isfinite().all():
+                    raise UserError(
+                        f"{path}: {key!r} has numbers that are not finite: copy or download it "
+                        "again, or give another checkpoint"
+                    )
                 seen.add(name)
     missing = sorted(set(own) - seen)
     if missing:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from models.draws import stable_hash
-from models.files import UserError, load_json, open_tensors, save_json, save_tensors
+from models.files import UserError, load_json, open_tensors, path_inside, save_json, save_tensors
 from models.prompts import open_prompts
 from models.worlds import WORLDS, load_world
 
@@ -67,12 +67,13 @@ class Prompts:
         Rows(self.file, f"uncond.{name}", path).check()
 
     def fingerprint(self):
-        """A short hash of the number of prompts and of the first, last and unconditional one.
+        """A short hash of the number of prompts, of 64 of them and of the unconditional one.
 
         It tells two files apart without reading all of either.
         """
-        ends = [self.rows(torch.tensor([0, self.n - 1]), "cpu"), self.unconditional(1, "cpu")]
-        sums = [x.double().sum(-1).tolist() for end in ends for x in end.values()]
+        some = torch.linspace(0, self.n - 1, min(64, self.n)).long()
+        parts = [self.rows(some, "cpu"), self.unconditional(1, "cpu")]
+        sums = [x.double().sum(-1).tolist() for part in parts for x in part.values()]
         return f"{stable_hash(self.n, *sums):08x}"
 
     def rows(self, index, device):
@@ -439,7 +440,7 @@ def list_described(folder, described):
             f'{where} wants "labels": [["FILE", CLASS], ...] with class numbers from 0 on: write '
             f"it so, or {WITHOUT_CLASSES}"
         )
-    found = [(os.path.join(folder, name), k) for name, k in rows]
+    found = [(path_inside(folder, name, where), k) for name, k in rows]
     missing = [path for path, _ in found if not os.path.isfile(path)]
     if missing or not found:
         first = f", the first {missing[0]}" if missing else ""
@@ -540,7 +541,8 @@ def load_data_file(source, size, sparse):
             )
         x0, counted = SparseRows(file, f"--data {source}", size), "offsets"
     elif "x0" in keys and file.get_slice("x0").get_shape()[:1] not in ([], [0]):
-        x0, counted = Rows(file, "x0", f"--data {source}").check(), "x0"
+        x0, counted = Rows(file, "x0", f"--data {source}"), "x0"
+        refuse_kind(source, x0.check())
     else:
         raise UserError(
             f"--data {source}: no tensor called x0 with at least one row, nor coords, feats and "
@@ -552,8 +554,28 @@ def load_data_file(source, size, sparse):
         if len(v) != len(x0):
             raise UserError(f"--data {source}: cond.{k} has {len(v)} rows, {counted} has {len(x0)}")
     if "label" in cond:
-        cond["label"] = cond["label"][torch.arange(len(x0))].long()
+        cond["label"] = whole_labels(source, cond["label"])
     return x0, cond
+
+
+def whole_labels(source, rows):
+    """cond.label of a file -> (N,) int64. Raises UserError for what is no class number."""
+    kind = rows.slice.get_dtype()
+    if len(rows.shape) != 1 or kind[0] not in "IU":
+        raise UserError(
+            f"--data {source}: cond.label is {kind} {rows.shape}: wanted integers (N,), one class "
+            "number an item"
+        )
+    return rows[torch.arange(len(rows))].long()
+
+
+def refuse_kind(source, rows):
+    """Raises UserError unless x0 of a file is of floats, or of bytes, which are pixels."""
+    kind = rows.slice.get_dtype()
+    if kind != "U8" and "F" not in kind:
+        raise UserError(
+            f"--data {source}: x0 is {kind}: wanted floats, or bytes (U8) for pixels of 0 to 255"
+        )
 
 
 class Rows:
@@ -586,11 +608,19 @@ class Rows:
             )
         return rows
 
-    def check(self, most=2**28):
-        """Read every row once, where that is at most so many numbers, to find a wrong one early."""
-        if math.prod(self.shape) <= most:
-            for part in torch.arange(len(self)).split(64):
-                self[part]
+    def check(self, most=2**34):
+        """Read every row once, where that is at most so many numbers, to find a wrong one early.
+
+        A mask needs a token in every row. Raises UserError.
+        """
+        for part in torch.arange(len(self)).split(64) if math.prod(self.shape) <= most else ():
+            rows = self[part]
+            if self.key.endswith("mask") and not rows.flatten(1).any(1).all():
+                empty = int(part[~rows.flatten(1).any(1)][0])
+                raise UserError(
+                    f"{self.where}: row {empty} of {self.key} is false everywhere, a prompt "
+                    "without a token: encode it again, at least its end is one"
+                )
         return self
 
 
@@ -613,6 +643,7 @@ class SparseRows:
         self._check_shapes(where)
         self.offsets = self._checked_offsets(where, file.get_tensor("offsets"))
         self._check_range(where, size)
+        Rows(file, "feats", where).check()
 
     def _check_shapes(self, where):
         shape, feats = self.coords.get_shape(), self.feats.get_shape()

@@ -49,12 +49,16 @@ class Film:
         self.mus, self.t, self.names, self.frames = (mu_real, mu_fake), t, names, []
         self.terms, self.larger = terms, larger
         self.on = teacher.world_name == "ring" and run.args.preview_every != 0
-        self.path = os.path.join(run.folder, "ring.gif")
         self.every = max(1, run.args.max_train_steps // FRAMES)
         if self.on and run.first and run.main and os.path.isfile(self.path):
             self.frames = earlier_frames(self.path, run.first, self.every)
         if self.on and not run.first:
             self.take(0)
+
+    @property
+    def path(self):
+        """The file, which moves with the run's folder (`Run.settle`)."""
+        return os.path.join(self.run.folder, "ring.gif")
 
     def frame(self, step, save=False):
         """After update `step`: a frame if one is due, and the file if the run saves now.

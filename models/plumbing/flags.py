@@ -95,6 +95,9 @@ def add_run_flags(p):
         "take minutes, and every new shape of a batch again")
     add("--checkpointing_steps", type=number(int, 1), default=100,
         help="student updates between saves")
+    add("--max_minutes", type=number(float, above=0), default=None, metavar="N",
+        help="end well after the update in which the run has taken so long, with its state saved, "
+        "as before the time limit of a cluster; SIGTERM and Ctrl-C do the same")
     add("--resume_from_checkpoint", default=None, metavar="latest|PATH",
         help="continue from OUTPUT_DIR/state")
     add("--shard_ranks", type=number(int, 1), default=None, metavar="N",

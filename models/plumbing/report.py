@@ -115,12 +115,13 @@ def save_samples(folder, rows, world):
 def save_previews(run, teacher, samplers):
     """samples.png in the middle of a run, {text: sampler}, as often as --preview_every says.
 
-    It is called when the run saves, on all ranks. The run's end has a picture of its own.
+    It is called when the run saves, on all ranks. The run's end has a picture of its own, and one
+    that was asked to stop draws none.
     """
     every, done = run.args.preview_every, run.step + 1
     before = max(0, done - run.args.checkpointing_steps)  # the last save, or a little earlier
     due = every is None or (every and done // every > before // every)
-    if not due or done == run.args.max_train_steps:
+    if not due or run.stopping or done == run.args.max_train_steps:
         return
     rows = [(text, preview(run, teacher, sampler)) for text, sampler in samplers.items()]
     if run.main:

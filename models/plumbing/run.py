@@ -16,12 +16,13 @@ training loop stands in the script, straight down, and asks a `Run` for what no 
             run.save(step)
 """
 
+import contextlib
 import csv
 import datetime
-import io
+import errno
 import os
-import resource
 import shutil
+import signal
 import sys
 import time
 
@@ -32,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 from models.draws import Draws
-from models.files import TrainingError, UserError, atomic_write, load_json
+from models.files import TrainingError, UserError, load_json, replacing
 from models.networks import lora
 from models.networks.sequence import Sequence, use_sequence
 from models.plumbing.sharding import (
@@ -46,35 +47,80 @@ from models.plumbing.sharding import (
 )
 from models.plumbing.state import (
     SavedState,
+    batch_flags,
     changes_on_resume,
     complete_states,
     find_state,
     flags_to_save,
+    inputs_of,
+    keep_batch,
     save_state,
     unpack,
     unpack_optimizer,
 )
 
+try:
+    import resource
+except ModuleNotFoundError:  # there is none on Windows
+    resource = None
+
 # Ranks wait so long for each other: rank 0 may draw samples, or write them, while others wait.
 PATIENCE = datetime.timedelta(hours=12)
 
+# What the system says of a disk, a quota or a file that is full.
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+class Stopped(SystemExit):
+    """A run that has saved its state and ends before its last update; code: the exit code."""
+
 
 def run_main(main):
-    """Call main(); a UserError or TrainingError becomes one line on stderr and exit code 2 or 1.
+    """Call main(); what ends it early becomes one line on stderr and an exit code.
 
-    A rank that is done ends at once: the threads of its process group are still running, and now
-    and then one of them aborts a process whose interpreter is being torn down.
+    UserError 2, TrainingError and a full disk 1, Ctrl-C 130, and a run that `Run.end_step` stopped
+    its own. A rank that is done ends at once: the threads of its process group are still running,
+    and now and then one of them aborts a process whose interpreter is being torn down.
     """
+    print_anything()
+    code, line = 0, ""
     try:
         main()
-        if dist.is_initialized():
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+    except Stopped as stop:
+        code = stop.code
+    except KeyboardInterrupt:
+        code, line = 130, f"interrupted; {newest_state()}"
     except (UserError, TrainingError) as e:
-        if os.environ.get("RANK", "0") == "0":  # every rank stops, one of them says why
-            print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(e, UserError) else 1) from None
+        code, line = 2 if isinstance(e, UserError) else 1, str(e)
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        code, line = 1, f"the disk is full ({e}): make room; {newest_state()}"
+    full = line.startswith("the disk")  # perhaps of one node alone
+    if line and (full or os.environ.get("RANK", "0") == "0"):  # every rank stops, one says why
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    if dist.is_initialized() and not line:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code or line:
+        raise SystemExit(code) from None
+
+
+def print_anything():
+    """Names that the terminal's encoding lacks are printed with backslashes instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # no file, as in a notebook
+            stream.reconfigure(errors="backslashreplace")
+
+
+def newest_state():
+    """Where the run of this process can be gone on with, in words."""
+    folder = Run.current.folder if Run.current else None
+    states = complete_states(folder) if folder else []
+    if not states:
+        return "no state is saved yet"
+    return f"{states[-1]} is intact: go on with --resume_from_checkpoint latest"
 
 
 class Run:
@@ -88,23 +134,23 @@ class Run:
     tokens of their rows. `writes`: whether this rank writes what its part has made.
     """
 
+    current = None  # the one of this process, for the line that ends it early
+
     def __init__(self, args, method):
         self.args, self.method, self.folder = args, method, args.output_dir
         self.began, self.spent, self.changes = None, 0.0, []
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.started, self.asked, self.stopping = time.time(), None, False
+        self.rank, self.world_size, local_rank = place_among_ranks(os.environ)
         self.main, self.B = self.rank == 0, args.train_batch_size
         self.share = 1 / args.gradient_accumulation_steps
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
+        self.device = own_device(local_rank)
         if self.world_size > 1 and not dist.is_initialized():
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=PATIENCE)
+            meet_ranks(self.device)
         self.mesh = make_mesh(self.device, args.shard_ranks) if self.world_size > 1 else None
         self.group_ranks(args.sequence_ranks)
         self.sums, self.counts, self.roots = {}, {}, set()
+        self.command = batch_flags(args)
+        Run.current = self
 
     # ---- ranks
 
@@ -217,13 +263,16 @@ class Run:
         SavedState; None, None for a fresh start. Raises UserError.
         """
         args = self.args
+        self.inputs = inputs_of(args) if self.main else {}
         folder = find_state(args.output_dir, args.resume_from_checkpoint)
         if folder is None:
             if args.resume_from_checkpoint:
                 self.say(f"no complete checkpoint under {args.output_dir}: starting fresh")
             return None, None
         info = load_json(os.path.join(folder, "state.json"))
-        changes = changes_on_resume(info, args, self.world_size)
+        keep_batch(info, args, self.world_size)
+        self.share = 1 / args.gradient_accumulation_steps
+        changes = changes_on_resume(info, args, self.world_size, self.inputs)
         saved = SavedState(folder, info.get("world_size", 1))
         self.changes = info.get("changes", []) + changes
         for c in changes:
@@ -231,17 +280,36 @@ class Run:
         return info, saved
 
     def open_folder(self, first):
-        """Prepare the output folder and the log of a run that goes on after `first` updates."""
-        self.first = first
+        """Prepare the output folder of a run that goes on after `first` updates.
+
+        Until an update is done nothing changes in a folder with a run in it: a new run writes in
+        another one beside it so far (see `settle`). Raises UserError.
+        """
+        self.first, self.log, self.settled = first, None, False
         if self.args.mixed_precision == "bf16" and self.device.type == "cpu" and not has_bfloat16():
             self.say(
                 "--mixed_precision bf16: this processor has no instructions for bfloat16 and only "
                 "imitates it; without the flag the run is several times faster"
             )
+        refuse_output_dir(self.folder)
+        resumed = self.args.resume_from_checkpoint
+        waits = self.main and holds_another_run(self.folder, resumed)
+        if any(self.mean_over_ranks(float(waits))):  # as rank 0 sees it
+            self.folder = starting_folder(self.folder)
         if self.main:
-            prepare_output_dir(self.folder, self.args.resume_from_checkpoint)
+            make_output_dir(self.folder, fresh=waits)
         self.wait_for_all()
-        self.log = Log(self.folder, first) if self.main else None
+        if first >= self.args.max_train_steps:
+            self.settle()
+
+    def settle(self):
+        """The first update is done, or none is left to do: the output folder is this run's now."""
+        path = self.args.output_dir
+        if self.main:
+            take_output_dir(self.folder, path)
+            self.log = Log(path, self.first)
+        self.folder, self.settled = path, True
+        self.wait_for_all()
 
     def say(self, text):
         """Print on rank 0."""
@@ -260,6 +328,7 @@ class Run:
         """state/: these networks, adapters and optimisers, {name: thing}, after the update of this
         step, on all ranks. more: further entries of state.json."""
         info = {"flags": flags_to_save(self.args), "world_size": self.world_size}
+        info |= {"command": self.command, "inputs": self.inputs}
         info |= {"changes": self.changes, "seconds": self.seconds(), **more}
         save_state(self.folder, step + 1, things, info, self.rank, self.wait_for_all)
 
@@ -272,11 +341,49 @@ class Run:
         last = self.args.max_train_steps if last is None else last
         total, quiet = self.args.max_train_steps, not self.main
         left = range(first, last)
-        self.bar = tqdm(left, text, initial=first, total=total, disable=quiet)
-        for step in self.bar:
-            self.sums, self.counts, self.roots = {}, {}, set()
-            self.clock, self.step = time.perf_counter(), step
-            yield step
+        self.bar = progress(left, text, initial=first, total=total, disable=quiet)
+        with self.listening():
+            for step in self.bar:
+                self.sums, self.counts, self.roots = {}, {}, set()
+                self.clock, self.step = time.perf_counter(), step
+                yield step
+                if self.stopping:
+                    self.bar.close()
+                    self.say(f"stopped after update {step + 1}; {newest_state()}")
+                    raise Stopped(self.exit_code)
+
+    @contextlib.contextmanager
+    def listening(self):
+        """SIGTERM and Ctrl-C end the run after the current update, a second one at once.
+
+        torchrun passes a signal on that the ranks may have had already: one within a second of the
+        first is the same one.
+        """
+
+        def ask(number, frame):
+            if self.asked is None:
+                self.asked, self.asked_at = number, time.time()
+                os.write(2, b"\nstopping after this update, with its state saved\n")
+            elif time.time() > self.asked_at + 1:
+                os._exit(128 + number)
+
+        before = {}
+        with contextlib.suppress(ValueError):  # only the main thread gets signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before[number] = signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def wants_to_stop(self):
+        """Of this rank: whether it was asked to, or its --max_minutes are over; whether by Ctrl-C.
+
+        -> two floats, 0 or 1, to be averaged over ranks, which all have to stop together.
+        """
+        over = time.time() - self.started >= 60 * (self.args.max_minutes or float("inf"))
+        return float(over or self.asked is not None), float(self.asked == signal.SIGINT)
 
     def rate(self, step, left=None):
         """Factors of the learning rate: linear warm-up, and linear fall in the run's last part.
@@ -371,13 +478,17 @@ class Run:
         save.
 
         show: names for the progress bar. more: further columns, the same on all ranks.
-        This is the only place in a step where the processor waits for the device. Raises
-        TrainingError.
+        This is the only place in a step where the processor waits for the device, and where all
+        ranks agree to stop, if one has been asked to. Raises TrainingError.
         """
-        names = list(self.sums)
-        means = self.mean_over_ranks(*(self.sums[n] / self.counts[n] for n in names))
+        names, asked = list(self.sums), self.wants_to_stop()
+        means = (self.sums[n] / self.counts[n] for n in names)
+        *means, stop, interrupted = self.mean_over_ranks(*means, *asked)
         row = dict(zip(names, means))
         self.refuse_not_finite(step, row)
+        self.stopping, self.exit_code = stop > 0, 130 if interrupted else 0
+        if not self.settled:
+            self.settle()
         for name in self.roots:
             row[name] **= 0.5
         if {"mean", "std"} <= set(row):
@@ -389,28 +500,29 @@ class Run:
             shown = {n: f"{row[n]:.4g}" for n in show if n in row}
             self.bar.set_postfix(shown, refresh=False)
         last = step + 1 == self.args.max_train_steps
-        return last or (step + 1) % self.args.checkpointing_steps == 0
+        return last or self.stopping or (step + 1) % self.args.checkpointing_steps == 0
 
     def refuse_not_finite(self, step, row):
         """row: {name: value averaged over ranks}, the same on all of them. Raises TrainingError."""
         wrong = [f"{name} = {v:.4g}" for name, v in row.items() if not abs(v) < float("inf")]
         if wrong:
             where = f"not finite at update {step + 1}: {', '.join(wrong)}"
-            raise TrainingError(f"{where}; {advice_after(step, self.args)}")
+            raise TrainingError(f"{where}; {advice_after(step, self.args, self.folder)}")
 
 
-def advice_after(step, args):
+def advice_after(step, args, folder):
     """What to do after an update that was not finite: flags that can be added to the command.
 
     In the first update the inputs come first. Later on the rates do; but since draws do not depend
-    on them, a row of the inputs that is not finite stops the run at the same update again.
+    on them, a row of the inputs that is not finite stops the run at the same update again. folder:
+    where this run has written so far.
     """
     halved = [name for name in vars(args) if name.startswith("learning_rate")]
     names = [name for name in [*halved, "max_grad_norm"] if getattr(args, name)]
     lower = [f"--{name} {getattr(args, name) / 2:g}" for name in names]
     named = [f"--{name}" for name in ("prompts", "data", "teacher") if getattr(args, name, None)]
     look = f"look for numbers that are not finite behind {' and '.join(named)}"
-    states, resumed = complete_states(args.output_dir), args.resume_from_checkpoint
+    states, resumed = complete_states(folder), args.resume_from_checkpoint
     if states:
         how = f"{states[-1]} is intact: resume with --resume_from_checkpoint latest"
     elif resumed not in (None, "latest"):
@@ -427,7 +539,73 @@ def has_bfloat16():
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
+# ---- ranks and devices ---------------------------------------------------------------------------
+
+
+def place_among_ranks(environ):
+    """Rank, number of ranks and rank on this node, as torchrun writes them there. Raises UserError.
+
+    Tasks that something else has started would each train a run of their own in one folder.
+    """
+    there = {
+        name: environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environ
+    }
+    wrong = [f"{name}={value}" for name, value in there.items() if not value.isdecimal()]
+    if wrong:
+        raise UserError(f"the environment has {wrong[0]}, which is no number: unset it")
+    rank, ranks = int(there.get("RANK", 0)), int(there.get("WORLD_SIZE", 1))
+    if (rank or ranks > 1) and not {"RANK", "WORLD_SIZE"} <= there.keys():
+        (left,) = {"RANK", "WORLD_SIZE"} & there.keys()
+        raise UserError(
+            f"the environment has {left}={there[left]} alone, which torchrun sets with others: "
+            "unset it, or start with torchrun"
+        )
+    if not rank < ranks:
+        raise UserError(f"the environment has RANK={rank} and WORLD_SIZE={ranks}: unset both")
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        tasks = environ.get(name, "1")
+        if "RANK" not in there and tasks.isdecimal() and int(tasks) > 1:
+            raise UserError(
+                f"{name}={tasks}: each of these tasks would train a run of its own in the same "
+                "folder: start one task a node, and in it torchrun, which starts the ranks"
+            )
+    return rank, ranks, int(there.get("LOCAL_RANK", 0))
+
+
+def own_device(local_rank):
+    """This rank's GPU, or the CPU where there is none. Raises UserError."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local_rank} of this node has no GPU, there are {torch.cuda.device_count()}: "
+            "start at most as many ranks with torchrun"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def meet_ranks(device):
+    """Join the other ranks. Raises UserError where that fails, as at a port that is taken."""
+    try:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as e:
+        at = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise UserError(
+            f"the ranks cannot meet at {at} ({str(e).splitlines()[0]}): start them with torchrun, "
+            "or give MASTER_ADDR and a MASTER_PORT that is free"
+        ) from None
+
+
 # ---- the output folder ---------------------------------------------------------------------------
+
+
+def is_within(path, folder):
+    """Whether a path is a folder or lies in it; links are followed."""
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 def refuse_output_dir(path, sampling=False):
@@ -437,7 +615,7 @@ def refuse_output_dir(path, sampling=False):
         there = os.path.dirname(there)
     if not os.path.isdir(there) or not os.access(there, os.W_OK):
         raise UserError(f"--output_dir {path}: {there} is not a folder that can be written to")
-    if os.path.commonpath([os.path.abspath(path), os.getcwd()]) == os.path.abspath(path):
+    if is_within(os.getcwd(), path):
         raise UserError(f"--output_dir {path} holds the current folder: name a folder of its own")
     if sampling and os.path.exists(os.path.join(path, "report.json")):
         raise UserError(
@@ -446,21 +624,44 @@ def refuse_output_dir(path, sampling=False):
         )
 
 
-def prepare_output_dir(path, resume):
-    """Create the folder; an existing one is renamed PATH.1, PATH.2, ... unless a run is resumed in
-    it.
+def holds_another_run(path, resumed):
+    """Whether an output folder has something in it that is not of this run. resumed: see --help."""
+    if not os.path.isdir(path) or not os.listdir(path):
+        return False
+    if not resumed:
+        return True
+    own = resumed == "latest" or is_within(resumed, path)
+    return not own and os.path.isfile(os.path.join(path, "log.csv"))
 
-    What a killed run left half-written is removed. Raises UserError.
+
+def starting_folder(path):
+    """Where a new run writes until its first update is done: beside the folder of another one."""
+    return f"{os.path.normpath(path)}.starting"
+
+
+def make_output_dir(folder, fresh):
+    """Create a run's folder. fresh: what a start that failed left there goes. Raises UserError."""
+    if fresh and os.path.isdir(folder):
+        shutil.rmtree(folder)
+    try:
+        os.makedirs(os.path.join(folder, "state"), exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--output_dir: {folder} cannot be made ({e}): name another") from None
+
+
+def take_output_dir(folder, path):
+    """The folder of a run that has begun becomes PATH; another one there PATH.1, PATH.2, ...
+
+    What a killed run left half-written is removed.
     """
     path = os.path.normpath(path)  # "runs/x/" could not be renamed to "runs/x/.1"
-    refuse_output_dir(path)
-    if os.path.isdir(path) and os.listdir(path) and not resume:
+    if os.path.normpath(folder) != path:
         n = 1
         while os.path.exists(f"{path}.{n}"):
             n += 1
         os.rename(path, f"{path}.{n}")
+        os.rename(folder, path)
         print(f"{path} existed and is now {path}.{n}")
-    os.makedirs(os.path.join(path, "state"), exist_ok=True)
     for where, folders, files in os.walk(path):
         for name in [f for f in files if ".tmp-" in f]:
             os.remove(os.path.join(where, name))
@@ -468,49 +669,67 @@ def prepare_output_dir(path, resume):
             shutil.rmtree(os.path.join(where, name))
 
 
-# ---- log.csv -------------------------------------------------------------------------------------
+# ---- the progress bar, and log.csv ---------------------------------------------------------------
+
+
+def progress(items, text=None, **more):
+    """A progress bar over items. In a pipe or a file, where all it writes stays, once a minute."""
+    seconds = 0.1 if sys.stderr and sys.stderr.isatty() else 60
+    return tqdm(items, text, mininterval=seconds, maxinterval=max(10, seconds), **more)
 
 
 class Log:
-    """log.csv: one row a step, flushed; on resume it is cut back to the resumed step."""
+    """log.csv: one row a step, flushed; on resume it is cut back to the resumed step.
+
+    It is read and written anew row by row, so that a million rows take no memory.
+    """
 
     def __init__(self, output_dir, step=0):
-        self.path, self.columns = os.path.join(output_dir, "log.csv"), None
-        kept = self.rows(step) if step else []
-        self.replace(kept)
+        self.path = os.path.join(output_dir, "log.csv")
+        self.replace(step)
 
     def rows(self, last):
-        """The rows of the file up to this step, whole ones only; sets self.columns.  -> lists"""
-        if not os.path.isfile(self.path):
-            return []
-        with open(self.path, newline="") as f:
-            rows = list(csv.reader(f))
-        if not rows:
-            return []
-        self.columns = rows[0]
-        whole = [r for r in rows[1:] if len(r) == len(self.columns)]
-        return [r for r in whole if r[0].isdigit() and int(r[0]) <= last]
+        """The columns, then the rows up to this step, whole ones only.  -> lists, one by one"""
+        if not last or not os.path.isfile(self.path):
+            return
+        with open(self.path, newline="", encoding="utf-8", errors="replace") as f:
+            rows = csv.reader(line.replace("\0", "") for line in f)  # as a power cut leaves them
+            columns = next(rows, None)
+            if columns:
+                yield columns
+            for r in rows:
+                if len(r) == len(columns) and r[0].isdecimal() and int(r[0]) <= last:
+                    yield r
 
-    def replace(self, rows):
-        """Write the file anew, in one rename, and go on behind these rows."""
-        text = io.StringIO()
-        if self.columns:
-            csv.writer(text).writerows([self.columns, *rows])
-        atomic_write(self.path, text.getvalue().encode())
-        self.file = open(self.path, "a", newline="")
+    def replace(self, last, new=()):
+        """Write the file anew up to this step, with new columns, in one rename; go on behind it."""
+        rows = self.rows(last)
+        self.columns = [*next(rows, []), *new]
+        with replacing(self.path, "w", newline="", encoding="utf-8") as f:
+            if self.columns:
+                csv.writer(f).writerow(self.columns)
+                csv.writer(f).writerows(r + [""] * len(new) for r in rows)
+        self.file = open(self.path, "a", newline="", encoding="utf-8")
 
-    def add_columns(self, new):
-        """For numbers that were not logged before; earlier rows have empty cells there."""
-        self.file.close()
-        rows = self.rows(last=float("inf"))
-        self.columns = [*(self.columns or []), *new]
-        self.replace([r + [""] * len(new) for r in rows])
+    def refuse_other_run(self):
+        """Raises TrainingError where another run has renamed this one's folder."""
+        own = os.fstat(self.file.fileno())
+        if not os.path.isfile(self.path) or not os.path.samestat(own, os.stat(self.path)):
+            raise TrainingError(
+                f"{self.path} is no longer this run's: another one has taken its folder, and what "
+                "this one had saved was renamed; give each an --output_dir of its own"
+            )
 
     def write(self, row):
-        """row: {"step": int, name: number, ...}. A term that is off leaves its cells empty."""
-        new = [name for name in row if name not in (self.columns or [])]
-        if new:
-            self.add_columns(new)
+        """row: {"step": int, name: number, ...}. A term that is off leaves its cells empty.
+
+        Raises TrainingError.
+        """
+        self.refuse_other_run()
+        new = [name for name in row if name not in self.columns]
+        if new:  # numbers that were not logged before; earlier rows have empty cells there
+            self.file.close()
+            self.replace(float("inf"), new)
         cells = [row.get(c, "") for c in self.columns]
         text = [f"{v:.6g}" if isinstance(v, float) else v for v in cells]
         csv.writer(self.file).writerow(text)
@@ -521,5 +740,7 @@ def peak_memory_mb(device):
     """Peak memory in MiB: of the GPU's allocator, or of the process on the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:  # Windows, where nothing in the standard library knows
+        return 0.0
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

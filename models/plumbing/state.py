@@ -8,14 +8,21 @@ before it writes it.
 """
 
 import json
+import math
 import os
 import shutil
 
 import torch
 from torch import nn
 
-from models.files import TensorWriter, UserError, fsync_folder, open_tensors, save_json
+from models.draws import stable_hash
+from models.files import TensorWriter, UserError, fingerprint, fsync_folder, open_tensors, save_json
+from models.networks import weight_files
+from models.plumbing.data import files_below
+from models.plumbing.teachers import find_folder, network_folder
+from models.prompts import INDEX, shards_of
 from models.shards import first_row, holds, own_rows, rows_in
+from models.worlds import WORLDS
 
 # ---- writing -------------------------------------------------------------------------------------
 
@@ -70,7 +77,11 @@ def save_state(output_dir, step, things, info, rank=0, wait_for_all=lambda: None
         shutil.rmtree(tmp, ignore_errors=True)
         os.makedirs(tmp)
     wait_for_all()
-    write_own_part(state_file(tmp, rank, info["world_size"]), things)
+    try:
+        write_own_part(state_file(tmp, rank, info["world_size"]), things)
+    except OSError:  # a full disk: the older states stay
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
     wait_for_all()
     if rank:
         return
@@ -192,8 +203,8 @@ def find_state(output_dir, resume):
 # memory it takes; and settings, a line of text. They are not kept in state.json.
 FREE_TO_CHANGE = set(
     "output_dir max_train_steps resume_from_checkpoint checkpointing_steps sample settings "
-    "remeasure_teacher preview_samples preview_every gradient_checkpointing compile save_fp16 "
-    "lora_dtype shard_ranks save_dtype dry_run device_memory device_tflops "
+    "remeasure_teacher preview_samples preview_every max_minutes gradient_checkpointing compile "
+    "save_fp16 lora_dtype shard_ranks save_dtype dry_run device_memory device_tflops "
     "sample_steps solver atol rtol guidance_interval "
     "student_guidance teacher_shift teacher_guidance_interval".split()
 )
@@ -227,9 +238,76 @@ def flags_to_save(args):
     return {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE}
 
 
-def changes_on_resume(info, args, world_size):
+def batch_flags(args):
+    """{flag of BATCH: its value}."""
+    return {k: getattr(args, k) for k in BATCH}
+
+
+def keep_batch(info, args, world_size):
+    """The command that a run was started with goes on, on another number of ranks, with as many
+    samples an update: --gradient_accumulation_steps changes, where that alone can do it.
+
+    info: state.json; its "command" has these flags as that run was given them.
+    """
+    saved = {k: info["flags"][k] for k in BATCH}
+    if batch_flags(args) not in (saved, info.get("command")) or "world_size" not in info:
+        return
+    groups = info["world_size"] // info["flags"].get("sequence_ranks", 1)
+    samples = math.prod(saved.values()) * groups
+    together = args.train_batch_size * (world_size // args.sequence_ranks)
+    if samples % together == 0:
+        args.gradient_accumulation_steps = samples // together
+
+
+def inputs_of(args):
+    """Fingerprints of the files that a run reads, {flag: text}; those of worlds are none.
+
+    A teacher is its weights, prompts and data are files, or what a folder holds. Raises UserError.
+    """
+    found = {}
+    for flag in ("teacher", "prompts", "data"):
+        name = getattr(args, flag, None)
+        if not name or name in WORLDS:
+            continue
+        if flag == "teacher":
+            root = find_folder(name)
+            two = os.path.join(root, "transformer_2")
+            folders = [network_folder(root), *([two] if os.path.isdir(two) else [])]
+            paths = [path for folder in folders for path in sorted(weight_files(folder))]
+        elif os.path.isdir(name):
+            about = [(os.path.relpath(p, name), os.path.getsize(p)) for p in files_below(name)]
+            found[flag] = f"{stable_hash(*about):08x}"
+            continue
+        else:
+            index = name.removesuffix(INDEX) + INDEX
+            shards = shards_of(index) if os.path.isfile(index) else []
+            folder = os.path.dirname(name)
+            paths = [os.path.join(folder, shard["file"]) for shard in shards] or [name]
+        found[flag] = fingerprint(path for path in paths if os.path.isfile(path))
+    return found
+
+
+def same_inputs(info, inputs, args, unused):
+    """Which of a run's inputs are the files that they were, wherever they are now.
+
+    info: state.json. inputs: of `inputs_of`. unused: flags whose term is off. Raises UserError for
+    other content.
+    """
+    before = info.get("inputs", {})
+    known = [flag for flag in inputs if flag in before and flag not in unused]
+    for flag in known:
+        if before[flag] != inputs[flag]:
+            raise UserError(
+                f"--{flag} {getattr(args, flag)}: these are not the files that the run began with: "
+                f"restore them, or begin a run of its own in another --output_dir"
+            )
+    return set(known)
+
+
+def changes_on_resume(info, args, world_size, inputs=None):
     """What a resumed run changes, of what it may change. info: state.json of its checkpoint.
 
+    inputs: of `inputs_of`, whose files may have moved.
     -> [{"what": "--flag" or "ranks", "was": value, "is": value, "update": the first with it}].
     Raises UserError for a change that would not go on with the same run.
     """
@@ -243,7 +321,8 @@ def changes_on_resume(info, args, world_size):
         )
     changed = [k for k in sorted(set(saved) | set(now)) if saved.get(k) != now.get(k)]
     unused = {k for k, term in OF_A_TERM.items() if 0 in (saved.get(term), now.get(term))}
-    free = MAY_CHANGE | unused | {*BATCH, "sequence_ranks"}
+    same = same_inputs(info, inputs or {}, args, unused)
+    free = MAY_CHANGE | unused | same | {*BATCH, "sequence_ranks"}
     wrong = [f"--{k} was {saved.get(k)!r} and is {now.get(k)!r}" for k in changed if k not in free]
     if wrong:
         raise UserError(

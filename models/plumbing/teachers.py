@@ -17,7 +17,7 @@ from torch import nn
 
 from models.diffusion import PREDICTIONS, VP, Diffusion, Flow, step_grid
 from models.draws import stable_hash
-from models.files import UserError, load_json
+from models.files import UserError, load_json, path_inside
 from models.networks import (
     is_stored_in_bf16,
     load_network,
@@ -567,20 +567,56 @@ def scheduler_config(net, schedule, sampler):
     return {"_class_name": "DDIMScheduler", **table, "timestep_spacing": "trailing"}
 
 
+def is_number(value, low, high, kinds=(int, float)):
+    """Whether an entry of a JSON file is a number above low, at most high. NaN never is."""
+    return type(value) in kinds and low < value <= high
+
+
+def wrong_entries(s):
+    """Entries of sampler.json that no student of ours has: pairs (wrong, what)."""
+    times, shape, schedule = s["times"], s.get("sample_shape", [1]), s["schedule"]
+    yield s["prediction"] not in PREDICTIONS, f"prediction {s['prediction']!r}"
+    right = isinstance(times, list) and 0 < len(times) <= MOST_STEPS
+    right = right and all(is_number(t, 0, 1) for t in times)
+    right = right and all(a > b for a, b in zip(times, times[1:]))
+    yield not right, f"times {times!r:.80} do not descend within (0, 1]"
+    yield not is_number(s["timestep_shift"], 0, 1e6), f"timestep_shift {s['timestep_shift']!r}"
+    for key in ("method", "rule"):
+        yield not isinstance(s[key], str), f"{key} {s[key]!r}"
+    right = isinstance(shape, list) and all(is_number(n, 0, 2**20, (int,)) for n in shape)
+    yield not right or not 0 < math.prod(shape) <= 2**32, f"sample_shape {shape!r:.80}"
+    if schedule["type"] == "vp":
+        yield not is_number(schedule["n"], 1, MOST_STEPS, (int,)), f"schedule of {schedule['n']!r}"
+        ends = schedule["beta_start"], schedule["beta_end"]
+        yield not all(b is None or is_number(b, 0, 1) for b in ends), f"betas from {ends}"
+    yield schedule["type"] not in ("vp", "flow"), f"schedule {schedule['type']!r}"
+    experts = s.get("experts", [])
+    yield not isinstance(experts, list), f"experts {experts!r:.80}"
+    for e in [*experts, *([s] if s.get("lora_rank") and not experts else [])]:
+        path_inside("its folder", e["weights"], "weights")
+        steps = e.get("steps", 1)
+        yield not is_number(steps, 0, len(times), (int,)), f"an expert of {steps!r} steps"
+    rank = s.get("lora_rank", 0)
+    yield not is_number(rank, -1, 2**16, (int,)), f"lora_rank {rank!r}"
+    if rank:
+        right = isinstance(s["base"], str) and is_number(s["seed"], -1, 2**63, (int,))
+        yield not right, f"base {s['base']!r} and seed {s['seed']!r}"
+
+
+MOST_STEPS = 100_000  # of a schedule or a sampler: more are a damaged file
+
+
 def read_sampler(folder):
     """sampler.json of a student folder -> (dict, schedule, prediction, shift); raises UserError."""
     path = os.path.join(folder, "sampler.json")
     s = load_json(path)
     try:
+        for wrong, what in wrong_entries(s):
+            if wrong:
+                raise ValueError(what)
         schedule = read_schedule(s["schedule"])
-        if s["prediction"] not in PREDICTIONS:
-            raise ValueError(f"prediction {s['prediction']!r}")
-        times = [float(t) for t in s["times"]]
-        descend = all(a > b for a, b in zip(times, times[1:]))
-        if not times or not descend or not (0 < times[-1] and times[0] <= 1):
-            raise ValueError(f"times {times} do not descend within (0, 1]")
         return s, schedule, s["prediction"], float(s["timestep_shift"])
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as e:
         raise UserError(
             f"{path} is not a sampler description of ours ({type(e).__name__}: {e})"
         ) from None
