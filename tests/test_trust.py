@@ -34,7 +34,7 @@ from helpers import (
 from safetensors.torch import save_file
 
 import dmd
-from models.files import RowWriter, TensorWriter, UserError, fsync_folder, replacing
+from models.files import TensorWriter, UserError, fsync_folder, replacing
 from models.plumbing import run as plumbing
 from models.plumbing.run import Log, Run, place_among_ranks, run_main
 
@@ -296,7 +296,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(monkeypatch, teacher, tmp_p
 
 @pytest.mark.parametrize("how", ["write", "flush"])
 def test_a_file_that_does_not_get_onto_the_disk_is_removed(monkeypatch, tmp_path, how):
-    """And the old one is still there: `replacing`, TensorWriter and RowWriter alike."""
+    """And the old one is still there: `replacing` and TensorWriter alike."""
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -304,7 +304,6 @@ def test_a_file_that_does_not_get_onto_the_disk_is_removed(monkeypatch, tmp_path
     writers = [
         lambda path: replacing(path),
         lambda path: TensorWriter(path, {"a": (torch.float32, (2,))}),
-        lambda path: RowWriter(path),
     ]
     for n, writer in enumerate(writers):
         path = str(tmp_path / f"{n}")
