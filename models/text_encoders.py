@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from models.files import UserError, load_json
 from models.libraries import device, load, require
@@ -485,10 +486,9 @@ def padded_rows(asked, encoder, prompts, length):
     """
     each = (encoder.features([prompt]) for prompt in prompts)
     null = (encoder.negative(prompt) for prompt in [asked.negative])
-    for found, mask in itertools.chain(each, null):
-        name = next(iter(found))
-        row = {k: v[0] for k, v in found.items()}
-        tokens, keep = row[name][mask[0]], torch.arange(length) < int(mask.sum())
-        row[name] = tokens.new_zeros(length, tokens.shape[1])
-        row[name][: len(tokens)] = tokens
-        yield row | ({asked.family.mask: keep} if asked.family.mask else {})
+    for found, _ in itertools.chain(each, null):  # alone, so that there is no padding yet
+        row = {name: value[0] for name, value in found.items()}
+        name = next(iter(row))
+        n = len(row[name])
+        row[name] = F.pad(row[name], (0, 0, 0, length - n))
+        yield row | ({asked.family.mask: torch.arange(length) < n} if asked.family.mask else {})

@@ -51,12 +51,15 @@ def clip_tokenizer(transformers, **more):
 
 
 def qwen_tokenizer(transformers):
-    """Qwen 2's: bytes, and the words between which its templates put turns."""
+    """Qwen 2's: bytes, and the words between which its templates put turns.
+
+    It pads on the left, so that whoever relies on another side says so.
+    """
     from tokenizers.pre_tokenizers import ByteLevel
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocab = numbered([*special, *sorted(ByteLevel.alphabet())])
-    tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=[])
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=[], padding_side="left")
     tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
     return tokenizer
 

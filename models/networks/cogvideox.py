@@ -22,6 +22,10 @@ its betas, of which the release has n = 1000; `forward` converts ours, and nothi
 Another n goes into `clock_steps`. The betas have an SNR that is divided by 3, and none at the end:
 VP(zero_snr=True, snr_shift=3.0). CogVideoX-5B and 1.5 have rotary positions, which are not
 implemented.
+
+Prompts become features by a command:
+
+    python -m models.encode --teacher FOLDER --prompts_txt prompts.txt --output prompts.safetensors
 """
 
 import torch

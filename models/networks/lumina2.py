@@ -25,6 +25,10 @@ the same sequence in another order.
 State dicts load into `diffusers.Lumina2Transformer2DModel`, and back, unconverted. Its clock runs
 from 0 = noise to 1 = data and its output is x0 - eps; `Lumina2Transformer2DModel.forward` reverses
 both, and nothing else does. Adapter files have diffusers' names, transformer.NAME.
+
+Prompts become features by a command:
+
+    python -m models.encode --teacher FOLDER --prompts_txt prompts.txt --output prompts.safetensors
 """
 
 import torch

@@ -22,6 +22,10 @@ diffusers' transformer and pipeline hold the latent packed, (B, N, 64), and its 
 64 as in_channels. `QwenImageTransformer2DModel.forward` packs and unpacks, and nothing else does.
 State dicts load into `diffusers.QwenImageTransformer2DModel`, and back, unconverted. Adapter files
 have diffusers' names, transformer.NAME, which ComfyUI knows too (comfy/lora.py).
+
+Prompts become features by a command:
+
+    python -m models.encode --teacher FOLDER --prompts_txt prompts.txt --output prompts.safetensors
 """
 
 import math

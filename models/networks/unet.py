@@ -29,6 +29,10 @@ does. Another n goes into `clock_steps`.
 In configs `attention_head_dim` is the number of heads, of all levels or a list with each level's:
 8 in Stable Diffusion 1.5, whose heads differ in width, and 5, 10, 20 in SDXL, with 64 channels
 each. upcast_attention (2.1) asks for softmax in float32; fused attention computes it so anyway.
+
+Prompts become features by a command:
+
+    python -m models.encode --teacher FOLDER --prompts_txt prompts.txt --output prompts.safetensors
 """
 
 import torch
