@@ -127,7 +127,7 @@ def main(argv=None):
     space = load_autoencoder(args.teacher)
     check_latents(rows.get_shape(), space, args.teacher, args.latents)
     suffix = {"gif": ".gif", "mp4": ".mp4", "png": ""}[args.format or "gif"] if videos else ".png"
-    fps = args.fps or getattr(space, "fps", None)
+    fps = args.fps or space.fps
     for i in range(rows.get_shape()[0]):
         pixels = decode_row(space, rows[i : i + 1], f"--latents {args.latents}: row {i} of x0")
         try:

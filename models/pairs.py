@@ -114,25 +114,26 @@ def read_captions(path):
 # ---- pixels --------------------------------------------------------------------------------------
 
 
-def frames_of(path, frames):
+def frames_of(path, frames, fps):
     """The first frames of an image, a video or a folder of images.  -> PIL images, at most so many
 
-    Raises what Pillow or the library for videos raises.
+    fps: of `read_video`. Raises what Pillow or the library for videos raises.
     """
     if os.path.isdir(path):
         names = [name for name in sorted(os.listdir(path)) if is_image(name)]
         return [read_frames(os.path.join(path, name))[0] for name in names[:frames]]
-    return read_video(path, frames) if is_video(path) else read_frames(path, frames)
+    return read_video(path, frames, fps) if is_video(path) else read_frames(path, frames)
 
 
-def read_pixels(path, size, frames):
+def read_pixels(path, size, frames, fps=None):
     """The first frames of an image or video, the centre of the shape of size (H, W).
 
+    fps: frames a second that are taken of a video file, None: all of them.
     -> uint8 (3, H, W) for one frame, else (3, frames, H, W); and (6,) int64 as SDXL has it: height
     and width before, top and left of what was cut out, in pixels of the scaled image, H and W.
     Raises what `frames_of` raises, and ValueError for a file with fewer frames.
     """
-    read = frames_of(path, frames)
+    read = frames_of(path, frames, fps)
     if len(read) < frames:
         raise ValueError(f"it has {len(read)} frames, --frames wants {frames}")
     before = read[0].height, read[0].width
@@ -278,7 +279,7 @@ def write_latents(file, pairs, size, frames, space, shape):
         print(f"{file.path}: going on after {done} of {len(pairs)} images", flush=True)
     for path, _ in tqdm(pairs[done:], desc="latents", total=len(pairs), initial=done):
         try:
-            x, six = read_pixels(path, size, frames)
+            x, six = read_pixels(path, size, frames, space.fps)
         except Exception as e:  # Pillow and the others raise errors of many kinds
             why = one_line(f"{type(e).__name__}: {e}")[:200]  # ffmpeg says much
             print(f"skipped {path}: {why}", file=sys.stderr)

@@ -46,7 +46,7 @@ class DiffusersSpace:
     """An autoencoder of videos, with what a LatentSpace has.
 
     channels: C. factor: f. step: frames of pixels for each frame of z but the first, 0 where z are
-    images, (B, C, H, W). fps: frames a second that the teacher makes.
+    images, (B, C, H, W). fps: frames a second that the teacher makes, of images None.
     """
 
     def __init__(self, folder, name):
@@ -56,7 +56,7 @@ class DiffusersSpace:
         """
         parent, component = os.path.split(os.path.abspath(folder))
         self.vae = load("diffusers", name, parent, component, torch_dtype=torch.float32)
-        c, self.step = self.vae.config, 0
+        c, self.step, self.fps = self.vae.config, 0, None
         if name == "AutoencoderKLCogVideoX":
             self.channels, self.factor = c.latent_channels, 2 ** (len(c.block_out_channels) - 1)
             self.step, self.fps = int(c.temporal_compression_ratio), 8

@@ -4,8 +4,8 @@ imageio with ffmpeg (`pip install imageio[ffmpeg]`), PyAV (`pip install av`) or 
 (`pip install opencv-python-headless`). Animated images, GIF, WebP and APNG, need only Pillow.
 """
 
+import contextlib
 import importlib
-import itertools
 import os
 from fractions import Fraction
 
@@ -41,18 +41,29 @@ def video_library(what):
     )
 
 
-def read_video(path, frames):
-    """The first frames of a video file.  -> PIL images in RGB, at most so many
+def read_video(path, frames, fps=None):
+    """The first frames of a video file, fps of them a second; None: all, as they follow.
 
-    Raises what the library raises for a broken file, and ValueError where it finds no video.
+    -> PIL images in RGB, at most so many. Raises what the library raises for a broken file, and
+    ValueError where it finds no video, or one with fewer frames a second.
     """
     name, library = video_library(path)
     reader = {"imageio": read_by_imageio, "av": read_by_av, "cv2": read_by_opencv}[name]
-    return [Image.fromarray(a) for a in itertools.islice(reader(library, path), frames)]
+    with contextlib.closing(reader(library, path)) as read:
+        rate = next(read)
+        if fps and rate < 0.9 * fps:
+            raise ValueError(f"it has {rate:.3g} frames a second, the teacher makes {fps:g}")
+        wanted = [round(k * rate / fps) if fps else k for k in range(frames)]
+        found = {k: a for k, a in zip(range(wanted[-1] + 1), read) if k in wanted}
+    return [Image.fromarray(found[k]) for k in wanted if k in found]
+
+
+# Generators of the frames a second, and then of the frames, uint8 (H, W, 3).
 
 
 def read_by_imageio(imageio, path):
     with imageio.get_reader(path, format="FFMPEG") as reader:
+        yield float(reader.get_meta_data()["fps"])
         yield from (np.asarray(frame)[..., :3] for frame in reader)
 
 
@@ -60,6 +71,7 @@ def read_by_av(av, path):
     with av.open(path) as file:
         if not file.streams.video:
             raise ValueError("it has no video")
+        yield float(file.streams.video[0].average_rate)
         for frame in file.decode(video=0):
             turns = round(getattr(frame, "rotation", 0) / 90)  # as a telephone was held
             yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
@@ -70,6 +82,7 @@ def read_by_opencv(cv2, path):
     try:
         if not file.isOpened():
             raise ValueError("OpenCV cannot open it as a video")
+        yield file.get(cv2.CAP_PROP_FPS)
         while (read := file.read())[0]:
             yield np.ascontiguousarray(read[1][..., ::-1])  # from BGR
     finally:

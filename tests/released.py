@@ -240,7 +240,7 @@ LUMINA2 = Released(
     "cap_feat_dim",
     "mask",
 )
-# Those whose pipelines models/encode.py knows; the others have test files of their own.
+# Those of test_transformers.py and test_pipeline.py; the others have test files of their own.
 MODELS = {"wan": WAN, "z_image": Z_IMAGE, "pixart": PIXART}
 
 

@@ -180,6 +180,10 @@ def test_video_files(monkeypatch, tmp_path, library):
     assert read.shape == (5, 32, 48, 3)
     assert np.abs(read.astype(int) - frames[:5]).mean() < 5  # of lossy files
     assert len(read_video(path, 100)) == 9
+    half = np.stack([np.asarray(image) for image in read_video(path, 9, fps=4.0)])
+    assert np.abs(half.astype(int) - frames[::2]).mean() < 5 and len(half) == 5
+    with pytest.raises(ValueError, match="it has 8 frames a second, the teacher makes 16"):
+        read_video(path, 9, fps=16)
     x, six = read_pixels(path, (16, 16), 5)
     assert x.shape == (3, 5, 16, 16) and six.tolist() == [32, 48, 0, 4, 16, 16]
     (tmp_path / "b.mp4").write_bytes(b"broken")
@@ -339,7 +343,7 @@ def test_an_interrupted_file_is_gone_on_with(pictures, tmp_path):
         made.append(what)
 
     class Counting:
-        channels, factor, step = space.channels, space.factor, 0
+        channels, factor, step, fps = space.channels, space.factor, 0, None
 
         def to_latents(self, x, noise):
             count("image")

@@ -23,9 +23,10 @@ Another n goes into `clock_steps`. The betas have an SNR that is divided by 3, a
 VP(zero_snr=True, snr_shift=3.0). CogVideoX-5B and 1.5 have rotary positions, which are not
 implemented.
 
-Prompts become features by a command:
+The two ends of a real pipeline, prompts to features and latents to videos, are commands:
 
     python -m models.encode --teacher FOLDER --prompts_txt prompts.txt --output prompts.safetensors
+    python -m models.decode --teacher FOLDER --latents samples.safetensors --output runs/videos
 """
 
 import torch

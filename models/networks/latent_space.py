@@ -47,7 +47,7 @@ class LatentSpace:
     that `save` does not copy them; None if nowhere.
     """
 
-    step = 0  # it makes images; models/vaes.py has spaces of videos
+    step, fps = 0, None  # it makes images; models/vaes.py has spaces of videos
 
     def __init__(self, autoencoder, mean=None, std=None, folder=None):
         self.autoencoder = autoencoder.eval().requires_grad_(False)

@@ -26,9 +26,10 @@ State dicts load into `diffusers.Lumina2Transformer2DModel`, and back, unconvert
 from 0 = noise to 1 = data and its output is x0 - eps; `Lumina2Transformer2DModel.forward` reverses
 both, and nothing else does. Adapter files have diffusers' names, transformer.NAME.
 
-Prompts become features by a command:
+The two ends of a real pipeline, prompts to features and latents to images, are commands:
 
     python -m models.encode --teacher FOLDER --prompts_txt prompts.txt --output prompts.safetensors
+    python -m models.decode --teacher FOLDER --latents samples.safetensors --output runs/images
 """
 
 import torch

@@ -23,9 +23,10 @@ diffusers' transformer and pipeline hold the latent packed, (B, N, 64), and its 
 State dicts load into `diffusers.QwenImageTransformer2DModel`, and back, unconverted. Adapter files
 have diffusers' names, transformer.NAME, which ComfyUI knows too (comfy/lora.py).
 
-Prompts become features by a command:
+The two ends of a real pipeline, prompts to features and latents to images, are commands:
 
     python -m models.encode --teacher FOLDER --prompts_txt prompts.txt --output prompts.safetensors
+    python -m models.decode --teacher FOLDER --latents samples.safetensors --output runs/images
 """
 
 import math

@@ -30,9 +30,10 @@ In configs `attention_head_dim` is the number of heads, of all levels or a list 
 8 in Stable Diffusion 1.5, whose heads differ in width, and 5, 10, 20 in SDXL, with 64 channels
 each. upcast_attention (2.1) asks for softmax in float32; fused attention computes it so anyway.
 
-Prompts become features by a command:
+The two ends of a real pipeline, prompts to features and latents to images, are commands:
 
     python -m models.encode --teacher FOLDER --prompts_txt prompts.txt --output prompts.safetensors
+    python -m models.decode --teacher FOLDER --latents samples.safetensors --output runs/images
 """
 
 import torch
