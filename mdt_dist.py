@@ -22,7 +22,7 @@ A sparse batch (TRELLIS's second stage) has one row for each point, (M, C), and 
 cond: the point's sample, x, y, z. Everything else is the same.
 
 Launch.
-    laptop      python mdt_dist.py              # voxels, one student for 1 and 2 steps, five minutes
+    laptop      python mdt_dist.py              # voxels, a student for 1 and 2 steps, five minutes
     paper       python mdt_dist.py --t_law uniform --vd_weight paper --slow_clock 1000
     code        python mdt_dist.py --d_norm 0.1 --shared_noise --t_law logit_normal \
                     --slow_clock 1000          # as the authors released it
