@@ -6,12 +6,15 @@ our own sampler gives from the same noise.
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
-from helpers import ROOT, fill, relative
-from released import COGVIDEOX, MODELS
+import torch.nn.functional as F
+from helpers import ROOT, fill, relative, word_tokenizer
+from released import COGVIDEOX, LUMINA2, MODELS, QWEN_IMAGE
 from safetensors.torch import load_file, save_file
+from test_networks import TINY_SD, TINY_SDXL
 from test_pipeline import CONFIGS, image_vae, pixart_parts, wan_parts, z_image_parts
 
 import dmd
@@ -24,10 +27,11 @@ from models.networks.dit import DiT
 from models.plumbing import report
 from models.plumbing.run import Run
 from models.plumbing.teachers import load_teacher, read_sampler, scheduler_config
-from tests.schedulers import COGVIDEOX_SCHEDULER
+from tests.schedulers import COGVIDEOX_SCHEDULER, SCHEDULERS
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 
 PROMPT = "a cat runs"
 TINY_DIT = dict(
@@ -41,27 +45,38 @@ TINY_DIT = dict(
 CLASSES = {  # of the page's blocks, in its order
     "wan": "WanPipeline",
     "z_image": "ZImagePipeline",
+    "qwen": "QwenImagePipeline",
+    "lumina": "Lumina2Pipeline",
+    "sd": "StableDiffusionPipeline",
     "pixart": "PixArtAlphaPipeline",
     "dit": "DiTPipeline",
     "cogvideox": "CogVideoXPipeline",
     "experts": "WanPipeline",
 }
+SAME_BLOCK = {"sdxl": "sd"}
+CLASSES_OF = {**CLASSES, "sdxl": "StableDiffusionXLPipeline"}
 SHAPES = {"wan": (16, 2, 4, 6), "z_image": (4, 4, 6), "pixart": (4, 8, 8), "dit": (4, 8, 8)}
-SHAPES["cogvideox"] = (4, 2, 4, 6)
-VP_FAMILIES = ("pixart", "dit", "cogvideox")  # whose times have no shift
+SHAPES |= {"cogvideox": (4, 2, 4, 6), "qwen": (4, 4, 6), "lumina": (4, 4, 6)}
+SHAPES |= {"sd": (4, 8, 8), "sdxl": (4, 8, 8)}
+VP_FAMILIES = ("pixart", "dit", "cogvideox", "sd", "sdxl")  # whose times have no shift
 SIZES = {  # in pixels, as arguments of the pipelines
     "wan": dict(height=32, width=48, num_frames=5),
     "z_image": dict(height=8, width=12),
     "pixart": dict(height=16, width=16, use_resolution_binning=False),
     "dit": {},
     "cogvideox": dict(height=32, width=48, num_frames=5),
+    "qwen": dict(height=32, width=48),
+    "lumina": dict(height=32, width=48),
+    "sd": dict(height=16, width=16),
+    "sdxl": dict(height=16, width=16),
 }
 STUDENT = "--max_train_steps 1 --fake_update_ratio 1 --teacher_steps 0 --preview_samples 2"
 
 
 def blocks():
     page = (ROOT / "docs" / "elsewhere.md").read_text()
-    return dict(zip(CLASSES, re.findall(r"```python\n(.*?)```", page, re.S), strict=True))
+    found = dict(zip(CLASSES, re.findall(r"```python\n(.*?)```", page, re.S), strict=True))
+    return {**found, **{name: found[other] for name, other in SAME_BLOCK.items()}}
 
 
 def pipeline(family):
@@ -73,8 +88,11 @@ def pipeline(family):
         for other in others:  # equal in every released checkpoint
             other.load_state_dict(first.state_dict())
         return diffusers.DiTPipeline(net, image_vae(scaling_factor=0.18215), stock("linear"))
-    if family == "cogvideox":
-        return cogvideox_parts()
+    makers = {"cogvideox": cogvideox_parts, "qwen": qwen_parts, "lumina": lumina_parts}
+    if family in makers:
+        return makers[family]()
+    if family in ("sd", "sdxl"):
+        return stable_parts(family)
     model = MODELS[family]
     parts = {"wan": wan_parts, "z_image": z_image_parts, "pixart": pixart_parts}[family]
     return parts(diffusers, transformers, random_network(model.theirs(**CONFIGS[model])))
@@ -95,6 +113,71 @@ def cogvideox_parts():
     )
     scheduler = diffusers.CogVideoXDDIMScheduler.from_config(COGVIDEOX_SCHEDULER)
     return diffusers.CogVideoXPipeline(text.tokenizer, text.text_encoder, vae, net, scheduler)
+
+
+def tokenizer(length=None):
+    """Words and signs, of which it knows a few."""
+    fast = word_tokenizer(["<pad>", "</s>", "<unk>"], end="</s>", eos_token="</s>")
+    fast._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast.model_max_length = length or fast.model_max_length
+    return fast
+
+
+def language_model(kind, config):
+    """A small decoder, whose states are the features of a prompt."""
+    sizes = dict(vocab_size=16, hidden_size=10, intermediate_size=16, num_hidden_layers=2)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=6)
+    return kind(config(**sizes, **heads, pad_token_id=0)).eval()
+
+
+def qwen_parts():
+    """Its pipeline drops the first 34 tokens, those of a template."""
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    text = language_model(transformers.Qwen2Model, transformers.Qwen2Config)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(SCHEDULERS["Qwen-Image"])
+    net = random_network(QWEN_IMAGE.theirs(**QWEN_IMAGE.tiny))
+    return diffusers.QwenImagePipeline(scheduler, vae, text, tokenizer(), net)
+
+
+def lumina_parts():
+    text = language_model(transformers.Gemma2Model, transformers.Gemma2Config)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+    net = random_network(LUMINA2.theirs(**LUMINA2.tiny))
+    return diffusers.Lumina2Pipeline(net, scheduler, image_vae(), text, tokenizer())
+
+
+def clip(kind, width, **more):
+    """A small text encoder of CLIP's; it takes the feature where `</s>` is."""
+    sizes = dict(vocab_size=16, hidden_size=width, intermediate_size=16, num_hidden_layers=2)
+    ends = dict(pad_token_id=0, bos_token_id=2, eos_token_id=1)
+    config = transformers.CLIPTextConfig(
+        **sizes, **ends, **more, num_attention_heads=2, max_position_embeddings=9
+    )
+    return kind(config).eval()
+
+
+def stable_parts(family):
+    """Stable Diffusion 1.5 or SDXL, with the released scheduler."""
+    name = {"sd": "Stable Diffusion 1.5", "sdxl": "SDXL base 1.0"}[family]
+    scheduler = getattr(diffusers, SCHEDULERS[name]["_class_name"]).from_config(SCHEDULERS[name])
+    config = {"sd": TINY_SD, "sdxl": TINY_SDXL}[family]
+    net = random_network(diffusers.UNet2DConditionModel(**config))
+    parts = dict(vae=image_vae(), unet=net, scheduler=scheduler, tokenizer=tokenizer(9))
+    if family == "sd":
+        text = clip(transformers.CLIPTextModel, 10)
+        none = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        return diffusers.StableDiffusionPipeline(**parts, **none, text_encoder=text)
+    first = clip(transformers.CLIPTextModel, 4)
+    second = clip(transformers.CLIPTextModelWithProjection, 6, projection_dim=5)
+    text = dict(text_encoder=first, text_encoder_2=second, tokenizer_2=tokenizer(9))
+    return diffusers.StableDiffusionXLPipeline(**parts, **text)
 
 
 def random_network(net):
@@ -131,17 +214,61 @@ def roots(tmp_path_factory):
 
 def encoded(family, root):
     """The prompt as a file of prompts has it."""
-    if family == "cogvideox":
+    if family in PIPELINES:
         with torch.no_grad():
-            pipe = diffusers.CogVideoXPipeline.from_pretrained(root)
-            cond, uncond = pipe.encode_prompt([PROMPT], "")
-        return {"cond.text": cond.contiguous(), "uncond.text": uncond.contiguous()}
+            return PIPELINES[family](diffusers.DiffusionPipeline.from_pretrained(root))
     encode = {"wan": encode_wan, "z_image": encode_z_image, "pixart": encode_pixart}
     return encode[family](root, [PROMPT])
 
 
-def frames_first(family, x):
-    """Latents (B, C, T, H, W) as the pipeline of this family has them, and back."""
+def named(cond, uncond, name="text"):
+    return {f"cond.{name}": cond.contiguous(), f"uncond.{name}": uncond.contiguous()}
+
+
+def encoded_by_qwen(pipe):
+    (cond, _), (uncond, _) = (pipe.encode_prompt([text]) for text in (PROMPT, " "))
+    masks = (torch.ones(e.shape[:2], dtype=torch.bool) for e in (cond, uncond))
+    rows = max(cond.shape[1], uncond.shape[1])
+    pad = [F.pad(e, (0, 0, 0, rows - e.shape[1])) for e in (cond, uncond)]
+    return {**named(*pad), **named(*(F.pad(m, (0, rows - m.shape[1])) for m in masks), "mask")}
+
+
+def encoded_by_lumina(pipe):
+    cond, mask, uncond, no_mask = pipe.encode_prompt([PROMPT], negative_prompt=[""])
+    return {**named(cond, uncond), **named(mask.bool(), no_mask.bool(), "mask")}
+
+
+def encoded_by_sdxl(pipe):
+    """With the size of the image, which the pipeline gives by itself."""
+    cond, uncond, pooled, no_pooled = pipe.encode_prompt([PROMPT])
+    size = torch.tensor([[16, 16, 0, 0, 16, 16]])
+    sizes = named(size, size.clone(), "size")
+    return {**named(cond, uncond), **named(pooled, no_pooled, "pooled"), **sizes}
+
+
+PIPELINES = {  # whose own encode_prompt makes the prompts
+    "cogvideox": lambda pipe: named(*pipe.encode_prompt([PROMPT], "")),
+    "sd": lambda pipe: named(*pipe.encode_prompt([PROMPT], "cpu", 1, True)),
+    "sdxl": encoded_by_sdxl,
+    "qwen": encoded_by_qwen,
+    "lumina": encoded_by_lumina,
+}
+
+
+def as_theirs(family, x):
+    """Latents (B, C, ..., H, W) as the pipeline of this family has them."""
+    if family == "qwen":  # packed: patches of 2 x 2 as tokens
+        x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return x.transpose(1, 2) if family == "cogvideox" else x
+
+
+def as_ours(family, x):
+    """Its inverse."""
+    if family == "qwen":
+        C, H, W = SHAPES[family]
+        x = x.view(len(x), H // 2, W // 2, C, 2, 2)
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(len(x), C, H, W)
     return x.transpose(1, 2) if family == "cogvideox" else x
 
 
@@ -162,7 +289,7 @@ def give_noise(monkeypatch, family):
     noise, names = noise_of(family), iter(f"renoise{i}" for i in range(99))
 
     def fresh(*args, **kwargs):
-        return frames_first(family, noise(next(names)))
+        return as_theirs(family, noise(next(names)))
 
     for module in ("flow_match_euler_discrete", "lcm", "ddim"):
         name = f"diffusers.schedulers.scheduling_{module}.randn_tensor"
@@ -175,12 +302,12 @@ def run_block(monkeypatch, family, code, root, student, **changes):
 
     changes: replacements in the code, {what: by what}.
     """
-    kind = getattr(diffusers, CLASSES[family])
+    kind = getattr(diffusers, CLASSES_OF[family])
     size = "wan" if family == "experts" else family
     z, call, latents = give_noise(monkeypatch, size), kind.__call__, []
     given = {} if family == "dit" else dict(output_type="latent", **SIZES[size])
     if family != "dit":
-        given["latents"] = frames_first(family, z).clone()
+        given["latents"] = as_theirs(family, z).clone()
     monkeypatch.setattr(kind, "__call__", lambda self, *a, **k: call(self, *a, **k, **given))
     if family == "dit":  # it takes no latents and gives none
         where = "diffusers.pipelines.dit.pipeline_dit.randn_tensor"
@@ -200,11 +327,12 @@ def run_block(monkeypatch, family, code, root, student, **changes):
         assert old in code
         code = code.replace(old, new)
     space = {}
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*(steps_offset|clip_sample)")
         exec(compile(code, f"docs/elsewhere.md, {family}", "exec"), space)
     monkeypatch.undo()
     out = latents[0][0] if latents else space["out"]
-    return frames_first(family, out[None])[0], space
+    return as_ours(family, out[None])[0], space
 
 
 # ---- the pipelines of diffusers ------------------------------------------------------------------
@@ -236,8 +364,8 @@ def test_the_page_samples_a_student(monkeypatch, tmp_path, roots, family, rule):
     assert relative(theirs, ours) < 1e-5
     kind = type(space["pipe"].scheduler).__name__
     own = {"sde": "LCMScheduler", "ode": "DDIMScheduler"}[rule]
-    flow = family in ("wan", "z_image")
-    assert kind == ("FlowMatchEulerDiscreteScheduler" if flow else own)
+    vp = family in VP_FAMILIES
+    assert kind == (own if vp else "FlowMatchEulerDiscreteScheduler")
     # the teacher's own scheduler, in as many steps
     code = re.sub(r"^pipe.scheduler.set_timesteps = .*\n", "", code, flags=re.M)
     loaded = next(line for line in code.splitlines() if 'subfolder="scheduler"' in line)
@@ -246,7 +374,13 @@ def test_the_page_samples_a_student(monkeypatch, tmp_path, roots, family, rule):
     assert relative(theirs, ours) > 1e-3
 
 
-@pytest.mark.parametrize("family", SHAPES)
+# Those of U-Nets are long: test_unet.py loads its LoRA files without a run.
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("sd", "sdxl")]
+
+
+@pytest.mark.parametrize(
+    "family", [*(name for name in SHAPES if name not in ("sd", "sdxl")), *LONG]
+)
 def test_the_page_samples_an_adapter(monkeypatch, tmp_path, roots, family):
     """--lora_rank: the page's lines with the adapter on the teacher sample as --sample does.
 
@@ -269,7 +403,7 @@ def test_the_page_samples_an_adapter(monkeypatch, tmp_path, roots, family):
     load, wrap = re.findall(r"`(pipe\.(?:load_lora|transformer = peft).*?)`", page)[:2]
     line = load if (out / "student" / "adapter.safetensors").is_file() else wrap
     code = re.sub(r"^network = .*\n", "", blocks()[family], flags=re.M)
-    code = "import peft\n" + code.replace("transformer=network, ", "")
+    code = "import peft\n" + re.sub("(transformer|unet)=network, ", "", code)
     code = code.replace("\nout = ", f"\n{line}\nout = ")
     theirs, _ = run_block(monkeypatch, family, code, root, out / "student")
     assert relative(theirs, ours) < 1e-5
@@ -280,7 +414,8 @@ def test_the_page_samples_an_adapter(monkeypatch, tmp_path, roots, family):
 def stock_of(family):
     """Code of the scheduler that the teacher's own folder has."""
     kind = {"pixart": "diffusers.DPMSolverMultistepScheduler", "dit": "diffusers.DDIMScheduler"}
-    kind["cogvideox"] = "diffusers.CogVideoXDPMScheduler"
+    kind |= {"cogvideox": "diffusers.CogVideoXDPMScheduler", "sd": "diffusers.PNDMScheduler"}
+    kind["sdxl"] = "diffusers.EulerDiscreteScheduler"
     kind = kind.get(family, "FlowMatchEulerDiscreteScheduler")
     return f"{kind}.from_pretrained(teacher, subfolder='scheduler')"
 
