@@ -13,6 +13,7 @@ from released import COGVIDEOX
 from safetensors.torch import load_file, save_file
 
 import dmd
+import linvideo
 from models.diffusion import VP, Diffusion
 from models.files import save_json
 from models.networks import load_network, lora, to_dtype
@@ -357,6 +358,11 @@ def test_adapters_pass_both_ways(tmp_path):
     with torch.no_grad():
         want = COGVIDEOX.reference(second, **call)
         assert relative(ours(**call, adapter="theirs"), want) <= 1e-5
+
+
+def test_linvideo_says_why_it_refuses(tmp_path, capsys):
+    error = refusal_of(capsys, linvideo.main, *save_root(tmp_path))
+    assert "predicts vp_v; the score of Eq. 13 is a flow's" in error and "such as Wan" in error
 
 
 def test_prompts_of_another_length_are_refused_before_training(tmp_path, capsys):

@@ -6,6 +6,7 @@ our own sampler gives from the same noise.
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from models.plumbing.teachers import load_teacher, read_sampler, scheduler_confi
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 
 PROMPT = "a cat runs"
 TINY_DIT = dict(
@@ -39,27 +41,38 @@ TINY_DIT = dict(
 CLASSES = {  # of the page's blocks, in its order
     "wan": "WanPipeline",
     "z_image": "ZImagePipeline",
+    "qwen_image": "QwenImagePipeline",
+    "lumina2": "Lumina2Pipeline",
+    "sd15": "StableDiffusionPipeline",
     "pixart": "PixArtAlphaPipeline",
     "dit": "DiTPipeline",
     "cogvideox": "CogVideoXPipeline",
     "experts": "WanPipeline",
 }
+SAME_BLOCK = {"sdxl": "sd15"}
+CLASSES_OF = {**CLASSES, "sdxl": "StableDiffusionXLPipeline"}
 SHAPES = {"wan": (16, 2, 4, 6), "z_image": (4, 4, 6), "pixart": (4, 8, 8), "dit": (4, 8, 8)}
-SHAPES["cogvideox"] = (4, 2, 4, 6)
-VP_FAMILIES = ("pixart", "dit", "cogvideox")  # whose times have no shift
+SHAPES |= {"cogvideox": (4, 2, 4, 6), "qwen_image": (4, 4, 6), "lumina2": (4, 4, 6)}
+SHAPES |= {"sd15": (4, 8, 8), "sdxl": (4, 8, 8)}
+VP_FAMILIES = ("pixart", "dit", "cogvideox", "sd15", "sdxl")  # whose times have no shift
 SIZES = {  # in pixels, as arguments of the pipelines
     "wan": dict(height=32, width=48, num_frames=5),
     "z_image": dict(height=8, width=12),
     "pixart": dict(height=16, width=16, use_resolution_binning=False),
     "dit": {},
     "cogvideox": dict(height=32, width=48, num_frames=5),
+    "qwen_image": dict(height=32, width=48),
+    "lumina2": dict(height=32, width=48),
+    "sd15": dict(height=16, width=16),
+    "sdxl": dict(height=16, width=16),
 }
 STUDENT = "--max_train_steps 1 --fake_update_ratio 1 --teacher_steps 0 --preview_samples 2"
 
 
 def blocks():
     page = (ROOT / "docs" / "elsewhere.md").read_text()
-    return dict(zip(CLASSES, re.findall(r"```python\n(.*?)```", page, re.S), strict=True))
+    found = dict(zip(CLASSES, re.findall(r"```python\n(.*?)```", page, re.S), strict=True))
+    return {**found, **{name: found[other] for name, other in SAME_BLOCK.items()}}
 
 
 def pipeline(family):
@@ -101,14 +114,27 @@ def roots(tmp_path_factory):
         flags = ["--teacher", str(root), *STUDENT.split(), "--sample_shape"]
         flags += map(str, SHAPES[family])
         if family != "dit":
-            save_file(encoded(root, [PROMPT]), root / "prompts.safetensors")
+            size = dict(resolution=(16, 16)) if family == "sdxl" else {}
+            save_file(encoded(root, [PROMPT], **size), root / "prompts.safetensors")
             flags += ["--prompts", str(root / "prompts.safetensors")]
         found[family] = root, flags
     return found
 
 
-def frames_first(family, x):
-    """Latents (B, C, T, H, W) as the pipeline of this family has them, and back."""
+def as_theirs(family, x):
+    """Latents (B, C, ..., H, W) as the pipeline of this family has them."""
+    if family == "qwen_image":  # packed: patches of 2 x 2 as tokens
+        x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return x.transpose(1, 2) if family == "cogvideox" else x
+
+
+def as_ours(family, x):
+    """Its inverse."""
+    if family == "qwen_image":
+        C, H, W = SHAPES[family]
+        x = x.view(len(x), H // 2, W // 2, C, 2, 2)
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(len(x), C, H, W)
     return x.transpose(1, 2) if family == "cogvideox" else x
 
 
@@ -129,7 +155,7 @@ def give_noise(monkeypatch, family):
     noise, names = noise_of(family), iter(f"renoise{i}" for i in range(99))
 
     def fresh(*args, **kwargs):
-        return frames_first(family, noise(next(names)))
+        return as_theirs(family, noise(next(names)))
 
     for module in ("flow_match_euler_discrete", "lcm", "ddim"):
         name = f"diffusers.schedulers.scheduling_{module}.randn_tensor"
@@ -142,12 +168,12 @@ def run_block(monkeypatch, family, code, root, student, **changes):
 
     changes: replacements in the code, {what: by what}.
     """
-    kind = getattr(diffusers, CLASSES[family])
+    kind = getattr(diffusers, CLASSES_OF[family])
     size = "wan" if family == "experts" else family
     z, call, latents = give_noise(monkeypatch, size), kind.__call__, []
     given = {} if family == "dit" else dict(output_type="latent", **SIZES[size])
     if family != "dit":
-        given["latents"] = frames_first(family, z).clone()
+        given["latents"] = as_theirs(family, z).clone()
     monkeypatch.setattr(kind, "__call__", lambda self, *a, **k: call(self, *a, **k, **given))
     if family == "dit":  # it takes no latents and gives none
         where = "diffusers.pipelines.dit.pipeline_dit.randn_tensor"
@@ -167,11 +193,12 @@ def run_block(monkeypatch, family, code, root, student, **changes):
         assert old in code
         code = code.replace(old, new)
     space = {}
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*(steps_offset|clip_sample)")
         exec(compile(code, f"docs/elsewhere.md, {family}", "exec"), space)
     monkeypatch.undo()
     out = latents[0][0] if latents else space["out"]
-    return frames_first(family, out[None])[0], space
+    return as_ours(family, out[None])[0], space
 
 
 # ---- the pipelines of diffusers ------------------------------------------------------------------
@@ -203,8 +230,8 @@ def test_the_page_samples_a_student(monkeypatch, tmp_path, roots, family, rule):
     assert relative(theirs, ours) < 1e-5
     kind = type(space["pipe"].scheduler).__name__
     own = {"sde": "LCMScheduler", "ode": "DDIMScheduler"}[rule]
-    flow = family in ("wan", "z_image")
-    assert kind == ("FlowMatchEulerDiscreteScheduler" if flow else own)
+    vp = family in VP_FAMILIES
+    assert kind == (own if vp else "FlowMatchEulerDiscreteScheduler")
     # the teacher's own scheduler, in as many steps
     code = re.sub(r"^pipe.scheduler.set_timesteps = .*\n", "", code, flags=re.M)
     loaded = next(line for line in code.splitlines() if 'subfolder="scheduler"' in line)
@@ -213,7 +240,13 @@ def test_the_page_samples_a_student(monkeypatch, tmp_path, roots, family, rule):
     assert relative(theirs, ours) > 1e-3
 
 
-@pytest.mark.parametrize("family", SHAPES)
+# Those of U-Nets are long: test_unet.py loads its LoRA files without a run.
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("sd15", "sdxl")]
+
+
+@pytest.mark.parametrize(
+    "family", [*(name for name in SHAPES if name not in ("sd15", "sdxl")), *LONG]
+)
 def test_the_page_samples_an_adapter(monkeypatch, tmp_path, roots, family):
     """--lora_rank: the page's lines with the adapter on the teacher sample as --sample does.
 
@@ -236,7 +269,7 @@ def test_the_page_samples_an_adapter(monkeypatch, tmp_path, roots, family):
     load, wrap = re.findall(r"`(pipe\.(?:load_lora|transformer = peft).*?)`", page)[:2]
     line = load if (out / "student" / "adapter.safetensors").is_file() else wrap
     code = re.sub(r"^network = .*\n", "", blocks()[family], flags=re.M)
-    code = "import peft\n" + code.replace("transformer=network, ", "")
+    code = "import peft\n" + re.sub("(transformer|unet)=network, ", "", code)
     code = code.replace("\nout = ", f"\n{line}\nout = ")
     theirs, _ = run_block(monkeypatch, family, code, root, out / "student")
     assert relative(theirs, ours) < 1e-5
@@ -247,7 +280,8 @@ def test_the_page_samples_an_adapter(monkeypatch, tmp_path, roots, family):
 def stock_of(family):
     """Code of the scheduler that the teacher's own folder has."""
     kind = {"pixart": "diffusers.DPMSolverMultistepScheduler", "dit": "diffusers.DDIMScheduler"}
-    kind["cogvideox"] = "diffusers.CogVideoXDPMScheduler"
+    kind |= {"cogvideox": "diffusers.CogVideoXDPMScheduler", "sd15": "diffusers.PNDMScheduler"}
+    kind["sdxl"] = "diffusers.EulerDiscreteScheduler"
     kind = kind.get(family, "FlowMatchEulerDiscreteScheduler")
     return f"{kind}.from_pretrained(teacher, subfolder='scheduler')"
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from helpers import ROOT
-from pages import PAGES, QUOTATION, find, quotations, wrong
+from pages import PAGES, QUOTATION, find, moved, quotations, wrong
 
 METHODS = sorted(p.stem for p in ROOT.glob("*.py"))
 HEADINGS = [
@@ -43,6 +43,17 @@ def test_a_page_that_quotes_other_lines_is_found(tmp_path):
     assert find(code, "b = 2\nc = 3") == (3, 4)
     assert find(code, "b = 2\nc = 4") is None
     assert find(code, "    b = 2") is None  # quoted without its indentation, or not at all
+
+
+def test_a_page_with_another_table_is_found(tmp_path):
+    """As after a change of models/plumbing/papers.py; --write makes it right."""
+    page = tmp_path / "page.md"
+    page.write_text("<!-- tests/prescribed.py: linvideo -->\n\n| a |\n\n<!-- end -->\n")
+    assert len(wrong(page)) == 1 and "python -m tests.pages --write" in wrong(page)[0]
+    page.write_text(moved(page))
+    assert not wrong(page) and "Wan 2.1 T2V 14B" in page.read_text()
+    page.write_text(page.read_text().replace("| 22 |", "| 20 |"))
+    assert wrong(page)
 
 
 CITED = r"(Eqs?|Algs?|Algorithm)\.? ?((?:\d+[a-z]?)(?:(?:, | and |-| to )\d+[a-z]?)*)"

@@ -6,6 +6,7 @@ Against diffusers, with the files of the released teachers.
 import json
 
 import pytest
+import torch
 
 from models.files import UserError
 from models.plumbing.schedulers import DDIM, EULER, MULTISTEP, read_scheduler, read_spacing
@@ -110,6 +111,22 @@ def test_flows_of_multistep_classes(tmp_path, name):
     for steps in STEPS:
         want = grid_of_diffusers(config, steps)
         assert teacher.grid(steps) == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "CogVideoXDDIMScheduler"])
+def test_where_a_step_of_ddim_ends(tmp_path, name):
+    """At the next call where steps divide n; elsewhere within an index of it, which ours is at."""
+    config = dict(BETAS, _class_name=name, timestep_spacing="trailing", clip_sample=False)
+    teacher = teacher_of(tmp_path, config)
+    for steps in STEPS[1:]:
+        scheduler = getattr(pytest.importorskip("diffusers"), name).from_config(config)
+        scheduler.set_timesteps(steps)
+        sigma = (1 - scheduler.alphas_cumprod) ** 0.5
+        for k, index in enumerate(scheduler.timesteps.tolist()[:-1]):
+            x = scheduler.step(torch.ones(1), index, sigma[index].reshape(1)).prev_sample
+            end = int((sigma - x).abs().argmin())  # of x0 = 0 and eps = 1 only sigma is left
+            ours = round(1000 * teacher.grid(steps)[k + 1]) - 1
+            assert abs(end - ours) <= (1000 % steps > 0)
 
 
 def test_more_steps_than_indices_are_even(tmp_path):

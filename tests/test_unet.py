@@ -5,7 +5,6 @@ The contract is in test_networks.py.
 
 import inspect
 import json
-import warnings
 
 import pytest
 import torch
@@ -412,42 +411,6 @@ def test_runs(name, tmp_path):
     with torch.no_grad():
         adapter = {"adapter": "a"} if "lora_rank" in flags else {}
         assert relative(net(**call, **adapter), theirs(reference, **call)) <= 1e-5
-
-
-@pytest.mark.parametrize("name", ["SD 1.5", "SDXL"])
-@pytest.mark.parametrize("rule", ["euler", "renoise"])
-def test_a_student_s_scheduler_samples_it_in_the_pipeline(rule, name, tmp_path, monkeypatch):
-    """The saved DDIM or LCM scheduler, in the pipeline, is our sampler on the same noise."""
-    root, out = tmp_path / "root", tmp_path / "run"
-    root.mkdir()
-    given, prompts = save_root(root, name)
-    script = tdm if rule == "euler" else dmd
-    script.main([*given, "--student_steps", "2", "--output_dir", str(out)])
-    config = json.loads((out / "student" / "scheduler" / "scheduler_config.json").read_text())
-    assert config["_class_name"] == ("DDIMScheduler" if rule == "euler" else "LCMScheduler")
-    kind = getattr(diffusers, config["_class_name"])
-    scheduler = kind.from_pretrained(out / "student", subfolder="scheduler")
-    net = load_network(str(out / "student"))[0]
-    reference = diffusers.UNet2DConditionModel.from_pretrained(out / "student").eval()
-    call = inputs(TINY[name])
-    call = sized(call) if name == "SDXL" else call
-    cond = {k: call[k] for k in net.cond_names}
-    fresh = torch.randn(call["x"].shape, generator=torch.Generator().manual_seed(7))
-    if rule == "renoise":
-        monkeypatch.setattr(
-            "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *a, **k: fresh
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)  # of steps_offset and clip_sample
-        pipe = pipeline(reference, scheduler)
-    want = sampled_by(pipe, call, call, 2, 1.0)
-    noises = {"z": call["x"], "renoise0": fresh}
-    diffusion = load_teacher(str(root)).diffusion
-    if rule == "renoise":
-        x = dmd.sample(net, diffusion, noises.get, [1.0, 0.5], cond)
-    else:
-        x = diffusion.sample(net, call["x"], [1.0, 0.5, 0.0], cond, cond, 1.0, "euler")
-    assert relative(x, want) <= 1e-4
 
 
 def test_one_step_at_index_399_in_the_pipeline(tmp_path, monkeypatch):

@@ -248,7 +248,8 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
     """
     argv = sys.argv[1:] if argv is None else argv
     known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
-    presets, p.epilog = presets(known) if callable(presets) else presets, papers.help_of(method)
+    presets = presets(known) if callable(presets) else presets
+    p.epilog = papers.help_of(method)
     start, taken = known.sample or known.teacher, {}
     if start in presets and (start in WORLDS or known.sample):  # no folder of a release's name
         p.set_defaults(**presets[start])

@@ -107,7 +107,8 @@ PAPERS = {
             "Phased DMD 2510.27684, its experiments and Table 1",
             batch="64",
             unstated=("guidance_scale", "max_train_steps"),
-            note=f"{ADAPTERS}, the fake in full; 2 phases, or 4 (Table 6)",
+            note=f"{ADAPTERS}, the fake in full; 2 phases, or 4 (Table 6). Guidance: LightX2V's "
+            "config",
         ),
         Row(
             ("Qwen-Image",),

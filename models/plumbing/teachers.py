@@ -187,7 +187,8 @@ def load_teacher(name, dtype=torch.float32, two_networks=False, place=on_cpu, sh
     where = root if two else folder
     world_name = config.get("world")
     teacher = Teacher(net, config, where, schedule, prediction, shift, world_name, label, config_2)
-    teacher.terminal, teacher.spacing = terminal, spacing
+    teacher.terminal = terminal
+    teacher.spacing = spacing
     teacher.stored_in_bf16 = is_stored_in_bf16(folder)
     return teacher
 
