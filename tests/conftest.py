@@ -11,7 +11,8 @@ torch.set_num_threads(1)
 
 
 # Files that start processes or train for long: each is done by one worker, so they begin first.
-FIRST = "sharding unet sequence report dry_run linear_attention tdm_orderings resume".split()
+FIRST = "released_pairs sharding unet sequence report dry_run linear_attention".split()
+FIRST += ["tdm_orderings", "resume"]
 
 
 def pytest_collection_modifyitems(config, items):
