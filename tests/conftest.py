@@ -26,5 +26,5 @@ def pytest_collection_modifyitems(config, items):
 def pytest_addoption(parser):
     help = "run every documented command that takes less than 90 seconds (tests/test_commands.py)"
     parser.addoption("--commands", action="store_true", help=help)
-    help = "also tests of several ranks and of claims that together take five minutes more"
+    help = "also tests of several ranks and of claims that together take fifteen minutes more"
     parser.addoption("--long", action="store_true", help=help)
