@@ -11,7 +11,8 @@ torch.set_num_threads(1)
 
 
 # Files that start processes or train for long: each is done by one worker, so they begin first.
-FIRST = "sharding unet sequence report dry_run linear_attention tdm_orderings resume".split()
+FIRST = "released_pairs sharding unet sequence report dry_run linear_attention".split()
+FIRST += ["tdm_orderings", "resume"]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -25,5 +26,5 @@ def pytest_collection_modifyitems(config, items):
 def pytest_addoption(parser):
     help = "run every documented command that takes less than 90 seconds (tests/test_commands.py)"
     parser.addoption("--commands", action="store_true", help=help)
-    help = "also tests of several ranks and of claims that together take five minutes more"
+    help = "also tests of several ranks and of claims that together take fifteen minutes more"
     parser.addoption("--long", action="store_true", help=help)

@@ -23,7 +23,7 @@ from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.networks.wan import WanTransformer3DModel
 from models.networks.z_image import ZImageTransformer2DModel
-from models.plumbing import report, run, sharding, teachers
+from models.plumbing import report, sharding, teachers
 from models.plumbing.film import Film
 from models.plumbing.run import Run, run_main
 from models.plumbing.state import SavedState
@@ -597,43 +597,3 @@ def clip(parameters, *args):
 run.clip = clip
 run_main({script}.main)
 """
-
-
-def assert_two_ranks_are_one_process(
-    m, folder, script, flags, least, batch=2, first=None, within=lambda call: 1e-3
-):
-    """A script on two gloo ranks with this batch (FOLDER/two), and in this process with twice of it
-    (FOLDER/one): the same averaged gradients in the first (None: all) updates, of a norm above
-    `least`, up to within(number of the update) of it.  -> the number of all updates. m: a
-    MonkeyPatch, whose changes reach the one process alone."""
-    (folder / "spy.py").write_text(SPYING.format(script=script.__name__))
-    done = launch(
-        folder / "spy.py",
-        [*flags, "--train_batch_size", batch, "--output_dir", folder / "two"],
-        ranks=2,
-        env={"GRADIENTS": str(folder / "two") + ".gradients"},
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    gradients, real = [], run.clip
-    m.setattr(
-        run,
-        "clip",
-        lambda parameters, *args: (
-            gradients.append([p.grad.clone() for p in parameters]) or real(parameters, *args)
-        ),
-    )
-    script.main([*flags, "--train_batch_size", str(2 * batch), "--output_dir", str(folder / "one")])
-    assert gradients
-    for call, one in enumerate(gradients[:first], start=1):
-        two = load_file(f"{folder / 'two'}.gradients.{call}")
-        norm, difference = (
-            torch.stack([v.norm() for v in one]).norm(),
-            torch.stack([(v - two[str(i)]).norm() for i, v in enumerate(one)]).norm(),
-        )
-        assert len(one) == len(two) and norm > least and difference < within(call) * norm, (
-            call,
-            norm,
-            difference,
-        )
-    return len(gradients)

@@ -1,6 +1,6 @@
 """Runs of scripts on gloo ranks, one after the other, for one start of the ranks.
 
-torchrun ... tests/ranks.py FOLDER, where FOLDER/runs.json is [[name, script, flags], ...]. What a
+The ranks run tests/ranks.py FOLDER, where FOLDER/runs.json is [[name, script, flags], ...]. What a
 run raises is left in FOLDER/failed/NAME, and the next one begins.
 """
 
@@ -8,13 +8,13 @@ import functools
 import importlib
 import json
 import os
-import subprocess
 import sys
 import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forks import launch
 
 import latent_fm
 from models.networks.dit_imagenet import DIT_B_2
@@ -26,12 +26,10 @@ TINY = {**DIT_B_2, "num_layers": 2, "num_attention_heads": 2, "attention_head_di
 ADAM = functools.partial(torch.optim.AdamW, eps=1e-3)
 
 
-def start(ranks, folder, runs, env, seconds=3000):
-    """All of these runs, [(name, script, flags), ...], on so many ranks.  -> the ended process"""
+def start(ranks, folder, runs, seconds=3000):
+    """All of these runs, [(name, script, flags), ...], on so many ranks.  -> what `launch` does"""
     (folder / "runs.json").write_text(json.dumps(runs))
-    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node".split()]
-    command += [str(ranks), __file__, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=seconds)
+    return launch(__file__, [folder], ranks, timeout=seconds)
 
 
 def all_runs(folder):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_two_ranks_are_one_process, fill, read_log, refusal_of, relative
+from helpers import fill, read_log, refusal_of, relative
 from released import (
     LUMINA2,
     assert_equal_to_diffusers,
@@ -277,21 +277,6 @@ def test_adapters_of_a_run(tmp_path, script):
     assert len(load_file(path)) == 2 * LAYERS
     again, own = sampled(script, run, tmp_path / "teacher" / "prompts.safetensors")
     torch.testing.assert_close(again, own, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.long
-def test_two_ranks_are_one_process_with_twice_the_batch(monkeypatch, tmp_path):
-    """Sharded, and each block gathered when it is called."""
-    flags = teacher_at(tmp_path / "teacher")
-    updates = assert_two_ranks_are_one_process(
-        monkeypatch,
-        tmp_path,
-        decoupled_dmd,
-        [*flags, "--max_train_steps", "1"],
-        1e-4,
-        within=lambda c: 1e-4,
-    )
-    assert updates == 6  # five of the fake
 
 
 def test_wrong_shapes_of_a_run_are_one_line(tmp_path, capsys):

@@ -15,7 +15,6 @@ from forks import launch
 from helpers import (
     alone,
     assert_bit_equal,
-    assert_two_ranks_are_one_process,
     killed,
     perturbed,
     quiet,
@@ -1782,50 +1781,6 @@ def test_steps_in_diffusers_pipeline(tmp_path):
 
     between = phased_dmd.boundary_between(teacher, grid)
     assert error(OurSteps(), 7.0, between) < 1e-4 < 0.05 < error(OurSteps(), 7.0)
-
-
-# ---- ranks ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "boundary, rank, batch",
-    [(None, "4", 2), (0.875, "0", 1)],
-    ids=["one network, adapters", "two networks, full"],
-)
-def test_two_ranks_are_one_process_with_twice_the_batch(
-    monkeypatch, tmp_path, boundary, rank, batch
-):
-    """torchrun with two ranks: in both phases the same averaged gradients of fake and expert.
-
-    The same log, one set of outputs, and a student that --sample draws the run's own samples from.
-    With one sample a rank, the ranks train different ones of two networks.
-    """
-    flags = [*wan_flags(tmp_path / "wan", boundary), "--lora_rank", rank]
-    with monkeypatch.context() as m:  # in each phase R = 2 fake updates and the student's, twice
-        updates = assert_two_ranks_are_one_process(
-            m,
-            tmp_path,
-            phased_dmd,
-            flags,
-            least=1e-6,
-            batch=batch,
-            within=lambda call: 1e-4 if call in (1, 7) else 5e-3,
-        )
-    assert updates == 12
-    for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
-        assert a["phase"] == b["phase"]
-        for loss in ("loss_fake", "loss_dm", "mean", "std"):
-            want = pytest.approx(float(b[loss]), rel=1e-3, abs=1e-6)
-            assert float(a[loss]) == want, (a["step"], loss)
-    assert (tmp_path / "two" / "samples.gif").is_file()
-    assert (tmp_path / "two" / "report.json").is_file()
-    out = ["--output_dir", str(tmp_path / "samples"), "--preview_samples", "2"]
-    sample = ["--sample", str(tmp_path / "two"), *flags[2:4], "--train_batch_size", str(batch)]
-    phased_dmd.main([*sample, *out])
-    paths = (tmp_path / name / "samples.safetensors" for name in ("two", "samples", "one"))
-    ours, again, single = (load_file(path)["x0"] for path in paths)
-    torch.testing.assert_close(ours, again, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours, single, rtol=0.05, atol=0.05)
 
 
 # ---- crash and resume ----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_two_ranks_are_one_process, fill, read_log, refusal_of, relative
+from helpers import fill, read_log, refusal_of, relative
 from released import (
     QWEN_IMAGE,
     assert_equal_to_diffusers,
@@ -364,21 +364,6 @@ def test_samples_without_patches_are_not_rescaled(tmp_path, capsys):
     error = refusal_of(capsys, dmd.main, *flags, "--guidance_rescale", "patch")
     assert "is for images (C, H, W) of even sides, samples are (2,)" in error
     dmd.main([*flags, "--guidance_rescale", "none"])
-
-
-@pytest.mark.long
-def test_two_ranks_are_one_process_with_twice_the_batch(monkeypatch, tmp_path):
-    """Sharded, and each block gathered when it is called."""
-    flags = teacher_at(tmp_path / "teacher")
-    updates = assert_two_ranks_are_one_process(
-        monkeypatch,
-        tmp_path,
-        dmd,
-        [*flags, "--max_train_steps", "1", *RESCALED],
-        1e-4,
-        within=lambda c: 1e-4,
-    )
-    assert updates == 6  # five of the fake
 
 
 def test_wrong_shapes_of_a_run_are_one_line(tmp_path, capsys):

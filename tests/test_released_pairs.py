@@ -1,8 +1,9 @@
 """Every pair of a method and a released teacher, on two gloo ranks, from a folder of diffusers.
 
 Each run makes a few updates, in full or as adapters, on two ranks of one torchrun (tests/ranks.py),
-with gradient checkpointing. It must be one process's run without, of twice the batch, to what
-rounding leaves; its student is loaded and sampled again, here and by diffusers. --long runs all.
+with gradient checkpointing, and with the guidance, shift and steps that its release prescribes. It
+must be the run of one process without checkpointing that adds up two micro-batches. --sample draws
+from its student what it drew itself, and diffusers loads it as the same function. --long runs all.
 """
 
 import importlib
@@ -12,8 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from folders import COGVIDEOX_SCHEDULER, FLOW_3, LINEAR, SCALED
-from helpers import ENV, PIXART_SCHEDULER, fill, read_log, relative, weights
+from helpers import fill, read_log, relative, weights
 from ranks import ADAM, NAME, TINY, start
 from released import COGVIDEOX, LUMINA2, PIXART, QWEN_IMAGE, WAN, Z_IMAGE
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,6 @@ from test_dit_imagenet import TINY as TINY_DIT
 from test_dit_imagenet import inputs as dit_inputs
 from test_dit_imagenet import noise as dit_noise
 from test_networks import TINY_SD, TINY_SDXL
-from test_qwen_image import SCHEDULER as QWEN_SCHEDULER
 from test_trellis import CLASSES, points
 from test_trellis import save_root as save_trellis
 from test_unet import inputs as unet_inputs
@@ -34,13 +33,12 @@ from models.files import save_json
 from models.networks import dit_imagenet, load_network, lora
 from models.networks.trellis import SLatFlowModel, SparseStructureFlowModel
 from models.plumbing import releases
+from tests.schedulers import SCHEDULERS
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
 
 # ---- the teachers --------------------------------------------------------------------------------
-
-STEPS_OF_SD = dict(SCALED, steps_offset=1, timestep_spacing="leading")
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,6 @@ class Family:
     shape       of a sample
     pipeline    of diffusers, by name
     network     of diffusers, by name; config: its arguments
-    scheduler   what its folder has in scheduler/
     call        -> arguments of our network; reference: (network of diffusers, them) -> the same
     """
 
@@ -60,75 +57,48 @@ class Family:
     pipeline: str
     network: str
     config: dict
-    scheduler: dict
     call: Callable
     reference: Callable
     text: tuple = (9, 10)  # tokens of a prompt and their width
     mask: str | None = None
 
 
-def flow(**config):
-    return {"_class_name": "FlowMatchEulerDiscreteScheduler", **config}
-
-
-def of_released(release, pipeline, model, scheduler, **more):
+def of_released(release, pipeline, model, **more):
     """A Family of one of the transformers of tests/released.py."""
     config = more.pop("config", model.tiny)
     shape = (model.channels(config), *model.size)
     given = dict(call=lambda: model.inputs(config), reference=model.reference, mask=model.mask)
-    return Family(release, shape, pipeline, model.name, config, scheduler, **{**given, **more})
+    return Family(release, shape, pipeline, model.name, config, **{**given, **more})
 
 
-def unet(release, pipeline, config, scheduler):
-    call = lambda: unet_inputs(config)  # noqa: E731
-    how = config, scheduler, call, unet_noise
+def unet(release, pipeline, config):
+    how = config, lambda: unet_inputs(config), unet_noise
     return Family(release, (4, 8, 8), pipeline, "UNet2DConditionModel", *how, text=(5, 10))
 
 
-UNI_PC = {**FLOW_3, "num_train_timesteps": 1000}
 FAMILIES = {
-    "SD 1.5": unet(
-        "Stable Diffusion 1.5",
-        "StableDiffusionPipeline",
-        TINY_SD,
-        {**STEPS_OF_SD, "_class_name": "PNDMScheduler", "skip_prk_steps": True},
-    ),
-    "SDXL": unet(
-        "SDXL base 1.0",
-        "StableDiffusionXLPipeline",
-        TINY_SDXL,
-        {**STEPS_OF_SD, "_class_name": "EulerDiscreteScheduler"},
-    ),
-    "PixArt": of_released("PixArt-alpha 512", "PixArtAlphaPipeline", PIXART, PIXART_SCHEDULER),
+    "SD 1.5": unet("Stable Diffusion 1.5", "StableDiffusionPipeline", TINY_SD),
+    "SDXL": unet("SDXL base 1.0", "StableDiffusionXLPipeline", TINY_SDXL),
+    "PixArt": of_released("PixArt-alpha 512", "PixArtAlphaPipeline", PIXART),
     "DiT": Family(
         "DiT-XL/2 256",
         (4, 8, 8),
         "DiTPipeline",
         "DiTTransformer2DModel",
         TINY_DIT,
-        LINEAR,
         dit_inputs,
         dit_noise,
         text=(),
     ),
-    "Wan 2.1": of_released("Wan 2.1 T2V 1.3B", "WanPipeline", WAN, UNI_PC),
-    "Wan 2.2": of_released("Wan 2.2 T2V A14B", "WanPipeline", WAN, UNI_PC),
+    "Wan 2.1": of_released("Wan 2.1 T2V 1.3B", "WanPipeline", WAN),
+    "Wan 2.2": of_released("Wan 2.2 T2V A14B", "WanPipeline", WAN),
     "Wan 5B": of_released(
-        "Wan 2.2 TI2V 5B",
-        "WanPipeline",
-        WAN,
-        {**UNI_PC, "flow_shift": 5.0},
-        config=TINY_5B,
-        reference=with_token_times,
+        "Wan 2.2 TI2V 5B", "WanPipeline", WAN, config=TINY_5B, reference=with_token_times
     ),
-    "CogVideoX": of_released(
-        "CogVideoX-2B", "CogVideoXPipeline", COGVIDEOX, COGVIDEOX_SCHEDULER, text=(5, 10)
-    ),
-    "Qwen-Image": of_released(
-        "Qwen-Image", "QwenImagePipeline", QWEN_IMAGE, flow(**QWEN_SCHEDULER)
-    ),
-    "Lumina 2": of_released("Lumina-Image 2.0", "Lumina2Pipeline", LUMINA2, flow(shift=6.0)),
-    "Z-Image": of_released("Z-Image", "ZImagePipeline", Z_IMAGE, flow(shift=6.0)),
+    "CogVideoX": of_released("CogVideoX-2B", "CogVideoXPipeline", COGVIDEOX, text=(5, 10)),
+    "Qwen-Image": of_released("Qwen-Image", "QwenImagePipeline", QWEN_IMAGE),
+    "Lumina 2": of_released("Lumina-Image 2.0", "Lumina2Pipeline", LUMINA2),
+    "Z-Image": of_released("Z-Image", "ZImagePipeline", Z_IMAGE),
 }
 STAGES = {"structure": SparseStructureFlowModel, "latents": SLatFlowModel}
 
@@ -152,12 +122,13 @@ def parts_of(name):
 
 
 def save_root(name, root):
-    """A pipeline root without text encoders and VAE; network and scheduler are saved by diffusers."""
+    """A pipeline root without text encoders and VAE. Network and scheduler are diffusers' own."""
     family, parts = FAMILIES[name], parts_of(name)
     for seed, part in enumerate(parts):
         random_network(family, seed).save_pretrained(root / part)
-    kind = getattr(diffusers, family.scheduler["_class_name"])
-    kind.from_config(family.scheduler).save_pretrained(root / "scheduler")
+    scheduler = SCHEDULERS[family.release]
+    kind = getattr(diffusers, scheduler["_class_name"])
+    kind.from_config(scheduler).save_pretrained(root / "scheduler")
     index = {part: ["diffusers", family.network] for part in parts}
     index |= {"boundary_ratio": 0.875} if name == "Wan 2.2" else {}
     save_json({"_class_name": family.pipeline, **index}, str(root / "model_index.json"))
@@ -172,7 +143,7 @@ def pipeline_of(name, net):
 
 
 def conditions(name, rows, seed):
-    """Random features of prompts, {name: (rows, ...)}, of different lengths where there is a mask."""
+    """Random features of prompts, {name: (rows, ...)}; where there is a mask, of many lengths."""
     family, g = FAMILIES[name], torch.Generator().manual_seed(seed)
     if not family.text:
         return {"label": torch.arange(rows) % family.config["num_embeds_ada_norm"]}
@@ -197,10 +168,8 @@ def save_teacher(name, root):
     cond, uncond = conditions(name, 4, 1), conditions(name, 1, 2)
     g = torch.Generator().manual_seed(3)
     real = {f"cond.{k}": v for k, v in cond.items()}
-    save_file(
-        {"x0": torch.randn(4, *FAMILIES[name].shape, generator=g), **real},
-        root / "data.safetensors",
-    )
+    x0 = torch.randn(4, *FAMILIES[name].shape, generator=g)
+    save_file({"x0": x0, **real}, root / "data.safetensors")
     flags = ["--teacher", str(root)]
     if "text" in cond:
         prompts = real | {f"uncond.{k}": v for k, v in uncond.items()}
@@ -240,7 +209,11 @@ CASES = [
     for kind in ("full", "adapters")
     if pair[0] != "latent_fm" or kind == "full"
 ]
-USUAL = [("dmd", "SDXL", "full")]  # without --long
+USUAL = [  # without --long: with a GAN and masks, two networks, points
+    ("decoupled_dmd", "PixArt", "full"),
+    ("phased_dmd", "Wan 2.2", "full"),
+    ("mdt_dist", "latents", "adapters"),
+]
 
 SHORT = "--preview_samples 2 --checkpointing_steps 1000 --lr_warmup_steps 0 --learning_rate 1e-3 "
 OWN = {  # flags of a script
@@ -248,7 +221,7 @@ OWN = {  # flags of a script
     "decoupled_dmd": "--teacher_steps 0 --learning_rate_fake 1e-3 --fake_update_ratio 1",
     "tdm": "--teacher_steps 0 --learning_rate_fake 1e-3",
     "phased_dmd": "--teacher_steps 0 --learning_rate_fake 1e-3 --fake_update_ratio 1",
-    "linvideo": "--teacher_steps 0 --sampling_steps 4 --bank_size 4 --bank_batch 2 --target_layers 1",
+    "linvideo": "--teacher_steps 0 --sampling_steps 4 --bank_size 4 --bank_batch 2",
     "mdt_dist": "--teacher_steps 0",
     "latent_fm": "--ema_decay 0 --sample_steps 2",
 }
@@ -281,7 +254,7 @@ def updates(script):
 def flags_of(case, teacher, root, out, batch):
     """The command line of a run. teacher: flags of its folder; batch: of one rank."""
     script, name, kind = case
-    family = FAMILIES.get(name.removesuffix(" in one step"))
+    family = FAMILIES.get(base_name(name))
     flags = (SHORT + OWN[script]).split() + ["--max_train_steps", str(updates(script))]
     flags += ["--train_batch_size", str(batch), "--output_dir", str(out)]
     if script == "latent_fm":
@@ -296,15 +269,19 @@ def flags_of(case, teacher, root, out, batch):
         flags += ["--lora_rank", "2" if kind == "adapters" else "0"]
     if kind == "adapters" and script not in ("linvideo", "mdt_dist"):
         flags += ["--fake_lora_rank", "2"]
-    if script in ("dmd", "decoupled_dmd") and (
-        kind == "full" or family.network == "UNet2DConditionModel"
-    ):
+    is_unet = script in ("dmd", "decoupled_dmd") and family.network == "UNet2DConditionModel"
+    if is_unet or script in ("dmd", "decoupled_dmd") and kind == "full":
         flags += ["--gan_weight", "5e-3", "--data", str(root / "data.safetensors")]
     return [*flags, *teacher]
 
 
 def name_of(case):
     return " ".join(case)
+
+
+def base_name(name):
+    """The teacher of "SDXL in one step" is SDXL."""
+    return name.removesuffix(" in one step")
 
 
 def batch_of(case):
@@ -315,15 +292,13 @@ def batch_of(case):
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     """A function: name -> folder, flags; each is made once."""
-    root, made = tmp_path_factory.mktemp("teachers"), {}
+    made = {}
 
     def make(name):
-        name = name.removesuffix(" in one step")
+        name = base_name(name)
         if name not in made:
-            made[name] = (
-                root / name.replace(" ", "-"),
-                save_teacher(name, root / name.replace(" ", "-")),
-            )
+            root = tmp_path_factory.mktemp("teacher") / "root"
+            made[name] = root, save_teacher(name, root)
         return made[name]
 
     return make
@@ -333,18 +308,12 @@ def teachers(tmp_path_factory):
 def on_two_ranks(tmp_path_factory, request, teachers):
     """A folder with a run, on two ranks, of every case that this session tests."""
     folder, runs = tmp_path_factory.mktemp("ranks"), []
-    for case in CASES:
-        tested = any(
-            getattr(i, "callspec", None)
-            and i.callspec.params.get("case") == case
-            and not i.get_closest_marker("skip")
-            for i in request.session.items
-        )
-        if tested:
-            root, flags = teachers(case[1])
-            out = folder / name_of(case)
-            runs.append((name_of(case), case[0], flags_of(case, flags, root, out, batch_of(case))))
-    done = start(2, folder, runs, ENV, seconds=60 + 30 * len(runs))
+    items = [i for i in request.session.items if not i.get_closest_marker("skip")]
+    tested = [i.callspec.params["case"] for i in items if i.name.startswith("test_pair[")]
+    for case in tested:
+        (root, flags), out = teachers(case[1]), folder / name_of(case)
+        runs.append((name_of(case), case[0], flags_of(case, flags, root, out, batch_of(case))))
+    done = start(2, folder, runs, seconds=60 + 30 * len(runs))
     if done.returncode:
         (folder / "stderr").write_text(done.stderr[-3000:])
     return folder
@@ -393,8 +362,7 @@ def check_state(one, two):
         parts[1].append(two[key].double().flatten() - parts[0][-1])
     for (network, moment), (values, differences) in wholes.items():
         share = torch.cat(differences).norm() / torch.cat(values).norm()
-        print(f"{network} {moment}: {share:.1e}")
-        assert share < (1e-4 if moment else 1e-6), (network, moment)
+        assert share < (1e-4 if moment else 1e-6), (network, moment, share)
 
 
 def check_samples(case, script, run, teacher, out):
@@ -412,7 +380,7 @@ def check_samples(case, script, run, teacher, out):
         assert x.isfinite().all()
         torch.testing.assert_close(x, ours[key], rtol=1e-3, atol=1e-3)
     if "x0" in drawn and case[1] not in STAGES:
-        assert drawn["x0"].shape == (2, *FAMILIES[case[1].removesuffix(" in one step")].shape)
+        assert drawn["x0"].shape == (2, *FAMILIES[base_name(case[1])].shape)
 
 
 def check_reloaded(case, student, root):
@@ -420,8 +388,7 @@ def check_reloaded(case, student, root):
 
     TRELLIS has no library here, and linear attention is in none: what we load was sampled above.
     """
-    script, name, kind = case
-    name = name.removesuffix(" in one step")
+    script, name, kind = case[0], base_name(case[1]), case[2]
     if name in STAGES or script == "linvideo":
         return
     family = FAMILIES[name]
@@ -465,3 +432,86 @@ def check_dit(student):
         out, index = ours(**call), a * call["t"] + b
         want = sign * dit_noise(reference, call["x"], None, call["label"], index=index)
     assert relative(out, want) <= 1e-5 and out.std() > 1e-3
+
+
+# ---- in one process ------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name, script", {name: script for script, name in PAIRS}.items())
+def test_dry_run(name, script, teachers, tmp_path, monkeypatch, capsys):
+    """Of each teacher, of adapters, whose plan has a whole network too. Nothing is made."""
+    monkeypatch.setitem(latent_fm.PAPER_NETWORKS, NAME, TINY)
+    root, teacher = teachers(name)
+    kind = "full" if script == "latent_fm" else "adapters"
+    flags = flags_of((script, name, kind), teacher, root, tmp_path / "run", 2)
+    importlib.import_module(script).main([*flags, "--dry_run", "2"])
+    out = capsys.readouterr().out
+    assert "GB on a rank, 2 rank(s), networks in 2 part(s), cuda, batch 2" in out
+    assert not (tmp_path / "run").exists()
+
+
+def prompts_without(name):
+    return lambda tensors: {k: v for k, v in tensors.items() if not k.endswith(f".{name}")}
+
+
+def wider(name):
+    def change(tensors):
+        return {k: torch.cat([v, v], -1) if k.endswith(name) else v for k, v in tensors.items()}
+
+    return change
+
+
+NO_ATTENTION = "has no self-attention that can be replaced; DiT and Wan have"
+GAN = "--gan_weight 0.1 --data {data}"
+WRONG = [  # script, teacher, flags, a change of the prompts or of the data, what is said
+    ("linvideo", "PixArt", "", None, f"a PixArtTransformer2DModel {NO_ATTENTION}"),
+    ("linvideo", "SDXL", "", None, f"a UNet2DConditionModel {NO_ATTENTION}"),
+    ("linvideo", "Qwen-Image", "", None, f"a QwenImageTransformer2DModel {NO_ATTENTION}"),
+    ("linvideo", "Z-Image", "", None, f"a ZImageTransformer2DModel {NO_ATTENTION}"),
+    ("linvideo", "CogVideoX", "", None, "predicts vp_v; the score of Eq. 13 is a flow's"),
+    ("mdt_dist", "DiT", "--data {data}", None, "predicts eps; a flow's transport is distilled"),
+    ("mdt_dist", "Z-Image", "", None, "--prompts: conditions come with --data here, as cond.*"),
+    ("dmd", "Wan 2.2", "", None, "is a two-network teacher (transformer_2/): give one of its"),
+    ("tdm", "Wan 2.2", "", None, "is a two-network teacher (transformer_2/): give one of its"),
+    ("tdm", "SDXL", "--student_steps 1 2 4", None, "a UNet2DConditionModel has no input that"),
+    ("tdm", "SD 1.5", GAN, None, "unrecognized arguments: --gan_weight 0.1 --data"),
+    ("phased_dmd", "Wan 2.2", "--phases 1", None, "lie on both sides of the teacher's boundary"),
+    ("dmd", "Wan 2.1", "--guidance_rescale patch", None, "is for images (C, H, W) of even sides"),
+    ("dmd", "SDXL", "--gan_weight 0.1", None, "--gan_weight and --student_input real need data"),
+    ("dmd", "Wan 5B", "--sample_shape 16 2 4 6", None, "x has 16 channels; pass (B, 48,"),
+    ("dmd", "SDXL", "", prompts_without("size"), "lacks 'cond.size'; it has"),
+    ("dmd", "SDXL", "", prompts_without("pooled"), "lacks 'cond.pooled'; it has"),
+    ("dmd", "PixArt", "", prompts_without("mask"), "lacks 'cond.mask'; it has"),
+    ("tdm", "PixArt", "", prompts_without("mask"), "lacks 'cond.mask'; it has"),
+    ("phased_dmd", "Qwen-Image", "", prompts_without("mask"), "lacks 'cond.mask'; it has"),
+    ("decoupled_dmd", "Lumina 2", "", prompts_without("mask"), "lacks 'cond.mask'; it has"),
+    ("decoupled_dmd", "Z-Image", "", prompts_without("text_mask"), "lacks 'cond.text_mask'"),
+    ("linvideo", "Wan 2.1", "", wider("text"), "are 20 wide (unconditional 20), the teacher takes"),
+    ("tdm", "CogVideoX", "", wider("text"), "are 20 wide (unconditional 20), the teacher takes 10"),
+    ("dmd", "SD 1.5", "", wider("text"), "are 20 wide (unconditional 20), the teacher takes 10"),
+    ("dmd", "SDXL", GAN, prompts_without("pooled"), "items are (4, 8, 8) with ['size', 'text']"),
+    ("decoupled_dmd", "Wan 5B", GAN, wider("x0"), "items are (48, 2, 4, 12) with ['text'], the"),
+]
+WRONG = [pytest.param(*w, id=f"{w[0]} {w[1]} {i}") for i, w in enumerate(WRONG)]
+
+
+@pytest.mark.parametrize("script, name, flags, change, says", WRONG)
+def test_what_does_not_go_together_is_one_line(
+    script, name, flags, change, says, teachers, tmp_path, capsys
+):
+    """Before anything is made."""
+    root, teacher = teachers(name)
+    files = {k: root / f"{k}.safetensors" for k in ("data", "prompts")}
+    if change:
+        which = "data" if flags else "prompts"
+        save_file(change(load_file(files[which])), tmp_path / f"{which}.safetensors")
+        files[which] = tmp_path / f"{which}.safetensors"
+    teacher = [
+        str(files["prompts"]) if v == str(root / "prompts.safetensors") else v for v in teacher
+    ]
+    more = flags.format(data=files["data"]).split()
+    out = tmp_path / "run"
+    given = [*teacher, *more, "--max_train_steps", "2", "--output_dir", str(out)]
+    assert says in refusal_of(capsys, importlib.import_module(script).main, *given)
+    assert not out.exists()

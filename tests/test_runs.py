@@ -16,16 +16,13 @@ from helpers import (
     TINY_WAN,
     alone,
     assert_bit_equal,
-    assert_two_ranks_are_one_process,
     each,
     killed,
     perturbed,
     read_log,
     refusal_of,
-    save_tiny_pixart,
     save_tiny_teacher,
     save_tiny_wan,
-    save_tiny_z_image,
     weights,
     without_time,
 )
@@ -609,35 +606,7 @@ def test_how_far_apart_the_scores_are():
     assert run.sums["dm_rel_gap"] < float("inf")
 
 
-# ---- Wan, one process and two --------------------------------------------------------------------
-
-
-@each
-def test_two_ranks_are_one_process_with_twice_the_batch(monkeypatch, tmp_path, script):
-    """Of four times five fake updates and the student's, the first six are compared."""
-    root = tmp_path / "teacher"
-    root.mkdir()
-    if script is tdm:
-        flags = [*save_tiny_pixart(root, 512), "--student_steps", "4"]
-    else:
-        flags = {dmd: save_tiny_wan, decoupled_dmd: save_tiny_z_image}[script](root)
-    flags += "--max_train_steps 4 --fake_update_ratio 5".split()
-
-    def within(call):
-        return 1e-5 if call in (1, 6) else 1e-4
-
-    compared = dict(least=1e-4, first=6, within=within)
-    with monkeypatch.context() as m:
-        updates = assert_two_ranks_are_one_process(m, tmp_path, script, flags, **compared)
-    assert updates == 24
-    for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
-        of_student = [name for name in a if name.startswith("loss_dm")]
-        for name in ("loss_fake", "mean", "std", *of_student):
-            want = pytest.approx(float(b[name]), rel=1e-4, abs=1e-6)
-            assert float(a[name]) == want, (a["step"], name)
-    assert len(read_log(tmp_path / "two")) == 4
-    assert (tmp_path / "two" / "samples.png").is_file()
-    assert (tmp_path / "two" / "student" / "sampler.json").is_file()
+# ---- ranks and folders ---------------------------------------------------------------------------
 
 
 def test_wrong_input_under_torchrun_is_one_line(tmp_path):
