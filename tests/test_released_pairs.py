@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import fill, read_log, relative, weights
+from helpers import fill, read_log, refusal_of, relative, weights
 from ranks import ADAM, NAME, TINY, start
 from released import COGVIDEOX, LUMINA2, PIXART, QWEN_IMAGE, WAN, Z_IMAGE
 from safetensors.torch import load_file, save_file
