@@ -465,8 +465,8 @@ def wider(name):
 NO_ATTENTION = "has no self-attention that can be replaced; DiT and Wan have"
 GAN = "--gan_weight 0.1 --data {data}"
 WRONG = [  # script, teacher, flags, a change of the prompts or of the data, what is said
-    ("linvideo", "PixArt", "", None, f"a PixArtTransformer2DModel {NO_ATTENTION}"),
-    ("linvideo", "SDXL", "", None, f"a UNet2DConditionModel {NO_ATTENTION}"),
+    ("linvideo", "PixArt", "", None, "predicts eps; the score of Eq. 13 is a flow's"),
+    ("linvideo", "SDXL", "", None, "predicts eps; the score of Eq. 13 is a flow's"),
     ("linvideo", "Qwen-Image", "", None, f"a QwenImageTransformer2DModel {NO_ATTENTION}"),
     ("linvideo", "Z-Image", "", None, f"a ZImageTransformer2DModel {NO_ATTENTION}"),
     ("linvideo", "CogVideoX", "", None, "predicts vp_v; the score of Eq. 13 is a flow's"),
