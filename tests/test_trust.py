@@ -19,6 +19,7 @@ import tracemalloc
 import types
 from pathlib import Path
 
+import fuzz
 import pytest
 import torch
 from helpers import (
@@ -465,6 +466,15 @@ def test_systems_without_resource_and_without_flushing_of_folders(monkeypatch, t
 
     monkeypatch.setattr(os, "open", refused)
     fsync_folder(str(tmp_path))
+
+
+# ---- damaged files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loader", fuzz.LOADERS)
+def test_damaged_files(loader):
+    """A sample of `python -m tests.fuzz`: refused or read."""
+    assert not fuzz.fuzz(loader, 8)["faults"]
 
 
 # ---- security ------------------------------------------------------------------------------------

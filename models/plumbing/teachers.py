@@ -156,6 +156,28 @@ def read_scheduler(folder, tokens=None):
     tokens: of an image, for a shift that depends on their number.
     """
     c = load_json(os.path.join(folder, "scheduler_config.json"))
+    try:
+        schedule, prediction, shift = schedule_of(c, folder, tokens)
+        check_schedule(schedule)
+        if shift is not None and not is_number(shift, 0, 1e6):
+            raise ValueError(f"shift {shift}")
+    except (TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as e:
+        raise UserError(
+            f"{folder}: scheduler_config.json has an entry that no scheduler has ({e}): restore it "
+            "from the source of the checkpoint"
+        ) from None
+    return schedule, prediction, shift
+
+
+def check_schedule(schedule):
+    """Raises ValueError for betas with which no noise can be added."""
+    alpha = schedule.alpha(torch.linspace(0, 1, 11))
+    if not alpha.isfinite().all() or (alpha.diff() > 0).any():
+        raise ValueError(f"betas from {schedule.beta_start} to {schedule.beta_end}")
+
+
+def schedule_of(c, folder, tokens):
+    """What read_scheduler gives, of the dict of a scheduler_config.json, which may be damaged."""
     is_flow = "FlowMatch" in c.get("_class_name", "") or c.get("use_flow_sigmas")
     if is_flow or c.get("prediction_type") == "flow_prediction":
         wrong = [key for key in OTHER_SIGMAS if c.get(key)]
@@ -175,6 +197,8 @@ def read_scheduler(folder, tokens=None):
     prediction = kinds.get(c.get("prediction_type", "epsilon"))
     betas, n = c.get("trained_betas") or c.get("beta_schedule"), c.get("num_train_timesteps", 1000)
     trained = isinstance(betas, list)
+    if not is_number(n, 1, MOST_STEPS, (int,)):
+        raise ValueError(f"num_train_timesteps {n!r}")
     if prediction is None or not (trained or betas in ("linear", "scaled_linear")):
         raise UserError(
             f"{folder}: prediction_type {c.get('prediction_type')!r} with beta_schedule {betas!r} "
@@ -678,8 +702,9 @@ def read_sampler(folder):
             if wrong:
                 raise ValueError(what)
         schedule = read_schedule(s["schedule"])
+        check_schedule(schedule)
         return s, schedule, s["prediction"], float(s["timestep_shift"])
-    except (KeyError, TypeError, ValueError, AttributeError, UserError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, UserError) as e:
         raise UserError(
             f"{path} is not a sampler description of ours ({type(e).__name__}: {e})"
         ) from None
