@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tracemalloc
 import types
@@ -23,6 +24,7 @@ import fuzz
 import pytest
 import torch
 from helpers import (
+    ENV,
     ROOT,
     assert_bit_equal,
     quiet,
@@ -417,6 +419,18 @@ def test_names_that_the_terminal_cannot_show(monkeypatch, capsysbinary):
     run_main(lambda: print("runs/\u00fc\udcff"))
     stream.flush()
     assert stream.buffer.getvalue() == b"runs/\\xfc\\udcff\n"
+
+
+# ---- faults --------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["dmd", "phased_dmd"])
+def test_faults_at_random(script):
+    """Two minutes of `python -m tests.faults`."""
+    command = [sys.executable, "-m", "tests.faults", "--minutes", "1", script]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 # ---- platforms -----------------------------------------------------------------------------------
