@@ -47,7 +47,7 @@ import torch.nn.functional as F
 
 from models.diffusion import expand, step_grid
 from models.draws import Draws, stable_hash
-from models.files import UserError, load_json, open_tensors, save_tensors
+from models.files import UserError, open_tensors, save_tensors
 from models.networks import load_network
 from models.networks.gan import GanHead
 from models.plumbing import report
@@ -63,7 +63,7 @@ from models.plumbing.flags import (
     refuse,
 )
 from models.plumbing.run import Run, run_main
-from models.plumbing.state import SavedState, find_state, named_tensors
+from models.plumbing.state import SavedState, find_state, named_tensors, read_info
 from models.plumbing.teachers import (
     average_of,
     freeze_teacher,
@@ -352,7 +352,7 @@ def starting_fake(run, teacher, see_step):
         raise UserError(f"--fake_init {path} is a student, no score: give its run, with its state/")
     own = named_tensors(fake, "fake")
     if state:
-        info = load_json(os.path.join(state, "state.json"))
+        info = read_info(state)
         saved, alpha = SavedState(state, info.get("world_size", 1)), info["flags"].get("lora_alpha")
         shapes = {f"fake.{k}": saved.shape(f"fake.{k}") for k in saved.names("fake")}
     else:

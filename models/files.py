@@ -14,7 +14,13 @@ from safetensors import SafetensorError, safe_open
 
 
 class UserError(Exception):
-    """Wrong input: the message names the cause and the remedy in one line. Exit code 2."""
+    """Wrong input: the message names the cause and the remedy in one line. Exit code 2.
+
+    What a damaged file has in place of a name may be long: such a message loses its middle.
+    """
+
+    def __init__(self, text):
+        super().__init__(text if len(text) < 1500 else f"{text[:700]} ... {text[-700:]}")
 
 
 class TrainingError(Exception):
@@ -91,7 +97,7 @@ def load_json(path):
             value = json.load(f)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as e:
+    except (ValueError, RecursionError, OSError) as e:  # ValueError: no JSON, or no UTF-8
         raise UserError(
             f"{path} is not readable JSON ({e}): restore it from the source of the checkpoint"
         ) from None

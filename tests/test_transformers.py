@@ -609,7 +609,7 @@ WRONG = [
     ),
     (Z_IMAGE, "mask of another length", "pass bool or integers of shape (1, 36)"),
     (PIXART, "mask of another length", "pass bool or integers of shape (1, 9)"),
-    (Z_IMAGE, "empty prompt", "no token in row 0"),
+    (Z_IMAGE, "empty prompt", "row 0 of cond.text_mask is false everywhere"),
     (
         PIXART,
         "another network",

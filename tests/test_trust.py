@@ -14,14 +14,17 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tracemalloc
 import types
 from pathlib import Path
 
+import fuzz
 import pytest
 import torch
 from helpers import (
+    ENV,
     ROOT,
     assert_bit_equal,
     quiet,
@@ -417,6 +420,18 @@ def test_names_that_the_terminal_cannot_show(monkeypatch, capsysbinary):
     assert stream.buffer.getvalue() == b"runs/\\xfc\\udcff\n"
 
 
+# ---- faults --------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["dmd", "phased_dmd"])
+def test_faults_at_random(script):
+    """Two minutes of `python -m tests.faults`."""
+    command = [sys.executable, "-m", "tests.faults", "--minutes", "1", script]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 # ---- platforms -----------------------------------------------------------------------------------
 
 PYTHON = [p for room in ("models", "kernels", "tests") for p in (ROOT / room).rglob("*.py")]
@@ -464,6 +479,15 @@ def test_systems_without_resource_and_without_flushing_of_folders(monkeypatch, t
 
     monkeypatch.setattr(os, "open", refused)
     fsync_folder(str(tmp_path))
+
+
+# ---- damaged files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loader", fuzz.LOADERS)
+def test_damaged_files(loader):
+    """A sample of `python -m tests.fuzz`: refused or read."""
+    assert not fuzz.fuzz(loader, 8)["faults"]
 
 
 # ---- security ------------------------------------------------------------------------------------

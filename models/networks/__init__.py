@@ -86,6 +86,7 @@ docs/adding.md has an example.
 
 import hashlib
 import os
+import re
 
 import torch
 
@@ -179,8 +180,11 @@ def weight_files(folder):
     if path:
         return {path + ".safetensors": None}
     if os.path.isfile(os.path.join(folder, INDEX)):
-        files = {}
-        for key, name in load_json(os.path.join(folder, INDEX)).get("weight_map", {}).items():
+        index, files = os.path.join(folder, INDEX), {}
+        names = load_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+            raise UserError(f"{index} has no weight_map of names: copy or download it again")
+        for key, name in names.items():
             files.setdefault(os.path.join(folder, os.path.basename(name)), []).append(key)
         return files
     if os.path.isfile(os.path.join(folder, WEIGHTS)):
@@ -258,6 +262,8 @@ def network_class(config):
     Older names of diffusers and TRELLIS are resolved.
     """
     name = config_class(config)
+    if not isinstance(name, str):
+        return None
     if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
         name = "DiTTransformer2DModel"
     return NETWORKS[name].__name__ if name in NETWORKS else name
@@ -277,6 +283,22 @@ def network_config(net):
     return {"_class_name": name, **net.config}
 
 
+# What constructors meet in arguments of another kind than they expect.
+NO_CONFIG = (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError)
+
+
+def refuse_huge(arguments):
+    """Raises ValueError for numbers that no network has, with which building one would not end.
+
+    arguments: of a network's class; a count of layers, or a list of counts, is at most 1,000.
+    """
+    for key, value in arguments.items():
+        most = 1000 if re.search("layers|depth|blocks", key) else 2**24
+        for n in value if isinstance(value, list) else [value]:
+            if isinstance(n, (int, float)) and not abs(n) <= most:
+                raise ValueError(f"{key} = {value!r:.80}")
+
+
 def network_from_config(config, where):
     """Build the network that a config describes. Raises UserError, which begins with `where`.
 
@@ -291,9 +313,11 @@ def network_from_config(config, where):
     else:
         arguments = {k: v for k, v in config.items() if not k.startswith("_")}
     try:
+        refuse_huge(arguments)
         return NETWORKS[name](**arguments)
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{where} does not describe a {config_class(config)}: {e}") from None
+    except NO_CONFIG as e:
+        text = str(e).splitlines()[0][:300] if str(e) else type(e).__name__
+        raise UserError(f"{where} does not describe a {config_class(config)}: {text}") from None
 
 
 # ---- loading -------------------------------------------------------------------------------------
@@ -330,9 +354,22 @@ def load_network(folder, dtype=torch.float32, place=on_cpu):
     files = weight_files(folder)
     with torch.device("meta"):
         net = network_from_config(config, described)
+    refuse_larger(net, files, described)
     net = place(to_dtype(net, dtype))
     read_weights(net, files, folder, os.path.basename(described), config_class(config))
     return net.eval(), config
+
+
+def refuse_larger(net, files, described):
+    """Raises UserError before memory is taken for more numbers than the files have bytes."""
+    for path in files:
+        open_tensors(path)  # whether it is there, and whole
+    numbers, there = sum(p.numel() for p in net.parameters()), sum(map(os.path.getsize, files))
+    if numbers > there:
+        raise UserError(
+            f"{described} describes {numbers:,} numbers, and its weights are {there:,} bytes: the "
+            "checkpoint does not match its config"
+        )
 
 
 @torch.no_grad()

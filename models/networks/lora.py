@@ -26,6 +26,7 @@ programs write; see "reading files" below.
 """
 
 import json
+import math
 import os
 import re
 
@@ -500,12 +501,16 @@ def _read(net, path):
             if part in found.setdefault(key, {}):
                 raise ValueError(f"{path} has the {part} of {key!r} twice, once as {stored!r}")
             found[key][part] = f.get_tensor(stored).float()
+            if not found[key][part].isfinite().all():
+                raise ValueError(
+                    f"{path}: {stored!r} has numbers that are not finite: copy it again"
+                )
     settings, pairs, differences = _peft_settings(path, metadata), {}, {}
     for key in dict.fromkeys(places.values()):
         parts = found.get(key, {})
         if not parts.keys().isdisjoint({"A", "B", "alpha", "lora_B.bias"}):
             _check_pair(path, key, parts, shapes.get(f"{key}.weight", ()))
-            strength = _strength(settings, key, len(parts["A"]), parts.get("alpha"))
+            strength = _strength(path, settings, key, len(parts["A"]), parts.get("alpha"))
             pairs[key] = parts["A"], parts["B"], strength
             if "lora_B.bias" in parts:
                 parts["bias"] = strength * parts["lora_B.bias"] + parts.get("bias", 0.0)
@@ -559,6 +564,8 @@ def _check_pair(path, key, parts, shape):
     if len(shape) != 2:
         raise ValueError(f"{path} has an adapter of {key!r}, which is no linear layer")
     rank = len(parts["A"])
+    if not rank:
+        raise ValueError(f"{path}: the adapter of {key!r} has rank 0: copy or save it again")
     for part, want in (("A", (rank, shape[1])), ("B", (shape[0], rank))):
         _check_shape(path, key, parts[part], want, f"lora_{part}")
 
@@ -590,13 +597,30 @@ def _peft_settings(path, metadata):
     return {}
 
 
-def _strength(settings, key, rank, alpha):
-    """alpha / rank of a layer. alpha: the file's tensor, or None. settings: peft's, or {}."""
-    if alpha is not None:
-        return float(alpha) / rank
-    if "lora_alpha" not in settings:
-        return 1.0
-    patterns = (settings.get("alpha_pattern") or {}).items()
-    own = [v for pattern, v in patterns if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", key)]
-    alpha = own[0] if own else settings["lora_alpha"]
-    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+def _strength(path, settings, key, rank, alpha):
+    """alpha / rank of a layer. alpha: the file's tensor, or None. settings: peft's, or {}.
+
+    Raises ValueError for settings that peft does not write.
+    """
+    try:
+        if alpha is None and "lora_alpha" not in settings:
+            return 1.0
+        if alpha is None:
+            patterns = (settings.get("alpha_pattern") or {}).items()
+            own = [v for pattern, v in patterns if _matches(pattern, key)]
+            alpha = own[0] if own else settings["lora_alpha"]
+            rank = rank**0.5 if settings.get("use_rslora") else rank
+        strength = float(alpha) / rank
+    except (TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, re.error):
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise ValueError(f"{path}: the strength of {key!r} is no number: copy or save it again")
+    return strength
+
+
+def _matches(pattern, key):
+    """Whether a layer is one of alpha_pattern's. Repeated groups, which could take for ever, are
+    refused: raises ValueError."""
+    if re.search(r"\)[*+{?]", pattern) or len(pattern) > 1000:
+        raise ValueError(pattern)
+    return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", key)

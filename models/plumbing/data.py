@@ -435,7 +435,8 @@ def list_described(folder, described):
     if rows is None:
         raise UserError(f"{where} has no labels: {WITHOUT_CLASSES}")
     right = isinstance(rows, list) and all(isinstance(r, list) and len(r) == 2 for r in rows)
-    if not right or any(type(k) is not int or k < 0 or type(n) is not str for n, k in rows):
+    right = right and all(type(n) is str and type(k) is int and 0 <= k < 2**20 for n, k in rows)
+    if not right:
         raise UserError(
             f'{where} wants "labels": [["FILE", CLASS], ...] with class numbers from 0 on: write '
             f"it so, or {WITHOUT_CLASSES}"
@@ -866,9 +867,13 @@ class Bank:
     def open(self):
         """Open all files, for `rows`.  -> self. Raises UserError for one that is not whole."""
         self.files = [open_tensors(self.path(part)) for part in range(self.parts)]
+        first = None
         for part, file in enumerate(self.files):
-            named = {"index", "x", "v"} <= set(file.keys())
-            if not named or file.get_slice("x").get_shape()[0] != len(self.rows_of(part)):
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            first = first or shapes
+            right = {"index", "x", "v"} <= shapes.keys() == first.keys()
+            right = right and all(s[:1] == [len(self.rows_of(part))] for s in shapes.values())
+            if not right or any(s[1:] != first[name][1:] for name, s in shapes.items()):
                 raise UserError(
                     f"{self.path(part)} is not a whole part of a bank: "
                     "remove it, and it is made again"

@@ -33,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 from models.draws import Draws
-from models.files import TrainingError, UserError, load_json, replacing
+from models.files import TrainingError, UserError, replacing
 from models.networks import lora
 from models.networks.sequence import Sequence, use_sequence
 from models.plumbing.sharding import (
@@ -54,6 +54,7 @@ from models.plumbing.state import (
     flags_to_save,
     inputs_of,
     keep_batch,
+    read_info,
     save_state,
     unpack,
     unpack_optimizer,
@@ -269,7 +270,7 @@ class Run:
             if args.resume_from_checkpoint:
                 self.say(f"no complete checkpoint under {args.output_dir}: starting fresh")
             return None, None
-        info = load_json(os.path.join(folder, "state.json"))
+        info = read_info(folder)
         keep_batch(info, args, self.world_size)
         self.share = 1 / args.gradient_accumulation_steps
         changes = changes_on_resume(info, args, self.world_size, self.inputs)

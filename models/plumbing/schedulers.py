@@ -8,9 +8,12 @@ the next one begins. UniPC shows a flow's network its time rounded down to a who
 clip_sample is of pixels: latents are not clipped, as in Stable Diffusion's pipeline.
 """
 
+import contextlib
 import math
 import os
 from dataclasses import dataclass
+
+import torch
 
 from models.diffusion import VP, Flow
 from models.files import UserError, load_json
@@ -94,8 +97,13 @@ class Spacing:
 
 def read_spacing(folder):
     """A scheduler/ folder -> its Spacing, or None where samples have even steps from t = 1."""
-    c = load_json(os.path.join(folder, "scheduler_config.json"))
-    name, n = c.get("_class_name", ""), c.get("num_train_timesteps", 1000)
+    with blamed(folder):
+        return spacing_of(load_json(os.path.join(folder, "scheduler_config.json")))
+
+
+def spacing_of(c):
+    """The same, of the dict of a scheduler_config.json, which may be damaged."""
+    name, n = c.get("_class_name", ""), number_of_steps(c)
     if is_flow(c):
         kind = "flow" if name.startswith("UniPC") else "flow end"
         return Spacing("multistep", kind, n) if c.get("use_flow_sigmas") else None
@@ -108,7 +116,18 @@ def read_spacing(folder):
     else:
         return None
     end = 0.0 if to_zero else 1 / n
-    return Spacing(rule, c.get("timestep_spacing") or kind, n, c.get("steps_offset") or 0, end)
+    offset = c.get("steps_offset") or 0
+    if not is_number(offset, -1, n - 1, (int,)):
+        raise ValueError(f"steps_offset {offset!r}")
+    return Spacing(rule, c.get("timestep_spacing") or kind, n, offset, end)
+
+
+def number_of_steps(c):
+    """num_train_timesteps. Raises ValueError for what is no number of steps."""
+    n = c.get("num_train_timesteps", 1000)
+    if not is_number(n, 0, MOST_STEPS, (int,)):
+        raise ValueError(f"num_train_timesteps {n!r}")
+    return n
 
 
 # ---- the whole file ------------------------------------------------------------------------------
@@ -138,6 +157,43 @@ def read_scheduler(folder, tokens=None):
     tokens: of an image, for a shift that depends on their number.
     """
     c = load_json(os.path.join(folder, "scheduler_config.json"))
+    with blamed(folder):
+        schedule, prediction, shift = schedule_of(c, folder, tokens)
+        check_schedule(schedule)
+        if shift is not None and not is_number(shift, 0, 1e6):
+            raise ValueError(f"shift {shift}")
+    return schedule, prediction, shift
+
+
+MOST_STEPS = 100_000  # of a schedule or a sampler: more are a damaged file
+
+
+def is_number(value, low, high, kinds=(int, float)):
+    """Whether an entry of a JSON file is a number above low, at most high. NaN never is."""
+    return type(value) in kinds and low < value <= high
+
+
+def check_schedule(schedule):
+    """Raises ValueError for betas with which no noise can be added."""
+    alpha = schedule.alpha(torch.linspace(0, 1, 11))
+    if not alpha.isfinite().all() or (alpha.diff() > 0).any():
+        raise ValueError(f"betas from {schedule.beta_start} to {schedule.beta_end}")
+
+
+@contextlib.contextmanager
+def blamed(folder):
+    """Errors inside are those of a damaged scheduler_config.json."""
+    try:
+        yield
+    except (TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as e:
+        raise UserError(
+            f"{folder}: scheduler_config.json has an entry that no scheduler has ({e}): restore it "
+            "from the source of the checkpoint"
+        ) from None
+
+
+def schedule_of(c, folder, tokens):
+    """What read_scheduler gives, of the dict of a scheduler_config.json, which may be damaged."""
     for key, value, remedy in unsupported(c):
         what = key if value is True else f"{key} {value!r}"
         raise UserError(
@@ -184,7 +240,7 @@ def read_betas(folder, c):
     """The schedule and the prediction of a VP scheduler. Raises UserError."""
     kinds = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
     prediction = kinds.get(c.get("prediction_type", "epsilon"))
-    betas, n = c.get("trained_betas") or c.get("beta_schedule"), c.get("num_train_timesteps", 1000)
+    betas, n = c.get("trained_betas") or c.get("beta_schedule"), number_of_steps(c)
     trained = isinstance(betas, list)
     if prediction is None or not (trained or betas in ("linear", "scaled_linear")):
         raise UserError(

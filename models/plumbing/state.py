@@ -16,7 +16,15 @@ import torch
 from torch import nn
 
 from models.draws import stable_hash
-from models.files import TensorWriter, UserError, fingerprint, fsync_folder, open_tensors, save_json
+from models.files import (
+    TensorWriter,
+    UserError,
+    fingerprint,
+    fsync_folder,
+    load_json,
+    open_tensors,
+    save_json,
+)
 from models.networks import weight_files
 from models.plumbing.data import files_below
 from models.plumbing.teachers import find_folder, network_folder
@@ -197,6 +205,25 @@ def find_state(output_dir, resume):
     return os.path.join(output_dir, "state", states[-1]) if states else None
 
 
+def read_info(folder):
+    """state.json of a checkpoint -> dict. Raises UserError for one that no run has written."""
+    path = os.path.join(folder, "state.json")
+    info = load_json(path)
+    flags, ranks = info.get("flags"), info.get("world_size", 1)
+    right = isinstance(flags, dict) and isinstance(info.get("changes", []), list)
+    right = right and all(type(info.get(k, 0.0)) in (int, float) for k in ("step", "seconds"))
+    counts = [info.get("step"), ranks]
+    if right:
+        counts += [*(flags.get(k) for k in BATCH), flags.get("sequence_ranks", 1)]
+    right = right and all(type(n) is int and 0 <= n <= 10**9 for n in counts)
+    if not right or 0 in counts[1:] or max(counts[1:]) > 10**6 or ranks % counts[-1]:
+        raise UserError(
+            f"{path} is damaged: copy it again, or resume with --resume_from_checkpoint from an "
+            "earlier step's folder beside it"
+        )
+    return info
+
+
 # ---- what a resumed run may change ---------------------------------------------------------------
 
 # Flags that change no gradient: where things go, what is shown, how the end of a run samples, what
@@ -351,7 +378,8 @@ def refuse_other_batch(saved, ranks, args, world_size):
     before = f"updates were of {samples} samples (--train_batch_size {micro}, "
     before += f"--gradient_accumulation_steps {parts}, {ranks} rank(s))"
     if samples % groups:
-        fitting = [n * args.sequence_ranks for n in range(1, samples + 1) if samples % n == 0]
+        fitting = [n for n in range(1, min(samples, 4096) + 1) if samples % n == 0]
+        fitting = [n * args.sequence_ranks for n in fitting]
         fitting = ", ".join(map(str, fitting))
         raise UserError(f"{before}, which {world_size} ranks cannot share: use one of {fitting}")
     each = samples // groups

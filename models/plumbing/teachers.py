@@ -29,7 +29,14 @@ from models.networks import (
     trellis_path,
     weights_hash,
 )
-from models.plumbing.schedulers import PREDICTION_TYPES, read_scheduler, read_spacing
+from models.plumbing.schedulers import (
+    MOST_STEPS,
+    PREDICTION_TYPES,
+    check_schedule,
+    is_number,
+    read_scheduler,
+    read_spacing,
+)
 from models.shards import whole_tensor
 from models.worlds import WORLDS, load_world
 from models.worlds.ring import fit_ring_network, fit_ring_transformer
@@ -568,11 +575,6 @@ def scheduler_config(net, schedule, sampler):
     return {"_class_name": "DDIMScheduler", **table, "timestep_spacing": "trailing"}
 
 
-def is_number(value, low, high, kinds=(int, float)):
-    """Whether an entry of a JSON file is a number above low, at most high. NaN never is."""
-    return type(value) in kinds and low < value <= high
-
-
 def wrong_entries(s):
     """Entries of sampler.json that no student of ours has: pairs (wrong, what)."""
     times, shape, schedule = s["times"], s.get("sample_shape", [1]), s["schedule"]
@@ -604,9 +606,6 @@ def wrong_entries(s):
         yield not right, f"base {s['base']!r} and seed {s['seed']!r}"
 
 
-MOST_STEPS = 100_000  # of a schedule or a sampler: more are a damaged file
-
-
 def read_sampler(folder):
     """sampler.json of a student folder -> (dict, schedule, prediction, shift); raises UserError."""
     path = os.path.join(folder, "sampler.json")
@@ -616,8 +615,9 @@ def read_sampler(folder):
             if wrong:
                 raise ValueError(what)
         schedule = read_schedule(s["schedule"])
+        check_schedule(schedule)
         return s, schedule, s["prediction"], float(s["timestep_shift"])
-    except (KeyError, TypeError, ValueError, AttributeError, UserError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, UserError) as e:
         raise UserError(
             f"{path} is not a sampler description of ours ({type(e).__name__}: {e})"
         ) from None

@@ -1,0 +1,284 @@
+"""Runs that are killed, stopped and damaged at random moments, and have to end as if unbroken.
+
+    python -m tests.faults --minutes 30          # all scripts in turn, on one process and on two
+    python -m tests.faults --minutes 5 dmd tdm   # these; exit code 1 if something was lost
+
+A case is a short run that meets one fault and is resumed: SIGKILL at a random moment, of one rank
+where there are two; SIGKILL inside a save, at a random fsync or rename; SIGTERM; files that cannot
+grow beyond a size, as on a full disk; a clock that is set back; a file of the newest state cut, or
+with a bit flipped, after a kill. The resumed run has to end, after at most one refusal in one line
+whose advice gets past it, with the student and the state of the unbroken run, bit for bit. A bit
+that is flipped among a tensor's numbers cannot be known from the file: there it is enough that the
+run ends. Samples at the end of runs are left out. For Linux: a case is a fork.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from models.plumbing import report, teachers
+from models.plumbing.run import run_main
+from tests.helpers import assert_bit_equal, ring_dit, ring_network, save_tiny_teacher, weights
+
+SHORT = "--max_train_steps 8 --train_batch_size 4 --checkpointing_steps 2 --seed 1".split()
+CASES = {  # flags with which a script makes an update of the tiny teacher in no time
+    "dmd": "--student_steps 2 --lr_decay_share 0",
+    "decoupled_dmd": "--student_steps 2 --lr_decay_share 0",
+    "tdm": "--student_steps 1 2 --lr_decay_share 0",
+    "phased_dmd": "--student_steps 4 --phases 2 --lr_decay_share 0",
+    "linvideo": "--bank_size 8 --bank_batch 4 --sampling_steps 4 --objective adm",
+    "mdt_dist": "--teacher ring --lr_decay_share 0 --preview_every 0",
+    "latent_fm": "--data ring --pool 200 --optimizer adamw --lr_warmup_steps 0 --preview_every 0",
+}
+FAULTS = ("kill", "kill in a save", "term", "full disk", "clock", "damage")
+
+
+def flags_of(script, root, ranks):
+    flags = [*SHORT, *CASES[script].split()]
+    if script != "latent_fm":
+        flags = [*SHORT, "--teacher_steps", "1", "--preview_samples", "2"]
+        flags += ["--teacher", str(root / "teacher"), *CASES[script].split()]
+    return [*flags, "--train_batch_size", str(4 // ranks)]
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def dies_in_a_save(n):
+    """This process kills itself at its n-th fsync or rename."""
+    left = [n]
+
+    def counted(real):
+        def call(*args):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+
+        return call
+
+    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+
+
+def clock_set_back(after):
+    """time.time goes back by a day so many seconds from now."""
+    real, began = time.time, time.time()
+    time.time = lambda: real() - 86400 * (real() > began + after)
+
+
+def start(script, flags, folder, rank=0, ranks=1, port=0, arm=None):
+    """Fork a process that runs a script, whose output goes to a file.  -> its id"""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        out = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(n, "wb", 0)) for n in (1, 2))
+        if ranks > 1:
+            there = dict(RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            os.environ.update({k: str(v) for k, v in there.items()})
+        if arm:
+            arm()
+        module = importlib.import_module(script)
+        run_main(lambda: module.main(flags))
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code or 0)
+
+
+def run(script, flags, folder, ranks, arm=None, fault=None, rng=None, duration=0.0):
+    """A run on so many ranks, which one of them may not survive.
+
+    fault: (signal, seconds until it). As torchrun does, the others are ended when one fails.  ->
+    exit codes of all, what rank 0 said
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    pids = [start(script, flags, folder, r, ranks, port, arm) for r in range(ranks)]
+    began, codes, last = time.time(), {}, time.time() + 120
+    victim = rng.choice(pids) if rng else pids[0]
+    while len(codes) < ranks:
+        for pid in [p for p in pids if p not in codes]:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        if fault and time.time() - began > fault[1]:
+            if victim not in codes:
+                os.kill(victim, fault[0])
+            fault = None
+        failed = [c for c in codes.values() if c]
+        if (failed and time.time() > began) or time.time() > last:
+            time.sleep(0.1)  # the others notice by themselves, or not
+            for pid in [p for p in pids if p not in codes]:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return list(codes.values()), (folder / "said-0").read_text(errors="replace")
+
+
+# ---- a case --------------------------------------------------------------------------------------
+
+
+def damage(out, rng):
+    """Cut a file of the newest state, or flip one of its bits.  -> what was done, or None"""
+    states = sorted((out / "state").glob("step-*"))
+    if not states:
+        return None
+    path = rng.choice(sorted(p for p in states[-1].iterdir() if p.is_file()))
+    data, how = bytearray(path.read_bytes()), rng.choice(["cut", "flip"])
+    if how == "cut":
+        data = data[: rng.randrange(len(data))]
+    else:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    return f"{how} {path.name}"
+
+
+def broken_run(script, flags, folder, ranks, kind, rng, usual):
+    """A run with a fault of this kind; usual: seconds, bytes of the largest file and calls of
+    fsync that it would have.  -> its exit codes, what it said, what else was done to it"""
+    seconds, size = usual
+    when, arm, fault = rng.uniform(0.05, 1) * seconds, None, None
+    if kind in ("kill", "damage"):
+        fault = signal.SIGKILL, when
+    if kind == "term":
+        fault = signal.SIGTERM, when
+    if kind == "kill in a save":
+        n = rng.randrange(1, 60)
+        arm = lambda: dies_in_a_save(n)  # noqa: E731
+    if kind == "full disk":
+        most = rng.randrange(size // 4, size)
+        arm = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))  # noqa: E731
+    if kind == "clock":
+        arm = lambda: clock_set_back(when)  # noqa: E731
+    codes, said = run(script, flags, folder, ranks, arm, fault, rng)
+    done = damage(folder / "run", rng) if kind == "damage" else None
+    return codes, said, done
+
+
+def one_case(script, root, ranks, kind, rng, want, usual):
+    """-> "survived", "refused once", or what went wrong."""
+    folder = root / "case"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    flags = [*flags_of(script, root, ranks), "--output_dir", str(folder / "run")]
+    codes, said, done = broken_run(script, flags, folder, ranks, kind, rng, usual)
+    if "Traceback" in said and ranks == 1:
+        return f"a traceback after {kind}:\n{said[-1500:]}"
+    if kind == "full disk" and any(codes) and "error: the disk is full" not in said and ranks == 1:
+        return f"exit codes {codes} on a full disk:\n{said[-500:]}"
+    again, refused = [*flags, "--resume_from_checkpoint", "latest"], False
+    codes, said = run(script, again, folder, ranks)
+    if set(codes) != {0} and done:
+        error = [line for line in said.splitlines() if line.startswith("error: ")]
+        if "Traceback" in said or len(error) != 1:
+            return f"{done}: exit codes {codes}\n{said[-1500:]}"
+        refused = True  # as it advises, an earlier state, or from the start
+        shutil.rmtree(sorted((folder / "run" / "state").glob("step-*"))[-1])
+        codes, said = run(script, again, folder, ranks)
+    if set(codes) != {0}:
+        return f"lost after {kind}, {done}: exit codes {codes}\n{said[-1500:]}"
+    left = [p for p in folder.rglob("*") if ".tmp-" in p.name]
+    if left:
+        return f"left behind after {kind}: {left}"
+    if done and "flip" in done and not refused:
+        return "survived"
+    try:
+        assert_bit_equal(weights(folder / "run"), want)
+    except AssertionError:
+        return f"differs after {kind}, {done}"
+    return "refused once" if refused else "survived"
+
+
+def prepare(script, root, ranks):
+    """The unbroken run -> its weights; seconds, and bytes of its largest file."""
+    folder = root / "whole"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    flags = [*flags_of(script, root, ranks), "--output_dir", str(folder / "run")]
+    began = time.time()
+    codes, said = run(script, flags, folder, ranks)
+    assert set(codes) == {0}, said[-3000:]
+    size = max(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    return weights(folder / "run"), (time.time() - began, size)
+
+
+def leave_out_samples():
+    """What runs draw at their end takes longer than their updates."""
+    for name in ("finish", "preview", "save_samples"):
+        setattr(report, name, lambda *a, **k: None)
+    for name in ("latent_fm", "linvideo", "mdt_dist"):
+        importlib.import_module(name).finish = lambda *a, **k: None
+    teachers.fit_ring_network = lambda teacher, seed: ring_network(seed)
+    teachers.fit_ring_transformer = lambda teacher, seed: ring_dit(seed)
+
+
+def test_script(script, ranks, root, until, rng, most=10**9):
+    """Cases until this time.  -> {"survived": n, "refused once": n, "wrong": [texts]}, cases"""
+    found, tried = {"survived": 0, "refused once": 0, "wrong": []}, 0
+    kinds = rng.sample(FAULTS, len(FAULTS))
+    want, usual = prepare(script, root, ranks)
+    while time.time() < until and tried < most:
+        kind = kinds[tried % len(kinds)]
+        tried += 1
+        result = one_case(script, root, ranks, kind, rng, want, usual)
+        if result in found:
+            found[result] += 1
+        else:
+            found["wrong"].append(result)
+            print(f"{script} on {ranks}: {result}", flush=True)
+    return found, tried
+
+
+test_script.__test__ = False  # for pytest
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("script", nargs="*", choices=[*CASES, []], help="these (default: all)")
+    p.add_argument("--minutes", type=float, default=30, help="of all together")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args(argv)
+    torch.set_num_threads(1)
+    leave_out_samples()
+    scripts, rng, wrong = args.script or list(CASES), random.Random(args.seed), 0
+    print("script         ranks  faults  survived  refused once  wrong", flush=True)
+    share, end = 60 * args.minutes / (2 * len(scripts)), time.time()
+    for script in scripts:
+        for ranks in (1, 2):
+            end += share
+            with tempfile.TemporaryDirectory() as folder:
+                save_tiny_teacher(Path(folder) / "teacher")
+                r, tried = test_script(script, ranks, Path(folder), end, rng)
+            wrong += len(r["wrong"])
+            counts = f"{r['survived']:8}  {r['refused once']:12}  {len(r['wrong']):5}"
+            print(f"{script:13}  {ranks:5}  {tried:6}  {counts}", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
