@@ -83,7 +83,9 @@ from models.plumbing.flags import (
     number,
     paper_values,
     refuse,
+    wrong_output,
 )
+from models.plumbing.image_sets import write_set
 from models.plumbing.run import Run, progress, refuse_output_dir, run_main
 from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.teachers import describe_schedule, read_own_sampler
@@ -883,6 +885,19 @@ def finish(run, net, world, data, space):
     print(f"samples: {os.path.join(run.folder, 'samples.png')}")
 
 
+def sampler_settings(args):
+    """Arguments of `sample` as the flags say."""
+    return dict(
+        steps=args.sample_steps,
+        guidance_scale=args.guidance_scale,
+        solver=args.solver,
+        timestep_shift=args.timestep_shift,
+        interval=args.guidance_interval,
+        atol=args.atol,
+        rtol=args.rtol,
+    )
+
+
 def draw_samples(run, net, space, n, seed, label=None, context=None, **changes):
     """n samples from this seed's noise, with the solver and guidance of the flags.
 
@@ -892,16 +907,7 @@ def draw_samples(run, net, space, n, seed, label=None, context=None, **changes):
     """
     args, calls = run.args, []
     noise = torch.randn(n, *net.latent_shape, generator=torch.Generator().manual_seed(seed))
-    settings = dict(
-        steps=args.sample_steps,
-        guidance_scale=args.guidance_scale,
-        solver=args.solver,
-        timestep_shift=args.timestep_shift,
-        interval=args.guidance_interval,
-        atol=args.atol,
-        rtol=args.rtol,
-    )
-    settings |= changes
+    settings = sampler_settings(args) | changes
 
     def part(first, last):
         z, its_label, its_context = (
@@ -1093,7 +1099,8 @@ def agreement(world, x, maps):
 def sample_only(args):
     """--sample FOLDER: load a saved network, print its measures, write samples to --output_dir.
 
-    It samples as its sampler.json says; flags that are given win.
+    It samples as its sampler.json says; flags that are given win. With --samples or --reconstruct
+    it writes a set of images instead.
     """
     run = Run(args, "latent_fm")
     folder, saved, *_ = read_own_sampler(args.sample, run.method)
@@ -1107,17 +1114,63 @@ def sample_only(args):
     args.data, args.maps = args.data or saved.get("data"), args.maps or saved.get("maps")
     args.resolution = saved.get("resolution", args.resolution)
     args.crop = saved.get("crop", args.crop)
-    args.pool = 1000  # of a world's training items only the number of map classes is wanted
+    # of a world's training items only the number of map classes is wanted, or what to reconstruct
+    args.pool = max(1000, args.samples or 0)
     name = config.get("world") or args.data
     world = load_world(name) if name in WORLDS else None
     refuse(wrong_flags(args, world))
     refuse_output_dir(run.folder, sampling=True)
     space = (space_beside(folder) or LatentSpace(Identity())).to(run.device)
     with_context = args.task in ("inpaint", "semantic")
-    data = load_training_data(args, world) if with_context else None
+    wants_data = with_context or args.reconstruct
+    data = load_training_data(args, world) if wants_data else None
+    if args.samples or args.reconstruct:
+        return write_images(run, net, data, space, folder)
     os.makedirs(run.folder, exist_ok=True)
     finish(run, net, world, data, space)
     run.wait_for_all()
+
+
+def write_images(run, net, data, space, folder):
+    """--samples N images of a saved network, or with --reconstruct of its autoencoder.
+
+    All ranks call it. folder: the network's. Raises UserError.
+    """
+    args = run.args
+    report.refuse_no_images(space.pixel_shape(net.latent_shape), "without it samples.png is drawn")
+    if args.reconstruct:
+        refuse(wrong_reconstruction(args, data, space))
+        n, label = args.samples or len(data.x), data.label
+        about = {"reconstructed": pixels_hash(data.x)}
+        label = None if label is None else label[torch.arange(n)]
+    else:
+        n, label = args.samples, report.chosen_labels(args, max(1, net.num_classes))
+        label = label if net.num_classes else None
+        about = sampler_settings(args)
+
+    def draw(first, last):
+        """Samples, or decode(encode(x)) at the posterior's mean."""
+        if args.reconstruct:
+            z = to_unit(data.x[torch.arange(first, last)]).to(run.device)
+        else:
+            z = Draws(args.seed, "evaluation", 0, range(first, last), run.device)
+            z = z.normal("z", net.latent_shape)
+            its = None if label is None else label[first:last].to(run.device)
+            z = sample(net, z, its, **about)
+        with torch.autocast(run.device.type, enabled=False):  # the autoencoder in float32
+            return space.to_pixels(space.to_latents(z) if args.reconstruct else z)
+
+    write_set(run, draw, n, label, **about, **report.made_with(args, folder))
+
+
+def wrong_reconstruction(a, data, space):
+    """Why there is nothing to reconstruct: pairs (wrong, why)."""
+    n = len(data.x)
+    yield (
+        space.trivial,
+        "--reconstruct: this run is one of pixels, without autoencoder: leave it out",
+    )
+    yield (a.samples or 0) > n, f"--samples {a.samples}: --data {a.data} has {n} images: name fewer"
 
 
 # ---- what an update costs, for --dry_run ---------------------------------------------------------
@@ -1259,6 +1312,8 @@ def add_training_flags(p):
 
 
 def add_sampler_flags(p):
+    p.run.add_argument("--reconstruct", action="store_true", help="with --sample: write "
+        "--data (all of it, or --samples N images) through the run's autoencoder, for rFID")
     add = p.shown.add_argument
     add("--solver", choices=["euler", "heun", "dopri5"], default=None,
         help="of the samples at the end; heun unless given (paper: dopri5)")
@@ -1333,6 +1388,9 @@ def wrong_flags(a, world):
     with_context = a.task in ("inpaint", "semantic")
     sized = a.network in PAPER_NETWORKS and (with_context or a.t_scale not in (1, 1000))
     sides = a.hflip and semantic and not world
+    yield from wrong_output(a)
+    yield a.samples and with_context, (
+        f"--samples {a.samples}: --task {a.task} fills pictures in: leave it out")
     yield low > high, f"--guidance_interval: LO must not be above HI, got {low:g} {high:g}"
     yield guided, f"--guidance_scale {scale}: --task {a.task} has no labels to guide by"
     yield inpaint_file, "--task inpaint encodes images in every step: give --data FOLDER or a world"

@@ -105,6 +105,13 @@ def add_run_flags(p):
         "in every such group; None: over the ranks of a node")
     add("--sample", default=None, metavar="FOLDER",
         help="do not train: load this saved student and write samples")
+    add("--samples", type=number(int, 2), default=None, metavar="N", help="with --sample: N images "
+        "for models/metrics.py and other programs, instead of samples.png; the same command goes "
+        "on with an interrupted one")
+    add("--format", choices=["npz", "png", "jpg"], default=None, help="of --samples: samples.npz "
+        "(also where this is left out), as guided-diffusion's evaluator reads it, or a file each")
+    add("--labels", choices=["balanced", "random"], default=None, help="of --samples: each class "
+        "or prompt equally often (also where this is left out), or drawn at random")
     add("--dry_run", type=number(int, 1), nargs="?", const=0, default=None, metavar="RANKS",
         help="load nothing: print what a rank of a GPU needs on so many ranks (those of torchrun, "
         "or 1), and FLOPs and seconds of an update")
@@ -264,10 +271,24 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
         refuse_ambiguous(f"--{flag}", given.get(flag))
     args.settings = "" if known.sample else describe_settings(given, start, taken)
     args.output_dir = args.output_dir or default_output_dir(method, args.teacher, args.sample)
-    for wrong, why in refusals(args):
+    for wrong, why in (*wrong_output(args), *refusals(args)):
         if wrong:
             p.error(why)
     return args
+
+
+def wrong_output(a):
+    """Flags of sets of images that do not go together: pairs (wrong, why)."""
+    made = a.samples or getattr(a, "reconstruct", False)
+    yield (
+        made and not a.sample,
+        ("--samples and --reconstruct are for a saved network: give --sample FOLDER with them"),
+    )
+    for flag in ("format", "labels"):
+        yield (
+            getattr(a, flag) and not made,
+            (f"--{flag} is for sets of images: give --samples N with it, or leave it out"),
+        )
 
 
 def release_defaults(p, teacher, presets, method):

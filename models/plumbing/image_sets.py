@@ -246,14 +246,15 @@ def write_set(run, draw, n, label=None, **about):
         missing = []
     run.wait_for_all()  # nobody writes before all have looked
     for i in progress(range(0, len(missing), run.parts), "images", disable=not run.main):
-        mine = i + run.part
-        chunk = missing[min(mine, len(missing) - 1)]  # a rank without one draws one for nothing
+        mine, last = i + run.part, min(i + run.parts, len(missing)) - 1
+        chunk = missing[min(mine, last)]  # a rank without one draws one for nothing
         with run.autocast(), torch.no_grad():
             x = draw(chunk.start, chunk.stop)
-        if not x.isfinite().all():
+        bad = float(not x.isfinite().all())
+        if any(run.mean_over_ranks(bad)):  # all ranks stop, and the first of them says why
             raise UserError(
-                f"--sample {run.args.sample}: images {chunk.start} to {chunk.stop - 1} have "
-                "numbers that are not finite: name the student of another step"
+                f"--sample {run.args.sample}: some of images {missing[i].start} to "
+                f"{missing[last].stop - 1} are not finite: name the student of another step"
             )
         if mine < len(missing) and run.writes:
             write_chunk(folder, kind, chunk, to_bytes(x))
@@ -266,9 +267,10 @@ def write_set(run, draw, n, label=None, **about):
 def begin_set(run, folder, about):
     """Make the folder, or see that what is there was begun alike. Raises UserError."""
     path = os.path.join(folder, "set.json")
-    if run.main and not os.path.isfile(path):
+    if run.main:
         os.makedirs(os.path.join(folder, "chunks"), exist_ok=True)
-        save_json(about, path)
+        if not os.path.isfile(path):
+            save_json(about, path)
     run.wait_for_all()
     old, about = load_json(path), json.loads(json.dumps(about))
     other = [name for name in {**about, **old} if old.get(name) != about.get(name)]

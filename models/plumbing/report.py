@@ -17,12 +17,13 @@ import torch.distributed as dist
 
 from models.diffusion import ode_calls
 from models.draws import Draws
-from models.files import UserError, open_tensors, save_json, save_tensors
+from models.files import UserError, fingerprint, open_tensors, save_json, save_tensors
 from models.networks import load_network, lora, save_network
 from models.networks.latent_space import space_beside
 from models.pictures import picture, save_gif, save_grid
-from models.plumbing.data import Conditions
+from models.plumbing.data import Conditions, files_below
 from models.plumbing.flags import refuse
+from models.plumbing.image_sets import write_set
 from models.plumbing.run import peak_memory_mb, refuse_output_dir
 from models.plumbing.teachers import (
     Teacher,
@@ -249,11 +250,14 @@ def load_student(run, conditions_of=Conditions):
 
 
 def write_samples(run, teacher, sampler, calls):
-    """What --sample leaves: samples.png, for videos a GIF too, and latents. Raises UserError.
+    """What --sample leaves: samples.png, for videos a GIF too, and latents; with --samples a set of
+    images. Raises UserError.
 
     All ranks call it.
     """
     try:
+        if run.args.samples:
+            return write_images(run, teacher, sampler, calls)
         x = preview(run, teacher, sampler)
     except ValueError as e:
         raise UserError(f"--sample_shape {' '.join(map(str, teacher.shape))}: {e}") from None
@@ -266,6 +270,57 @@ def write_samples(run, teacher, sampler, calls):
     save_samples(run.folder, rows, teacher.world)
     save_tensors({"x0": x}, os.path.join(run.folder, "samples.safetensors"))
     print(f"samples: {os.path.join(run.folder, 'samples.png')}")
+
+
+def write_images(run, teacher, sampler, calls):
+    """--samples N of a student, decoded by its run's autoencoder where it has one.
+
+    All ranks call it. Raises UserError.
+    """
+    args, world, folder = run.args, teacher.world, student_folder(run.args.sample)
+    space = None if world else space_beside(folder)
+    shape = getattr(world, "shape", teacher.shape)
+    if space:
+        space, shape = space.to(run.device), space.pixel_shape(teacher.shape)
+    refuse_no_images(shape, "--preview_samples N writes N of them to samples.safetensors")
+    index = chosen_labels(args, teacher.conditions.count)
+
+    def draw(first, last):
+        x = sampler(index, first, last).float()
+        with torch.autocast(run.device.type, enabled=False):  # the autoencoder in float32
+            if world:
+                return world.pixels(x) if hasattr(world, "pixels") else x
+            return space.to_pixels(x) if space else x
+
+    prompts = teacher.conditions.prompts
+    label = None if prompts or not teacher.conditions.classes else index
+    about = {"prompts": prompts and prompts.fingerprint(), "sample_shape": list(teacher.shape)}
+    write_set(run, draw, args.samples, label, calls=calls, **about, **made_with(args, folder))
+
+
+def refuse_no_images(shape, instead):
+    """Raises UserError for samples of a shape that are no images. instead: what remains."""
+    wrong = len(shape) != 3 or shape[0] not in (1, 3)
+    what = f"samples are {tuple(shape)}, which are no images"
+    refuse([(wrong, f"--samples: {what}: leave it out; {instead}")])
+
+
+def chosen_labels(args, count):
+    """--labels for --samples: which of `count` classes or prompts each image gets.  (N,) int64"""
+    if args.labels == "random":
+        return Draws(args.seed, "labels", 0, range(args.samples)).integer("label", count)
+    return balanced_labels(args.samples, count)
+
+
+def made_with(args, folder):
+    """What a set of images depends on besides the sampler: entries of its set.json."""
+    weights = [path for path in files_below(folder) if path.endswith(".safetensors")]
+    return {
+        "student": fingerprint(weights),
+        "seed": args.seed,
+        "labels": args.labels or "balanced",
+        "mixed_precision": args.mixed_precision,
+    }
 
 
 # ---- the end of a run ----------------------------------------------------------------------------
