@@ -72,6 +72,17 @@ def number(kind, low=None, high=None, above=None):
 
 
 # fmt: off
+def add_set_flags(add):
+    """Flags of sets of images. add: of the group of --sample."""
+    add("--samples", type=number(int, 2), default=None, metavar="N", help="with --sample: N images "
+        "for models/metrics.py and other programs, instead of samples.png; the same command goes "
+        "on with an interrupted one")
+    add("--format", choices=["npz", "png", "jpg"], default=None, help="of --samples: samples.npz "
+        "(also where this is left out), as guided-diffusion's evaluator reads it, or a file each")
+    add("--labels", choices=["balanced", "random"], default=None, help="of --samples: each class "
+        "or prompt equally often (also where this is left out), or drawn at random")
+
+
 def add_run_flags(p):
     """Flags that mean the same in every script: where things go, how long, how much memory."""
     add = p.run.add_argument
@@ -105,13 +116,7 @@ def add_run_flags(p):
         "in every such group; None: over the ranks of a node")
     add("--sample", default=None, metavar="FOLDER",
         help="do not train: load this saved student and write samples")
-    add("--samples", type=number(int, 2), default=None, metavar="N", help="with --sample: N images "
-        "for models/metrics.py and other programs, instead of samples.png; the same command goes "
-        "on with an interrupted one")
-    add("--format", choices=["npz", "png", "jpg"], default=None, help="of --samples: samples.npz "
-        "(also where this is left out), as guided-diffusion's evaluator reads it, or a file each")
-    add("--labels", choices=["balanced", "random"], default=None, help="of --samples: each class "
-        "or prompt equally often (also where this is left out), or drawn at random")
+    add_set_flags(add)
     add("--dry_run", type=number(int, 1), nargs="?", const=0, default=None, metavar="RANKS",
         help="load nothing: print what a rank of a GPU needs on so many ranks (those of torchrun, "
         "or 1), and FLOPs and seconds of an update")
