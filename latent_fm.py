@@ -1168,7 +1168,7 @@ def wrong_reconstruction(a, data, space):
     n = len(data.x)
     yield (
         space.trivial,
-        "--reconstruct: this run is one of pixels, without autoencoder: leave it out",
+        "--reconstruct: this run has no autoencoder: leave it out",
     )
     yield (a.samples or 0) > n, f"--samples {a.samples}: --data {a.data} has {n} images: name fewer"
 

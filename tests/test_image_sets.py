@@ -224,7 +224,7 @@ def test_what_is_no_image_is_refused(tmp_path, capsys, student):
     line = refusal_of(capsys, mdt_dist.main, *flags(student, tmp_path / "x", 4))
     assert "these are solids" in line
     line = refusal_of(capsys, dmd.main, "--samples", "4")
-    assert "give --sample FOLDER with them" in line
+    assert "give --sample FOLDER with it" in line
     line = refusal_of(capsys, dmd.main, "--sample", str(student), "--format", "png")
     assert "--format is for sets of images: give --samples N with it" in line
     save_latent_run(tmp_path / "run")

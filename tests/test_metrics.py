@@ -336,7 +336,7 @@ def test_pixels_alone(tmp_path, capsys):
     assert found["same"]["diversity"] < 0.7 < 0.9 < alike["diversity"] < 1.1
 
 
-def test_sets_that_are_refused(tmp_path, capsys):
+def test_sets_that_are_refused(tmp_path, capsys, monkeypatch):
     """One line each, and the remedy works."""
     good, small = tmp_path / "good.npz", tmp_path / "small.npz"
     np.savez(good, pictures(4, 0))
@@ -376,6 +376,11 @@ def test_sets_that_are_refused(tmp_path, capsys):
     flags = ["--samples", str(good), "--reference", str(good), "--inception"]
     line = refusal_of(capsys, metrics.main, *flags, str(tmp_path / "w.safetensors"))
     assert "w.safetensors is not FID's Inception: it has no Conv2d_1a_3x3" in line
+    monkeypatch.setattr(metrics, "load_inception", lambda path: Stub())
+    (tmp_path / "good.npz.features").write_text("a file where the cache's folder would be")
+    line = refusal_of(capsys, metrics.main, *flags, __file__)
+    assert "name a place with --cache" in line
+    metrics.main([*flags, __file__, "--cache", str(tmp_path / "cache")])
     for name in ("mixed", "small.npz"):  # the advice of both
         flags = ["--samples", str(tmp_path / name), "--reference", str(good)]
         metrics.main([*flags, "--resolution", "8"])

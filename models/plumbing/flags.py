@@ -284,14 +284,15 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
 
 def wrong_output(a):
     """Flags of sets of images that do not go together: pairs (wrong, why)."""
-    made = a.samples or getattr(a, "reconstruct", False)
-    yield (
-        made and not a.sample,
-        ("--samples and --reconstruct are for a saved network: give --sample FOLDER with them"),
-    )
-    for flag in ("format", "labels"):
+    for flag in ("samples", "reconstruct"):
         yield (
-            getattr(a, flag) and not made,
+            getattr(a, flag, None) and not a.sample,
+            (f"--{flag} is for a saved network: give --sample FOLDER with it"),
+        )
+    made = {"format": a.samples or getattr(a, "reconstruct", False), "labels": a.samples}
+    for flag, sets in made.items():
+        yield (
+            getattr(a, flag) and not sets,
             (f"--{flag} is for sets of images: give --samples N with it, or leave it out"),
         )
 
