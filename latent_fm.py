@@ -91,7 +91,7 @@ from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.teachers import describe_schedule, read_own_sampler
 from models.worlds import WORLDS, load_world, refuse_ambiguous
 from models.worlds.masks import draw_masks
-from models.worlds.measures import balanced_labels
+from models.worlds.measures import balanced_labels, compared
 from models.worlds.shapes import overlap
 
 FLOW = Diffusion(Flow(), "flow_v")  # x_t = (1 - t) x0 + t eps; networks predict v = eps - x0
@@ -936,9 +936,10 @@ def evaluate_classes(run, net, world, data, space):
     args, results = run.args, measure_world(run, net, world, space) if world else []
     classes, classless = max(1, net.num_classes), not net.num_classes
     n = 400 if world and world.name == "ring" else 20
-    label, rows = balanced_labels(n, classes), []
+    label, rows, items = balanced_labels(n, classes), [], None
     if data is not None:
-        rows.append(("data", data_items(data, label, classless)))
+        items = data_items(data, label, classless)
+        rows.append(("data", items))
     steps = f"{args.sample_steps} {args.solver.capitalize()} steps"
     if args.solver == "dopri5":
         steps = "dopri5"
@@ -947,14 +948,21 @@ def evaluate_classes(run, net, world, data, space):
         x, _, nfe = draw_samples(run, net, space, n, args.seed + 1, asked, guidance_scale=scale)
         guidance = "" if classless else f", guidance {scale:g}"
         rows.append((f"{steps}, {nfe:g} evaluations{guidance}", x))
+        if run.main and not world and items is not None and x.dim() > 3:
+            row = {"name": "teacher" if scale == 1 else "guided", "guidance_scale": scale}
+            results.append({**row, "nfe": nfe, "samples": n, **compared(x, items)})
     return results, rows
 
 
 def data_items(data, label, classless):
-    """Items of the data with these labels, each once while there are others.  (n, ...) pixels."""
-    of_class = [torch.arange(len(data.x))]
+    """Random items of the data with these labels, each once while there are others.
+
+    -> (n, ...) pixels; the first ones by name would often be alike.
+    """
+    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(0))
+    of_class = [order]
     if not classless:
-        of_class = [(data.label == k).nonzero()[:, 0] for k in range(data.num_classes)]
+        of_class = [order[data.label[order] == k] for k in range(data.num_classes)]
     classes, index = len(of_class), []
     for i, k in enumerate(label.tolist()):
         index.append(of_class[k][i // classes % len(of_class[k])])
@@ -1166,10 +1174,7 @@ def write_images(run, net, data, space, folder):
 def wrong_reconstruction(a, data, space):
     """Why there is nothing to reconstruct: pairs (wrong, why)."""
     n = len(data.x)
-    yield (
-        space.trivial,
-        "--reconstruct: this run has no autoencoder: leave it out",
-    )
+    yield (space.trivial, "--reconstruct: this run has no autoencoder: leave it out")
     yield (a.samples or 0) > n, f"--samples {a.samples}: --data {a.data} has {n} images: name fewer"
 
 
