@@ -49,7 +49,7 @@ def test_frechet_distance_equals_the_general_matrix_root():
         assert frechet_distance(m1, c1, m2, c2) == pytest.approx(float(exact), rel=1e-5)
 
 
-def test_frechet_distance_and_kid_equal_a_public_implementation():
+def test_frechet_distance_equals_a_public_implementation():
     """pytorch-fid's, which needs scipy and torchvision: skipped without them."""
     public = pytest.importorskip("pytorch_fid.fid_score", exc_type=ImportError)
     a, b = normals(40, 12, 3), normals(40, 12, 4) + 0.3
@@ -99,20 +99,21 @@ def test_kid_is_unbiased():
     assert abs(float(values.mean())) < error < sum(biased) / 400
 
 
-@pytest.mark.parametrize("rows", [2000, 4])
-def test_precision_and_recall_are_their_definition(rows):
-    x, of = 3 * normals(11, 2, 0) + 1, normals(9, 2, 1)
+@pytest.mark.parametrize("k, rows", [(3, 2000), (3, 7), (1, 7), (5, 7)])
+def test_precision_and_recall_are_their_definition(k, rows):
+    """Balls reach to the k-th other row; a count of the row itself would make them smaller."""
+    x, of = 1.5 * normals(60, 2, 0), normals(40, 2, 1)
 
     def inside(point):
         for i, center in enumerate(of):
             others = sorted(float((center - p).norm()) for j, p in enumerate(of) if j != i)
-            if float((center - point).norm()) <= others[2]:
+            if float((center - point).norm()) <= others[k - 1]:
                 return True
         return False
 
-    share = sum(inside(p) for p in x) / 11
+    share = sum(inside(p) for p in x) / 60
     assert 0 < share < 1
-    assert metrics.share_inside(x, of, rows=rows) == pytest.approx(share)
+    assert metrics.share_inside(x, of, k, rows) == pytest.approx(share)
     assert metrics.share_inside(of, of) == 1 and metrics.share_inside(of + 100, of) == 0
 
 
