@@ -79,6 +79,8 @@ def test_npz_png_and_jpg(tmp_path, student):
         )
         labels = json.loads((tmp_path / kind / "dataset.json").read_text())["labels"]
         assert labels == [[f"{i:06d}.{kind}", i % 10] for i in range(11)]
+        Image.new("RGB", (99, 9)).save(tmp_path / kind / "samples.png")  # of --sample alone
+        assert image_sets.open_images(tmp_path / kind, "--samples").n == 11
     dmd.main(
         ["--sample", str(student), "--preview_samples", "11", "--output_dir", str(tmp_path / "s")]
     )
@@ -121,6 +123,9 @@ def test_the_same_command_goes_on_after_a_kill(tmp_path, monkeypatch, student, k
     """Chunks that are there are kept and not drawn again."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     killed(tmp_path, "dmd", "replace", name, n, *flags(student, out, 11, "--format", kind))
+    if kind == "png":
+        with pytest.raises(UserError, match="is not whole: go on with the command"):
+            image_sets.open_images(out, "--samples")
     drawn, real = [], dmd.sample
 
     def counted(student, diffusion, noise, *more):

@@ -99,11 +99,17 @@ class Images:
 
 
 class FolderImages(Images):
-    """Images of a folder and its subfolders, by name; other files are passed over."""
+    """Images of a folder and its subfolders, by name; other files are passed over, and so is the
+    samples.png of a run beside a set that `write_set` has made. Raises UserError for half of one.
+    """
 
     def __init__(self, *about):
         super().__init__(*about)
         self.paths = [path for path in files_below(self.path) if is_image(path)]
+        if os.path.isfile(os.path.join(self.path, "set.json")):
+            self.paths = [p for p in self.paths if os.path.basename(p).split(".")[0].isdecimal()]
+            if os.path.isdir(os.path.join(self.path, "chunks")):
+                raise UserError(f"{self.where} is not whole: go on with the command that writes it")
         self.n, self.size = len(self.paths), None
         if self.paths:
             self.size = self.own_size(*self.read(self.paths[0]).shape[1:])
