@@ -932,7 +932,10 @@ def add_excess(results):
 
 
 def evaluate_classes(run, net, world, data, space):
-    """--task class and uncond.  -> rows of report.json (worlds only), rows of samples.png."""
+    """--task class and uncond.  -> rows of report.json, rows of samples.png.
+
+    A world measures; images of a folder are compared with what samples.png shows of it.
+    """
     args, results = run.args, measure_world(run, net, world, space) if world else []
     classes, classless = max(1, net.num_classes), not net.num_classes
     n = 400 if world and world.name == "ring" else 20

@@ -1,8 +1,9 @@
 """What a run shows and saves: samples.png (and .gif), student/, report.json, a table.
 
 A sampler is a function (index, first, last) -> samples first ... last - 1, of the conditions
-index[first:last]. All rows start from the same noise. Measures exist for the embedded worlds only;
-a teacher without a world gets pictures and latents.
+index[first:last]. All rows start from the same noise. Worlds measure 2,000 samples; of a teacher
+without a world the few that samples.png shows are compared with --data and with the many-step
+teacher's, and latents are written too. `write_images` makes sets for models/metrics.py.
 
 All ranks call `save_previews`, `finish` and `write_samples`: they share out the samples, in the
 precision that networks train in, and rank 0 writes.
