@@ -412,7 +412,7 @@ def train(args):
     if run.first >= args.max_train_steps:  # a finished run is written out again, perhaps elsewhere
         report.save_student(run, teacher, ema, times)
     parameters = sum(p.numel() for p in ema.eval().parameters())
-    report.finish(run, teacher, times, {"student": (len(times), sampler)}, parameters)
+    report.finish(run, teacher, times, {"student": (len(times), sampler)}, parameters, real=real)
 
 
 def mean_variance_target(args, world):

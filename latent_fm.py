@@ -83,13 +83,15 @@ from models.plumbing.flags import (
     number,
     paper_values,
     refuse,
+    wrong_output,
 )
+from models.plumbing.image_sets import write_set
 from models.plumbing.run import Run, progress, refuse_output_dir, run_main
 from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.teachers import describe_schedule, read_own_sampler
 from models.worlds import WORLDS, load_world, refuse_ambiguous
 from models.worlds.masks import draw_masks
-from models.worlds.measures import balanced_labels
+from models.worlds.measures import balanced_labels, compared
 from models.worlds.shapes import overlap
 
 FLOW = Diffusion(Flow(), "flow_v")  # x_t = (1 - t) x0 + t eps; networks predict v = eps - x0
@@ -883,6 +885,19 @@ def finish(run, net, world, data, space):
     print(f"samples: {os.path.join(run.folder, 'samples.png')}")
 
 
+def sampler_settings(args):
+    """Arguments of `sample` as the flags say."""
+    return dict(
+        steps=args.sample_steps,
+        guidance_scale=args.guidance_scale,
+        solver=args.solver,
+        timestep_shift=args.timestep_shift,
+        interval=args.guidance_interval,
+        atol=args.atol,
+        rtol=args.rtol,
+    )
+
+
 def draw_samples(run, net, space, n, seed, label=None, context=None, **changes):
     """n samples from this seed's noise, with the solver and guidance of the flags.
 
@@ -892,16 +907,7 @@ def draw_samples(run, net, space, n, seed, label=None, context=None, **changes):
     """
     args, calls = run.args, []
     noise = torch.randn(n, *net.latent_shape, generator=torch.Generator().manual_seed(seed))
-    settings = dict(
-        steps=args.sample_steps,
-        guidance_scale=args.guidance_scale,
-        solver=args.solver,
-        timestep_shift=args.timestep_shift,
-        interval=args.guidance_interval,
-        atol=args.atol,
-        rtol=args.rtol,
-    )
-    settings |= changes
+    settings = sampler_settings(args) | changes
 
     def part(first, last):
         z, its_label, its_context = (
@@ -926,13 +932,17 @@ def add_excess(results):
 
 
 def evaluate_classes(run, net, world, data, space):
-    """--task class and uncond.  -> rows of report.json (worlds only), rows of samples.png."""
+    """--task class and uncond.  -> rows of report.json, rows of samples.png.
+
+    A world measures; images of a folder are compared with what samples.png shows of it.
+    """
     args, results = run.args, measure_world(run, net, world, space) if world else []
     classes, classless = max(1, net.num_classes), not net.num_classes
     n = 400 if world and world.name == "ring" else 20
-    label, rows = balanced_labels(n, classes), []
+    label, rows, items = balanced_labels(n, classes), [], None
     if data is not None:
-        rows.append(("data", data_items(data, label, classless)))
+        items = data_items(data, label, classless)
+        rows.append(("data", items))
     steps = f"{args.sample_steps} {args.solver.capitalize()} steps"
     if args.solver == "dopri5":
         steps = "dopri5"
@@ -941,14 +951,21 @@ def evaluate_classes(run, net, world, data, space):
         x, _, nfe = draw_samples(run, net, space, n, args.seed + 1, asked, guidance_scale=scale)
         guidance = "" if classless else f", guidance {scale:g}"
         rows.append((f"{steps}, {nfe:g} evaluations{guidance}", x))
+        if run.main and not world and items is not None and x.dim() > 3:
+            row = {"name": "teacher" if scale == 1 else "guided", "guidance_scale": scale}
+            results.append({**row, "nfe": nfe, "samples": n, **compared(x, items)})
     return results, rows
 
 
 def data_items(data, label, classless):
-    """Items of the data with these labels, each once while there are others.  (n, ...) pixels."""
-    of_class = [torch.arange(len(data.x))]
+    """Random items of the data with these labels, each once while there are others.
+
+    -> (n, ...) pixels; the first ones by name would often be alike.
+    """
+    order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(0))
+    of_class = [order]
     if not classless:
-        of_class = [(data.label == k).nonzero()[:, 0] for k in range(data.num_classes)]
+        of_class = [order[data.label[order] == k] for k in range(data.num_classes)]
     classes, index = len(of_class), []
     for i, k in enumerate(label.tolist()):
         index.append(of_class[k][i // classes % len(of_class[k])])
@@ -1093,7 +1110,8 @@ def agreement(world, x, maps):
 def sample_only(args):
     """--sample FOLDER: load a saved network, print its measures, write samples to --output_dir.
 
-    It samples as its sampler.json says; flags that are given win.
+    It samples as its sampler.json says; flags that are given win. With --samples or --reconstruct
+    it writes a set of images instead.
     """
     run = Run(args, "latent_fm")
     folder, saved, *_ = read_own_sampler(args.sample, run.method)
@@ -1107,17 +1125,60 @@ def sample_only(args):
     args.data, args.maps = args.data or saved.get("data"), args.maps or saved.get("maps")
     args.resolution = saved.get("resolution", args.resolution)
     args.crop = saved.get("crop", args.crop)
-    args.pool = 1000  # of a world's training items only the number of map classes is wanted
+    # of a world's training items only the number of map classes is wanted, or what to reconstruct
+    args.pool = max(1000, args.samples or 0)
     name = config.get("world") or args.data
     world = load_world(name) if name in WORLDS else None
     refuse(wrong_flags(args, world))
     refuse_output_dir(run.folder, sampling=True)
     space = (space_beside(folder) or LatentSpace(Identity())).to(run.device)
     with_context = args.task in ("inpaint", "semantic")
-    data = load_training_data(args, world) if with_context else None
+    wants_data = with_context or args.reconstruct
+    data = load_training_data(args, world) if wants_data else None
+    if args.samples or args.reconstruct:
+        return write_images(run, net, data, space, folder)
     os.makedirs(run.folder, exist_ok=True)
     finish(run, net, world, data, space)
     run.wait_for_all()
+
+
+def write_images(run, net, data, space, folder):
+    """--samples N images of a saved network, or with --reconstruct of its autoencoder.
+
+    All ranks call it. folder: the network's. Raises UserError.
+    """
+    args = run.args
+    report.refuse_no_images(space.pixel_shape(net.latent_shape), "without it samples.png is drawn")
+    if args.reconstruct:
+        refuse(wrong_reconstruction(args, data, space))
+        n, label = args.samples or len(data.x), data.label
+        about = {"reconstructed": pixels_hash(data.x)}
+        label = None if label is None else label[torch.arange(n)]
+    else:
+        n, label = args.samples, report.chosen_labels(args, max(1, net.num_classes))
+        label = label if net.num_classes else None
+        about = sampler_settings(args)
+
+    def draw(first, last):
+        """Samples, or decode(encode(x)) at the posterior's mean."""
+        if args.reconstruct:
+            z = to_unit(data.x[torch.arange(first, last)]).to(run.device)
+        else:
+            z = Draws(args.seed, "evaluation", 0, range(first, last), run.device)
+            z = z.normal("z", net.latent_shape)
+            its = None if label is None else label[first:last].to(run.device)
+            z = sample(net, z, its, **about)
+        with torch.autocast(run.device.type, enabled=False):  # the autoencoder in float32
+            return space.to_pixels(space.to_latents(z) if args.reconstruct else z)
+
+    write_set(run, draw, n, label, **about, **report.made_with(args, folder))
+
+
+def wrong_reconstruction(a, data, space):
+    """Why there is nothing to reconstruct: pairs (wrong, why)."""
+    n = len(data.x)
+    yield (space.trivial, "--reconstruct: this run has no autoencoder: leave it out")
+    yield (a.samples or 0) > n, f"--samples {a.samples}: --data {a.data} has {n} images: name fewer"
 
 
 # ---- what an update costs, for --dry_run ---------------------------------------------------------
@@ -1259,6 +1320,8 @@ def add_training_flags(p):
 
 
 def add_sampler_flags(p):
+    p.run.add_argument("--reconstruct", action="store_true", help="with --sample: write "
+        "--data (all of it, or --samples N images) through the run's autoencoder, for rFID")
     add = p.shown.add_argument
     add("--solver", choices=["euler", "heun", "dopri5"], default=None,
         help="of the samples at the end; heun unless given (paper: dopri5)")
@@ -1333,6 +1396,9 @@ def wrong_flags(a, world):
     with_context = a.task in ("inpaint", "semantic")
     sized = a.network in PAPER_NETWORKS and (with_context or a.t_scale not in (1, 1000))
     sides = a.hflip and semantic and not world
+    yield from wrong_output(a)
+    yield a.samples and with_context, (
+        f"--samples {a.samples}: --task {a.task} fills pictures in: leave it out")
     yield low > high, f"--guidance_interval: LO must not be above HI, got {low:g} {high:g}"
     yield guided, f"--guidance_scale {scale}: --task {a.task} has no labels to guide by"
     yield inpaint_file, "--task inpaint encodes images in every step: give --data FOLDER or a world"

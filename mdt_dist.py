@@ -774,6 +774,7 @@ def wrong_flags(a, teacher=None):
     is_flow = not teacher or (isinstance(teacher.schedule, Flow) and prediction == "flow_v")
     in_one = a.arm not in ("vm", "cm")
     yield a.prompts, "--prompts: conditions come with --data here, as cond.*"
+    yield a.samples, "--samples: it writes images, and these are solids: leave it out"
     low, high = a.teacher_guidance_interval
     yield low > high, (f"argument --teacher_guidance_interval: {low:g} is above {high:g}; give the "
                        "lower end first")

@@ -53,7 +53,7 @@ from models.plumbing.run import Run
 from models.prompts import header_bytes
 
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
-TOOLS = ["models.encode", "models.decode", "models.convert"]
+TOOLS = ["models.encode", "models.decode", "models.convert", "models.metrics"]
 
 
 # ---- the messages, out of the source -------------------------------------------------------------
@@ -455,6 +455,10 @@ class Places:
             lora.save(net, "a", str(root / f"{name}.safetensors"))
         return root
 
+    def PCA_RUN(self, root):
+        flags = f"--data {self['FOLDER']} --resolution 8 --train_batch_size 2 --patch_size 1"
+        return short(latent_fm, root / "run", f"{flags} --autoencoder pca --pca_channels 3")
+
     def LATENT(self, root):
         flags = f"--data {self['FOLDER']} --resolution 8 --train_batch_size 2"
         return short(latent_fm, root / "run", flags)
@@ -753,6 +757,31 @@ CASES = [
         "--mean_variance_weight needs --mean_variance_target MEAN VAR",
         "--mean_variance_weight 1",
         ["--mean_variance_weight 1 --mean_variance_target 0.075 0.81"],
+    ),
+    # ---- sets of images
+    (
+        "latent_fm",
+        "--{} is for a saved network: give --sample FOLDER with it",
+        "--data FOLDER --resolution 8 --samples 2",
+        ["--sample LATENT --samples 2"],
+    ),
+    (
+        "latent_fm",
+        "--{} is for sets of images: give --samples N with it, or leave it out",
+        "--sample LATENT --labels random",
+        ["--sample LATENT --labels random --samples 2", "--sample LATENT"],
+    ),
+    (
+        "latent_fm",
+        "--reconstruct: this run has no autoencoder: leave it out",
+        "--sample LATENT --reconstruct --samples 2",
+        ["--sample LATENT --samples 2"],
+    ),
+    (
+        "latent_fm",
+        "--samples {}: --data {} has {} images: name fewer",
+        "--sample PCA_RUN --reconstruct --samples 5",
+        ["--sample PCA_RUN --reconstruct --samples 4"],
     ),
     # ---- tdm
     (
@@ -1697,6 +1726,23 @@ CASES = [
 
 # What cannot be met in one run of one process with nothing prepared: tests that follow it.
 ELSEWHERE = {
+    "fills pictures in": ("test_image_sets", "test_what_is_no_image_is_refused"),
+    "these are solids": ("test_image_sets", "test_what_is_no_image_is_refused"),
+    "are not finite: name the student": ("test_image_sets", "test_numbers_that_are_not_finite"),
+    "has images that were made with other": (
+        "test_image_sets",
+        "test_another_command_does_not_go_on",
+    ),
+    "is not FID's Inception": ("test_metrics", "test_sets_that_are_refused"),
+    "cut all of them with --resolution N": ("test_metrics", "test_sets_that_are_refused"),
+    "cut both with --resolution N": ("test_metrics", "test_sets_that_are_refused"),
+    "name a place with --cache": ("test_metrics", "test_sets_that_are_refused"),
+    "--reference {} has statistics of features alone": (
+        "test_metrics",
+        "test_statistics_as_reference",
+    ),
+    "give the statistics of FID's Inception": ("test_metrics", "test_statistics_as_reference"),
+    "is not finite: make it again": ("test_metrics", "test_statistics_as_reference"),
     "--output_dir: {} cannot be made": ("test_trust", "test_an_output_folder_that_cannot_be_made"),
     "give each an --output_dir of its own": ("test_trust", "test_two_runs_in_one_folder"),
     "these are not the files that the run began with": (

@@ -399,7 +399,9 @@ def test_a_folder_of_images_trains_end_to_end(tmp_path):
     assert config["class_names"] == ["blue", "red"] and config["world"] is None
     with Image.open(tmp_path / "run" / "samples.png") as shown:
         assert shown.size[0] == 20 * (8 * 3 + 2)
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["results"] == []
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())["results"]
+    assert [r["name"] for r in rows] == ["teacher", "guided"] and rows[0]["samples"] == 20
+    assert all(r["patch_swd"] > 0 and r["diversity"] > 0 for r in rows)
 
 
 def test_data_row_shows_items_of_each_class(tmp_path, monkeypatch):

@@ -1278,7 +1278,9 @@ def test_wan_student_from_end_to_end(tmp_path):
     assert len(linear) == 1 and isinstance(student, WanTransformer3DModel)
     assert isinstance(student.blocks[linear[0]].attn1.attend, LinearAttention)
     assert load_json(str(folder / "student" / "sampler.json"))["guidance_scale"] == 2
-    assert load_json(str(folder / "report.json"))["results"] == []
+    rows = load_json(str(folder / "report.json"))["results"]
+    names = ["teacher", "teacher_same_steps", "student", "student_4"]
+    assert [r["name"] for r in rows] == names and all("paired_mse" in r for r in rows[1:])
     assert Image.open(folder / "samples.gif").n_frames == 2
     assert set(read_bank(folder / "bank")) == {"index", "x", "v", "v_uncond"}
     again = ["--prompts", str(tmp_path / "wan" / "prompts.safetensors"), "--preview_samples", "2"]

@@ -1,7 +1,6 @@
 """models/plumbing/report.py and models/pictures.py: samples on all ranks, how often, how large."""
 
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +19,7 @@ import tdm
 from models import pictures
 from models.files import load_json
 from models.plumbing import report
+from models.worlds.measures import compared
 
 SCRIPTS = [dmd, decoupled_dmd, tdm, phased_dmd, linvideo]
 QUICK = "--max_train_steps 2 --train_batch_size 4 --teacher_steps 2 --preview_samples 5"
@@ -203,7 +203,42 @@ def test_lines_hold_every_sample_once():
     assert (image[102:, 5 * 102 :] == 255).all()
 
 
-def test_report_is_json_without_a_world(tmp_path):
-    dmd.main([*flags_for(dmd, tmp_path), "--output_dir", str(tmp_path / "run")])
-    made = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert made["results"] == [] and os.path.isfile(tmp_path / "run" / "samples.safetensors")
+def test_report_without_a_world(tmp_path):
+    """The preview's samples are compared with --data, of which random rows are shown, and with the
+    many-step teacher's from the same noise."""
+    x = torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    data = {"x0": x, "cond.label": torch.arange(30) % 3}
+    save_file(data, tmp_path / "data.safetensors")
+    real = ["--gan_weight", "0.1", "--data", str(tmp_path / "data.safetensors")]
+    shown, whole = {}, report.measure_shown
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(report, "measure_shown", lambda x, *more: shown.update(x) or whole(x, *more))
+        dmd.main([*flags_for(dmd, tmp_path), *real, "--output_dir", str(tmp_path / "run")])
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())["results"]
+    names = ["data", "teacher", "teacher_same_steps", "student"]
+    assert [r["name"] for r in rows] == names and list(shown)[0] == "data"
+    assert [r["nfe"] for r in rows] == [0, 3, 2, 2] and rows[0]["samples"] == 5
+    drawn = [next(i for i, item in enumerate(x) if torch.equal(item, d)) for d in shown["data"]]
+    assert len(set(drawn)) > 2 and drawn != sorted(drawn)
+    student, teacher = shown["student"], shown["teacher"]
+    assert torch.equal(student, load_file(tmp_path / "run" / "samples.safetensors")["x0"])
+    mse = float((student - teacher).square().mean())
+    assert rows[3]["paired_mse"] == pytest.approx(mse, rel=1e-6)
+    assert {"patch_swd", "diversity", "patch_swd_teacher", "diversity_teacher"} <= set(rows[3])
+    assert "paired_mse" not in rows[1] and "patch_swd" in rows[1] and set(rows[0]) == {
+        "name", "nfe", "samples"
+    }  # fmt: skip
+
+
+def test_sets_without_a_world_are_compared():
+    """Grain shows, and samples that are alike; a set equals itself; one sample has no diversity."""
+    g = torch.Generator().manual_seed(0)
+    smooth = torch.randn(20, 3, 1, 1, generator=g).expand(-1, -1, 16, 16)
+    grain = smooth + 0.2 * torch.randn(20, 3, 16, 16, generator=g)
+    alike = smooth[:1] + 0.1 * smooth
+    same, grainy, narrow = (compared(x, smooth) for x in (smooth, grain, alike))
+    assert same == {"patch_swd": pytest.approx(0, abs=1e-3), "diversity": pytest.approx(1)}
+    assert grainy["patch_swd"] > 100 and narrow["diversity"] == pytest.approx(0.1)
+    assert compared(grain[:1], smooth[:1])["diversity"] is None
+    video = grain[:, :, None].expand(-1, -1, 3, -1, -1)
+    assert compared(video, video)["diversity"] == pytest.approx(1)

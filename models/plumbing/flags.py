@@ -72,6 +72,17 @@ def number(kind, low=None, high=None, above=None):
 
 
 # fmt: off
+def add_set_flags(add):
+    """Flags of sets of images. add: of the group of --sample."""
+    add("--samples", type=number(int, 2), default=None, metavar="N", help="with --sample: N images "
+        "for models/metrics.py and other programs, instead of samples.png; the same command goes "
+        "on with an interrupted one")
+    add("--format", choices=["npz", "png", "jpg"], default=None, help="of --samples: samples.npz "
+        "(also where this is left out), as guided-diffusion's evaluator reads it, or a file each")
+    add("--labels", choices=["balanced", "random"], default=None, help="of --samples: each class "
+        "or prompt equally often (also where this is left out), or drawn at random")
+
+
 def add_run_flags(p):
     """Flags that mean the same in every script: where things go, how long, how much memory."""
     add = p.run.add_argument
@@ -105,6 +116,7 @@ def add_run_flags(p):
         "in every such group; None: over the ranks of a node")
     add("--sample", default=None, metavar="FOLDER",
         help="do not train: load this saved student and write samples")
+    add_set_flags(add)
     add("--dry_run", type=number(int, 1), nargs="?", const=0, default=None, metavar="RANKS",
         help="load nothing: print what a rank of a GPU needs on so many ranks (those of torchrun, "
         "or 1), and FLOPs and seconds of an update")
@@ -265,10 +277,25 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
         refuse_ambiguous(f"--{flag}", given.get(flag))
     args.settings = "" if known.sample else describe_settings(given, start, taken)
     args.output_dir = args.output_dir or default_output_dir(method, args.teacher, args.sample)
-    for wrong, why in refusals(args):
+    for wrong, why in (*wrong_output(args), *refusals(args)):
         if wrong:
             p.error(why)
     return args
+
+
+def wrong_output(a):
+    """Flags of sets of images that do not go together: pairs (wrong, why)."""
+    for flag in ("samples", "reconstruct"):
+        yield (
+            getattr(a, flag, None) and not a.sample,
+            (f"--{flag} is for a saved network: give --sample FOLDER with it"),
+        )
+    made = {"format": a.samples or getattr(a, "reconstruct", False), "labels": a.samples}
+    for flag, sets in made.items():
+        yield (
+            getattr(a, flag) and not sets,
+            (f"--{flag} is for sets of images: give --samples N with it, or leave it out"),
+        )
 
 
 def release_defaults(p, teacher, presets, method):

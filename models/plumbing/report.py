@@ -1,8 +1,9 @@
 """What a run shows and saves: samples.png (and .gif), student/, report.json, a table.
 
 A sampler is a function (index, first, last) -> samples first ... last - 1, of the conditions
-index[first:last]. All rows start from the same noise. Measures exist for the embedded worlds only;
-a teacher without a world gets pictures and latents.
+index[first:last]. All rows start from the same noise. Worlds measure 2,000 samples; of a teacher
+without a world the few that samples.png shows are compared with --data and with the many-step
+teacher's, and latents are written too. `write_images` makes sets for models/metrics.py.
 
 All ranks call `save_previews`, `finish` and `write_samples`: they share out the samples, in the
 precision that networks train in, and rank 0 writes.
@@ -17,12 +18,13 @@ import torch.distributed as dist
 
 from models.diffusion import ode_calls
 from models.draws import Draws
-from models.files import UserError, open_tensors, save_json, save_tensors
+from models.files import UserError, fingerprint, open_tensors, save_json, save_tensors
 from models.networks import load_network, lora, own_entries, save_network
 from models.networks.latent_space import space_beside
 from models.pictures import picture, save_gif, save_grid
-from models.plumbing.data import Conditions
+from models.plumbing.data import Conditions, files_below
 from models.plumbing.flags import refuse
+from models.plumbing.image_sets import write_set
 from models.plumbing.run import peak_memory_mb, refuse_output_dir
 from models.plumbing.teachers import (
     Teacher,
@@ -36,7 +38,7 @@ from models.plumbing.teachers import (
     student_folder,
     wrong_base,
 )
-from models.worlds.measures import balanced_labels, moments_distance
+from models.worlds.measures import balanced_labels, compared, moments_distance
 
 
 def many(draw_samples, n, batch=500):
@@ -248,11 +250,14 @@ def load_student(run, conditions_of=Conditions):
 
 
 def write_samples(run, teacher, sampler, calls):
-    """What --sample leaves: samples.png, for videos a GIF too, and latents. Raises UserError.
+    """What --sample leaves: samples.png, for videos a GIF too, and latents; with --samples a set of
+    images. Raises UserError.
 
     All ranks call it.
     """
     try:
+        if run.args.samples:
+            return write_images(run, teacher, sampler, calls)
         x = preview(run, teacher, sampler)
     except ValueError as e:
         raise UserError(f"--sample_shape {' '.join(map(str, teacher.shape))}: {e}") from None
@@ -265,6 +270,57 @@ def write_samples(run, teacher, sampler, calls):
     save_samples(run.folder, rows, teacher.world)
     save_tensors({"x0": x}, os.path.join(run.folder, "samples.safetensors"))
     print(f"samples: {os.path.join(run.folder, 'samples.png')}")
+
+
+def write_images(run, teacher, sampler, calls):
+    """--samples N of a student, decoded by its run's autoencoder where it has one.
+
+    All ranks call it. Raises UserError.
+    """
+    args, world, folder = run.args, teacher.world, student_folder(run.args.sample)
+    space = None if world else space_beside(folder)
+    shape = getattr(world, "shape", teacher.shape)
+    if space:
+        space, shape = space.to(run.device), space.pixel_shape(teacher.shape)
+    refuse_no_images(shape, "--preview_samples N writes N of them to samples.safetensors")
+    index = chosen_labels(args, teacher.conditions.count)
+
+    def draw(first, last):
+        x = sampler(index, first, last).float()
+        with torch.autocast(run.device.type, enabled=False):  # the autoencoder in float32
+            if world:
+                return world.pixels(x) if hasattr(world, "pixels") else x
+            return space.to_pixels(x) if space else x
+
+    prompts = teacher.conditions.prompts
+    label = None if prompts or not teacher.conditions.classes else index
+    about = {"prompts": prompts and prompts.fingerprint(), "sample_shape": list(teacher.shape)}
+    write_set(run, draw, args.samples, label, calls=calls, **about, **made_with(args, folder))
+
+
+def refuse_no_images(shape, instead):
+    """Raises UserError for samples of a shape that are no images. instead: what remains."""
+    wrong = len(shape) != 3 or shape[0] not in (1, 3)
+    what = f"samples are {tuple(shape)}, which are no images"
+    refuse([(wrong, f"--samples: {what}: leave it out; {instead}")])
+
+
+def chosen_labels(args, count):
+    """--labels for --samples: which of `count` classes or prompts each image gets.  (N,) int64"""
+    if args.labels == "random":
+        return Draws(args.seed, "labels", 0, range(args.samples)).integer("label", count)
+    return balanced_labels(args.samples, count)
+
+
+def made_with(args, folder):
+    """What a set of images depends on besides the sampler: entries of its set.json."""
+    weights = [path for path in files_below(folder) if path.endswith(".safetensors")]
+    return {
+        "student": fingerprint(weights),
+        "seed": args.seed,
+        "labels": args.labels or "balanced",
+        "mixed_precision": args.mixed_precision,
+    }
 
 
 # ---- the end of a run ----------------------------------------------------------------------------
@@ -306,14 +362,15 @@ def teacher_sampler(run, teacher, grid=None, solver="heun"):
 
 
 @torch.no_grad()
-def finish(run, teacher, times, students, params, extra=None, solver="heun", fine=None):
+def finish(run, teacher, times, students, params, extra=None, solver="heun", fine=None, real=None):
     """Write samples.png and report.json. All ranks call it, and leave it together.
 
     Rows: data, many-step teacher (by this solver), teacher at the student's steps (by Euler),
     students. times: the student's step grid without its final 0. students: {name: (network calls,
     sampler)}, called "student" and "student_...". extra: {row name: further entries of that row of
     the report}, needed on rank 0. fine: (network calls, sampler) of a many-step teacher that is
-    sampled in another way than over --teacher_steps of its own grid.
+    sampled in another way than over --teacher_steps of its own grid. real: batches of --data, as
+    real_batches makes them, which samples are compared with where there is no world.
     """
     guided = 1 if run.args.guidance_scale == 1 else 2
     key = None if fine else f"{solver}{run.args.teacher_steps}"
@@ -325,7 +382,10 @@ def finish(run, teacher, times, students, params, extra=None, solver="heun", fin
         rows = {"teacher_same_steps": coarse, **students}
         results = measure(run, teacher, *teachers["teacher"], rows, len(times), extra or {}, key)
     teachers["teacher_"] = coarse
-    show(run, teacher, teachers if run.args.teacher_steps else {}, students)
+    teachers = teachers if run.args.teacher_steps else {}
+    shown = show(run, teacher, teachers, students, real)
+    if run.main and not teacher.world:
+        results = measure_shown(shown, {**teachers, **students}, extra or {})
     if run.main:
         save_report(run, run.args.teacher, params, results)
         print_table(results)
@@ -398,17 +458,42 @@ def measured_teacher(run, teacher, label, sampler, key, row):
     return row, moments
 
 
-def show(run, teacher, teachers, students):
-    """samples.png: data where there is a world, then teachers and students, {name: (calls,
-    sampler)}.
+def measure_shown(shown, calls, extra):
+    """The rows of report.json where no world measures: of the samples that samples.png shows.
 
-    Without a world the student's latents are written too, for a decoder.
+    Those of one place start from the same noise, so that paired_mse is a distance of sample to
+    sample. shown: what `show` returns; calls: {name: (network calls, sampler)}; extra: see finish.
+    """
+    data, fine, results = shown.get("data"), shown.get("teacher"), []
+    for name, x in shown.items():
+        row = {"name": ROWS.get(name, name), "nfe": calls[name][0] if name in calls else 0}
+        row["samples"] = len(x)
+        if data is not None and name != "data":
+            row |= compared(x, data)
+        if fine is not None and name not in ("data", "teacher"):
+            row["paired_mse"] = float((x - fine).square().mean())
+            row |= {f"{what}_teacher": value for what, value in compared(x, fine).items()}
+        results.append(row | extra.get(name, {}))
+    return results if data is not None or fine is not None else []
+
+
+ROWS = {"teacher_": "teacher_same_steps"}  # what a row of samples.png is called in report.json
+
+
+def show(run, teacher, teachers, students, real=None):
+    """samples.png: data where there is some, then teachers and students, {name: (calls, sampler)}.
+
+    Without a world the student's latents are written too, for a decoder. real: see finish; its rows
+    are drawn at random.  -> {name: samples (n, ...), decoded where they can be} on rank 0, else {}
     """
     everybody = [*teachers.items(), *students.items()]
     drawn = {name: preview(run, teacher, sampler) for name, (_, sampler) in everybody}
     if not run.main:
-        return
+        return {}
     x, rows = drawn["student"], []
+    if real and not teacher.world:
+        draw = Draws(run.args.seed, "report", 0, range(len(x)), run.device)
+        rows.append(("data", real(draw, "data")[0].float().cpu()))
     if teacher.world:
         index = teacher.conditions.preview(len(x))
         rows.append(("data", teacher.world.data(len(x), 778, index)[0]))
@@ -419,6 +504,8 @@ def show(run, teacher, teachers, students):
         rows = decoded(rows, teacher.folder, run.device)
         save_tensors({"x0": x}, os.path.join(run.folder, "samples.safetensors"))
     save_samples(run.folder, rows, teacher.world)
+    names = ["data"] * (len(rows) - len(everybody)) + [name for name, _ in everybody]
+    return {name: x for name, (_, x) in zip(names, rows, strict=True)}
 
 
 def save_report(run, teacher, params, results, **more):
@@ -440,7 +527,8 @@ def save_report(run, teacher, params, results, **more):
 
 
 COLUMNS = (
-    "name nfe fd fd_excess fd_teacher patch_swd accuracy diversity motion moving hole_mse "
+    "name nfe samples fd fd_excess fd_teacher paired_mse patch_swd patch_swd_teacher accuracy "
+    "diversity diversity_teacher motion moving hole_mse "
     "mean_fill shuffled known_error iou iou_shuffled connected ms_per_sample"
 ).split()
 

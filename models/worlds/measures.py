@@ -5,6 +5,7 @@ log p is read, the diversity within classes, and how patches are cut out of imag
 """
 
 import torch
+import torch.nn.functional as F
 
 # Clean classes do not overlap, so log p(c | x) of a clean sample is 0 whatever it looks like. How
 # sharply a sample shows its class is therefore read after adding noise of this standard deviation.
@@ -85,3 +86,28 @@ def image_patches(x, size=4, per_image=8, seed=0):
     picked = [windows[torch.arange(n), :, a, b] for a, b in zip(i, j, strict=True)]
     p = torch.cat(picked)  # (n * per_image, C, size, size)
     return (p - p.mean((2, 3), keepdim=True)).flatten(1)
+
+
+def thumbnails(x, side=8):
+    """Images or videos averaged to side x side cells, frames as channels.
+
+    x (n, C, [T,] H, W) -> (n, C * [T *] side * side).
+    """
+    return F.adaptive_avg_pool2d(x.flatten(1, -3), side).flatten(1)
+
+
+def compared(x, other):
+    """How one set of images, videos or latents differs from another that is no world's, n each.
+
+    patch_swd, 1000 x the sliced Wasserstein distance of many patches of each, and diversity, the
+    mean distance of two thumbnails in units of the other's; None for sets of one.
+    x, other (n, C, [T,] H, W) -> {name: float or None}
+    """
+    size = min(4, *x.shape[-2:])
+    patches = (image_patches(v, size, per_image=256, seed=k) for k, v in enumerate((x, other)))
+    spread = [torch.pdist(thumbnails(v).double()) for v in (x, other)]
+    alike = len(x) < 2 or not spread[1].any()
+    return {
+        "patch_swd": 1000 * sliced_wasserstein(*patches),
+        "diversity": None if alike else float(spread[0].mean() / spread[1].mean()),
+    }
