@@ -17,7 +17,8 @@ import latent_fm
 from models.draws import Draws
 from models.files import UserError, open_tensors
 from models.networks.dit import DiT
-from models.plumbing.data import Prompts, Rows, load_data, load_real_data, read_image, to_square
+from models.plumbing.data import Prompts, Rows, load_data, load_real_data
+from models.plumbing.images import read_image, to_square
 from models.plumbing.run import Run
 from models.worlds import load_world
 
@@ -33,7 +34,7 @@ def paint(path, colour, size=(8, 8)):
 
 def greys(x):
     """The grey values of images (N, 3, H, W) of one colour each."""
-    return x[:, 0, 0, 0].tolist()
+    return x[torch.arange(len(x))][:, 0, 0, 0].tolist()
 
 
 def refused(capsys, folder, task="class"):
@@ -251,7 +252,7 @@ def two_classes(tmp_path):
 
 
 def cached_run(folder, tmp_path, *more):
-    flags = ["--autoencoder", "pca", "--cache_latents", str(tmp_path / "c.safetensors")]
+    flags = ["--autoencoder", "pca", "--cache_latents", str(tmp_path / "latents")]
     out = ["--output_dir", str(tmp_path / "run")]
     return [*TINY, "--data", str(folder), *flags, *more, *out]
 
@@ -282,8 +283,8 @@ def test_stale_caches_are_refused(two_classes, tmp_path, capsys, change):
     latent_fm.main(cached_run(tmp_path / "copy", tmp_path))
     change(two_classes)
     line = refusal_of(capsys, latent_fm.main, *cached_run(two_classes, tmp_path))
-    assert "was made with other pixels: name another file, or remove this one" in line
-    (tmp_path / "c.safetensors").unlink()
+    assert "was made with other pixels: name another folder, or remove this one" in line
+    shutil.rmtree(tmp_path / "latents")
     latent_fm.main(cached_run(two_classes, tmp_path))
 
 
