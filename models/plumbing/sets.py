@@ -284,14 +284,16 @@ class Tars(Archive):
 class Lmdb(Form):
     """LSUN's sets: each value is an encoded image, and its key the name."""
 
-    kind = "an LMDB"
+    kind, opened = "an LMDB", {}
 
     def __init__(self, path, file):
         super().__init__(path, [file])
         library = require("lmdb", f"{self.where}: an LMDB")
-        how = dict(readonly=True, lock=False, readahead=False, subdir=os.path.isdir(path))
+        how, real = dict(readonly=True, lock=False, readahead=False), os.path.realpath(file)
         try:
-            self.file = library.open(path, **how)
+            if real not in self.opened:  # the library refuses to open one twice
+                self.opened[real] = library.open(file, subdir=False, **how)
+            self.file = self.opened[real]
         except library.Error as e:
             raise UserError(f"--data {path} is not a whole LMDB ({e}): copy it again") from None
 
