@@ -54,7 +54,7 @@ from torch import nn
 from models.diffusion import expand, shift, step_grid, transition, unshift
 from models.draws import Draws
 from models.files import UserError, load_json
-from models.networks import load_network, lora, save_network
+from models.networks import load_network, lora, own_entries, save_network
 from models.plumbing import report
 from models.plumbing.data import Conditions, try_network
 from models.plumbing.dry_run import Network, Turn, dry_run, is_pair
@@ -673,10 +673,9 @@ def save_student(run, trained, phases, teacher, grid):
             about = {"expert": f"{phase.number} of {len(phases)}", "times": times}
             report.save_adapter(run, expert, f"expert{phase.number}", **about)
         elif not args.lora_rank:
-            path, config = os.path.join(folder, weights_name(args, phase)), expert.config
+            path = os.path.join(folder, weights_name(args, phase))
             second = side(teacher, phase) == "transformer_2"
-            linear = {k: config[k] for k in ("linear_layers", "feature_map") if k in config}
-            config = {**(teacher.config_2 if second else teacher.config), **linear}
+            config = {**(teacher.config_2 if second else teacher.config), **own_entries(expert)}
             dtype = report.save_dtype(run, teacher)
             save_network(expert, config, path, dtype=dtype, write=run.main)
     if not run.main:

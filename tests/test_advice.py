@@ -963,6 +963,18 @@ CASES = [
     # ---- mdt_dist
     (
         "mdt_dist",
+        "--slow_clock: adapters leave the embedding of t as it is: leave out --slow_clock or",
+        "--teacher TEACHER --slow_clock 20 --lora_rank 2",
+        ["--teacher TEACHER --slow_clock 20", "--teacher TEACHER --lora_rank 2"],
+    ),
+    (
+        "mdt_dist",
+        "--slow_clock: only a DiT of this project keeps the scale of its clock, not {}: leave it",
+        "--teacher ring --slow_clock 20",
+        ["--teacher ring"],
+    ),
+    (
+        "mdt_dist",
         "--prompts: conditions come with --data here, as cond.*",
         "--teacher STRUCTURE --prompts PROMPTS",
         ["--teacher STRUCTURE --data DENSE"],

@@ -5,6 +5,7 @@ d_norm, guidance and the sampler. The wrong variants that come to mind are put t
 and must fail it.
 """
 
+import numpy as np
 import pytest
 import torch
 from helpers import perturbed
@@ -628,3 +629,72 @@ def test_sampler_of_points():
     got = mdt.sample(net, lambda name: z, [1.0, 0.5], cond, uncond, 2.0)
     close(got, 0 * z)
     assert seen == [(c, [t, t]) for t in (1.0, 0.5) for c in (1.0, 0.0)]
+
+
+# ---- the law of t --------------------------------------------------------------------------------
+
+
+def law_weight(law, t):
+    """Density of t and its derivative: uniform, or the sigmoid of N(1, 1)."""
+    if law == "uniform":
+        return torch.ones_like(t), torch.zeros_like(t)
+    y = t.logit() - 1
+    w = torch.exp(-y.square() / 2) / (2 * torch.pi) ** 0.5 / (t * (1 - t))
+    return w, w * (2 * t - t.logit()) / (t * (1 - t))
+
+
+def forms(law):
+    """Quadratic forms of e = sum_k a_k f_k with f_k = x^i t^j, all (12, 12), float64.
+
+    e is an error of the student. -> E w e^2, E w e (e + t De), by the script's own derivative, and
+    [w(1) E e(., 1)^2 + E (w - t w') e^2] / 2. E is over t in [0, 1] and x_t of the Gaussian data.
+    """
+    nodes, at = quadrature("legendre", 40), quadrature("hermite", 12)
+    t = (nodes[0] + 1) / 2
+    mean, std = marginal(t, t)
+    x = (mean[:, None] + std[:, None] * 2**0.5 * at[0]).reshape(-1)  # (40 * 12,)
+    share = (nodes[1][:, None] / 2 * at[1] / torch.pi**0.5).reshape(-1)
+    t = t.repeat_interleave(12)
+    v = gaussian_velocity(x[:, None], t)
+    f, moved = [], []
+    for i, j in [(i, j) for i in range(3) for j in range(4)]:
+        feature = lambda x, t, i=i, j=j: x**i * t[:, None] ** j  # noqa: E731
+        d = mdt.time_derivative(feature, x[:, None], t, v, {}, None)
+        f.append(feature(x[:, None], t)[:, 0])
+        moved.append((f[-1][:, None] + t[:, None] * d)[:, 0])
+    f, moved = torch.stack(f), torch.stack(moved)
+    w, slope = law_weight(law, t)
+    gram = (f * w * share) @ f.T
+    x1 = at[0] * 2**0.5  # at t = 1 the state is the noise
+    ends = torch.stack([x1**i for i in range(3) for _ in range(4)])
+    edge = law_weight(law, torch.ones(1, dtype=t.dtype))[0] if law == "uniform" else 0.0
+    by_parts = edge * (ends * at[1] / torch.pi**0.5) @ ends.T + (f * (w - t * slope) * share) @ f.T
+    return gram, (f * w * share) @ moved.T, by_parts / 2
+
+
+def quadrature(kind, n):
+    """Nodes and weights of Gauss's rule -> two float64 tensors."""
+    rule = getattr(np.polynomial, kind)
+    return [
+        torch.from_numpy(a) for a in (rule.leggauss if kind == "legendre" else rule.hermgauss)(n)
+    ]
+
+
+def least_eigenvalue(form, gram):
+    """Of the symmetric part of a form, relative to gram."""
+    inverse = torch.linalg.inv(torch.linalg.cholesky(gram))
+    return torch.linalg.eigvalsh(inverse @ (form + form.T) @ inverse.T / 2)[0].item()
+
+
+def test_errors_of_velocity_matching_shrink_under_uniform_times_alone():
+    """An error e of phi moves by -(e + t De): E w e (e + t De) >= 1/2 E w e^2 for uniform t.
+
+    By parts it is [w(1) E e(., 1)^2 + E (w - t w') e^2] / 2, as D is the derivative along the flow
+    that carries x_t. For logit-normal times w - t w' < 0 below t = .8, and some errors grow.
+    """
+    gram, form, by_parts = forms("uniform")
+    close((form + form.T) / 2, by_parts, 1e-9)
+    assert least_eigenvalue(form, gram) > 0.5 - 1e-6
+    gram, form, by_parts = forms("logit_normal")
+    close((form + form.T) / 2, by_parts, 1e-3)
+    assert least_eigenvalue(form, gram) < -0.2

@@ -35,9 +35,10 @@ from models.networks.trellis import SLatFlowModel, SparseStructureFlowModel
 from models.plumbing import film, teachers
 from models.plumbing.run import Run
 from models.plumbing.teachers import freeze_teacher, load_teacher
+from models.worlds import load_world
 
 B, N, SEED = 5, 7, 2
-PAPER = "--d_norm none --t_law uniform --vd_weight paper".split()  # the launch line's
+PAPER = "--t_law uniform --vd_weight paper --slow_clock 1000".split()  # the launch line's
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ CASES = [
     (["--t_law", "uniform", "--timestep_shift", "3"], dict(uniform=True, time_shift=3.0)),
     (["--arm", "vm", "--phases", "3"], dict(arm="vm", phases=3)),
     (["--arm", "cm", "--phases", "2", "--dt", "0.4"], dict(arm="cm", phases=2, dt=0.4)),
-    (PAPER, dict(c=None, uniform=True, w="paper")),
+    (["--d_norm", "none", *PAPER], dict(c=None, uniform=True, w="paper")),
 ]
 # fmt: on
 
@@ -222,6 +223,7 @@ def test_paper_launch_line_is_the_paper_s_algorithm():
     assert line.split("mdt_dist.py ")[1].split() == PAPER
     args = mdt_dist.parse_args(PAPER)
     assert (args.arm, args.derivative, args.dt, args.phases) == ("mdt", "difference", 0.01, 1)
+    assert args.slow_clock == load_teacher("voxels").net.t_scale
     assert (args.vm_weight, args.vd_loss_weight, args.renoise) == (1, 1, "ode")
     assert not args.shared_noise and args.d_norm is None and args.student_steps == [1, 2]
 
@@ -247,6 +249,52 @@ def test_times_stay_where_a_point_below_exists(monkeypatch, tmp_path):
         t = torch.cat(seen)
         assert 0.2 <= t.min() < 0.35 and 0.95 < t.max() <= 1
         assert abs(((t - 0.2) / 0.8).mean() - want) < 0.03
+
+
+# ---- the student's clock -------------------------------------------------------------------------
+
+
+def test_a_slow_clock_keeps_the_student_and_calms_its_derivative():
+    """The student of a shipped teacher is the same function of t, up to a few per cent, and the
+    exact derivative is no longer that of the fast sinusoids."""
+    teacher = load_teacher("voxels").net.eval()
+    student = copy.deepcopy(teacher)
+    mdt_dist.slow_clock(student, 20.0, seed=0)
+    assert student.t_scale == student.config["t_scale"] == 20 and teacher.t_scale == 1000
+    x0, label = load_world("voxels").data(4, 1)
+    z = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    t, cond = torch.tensor([0.3, 0.5, 0.7, 0.9]), {"label": label}
+    x = mdt_dist.add_noise(x0, z, t)
+    with torch.no_grad():
+        v, phi = teacher(x, t, **cond), student(x, t, **cond)
+    assert (phi - v).square().mean() < 0.05**2 * v.square().mean()
+    fast, slow = (mdt_dist.time_derivative(net, x, t, v, cond, None) for net in (teacher, student))
+    assert slow.square().mean() < 0.6**2 * fast.square().mean()
+
+
+def test_a_saved_student_keeps_its_clock(monkeypatch, tmp_path, tiny, capsys):
+    """In its config, and so in its samples; a run that goes on does not fit it again."""
+    fits, real = [], mdt_dist.slow_clock
+
+    def few(student, t_scale, seed):
+        fits.append(t_scale)
+        real(student, t_scale, seed, updates=20)
+
+    monkeypatch.setattr(mdt_dist, "slow_clock", few)
+    _, flags = tiny
+    run = [*flags, "--output_dir", str(tmp_path / "run"), "--slow_clock", "20"]
+    mdt_dist.main(run)
+    student, config = load_network(str(tmp_path / "run" / "student"))
+    assert config["t_scale"] == 20 == student.t_scale and fits == [20]
+    at = flags.index("--student_init")
+    init = [*flags[:at], "--student_init", str(tmp_path / "run"), *flags[at + 2 :]]
+    mdt_dist.main([*init, "--output_dir", str(tmp_path / "next"), "--slow_clock", "20"])
+    assert fits == [20]
+    again, config = load_network(str(tmp_path / "next" / "student"))
+    assert config["t_scale"] == 20
+    mdt_dist.main([*flags, "--output_dir", str(tmp_path / "fast"), "--slow_clock", "1000"])
+    assert fits == [20]
+    assert "t_scale" not in load_json(str(tmp_path / "fast" / "student" / "config.json"))
 
 
 # ---- what a run leaves, resume, samples ----------------------------------------------------------
@@ -374,6 +422,8 @@ def test_resume_is_the_unbroken_run(tmp_path, ring):
 
 # fmt: off
 REFUSED = [
+    ("--slow_clock 20 --lora_rank 2", "adapters leave the embedding of t as it is"),
+    ("--slow_clock 20 --teacher ring", "only a DiT of this project keeps the scale of its clock"),
     ("--phases 2", "--phases: mdt leads from noise to data in one phase"),
     ("--arm cm --derivative jvp", "cm takes differences by definition"),
     ("--prompts FILE", "--prompts: conditions come with --data"),

@@ -263,6 +263,12 @@ def network_class(config):
     return NETWORKS[name].__name__ if name in NETWORKS else name
 
 
+def own_entries(net):
+    """Entries of a student's config that its teacher's may lack: linear layers, and its clock."""
+    names = ("linear_layers", "feature_map", "t_scale")
+    return {name: net.config[name] for name in names if name in net.config}
+
+
 def network_config(net):
     """The config.json of one of our networks, or TRELLIS's json: class name and arguments."""
     name = type(net).__name__

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from models.diffusion import ode_calls
 from models.draws import Draws
 from models.files import UserError, open_tensors, save_json, save_tensors
-from models.networks import load_network, lora, save_network
+from models.networks import load_network, lora, own_entries, save_network
 from models.networks.latent_space import space_beside
 from models.pictures import picture, save_gif, save_grid
 from models.plumbing.data import Conditions
@@ -158,8 +158,7 @@ def save_student(run, teacher, net, times, changes=None, **more):
     folder = os.path.join(run.folder, "student")
     adapted = isinstance(net, lora.Adapted)
     if not adapted:
-        linear = {k: net.config[k] for k in ("linear_layers", "feature_map") if k in net.config}
-        config = {**teacher.config, **linear, **(changes or {})}
+        config = {**teacher.config, **own_entries(net), **(changes or {})}
         save_network(net, config, folder, dtype=save_dtype(run, teacher), write=run.main)
     if not run.main:
         return
