@@ -84,6 +84,7 @@ ROOMS = [  # each may import from those above it, and within its own line by the
     ["models.worlds"],
     ["models.plumbing.images", "models.plumbing.sets", "models.plumbing.loading"],
     ["models.plumbing.schedulers", "models.plumbing.data", "models.plumbing.teachers"],
+    ["models.plumbing.training_data"],
     ["models.plumbing.sharding", "models.plumbing.state", "models.plumbing.run"],
     ["models.plumbing.latents"],
     ["models.plumbing.footprint", "models.plumbing.dry_run"],

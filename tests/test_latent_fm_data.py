@@ -20,6 +20,7 @@ from models.networks.dit import DiT
 from models.plumbing.data import Prompts, Rows, load_data, load_real_data
 from models.plumbing.images import read_image, to_square
 from models.plumbing.run import Run
+from models.plumbing.training_data import mirror_classes
 from models.worlds import load_world
 
 TINY = """--max_train_steps 2 --train_batch_size 4 --width 32 --depth 1 --cond_dim 16
@@ -300,18 +301,18 @@ def test_caches_of_other_flags_say_which(two_classes, tmp_path, capsys):
 def test_mirror_classes():
     """CelebAMask-HQ's names, and others people use; a side without the other is refused."""
     names = ["background", "l_brow", "r_brow", "Left-Arm", "right-arm", "skin", "lip", "u_lip"]
-    mirror = latent_fm.mirror_classes(names)
+    mirror = mirror_classes(names)
     assert mirror[:8].tolist() == [0, 2, 1, 4, 3, 5, 6, 7]
     assert torch.equal(mirror[8:], torch.arange(8, 256))
     assert torch.equal(mirror[mirror], torch.arange(256))
     with pytest.raises(UserError, match="'ear_l' has no 'ear_r'"):
-        latent_fm.mirror_classes(["ear_l", "ear"])
+        mirror_classes(["ear_l", "ear"])
 
 
 def test_mirrored_maps_have_the_classes_of_the_mirror():
     """A left eye on the left becomes a right eye on the right. 255, no class, stays."""
     maps = torch.tensor([[[1, 0, 255, 3]]], dtype=torch.uint8).expand(2, 1, 4)
-    mirror = latent_fm.mirror_classes(["skin", "l_eye", "r_eye", "nose"])
+    mirror = mirror_classes(["skin", "l_eye", "r_eye", "nose"])
     out = latent_fm.mirrored_maps(maps, torch.tensor([True, False]), mirror)
     assert out.tolist() == [[[3, 255, 0, 2]], [[1, 0, 255, 3]]] and out.dtype == maps.dtype
     assert latent_fm.mirrored_maps(maps, None, None) is maps

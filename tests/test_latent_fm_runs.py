@@ -24,9 +24,9 @@ from models.networks.dit_imagenet import DiTTransformer2DModel
 from models.networks.latent_space import LatentSpace, load_space
 from models.plumbing import report
 from models.plumbing.data import load_data, load_real_data, to_unit
+from models.plumbing.film import Film
 from models.plumbing.images import read_image
 from models.plumbing.loading import open_pictures
-from models.plumbing.film import Film
 from models.plumbing.run import Run
 from models.plumbing.teachers import load_teacher, start_teacher
 from models.worlds import load_world
@@ -493,10 +493,7 @@ def wrong_input(folder, tmp_path):
         (f"{images} --task inpaint {sized}", "use --network small"),
         (f"--data clips {sized}", "square images only; use --network small"),
         (f"{images} {vae} {sized} --t_scale 7", "--t_scale 1 or 1000"),
-        (
-            f"{images} {vae} --cache_latents {tmp_path}/other",
-            "was made with other pca_patch",
-        ),
+        (f"{images} {vae} --cache_latents {tmp_path}/other", "was made with other pca_patch"),
         ("--data clips --patch_size 2 2", "one for each of the 3 axes"),
         ("--guidance_interval 0.6 0.5", "LO must not be above HI"),
         ("--solver rk4", "invalid choice"),
@@ -654,10 +651,7 @@ def test_posterior_enters_the_training(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(latent_fm, "flow_matching_loss", spy)
     monkeypatch.setattr(latent_fm, "finish", lambda *a: None)
     run(tmp_path / "run", *through_vae(folder))
-    space, (x, *_) = (
-        load_space(str(folder / "vae")),
-        open_pictures(str(folder / "images"), 32),
-    )
+    space, (x, *_) = (load_space(str(folder / "vae")), open_pictures(str(folder / "images"), 32))
     assert len(seen) == 3
     for step, x0 in enumerate(seen):
         draw = Draws(0, step, 0, range(4))
