@@ -152,9 +152,6 @@ def files_below(folder):
                 yield path
 
 
-WITHOUT_CLASSES = "train without classes (latent_fm.py --task uncond takes all images of a folder)"
-
-
 def is_image(path):
     """Whether the name is that of an image that Pillow opens, and not hidden."""
     ending = os.path.splitext(path)[1].lower()

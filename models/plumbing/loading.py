@@ -257,7 +257,7 @@ def find(source, flat, class_in_name, maps, workers):
         with_map = f" with a map in {maps}" if maps else ""
         inside = "it" if flat else f"{len(classes)} class subfolders"
         raise UserError(
-            f"{source.where}: no readable image{with_map} in {inside} "
+            f"--data {source.path}: no readable image{with_map} in {inside} "
             f"({len(members)} files skipped)"
         )
     good = whole.nonzero()[:, 0].tolist()

@@ -34,16 +34,11 @@ import numpy as np
 from PIL import Image
 
 from models.files import UserError, load_json, path_inside
-from models.plumbing.images import (
-    WITHOUT_CLASSES,
-    class_folders,
-    files_below,
-    is_image,
-    read_frames,
-)
+from models.plumbing.images import class_folders, files_below, is_image, read_frames
 
 LARGEST = 2**28  # bytes of one encoded picture: an archive of a few KB can claim to hold more
 DESCRIBED = "dataset.json"
+WITHOUT_CLASSES = "train without classes (latent_fm.py --task uncond takes all images of a folder)"
 
 
 def require(library, what):
@@ -295,7 +290,7 @@ class Lmdb(Form):
                 self.opened[real] = library.open(file, subdir=False, **how)
             self.file = self.opened[real]
         except library.Error as e:
-            raise UserError(f"--data {path} is not a whole LMDB ({e}): copy it again") from None
+            raise UserError(f"{self.where} is not a whole LMDB ({e}): copy it again") from None
 
     def members(self):
         with self.file.begin() as view:
