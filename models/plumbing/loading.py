@@ -40,6 +40,8 @@ class Decoded:
     asked for; `sum`, a text, tells other contents or another cut apart.
     """
 
+    dtype = torch.uint8
+
     def __init__(self, decode, shape, workers, sum=""):
         """decode: row number -> uint8 tensor; threads call it. shape: (N, ...) of all rows."""
         self.decode, self.shape, self.sum = decode, tuple(shape), sum
