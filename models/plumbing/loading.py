@@ -231,8 +231,9 @@ def look_at_all(source, members, maps, workers):
 
     own = range(rank, len(members), ranks)
     with ThreadPoolExecutor(workers) as pool:
-        quiet = rank > 0 or len(own) < 2000
-        for first in tqdm(range(0, len(own), 256), "index of --data, in 256s", disable=quiet):
+        how = dict(disable=rank > 0 or len(own) < 2000)
+        how |= dict(mininterval=0.1 if sys.stderr.isatty() else 60)  # all that a file gets stays
+        for first in tqdm(range(0, len(own), 256), "index of --data, in 256s", **how):
             for k, row, why in pool.map(look, own[first : first + 256]):
                 seen[k] = torch.tensor(row)
                 if why:
