@@ -81,7 +81,7 @@ from models.plumbing.flags import (
     refuse,
 )
 from models.plumbing.images import CROPS
-from models.plumbing.latents import cache_latents
+from models.plumbing.latents import Posteriors, cache_latents
 from models.plumbing.loading import drawn, tell_waiting
 from models.plumbing.run import Run, refuse_output_dir, run_main
 from models.plumbing.sets import is_set
@@ -408,7 +408,7 @@ def train(args):
     optimizers, rates = build_optimizers(args, net)
     state = {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
     run.start(net=net, ema=ema, **state)  # resumed, where that is asked for
-    cache = None
+    cache = data.x if isinstance(data.x, Posteriors) else None
     if args.cache_latents:
         cache = cache_latents(run, data.x, space, describe_encoder(args, space))
     if args.latent_norm != "none" and space is not getattr(world, "space", None):
@@ -979,7 +979,7 @@ def planned_network(args):
         shape, classes = world.shape, world.num_classes
         maps = getattr(world, "map_classes", maps)
     elif args.data.endswith(".safetensors"):
-        shape = tuple(open_tensors(args.data).get_slice("x0").get_shape()[1:])
+        shape = shape_of_file(args)
     if args.autoencoder == "pca":
         shape = (args.pca_channels, *(side // args.pca_patch for side in shape[1:]))
     elif args.autoencoder != "identity":  # Stable Diffusion's
@@ -987,6 +987,14 @@ def planned_network(args):
     classes = classes if args.task == "class" else 0
     data = SimpleNamespace(num_classes=classes, class_names=None, map_classes=maps)
     return build_network(args, data, shape, None)
+
+
+def shape_of_file(args):
+    """The shape of an item of FILE.safetensors; of stored posteriors, that of their pictures."""
+    file = open_tensors(args.data)
+    if "x0" in file.keys():
+        return tuple(file.get_slice("x0").get_shape()[1:])
+    return (3, *(8 * side for side in file.get_slice("mean").get_shape()[2:]))
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -1022,7 +1030,8 @@ def add_data_flags(p):
     add("--data", default=None, help="an embedded world (shapes, which is the default, glyphs, "
         "clips, voxels, ring), pictures (a folder with class subfolders, for tasks without "
         "classes also flat; dataset.json in it; a .zip, .tar or a folder of tars, LSUN's LMDB, "
-        "parquet, .npz), or FILE.safetensors with x0 and cond.label or cond.map")
+        "parquet, .npz), latents (.npy of mean and std, or mean and std in FILE.safetensors), or "
+        "FILE.safetensors with x0 and cond.label or cond.map")
     add("--maps", default=None, metavar="FOLDER", help="--task semantic: a PNG of class numbers "
         "for each image of --data, same relative name; 255 = none")
     add("--resolution", type=number(int, 4), default=32,

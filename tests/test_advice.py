@@ -1717,6 +1717,18 @@ CASES = [
 
 # What cannot be met in one run of one process with nothing prepared: tests that follow it.
 ELSEWHERE = {
+    "--data {} has latents: give --autoencoder FOLDER": (
+        "test_sets",
+        "test_posteriors_that_do_not_fit",
+    ),
+    "has latents, not pictures: leave --hflip and --cache_latents out": (
+        "test_sets",
+        "test_posteriors_that_do_not_fit",
+    ),
+    "no cond.label tensor: give it, or --task uncond": (
+        "test_sets",
+        "test_posteriors_that_do_not_fit",
+    ),
     "{} without labels or class folders": ("test_sets", "test_broken_sets_are_one_line"),
     "has no class number in a .cls or .json": ("test_sets", "test_broken_sets_are_one_line"),
     "--output_dir: {} cannot be made": ("test_trust", "test_an_output_folder_that_cannot_be_made"),

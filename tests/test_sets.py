@@ -15,15 +15,22 @@ import torch
 from forks import launch
 from helpers import ROOT, refusal_of
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import latent_fm
 from models.draws import Draws
 from models.files import UserError
+from models.networks import save_network
+from models.networks.autoencoders import AutoencoderKL
 from models.networks.dit import DiT
+from models.networks.latent_space import load_space
 from models.plumbing import images, latents, loading, sets
 from models.plumbing.data import load_data, real_batches
 
+VAE = dict(
+    block_out_channels=[8, 8, 8, 8], down_block_types=["DownEncoderBlock2D"] * 4,
+    up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1, norm_num_groups=4,
+)  # fmt: skip
 TINY = """--max_train_steps 2 --train_batch_size 4 --width 32 --depth 1 --cond_dim 16
     --sample_steps 1 --resolution 8""".split()
 
@@ -441,3 +448,65 @@ def test_cache_in_a_file(twelve, tmp_path, capsys):
     (tmp_path / "c.safetensors").write_bytes(b"")
     flags = flags_for(twelve, tmp_path, "--cache_latents", str(tmp_path / "c.safetensors"))
     assert "is a file: name a folder" in refusal_of(capsys, latent_fm.main, *flags)
+
+
+# ---- latents that were made elsewhere ------------------------------------------------------------
+
+
+@pytest.fixture
+def posteriors(tmp_path):
+    """Of twelve items, as EDM2 and REPA store them, and as one file.  -> the VAE's folder, both"""
+    vae = AutoencoderKL(**VAE)
+    save_network(vae, {"_class_name": "AutoencoderKL", **vae.config}, str(tmp_path / "vae"))
+    g = torch.Generator().manual_seed(0)
+    mean, std = torch.randn(12, 4, 2, 2, generator=g), torch.rand(12, 4, 2, 2, generator=g)
+    labels = [i % 3 for i in range(12)]
+    names = [f"{i // 8:05d}/img-mean-std-{i:08d}.npy" for i in range(12)]
+    for name, both in zip(names, torch.cat([mean, std], 1)):
+        (tmp_path / "npy" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "npy" / name, both.numpy())
+    rows = {"labels": list(zip(names, labels))}
+    (tmp_path / "npy" / "dataset.json").write_text(json.dumps(rows))
+    tensors = {"mean": mean, "std": std, "cond.label": torch.tensor(labels)}
+    save_file(tensors, tmp_path / "one.safetensors")
+    return tmp_path / "vae", (tmp_path / "npy", tmp_path / "one.safetensors"), tensors
+
+
+def test_posteriors_made_elsewhere(posteriors, tmp_path, monkeypatch):
+    """Both forms train alike, on scaled latents, and are shown as pictures."""
+    vae, sources, tensors = posteriors
+    seen, real = [], latent_fm.flow_matching_loss
+
+    def spy(net, x0, *rest):
+        seen.append(x0.clone())
+        return real(net, x0, *rest)
+
+    monkeypatch.setattr(latent_fm, "flow_matching_loss", spy)
+    for source in sources:
+        latent_fm.main(flags_for(source, tmp_path, "--autoencoder", str(vae), "--patch_size", "1"))
+    assert len(seen) == 4 and torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
+    draw = Draws(0, 0, 0, range(4))
+    i, scale = draw.integer("item", 12), load_space(str(vae)).autoencoder.config["scaling_factor"]
+    noise = draw.normal("posterior", (4, 2, 2))
+    want = scale * (tensors["mean"][i] + tensors["std"][i] * noise)
+    torch.testing.assert_close(seen[0], want, rtol=1e-5, atol=1e-5)
+
+
+def test_posteriors_that_do_not_fit(posteriors, tmp_path, capsys):
+    vae, (folder, file), _ = posteriors
+    given = ["--autoencoder", str(vae)]
+    for flags, says in [
+        ([], "has latents: give --autoencoder FOLDER"),
+        ([*given, "--hflip"], "leave --hflip and --cache_latents out"),
+        ([*given, "--task", "inpaint"], "has latents, not pictures"),
+    ]:
+        assert says in refusal_of(capsys, latent_fm.main, *flags_for(folder, tmp_path, *flags))
+    np.save(folder / "00000" / "img-mean-std-00000000.npy", np.zeros((3, 2, 2), np.float32))
+    flags = flags_for(folder, tmp_path, *given)
+    assert "wanted floats (2 C, h, w)" in refusal_of(capsys, latent_fm.main, *flags)
+    save_file({"mean": torch.zeros(3, 4, 2, 2), "std": torch.zeros(3, 4, 2, 2)}, file)
+    flags = flags_for(file, tmp_path, *given)
+    assert "no cond.label tensor: give it, or --task uncond" in refusal_of(
+        capsys, latent_fm.main, *flags
+    )
+    latent_fm.main([*flags, "--task", "uncond", "--patch_size", "1"])  # what it advises

@@ -9,6 +9,7 @@ import torch
 
 from models.files import UserError
 from models.plumbing.data import Rows, load_data, reading_of
+from models.plumbing.latents import Posteriors, is_posteriors
 from models.plumbing.loading import Decoded
 
 
@@ -38,6 +39,8 @@ def load_training_data(args, world):
     world: the embedded world that --data names, or None.
     """
     where, with_context = f"--data {args.data}", args.task in ("inpaint", "semantic")
+    if not world and is_posteriors(args.data):
+        return load_posteriors(args, where)
     maps = args.maps or bool(world)  # a world has its own
     maps = maps if args.task == "semantic" else None
     flat = args.task != "class"  # without classes, images need no subfolders
@@ -59,6 +62,22 @@ def load_training_data(args, world):
         data.maps, data.map_classes = check_maps(where, world, x, cond.get("map"))
         if args.hflip:
             data.map_mirror = mirror_classes(map_names(args, world, data.map_classes))
+    return data
+
+
+def load_posteriors(args, where):
+    """Latents that were made elsewhere, for `load_training_data`."""
+    if args.hflip or args.cache_latents or args.task not in ("class", "uncond"):
+        raise UserError(
+            f"{where} has latents, not pictures: leave --hflip and --cache_latents out, and give "
+            "--task class or uncond"
+        )
+    x = Posteriors(args.data, args.autoencoder, flat=args.task == "uncond")
+    data = TrainingData(x, x.label)
+    if args.task == "class" and x.label is None:
+        raise UserError(f"{where}: no cond.label tensor: give it, or --task uncond")
+    if args.task == "class":
+        data.num_classes, data.class_names = count_classes(where, None, x.label), x.classes
     return data
 
 
