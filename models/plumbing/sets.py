@@ -250,19 +250,8 @@ class Tars(Archive):
 
     def own_labels(self, pictures):
         """Those of KEY.cls, or of "label" or "cls" in KEY.json.  None where there are none."""
-        labels, without = {}, None
-        for name, place in pictures:
-            label = self.label_of(self.texts.get(self.keys[place], {}))
-            if label is None:
-                without = name
-            else:
-                labels[name] = label
-        if labels and without:
-            raise UserError(
-                f"{self.where}: {without} has no class number in a .cls or .json beside it, "
-                f"and others have: {WITHOUT_CLASSES}"
-            )
-        return labels or None
+        labels = {name: self.label_of(self.texts.get(self.keys[at], {})) for name, at in pictures}
+        return {name: k for name, k in labels.items() if k is not None} or None
 
     def label_of(self, texts):
         """-> class number, or None."""
@@ -506,6 +495,12 @@ def list_set(source, flat=False, class_in_name=False):
     if described is not None:
         return classes_described(source, dict(members), described, where)
     if source.labels is not None:
+        without = [name for name, _ in members if name not in source.labels]
+        if without:
+            raise UserError(
+                f"{where}: {without[0]} has no class number in a .cls or .json beside it, and "
+                f"others have: {WITHOUT_CLASSES}"
+            )
         labels = [source.labels[name] for name, _ in members]
         if labels and min(labels) < 0:
             raise UserError(
