@@ -47,7 +47,14 @@ from models.plumbing import report
 from models.plumbing.data import Conditions, real_batches, try_network
 from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import Film
-from models.plumbing.flags import distillation_parser, number, paper_values, parse, refuse
+from models.plumbing.flags import (
+    add_picture_flags,
+    distillation_parser,
+    number,
+    paper_values,
+    parse,
+    refuse,
+)
 from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import (
     average_of,
@@ -545,8 +552,10 @@ def parse_args(argv=None):
         help="weight of Eq. 7's KL on each image's mean and variance (paper: not stated); 0 = off")
     add("--mean_variance_target", type=float, nargs=2, default=None, metavar=("MEAN", "VAR"),
         help="its targets (paper, SDXL latents: .075 .81; default: measured on the world's data)")
-    add("--data", default=None, help="real samples for the GAN: a world, an image folder, or "
-        "FILE.safetensors with x0 and cond.* (default: the world's)")
+    add("--data", default=None, help="real samples for the GAN: a world, pictures (folder, "
+        "zip, tars, ... as latent_fm.py takes them), or FILE.safetensors with x0 and cond.* "
+        "(default: the world's)")
+    add_picture_flags(p)
     add("--gan_weight", type=number(float, 0), default=0.0,
         help="the student's GAN weight (paper: not stated; DMD2: 5e-3); 0 = off")
     add("--gan_weight_d", type=number(float, 0), default=1e-2,

@@ -56,6 +56,7 @@ from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import film_of_scores
 from models.plumbing.flags import (
     add_guidance_rescale_flag,
+    add_picture_flags,
     distillation_parser,
     number,
     paper_values,
@@ -528,8 +529,10 @@ def parse_args(argv=None):
         help="t of the student's loss lies in [LO, HI], after the shift (paper: .02 .98)")
     add("--dm_weight", type=number(float, 0), default=1.0,
         help="weight of the matching loss; 0 = off: the GAN or the regression alone (paper: 1)")
-    add("--data", default=None, help="real samples for the GAN: a world, an image folder, or "
-        "FILE.safetensors with x0 and cond.* (default: the world's)")
+    add("--data", default=None, help="real samples for the GAN: a world, pictures (folder, "
+        "zip, tars, ... as latent_fm.py takes them), or FILE.safetensors with x0 and cond.* "
+        "(default: the world's)")
+    add_picture_flags(p)
     add("--gan_weight", type=number(float, 0), default=0.0,
         help="the student's GAN weight (paper: 1e-3 to 5e-3); 0 = off")
     add("--gan_weight_d", type=number(float, 0), default=1e-2,

@@ -39,15 +39,10 @@ of maps is trained. The networks are DiTs, the paper's ADM is not here.
 """
 
 import argparse
-import hashlib
-import json
 import math
 import os
-import re
 import sys
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +59,7 @@ from models.diffusion import (
     step_grid,
 )
 from models.draws import Draws, stable_hash
-from models.files import UserError, open_tensors, save_json, save_tensors
+from models.files import UserError, open_tensors, save_json
 from models.muon import Muon
 from models.networks import load_network, network_config, save_network, weights_hash
 from models.networks.autoencoders import Identity, PatchPCA
@@ -73,11 +68,12 @@ from models.networks.dit_imagenet import DIT_B_2, DIT_L_2, DIT_XL_2, DiTTransfor
 from models.networks.latent_space import LatentSpace, load_space, space_beside
 from models.networks.ring_mlp import RingMLP
 from models.plumbing import report
-from models.plumbing.data import CROPS, Conditions, Rows, load_data, to_unit
+from models.plumbing.data import Conditions, to_unit
 from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import Film
 from models.plumbing.flags import (
     Parser,
+    add_picture_flags,
     add_run_flags,
     default_output_dir,
     number,
@@ -86,9 +82,14 @@ from models.plumbing.flags import (
     wrong_output,
 )
 from models.plumbing.image_sets import write_set
-from models.plumbing.run import Run, progress, refuse_output_dir, run_main
+from models.plumbing.images import CROPS
+from models.plumbing.latents import Posteriors, cache_latents, contents_of
+from models.plumbing.loading import drawn, tell_waiting
+from models.plumbing.run import Run, refuse_output_dir, run_main
+from models.plumbing.sets import is_set
 from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.teachers import describe_schedule, read_own_sampler
+from models.plumbing.training_data import load_training_data
 from models.worlds import WORLDS, load_world, refuse_ambiguous
 from models.worlds.masks import draw_masks
 from models.worlds.measures import balanced_labels, compared
@@ -358,7 +359,8 @@ def condition(args, draw, data, space, i, flip, x):
         mask = draw_masks(x.shape[-1], draw.integer("mask", 2**62)).to(draw.device)
         return {"context": inpainting_context(space, x, mask)}
     if args.task == "semantic":
-        maps = mirrored_maps(data.maps[i].to(draw.device), flip, data.map_mirror)
+        maps = drawn(data.maps, draw, "item", i)  # (B, H, W)
+        maps = mirrored_maps(maps, flip, data.map_mirror)
         return {"context": semantic_context(maps, data.map_classes, space.factor)}
     return {}
 
@@ -368,11 +370,11 @@ def training_batch(args, draw, data, space, cache):
     i, x = draw.integer("item", len(data.x)), None
     flip = draw.uniform("flip") < 0.5 if args.hflip else None
     if cache is None or args.task == "inpaint":
-        x = mirrored(to_unit(data.x[i].to(draw.device)), flip)  # (B, 3, H, W)
+        x = mirrored(to_unit(drawn(data.x, draw, "item", i)), flip)  # (B, 3, H, W)
     if cache is None:
         mean, std = space.moments(x)  # of the encoder's posterior, each (B, C, h, w)
     else:
-        mean, std = space.normed(*(cached(rows, i, flip, draw.device) for rows in cache))
+        mean, std = space.normed(*cache.rows(i, flip, draw.device))
     x0 = mean if is_exact(space) else mean + std * draw.noise("posterior")
     return x0, condition(args, draw, data, space, i, flip, x)
 
@@ -408,7 +410,9 @@ def train(args):
     optimizers, rates = build_optimizers(args, net)
     state = {f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)}
     run.start(net=net, ema=ema, **state)  # resumed, where that is asked for
-    cache = cache_latents(run, data, space) if args.cache_latents else None
+    cache = data.x if isinstance(data.x, Posteriors) else None
+    if args.cache_latents:
+        cache = cache_latents(run, data.x, space, describe_encoder(args, space))
     if args.latent_norm != "none" and space is not getattr(world, "space", None):
         measure_norm(args, data, space, cache, run.device)
     run.compile_blocks(net)
@@ -447,135 +451,12 @@ def train(args):
             run.save(step)
     if run.first >= args.max_train_steps:  # a finished run is written out again, perhaps elsewhere
         save_student(run, ema, space)
+    tell_waiting(run, data.x)
     finish(run, as_saved(args, ema), world, data, space)
     run.wait_for_all()
 
 
 # ---- setup: data, autoencoder, network, optimisers -----------------------------------------------
-
-
-@dataclass
-class TrainingData:
-    """What a run trains on.
-
-    x             pixels (N, ...), uint8 or in [-1, 1]; a tensor or Rows of a file
-    label         (N,) int64, or None
-    num_classes   of the labels, 0 for tasks without; class_names: a list of them, or None
-    maps          class numbers (N, H, W), or None; map_classes: how many there are
-    map_mirror    (256,) int64, what each class of a map is in a mirror; None without --hflip
-    """
-
-    x: Any
-    label: Any = None
-    num_classes: int = 0
-    class_names: list | None = None
-    maps: Any = None
-    map_classes: int = 0
-    map_mirror: Any = None
-
-
-def load_training_data(args, world):
-    """--data and --maps -> TrainingData. Raises UserError for what --task cannot train on.
-
-    world: the embedded world that --data names, or None.
-    """
-    where, with_context = f"--data {args.data}", args.task in ("inpaint", "semantic")
-    maps = args.maps or bool(world)  # a world has its own
-    maps = maps if args.task == "semantic" else None
-    flat = args.task != "class"  # without classes, images need no subfolders
-    how = dict(flat=flat, maps=maps, crop=args.crop)
-    found = load_data(args.data, args.resolution, args.pool, args.seed, **how)
-    x, cond, class_names = found
-    data = TrainingData(x, cond.get("label"))
-    if isinstance(x, Rows):
-        refuse_bytes_as_floats(where, x)
-    if args.task == "class" and data.label is None:
-        raise UserError(
-            f"{where}: no cond.label tensor, which --task class needs; --task uncond does without"
-        )
-    if x.dim() != 4 and (not world or with_context):
-        raise UserError(f"{where}: x0 is {tuple(x.shape)}; wanted images (N, C, H, W)")
-    if args.task == "class":
-        data.num_classes, data.class_names = count_classes(where, world, data.label), class_names
-    if args.task == "semantic":
-        data.maps, data.map_classes = check_maps(where, world, x, cond.get("map"))
-        if args.hflip:
-            data.map_mirror = mirror_classes(map_names(args, world, data.map_classes))
-    return data
-
-
-def refuse_bytes_as_floats(where, x):
-    """Raises UserError for pixels from 0 to 255 in a tensor of floats. x: Rows."""
-    some = x[torch.linspace(0, len(x) - 1, min(64, len(x))).long()]
-    if some.is_floating_point() and some.min() >= 0 and some.max() > 2:
-        raise UserError(
-            f"{where}: x0 goes from {some.min():.3g} to {some.max():.3g}: give pixels as bytes "
-            "(U8) of 0 to 255, or as floats within [-1, 1]"
-        )
-
-
-def count_classes(where, world, label):
-    """The number of classes of label (N,). Raises UserError for a class without items."""
-    num_classes = world.num_classes if world else int(label.max()) + 1
-    if int(label.min()) < 0 or len(label.unique()) < num_classes:
-        raise UserError(
-            f"{where}: cond.label must use every class from 0 to its largest, {num_classes - 1}; "
-            "renumber the classes"
-        )
-    return num_classes
-
-
-def check_maps(where, world, x, maps):
-    """-> maps (N, H, W) as a tensor, number of their classes. Raises UserError for others."""
-    want = (len(x), *x.shape[2:])
-    if maps is None or tuple(maps.shape) != want:
-        raise UserError(
-            f"{where}: --task semantic needs cond.map, class numbers (N, H, W) = {want}"
-        )
-    if isinstance(maps, Rows):  # a file's maps are read whole: they are one byte a pixel
-        maps = maps[torch.arange(len(maps))]
-    if maps.is_floating_point() or int(maps.min()) < 0 or int(maps.max()) > 255:
-        raise UserError(f"{where}: cond.map must hold integers, 0 to 254, or 255 for none")
-    known = maps[maps != 255]
-    if not len(known):
-        raise UserError(f"{where}: every map is 255, no class, everywhere: give maps with classes")
-    return maps, getattr(world, "map_classes", None) or 1 + int(known.max())
-
-
-def map_names(args, world, classes):
-    """Names of the maps' classes, from --map_names; a world's have no sides. Raises UserError."""
-    if world:
-        return []
-    try:
-        with open(args.map_names, encoding="utf-8") as f:
-            names = json.load(f)
-    except (OSError, ValueError) as e:
-        raise UserError(f"--map_names {args.map_names} is not readable JSON: {e}") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f'--map_names {args.map_names}: wanted a list, ["background", "skin", ...]')
-    if len(names) < classes:
-        raise UserError(
-            f"--map_names {args.map_names} names {len(names)} classes, and the maps have {classes}"
-        )
-    return names
-
-
-SIDES = {"l": "r", "r": "l", "left": "right", "right": "left"}  # as words of a class's name
-
-
-def mirror_classes(names):
-    """What each class becomes in a mirror: l_brow is r_brow, left_arm right_arm, skin itself.
-
-    names: of the classes 0, 1, ... -> (256,) int64. Raises UserError for a side without the other.
-    """
-    mirror, there = torch.arange(256), [name.lower() for name in names]
-    for k, name in enumerate(there):
-        words = re.split(r"([ _-]+)", name)
-        other = "".join(SIDES.get(word, word) for word in words)
-        if other not in there:
-            raise UserError(f"--map_names: {name!r} has no {other!r}, which it is in a mirror")
-        mirror[k] = there.index(other)
-    return mirror
 
 
 def build_space(args, world, data):
@@ -630,70 +511,22 @@ def is_exact(space):
 
 def latent_shape(data, space, device):
     """The shape of one item's latent, (C, h, w)."""
-    mean, _ = space.own_moments(to_unit(data.x[torch.arange(1)]).to(device))
+    mean, _ = space.own_moments(torch.zeros(1, *data.x.shape[1:], device=device))
     return tuple(mean.shape[1:])
 
 
-def cache_latents(run, data, space):
-    """--cache_latents: encode every item once, with --hflip its mirror image too.
-
-    -> means and standard deviations of the posteriors, each Rows of the file, (N, 1 or 2, C, h, w).
-    Rank 0 makes the file where it is not there. Raises UserError for a file that was made of other
-    pixels, in another order, or by another autoencoder.
-    """
-    args, path = run.args, run.args.cache_latents
-    about = {name: str(getattr(args, name)) for name in ("hflip", "pca_patch", "pca_channels")}
+def describe_encoder(args, space):
+    """What cached latents depend on beside the items, {name: text}."""
+    about = {name: str(getattr(args, name)) for name in ("pca_patch", "pca_channels")}
     about["autoencoder"] = args.autoencoder if space.folder is None else weights_hash(space.folder)
-    about["pixels"] = pixels_hash(data.x)
-    if run.main and not os.path.isfile(path):
-        moments = encode_all(data, space, args.train_batch_size, args.hflip, run.device)
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        save_tensors(moments, path, about)
-    run.wait_for_all()  # nobody reads the file before it is whole
-    file = open_tensors(path)
-    there = file.metadata() or {}
-    other = [name for name in about if there.get(name) != about[name]]
-    if other or not {"mean", "std"} <= set(file.keys()):
-        raise UserError(
-            f"--cache_latents {path} was made with other {', '.join(other) or 'tensors'}: "
-            "name another file, or remove this one and it is made again"
-        )
-    return Rows(file, "mean"), Rows(file, "std")
-
-
-def pixels_hash(x):
-    """A hash of all items x (N, ...) in their order: a cache belongs to what was encoded."""
-    digest = hashlib.sha256()
-    for index in torch.arange(len(x)).split(256):
-        digest.update(x[index].numpy())
-    return digest.hexdigest()
-
-
-def encode_all(data, space, batch, hflip, device):
-    """-> {"mean", "std"}: (N, 1 or 2, C, h, w), on the CPU; the second is the mirror image's."""
-    means, stds = [], []
-    for first in progress(range(0, len(data.x), batch), "latents"):
-        index = torch.arange(first, min(first + batch, len(data.x)))
-        x = to_unit(data.x[index]).to(device)
-        moments = [space.own_moments(v) for v in ([x, x.flip(-1)] if hflip else [x])]
-        means.append(torch.stack([mean for mean, _ in moments], 1).cpu())
-        stds.append(torch.stack([std for _, std in moments], 1).cpu())
-    return {"mean": torch.cat(means), "std": torch.cat(stds)}
-
-
-def cached(rows, i, flip, device):
-    """Rows i of cached moments, those of the mirror image where flip says so.  (B, C, h, w)"""
-    both = rows[i].to(device)  # (B, 1 or 2, C, h, w)
-    if flip is None:
-        return both[:, 0]
-    return torch.where(expand(flip, both[:, 0]), both[:, 1], both[:, 0])
+    return about
 
 
 def measure_norm(args, data, space, cache, device):
     """Measure --latent_norm on up to 4,000 items and put it into the space."""
     some = torch.arange(min(len(data.x), 4000)).split(100)
     if cache:
-        moments = (tuple(rows[i][:, 0] for rows in cache) for i in some)
+        moments = (cache.rows(i, None, "cpu") for i in some)
     else:
         moments = (space.own_moments(to_unit(data.x[i]).to(device)) for i in some)
     space.measure_norm(moments, args.latent_norm)
@@ -1152,7 +985,7 @@ def write_images(run, net, data, space, folder):
     if args.reconstruct:
         refuse(wrong_reconstruction(args, data, space))
         n, label = args.samples or len(data.x), data.label
-        about = {"reconstructed": pixels_hash(data.x)}
+        about = {"reconstructed": contents_of(data.x)}
         label = None if label is None else label[torch.arange(n)]
     else:
         n, label = args.samples, report.chosen_labels(args, max(1, net.num_classes))
@@ -1177,6 +1010,10 @@ def write_images(run, net, data, space, folder):
 def wrong_reconstruction(a, data, space):
     """Why there is nothing to reconstruct: pairs (wrong, why)."""
     n = len(data.x)
+    yield (
+        isinstance(data.x, Posteriors),
+        (f"--reconstruct: --data {a.data} has latents: give pictures"),
+    )
     yield (space.trivial, "--reconstruct: this run has no autoencoder: leave it out")
     yield (a.samples or 0) > n, f"--samples {a.samples}: --data {a.data} has {n} images: name fewer"
 
@@ -1207,7 +1044,7 @@ def planned_network(args):
         shape, classes = world.shape, world.num_classes
         maps = getattr(world, "map_classes", maps)
     elif args.data.endswith(".safetensors"):
-        shape = tuple(open_tensors(args.data).get_slice("x0").get_shape()[1:])
+        shape = shape_of_file(args)
     if args.autoencoder == "pca":
         shape = (args.pca_channels, *(side // args.pca_patch for side in shape[1:]))
     elif args.autoencoder != "identity":  # Stable Diffusion's
@@ -1215,6 +1052,14 @@ def planned_network(args):
     classes = classes if args.task == "class" else 0
     data = SimpleNamespace(num_classes=classes, class_names=None, map_classes=maps)
     return build_network(args, data, shape, None)
+
+
+def shape_of_file(args):
+    """The shape of an item of FILE.safetensors; of stored posteriors, that of their pictures."""
+    file = open_tensors(args.data)
+    if "x0" in file.keys():
+        return tuple(file.get_slice("x0").get_shape()[1:])
+    return (3, *(8 * side for side in file.get_slice("mean").get_shape()[2:]))
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -1248,12 +1093,14 @@ SAMPLER = dict(
 def add_data_flags(p):
     add = p.add_argument_group("data and autoencoder").add_argument
     add("--data", default=None, help="an embedded world (shapes, which is the default, glyphs, "
-        "clips, voxels, ring), a folder of images in class subfolders (for tasks without classes "
-        "also flat), or FILE.safetensors with x0 and cond.label or cond.map")
+        "clips, voxels, ring), pictures (a folder with class subfolders, for tasks without "
+        "classes also flat; dataset.json in it; a .zip, .tar or a folder of tars, LSUN's LMDB, "
+        "parquet, .npz), latents (.npy of mean and std, or mean and std in FILE.safetensors), or "
+        "FILE.safetensors with x0 and cond.label or cond.map")
     add("--maps", default=None, metavar="FOLDER", help="--task semantic: a PNG of class numbers "
         "for each image of --data, same relative name; 255 = none")
     add("--resolution", type=number(int, 4), default=32,
-        help="pixels a side; only for image folders (paper: 256, 512, 1024)")
+        help="pixels a side; only for sets of pictures (paper: 256, 512, 1024)")
     add("--pool", type=number(int, 100), default=100000,
         help="items drawn from a world to train on")
     add("--crop", choices=CROPS, default="lanczos", help="how an image of a folder becomes a "
@@ -1271,9 +1118,10 @@ def add_data_flags(p):
     add("--latent_norm", choices=["none", "scale", "channel"], default="none",
         help="none: as the autoencoder scales (paper: its scaling_factor 0.18215); scale: one "
         "factor measured on the data; channel: mean and std of each channel")
-    add("--cache_latents", default=None, metavar="FILE", help="encode the data once into this "
-        "safetensors file (posterior means and stds, mirrored items too) instead of in every "
-        "step (paper's code: every step)")
+    add("--cache_latents", default=None, metavar="FOLDER", help="encode the data once into this "
+        "folder (posterior means and stds in half precision, mirrored items too) instead of in "
+        "every step (paper's code: every step)")
+    add_picture_flags(p)
 
 
 def add_network_flags(p):
@@ -1391,7 +1239,7 @@ def wrong_flags(a, world):
     guided = a.task != "class" and scale not in (None, 1)
     inpaint_file = not a.sample and a.task == "inpaint" and a.data.endswith(".safetensors")
     no_maps = semantic and world and not hasattr(world, "scenes")
-    images = bool(a.data) and os.path.isdir(a.data)  # a folder of them
+    images = bool(a.data) and is_set(a.data)
     misplaced = a.maps and not (semantic and images and os.path.isdir(a.maps))
     with_context = a.task in ("inpaint", "semantic")
     sized = a.network in PAPER_NETWORKS and (with_context or a.t_scale not in (1, 1000))

@@ -95,6 +95,12 @@ class Draws:
         """(rows,) int64 in [0, high), evenly spread over the batch as in `spread`, on the CPU."""
         return (self._spread(name, 0.0, 1.0) * high).long().clamp_max(high - 1)
 
+    def after(self):
+        """The draws of the same rows in the next update."""
+        seed, step, inner = self.key
+        key = seed, step + 1, inner
+        return Draws(*key, self.rows, self.device, self.shape, self.timestep_shift, self.total)
+
     def on_cpu(self):
         """The same draws, left on the CPU: for what decides about control flow or indices."""
         return Draws(*self.key, self.rows, "cpu", self.shape, self.timestep_shift, self.total)

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from models.draws import Draws
 from models.files import UserError, fsync_folder, load_json
 from models.libraries import device
-from models.plumbing.data import files_below, is_image, read_frames, to_unit
+from models.plumbing.data import to_unit
+from models.plumbing.images import files_below, is_image, read_frames
 from models.prompts import PARTIAL, header_bytes, read_header
 from models.vaes import latent_shape
 from models.videos import is_video, read_video, video_library

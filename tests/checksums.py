@@ -277,7 +277,7 @@ MDT = {
 PCA = "--autoencoder pca --pca_patch 4 --pca_channels 12 --patch_size 2 "
 VAE = "--autoencoder @vae --patch_size 2 "
 MAPS = "--task semantic --maps @maps "
-CACHE = "--cache_latents OUT-latents.safetensors "
+CACHE = "--cache_latents OUT-latents "
 LATENT = {
     "plain": "",
     **EVERY,

@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers import PIXART_SCHEDULER, fill, word_tokenizer
 from released import COGVIDEOX, LUMINA2, PIXART, QWEN_IMAGE, WAN, Z_IMAGE
-from schedulers import COGVIDEOX_SCHEDULER
 from test_networks import TINY_SD, TINY_SDXL
 
 from models.text_encoders import ask, padded_rows

@@ -350,6 +350,14 @@ class Places:
     def NO_LIST(self, root):
         return self.names(root, {"skin": 0})
 
+    def UNDERSCORES(self, root):
+        pictures(root, name="x_")
+        return root
+
+    def OTHER_CACHE(self, root):
+        (root / "cache.json").write_text("{}")
+        return root
+
     def SPARSE(self, root):
         sparse_file(root / "d.safetensors")
         return root / "d.safetensors"
@@ -1182,9 +1190,21 @@ CASES = [
     ),
     (
         "latent_fm",
-        "--cache_latents {} was made with other {}: name another file",
+        "--cache_latents {} was made with other {}: name another folder",
+        "--data FOLDER --resolution 8 --cache_latents OTHER_CACHE",
+        ["--data FOLDER --resolution 8 --cache_latents OUT/latents"],
+    ),
+    (
+        "latent_fm",
+        "--cache_latents {} is a file: name a folder",
         "--data FOLDER --resolution 8 --cache_latents SPARSE",
-        ["--data FOLDER --resolution 8 --cache_latents OUT/cache.safetensors"],
+        ["--data FOLDER --resolution 8 --cache_latents OUT/latents"],
+    ),
+    (
+        "latent_fm",
+        "--class_in_name, but {} has no _ behind a class: rename it, or leave the flag out",
+        "--data FOLDER --resolution 8 --class_in_name",
+        ["--data FOLDER --resolution 8", "--data UNDERSCORES --resolution 8 --class_in_name"],
     ),
     (
         "latent_fm",
@@ -1288,7 +1308,7 @@ CASES = [
     ),
     (
         "dmd",
-        "--data {}: neither an embedded world ({}), a folder, nor a .safetensors file",
+        "--data {}: neither an embedded world ({}), a folder, a .zip, .tar,",
         "--gan_weight 0.1 --data nowhere",
         ["--gan_weight 0.1 --data DATA"],
     ),
@@ -1743,6 +1763,20 @@ ELSEWHERE = {
     ),
     "give the statistics of FID's Inception": ("test_metrics", "test_statistics_as_reference"),
     "is not finite: make it again": ("test_metrics", "test_statistics_as_reference"),
+    "--data {} has latents: give --autoencoder FOLDER": (
+        "test_sets",
+        "test_posteriors_that_do_not_fit",
+    ),
+    "has latents, not pictures: leave --hflip and --cache_latents out": (
+        "test_sets",
+        "test_posteriors_that_do_not_fit",
+    ),
+    "no cond.label tensor: give it, or --task uncond": (
+        "test_sets",
+        "test_posteriors_that_do_not_fit",
+    ),
+    "{} without labels or class folders": ("test_sets", "test_broken_sets_are_one_line"),
+    "has no class number in a .cls or .json": ("test_sets", "test_broken_sets_are_one_line"),
     "--output_dir: {} cannot be made": ("test_trust", "test_an_output_folder_that_cannot_be_made"),
     "give each an --output_dir of its own": ("test_trust", "test_two_runs_in_one_folder"),
     "these are not the files that the run began with": (

@@ -17,8 +17,10 @@ import latent_fm
 from models.draws import Draws
 from models.files import UserError, open_tensors
 from models.networks.dit import DiT
-from models.plumbing.data import Prompts, Rows, load_data, load_real_data, read_image, to_square
+from models.plumbing.data import Prompts, Rows, load_data, load_real_data
+from models.plumbing.images import read_image, to_square
 from models.plumbing.run import Run
+from models.plumbing.training_data import mirror_classes
 from models.worlds import load_world
 
 TINY = """--max_train_steps 2 --train_batch_size 4 --width 32 --depth 1 --cond_dim 16
@@ -33,7 +35,7 @@ def paint(path, colour, size=(8, 8)):
 
 def greys(x):
     """The grey values of images (N, 3, H, W) of one colour each."""
-    return x[:, 0, 0, 0].tolist()
+    return x[torch.arange(len(x))][:, 0, 0, 0].tolist()
 
 
 def refused(capsys, folder, task="class"):
@@ -251,7 +253,7 @@ def two_classes(tmp_path):
 
 
 def cached_run(folder, tmp_path, *more):
-    flags = ["--autoencoder", "pca", "--cache_latents", str(tmp_path / "c.safetensors")]
+    flags = ["--autoencoder", "pca", "--cache_latents", str(tmp_path / "latents")]
     out = ["--output_dir", str(tmp_path / "run")]
     return [*TINY, "--data", str(folder), *flags, *more, *out]
 
@@ -282,8 +284,8 @@ def test_stale_caches_are_refused(two_classes, tmp_path, capsys, change):
     latent_fm.main(cached_run(tmp_path / "copy", tmp_path))
     change(two_classes)
     line = refusal_of(capsys, latent_fm.main, *cached_run(two_classes, tmp_path))
-    assert "was made with other pixels: name another file, or remove this one" in line
-    (tmp_path / "c.safetensors").unlink()
+    assert "was made with other pixels: name another folder, or remove this one" in line
+    shutil.rmtree(tmp_path / "latents")
     latent_fm.main(cached_run(two_classes, tmp_path))
 
 
@@ -299,18 +301,18 @@ def test_caches_of_other_flags_say_which(two_classes, tmp_path, capsys):
 def test_mirror_classes():
     """CelebAMask-HQ's names, and others people use; a side without the other is refused."""
     names = ["background", "l_brow", "r_brow", "Left-Arm", "right-arm", "skin", "lip", "u_lip"]
-    mirror = latent_fm.mirror_classes(names)
+    mirror = mirror_classes(names)
     assert mirror[:8].tolist() == [0, 2, 1, 4, 3, 5, 6, 7]
     assert torch.equal(mirror[8:], torch.arange(8, 256))
     assert torch.equal(mirror[mirror], torch.arange(256))
     with pytest.raises(UserError, match="'ear_l' has no 'ear_r'"):
-        latent_fm.mirror_classes(["ear_l", "ear"])
+        mirror_classes(["ear_l", "ear"])
 
 
 def test_mirrored_maps_have_the_classes_of_the_mirror():
     """A left eye on the left becomes a right eye on the right. 255, no class, stays."""
     maps = torch.tensor([[[1, 0, 255, 3]]], dtype=torch.uint8).expand(2, 1, 4)
-    mirror = latent_fm.mirror_classes(["skin", "l_eye", "r_eye", "nose"])
+    mirror = mirror_classes(["skin", "l_eye", "r_eye", "nose"])
     out = latent_fm.mirrored_maps(maps, torch.tensor([True, False]), mirror)
     assert out.tolist() == [[[3, 255, 0, 2]], [[1, 0, 255, 3]]] and out.dtype == maps.dtype
     assert latent_fm.mirrored_maps(maps, None, None) is maps

@@ -5,17 +5,14 @@ Large files are never read whole: a row is read from disk when a step asks for i
 
 import math
 import os
-import re
-import sys
-import warnings
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 
 from models.draws import stable_hash
-from models.files import UserError, load_json, open_tensors, path_inside, save_json, save_tensors
+from models.files import UserError, load_json, open_tensors, save_json, save_tensors
+from models.plumbing.loading import drawn, index_path, open_pictures
+from models.plumbing.sets import is_set
 from models.prompts import open_prompts
 from models.worlds import WORLDS, load_world
 
@@ -243,279 +240,38 @@ def try_network(net, teacher, device, **more):
         raise UserError(str(e)) from None
 
 
-# ---- folders of images ---------------------------------------------------------------------------
-
-
-# How a picture becomes a square: its shorter side becomes the square's, and the centre is cut out.
-# lanczos is our own; adm is center_crop_arr of guided-diffusion, with which ImageNet's published
-# statistics are made (DiT, SiT, LFM); bilinear is torchvision's Resize and CenterCrop (LFM's LSUN).
-CROPS = ("lanczos", "adm", "bilinear")
-
-
-def to_square(image, size, crop="lanczos"):
-    """A PIL image of any shape -> one of size x size, by one of CROPS."""
-    if crop == "lanczos":
-        return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    if crop == "adm":
-        while min(image.size) >= 2 * size:  # the mean of 2 x 2 pixels
-            image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
-        scale = size / min(image.size)
-        sides = [round(side * scale) for side in image.size]
-        image = image.resize(sides, Image.Resampling.BICUBIC)
-        left, top = ((side - size) // 2 for side in sides)
-    else:
-        sides = [size * side // min(image.size) for side in image.size]
-        image = image.resize(sides, Image.Resampling.BILINEAR)
-        left, top = (round((side - size) / 2) for side in sides)
-    return image.crop((left, top, left + size, top + size))
-
-
-def eight_bits(image):
-    """A grey image of more than 8 bits, or of floats, as one of 8 bits. Raises ValueError.
-
-    16 bits are taken as full scale, floats as 0 to 1 if they all are, else as 0 to 255 or 65535.
-    """
-    values = np.asarray(image, np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("pixels that are not finite")
-    low, high, full = values.min(), values.max(), 65535
-    if low < 0 or high > full:
-        raise ValueError(f"pixels from {low:g} to {high:g}: save it with 8 bits, or with 16")
-    if image.mode == "F":
-        full = next(f for f in (1, 255, 65535) if high <= f)
-    elif 0 < high < 4096:
-        raise ValueError(
-            f"16-bit pixels of at most {high:g}, nearly black: if they have 12 bits or fewer, "
-            "scale them to 0..65535"
-        )
-    return Image.fromarray((values * (255 / full)).round().astype(np.uint8))
-
-
-def read_frames(path, frames=1):
-    """The first frames of an image of any kind, in RGB.  -> PIL images, at most so many
-
-    They are turned as EXIF says, more than 8 bits become 8 and transparency is laid on white.
-    Raises what Pillow raises, and ValueError for pixels that `eight_bits` cannot place.
-    """
-    read = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", message=".*Palette images with Transparency.*")
-        with Image.open(path) as file:
-            for frame in range(frames):
-                try:
-                    file.seek(frame)
-                except EOFError:
-                    break
-                file.load()
-                image = ImageOps.exif_transpose(file)
-                if image.mode.startswith("I") or image.mode == "F":
-                    image = eight_bits(image)  # Pillow's own convert() would clip
-                if "A" in image.getbands() or "transparency" in image.info:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                read.append(image.convert("RGB"))
-    return read
-
-
-def read_image(path, size, crop="lanczos"):
-    """Decode the first frame of an image.  -> uint8 (3, size, size). crop: see CROPS.
-
-    Raises what read_frames raises.
-    """
-    image = to_square(read_frames(path)[0], size, crop)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def read_map(path, size, image):
-    """Decode the segmentation map of an image -> uint8 (size, size), cropped like the image.
-
-    The map is a grey, palette or one-bit PNG whose values are class numbers, 255 for none. image:
-    the path of the image. Raises ValueError for colours, for classes above 255 and for another
-    shape than the image's, and what Pillow raises.
-    """
-    with Image.open(image) as picture:
-        turned = picture.getexif().get(0x0112, 1) >= 5  # EXIF: shown with its sides exchanged
-        wide, high = picture.size[::-1] if turned else picture.size
-    with Image.open(path) as numbers:
-        numbers.load()
-        if numbers.mode not in ("L", "P", "1") and not numbers.mode.startswith("I"):
-            raise ValueError(
-                f"a map of mode {numbers.mode}: save class numbers as a grey or palette PNG"
-            )
-        rounding = max(wide, high, *numbers.size)  # the sides may have been rounded
-        if abs(numbers.width * high - numbers.height * wide) > rounding:
-            raise ValueError(
-                f"the map is {numbers.width} x {numbers.height}, its image {wide} x {high}"
-            )
-        values = np.asarray(numbers).astype(np.int64)
-    if values.min() < 0 or values.max() > 255:
-        wrong = values.max() if values.max() > 255 else values.min()
-        raise ValueError(f"a map with class {wrong}: classes are 0 to 254, 255 is none")
-    numbers = Image.fromarray(values.astype(np.uint8))
-    numbers = ImageOps.fit(numbers, (size, size), Image.Resampling.NEAREST)
-    return torch.from_numpy(np.array(numbers))
-
-
-def class_folders(folder):
-    """Names of the subfolders, sorted; hidden ones are left out."""
-    names = [n for n in os.listdir(folder) if os.path.isdir(os.path.join(folder, n))]
-    return sorted(n for n in names if not n.startswith("."))
-
-
-def files_below(folder):
-    """Paths of all files in the folder and its subfolders, always in the same order.
-
-    Hidden folders are left out, and a file that is reached twice through links comes once.
-    """
-    seen = set()
-    for where, folders, files in os.walk(folder):
-        folders[:] = sorted(n for n in folders if not n.startswith("."))
-        for path in (os.path.join(where, file) for file in sorted(files)):
-            real = os.path.realpath(path)
-            if real not in seen:
-                seen.add(real)
-                yield path
-
-
-WITHOUT_CLASSES = "train without classes (latent_fm.py --task uncond takes all images of a folder)"
-
-
-def is_image(path):
-    """Whether the name is that of an image that Pillow opens, and not hidden."""
-    ending = os.path.splitext(path)[1].lower()
-    hidden = os.path.basename(path).startswith(".")
-    return not hidden and Image.registered_extensions().get(ending) in Image.OPEN
-
-
-def list_images(folder, flat):
-    """What read_image_folder reads.  -> [(path, class number)], names of the classes.
-
-    flat: everything below the folder is one class. Otherwise classes are those of dataset.json, or
-    the subfolders. Raises UserError for a folder whose classes are not clear.
-    """
-    described = os.path.join(folder, "dataset.json")
-    if flat:
-        paths = [path for path in files_below(folder) if path != described]
-        return [(path, 0) for path in paths], [os.path.basename(os.path.abspath(folder))]
-    if os.path.isfile(described):
-        return list_described(folder, described)
-    where, classes = f"--data {folder}", class_folders(folder)
-    if not classes:
-        raise UserError(f"{where}: no class subfolders; put images in {folder}/<class>/...")
-    if all(re.fullmatch(r"\d{5}", name) for name in classes):
-        raise UserError(
-            f"{where}: its subfolders {classes[0]} ... look like parts of a large set, not like "
-            f"classes: {WITHOUT_CLASSES}; if they are classes, put a letter before their numbers"
-        )
-    loose = [n for n in sorted(os.listdir(folder)) if os.path.isfile(os.path.join(folder, n))]
-    loose = [n for n in loose if is_image(n)]
-    if loose:
-        raise UserError(
-            f"{where}: {len(loose)} images, such as {loose[0]}, lie beside the class subfolders "
-            f"{', '.join(classes[:3])}...: move them into one of these or away, or else "
-            f"{WITHOUT_CLASSES}"
-        )
-    found, seen = [], set()
-    for k, name in enumerate(classes):
-        for path in files_below(os.path.join(folder, name)):
-            real = os.path.realpath(path)
-            if real not in seen:  # links from one class to another
-                seen.add(real)
-                found.append((path, k))
-    return found, classes
-
-
-def list_described(folder, described):
-    """Images of dataset.json, as EDM's and StyleGAN's dataset_tool write it, for list_images.
-
-    {"labels": [["00000/img00000000.png", 3], ...]}: file, class number. Raises UserError.
-    """
-    where, rows = f"--data {folder}: its dataset.json", load_json(described).get("labels")
-    if rows is None:
-        raise UserError(f"{where} has no labels: {WITHOUT_CLASSES}")
-    right = isinstance(rows, list) and all(isinstance(r, list) and len(r) == 2 for r in rows)
-    right = right and all(type(n) is str and type(k) is int and 0 <= k < 2**20 for n, k in rows)
-    if not right:
-        raise UserError(
-            f'{where} wants "labels": [["FILE", CLASS], ...] with class numbers from 0 on: write '
-            f"it so, or {WITHOUT_CLASSES}"
-        )
-    found = [(path_inside(folder, name, where), k) for name, k in rows]
-    missing = [path for path, _ in found if not os.path.isfile(path)]
-    if missing or not found:
-        first = f", the first {missing[0]}" if missing else ""
-        raise UserError(f"{where} names {len(found)} images, {len(missing)} are not there{first}")
-    return found, [str(k) for k in range(1 + max(k for _, k in found))]
-
-
-def read_image_folder(folder, size, flat=False, maps=None, crop="lanczos"):
-    """Images of a folder with their classes, and with their maps if there are any.
-
-    flat: without classes, everything below the folder. maps: a folder with a PNG of the same
-    relative name for each image. crop: see CROPS.
-    -> x uint8 (N, 3, size, size), label int64 (N,), class names, maps uint8 (N, size, size) or
-    None. Unreadable files are named on stderr and skipped, a file that is reached twice through
-    links counts once, and a class without images gets no label. Raises UserError for what
-    list_images refuses, and when nothing is left.
-    """
-    found, classes = list_images(folder, flat)
-    x, label, all_maps = torch.empty(len(found), 3, size, size, dtype=torch.uint8), [], []
-    for path, k in found:
-        try:
-            x[len(label)] = read_image(path, size, crop)
-            if maps:
-                stem = os.path.splitext(os.path.relpath(path, folder))[0]
-                all_maps.append(read_map(os.path.join(maps, stem + ".png"), size, path))
-        except Exception as e:  # Pillow raises errors of many kinds; the run goes on after all
-            why = f"{type(e).__name__}: {' '.join(str(e).split())}"
-            print(f"skipped {path}: {why}", file=sys.stderr)
-            continue
-        label.append(k)
-    if not label:
-        with_map = f" with a map in {maps}" if maps else ""
-        where = "it" if flat else f"{len(classes)} class subfolders"
-        raise UserError(
-            f"--data {folder}: no readable image{with_map} in {where} ({len(found)} files skipped)"
-        )
-    label, x = torch.tensor(label), x[: len(label)]
-    if not os.path.isfile(os.path.join(folder, "dataset.json")):
-        there, label = label.unique(return_inverse=True)  # numbers without gaps
-        classes = [classes[k] for k in there.tolist()]
-    return x, label, classes, torch.stack(all_maps) if maps else None
-
-
 # ---- --data --------------------------------------------------------------------------------------
 
 
 def load_data(
-    source, size=None, pool=20000, seed=0, flat=False, maps=None, sparse=False, crop="lanczos"
-):
+    source, size=None, pool=20000, seed=0, flat=False, maps=None, sparse=False, crop="lanczos",
+    **reading,
+):  # fmt: skip
     """What --data names, with its conditions.
 
-    source: a world's name, a folder of images in class subfolders, or FILE.safetensors. The file
-            has x0 (N, ...) or, for points of a grid, coords (M, 3), feats (M, C) and offsets
-            (N + 1,), and beside either cond.NAME (N, ...).
+    source: a world's name, a set of pictures (see sets.py), or FILE.safetensors. The file has x0
+            (N, ...) or, for points of a grid, coords (M, 3), feats (M, C) and offsets (N + 1,), and
+            beside either cond.NAME (N, ...).
     size:   side of the images of a folder, or of the grid; None means 32, or any.
     pool:   number of items drawn from a world. They differ from every set that measures use.
-    flat, maps, crop: of folders, see read_image_folder. maps=True asks a world for its own. They
-            become cond["map"].
+    flat, maps, crop: of pictures, see loading.open_pictures, and `reading` goes there as well.
+            maps=True asks a world for its own. They become cond["map"].
     sparse: whether points are welcome; otherwise they are refused.
 
-    -> x0: float32 (N, ...), images uint8 (N, 3, size, size), or Rows or SparseRows of the file;
-    cond: {"label": (N,) int64, ...}; class names or None. Raises UserError.
+    -> x0: float32 (N, ...), Decoded images uint8 (N, 3, size, size), or Rows or SparseRows of the
+    file; cond: {"label": (N,) int64, ...}; class names or None. Raises UserError.
     """
     if source in WORLDS:
         return load_world_data(load_world(source), pool, seed, maps)
-    if os.path.isdir(source):
-        x0, label, names, maps = read_image_folder(source, size or 32, flat, maps, crop)
+    if is_set(source):
+        x0, label, names, maps = open_pictures(source, size or 32, flat, maps, crop, **reading)
         cond = {"label": label} if maps is None else {"label": label, "map": maps}
         return x0, cond, names
     if not source.endswith(".safetensors"):
         worlds = ", ".join(WORLDS)
         raise UserError(
-            f"--data {source}: neither an embedded world ({worlds}), a folder, "
-            "nor a .safetensors file"
+            f"--data {source}: neither an embedded world ({worlds}), a folder, a .zip, .tar, "
+            ".parquet, .mdb or .npz, nor a .safetensors file"
         )
     return *load_data_file(source, size, sparse), None
 
@@ -732,7 +488,8 @@ def load_real_data(args, teacher):
     world, base, shape = teacher.world, teacher.base, teacher.shape
     source, classless = args.data or world.name, getattr(base, "num_classes", None) == 0
     crop = cut_of(teacher.folder)
-    found = load_data(source, shape[-1], seed=args.seed, flat=classless, crop=crop)
+    how = dict(flat=classless, crop=crop, **reading_of(args))
+    found = load_data(source, shape[-1], seed=args.seed, **how)
     data, cond, class_names = found
     if classless:
         cond, class_names = {"label": torch.zeros(len(data), dtype=torch.long)}, None
@@ -758,6 +515,15 @@ def load_real_data(args, teacher):
     return data, cond
 
 
+def reading_of(args):
+    """How the flags say that a set of pictures is read, for `load_data`."""
+    if not hasattr(args, "workers"):  # a script that takes no pictures
+        return {}
+    named = args.data and is_set(args.data)
+    index = index_path(args) if named else None
+    return dict(class_in_name=args.class_in_name, workers=args.workers, index=index)
+
+
 def cut_of(folder):
     """How the images were cut that a network of latent_fm.py was trained on; one of CROPS.
 
@@ -777,7 +543,7 @@ def real_batches(args, teacher, device):
 
     def batch(draw, name):
         i = draw.integer(name, len(data))
-        return to_unit(data[i].to(device)), {k: v[i].to(device) for k, v in cond.items()}
+        return to_unit(drawn(data, draw, name, i)), {k: v[i].to(device) for k, v in cond.items()}
 
     return batch
 

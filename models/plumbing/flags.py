@@ -14,6 +14,7 @@ from models.diffusion import RESCALES
 from models.files import UserError
 from models.plumbing import papers, releases
 from models.plumbing.dry_run import H100
+from models.plumbing.loading import WORKERS
 from models.plumbing.teachers import is_small
 from models.worlds import WORLDS, refuse_ambiguous
 
@@ -171,6 +172,16 @@ def add_distillation_flags(p):
     add("--preview_samples", type=number(int, 1), default=20, help="columns of samples.png")
     add("--remeasure_teacher", action="store_true",
         help="measure the many-step teacher again instead of copying its row")
+
+
+def add_picture_flags(p):
+    """Flags of scripts whose --data may be pictures."""
+    add = p.run.add_argument
+    add("--workers", type=number(int, 1), default=WORKERS,
+        help="threads of a rank that decode the pictures of --data, one update ahead")
+    add("--class_in_name", action="store_true", default=None, help="the class of a picture of "
+        "--data is what stands in its file's name before the first _, as guided-diffusion reads "
+        "class_name.png; None: its folder, or what the set says")
 
 
 def add_fake_score_flags(p):

@@ -26,7 +26,7 @@ from models.files import (
     save_json,
 )
 from models.networks import weight_files
-from models.plumbing.data import files_below
+from models.plumbing.images import files_below
 from models.plumbing.teachers import find_folder, network_folder
 from models.prompts import INDEX, shards_of
 from models.shards import first_row, holds, own_rows, rows_in
@@ -232,7 +232,7 @@ FREE_TO_CHANGE = set(
     "output_dir max_train_steps resume_from_checkpoint checkpointing_steps sample settings "
     "remeasure_teacher preview_samples preview_every max_minutes gradient_checkpointing compile "
     "save_fp16 lora_dtype shard_ranks save_dtype dry_run device_memory device_tflops "
-    "sample_steps solver atol rtol guidance_interval "
+    "sample_steps solver atol rtol guidance_interval workers "
     "student_guidance teacher_shift teacher_guidance_interval".split()
 )
 

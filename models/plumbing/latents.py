@@ -1,0 +1,212 @@
+"""Latents on disk: those that --cache_latents makes, and those that were made elsewhere.
+
+A cache has parts. Each part holds `moments` (rows, 1 or 2, 2, C, h, w) in half precision: of the
+item and, with --hflip, of its mirror image, mean and standard deviation of the encoder's posterior.
+All ranks write parts, and a run that was stopped goes on with those that are missing.
+"""
+
+import hashlib
+import os
+
+import numpy as np
+import torch
+
+from models.files import UserError, load_json, open_tensors, save_json, save_tensors
+from models.networks.latent_space import load_space
+from models.plumbing.data import Rows, to_unit, whole_labels
+from models.plumbing.images import files_below
+from models.plumbing.loading import Decoded
+from models.plumbing.run import progress
+from models.plumbing.sets import DESCRIBED, Folder, list_set
+
+ROWS = 1024  # of a part
+
+
+class LatentCache:
+    """A folder of such parts.  about: {name: text} of what they were made with, in cache.json."""
+
+    def __init__(self, folder, n, about):
+        """n: how many items there are."""
+        self.folder, self.n, self.about = folder, n, {**about, "items": str(n)}
+        self.parts = -(-n // ROWS)
+
+    def path(self, part):
+        """The file of this number."""
+        return os.path.join(self.folder, f"{part:05d}.safetensors")
+
+    def missing(self):
+        """Numbers of the parts that are not there."""
+        return [part for part in range(self.parts) if not os.path.isfile(self.path(part))]
+
+    def begin(self):
+        """Make the folder where there is none. Raises UserError for one of other latents."""
+        path = os.path.join(self.folder, "cache.json")
+        if not os.path.isdir(self.folder) and os.path.exists(self.folder):
+            raise UserError(f"--cache_latents {self.folder} is a file: name a folder")
+        if not os.path.isfile(path):
+            os.makedirs(self.folder, exist_ok=True)
+            save_json(self.about, path)
+
+    def check(self):
+        """Raises UserError for a folder of other latents."""
+        there = load_json(os.path.join(self.folder, "cache.json"))
+        other = [name for name in self.about if there.get(name) != self.about[name]]
+        if other:
+            raise UserError(
+                f"--cache_latents {self.folder} was made with other {', '.join(other)}: "
+                "name another folder, or remove this one and it is made again"
+            )
+
+    def open(self):
+        """Open all parts, for `rows`.  -> self. Raises UserError for one that is not whole."""
+        files = [open_tensors(self.path(part)) for part in range(self.parts)]
+        whole = ["moments" in file.keys() for file in files]
+        self.moments = [f.get_slice("moments") for f, there in zip(files, whole) if there]
+        counts = [moments.get_shape()[0] for moments in self.moments]
+        if not all(whole) or sum(counts) != self.n or any(k != ROWS for k in counts[:-1]):
+            raise UserError(
+                f"{self.folder} has parts of another cache: remove it, and it is made again"
+            )
+        return self
+
+    def rows(self, index, flip, device):
+        """Means and standard deviations of items index (B,), of the mirror images where flip (B,)
+        says so; flip None: nowhere.  -> each (B, C, h, w) float32
+        """
+        views = torch.zeros_like(index) if flip is None else flip.long().cpu()
+        found = [
+            self.moments[i // ROWS][i % ROWS : i % ROWS + 1, v : v + 1].float()
+            for i, v in zip(index.tolist(), views.tolist())
+        ]
+        both = torch.cat(found)[:, 0].to(device)  # (B, 2, C, h, w)
+        return both[:, 0], both[:, 1]
+
+
+def cache_latents(run, x, space, about):
+    """Encode what is not encoded yet, each rank its parts.  -> LatentCache, open
+
+    x: items (N, ...), Decoded, Rows or a tensor. about: what the latents depend on beside x, {name:
+    text}. Raises UserError for a folder that was made of other items, in another order, or by
+    another autoencoder.
+    """
+    args = run.args
+    about = {**about, "hflip": str(args.hflip), "pixels": contents_of(x)}
+    cache = LatentCache(args.cache_latents, len(x), about)
+    if run.main:
+        cache.begin()
+    run.wait_for_all()  # nobody reads cache.json before it is whole
+    cache.check()
+    own = [part for part in cache.missing() if part % run.world_size == run.rank]
+    for part in progress(own, "latents", disable=not run.main):
+        index = torch.arange(part * ROWS, min(len(x), (part + 1) * ROWS))
+        found = [encode(x[i], space, args.hflip, run.device) for i in index.split(run.B)]
+        save_tensors({"moments": torch.cat(found)}, cache.path(part))
+    run.wait_for_all()
+    return cache.open()
+
+
+@torch.no_grad()
+def encode(x, space, hflip, device):
+    """Items x (B, ...) -> (B, 1 or 2, 2, C, h, w) float16, on the CPU."""
+    x = to_unit(x.to(device))
+    views = [torch.stack(space.own_moments(v), 1) for v in ([x, x.flip(-1)] if hflip else [x])]
+    return torch.stack(views, 1).half().cpu()
+
+
+def contents_of(x):
+    """A text that tells other items, or another order, apart: a cache belongs to what was encoded.
+
+    Of pictures it is made of their files' bytes, when the index is.
+    """
+    if isinstance(x, Decoded):
+        return x.sum
+    digest = hashlib.sha256()
+    for index in torch.arange(len(x)).split(256):
+        digest.update(x[index].numpy())
+    return digest.hexdigest()
+
+
+# ---- made elsewhere ------------------------------------------------------------------------------
+
+
+def is_posteriors(source):
+    """Whether --data names means and standard deviations of an encoder's posterior."""
+    if os.path.isdir(source):
+        names = (path for path in files_below(source) if os.path.basename(path) != DESCRIBED)
+        return next(names, "").endswith(".npy")
+    if not source.endswith(".safetensors") or not os.path.isfile(source):
+        return False
+    keys = open_tensors(source).keys()
+    return {"mean", "std"} <= set(keys) and "x0" not in keys
+
+
+class Posteriors:
+    """Posteriors of Stable Diffusion's encoder, as EDM2 and REPA store them, before any scaling.
+
+    A folder with a .npy (2 C, h, w) an item, mean and then standard deviation, whose classes are
+    those of dataset.json or the subfolders; or FILE.safetensors with mean and std (N, C, h, w) and
+    cond.label (N,). rows() is that of a LatentCache; x[index] is decoded pictures, (B, 3, H, W) in
+    [-1, 1], and x.shape theirs. label (N,) or None; classes: their names, or None.
+    """
+
+    def __init__(self, source, autoencoder, flat):
+        """autoencoder: the folder of the one that decodes them. Raises UserError."""
+        if autoencoder in ("identity", "pca"):
+            raise UserError(
+                f"--data {source} has latents: give --autoencoder FOLDER, of the AutoencoderKL "
+                "that made them"
+            )
+        self.where, self.space = f"--data {source}", load_space(autoencoder)
+        self.label = self.classes = None
+        if os.path.isdir(source):
+            members, labels, self.classes, _ = list_set(Folder(source, flat), flat)
+            every = [(name, k) for (name, _), k in zip(members, labels) if name.endswith(".npy")]
+            self.names = [os.path.join(source, name) for name, _ in every]
+            self.label = torch.tensor([k for _, k in every])
+            one, n = self.of_file(0).shape[1:], len(self.names)
+        else:
+            file = open_tensors(source)
+            self.mean, self.std = (Rows(file, k, self.where) for k in ("mean", "std"))
+            one, n, self.names = self.mean.shape[1:], len(self.mean), None
+            if self.std.shape != self.mean.shape or len(one) != 3:
+                raise UserError(
+                    f"{self.where}: mean is {self.mean.shape} and std {self.std.shape}, wanted "
+                    "(N, C, h, w) twice"
+                )
+            if "cond.label" in file.keys():
+                self.label = whole_labels(source, Rows(file, "cond.label", self.where))
+        self.one, self.shape = tuple(one), (n, *self.space.pixel_shape(tuple(one)))
+
+    def of_file(self, i):
+        """-> (2, C, h, w) float32. Raises UserError for a file of another shape."""
+        try:
+            found = np.load(self.names[i], allow_pickle=False)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.names[i]} is not a whole .npy ({e}): copy it again") from None
+        whole = found.dtype.kind == "f" and found.ndim == 3 and not len(found) % 2
+        if not whole or (i and found.shape != (2 * self.one[0], *self.one[1:])):
+            raise UserError(
+                f"{self.names[i]} is {found.dtype} {found.shape}, wanted floats (2 C, h, w) like "
+                "the first: mean, then standard deviation"
+            )
+        return torch.from_numpy(found.astype(np.float32)).unflatten(0, (2, -1))
+
+    def __len__(self):
+        return self.shape[0]
+
+    def dim(self):
+        return len(self.shape)
+
+    def rows(self, index, flip, device):
+        """Of items index (B,): what own_moments of the space gives, each (B, C, h, w)."""
+        if self.names is None:
+            mean, std = self.mean[index], self.std[index]
+        else:
+            mean, std = torch.stack([self.of_file(i) for i in index.tolist()], 1)
+        normalise = self.space.autoencoder.normalise
+        z = normalise(mean)
+        return z.to(device), (normalise(mean + std) - z).to(device)
+
+    @torch.no_grad()
+    def __getitem__(self, index):
+        return self.space.to_pixels(self.space.normed(*self.rows(index, None, "cpu"))[0])
