@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from models.files import UserError, fingerprint, load_tensors, open_tensors, save_json, save_tensors
 from models.libraries import device
 from models.networks import inception
-from models.plumbing.data import CROPS
 from models.plumbing.flags import Parser, number
 from models.plumbing.image_sets import npz_array, npz_names, open_images
+from models.plumbing.images import CROPS
 from models.plumbing.run import progress, run_main
 from models.worlds.measures import (
     energy_distance,

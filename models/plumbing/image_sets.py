@@ -31,7 +31,7 @@ from models.files import (
     save_json,
     save_tensors,
 )
-from models.plumbing.data import files_below, is_image, read_frames, to_square
+from models.plumbing.images import files_below, is_image, read_frames, to_square
 from models.plumbing.run import progress
 
 # ---- reading -------------------------------------------------------------------------------------

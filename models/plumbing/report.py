@@ -22,9 +22,10 @@ from models.files import UserError, fingerprint, open_tensors, save_json, save_t
 from models.networks import load_network, lora, own_entries, save_network
 from models.networks.latent_space import space_beside
 from models.pictures import picture, save_gif, save_grid
-from models.plumbing.data import Conditions, files_below
+from models.plumbing.data import Conditions
 from models.plumbing.flags import refuse
 from models.plumbing.image_sets import write_set
+from models.plumbing.images import files_below
 from models.plumbing.run import peak_memory_mb, refuse_output_dir
 from models.plumbing.teachers import (
     Teacher,
