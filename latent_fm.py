@@ -1004,7 +1004,10 @@ def write_images(run, net, data, space, folder):
         with torch.autocast(run.device.type, enabled=False):  # the autoencoder in float32
             return space.to_pixels(space.to_latents(z) if args.reconstruct else z)
 
-    write_set(run, draw, n, label, **about, **report.made_with(args, folder))
+    try:
+        write_set(run, draw, n, label, **about, **report.made_with(args, folder))
+    except ValueError as e:
+        raise UserError(f"--solver {args.solver}: {e}") from None
 
 
 def wrong_reconstruction(a, data, space):

@@ -315,9 +315,8 @@ def chosen_labels(args, count):
 
 def made_with(args, folder):
     """What a set of images depends on besides the sampler: entries of its set.json."""
-    weights = [path for path in files_below(folder) if path.endswith(".safetensors")]
     return {
-        "student": fingerprint(weights),
+        "student": fingerprint(files_below(folder)),
         "seed": args.seed,
         "labels": args.labels or "balanced",
         "mixed_precision": args.mixed_precision,
