@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import io
 import json
 import os
 import random
@@ -42,7 +43,8 @@ from models.networks import (
 )
 from models.networks.dit import DiT
 from models.networks.wan import WanTransformer3DModel
-from models.plumbing.data import Bank, Prompts, load_data, read_image_folder
+from models.plumbing.data import Bank, Prompts, load_data
+from models.plumbing.loading import open_pictures
 from models.plumbing.run import Log
 from models.plumbing.state import (
     SavedState,
@@ -278,12 +280,10 @@ class Images:
             picture.convert("RGB").save(root / "a" / f"x.{kind}")
 
     def load(self, root):
-        with open(os.devnull, "w") as nothing:  # it names the files that it skips
-            real, sys.stderr = sys.stderr, nothing
-            try:
-                read_image_folder(str(root), 8)
-            finally:
-                sys.stderr = real
+        said = io.StringIO()  # the files that it skips
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            x = open_pictures(str(root), 8, workers=1)[0]
+            x[torch.arange(len(x))]
 
 
 class Described(Images):
