@@ -70,7 +70,7 @@ from models.plumbing.flags import (
     parse,
     refuse,
 )
-from models.plumbing.run import Run, progress, run_main
+from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import (
     average_of,
     freeze_teacher,
@@ -79,6 +79,7 @@ from models.plumbing.teachers import (
     starting_network,
     trainable,
 )
+from models.progress import progress
 
 # ---- the losses. x_t, v_t, g (B, ...), s < t (B,); networks: net(x_t, t, **cond) -> velocity -----
 

@@ -682,6 +682,12 @@ PRESETS = {  # the flags' defaults suit small networks; what other teachers chan
 }  # fmt: skip
 
 
+def presets(known):
+    """PRESETS, where other flags matter too. known: a first reading of the command line."""
+    kept = {**PRESETS["voxels"], "slow_clock": None}  # adapters leave the embedding of t as it is
+    return {**PRESETS, "voxels": kept} if known.lora_rank else PRESETS
+
+
 def norm_kind(text):
     """argparse type of --d_norm: none (None), rms or a positive constant."""
     if text == "none":
@@ -738,7 +744,7 @@ def parse_args(argv=None):
         help="guidance of the student's samples, two calls a step (TRELLIS: w = 5, here 6; the "
         "released code's previews: w = 3 and, in the second stage, .1, here 4 and 1.1)")
     add_further_flags(p)
-    args = parse(p, argv, "mdt_dist", PRESETS, wrong_flags)
+    args = parse(p, argv, "mdt_dist", presets, wrong_flags)
     if not (args.student_steps or args.sample):
         args.student_steps = [1, 2]
     return args

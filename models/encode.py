@@ -31,13 +31,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
-from tqdm import tqdm
 
 from models import pairs as pairing
 from models.files import DTYPES, UserError, save_tensors
 from models.libraries import require
 from models.plumbing.flags import Parser, number
 from models.plumbing.run import run_main
+from models.progress import progress
 from models.prompts import PromptWriter, is_complete, open_prompts, refuse_other
 from models.text_encoders import CLIP, FAMILIES, ask, padded_rows, teacher_class
 from models.vaes import find_autoencoder, load_autoencoder
@@ -162,7 +162,7 @@ def count_tokens(encoder, prompts, names, max_length):
 
     names: of the prompts, for that line.
     """
-    parts = tqdm(range(0, len(prompts), 1024), desc="tokens", leave=False, delay=2)
+    parts = progress(range(0, len(prompts), 1024), "tokens", leave=False, delay=2)
     counts = [n for i in parts for n in encoder.count(prompts[i : i + 1024])]
     cut = [name for name, n in zip(names, counts, strict=True) if n > max_length]
     if cut:
@@ -223,7 +223,7 @@ def write_text(writer, prompts, encoder, batch_size, folder):
     done = writer.done
     if done:
         print(f"{writer.path}: going on after {done} of {len(prompts)} prompts", flush=True)
-    with tqdm(desc="prompts", total=len(prompts), initial=done) as bar:
+    with progress(text="prompts", total=len(prompts), initial=done) as bar:
         for first in range(done - done % batch_size, len(prompts), batch_size):
             with blamed_on(folder):
                 found, mask = encoder.features(prompts[first : first + batch_size])

@@ -33,7 +33,8 @@ from models.networks import inception
 from models.plumbing.flags import Parser, number
 from models.plumbing.image_sets import npz_array, npz_names, open_images
 from models.plumbing.images import CROPS
-from models.plumbing.run import progress, run_main
+from models.plumbing.run import run_main
+from models.progress import progress
 from models.worlds.measures import (
     energy_distance,
     frechet_distance,

@@ -14,13 +14,13 @@ import sys
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from models.draws import Draws
 from models.files import UserError, fsync_folder, load_json
 from models.libraries import device
 from models.plumbing.data import to_unit
 from models.plumbing.images import files_below, is_image, read_frames
+from models.progress import progress
 from models.prompts import PARTIAL, header_bytes, read_header
 from models.vaes import latent_shape
 from models.videos import is_video, read_video, video_library
@@ -278,7 +278,7 @@ def write_latents(file, pairs, size, frames, space, shape):
     row = done - file.notes[:done].count(SKIPPED)
     if done:
         print(f"{file.path}: going on after {done} of {len(pairs)} images", flush=True)
-    for path, _ in tqdm(pairs[done:], desc="latents", total=len(pairs), initial=done):
+    for path, _ in progress(pairs[done:], "latents", total=len(pairs), initial=done):
         try:
             x, six = read_pixels(path, size, frames, space.fps)
         except Exception as e:  # Pillow and the others raise errors of many kinds
@@ -301,7 +301,7 @@ def write_captions(file, captions, done, text_rows):
         file.write(f"uncond.{name}", 0, value)
     sizes = [note for note in file.notes if note not in (SKIPPED, ENCODED)]
     rows = zip(range(done, len(captions)), text_rows(captions[done:]))
-    for i, row in tqdm(rows, desc="captions", total=len(captions), initial=done):
+    for i, row in progress(rows, "captions", total=len(captions), initial=done):
         if "size" in row:
             row["size"] = torch.tensor(list(map(int, sizes[i].split())))
         for name, value in row.items():

@@ -1001,8 +1001,11 @@ CASES = [
     (
         "mdt_dist",
         "--slow_clock: adapters leave the embedding of t as it is: leave out --slow_clock or",
-        "--teacher TEACHER --slow_clock 20 --lora_rank 2",
-        ["--teacher TEACHER --slow_clock 20", "--teacher TEACHER --lora_rank 2"],
+        "--teacher TEACHER --data DATA --slow_clock 20 --lora_rank 2",
+        [
+            "--teacher TEACHER --data DATA --slow_clock 20",
+            "--teacher TEACHER --data DATA --lora_rank 2",
+        ],
     ),
     (
         "mdt_dist",
@@ -1746,6 +1749,10 @@ CASES = [
 
 # What cannot be met in one run of one process with nothing prepared: tests that follow it.
 ELSEWHERE = {
+    "--reconstruct: --data {} has latents: give pictures": (
+        "test_image_sets",
+        "test_latents_are_not_reconstructed",
+    ),
     "fills pictures in": ("test_image_sets", "test_what_is_no_image_is_refused"),
     "these are solids": ("test_image_sets", "test_what_is_no_image_is_refused"),
     "are not finite: name the student": ("test_image_sets", "test_numbers_that_are_not_finite"),

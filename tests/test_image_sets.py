@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from models.networks import network_config, save_network
 from models.networks.autoencoders import PatchPCA
 from models.networks.latent_space import LatentSpace
 from models.plumbing import image_sets
+from models.plumbing.latents import Posteriors
 
 
 def dit(seed):
@@ -244,3 +246,13 @@ def test_numbers_that_are_not_finite(tmp_path, monkeypatch, student):
     monkeypatch.setattr(dmd, "sample", lambda *a: torch.full((4, 3, 16, 16), float("nan")))
     with pytest.raises(UserError, match="some of images 0 to 3 are not finite"):
         dmd.main(flags(student, tmp_path / "x", 4))
+
+
+def test_latents_are_not_reconstructed(capsys):
+    """What --data has of them was encoded elsewhere, and there is no picture to compare with."""
+    latents = Posteriors.__new__(Posteriors)
+    latents.shape = 3, 3, 8, 8
+    data, args = SimpleNamespace(x=latents), SimpleNamespace(data="LATENTS", samples=None)
+    space = SimpleNamespace(trivial=False)
+    said = [why for wrong, why in latent_fm.wrong_reconstruction(args, data, space) if wrong]
+    assert said == ["--reconstruct: --data LATENTS has latents: give pictures"]

@@ -358,8 +358,8 @@ def test_a_progress_bar_in_a_pipe_writes_once_a_minute(monkeypatch):
 
 def test_no_other_progress_bar():
     """Every long loop of a run uses that one."""
-    for path in [*ROOT.glob("*.py"), *(ROOT / "models" / "plumbing").glob("*.py")]:
-        own = path.name == "run.py"
+    for path in [*ROOT.glob("*.py"), *(ROOT / "models").rglob("*.py")]:
+        own = path.name == "progress.py"
         assert len(re.findall(r"\btqdm\(", path.read_text())) == own, path.name
 
 

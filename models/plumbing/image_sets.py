@@ -32,7 +32,7 @@ from models.files import (
     save_tensors,
 )
 from models.plumbing.images import files_below, is_image, read_frames, to_square
-from models.plumbing.run import progress
+from models.progress import progress
 
 # ---- reading -------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from models.networks.latent_space import load_space
 from models.plumbing.data import Rows, to_unit, whole_labels
 from models.plumbing.images import files_below
 from models.plumbing.loading import Decoded
-from models.plumbing.run import progress
 from models.plumbing.sets import DESCRIBED, Folder, list_set
+from models.progress import progress
 
 ROWS = 1024  # of a part
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from models.files import UserError, open_tensors, path_inside, save_tensors
 from models.plumbing.images import as_bytes, read_map, to_square
 from models.plumbing.sets import Folder, list_set, open_set
+from models.progress import progress
 
 KEPT = 2**28  # bytes: a set whose rows are no more than this stays in memory once it is decoded
 WORKERS = 8
@@ -118,9 +118,10 @@ class Ahead:
 def drawn(rows, draw, name, index):
     """Rows of a set for a micro-batch.  -> (B, ...), as they are stored, on the draws' device.
 
-    rows: Decoded, or what index (B,) = draw.integer(name, len(rows)) goes into.
+    rows: Decoded, or what index (B,) = draw.integer(name, len(rows)) goes into. Those of the next
+    update are begun where the draws are of one.
     """
-    if isinstance(rows, Decoded):
+    if isinstance(rows, Decoded) and isinstance(draw.key[1], int):
         return rows.ahead.rows(draw, name, index)
     return rows[index].to(draw.device)
 
@@ -232,8 +233,7 @@ def look_at_all(source, members, maps, workers):
     own = range(rank, len(members), ranks)
     with ThreadPoolExecutor(workers) as pool:
         how = dict(disable=rank > 0 or len(own) < 2000)
-        how |= dict(mininterval=0.1 if sys.stderr.isatty() else 60)  # all that a file gets stays
-        for first in tqdm(range(0, len(own), 256), "index of --data, in 256s", **how):
+        for first in progress(range(0, len(own), 256), "index of --data, in 256s", **how):
             for k, row, why in pool.map(look, own[first : first + 256]):
                 seen[k] = torch.tensor(row)
                 if why:

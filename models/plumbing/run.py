@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from models.draws import Draws
 from models.files import TrainingError, UserError, replacing
@@ -59,6 +58,7 @@ from models.plumbing.state import (
     unpack,
     unpack_optimizer,
 )
+from models.progress import progress
 
 try:
     import resource
@@ -670,13 +670,7 @@ def take_output_dir(folder, path):
             shutil.rmtree(os.path.join(where, name))
 
 
-# ---- the progress bar, and log.csv ---------------------------------------------------------------
-
-
-def progress(items, text=None, **more):
-    """A progress bar over items. In a pipe or a file, where all it writes stays, once a minute."""
-    seconds = 0.1 if sys.stderr and sys.stderr.isatty() else 60
-    return tqdm(items, text, mininterval=seconds, maxinterval=max(10, seconds), **more)
+# ---- log.csv -------------------------------------------------------------------------------------
 
 
 class Log:

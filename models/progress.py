@@ -1,0 +1,11 @@
+"""A progress bar that suits a terminal and a file."""
+
+import sys
+
+from tqdm import tqdm
+
+
+def progress(items=None, text=None, **more):
+    """tqdm over items. In a pipe or a file, where all it writes stays, it writes once a minute."""
+    seconds = 0.1 if sys.stderr and sys.stderr.isatty() else 60
+    return tqdm(items, text, mininterval=seconds, maxinterval=max(10, seconds), **more)
