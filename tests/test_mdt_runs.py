@@ -38,7 +38,7 @@ from models.plumbing.teachers import freeze_teacher, load_teacher
 from models.worlds import load_world
 
 B, N, SEED = 5, 7, 2
-PAPER = "--vd_weight paper --vd_loss_weight 1 --slow_clock 1000".split()  # the launch line's
+PAPER = "--t_law uniform --vd_weight paper --slow_clock 1000".split()  # the launch line's
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ CASES = [
     (["--t_law", "uniform", "--timestep_shift", "3"], dict(uniform=True, time_shift=3.0)),
     (["--arm", "vm", "--phases", "3"], dict(arm="vm", phases=3)),
     (["--arm", "cm", "--phases", "2", "--dt", "0.4"], dict(arm="cm", phases=2, dt=0.4)),
-    (["--d_norm", "none", "--t_law", "uniform", *PAPER], dict(c=None, uniform=True, w="paper")),
+    (["--d_norm", "none", *PAPER], dict(c=None, uniform=True, w="paper")),
 ]
 # fmt: on
 
