@@ -34,6 +34,7 @@ from torch import nn
 
 from models import pairs as pairing
 from models.files import DTYPES, UserError, save_tensors
+from models.files import fingerprint as hash_of_files
 from models.libraries import require
 from models.plumbing.flags import Parser, number
 from models.plumbing.run import run_main
@@ -142,19 +143,13 @@ def read_prompts(prompts_txt):
 def fingerprint_of(prompts, settings, folders):
     """A hash of prompts, settings and text encoder, equal where a file may be gone on with.
 
-    settings: what JSON can hold. folders: of the tokenizer and encoder; of each file, the name,
-    the size, and the first and last megabyte.
+    settings: what JSON can hold. folders: of the tokenizer and encoder, with the names of files.
     """
-    found = hashlib.sha256(json.dumps([prompts, settings]).encode())
-    for folder in map(Path, folders):
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            size = path.stat().st_size
-            found.update(f"{path.relative_to(folder)} {size} ".encode())
-            with open(path, "rb") as f:
-                found.update(f.read(2**20))
-                f.seek(max(0, size - 2**20))
-                found.update(f.read())
-    return found.hexdigest()[:32]
+    names = [(folder, p) for folder in map(Path, folders) for p in sorted(folder.rglob("*"))]
+    files = [(str(path.relative_to(folder)), path) for folder, path in names if path.is_file()]
+    content = hash_of_files(path for _, path in files)
+    about = json.dumps([prompts, settings, [name for name, _ in files], content])
+    return hashlib.sha256(about.encode()).hexdigest()[:32]
 
 
 def count_tokens(encoder, prompts, names, max_length):
