@@ -27,6 +27,7 @@ from models.plumbing import report, sharding, teachers
 from models.plumbing.film import Film
 from models.plumbing.run import Run, run_main
 from models.plumbing.state import SavedState
+from tests.schedulers import PIXART
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {
@@ -273,30 +274,7 @@ TINY_PIXART = dict(
 )
 
 # scheduler/scheduler_config.json as PixArt was released with it.
-PIXART_SCHEDULER = dict(
-    _class_name="DPMSolverMultistepScheduler",
-    _diffusers_version="0.22.0.dev0",
-    algorithm_type="dpmsolver++",
-    beta_end=0.02,
-    beta_schedule="linear",
-    beta_start=0.0001,
-    dynamic_thresholding_ratio=0.995,
-    euler_at_final=False,
-    lambda_min_clipped=float("-inf"),
-    lower_order_final=True,
-    num_train_timesteps=1000,
-    prediction_type="epsilon",
-    sample_max_value=1.0,
-    solver_order=2,
-    solver_type="midpoint",
-    steps_offset=0,
-    thresholding=False,
-    timestep_spacing="linspace",
-    trained_betas=None,
-    use_karras_sigmas=False,
-    use_lu_lambdas=False,
-    variance_type=None,
-)
+PIXART_SCHEDULER = {**PIXART, "_diffusers_version": "0.22.0.dev0", "trained_betas": None}
 
 
 def word_tokenizer(special, end=None, **more):
