@@ -8,6 +8,7 @@ from helpers import dit_inputs as inputs
 from helpers import perturbed
 from helpers import small_dit as small
 
+from models.networks import load_network
 from models.networks.dit import HEAD_DIM, DiT, attention, axial_rope, patchify, rotate, unpatchify
 
 
@@ -61,7 +62,7 @@ def test_rope_depends_on_the_difference_of_positions(grid):
     else."""
     cos, sin = axial_rope(grid)
     N = int(torch.tensor(grid).prod())
-    assert cos.shape == sin.shape == (N, 1, HEAD_DIM // 2)
+    assert cos.shape == sin.shape == (N, 1, HEAD_DIM)
     q, k = (normal(1, 1, 1, HEAD_DIM, seed=s).expand(1, N, 1, -1) for s in (1, 2))
     scores = torch.einsum("bnhd,bmhd->nm", rotate(q, cos, sin), rotate(k, cos, sin))
     axes = torch.meshgrid(*[torch.arange(g) for g in grid], indexing="ij")
@@ -85,6 +86,27 @@ def test_rotation_keeps_norms_and_dtype():
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(y[:, 0], x[:, 0]) and not torch.allclose(y[:, 5], x[:, 5])
     assert rotate(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+
+
+def test_rotation_is_that_of_complex_numbers():
+    """The pairs (i, i + 16) turn as complex numbers do, by the angles of `axial_rope`."""
+    cos, sin = axial_rope((3, 4))
+    x = normal(2, 12, 2, HEAD_DIM)
+    half = HEAD_DIM // 2
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, sin)[..., half:]
+    torch.testing.assert_close(rotate(x, cos, sin), torch.cat([turned.real, turned.imag], -1))
+
+
+def test_weights_of_the_tanh_gelu_still_fit():
+    """The worlds' teachers were trained with the tanh form: their outputs change by 4e-5."""
+    net = load_network(load_world("glyphs").teacher_folder())[0]
+    x, t, label = normal(8, 3, 16, 16), torch.linspace(0.05, 1, 8), torch.arange(8) % 10
+    with torch.no_grad():
+        v = net(x, t, label)
+        for block in net.blocks:
+            block.mlp[1] = torch.nn.GELU(approximate="tanh")
+        other = net(x, t, label)
+    assert 0 < (v - other).norm() < 1e-4 * v.norm()
 
 
 def test_attention_is_softmax_attention():

@@ -64,11 +64,11 @@ def unpatchify(tokens, channels, size, patch):
 
 
 def axial_rope(grid, base=100.0):
-    """cos and sin of rotary angles, each (N, 1, 16); grid: the number of patches on each axis.
+    """Rotary tables [cos, cos] and [-sin, sin], each (N, 1, 32).
 
-    A head's 16 pairs are shared out evenly among the axes, and pairs left over stay unrotated. The
-    base is 100, not 10^4, because these grids are only a few patches wide. On the CPU, also while a
-    network is built on the meta device.
+    grid: the number of patches on each axis. A head's 16 pairs (i, i + 16) are shared out evenly
+    among the axes, and pairs left over stay unrotated. The base is 100, not 10^4, because these
+    grids are only a few patches wide. On the CPU, also while a network is built on the meta device.
     """
     pairs = HEAD_DIM // 2
     per_axis = pairs // len(grid)
@@ -77,13 +77,14 @@ def axial_rope(grid, base=100.0):
     where = torch.meshgrid(*[torch.arange(g, **on_cpu) for g in grid], indexing="ij")
     angle = torch.cat([w.reshape(-1, 1) * freq for w in where], dim=1)  # (N, per_axis * axes)
     angle = F.pad(angle, (0, pairs - angle.shape[1]))[:, None]  # (N, 1, 16)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (x[..., i], x[..., i + 16]). x (B, N, H, 32); cos, sin (N, 1, 16)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    """Rotate the pairs (x[..., i], x[..., i + 16]). x (B, N, H, 32); tables of `axial_rope`."""
+    y = x.float()
+    return torch.addcmul(y * cos, y.roll(HEAD_DIM // 2, -1), sin).to(x.dtype)
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def rotate(x, cos, sin):
 
 def modulate(x, shift, scale):
     """x (B, N, D) scaled and shifted; shift, scale (B, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
 class Block(nn.Module):
@@ -106,24 +107,24 @@ class Block(nn.Module):
         self.proj = lora.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = nn.Sequential(
-            lora.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), lora.Linear(4 * dim, dim)
+            lora.Linear(dim, 4 * dim), nn.GELU(), lora.Linear(4 * dim, dim)  # erf: fast on CPUs
         )
         self.modulation = nn.Linear(cond_dim, 6 * dim)
         self.attend = attention  # may be replaced, to give this block another attention, also
         self.attends = {}  # in calls with an adapter alone: {adapter: module, not a parameter here}
 
     def forward(self, x, c, cos, sin, adapter=None, share=None):
-        """x (B, N, D), c (B, cond_dim), cos and sin (N, 1, 16) -> (B, N, D)."""
+        """x (B, N, D), c (B, cond_dim), cos and sin (N, 1, 32) -> (B, N, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)
         qkv = self.qkv(modulate(self.norm1(x), shift1, scale1), adapter)  # (B, N, 3 D)
         q, k, v = qkv.unflatten(-1, (3, self.heads, HEAD_DIM)).unbind(2)  # (B, N, H, 32)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         attend = self.attends.get(adapter, self.attend)
         mixed = attend(q, k, v, **given(share=share)).flatten(2)
-        x = x + gate1[:, None] * self.proj(mixed, adapter)
+        x = torch.addcmul(x, gate1[:, None], self.proj(mixed, adapter))
         first, act, second = self.mlp  # one by one: nn.Sequential passes no second argument on
         h = first(modulate(self.norm2(x), shift2, scale2), adapter)
-        return x + gate2[:, None] * second(act(h), adapter)
+        return torch.addcmul(x, gate2[:, None], second(act(h), adapter))
 
 
 class DiT(nn.Module):
