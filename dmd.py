@@ -40,6 +40,7 @@ batch and have the teacher's shift. With several steps the fake is conditioned o
 (--shared_fake: not, as in the papers). Optimiser settings and averaged weights suit short runs.
 """
 
+import argparse
 import os
 
 import torch
@@ -208,6 +209,13 @@ def student_input(args, draw, student, teacher, times, real=None):
     return k, x_in, cond, uncond
 
 
+def fresh_samples(args, draw, student, teacher, times, real=None):
+    """Samples of the current student for its fake.  -> x (B, ...) without gradient, k, cond."""
+    k, x_in, cond, _ = student_input(args, draw, student, teacher, times, real)
+    with torch.no_grad():
+        return teacher.diffusion.x0(student, x_in, times[k], **cond), k, cond
+
+
 def fake_sees_step(args, net):
     """Whether the fake, a network like net, is conditioned on the student's step (docs/dmd.md)."""
     off = args.shared_fake or args.fake_lora_rank  # it needs a layer that adapters do not have
@@ -265,31 +273,10 @@ def train(args):
         optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * decay
         optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
 
-        # ---- fake score and discriminator: R updates, each on fresh samples of the current student
-        for inner in range(args.fake_update_ratio if needs_fake(args) else 0):
-            for draw in run.micro_batches(step, inner, teacher):
-                with run.autocast():
-                    k, x_in, cond, _ = student_input(args, draw, student, teacher, times, real)
-                    with torch.no_grad():  # no gradient into the student
-                        x = diffusion.x0(student, x_in, times[k], **cond)
-                    step_k = step_input(k, draw, see_step)
-                    fake_cond = {**cond, **step_k}
-                    loss = fake_score_loss(fake, diffusion, x, *draw.eps_t(), fake_cond)
-                (loss * run.share).backward()
-                run.note(loss_fake=loss)
-                if args.gan_weight:  # losses add up; a pass for each keeps one graph at a time
-                    with run.autocast():
-                        x_real, cond_real = real(draw, "real_gan")
-                        samples = x, draw.eps_t("_gan_fake"), fake_cond
-                        samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
-                        loss_d = discriminator_turn(fake, head, diffusion, *samples)
-                    (args.gan_weight_d * loss_d * run.share).backward()
-                    run.note(loss_d=loss_d)
-            run.update(optimizer_fake, "fake")
-
         # ---- student: one update on its own samples; teacher, fake and head are constants
         fake.requires_grad_(False)
         head.requires_grad_(False)
+        seen = []  # for the fake's turn: (x, k, cond) of every micro-batch
         for draw in run.micro_batches(step, "student", teacher):
             with run.autocast():
                 k, x_in, cond, uncond = student_input(args, draw, student, teacher, times, real)
@@ -318,9 +305,33 @@ def train(args):
             if pairs:
                 regression_turn(run, draw, pairs, student, teacher, times[0])
             run.note_samples(x)
+            seen.append((x.detach(), k, cond))
         run.update(optimizer, "student")
         fake.requires_grad_(True)
         head.requires_grad_(True)
+
+        # ---- fake score and discriminator: R updates on samples of the current student
+        for inner in range(args.fake_update_ratio if needs_fake(args) else 0):
+            for micro, draw in enumerate(run.micro_batches(step, inner, teacher)):
+                with run.autocast():
+                    if args.reuse_samples and inner == 0:
+                        x, k, cond = seen[micro]
+                    else:
+                        x, k, cond = fresh_samples(args, draw, student, teacher, times, real)
+                    step_k = step_input(k, draw, see_step)
+                    fake_cond = {**cond, **step_k}
+                    loss = fake_score_loss(fake, diffusion, x, *draw.eps_t(), fake_cond)
+                (loss * run.share).backward()
+                run.note(loss_fake=loss)
+                if args.gan_weight:  # losses add up; a pass for each keeps one graph at a time
+                    with run.autocast():
+                        x_real, cond_real = real(draw, "real_gan")
+                        samples = x, draw.eps_t("_gan_fake"), fake_cond
+                        samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
+                        loss_d = discriminator_turn(fake, head, diffusion, *samples)
+                    (args.gan_weight_d * loss_d * run.share).backward()
+                    run.note(loss_d=loss_d)
+            run.update(optimizer_fake, "fake")
         if args.ema_decay:
             run.update_ema(ema, student, step)
         film.frame(step)
@@ -514,7 +525,7 @@ def parse_args(argv=None):
     p = distillation_parser("Distil a diffusion or flow teacher into a few-step student "
                             "(DMD 2311.18828, DMD2 2405.14867).")
     add_guidance_rescale_flag(p)
-    p.set_defaults(max_train_steps=760, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.995)
+    p.set_defaults(max_train_steps=1100, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.995)
     paper_values(p, fake_update_ratio="5 to 10; v1: 1", adam_betas=".9 .999", weight_decay=".01",
                  lr_decay_share="0", ema_decay="0")
     add = p.method.add_argument
@@ -525,6 +536,8 @@ def parse_args(argv=None):
         "index 399 of 1000, 0.4)")
     add("--renoise", choices=["sde", "ode"], default="sde",
         help="between student steps: fresh noise (paper), or Euler")
+    add("--reuse_samples", action=argparse.BooleanOptionalAction, default=True,
+        help="the first fake update sees the samples of the student's update (paper's code)")
     add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.02, 0.98], metavar=("LO", "HI"),
         help="t of the student's loss lies in [LO, HI], after the shift (paper: .02 .98)")
     add("--dm_weight", type=number(float, 0), default=1.0,

@@ -10,6 +10,7 @@ from helpers import small_dit as small
 
 from models.networks import load_network
 from models.networks.dit import HEAD_DIM, DiT, attention, axial_rope, patchify, rotate, unpatchify
+from models.worlds import load_world
 
 
 def normal(*shape, seed=0):
