@@ -38,6 +38,7 @@ of four rows. tau keeps 2 % of its interval off both ends. Fake updates see fres
 gradient is clipped. Optimiser settings and averaged weights suit short runs.
 """
 
+import argparse
 from dataclasses import dataclass
 
 import torch
@@ -284,37 +285,52 @@ def sees_K(args, net):
     return True
 
 
+def fake_sees_step(args, net):
+    """Whether the fake, a network like net, is conditioned on the step of the trajectory too.
+
+    It has to be where the noise levels of several steps overlap.
+    """
+    off = args.tau_range == "segment" or args.fake_lora_rank or args.untold
+    return not off and "steps_cond" in net.config
+
+
 @dataclass
 class Segment:
     """One step of the trajectory, a different one for every sample of a batch.
 
-    It goes from x_in (B, ...) at level t (B,) to level s (B,). conds: the condition of student and
-    fake, the teacher's, the unconditional one.
+    It goes from x_in (B, ...) at level t (B,) to level s (B,). conds: the condition and the
+    unconditional one, of the teacher; student_cond and fake_cond: theirs.
     """
 
     x_in: torch.Tensor
     t: torch.Tensor
     s: torch.Tensor
     conds: tuple
+    student_cond: dict
+    fake_cond: dict
 
 
-def draw_segments(args, draw, student, teacher, grids, see_K):
+def draw_segments(args, draw, student, teacher, grids, see):
     """A K and a step k for every sample; its input is made by the student's own steps.  -> Segment.
 
-    The counts of --student_steps take turns over the rows; one that is named twice has two.
+    The counts of --student_steps take turns over the rows; one that is named twice has two. see:
+    whether student and fake are conditioned on K, and the fake on k too.
     """
     counts = torch.tensor(args.student_steps)
     K = counts[(torch.tensor(draw.rows) + draw.agreed("steps", len(counts))) % len(counts)]
     k = torch.minimum((draw.on_cpu().uniform("j") * K).long(), K - 1)  # 0 = from noise
     x_in, (cond, uncond) = draw.noise("z"), teacher.conditions.draw(draw)
-    student_cond = {**cond, "steps": K.float().to(draw.device)} if see_K else cond
+    on_K, on_k = see
+    student_cond = {**cond, "steps": K.float().to(draw.device)} if on_K else cond
     with torch.no_grad():  # no gradient through the steps before
         for i in range(int(largest_over_ranks(k.max(), draw.device))):  # all ranks call it as often
             rows = (k > i).nonzero()[:, 0]  # those that are not yet at their own step
             fresh = draw.noise(f"renoise{i}") if args.renoise == "sde" else None
             x_in = advance(student, teacher, x_in, rows, grids, K, i, student_cond, fresh)
     t, s = levels(grids, K, k, draw.device)
-    return Segment(x_in, t, s, (student_cond, cond, uncond))
+    number = on_K * K + on_k * k * (max(grids) + 1)  # a number for every K, or every K and k
+    fake_cond = {**cond, "steps": number.float().to(draw.device)} if on_K or on_k else cond
+    return Segment(x_in, t, s, (cond, uncond), student_cond, fake_cond)
 
 
 def levels(grids, K, k, device):
@@ -358,11 +374,18 @@ def landing(args, draw, student, teacher, segment):
     -> x_s (B, ...), its level (B,), x.
     """
     noise = draw.noise("renoise") if args.renoise == "sde" else None
-    where = segment.x_in, segment.t, segment.s, segment.conds[0]
+    where = segment.x_in, segment.t, segment.s, segment.student_cond
     x_s, x = student_step(student, teacher.diffusion, *where, noise)
     if args.match == "clean":
         return x, torch.zeros_like(segment.s), x
     return x_s, segment.s, x
+
+
+def fresh_landing(args, draw, student, teacher, grids, see):
+    """A step of new samples, for the fake alone.  -> Segment, x_s (B, ...), its level (B,), x."""
+    with torch.no_grad():
+        segment = draw_segments(args, draw, student, teacher, grids, see)
+        return segment, *landing(args, draw, student, teacher, segment)
 
 
 def regresses_x_s(args, prediction):
@@ -402,8 +425,9 @@ def train(args):
     # T = grid[0] > ... > 0 for every K
     grids = {n: trajectory(n, teacher.shift, args.max_time) for n in args.student_steps}
     see_K, of_x_s = sees_K(args, teacher.base), regresses_x_s(args, teacher.prediction)
+    see = see_K, fake_sees_step(args, teacher.base)
     student = new_student(run, teacher, see_K)
-    fake = trainable(run, teacher.base, "fake", args.fake_lora_rank, see_K)
+    fake = trainable(run, teacher.base, "fake", args.fake_lora_rank, any(see))
     freeze_teacher(run, teacher)
     run.spread_tokens(teacher.net, student, fake)
     try_network(teacher.base, teacher, run.device)
@@ -416,35 +440,23 @@ def train(args):
     samplers = student_samplers(run, ema, teacher, grids, see_K, args.renoise)
     report.introduce(run, teacher, teacher.base, describe(args, grids, see_K))
     longest = max(grids)
-    film = film_of_scores(run, teacher, samplers[longest], fake, longest if see_K else None)
+    seen_last = see_K * longest + see[1] * (longest - 1) * (longest + 1)  # as draw_segments has it
+    film = film_of_scores(run, teacher, samplers[longest], fake, seen_last if any(see) else None)
 
     for step in run.steps():
         warmup, decay = run.rate(step)
         optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * decay
         optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
 
-        # ---- fake score: R updates, each on fresh samples of the current student
-        for inner in range(args.fake_update_ratio):
-            for draw in run.micro_batches(step, inner, teacher):
-                with run.autocast():
-                    with torch.no_grad():  # no gradient into the student
-                        segment = draw_segments(args, draw, student, teacher, grids, see_K)
-                        x_s, s, x = landing(args, draw, student, teacher, segment)
-                    tau, eps = noise_level(args, draw, teacher, segment), draw.noise("eps")
-                    at_tau = x_s, eps, s, tau, segment.conds[0]
-                    loss = fake_turn_loss(args, fake, diffusion, x, *at_tau)
-                (loss * run.share).backward()
-                run.note(loss_fake=loss)
-            run.update(optimizer_fake, "fake")
-
         # ---- student: one update on its own samples; teacher and fake are constants
+        seen = []  # landings of every micro-batch
         for draw in run.micro_batches(step, "student", teacher):
             with run.autocast():
-                segment = draw_segments(args, draw, student, teacher, grids, see_K)
+                segment = draw_segments(args, draw, student, teacher, grids, see)
                 x_s, s, x = landing(args, draw, student, teacher, segment)  # the one with gradient
                 tau, eps = noise_level(args, draw, teacher, segment), draw.noise("eps")
-                fake_cond, cond, uncond = segment.conds
-                at_tau = diffusion, eps, s, tau, cond, uncond, fake_cond, scale
+                conds = *segment.conds, segment.fake_cond
+                at_tau = diffusion, eps, s, tau, *conds, scale
                 slope = None  # of x; the paper's is of x_s
                 if of_x_s:
                     slope = step_slope(teacher.schedule, segment.t, s, args.renoise)
@@ -458,7 +470,23 @@ def train(args):
             run.note_rms(g=g)
             run.note_scores(*mu)  # mu_real, mu_fake
             run.note_samples(x)
+            seen.append((segment, x_s.detach(), s, x.detach()))
         run.update(optimizer, "student")
+
+        # ---- fake score: R updates on landings of the student
+        for inner in range(args.fake_update_ratio):
+            for micro, draw in enumerate(run.micro_batches(step, inner, teacher)):
+                with run.autocast():
+                    segment, *landed = seen[micro]
+                    if not args.reuse_samples:
+                        segment, *landed = fresh_landing(args, draw, student, teacher, grids, see)
+                    x_s, s, x = landed
+                    tau, eps = noise_level(args, draw, teacher, segment), draw.noise("eps")
+                    at_tau = x_s, eps, s, tau, segment.fake_cond
+                    loss = fake_turn_loss(args, fake, diffusion, x, *at_tau)
+                (loss * run.share).backward()
+                run.note(loss_fake=loss)
+            run.update(optimizer_fake, "fake")
         if args.ema_decay:
             run.update_ema(ema, student, step)
         film.frame(step)
@@ -588,8 +616,10 @@ def parse_args(argv=None):
         "batch, one that is named twice has two")
     add("--max_time", type=number(float, high=1, above=0), default=1.0, metavar="T",
         help="t where the first step begins, after the shift (paper: 1; demo: .9)")
-    add("--tau_range", choices=["segment", "to_noise"], default="segment",
-        help="noise levels of a step: its own interval (paper), or up to T")
+    add("--tau_range", choices=["segment", "to_noise", "last_to_noise"], default="segment",
+        help="noise levels of a step: its own interval (paper), up to T, or that for the last alone")
+    add("--reuse_samples", action=argparse.BooleanOptionalAction, default=True,
+        help="the fake's updates see the landings of the student's update (demo), or fresh ones")
     add("--fake_target", choices=["importance", "exact"], default="importance",
         help="of the fake score: the step's x with importance weights (paper), or exact denoising "
         "of x_s noised on")
