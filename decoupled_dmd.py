@@ -277,6 +277,13 @@ def student_input(args, draw, student, teacher, times):
     return k, x_in, cond, uncond
 
 
+def fresh_samples(args, draw, student, teacher, times):
+    """Samples of the current student for its fake.  -> x (B, ...) without gradient, k, cond."""
+    k, x_in, cond, _ = student_input(args, draw, student, teacher, times)
+    with torch.no_grad():
+        return teacher.diffusion.x0(student, x_in, times[k], **cond), k, cond
+
+
 def fake_sees_step(args, net):
     """Whether the fake, a network like net, is conditioned on the student's step (docs/dmd.md)."""
     off = args.shared_fake or args.fake_lora_rank  # it needs a layer that adapters do not have
@@ -354,31 +361,10 @@ def train(args):
         optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * decay
         optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
 
-        # ---- fake score and discriminator: R updates, each on fresh samples of the current student
-        for inner in range(args.fake_update_ratio if ablation.needs_fake else 0):
-            for draw in run.micro_batches(step, inner, teacher):
-                with run.autocast():
-                    k, x_in, cond, _ = student_input(args, draw, student, teacher, times)
-                    with torch.no_grad():  # no gradient into the student
-                        x = diffusion.x0(student, x_in, times[k], **cond)
-                    step_k = step_input(k, draw, see_step)
-                    fake_cond = {**cond, **step_k}
-                    loss = fake_score_loss(fake, diffusion, x, *draw.eps_t(), fake_cond)
-                (loss * run.share).backward()
-                run.note(loss_fake=loss)
-                if args.gan_weight:  # losses add up; a pass for each keeps one graph at a time
-                    with run.autocast():
-                        x_real, cond_real = real(draw, "real_gan")
-                        samples = x, draw.eps_t("_gan_fake"), fake_cond
-                        samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
-                        loss_d = discriminator_turn(fake, head, diffusion, *samples)
-                    (args.gan_weight_d * loss_d * run.share).backward()
-                    run.note(loss_d=loss_d)
-            run.update(optimizer_fake, "fake")
-
         # ---- student: one update on its own samples; teacher, fake and head are constants
         fake.requires_grad_(False)
         head.requires_grad_(False)
+        seen = []  # for the fake's turn: (x, k, cond) of every micro-batch
         for draw in run.micro_batches(step, "student", teacher):
             with run.autocast():
                 k, x_in, cond, uncond = student_input(args, draw, student, teacher, times)
@@ -386,7 +372,8 @@ def train(args):
                 x.retain_grad()  # for the log
                 fake_cond = {**cond, **step_input(k, draw, see_step)}
                 at_dm, at_ca = draw_levels(args, draw, k)  # each term has its own (Eq. 8)
-                at_t = diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha
+                alpha_k = 1 + args.ca_weight[k % len(args.ca_weight)] * (alpha - 1)
+                at_t = diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha_k
                 if ablation.none:
                     loss, g_dm, g_ca, *mu = decoupled_dmd_loss(x, teacher.net, fake, *at_t)
                 else:
@@ -406,9 +393,33 @@ def train(args):
             (loss * run.share).backward()
             note_gradients(run, x, g_dm, g_ca, ablation)
             run.note_samples(x)
+            seen.append((x.detach(), k, cond))
         run.update(optimizer, "student")
         fake.requires_grad_(True)
         head.requires_grad_(True)
+
+        # ---- fake score and discriminator: R updates on samples of the current student
+        for inner in range(args.fake_update_ratio if ablation.needs_fake else 0):
+            for micro, draw in enumerate(run.micro_batches(step, inner, teacher)):
+                with run.autocast():
+                    if args.reuse_samples and inner == 0:
+                        x, k, cond = seen[micro]
+                    else:
+                        x, k, cond = fresh_samples(args, draw, student, teacher, times)
+                    step_k = step_input(k, draw, see_step)
+                    fake_cond = {**cond, **step_k}
+                    loss = fake_score_loss(fake, diffusion, x, *draw.eps_t(), fake_cond)
+                (loss * run.share).backward()
+                run.note(loss_fake=loss)
+                if args.gan_weight:  # losses add up; a pass for each keeps one graph at a time
+                    with run.autocast():
+                        x_real, cond_real = real(draw, "real_gan")
+                        samples = x, draw.eps_t("_gan_fake"), fake_cond
+                        samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
+                        loss_d = discriminator_turn(fake, head, diffusion, *samples)
+                    (args.gan_weight_d * loss_d * run.share).backward()
+                    run.note(loss_d=loss_d)
+            run.update(optimizer_fake, "fake")
         if args.ema_decay:
             run.update_ema(ema, student, step)
         film.frame(step)
@@ -546,6 +557,8 @@ def parse_args(argv=None):
     add("--ca_range", type=number(float, 0, 1), nargs=2, default=None, metavar=("LO", "HI"),
         help="u ~ U[LO, HI] of CA, before the schedule's bound and before the shift (default and "
         "paper: 0 1; the paper's [0, .05] is .95 1 here)")
+    add("--ca_weight", type=number(float, 0), nargs="+", default=[1.0], metavar="W",
+        help="factor of CFG augmentation, one for all steps or one for each (paper: 1)")
     add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LO", "HI"),
         help="the same of DM, before the shift (paper: 0 1)")
     add("--mean_variance_weight", type=number(float, 0), default=0.0,

@@ -40,7 +40,6 @@ batch and have the teacher's shift. With several steps the fake is conditioned o
 (--shared_fake: not, as in the papers). Optimiser settings and averaged weights suit short runs.
 """
 
-import argparse
 import os
 
 import torch
@@ -536,8 +535,6 @@ def parse_args(argv=None):
         "index 399 of 1000, 0.4)")
     add("--renoise", choices=["sde", "ode"], default="sde",
         help="between student steps: fresh noise (paper), or Euler")
-    add("--reuse_samples", action=argparse.BooleanOptionalAction, default=True,
-        help="the first fake update sees the samples of the student's update (paper's code)")
     add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.02, 0.98], metavar=("LO", "HI"),
         help="t of the student's loss lies in [LO, HI], after the shift (paper: .02 .98)")
     add("--dm_weight", type=number(float, 0), default=1.0,

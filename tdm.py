@@ -38,7 +38,6 @@ of four rows. tau keeps 2 % of its interval off both ends. Fake updates see fres
 gradient is clipped. Optimiser settings and averaged weights suit short runs.
 """
 
-import argparse
 from dataclasses import dataclass
 
 import torch
@@ -478,7 +477,7 @@ def train(args):
             for micro, draw in enumerate(run.micro_batches(step, inner, teacher)):
                 with run.autocast():
                     segment, *landed = seen[micro]
-                    if not args.reuse_samples:
+                    if inner or not args.reuse_samples:
                         segment, *landed = fresh_landing(args, draw, student, teacher, grids, see)
                     x_s, s, x = landed
                     tau, eps = noise_level(args, draw, teacher, segment), draw.noise("eps")
@@ -617,9 +616,7 @@ def parse_args(argv=None):
     add("--max_time", type=number(float, high=1, above=0), default=1.0, metavar="T",
         help="t where the first step begins, after the shift (paper: 1; demo: .9)")
     add("--tau_range", choices=["segment", "to_noise", "last_to_noise"], default="segment",
-        help="noise levels of a step: its own interval (paper), up to T, or that for the last alone")
-    add("--reuse_samples", action=argparse.BooleanOptionalAction, default=True,
-        help="the fake's updates see the landings of the student's update (demo), or fresh ones")
+        help="noise levels of a step: its own interval (paper), or up to T, for all or the last")
     add("--fake_target", choices=["importance", "exact"], default="importance",
         help="of the fake score: the step's x with importance weights (paper), or exact denoising "
         "of x_s noised on")

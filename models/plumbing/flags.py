@@ -188,6 +188,9 @@ def add_fake_score_flags(p):
     """Flags of the network that learns the score of the student's samples."""
     p.method.add_argument("--fake_update_ratio", type=number(int, 1), default=2,
         help="R, fake updates per student update")
+    p.method.add_argument("--reuse_samples", action=argparse.BooleanOptionalAction, default=True,
+        help="the first fake update sees the samples of the student's update before it (as the "
+        "papers' code), the others fresh ones; or all fresh ones")
     p.optimiser.add_argument("--learning_rate_fake", type=number(float, above=0), default=1.6e-3,
         help="learning rate of the fake score")
 
