@@ -63,6 +63,7 @@ from models.plumbing.teachers import (
     start_teacher,
     trainable,
 )
+from models.plumbing.work import work_done
 
 # ---- the losses ----------------------------------------------------------------------------------
 #
@@ -625,6 +626,7 @@ def main(argv=None):
         sample_only(args)
     elif not dry_run(args, *cost(args)):
         train(args)
+        work_done(args, *cost(args))
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ from models.plumbing.teachers import (
     start_teacher,
     trainable,
 )
+from models.plumbing.work import work_done
 from models.shards import copy_weights
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -605,6 +606,7 @@ def main(argv=None):
         sample_only(args)
     elif not dry_run(args, *cost(args)):
         train(args)
+        work_done(args, *cost(args))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ from models.plumbing.sets import is_set
 from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.teachers import describe_schedule, read_own_sampler
 from models.plumbing.training_data import load_training_data
+from models.plumbing.work import work_done
 from models.worlds import WORLDS, load_world, refuse_ambiguous
 from models.worlds.masks import draw_masks
 from models.worlds.measures import balanced_labels, compared
@@ -1278,6 +1279,7 @@ def main(argv=None):
         sample_only(args)
     elif not dry_run(args, *cost(args), build=planned_network):
         train(args)
+        work_done(args, *cost(args), build=planned_network)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ from models.plumbing.teachers import (
     starting_network,
     trainable,
 )
+from models.plumbing.work import work_done
 from models.progress import progress
 
 # ---- the losses. x_t, v_t, g (B, ...), s < t (B,); networks: net(x_t, t, **cond) -> velocity -----
@@ -1221,6 +1222,7 @@ def main(argv=None):
         sample_only(args)
     elif not dry_run(args, *cost(args), attention=True, disk=bank_on_disk):
         train(args)
+        work_done(args, *cost(args), attention=True)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ from models.plumbing.flags import distillation_parser, number, paper_values, par
 from models.plumbing.releases import TRELLIS_SAMPLES
 from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import average_of, freeze_teacher, new_student, start_teacher
+from models.plumbing.work import work_done
 from models.shards import own_rows, rows_in, whole_tensor
 
 # ---- the losses. x0, z (B, ...), or (M, C) with coords (M, 4) in cond; t (B,) --------------------
@@ -805,6 +806,7 @@ def main(argv=None):
         sample_only(args)
     elif not dry_run(args, *cost(args)):
         train(args)
+        work_done(args, *cost(args))
 
 
 if __name__ == "__main__":

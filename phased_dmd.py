@@ -86,6 +86,7 @@ from models.plumbing.teachers import (
     trainable,
     wrong_base,
 )
+from models.plumbing.work import work_done
 from models.worlds import WORLDS
 from models.worlds.measures import energy_distance
 
@@ -1032,6 +1033,7 @@ def main(argv=None):
         sample_only(args)
     elif not dry_run(args, *cost(args)):
         train(args)
+        work_done(args, *cost(args))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from models.networks import NETWORKS
 from models.networks.dit import DiT
 from models.networks.trellis import SLatFlowModel, SparseStructureFlowModel
 from models.networks.wan import WAN_14B, WanTransformer3DModel
-from models.plumbing import dry_run
+from models.plumbing import dry_run, work
 from models.plumbing.dry_run import Network, Plan, Turn
 from models.plumbing.footprint import (
     Call,
@@ -444,3 +444,29 @@ def test_a_row_of_the_table(tmp_path):
     how = plan.networks, plan.turns, count // 2, "cuda", plan.measured
     plan.args.shard_ranks = count // 2
     assert not Plan(plan.args, plan.net, *how).fits(80 * GB)
+
+
+# ---- after the run: its work and its rate --------------------------------------------------------
+
+
+def test_a_finished_run_states_its_work(capsys, monkeypatch, tmp_path):
+    """Updates x the FLOPs of --dry_run, over the seconds in log.csv and the machine's own rate."""
+    args = dmd.parse_args(["--output_dir", str(tmp_path), "--max_train_steps", "40"])
+    rows = "".join(f"{i},0.5\n" for i in range(40))
+    (tmp_path / "log.csv").write_text("step,seconds\n" + rows)
+    monkeypatch.setattr(work, "matmul_rate", lambda precision: 1e11)
+    work.work_done(args, *dmd.cost(args))
+    flops = sum(dry_run.planned(args, *dmd.cost(args)).flops())
+    said = re.findall(r"\d[\d.]*", capsys.readouterr().out.split("work:")[1])
+    assert said[0] == "40" and float(said[1]) == pytest.approx(flops / 1e12, rel=1e-2)
+    assert float(said[2]) == pytest.approx(40 * flops / 1e12, rel=1e-2)
+    assert float(said[4]) == pytest.approx(40 * flops / 20 / 1e9, abs=1)  # GFLOP/s in 20 seconds
+    assert float(said[5]) == pytest.approx(40 * flops / 20 / 1e11, abs=0.01)
+    (tmp_path / "log.csv").write_text("step,seconds\n0,0.5\n")  # too little to speak of
+    work.work_done(args, *dmd.cost(args))
+    assert capsys.readouterr().out == ""
+
+
+def test_rate_of_a_matrix_product():
+    """Some GFLOP/s on any machine, and no more than a thousand times that."""
+    assert 1e8 < work.matmul_rate(repeats=1) < 1e14

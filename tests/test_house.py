@@ -88,7 +88,7 @@ ROOMS = [  # each may import from those above it, and within its own line by the
     ["models.plumbing.sharding", "models.plumbing.state", "models.plumbing.run"],
     ["models.plumbing.image_sets"],
     ["models.plumbing.latents", "models.plumbing.training_data"],
-    ["models.plumbing.footprint", "models.plumbing.dry_run"],
+    ["models.plumbing.footprint", "models.plumbing.dry_run", "models.plumbing.work"],
     ["models.plumbing.papers", "models.plumbing.releases"],
     ["models.plumbing.flags", "models.plumbing.report"],
     ["models.plumbing.film"],

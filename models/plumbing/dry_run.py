@@ -287,21 +287,25 @@ def dry_run(args, networks, turns, attention=False, build=None, disk=None):
     teacher_network; build(args) -> the network, where it is not the teacher's. disk(args, shape,
     ranks) -> {what: bytes} that a script writes beside its state.
     """
-    planned = args.dry_run is not None
     memory = GB * args.device_memory if args.device_memory else own_memory()
-    if not planned and memory is None:
+    if args.dry_run is None and memory is None:
         return False
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    net = on_meta(lambda: build(args)) if build else teacher_network(args, attention)
-    device = "cuda" if planned or torch.cuda.is_available() else "cpu"
-    plan = Plan(args, net, networks, turns, (args.dry_run or world) if planned else world, device)
-    if not planned:
+    plan = planned(args, networks, turns, attention, build)
+    if args.dry_run is None:
         refuse_too_large(plan, memory)
         return False
     if int(os.environ.get("RANK", 0)) == 0:
         more = disk(args, plan.call.shape, plan.ranks) if disk else {}
         print("\n".join(report_lines(plan, memory or 80 * GB, more)))
     return True
+
+
+def planned(args, networks, turns, attention=False, build=None, **_):
+    """The Plan of --dry_run, or of this run. The arguments are those of `dry_run`."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    net = on_meta(lambda: build(args)) if build else teacher_network(args, attention)
+    device = "cuda" if args.dry_run is not None or torch.cuda.is_available() else "cpu"
+    return Plan(args, net, networks, turns, args.dry_run or world, device)
 
 
 def own_memory():
