@@ -333,7 +333,7 @@ def train(args):
     teacher = start_teacher(run)
     refuse(wrong_flags(args, teacher.world))
     teacher.conditions = Conditions(args, teacher.base)
-    diffusion, alpha, ablation = teacher.diffusion, args.guidance_scale, Ablation(args)
+    diffusion, ablation = teacher.diffusion, Ablation(args)
     times = step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... > t_N, shifted
     see_step = fake_sees_step(args, teacher.base)
     student = new_student(run, teacher)
@@ -365,16 +365,15 @@ def train(args):
         # ---- student: one update on its own samples; teacher, fake and head are constants
         fake.requires_grad_(False)
         head.requires_grad_(False)
-        seen = []  # for the fake's turn: (x, k, cond) of every micro-batch
+        seen = []
         for draw in run.micro_batches(step, "student", teacher):
             with run.autocast():
                 k, x_in, cond, uncond = student_input(args, draw, student, teacher, times)
                 x = diffusion.x0(student, x_in, times[k], **cond)  # the one call with gradient
                 x.retain_grad()  # for the log
                 fake_cond = {**cond, **step_input(k, draw, see_step)}
-                at_dm, at_ca = draw_levels(args, draw, k)  # each term has its own (Eq. 8)
-                alpha_k = 1 + args.ca_weight[k % len(args.ca_weight)] * (alpha - 1)
-                at_t = diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha_k
+                alpha = 1 + args.ca_weight[k % len(args.ca_weight)] * (args.guidance_scale - 1)
+                at_t = diffusion, *draw_levels(args, draw, k), cond, uncond, fake_cond, alpha
                 if ablation.none:
                     loss, g_dm, g_ca, *mu = decoupled_dmd_loss(x, teacher.net, fake, *at_t)
                 else:
@@ -394,19 +393,18 @@ def train(args):
             (loss * run.share).backward()
             note_gradients(run, x, g_dm, g_ca, ablation)
             run.note_samples(x)
-            seen.append((x.detach(), k, cond))
+            if args.reuse_samples:  # in the fake's first update, micro-batch by micro-batch
+                seen.append((x.detach(), k, cond))
         run.update(optimizer, "student")
         fake.requires_grad_(True)
         head.requires_grad_(True)
 
         # ---- fake score and discriminator: R updates on samples of the current student
         for inner in range(args.fake_update_ratio if ablation.needs_fake else 0):
-            for micro, draw in enumerate(run.micro_batches(step, inner, teacher)):
+            for draw in run.micro_batches(step, inner, teacher):
                 with run.autocast():
-                    if args.reuse_samples and inner == 0:
-                        x, k, cond = seen[micro]
-                    else:
-                        x, k, cond = fresh_samples(args, draw, student, teacher, times)
+                    kept = seen.pop(0) if seen else None
+                    x, k, cond = kept or fresh_samples(args, draw, student, teacher, times)
                     step_k = step_input(k, draw, see_step)
                     fake_cond = {**cond, **step_k}
                     loss = fake_score_loss(fake, diffusion, x, *draw.eps_t(), fake_cond)

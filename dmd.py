@@ -276,7 +276,7 @@ def train(args):
         # ---- student: one update on its own samples; teacher, fake and head are constants
         fake.requires_grad_(False)
         head.requires_grad_(False)
-        seen = []  # for the fake's turn: (x, k, cond) of every micro-batch
+        seen = []
         for draw in run.micro_batches(step, "student", teacher):
             with run.autocast():
                 k, x_in, cond, uncond = student_input(args, draw, student, teacher, times, real)
@@ -305,19 +305,18 @@ def train(args):
             if pairs:
                 regression_turn(run, draw, pairs, student, teacher, times[0])
             run.note_samples(x)
-            seen.append((x.detach(), k, cond))
+            if args.reuse_samples:  # in the fake's first update, micro-batch by micro-batch
+                seen.append((x.detach(), k, cond))
         run.update(optimizer, "student")
         fake.requires_grad_(True)
         head.requires_grad_(True)
 
         # ---- fake score and discriminator: R updates on samples of the current student
         for inner in range(args.fake_update_ratio if needs_fake(args) else 0):
-            for micro, draw in enumerate(run.micro_batches(step, inner, teacher)):
+            for draw in run.micro_batches(step, inner, teacher):
                 with run.autocast():
-                    if args.reuse_samples and inner == 0:
-                        x, k, cond = seen[micro]
-                    else:
-                        x, k, cond = fresh_samples(args, draw, student, teacher, times, real)
+                    kept = seen.pop(0) if seen else None
+                    x, k, cond = kept or fresh_samples(args, draw, student, teacher, times, real)
                     step_k = step_input(k, draw, see_step)
                     fake_cond = {**cond, **step_k}
                     loss = fake_score_loss(fake, diffusion, x, *draw.eps_t(), fake_cond)

@@ -521,7 +521,7 @@ def train(args):
             phase.optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
 
             # ---- student: one update of the expert on its own samples; all else is constant
-            seen = []  # for the fake's turn: (x_s, cond, k) of every micro-batch
+            seen = []
             for draw in run.micro_batches(step, "student", teacher):
                 eps, s, t = noise_above(draw, phase, *args.dm_range)
                 with run.autocast():
@@ -539,20 +539,19 @@ def train(args):
                 run.note(loss_dm=loss, g_dm=(g / g.numel()).norm())
                 run.note_scores(mu_real, mu_fake)
                 run.note_samples(x_s)
-                seen.append((x_s.detach(), cond, k))
+                if args.reuse_samples:  # in the fake's first update, micro-batch by micro-batch
+                    seen.append((x_s.detach(), x0.detach(), cond, uncond, k))
             run.update(phase.optimizer, "student")
 
             # ---- fake score: R updates on samples of the experts
             for inner in range(args.fake_update_ratio):
-                for micro, draw in enumerate(run.micro_batches(step, inner, teacher)):
+                for draw in run.micro_batches(step, inner, teacher):
                     eps, s, t = noise_above(draw, phase)
                     with run.autocast():
-                        if args.reuse_samples and inner == 0:
-                            x_s, cond, k = seen[micro]
-                        else:
-                            x_s, _, cond, _, k = draw_sample(
-                                draw, phase, experts, teacher, grid, gradient=False
-                            )
+                        kept = seen.pop(0) if seen else None
+                        x_s, _, cond, _, k = kept or draw_sample(
+                            draw, phase, experts, teacher, grid, gradient=False
+                        )
                         cond = cond | step_input(k - phase.steps.start, draw, phase.see_step)
                         loss = fake_score_loss(
                             phase.fake, diffusion, x_s, eps, s, t, cond, target, weight

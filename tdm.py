@@ -449,7 +449,7 @@ def train(args):
         optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
 
         # ---- student: one update on its own samples; teacher and fake are constants
-        seen = []  # landings of every micro-batch
+        seen = []
         for draw in run.micro_batches(step, "student", teacher):
             with run.autocast():
                 segment = draw_segments(args, draw, student, teacher, grids, see)
@@ -470,17 +470,18 @@ def train(args):
             run.note_rms(g=g)
             run.note_scores(*mu)  # mu_real, mu_fake
             run.note_samples(x)
-            seen.append((segment, x_s.detach(), s, x.detach()))
+            if args.reuse_samples:  # in the fake's first update, micro-batch by micro-batch
+                seen.append((segment, x_s.detach(), s, x.detach()))
         run.update(optimizer, "student")
 
         # ---- fake score: R updates on landings of the student
         for inner in range(args.fake_update_ratio):
-            for micro, draw in enumerate(run.micro_batches(step, inner, teacher)):
+            for draw in run.micro_batches(step, inner, teacher):
                 with run.autocast():
-                    segment, *landed = seen[micro]
-                    if inner or not args.reuse_samples:
-                        segment, *landed = fresh_landing(args, draw, student, teacher, grids, see)
-                    x_s, s, x = landed
+                    kept = seen.pop(0) if seen else None
+                    segment, x_s, s, x = kept or fresh_landing(
+                        args, draw, student, teacher, grids, see
+                    )
                     tau, eps = noise_level(args, draw, teacher, segment), draw.noise("eps")
                     at_tau = x_s, eps, s, tau, segment.fake_cond
                     loss = fake_turn_loss(args, fake, diffusion, x, *at_tau)
