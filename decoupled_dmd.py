@@ -56,6 +56,7 @@ from models.plumbing.flags import (
     refuse,
 )
 from models.plumbing.run import Run, run_main
+from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.teachers import (
     average_of,
     freeze_teacher,
@@ -241,18 +242,26 @@ class Ablation:
 # ---- the sampler ---------------------------------------------------------------------------------
 
 
-def rollout(student, diffusion, noise, times, cond, renoise):
+def rollout(student, diffusion, noise, times, cond, renoise, k=None):
     """From noise("z") at times[0] to the student's input at times[-1]: len(times) - 1 calls.
 
+    times: without the final 0.
     renoise "sde": fresh noise after step i, noise("renoise<i>") (DMD2, Sec. 4.4); "ode": the noise
-    that the student implies, an Euler step.  noise: name -> (B, ...).  -> (B, ...)
+    that the student implies, an Euler step. k (B,) on the CPU: row b goes no further than times[k];
+    where no row is left to go, one is computed for the other ranks' sake.
+    noise: name -> (B, ...).  -> (B, ...)
     """
     x_in = noise("z")
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
-        x, eps = diffusion.x0_eps(student, x_in, t, **cond)
+        rows = torch.arange(len(x_in)) if k is None else (k > i).nonzero()[:, 0]
+        used = len(rows)
+        rows = (rows if used else torch.zeros(1, dtype=torch.int64)).to(x_in.device)
+        some = {name: v[rows] for name, v in cond.items()}
+        x, eps = diffusion.x0_eps(student, x_in[rows], t, **some)
         if renoise == "sde":
-            eps = noise(f"renoise{i}")
-        x_in = diffusion.add_noise(x, eps, t_next)
+            eps = noise(f"renoise{i}")[rows]
+        x_next = diffusion.add_noise(x, eps, t_next)
+        x_in = x_in.index_copy(0, rows[:used], x_next[:used])
     return x_in
 
 
@@ -267,22 +276,28 @@ def sample(student, diffusion, noise, times, cond, renoise="sde"):
 
 
 def student_input(args, draw, student, teacher, times):
-    """One step k for the whole batch, and its input, made by the student's own steps (Alg. 1).
+    """A step k for every sample, and its input, made by the student's own steps (Alg. 1).
 
-    -> k, x_in (B, ...), cond, uncond.
+    A batch has all steps alike, or with --one_step all its samples have one.
+    -> k (B,) on the CPU, t (B,) where that step begins, x_in (B, ...), cond, uncond.
     """
-    k = draw.agreed("k", len(times))
-    cond, uncond = teacher.conditions.draw(draw)
+    N, B = len(times), len(draw.rows)
+    k = draw.spread_integer("k", N)
+    if args.one_step:
+        k = torch.full((B,), draw.agreed("k", N))
+    t, (cond, uncond) = torch.tensor(times)[k].to(draw.device), teacher.conditions.draw(draw)
+    furthest = int(largest_over_ranks(k.max(), draw.device)) if N > 1 else 0
+    how = times[: furthest + 1], cond, args.renoise, k
     with torch.no_grad():
-        x_in = rollout(student, teacher.diffusion, draw.noise, times[: k + 1], cond, args.renoise)
-    return k, x_in, cond, uncond
+        x_in = rollout(student, teacher.diffusion, draw.noise, *how)
+    return k, t, x_in, cond, uncond
 
 
 def fresh_samples(args, draw, student, teacher, times):
     """Samples of the current student for its fake.  -> x (B, ...) without gradient, k, cond."""
-    k, x_in, cond, _ = student_input(args, draw, student, teacher, times)
+    k, t, x_in, cond, _ = student_input(args, draw, student, teacher, times)
     with torch.no_grad():
-        return teacher.diffusion.x0(student, x_in, times[k], **cond), k, cond
+        return teacher.diffusion.x0(student, x_in, t, **cond), k, cond
 
 
 def fake_sees_step(args, net):
@@ -291,20 +306,28 @@ def fake_sees_step(args, net):
     return args.student_steps > 1 and not off and "steps_cond" in net.config
 
 
+def new_head(run, student, teacher):
+    """The discriminator's head, for the middle features of a network like the student."""
+    features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
+    torch.manual_seed(stable_hash(run.args.seed, "head"))
+    return run.place(GanHead(features.shape[-1]), whole=run.args.fake_lora_rank > 0)
+
+
 def step_input(k, draw, on):
     """The fake's further condition: k, the student step that made the sample."""
-    return {"steps": torch.full((len(draw.rows),), float(k), device=draw.device)} if on else {}
+    return {"steps": k.float().to(draw.device)} if on else {}
 
 
 def draw_levels(args, draw, k):
-    """Noise and noise level for DM and for CA at the student's step k (Eq. 8).
+    """Noise and noise level for DM and for CA at the student's step k (B,) of each row (Eq. 8).
 
     With --schedule shared both terms read one draw, as in DMD.  -> two pairs (eps, t).
     """
-    u_k = 1 - k / args.student_steps
-    range_dm, range_ca = noise_ranges(args.schedule, u_k, args.dm_range, args.ca_range)
-    at_dm = draw.eps_t("", *range_dm)
-    at_ca = at_dm if args.schedule == "shared" else draw.eps_t("_ca", *range_ca)
+    N, how = args.student_steps, (args.dm_range, args.ca_range)
+    ranges = torch.tensor([noise_ranges(args.schedule, 1 - i / N, *how) for i in range(N)])
+    range_dm, range_ca = ranges[k].unbind(1)  # (B, 2) each: lo, hi
+    at_dm = draw.eps_t("", *range_dm.unbind(1))
+    at_ca = at_dm if args.schedule == "shared" else draw.eps_t("_ca", *range_ca.unbind(1))
     return at_dm, at_ca
 
 
@@ -334,21 +357,20 @@ def train(args):
     refuse(wrong_flags(args, teacher.world))
     teacher.conditions = Conditions(args, teacher.base)
     diffusion, ablation = teacher.diffusion, Ablation(args)
+    alpha = 1 + args.ca_weight * (args.guidance_scale - 1)
     times = step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... > t_N, shifted
     see_step = fake_sees_step(args, teacher.base)
     student = new_student(run, teacher)
     fake = trainable(run, teacher.base, "fake", args.fake_lora_rank, see_step)
     freeze_teacher(run, teacher)
     run.spread_tokens(teacher.net, student, fake)
-    real = real_batches(args, teacher, run.device) if args.gan_weight else None
-    features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
-    torch.manual_seed(stable_hash(args.seed, "head"))
-    head = run.place(GanHead(features.shape[-1]), whole=args.fake_lora_rank > 0)
+    teacher.real = real_batches(args, teacher, run.device) if args.gan_weight else None
+    head = new_head(run, student, teacher)
     ema = average_of(run, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
-    both = [*fake.parameters(), *head.parameters()]  # the discriminator: the fake and a head on it
-    optimizer_fake = torch.optim.AdamW(both, lr=args.learning_rate_fake, **adam)
+    critic = torch.nn.ModuleList([fake, head])  # the discriminator is the fake and a head on it
+    optimizer_fake = torch.optim.AdamW(critic.parameters(), lr=args.learning_rate_fake, **adam)
     networks = dict(student=student, fake=fake, head=head, ema=ema)
     run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
     moments = mean_variance_target(args, teacher.world)
@@ -363,16 +385,14 @@ def train(args):
         optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
 
         # ---- student: one update on its own samples; teacher, fake and head are constants
-        fake.requires_grad_(False)
-        head.requires_grad_(False)
+        critic.requires_grad_(False)
         seen = []
         for draw in run.micro_batches(step, "student", teacher):
             with run.autocast():
-                k, x_in, cond, uncond = student_input(args, draw, student, teacher, times)
-                x = diffusion.x0(student, x_in, times[k], **cond)  # the one call with gradient
+                k, t_k, x_in, cond, uncond = student_input(args, draw, student, teacher, times)
+                x = diffusion.x0(student, x_in, t_k, **cond)  # the one call with gradient
                 x.retain_grad()  # for the log
                 fake_cond = {**cond, **step_input(k, draw, see_step)}
-                alpha = 1 + args.ca_weight[k % len(args.ca_weight)] * (args.guidance_scale - 1)
                 at_t = diffusion, *draw_levels(args, draw, k), cond, uncond, fake_cond, alpha
                 if ablation.none:
                     loss, g_dm, g_ca, *mu = decoupled_dmd_loss(x, teacher.net, fake, *at_t)
@@ -396,8 +416,7 @@ def train(args):
             if args.reuse_samples:  # in the fake's first update, micro-batch by micro-batch
                 seen.append((x.detach(), k, cond))
         run.update(optimizer, "student")
-        fake.requires_grad_(True)
-        head.requires_grad_(True)
+        critic.requires_grad_(True)
 
         # ---- fake score and discriminator: R updates on samples of the current student
         for inner in range(args.fake_update_ratio if ablation.needs_fake else 0):
@@ -412,7 +431,7 @@ def train(args):
                 run.note(loss_fake=loss)
                 if args.gan_weight:  # losses add up; a pass for each keeps one graph at a time
                     with run.autocast():
-                        x_real, cond_real = real(draw, "real_gan")
+                        x_real, cond_real = teacher.real(draw, "real_gan")
                         samples = x, draw.eps_t("_gan_fake"), fake_cond
                         samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
                         loss_d = discriminator_turn(fake, head, diffusion, *samples)
@@ -429,7 +448,9 @@ def train(args):
     if run.first >= args.max_train_steps:  # a finished run is written out again, perhaps elsewhere
         report.save_student(run, teacher, ema, times)
     parameters = sum(p.numel() for p in ema.eval().parameters())
-    report.finish(run, teacher, times, {"student": (len(times), sampler)}, parameters, real=real)
+    report.finish(
+        run, teacher, times, {"student": (len(times), sampler)}, parameters, real=teacher.real
+    )
 
 
 def mean_variance_target(args, world):
@@ -527,7 +548,7 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
     "released": dict(
         max_train_steps=1000, learning_rate=1e-6, learning_rate_fake=1e-5, fake_update_ratio=5,
         train_batch_size=1, ema_decay=0.0, adam_betas=[0.9, 0.999], weight_decay=0.01,
-        lr_warmup_steps=0, lr_decay_share=0.0, student_steps=4, guidance_scale=4.0,
+        lr_warmup_steps=0, lr_decay_share=0.0, student_steps=4, guidance_scale=4.0, one_step=True,
         preview_samples=2, normalizer="branch", gradient_checkpointing=True,
     ),
     "ZImageTransformer2DModel": dict(student_steps=8),  # Turbo's; shift 3, alpha 5: releases.py
@@ -556,8 +577,10 @@ def parse_args(argv=None):
     add("--ca_range", type=number(float, 0, 1), nargs=2, default=None, metavar=("LO", "HI"),
         help="u ~ U[LO, HI] of CA, before the schedule's bound and before the shift (default and "
         "paper: 0 1; the paper's [0, .05] is .95 1 here)")
-    add("--ca_weight", type=number(float, 0), nargs="+", default=[1.0], metavar="W",
-        help="factor of CFG augmentation, one for all steps or one for each (paper: 1)")
+    add("--one_step", action="store_true",
+        help="all samples of a batch are made by the same step (DMD2's code)")
+    add("--ca_weight", type=number(float, 0), default=1.0,
+        help="factor of CFG augmentation, on alpha - 1 (paper: 1)")
     add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LO", "HI"),
         help="the same of DM, before the shift (paper: 0 1)")
     add("--mean_variance_weight", type=number(float, 0), default=0.0,

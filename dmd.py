@@ -64,6 +64,7 @@ from models.plumbing.flags import (
     refuse,
 )
 from models.plumbing.run import Run, run_main
+from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.state import SavedState, find_state, named_tensors, read_info
 from models.plumbing.teachers import (
     average_of,
@@ -168,19 +169,26 @@ def dmd_loss_without_fake(x, teacher, diffusion, eps, t, cond, uncond, guidance_
 # ---- the sampler ---------------------------------------------------------------------------------
 
 
-def rollout(student, diffusion, noise, times, cond, renoise):
+def rollout(student, diffusion, noise, times, cond, renoise, k=None):
     """From noise("z") at times[0] to the student's input at times[-1]: len(times) - 1 calls.
 
     times: without the final 0; an eps network needs alpha(times[0]) > 0.
     renoise "sde": fresh noise after step i, noise("renoise<i>") (DMD2, Sec. 4.4); "ode": the noise
-    that the student implies, an Euler step.  noise: name -> (B, ...).  -> (B, ...)
+    that the student implies, an Euler step. k (B,) on the CPU: row b goes no further than times[k];
+    where no row is left to go, one is computed for the other ranks' sake.
+    noise: name -> (B, ...).  -> (B, ...)
     """
     x_in = noise("z")
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
-        x, eps = diffusion.x0_eps(student, x_in, t, **cond)
+        rows = torch.arange(len(x_in)) if k is None else (k > i).nonzero()[:, 0]
+        used = len(rows)
+        rows = (rows if used else torch.zeros(1, dtype=torch.int64)).to(x_in.device)
+        some = {name: v[rows] for name, v in cond.items()}
+        x, eps = diffusion.x0_eps(student, x_in[rows], t, **some)
         if renoise == "sde":
-            eps = noise(f"renoise{i}")
-        x_in = diffusion.add_noise(x, eps, t_next)
+            eps = noise(f"renoise{i}")[rows]
+        x_next = diffusion.add_noise(x, eps, t_next)
+        x_in = x_in.index_copy(0, rows[:used], x_next[:used])
     return x_in
 
 
@@ -194,26 +202,36 @@ def sample(student, diffusion, noise, times, cond, renoise="sde"):
 # ---- training ------------------------------------------------------------------------------------
 
 
-def student_input(args, draw, student, teacher, times, real=None):
-    """One step k for the whole batch, and its input, made by the student's own steps (DMD2, 4.5).
+def student_input(args, draw, student, teacher, times):
+    """A step k for every sample, and its input, made by the student's own steps (DMD2, 4.5).
 
-    -> k, x_in (B, ...), cond, uncond.
+    A batch has all steps alike, or with --one_step all its samples have one.
+    -> k (B,) on the CPU, t (B,) where that step begins, x_in (B, ...), cond, uncond.
     """
-    k = draw.agreed("k", len(times))
-    cond, uncond = teacher.conditions.draw(draw)
-    if args.student_input == "real" and k > 0:  # ablation: noised data, never met at test time
-        x_real, cond = real(draw, "real_input")
-        return k, teacher.diffusion.add_noise(x_real, draw.noise("z"), times[k]), cond, uncond
+    N, B = len(times), len(draw.rows)
+    k = draw.spread_integer("k", N)
+    if args.one_step:
+        k = torch.full((B,), draw.agreed("k", N))
+    t, (cond, uncond) = torch.tensor(times)[k].to(draw.device), teacher.conditions.draw(draw)
+    if args.student_input == "real" and N > 1:  # ablation: noised data, never met at test time
+        x_real, cond = teacher.real(draw, "real_input")
+        x_in, first = (
+            teacher.diffusion.add_noise(x_real, draw.noise("z"), t),
+            expand(k == 0, x_real),
+        )
+        return k, t, torch.where(first.to(draw.device), draw.noise("z"), x_in), cond, uncond
+    furthest = int(largest_over_ranks(k.max(), draw.device)) if N > 1 else 0
+    how = times[: furthest + 1], cond, args.renoise, k
     with torch.no_grad():
-        x_in = rollout(student, teacher.diffusion, draw.noise, times[: k + 1], cond, args.renoise)
-    return k, x_in, cond, uncond
+        x_in = rollout(student, teacher.diffusion, draw.noise, *how)
+    return k, t, x_in, cond, uncond
 
 
-def fresh_samples(args, draw, student, teacher, times, real=None):
+def fresh_samples(args, draw, student, teacher, times):
     """Samples of the current student for its fake.  -> x (B, ...) without gradient, k, cond."""
-    k, x_in, cond, _ = student_input(args, draw, student, teacher, times, real)
+    k, t, x_in, cond, _ = student_input(args, draw, student, teacher, times)
     with torch.no_grad():
-        return teacher.diffusion.x0(student, x_in, times[k], **cond), k, cond
+        return teacher.diffusion.x0(student, x_in, t, **cond), k, cond
 
 
 def fake_sees_step(args, net):
@@ -235,9 +253,16 @@ def needs_fake(args):
     return args.gan_weight > 0 or (args.dm_weight > 0 and not args.no_fake_score)
 
 
+def new_head(run, student, teacher):
+    """The discriminator's head, for the middle features of a network like the student."""
+    features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
+    torch.manual_seed(stable_hash(run.args.seed, "head"))
+    return run.place(GanHead(features.shape[-1]), whole=run.args.fake_lora_rank > 0)
+
+
 def step_input(k, draw, on):
     """The fake's further condition: k, the student step that made the sample."""
-    return {"steps": torch.full((len(draw.rows),), float(k), device=draw.device)} if on else {}
+    return {"steps": k.float().to(draw.device)} if on else {}
 
 
 def train(args):
@@ -252,15 +277,13 @@ def train(args):
     fake = starting_fake(run, teacher, see_step)
     freeze_teacher(run, teacher)
     run.spread_tokens(teacher.net, student, fake)
-    real = real_batches(args, teacher, run.device) if needs_data(args) else None
-    features = try_network(student, teacher, run.device, return_features=True)  # (1, tokens, width)
-    torch.manual_seed(stable_hash(args.seed, "head"))
-    head = run.place(GanHead(features.shape[-1]), whole=args.fake_lora_rank > 0)
+    teacher.real = real_batches(args, teacher, run.device) if needs_data(args) else None
+    head = new_head(run, student, teacher)
     ema = average_of(run, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
-    both = [*fake.parameters(), *head.parameters()]  # the discriminator: the fake and a head on it
-    optimizer_fake = torch.optim.AdamW(both, lr=args.learning_rate_fake, **adam)
+    critic = torch.nn.ModuleList([fake, head])  # the discriminator is the fake and a head on it
+    optimizer_fake = torch.optim.AdamW(critic.parameters(), lr=args.learning_rate_fake, **adam)
     networks = dict(student=student, fake=fake, head=head, ema=ema)
     run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
     pairs = teacher_pairs(run, teacher) if args.regression_weight else None
@@ -274,13 +297,12 @@ def train(args):
         optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
 
         # ---- student: one update on its own samples; teacher, fake and head are constants
-        fake.requires_grad_(False)
-        head.requires_grad_(False)
+        critic.requires_grad_(False)
         seen = []
         for draw in run.micro_batches(step, "student", teacher):
             with run.autocast():
-                k, x_in, cond, uncond = student_input(args, draw, student, teacher, times, real)
-                x = diffusion.x0(student, x_in, times[k], **cond)  # the one call with gradient
+                k, t_k, x_in, cond, uncond = student_input(args, draw, student, teacher, times)
+                x = diffusion.x0(student, x_in, t_k, **cond)  # the one call with gradient
                 x.retain_grad()  # for the log
                 fake_cond = {**cond, **step_input(k, draw, see_step)}
                 loss = g_dm = x.new_zeros(())
@@ -308,15 +330,14 @@ def train(args):
             if args.reuse_samples:  # in the fake's first update, micro-batch by micro-batch
                 seen.append((x.detach(), k, cond))
         run.update(optimizer, "student")
-        fake.requires_grad_(True)
-        head.requires_grad_(True)
+        critic.requires_grad_(True)
 
         # ---- fake score and discriminator: R updates on samples of the current student
         for inner in range(args.fake_update_ratio if needs_fake(args) else 0):
             for draw in run.micro_batches(step, inner, teacher):
                 with run.autocast():
                     kept = seen.pop(0) if seen else None
-                    x, k, cond = kept or fresh_samples(args, draw, student, teacher, times, real)
+                    x, k, cond = kept or fresh_samples(args, draw, student, teacher, times)
                     step_k = step_input(k, draw, see_step)
                     fake_cond = {**cond, **step_k}
                     loss = fake_score_loss(fake, diffusion, x, *draw.eps_t(), fake_cond)
@@ -324,7 +345,7 @@ def train(args):
                 run.note(loss_fake=loss)
                 if args.gan_weight:  # losses add up; a pass for each keeps one graph at a time
                     with run.autocast():
-                        x_real, cond_real = real(draw, "real_gan")
+                        x_real, cond_real = teacher.real(draw, "real_gan")
                         samples = x, draw.eps_t("_gan_fake"), fake_cond
                         samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
                         loss_d = discriminator_turn(fake, head, diffusion, *samples)
@@ -341,7 +362,9 @@ def train(args):
     if run.first >= args.max_train_steps:  # a finished run is written out again, perhaps elsewhere
         report.save_student(run, teacher, ema, times)
     parameters = sum(p.numel() for p in ema.eval().parameters())
-    report.finish(run, teacher, times, {"student": (len(times), sampler)}, parameters, real=real)
+    report.finish(
+        run, teacher, times, {"student": (len(times), sampler)}, parameters, real=teacher.real
+    )
 
 
 # ---- training in two stages ----------------------------------------------------------------------
@@ -500,7 +523,7 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
     "released": dict(  # Self-Forcing's for Wan 1.3B; shift and guidance are in releases.py
         max_train_steps=4000, learning_rate=2e-6, learning_rate_fake=4e-7, fake_update_ratio=5,
         train_batch_size=1, ema_decay=0.99, adam_betas=[0.0, 0.999], weight_decay=0.01,
-        lr_warmup_steps=0, lr_decay_share=0.0, student_steps=4, guidance_scale=4.0,
+        lr_warmup_steps=0, lr_decay_share=0.0, student_steps=4, guidance_scale=4.0, one_step=True,
         preview_samples=2, gradient_checkpointing=True,
     ),
     # DMD2's for its nearest teachers, EDM on ImageNet and SDXL: warm-up over 500 critic updates
@@ -535,6 +558,8 @@ def parse_args(argv=None):
         "index 399 of 1000, 0.4)")
     add("--renoise", choices=["sde", "ode"], default="sde",
         help="between student steps: fresh noise (paper), or Euler")
+    add("--one_step", action="store_true",
+        help="all samples of a batch are made by the same step (papers' code)")
     add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.02, 0.98], metavar=("LO", "HI"),
         help="t of the student's loss lies in [LO, HI], after the shift (paper: .02 .98)")
     add("--dm_weight", type=number(float, 0), default=1.0,

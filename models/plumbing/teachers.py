@@ -59,6 +59,7 @@ class Teacher:
     world_name    the embedded world that its samples belong to, or None; label: a short name
     shape         of one sample
     conditions    where cond comes from (models/plumbing/data.py)
+    real          batches of real samples for a GAN, or None (`real_batches`)
     loras         LoRA files that were merged into the weights
     stored_in_bf16   whether its files are in bfloat16
     """
@@ -75,6 +76,7 @@ class Teacher:
     base: Any = None
     shape: tuple = ()
     conditions: Any = None
+    real: Any = None
     loras: tuple = ()
     stored_in_bf16: bool = False
     terminal: float | None = None
