@@ -68,6 +68,7 @@ from models.plumbing.flags import (
     refuse,
 )
 from models.plumbing.run import Run, refuse_output_dir, run_main
+from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.state import unpack, unpack_optimizer
 from models.plumbing.teachers import (
     Teacher,
@@ -212,7 +213,7 @@ DIRECTIONS = {"paper": paper_direction, "normalized": normalized_direction}
 
 
 def student_step(expert, diffusion, x_in, t, t_next, cond):
-    """One Euler step from t to t_next, floats.  -> x at t_next, the x0 that it implies (B, ...)."""
+    """One Euler step from t, a float or (B,), to t_next.  -> x at t_next, the x0 that it implies."""
     x0, eps = diffusion.x0_eps(expert, x_in, t, **cond)
     return diffusion.add_noise(x0, eps, t_next), x0
 
@@ -368,7 +369,7 @@ def fake_sees_step(args, phase):
 
 def step_input(k, draw, on):
     """What the fake is conditioned on beside the sample's own condition: the step that made it."""
-    return {"steps": torch.full((len(draw.rows),), float(k), device=draw.device)} if on else {}
+    return {"steps": k.float().to(draw.device)} if on else {}
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -434,23 +435,41 @@ def end_phase(args, phase, device):
     gc.collect()  # a fused AdamW and its moments refer to each other
 
 
-def student_sample(draw, phase, experts, teacher, grid, gradient):
+def student_sample(args, draw, phase, experts, teacher, grid, gradient):
     """The experts' sample at the end of the phase (Fig. 1d).
 
-    A step k of the phase is drawn, the same on all ranks, and jumps from t_k to s; the steps before
-    it are taken in full, without gradient. gradient: whether the jump has one.
-    -> x_s, the x0 that the jump implies (B, ...), cond, uncond, k.
+    For every sample a step k of the phase is drawn, which jumps from t_k to s; the steps before it
+    are taken in full, without gradient. A batch has all steps alike, or with --one_step all its
+    samples have one. gradient: whether the jump has one.
+    -> x_s, the x0 that the jump implies (B, ...), cond, uncond, k (B,) on the CPU.
     """
-    cond, uncond = teacher.conditions.draw(draw)
-    k = phase.steps[draw.agreed("k", len(phase.steps))]
+    (cond, uncond), first = teacher.conditions.draw(draw), phase.steps.start
+    k = first + draw.spread_integer("k", len(phase.steps))
+    if args.one_step:
+        k = torch.full_like(k, phase.steps[draw.agreed("k", len(phase.steps))])
     with torch.no_grad():
-        x_in = rollout(experts, teacher.diffusion, draw.noise("z"), grid[: k + 1], cond)
+        x_in = rollout(experts, teacher.diffusion, draw.noise("z"), grid[: first + 1], cond)
+        furthest = int(largest_over_ranks(k.max(), draw.device)) if len(phase.steps) > 1 else first
+        for i in range(first, furthest):  # all ranks call as often
+            x_in = advance_rows(experts[i], teacher.diffusion, x_in, *grid[i : i + 2], cond, k > i)
+    t = torch.tensor(grid)[k].to(draw.device)
     with torch.set_grad_enabled(gradient):
-        x_s, x0 = student_step(experts[k], teacher.diffusion, x_in, grid[k], phase.s, cond)
+        x_s, x0 = student_step(experts[first], teacher.diffusion, x_in, t, phase.s, cond)
     return x_s, x0, cond, uncond, k
 
 
-def student_sample_all_steps(draw, phase, experts, teacher, grid, gradient):
+def advance_rows(expert, diffusion, x, t, t_next, cond, chosen):
+    """One Euler step of the chosen rows; without any, one is computed all the same, for the other
+    ranks.  x (B, ...), chosen (B,) bool on the CPU -> (B, ...)."""
+    rows = chosen.nonzero()[:, 0]
+    used = len(rows)
+    rows = (rows if used else torch.zeros(1, dtype=torch.int64)).to(x.device)
+    some = {name: v[rows] for name, v in cond.items()}
+    x_next, _ = student_step(expert, diffusion, x[rows], t, t_next, some)
+    return x.index_copy(0, rows[:used], x_next[:used])
+
+
+def student_sample_all_steps(args, draw, phase, experts, teacher, grid, gradient):
     """Ablation (--no_truncation): all steps of the phase, with gradient through all of them.
 
     With one phase this is vanilla few-step DMD (Fig. 1a).  -> as student_sample.
@@ -462,7 +481,7 @@ def student_sample_all_steps(draw, phase, experts, teacher, grid, gradient):
     with torch.set_grad_enabled(gradient):
         x = rollout(experts[k:], teacher.diffusion, x_in, grid[k:end], cond)
         x_s, x0 = student_step(experts[-1], teacher.diffusion, x, grid[end - 1], phase.s, cond)
-    return x_s, x0, cond, uncond, k
+    return x_s, x0, cond, uncond, torch.full((len(draw.rows),), k)
 
 
 def noise_above(draw, phase, t_low=0.0, t_high=1.0):
@@ -525,9 +544,8 @@ def train(args):
             for draw in run.micro_batches(step, "student", teacher):
                 eps, s, t = noise_above(draw, phase, *args.dm_range)
                 with run.autocast():
-                    x_s, x0, cond, uncond, k = draw_sample(
-                        draw, phase, experts, teacher, grid, gradient=True
-                    )
+                    how = args, draw, phase, experts, teacher, grid
+                    x_s, x0, cond, uncond, k = draw_sample(*how, gradient=True)
                     step_k = step_input(k - phase.steps.start, draw, phase.see_step)
                     at_t = diffusion, eps, s, t, cond, uncond, cond | step_k
                     loss, g, mu_real, mu_fake = phased_dmd_loss(
@@ -548,10 +566,9 @@ def train(args):
                 for draw in run.micro_batches(step, inner, teacher):
                     eps, s, t = noise_above(draw, phase)
                     with run.autocast():
+                        how = args, draw, phase, experts, teacher, grid
                         kept = seen.pop(0) if seen else None
-                        x_s, _, cond, _, k = kept or draw_sample(
-                            draw, phase, experts, teacher, grid, gradient=False
-                        )
+                        x_s, _, cond, _, k = kept or draw_sample(*how, gradient=False)
                         cond = cond | step_input(k - phase.steps.start, draw, phase.see_step)
                         loss = fake_score_loss(
                             phase.fake, diffusion, x_s, eps, s, t, cond, target, weight
@@ -876,7 +893,7 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
     "released": dict(  # the paper's values, where it gives any
         max_train_steps=800, train_batch_size=1, learning_rate=5e-5, learning_rate_fake=4e-7,
         fake_update_ratio=5, ema_decay=0.0, adam_betas=[0.0, 0.999], weight_decay=0.01,
-        lr_warmup_steps=0, lr_decay_share=0.0, lora_rank=64, preview_samples=2,
+        lr_warmup_steps=0, lr_decay_share=0.0, lora_rank=64, preview_samples=2, one_step=True,
         gradient_checkpointing=True,
     ),
     # Shift: Table 1, which has 3 for Qwen-Image, as releases.py has. Guidance: LightX2V's
@@ -930,6 +947,8 @@ def parse_args(argv=None):
         help="what the matching gradient moves: the sample at the end of the phase (paper, Eq. "
         "10), or the clean sample that its step implies, as the authors' trainer does; the same "
         "where s = 0")
+    add("--one_step", action="store_true",
+        help="all samples of a batch are made by the same step of the phase (paper's code)")
     add("--taper", choices=["inner", "all", "none"], default="inner",
         help="Eq. 13's clamp: in phases with s > 0, in all (paper), or nowhere")
     add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.02, 1.0], metavar=("LO", "HI"),
