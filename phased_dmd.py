@@ -213,7 +213,7 @@ DIRECTIONS = {"paper": paper_direction, "normalized": normalized_direction}
 
 
 def student_step(expert, diffusion, x_in, t, t_next, cond):
-    """One Euler step from t, a float or (B,), to t_next.  -> x at t_next, the x0 that it implies."""
+    """One Euler step from t, a float or (B,), to t_next.  -> x at t_next, the x0 implied there."""
     x0, eps = diffusion.x0_eps(expert, x_in, t, **cond)
     return diffusion.add_noise(x0, eps, t_next), x0
 
