@@ -76,6 +76,7 @@ from models.plumbing.flags import (
     add_picture_flags,
     add_run_flags,
     default_output_dir,
+    lengthen,
     number,
     paper_values,
     refuse,
@@ -1213,6 +1214,7 @@ def parse_args(argv=None):
         p.set_defaults(**MAPS)
     if known.network != "small":
         p.set_defaults(**SIZED)
+    lengthen(p, known, known.network == "small")
     args = p.parse_args(argv)
     if args.output_dir is None:
         method = "latent_fm" if args.task == "class" else f"latent_fm-{args.task}"

@@ -626,6 +626,12 @@ CASES = [
     # ---- dmd
     ("dmd", "--dm_range: LO must be below HI", "--dm_range 0.9 0.1", ["--dm_range 0.1 0.9"]),
     (
+        "phased_dmd",
+        "--preset long is for small networks: give --max_train_steps N instead",
+        f"{WAN22} --preset long",
+        [f"{WAN22} --max_train_steps 3"],
+    ),
+    (
         "dmd",
         "--sequence_ranks {}: {} rank(s) do not divide into groups of {}: use one of {}",
         "--sequence_ranks 2",

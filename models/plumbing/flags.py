@@ -72,6 +72,9 @@ def number(kind, low=None, high=None, above=None):
     return parse
 
 
+LONG = 7  # times the default's updates: --preset long
+
+
 # fmt: off
 def add_set_flags(add):
     """Flags of sets of images. add: of the group of --sample."""
@@ -91,6 +94,8 @@ def add_run_flags(p):
         "runs/<method>-<teacher>); an existing one is renamed DIR.1")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of every draw")
     add("--max_train_steps", type=number(int, 1), default=1000, help="student updates")
+    add("--preset", choices=["default", "long"], default="default",
+        help=f"of small networks: long is {LONG} times the updates, half an hour on two cores")
     add("--train_batch_size", type=number(int, 1), default=64,
         help="samples per rank and micro-batch")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1,
@@ -283,6 +288,7 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
         taken, rates = release_defaults(p, start, presets, method), adapter_rates(known)
         taken |= {flag: rate for flag, rate in rates.items() if flag in taken}
         p.set_defaults(**{**presets["released"], **taken, **rates})
+    lengthen(p, known, is_small(start))
     if known.sample:  # the saved student names its teacher
         p.set_defaults(**{"teacher": None, **presets.get("sample", {})})
     args = p.parse_args(argv)
@@ -295,6 +301,17 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
         if wrong:
             p.error(why)
     return args
+
+
+def lengthen(p, known, small):
+    """--preset long: more updates than the default. small: the run's networks are small ones.
+
+    known: a first reading of the command line.
+    """
+    if known.preset == "long" and not small:
+        p.error("--preset long is for small networks: give --max_train_steps N instead")
+    if known.preset == "long":
+        p.set_defaults(max_train_steps=LONG * p.get_default("max_train_steps"))
 
 
 def wrong_output(a):
