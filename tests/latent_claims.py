@@ -8,6 +8,8 @@ Each command prints a Markdown table.
     python -m tests.latent_claims nfe
     # fd against evaluations, Euler and Heun, three sets of noise
     python -m tests.latent_claims quality runs/latent_fm-shapes
+    # fd against evaluations: Heun on shifted grids, Dormand-Prince at several tolerances
+    python -m tests.latent_claims solvers runs/latent_fm-shapes
     # accuracy, fd, diversity and pixel std against gamma
     python -m tests.latent_claims guidance runs/latent_fm-shapes
 """
@@ -95,12 +97,12 @@ def rows(run, settings, n=600, seeds=(0, 1, 2)):
     columns = ("fd", "accuracy", "diversity", "patch_swd", "pixel std")
     lines = ["| | evaluations | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
     for name, nfe, keywords in settings:
-        found = []
+        found, calls = [], []
         for seed in seeds:
             z = torch.randn(n, *net.latent_shape, generator=torch.Generator().manual_seed(seed))
 
-            def draw(first, last, z=z, keywords=keywords):
-                part = sample(net, z[first:last], label[first:last], **keywords)
+            def draw(first, last, z=z, keywords=keywords, calls=calls):
+                part = sample(net, z[first:last], label[first:last], calls=calls, **keywords)
                 return space.to_pixels(part)
 
             x = report.many(draw, n)[0]
@@ -110,6 +112,7 @@ def rows(run, settings, n=600, seeds=(0, 1, 2)):
             values = [f[c] for f in found]
             mean = f"{statistics.mean(values):.3g}"
             cells.append(f"{mean} ({min(values):.3g} to {max(values):.3g})")
+        nfe = nfe or f"{statistics.mean(calls):.0f}"  # an adaptive solver's, over its batches
         lines.append(f"| {name} | {nfe} | " + " | ".join(cells) + " |")
         print(lines[-1], file=sys.stderr)
     return lines
@@ -117,8 +120,8 @@ def rows(run, settings, n=600, seeds=(0, 1, 2)):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("what", choices=["cost", "nfe", "quality", "guidance"])
-    help_run = "run of latent_fm.py, for quality and guidance"
+    p.add_argument("what", choices=["cost", "nfe", "quality", "solvers", "guidance"])
+    help_run = "run of latent_fm.py, for quality, solvers and guidance"
     p.add_argument("run", nargs="?", default="runs/latent_fm-shapes", help=help_run)
     args = p.parse_args()
     world = load_world("shapes")
@@ -147,6 +150,17 @@ def main():
             for n in ns
         ]
         print("\n".join(rows(args.run, settings)))
+    elif args.what == "solvers":
+        settings = [
+            (f"heun, shift {s:g}", ode_calls(n, "heun"), dict(steps=n, timestep_shift=s))
+            for n in (4, 6, 8, 16, 32)
+            for s in ((0.5, 1.0, 1.5, 2.0, 3.0) if n < 16 else (1.0,))
+        ]
+        settings += [
+            (f"dopri5, {tol:g}", None, dict(solver="dopri5", atol=tol, rtol=tol))
+            for tol in (1e-1, 1e-2, 1e-3, 1e-5)
+        ]
+        print("\n".join(rows(args.run, settings, n=2000, seeds=(0,))))
     else:
         settings = []
         for g in (0.0, 1.0, 1.5, 2.0):

@@ -112,8 +112,9 @@ TDM = {
     "tdm-4": M("TDM, 4 steps", FOUR),
     "tdm-4-sto": M("the same student, sampled with fresh noise", FOUR, of="tdm-4", renoise="sde"),
     "dmd-4": M("DMD2, 4 steps (fake conditioned on the step)", FOUR, script="dmd"),
-    "dmd-4-no-step": M("DMD2, 4 steps (fake not conditioned on it, paper)",
-                       f"{FOUR} --shared_fake", script="dmd"),
+    "dmd-4-batch": M("the same, one step for a batch", f"{FOUR} --one_step", script="dmd"),
+    "dmd-4-no-step": M("the same, the fake not conditioned on the step either (paper)",
+                       f"{FOUR} --one_step --shared_fake", script="dmd"),
     "cd-4": M("consistency distillation, equal updates, deterministic", FOUR, script=CD),
     "cd-4-sto": M("the same, sampled with fresh noise (its own way)", FOUR, script=CD, of="cd-4",
                   row=FRESH),
@@ -141,7 +142,7 @@ TDM = {
     "early-dmd": M("DMD2, first 5 % (fake conditioned on the step)", FOUR, script="dmd",
                    early=True),
     "early-dmd-no-step": M("DMD2, first 5 % (fake not conditioned on it)",
-                           f"{FOUR} --shared_fake", script="dmd", early=True),
+                           f"{FOUR} --one_step --shared_fake", script="dmd", early=True),
 }
 
 LINVIDEO = {
