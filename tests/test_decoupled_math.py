@@ -1122,6 +1122,22 @@ def test_more_guidance_hardly_helps_the_last_step_of_hybrid():
     assert all(rest("constrained", 3, alpha - 1) > m for alpha, m in zip((3, 5, 7, 9), last))
 
 
+def test_one_weight_of_ca_keeps_the_guidance_if_levels_are_shared():
+    """--schedule shared --ca_weight .27: every step rests at the guided teacher's mean, 1.40.
+
+    With levels of their own no weight does that: where the last step is there, the first is beyond.
+    """
+    goal, low, high = guided_mean(), 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rest("shared", 0, 2 * middle) < goal else (low, middle)
+    assert low == pytest.approx(0.272, abs=0.002)
+    assert [rest("shared", k, 2 * low) for k in range(4)] == pytest.approx([goal] * 4, abs=1e-6)
+    assert rest("constrained", 3, 2 * 4.65) == pytest.approx(goal, abs=0.005)
+    assert rest("constrained", 0, 2 * 4.65) > goal + 2.0
+    assert rest("hybrid", 3, 2 * 4.65) < goal - 0.07
+
+
 # ---- the sampler ---------------------------------------------------------------------------------
 
 
