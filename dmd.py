@@ -34,10 +34,11 @@ Launch.
     sampling    python dmd.py --sample runs/dmd-glyphs/student
 
 Deviations; the reasons are in docs/dmd.md. The gradient drops Eq. 7's factor alpha_t, as both
-papers' pseudo-code does. One step is one student update, and fake updates see fresh samples. The
-regression is L2, not LPIPS; the GAN's head an MLP on tokens. Noise levels are spread evenly over a
-batch and have the teacher's shift. With several steps the fake is conditioned on the step
-(--shared_fake: not, as in the papers). Optimiser settings and averaged weights suit short runs.
+papers' pseudo-code does. One step is one student update; of the R fake updates after it the first
+sees its samples, as in DMD2's code, the others fresh ones. The regression is L2, not LPIPS; the
+GAN's head an MLP on tokens. Noise levels are spread evenly over a batch and have the teacher's
+shift. With several steps the fake is conditioned on the step (--shared_fake: not, as in the
+papers). Optimiser settings and averaged weights suit short runs.
 """
 
 import os
@@ -490,7 +491,8 @@ def sample_only(args):
 def cost(args):
     """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
 
-    A GAN logit is half a call of the fake. The averages are over the student's steps.
+    A GAN logit is half a call of the fake. The averages are over the student's steps, and over the
+    R fake updates, of which the first needs no samples of its own with --reuse_samples.
     """
     rank, rank_fake = args.lora_rank, args.fake_lora_rank
     networks = [
@@ -505,11 +507,13 @@ def cost(args):
     gan, turns = 0.5 * (args.gan_weight > 0), []
     if needs_fake(args):
         graphs = {"fake": 1 + 2 * gan}  # denoising, D on samples and on data
-        turns.append(Turn("fake", args.fake_update_ratio, {"student": before + 1}, graphs))
+        R = args.fake_update_ratio
+        make = {"student": (before + 1) * (R - args.reuse_samples) / R}
+        turns.append(Turn("fake", R, make, graphs))
     calls, graphs = {"student": before}, {"student": 1 + (args.regression_weight > 0), "fake": gan}
     if args.dm_weight:
         calls |= {"teacher": guided, "fake": not args.no_fake_score}
-    return networks, [*turns, Turn("student", 1, calls, graphs)]
+    return networks, [Turn("student", 1, calls, graphs), *turns]
 
 
 # ---- flags ---------------------------------------------------------------------------------------

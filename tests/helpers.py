@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import os
 import signal
 import types
@@ -140,6 +141,7 @@ class Diary:
         """Replace module.name: before(real, *args, **kwargs) is called instead of real."""
         real = getattr(module, name)
 
+        @functools.wraps(real)
         def wrapped(*args, **kwargs):
             return before(real, *args, **kwargs)
 

@@ -4,6 +4,7 @@ What decoupled_dmd.py and tdm.py have in common with it is tested here for all o
 """
 
 import copy
+import inspect
 import math
 import os
 import subprocess
@@ -760,16 +761,63 @@ def test_head_is_float32_under_autocast():
 @pytest.mark.parametrize("R", [1, 4])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_fake_is_updated_R_times_per_student_update(monkeypatch, tmp_path, script, R, accumulation):
-    """Each step is R fake updates, then one of the student, whatever the accumulation.
+    """Each step is one update of the student, then R of the fake, whatever the accumulation.
 
-    Every fake update sees fresh samples.
+    No two fake updates see the same samples.
     """
     flags = f"--fake_update_ratio {R} --gradient_accumulation_steps {accumulation}".split()
     diary = ring_run(monkeypatch, script, tmp_path, *flags)
-    assert diary.updates == (["fake"] * R + ["student"]) * 3
+    assert diary.updates == (["student"] + ["fake"] * R) * 3
     assert len(diary.fake_samples) == 3 * R * accumulation
     different = {tuple(x.flatten().tolist()) for x in diary.fake_samples}
     assert len(different) == len(diary.fake_samples)
+
+
+def notes_of(samples, noise, given):
+    """What of the arguments of a loss belongs to a sample, and its noise: lists of tensors."""
+    cond = given["fake_cond"] if "fake_cond" in given else given["cond"]
+    assert "steps" in cond
+    of_it = [given[name].detach() for name in ("x", "x_s", "s") if name in given]
+    samples.append([*of_it, *(cond[name] for name in sorted(cond))])
+    noise.append(given["at_dm"] if "at_dm" in given else (given["eps"],))
+
+
+@each
+@pytest.mark.parametrize("reuse", [True, False])
+def test_first_fake_update_sees_the_student_s_samples(monkeypatch, tmp_path, script, reuse):
+    """The first fake update of a step sees what the student's update just before it was made of.
+
+    That is micro-batch by micro-batch, with its conditions and steps (tdm.py: with where it landed)
+    and under noise of its own. The others see fresh samples; with --no-reuse_samples all do.
+    """
+    losses = {dmd: "dmd_loss", tdm: "tdm_loss_variant"}
+    made, seen = ([], []), ([], [])  # (samples, noise) of every micro-batch of student and fake
+
+    def noting(notes):
+        def before(real, *args, **kwargs):
+            notes_of(*notes, inspect.signature(real).bind(*args, **kwargs).arguments)
+            return real(*args, **kwargs)
+
+        return before
+
+    diary = Diary(monkeypatch, script)
+    diary.wrap(monkeypatch, script, losses.get(script, "decoupled_dmd_loss"), noting(made))
+    diary.wrap(monkeypatch, script, "fake_score_loss", noting(seen))
+    flags = "--fake_update_ratio 3 --gradient_accumulation_steps 2 --learning_rate 0.01".split()
+    flags += ["--student_steps", *(["1", "2", "4"] if script is tdm else ["3"])]
+    script.main(ring_flags(tmp_path, 4, 8, *flags, *([] if reuse else ["--no-reuse_samples"])))
+    assert len(made[0]) == 4 * 2 and len(seen[0]) == 4 * 3 * 2
+
+    def same(a, b):
+        return all(torch.equal(v, w) for v, w in zip(a, b, strict=True))
+
+    for n, (samples, noise) in enumerate(zip(*seen)):
+        step, inner, micro = n // 6, n // 2 % 3, n % 2
+        of_student = [i for i, others in enumerate(made[0]) if same(samples, others)]
+        assert of_student == ([2 * step + micro] if reuse and inner == 0 else [])
+        assert sum(same(samples, others) for others in seen[0]) == 1
+        for eps, *_ in made[1]:
+            assert not (noise[0] == eps).any()
 
 
 def test_matching_step_in_the_loop(monkeypatch, tmp_path):
@@ -879,7 +927,7 @@ def test_real_input_is_noised_data_with_its_own_label(monkeypatch, tmp_path):
 
     It gets the label of that data.
     """
-    flags = "--student_steps 8 --student_input real --fake_update_ratio 1".split()
+    flags = "--student_steps 8 --student_input real --fake_update_ratio 2".split()
     diary = ring_run(monkeypatch, dmd, tmp_path, *flags, steps=12, batch=32)
     assert {length for length, _ in diary.rollouts} == {0}
     calls = [c for turn in diary.turns for c in turn if c.who == "student" and c.t[0] < 0.3]
@@ -957,7 +1005,7 @@ def test_student_gradient_in_the_loop(monkeypatch, tmp_path, flags, terms):
         {"loss_dm", "g_dm", "dm_cos", "dm_rel_gap"} if matched else set()
     )
     pairs = "regression" in terms  # else nobody asks the teacher
-    assert ("teacher" in {c.who for c in diary.turns[-2]}) == (matched or pairs)
+    assert ("teacher" in {c.who for c in diary.turns[0]}) == (matched or pairs)
     assert (
         ("loss_fake" in row)
         == ("fake" in diary.updates)
@@ -984,14 +1032,15 @@ def test_student_gradient_in_the_loop(monkeypatch, tmp_path, flags, terms):
 def test_fake_and_discriminator_gradient_in_the_loop(monkeypatch, tmp_path, script):
     """The fake's turn: denoising of student samples plus w_D times the discriminator's loss.
 
-    Real data come under their own labels, and there are three noise levels.
+    The samples are those of the student's turn, by the weights that it had then. Real data come
+    under their own labels, and there are three noise levels.
     """
     flags = "--gan_weight 0.3 --gan_weight_d 0.2 --student_steps 1 --seed 1".split()
     diary = one_step(monkeypatch, script, tmp_path, *flags)
-    nets, grads = diary.at["fake"]
+    (nets, grads), before = diary.at["fake"], Draws(1, 0, "student", range(8))
+    z, label = before.normal("z", (2,)), before.integer("cond", 4)
+    x = (z - diary.at["student"][0]["student"](z, torch.ones(8), label)).detach()
     draw = Draws(1, 0, 0, range(8))
-    z, label = draw.normal("z", (2,)), draw.integer("cond", 4)
-    x = (z - nets["student"](z, torch.ones(8), label)).detach()
     t, eps = draw.spread("u")[:, None], draw.normal("eps", (2,))
     prediction = nets["fake"]((1 - t) * x + t * eps, t[:, 0], label)
     loss = (prediction - (eps - x)).square().mean()
@@ -1101,7 +1150,7 @@ def test_multi_step_training_simulates_the_student(monkeypatch, tmp_path, script
     It is without gradient. The call after it sends gradients to every weight, under autocast too,
     where weights that were cast during the rollout must not be used again.
     """
-    flags = f"--student_steps 3 --mixed_precision {precision} --fake_update_ratio 1".split()
+    flags = f"--student_steps 3 --mixed_precision {precision} --fake_update_ratio 2".split()
     diary = ring_run(monkeypatch, script, tmp_path, *flags, steps=6)
     lengths, gradient_on = zip(*diary.rollouts)
     assert len(lengths) == 12 and set(lengths) == {0, 1, 2} and not any(gradient_on)
@@ -1126,15 +1175,17 @@ def test_fake_is_conditioned_on_the_step_of_its_samples(monkeypatch, tmp_path, s
 
     diary = Diary(monkeypatch, script)
     diary.wrap(monkeypatch, Run, "start", on_start)
-    flags = "--student_steps 3 --fake_update_ratio 1 --gan_weight 0.1".split()
+    flags = "--student_steps 3 --fake_update_ratio 2 --gan_weight 0.1".split()
     flags += ["--shared_fake"] if shared else []
     script.main(ring_flags(tmp_path, 8, 4, *flags))
-    assert {length for length, _ in diary.rollouts} == {0, 1, 2}
+    lengths = [length for length, _ in diary.rollouts]
+    assert set(lengths) == {0, 1, 2}
     turns = diary.turns[:-1]
-    assert len(turns) == len(diary.rollouts) == 16
-    for i, (turn, (length, _)) in enumerate(zip(turns, diary.rollouts)):
+    assert len(turns) == 24 and len(lengths) == 16
+    for i, turn in enumerate(turns):  # the student's, the fake's on its samples, and on fresh ones
+        length = lengths[i // 3 * 2 + (i % 3 == 2)]
         of_fake = [c.steps for c in turn if c.who == "fake"]
-        assert len(of_fake) == (2 if i % 2 else 3)  # fake and student turns alternate
+        assert len(of_fake) == (3 if i % 3 else 2)
         if shared:
             assert of_fake == [None] * len(of_fake)
         else:

@@ -158,7 +158,7 @@ def test_without_matching(monkeypatch, tmp_path, flags):
     row = read_log(tmp_path)[-1]
     assert not {"loss_dm", "g_dm", "dm_cos", "dm_rel_gap"} & set(row)
     gan = "gan" in flags
-    assert diary.updates == (["fake", "student"] if gan else ["student"]) * 3
+    assert diary.updates == (["student", "fake"] if gan else ["student"]) * 3
     assert ("loss_d" in row) == ("loss_fake" in row) == gan
     later = {c.who for turn in diary.turns[1:] for c in turn}
     assert later == ({"student", "fake"} if gan else {"student"})
