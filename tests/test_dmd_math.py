@@ -929,9 +929,9 @@ def test_real_input_is_noised_data_with_its_own_label(monkeypatch, tmp_path):
     """
     flags = "--student_steps 8 --student_input real --fake_update_ratio 2".split()
     diary = ring_run(monkeypatch, dmd, tmp_path, *flags, steps=12, batch=32)
-    assert {length for length, _ in diary.rollouts} == {0}
-    calls = [c for turn in diary.turns for c in turn if c.who == "student" and c.t[0] < 0.3]
-    x_in, label = torch.cat([c.x_t for c in calls]), torch.cat([c.label for c in calls])
+    assert not diary.rollouts
+    calls = [c for turn in diary.turns for c in turn if c.who == "student"]
+    x_in, label = (torch.cat([getattr(c, n)[c.t < 0.3] for c in calls]) for n in ("x_t", "label"))
     nearest = torch.cdist(x_in.double(), RingTeacher().means).argmin(1) % 4
     assert (nearest == label).double().mean() > 0.7  # chance is 0.25
 
@@ -1145,12 +1145,13 @@ def test_accumulation_is_a_larger_batch(monkeypatch, tmp_path, script):
 @both
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_multi_step_training_simulates_the_student(monkeypatch, tmp_path, script, precision):
-    """N = 3: every training input is a rollout of 0 to 2 steps, one length for the whole batch.
+    """N = 3, --one_step: every training input is a rollout of 0 to 2 steps, one length for a batch.
 
     It is without gradient. The call after it sends gradients to every weight, under autocast too,
     where weights that were cast during the rollout must not be used again.
     """
     flags = f"--student_steps 3 --mixed_precision {precision} --fake_update_ratio 2".split()
+    flags += ["--one_step"]
     diary = ring_run(monkeypatch, script, tmp_path, *flags, steps=6)
     lengths, gradient_on = zip(*diary.rollouts)
     assert len(lengths) == 12 and set(lengths) == {0, 1, 2} and not any(gradient_on)
@@ -1175,7 +1176,7 @@ def test_fake_is_conditioned_on_the_step_of_its_samples(monkeypatch, tmp_path, s
 
     diary = Diary(monkeypatch, script)
     diary.wrap(monkeypatch, Run, "start", on_start)
-    flags = "--student_steps 3 --fake_update_ratio 2 --gan_weight 0.1".split()
+    flags = "--student_steps 3 --fake_update_ratio 2 --gan_weight 0.1 --one_step".split()
     flags += ["--shared_fake"] if shared else []
     script.main(ring_flags(tmp_path, 8, 4, *flags))
     lengths = [length for length, _ in diary.rollouts]
@@ -1196,6 +1197,56 @@ def test_fake_is_conditioned_on_the_step_of_its_samples(monkeypatch, tmp_path, s
     assert torch.equal(start["fake"](x, t, label, **extra), start["student"](x, t, label))
     assert shared or diary.fake.steps.weight.abs().max() > 0
     assert load_network(str(tmp_path / "student"))[1]["steps_cond"] is False
+
+
+@both
+def test_a_batch_has_all_steps(monkeypatch, tmp_path, script):
+    """N = 3, batches of 6: two samples for each step, made by the student's own steps before it.
+
+    The fake is conditioned on the step of every sample, and the call with gradient is at its time.
+    With a step of its own for every sample four-step students of the glyphs come to a third of the
+    distance in as many updates (docs/results/dmd.md).
+    """
+    flags = "--student_steps 3 --fake_update_ratio 2".split()
+    diary, grid = (
+        ring_run(monkeypatch, script, tmp_path, *flags, steps=4, batch=6),
+        [1.0, 2 / 3, 1 / 3],
+    )
+    for turn in diary.turns[:-1]:
+        *steps, last = [c for c in turn if c.who == "student"] or [None]
+        if last is None:
+            continue  # the fake's turn on the student's samples
+        k = torch.tensor([min(range(3), key=lambda i: abs(grid[i] - t)) for t in last.t.tolist()])
+        assert sorted(k.tolist()) == [0, 0, 1, 1, 2, 2]
+        # the steps before: those of rows beyond it, each at the grid's time
+        assert [len(c.t) for c in steps] == [4, 2]
+        for i, c in enumerate(steps):
+            assert not c.graph and torch.allclose(c.t, torch.tensor(grid[i]))
+            assert torch.equal(c.label, last.label[k > i])
+        for c in turn:
+            assert c.who != "fake" or torch.equal(c.steps.long(), k)
+
+
+@pytest.mark.parametrize("k", [[0, 1, 2, 2], [0, 0, 0, 0], [2, 0, 2, 1]])
+@both
+def test_rollout_of_rows(script, k):
+    """Row b is where a rollout of k_b steps alone would be; where no row goes on, one is computed
+    for the other ranks' sake and thrown away."""
+    x, calls, times = normal(4, 2), [], [1.0, 0.7, 0.4]
+
+    def net(x_t, t, label):
+        calls.append(len(x_t))
+        return x_t * label[:, None] * t[:, None].double()
+
+    def noise(name):
+        return x if name == "z" else normal(4, 2, seed=len(name) + int(name[-1]))
+
+    cond, diffusion = {"label": torch.arange(4.0)}, Diffusion(Flow(), "flow_v")
+    got = script.rollout(net, diffusion, noise, times, cond, "sde", torch.tensor(k))
+    assert calls == [max(1, sum(n > i for n in k)) for i in range(2)]
+    for b, n in enumerate(k):
+        alone = script.rollout(net, diffusion, noise, times[: n + 1], cond, "sde")
+        assert torch.equal(got[b], alone[b])
 
 
 @both
