@@ -34,7 +34,7 @@ Launch.
 
 Deviations; the reasons are in docs/decoupled_dmd.md. Scores are written as x0 predictions. Released
 teachers get a normaliser, "branch". The fake is conditioned on the student's step (--shared_fake:
-the paper's, which is not).
+the paper's, which is not). Of its R updates the first sees the samples of the student's update.
 """
 
 import torch
@@ -327,6 +327,17 @@ def describe(args, times, ablation, see_step):
     )
 
 
+def discriminator_pass(run, draw, fake, head, diffusion, x, real, fake_cond, step_k):
+    """The discriminator's own backward pass, which adds to the gradient of fake and head."""
+    with run.autocast():
+        x_real, cond_real = real(draw, "real_gan")
+        samples = x, draw.eps_t("_gan_fake"), fake_cond
+        samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
+        loss_d = discriminator_turn(fake, head, diffusion, *samples)
+    (run.args.gan_weight_d * loss_d * run.share).backward()
+    run.note(loss_d=loss_d)
+
+
 def train(args):
     run = Run(args, "decoupled_dmd")
     teacher = start_teacher(run)
@@ -412,13 +423,8 @@ def train(args):
                 (loss * run.share).backward()
                 run.note(loss_fake=loss)
                 if args.gan_weight:  # losses add up; a pass for each keeps one graph at a time
-                    with run.autocast():
-                        x_real, cond_real = real(draw, "real_gan")
-                        samples = x, draw.eps_t("_gan_fake"), fake_cond
-                        samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
-                        loss_d = discriminator_turn(fake, head, diffusion, *samples)
-                    (args.gan_weight_d * loss_d * run.share).backward()
-                    run.note(loss_d=loss_d)
+                    nets = fake, head, diffusion
+                    discriminator_pass(run, draw, *nets, x, real, fake_cond, step_k)
             run.update(optimizer_fake, "fake")
         if args.ema_decay:
             run.update_ema(ema, student, step)
@@ -496,7 +502,8 @@ def sample_only(args):
 def cost(args):
     """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
 
-    A GAN logit is half a call of the fake. The averages are over the student's steps.
+    A GAN logit is half a call of the fake. The averages are over the student's steps, and over the
+    R fake updates, of which the first needs no samples of its own with --reuse_samples.
     """
     rank, rank_fake = args.lora_rank, args.fake_lora_rank
     networks = [
@@ -510,11 +517,13 @@ def cost(args):
     ablation, gan, turns = Ablation(args), 0.5 * (args.gan_weight > 0), []
     if ablation.needs_fake:
         graphs = {"fake": 1 + 2 * gan}  # denoising, D on samples and on data
-        turns.append(Turn("fake", args.fake_update_ratio, {"student": before + 1}, graphs))
+        R = args.fake_update_ratio
+        make = {"student": (before + 1) * (R - args.reuse_samples) / R}
+        turns.append(Turn("fake", R, make, graphs))
     at_dm = 1 if ablation.sees_dm else 0  # calls of the teacher at DM's level, and at CA's
     at_ca = (1 if args.schedule == "shared" and at_dm else 2) if ablation.ca else 0
     calls = {"student": before, "teacher": at_dm + at_ca, "fake": at_dm}
-    return networks, [*turns, Turn("student", 1, calls, {"student": 1, "fake": gan})]
+    return networks, [Turn("student", 1, calls, {"student": 1, "fake": gan}), *turns]
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -601,6 +610,10 @@ def wrong_flags(a, world="not known yet"):
     why += ": use --schedule full, or a range that starts lower"
     yield dm_bounded and a.dm_range[0] >= last, f"--dm_range starts at {a.dm_range[0]:g}, and {why}"
     yield ca_bounded and ca_range[0] >= last, f"--ca_range starts at {ca_range[0]:g}, and {why}"
+    factors = len(a.ca_weight)
+    yield factors not in (1, a.student_steps), (
+        f"--ca_weight has {factors} values for --student_steps {a.student_steps}: give one for all "
+        "steps, or one for each")
     nothing = not (on.dm or on.ca or a.gan_weight)
     yield nothing, ("nothing is left to learn from: leave out --no_dm or --no_ca, give "
                     "--guidance_scale above 1, or --gan_weight")

@@ -240,6 +240,17 @@ def step_input(k, draw, on):
     return {"steps": torch.full((len(draw.rows),), float(k), device=draw.device)} if on else {}
 
 
+def discriminator_pass(run, draw, fake, head, diffusion, x, real, fake_cond, step_k):
+    """The discriminator's own backward pass, which adds to the gradient of fake and head."""
+    with run.autocast():
+        x_real, cond_real = real(draw, "real_gan")
+        samples = x, draw.eps_t("_gan_fake"), fake_cond
+        samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
+        loss_d = discriminator_turn(fake, head, diffusion, *samples)
+    (run.args.gan_weight_d * loss_d * run.share).backward()
+    run.note(loss_d=loss_d)
+
+
 def train(args):
     run = Run(args, "dmd")
     teacher = start_teacher(run)
@@ -324,13 +335,8 @@ def train(args):
                 (loss * run.share).backward()
                 run.note(loss_fake=loss)
                 if args.gan_weight:  # losses add up; a pass for each keeps one graph at a time
-                    with run.autocast():
-                        x_real, cond_real = real(draw, "real_gan")
-                        samples = x, draw.eps_t("_gan_fake"), fake_cond
-                        samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
-                        loss_d = discriminator_turn(fake, head, diffusion, *samples)
-                    (args.gan_weight_d * loss_d * run.share).backward()
-                    run.note(loss_d=loss_d)
+                    nets = fake, head, diffusion
+                    discriminator_pass(run, draw, *nets, x, real, fake_cond, step_k)
             run.update(optimizer_fake, "fake")
         if args.ema_decay:
             run.update_ema(ema, student, step)

@@ -726,6 +726,12 @@ CASES = [
     ),
     (
         "decoupled_dmd",
+        "--ca_weight has {} values for --student_steps {}: give one for all steps, or one for each",
+        "--student_steps 4 --ca_weight 1 0.5",
+        ["--student_steps 4 --ca_weight 0.5", "--student_steps 4 --ca_weight 1 1 0.5 0.5"],
+    ),
+    (
+        "decoupled_dmd",
         "nothing is left to learn from: leave out --no_dm or --no_ca",
         "--no_dm --no_ca",
         ["--no_ca", "--no_dm", "--no_dm --no_ca --gan_weight 0.1 --data DATA"],
