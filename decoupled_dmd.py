@@ -34,7 +34,7 @@ Launch.
 
 Deviations; the reasons are in docs/decoupled_dmd.md. Scores are written as x0 predictions. Released
 teachers get a normaliser, "branch". The fake is conditioned on the student's step (--shared_fake:
-the paper's, which is not).
+the paper's, which is not). Of its R updates the first sees the samples of the student's update.
 """
 
 import torch
@@ -516,7 +516,8 @@ def sample_only(args):
 def cost(args):
     """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
 
-    A GAN logit is half a call of the fake. The averages are over the student's steps.
+    A GAN logit is half a call of the fake. The averages are over the student's steps, and over the
+    R fake updates, of which the first needs no samples of its own with --reuse_samples.
     """
     rank, rank_fake = args.lora_rank, args.fake_lora_rank
     networks = [
@@ -530,11 +531,13 @@ def cost(args):
     ablation, gan, turns = Ablation(args), 0.5 * (args.gan_weight > 0), []
     if ablation.needs_fake:
         graphs = {"fake": 1 + 2 * gan}  # denoising, D on samples and on data
-        turns.append(Turn("fake", args.fake_update_ratio, {"student": before + 1}, graphs))
+        R = args.fake_update_ratio
+        make = {"student": (before + 1) * (R - args.reuse_samples) / R}
+        turns.append(Turn("fake", R, make, graphs))
     at_dm = 1 if ablation.sees_dm else 0  # calls of the teacher at DM's level, and at CA's
     at_ca = (1 if args.schedule == "shared" and at_dm else 2) if ablation.ca else 0
     calls = {"student": before, "teacher": at_dm + at_ca, "fake": at_dm}
-    return networks, [*turns, Turn("student", 1, calls, {"student": 1, "fake": gan})]
+    return networks, [Turn("student", 1, calls, {"student": 1, "fake": gan}), *turns]
 
 
 # ---- flags ---------------------------------------------------------------------------------------

@@ -36,9 +36,10 @@ Launch.
     sampling    python phased_dmd.py --sample runs/phased_dmd-clips/student
 
 Deviations; reasons in docs/phased_dmd.md. The gradient has DMD's normalised weight. Eq. 13's taper
-is left out where s = 0. With several steps in a phase the fake is conditioned on the step. Noise
-levels are spread evenly over a batch, and none is below .02 in the student's turn. Full copies,
-averaged weights, betas and falling rates suit short runs of small networks.
+is left out where s = 0. With several steps in a phase the fake is conditioned on the step. The
+first of its R updates sees the samples of the expert's update before it. Noise levels are spread
+evenly over a batch, none below .02 in the student's turn. Full copies, averaged weights, betas and
+falling rates suit short runs of small networks.
 """
 
 import gc
@@ -857,7 +858,8 @@ def cost(args):
     """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
 
     They are those of the last phase, which holds most: the experts before it are there too. Of two
-    networks both give scores then, and the fake follows both.
+    networks both give scores then, and the fake follows both. Of the R fake updates the first needs
+    no samples of its own with --reuse_samples.
     """
     pair, N, rank = is_pair(args.teacher), args.student_steps, args.lora_rank
     steps, number = phase_steps(N, args.phases)[-1], args.phases
@@ -875,10 +877,10 @@ def cost(args):
     if args.no_truncation:
         before, graphs = steps.start, {trained: len(steps)}
     guided = 1 if args.guidance_scale == 1 else 2
-    make = {trained: before + graphs[trained]}
-    fake_turn = Turn("fake", args.fake_update_ratio, make, {"fake": 1})
+    R = args.fake_update_ratio
+    make = {trained: (before + graphs[trained]) * (R - args.reuse_samples) / R}
     calls = {trained: before, "teacher": guided, "fake": 1}
-    return networks, [fake_turn, Turn(trained, 1, calls, graphs)]
+    return networks, [Turn(trained, 1, calls, graphs), Turn("fake", R, make, {"fake": 1})]
 
 
 # ---- flags ---------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ Launch.
 Deviations; the reasons are in docs/tdm.md. x_s is regressed, as in the paper, where the network
 predicts noise; elsewhere x, as in the authors' demo (--regress). Eq. 7's target biases the fake at
 every step but the last; --fake_target exact does not. The K take turns over a batch, K = 1 in two
-of four rows. tau keeps 2 % of its interval off both ends. Fake updates see fresh samples, and their
-gradient is clipped. Optimiser settings and averaged weights suit short runs.
+of four rows. tau keeps 2 % of its interval off both ends. The fake has R updates, and from the
+second on fresh samples; its gradient is clipped. Optimiser settings and averages suit short runs.
 """
 
 from dataclasses import dataclass
@@ -286,11 +286,8 @@ def sees_K(args, net):
 
 
 def fake_sees_step(args, net):
-    """Whether the fake, a network like net, is conditioned on the step of the trajectory too.
-
-    It has to be where the noise levels of several steps overlap.
-    """
-    off = args.tau_range == "segment" or args.fake_lora_rank or args.untold
+    """Whether the fake, a network like net, is conditioned on the step k of the trajectory too."""
+    off = args.shared_fake or args.untold or args.fake_lora_rank  # adapters have no layer for it
     return not off and "steps_cond" in net.config
 
 
@@ -359,10 +356,13 @@ def noise_level(args, draw, teacher, segment):
     """tau, uniform in raw time over the step's own interval (s, t), 2 % of it off both ends.  (B,).
 
     The interval and its 2 % are in t, after the shift: in raw time 2 % would be the cleanest 9 % of
-    a single step under shift 5. --tau_range to_noise: up to the largest level T instead.
+    a single step under shift 5. --tau_range to_noise: up to the largest level T instead, of
+    every step; last_to_noise: of the last, which lands at 0.
     """
-    s, to_noise = segment.s, args.tau_range == "to_noise"
-    high = torch.full_like(s, args.max_time) if to_noise else segment.t
+    s, high = segment.s, segment.t
+    if args.tau_range != "segment":
+        to_noise = (s == 0) | (args.tau_range == "to_noise")
+        high = torch.where(to_noise, torch.full_like(s, args.max_time), high)
     margin = 0.02 * (high - s)
     low, high = unshift(s + margin, teacher.shift), unshift(high - margin, teacher.shift)
     return shift(low + (high - low) * draw.spread("u"), teacher.shift)
@@ -566,7 +566,8 @@ def sample_only(args):
 def cost(args):
     """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
 
-    The averages are over the student's step counts and their steps.
+    The averages are over the student's step counts and their steps, and over the R fake updates, of
+    which the first needs no samples of its own with --reuse_samples.
     """
     rank, rank_fake = args.lora_rank, args.fake_lora_rank
     networks = [
@@ -578,10 +579,11 @@ def cost(args):
         networks.append(Network("ema", "average", rank))
     # the student's calls that make its input
     before = sum((K - 1) / 2 for K in args.student_steps) / len(args.student_steps)
-    fake_turn = Turn("fake", args.fake_update_ratio, {"student": before + 1}, {"fake": 1})
+    R = args.fake_update_ratio
+    make = {"student": (before + 1) * (R - args.reuse_samples) / R}
     guided = 1 if args.guidance_scale == 1 else 2
     calls = {"student": before, "teacher": guided, "fake": 1}
-    return networks, [fake_turn, Turn("student", 1, calls, {"student": 1})]
+    return networks, [Turn("student", 1, calls, {"student": 1}), Turn("fake", R, make, {"fake": 1})]
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -631,6 +633,8 @@ def parse_args(argv=None):
         "(demo), or x_s where it lands (paper); None: x_s if the network predicts noise, where x "
         "would train the first step alone, else x0")
     add = p.ablations.add_argument
+    add("--shared_fake", action="store_true",
+        help="the fake is not conditioned on the step, only on K (paper)")
     add("--untold", action="store_true", help="condition neither student nor fake on K (Tab. 5)")
     add("--match", choices=["noisy", "clean"], default="noisy",
         help="match x_s where the step lands (paper), or its x (Tab. 7)")

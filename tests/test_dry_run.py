@@ -345,7 +345,21 @@ def test_calls_are_those_of_a_run(tmp_path):
         for name, count in [*turn.calls.items(), *turn.graphs.items()]:
             calls[name] += turn.times * count
     # tests/test_bench.py counts these in a run
-    assert calls == {"teacher": 2, "student": 4, "fake": 4, "ema": 0}
+    assert calls == pytest.approx({"teacher": 2, "student": 3, "fake": 4, "ema": 0})
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("script", "dmd phased_dmd decoupled_dmd tdm".split())
+def test_fake_updates_make_samples_but_for_the_first(script, reuse):
+    """The first is given those of the student's update, unless --no-reuse_samples."""
+    module = importlib.import_module(script)
+    for R in (1, 5):
+        flags = ["--fake_update_ratio", str(R), *([] if reuse else ["--no-reuse_samples"])]
+        student, fake = module.cost(module.parse_args(flags))[1]
+        of_one = student.calls[student.trains] + student.graphs[student.trains]
+        made = R * fake.calls[student.trains]
+        assert fake.times == R and made == pytest.approx((R - reuse) * of_one)
+        assert (made == 0) == (reuse and R == 1)
 
 
 def test_too_large_a_run_is_refused_before_it_loads(tmp_path, capsys):

@@ -155,6 +155,7 @@ def test_what_changes_no_gradient_can_change(monkeypatch, tmp_path, capsys):
 
 
 NAMES_THAT_LOOK_LIKE_IT = {  # in some parser, and rightly not in MAY_CHANGE
+    "ca_weight": "decoupled_dmd: of the guidance, as --guidance_scale",
     "fake_weight": "tdm: a choice of losses",
     "vd_weight": "mdt_dist: a choice of losses",
     "dmd_weight": "phased_dmd: a choice of losses",

@@ -194,21 +194,25 @@ def test_trajectory_of_the_demo():
 
 
 @pytest.mark.parametrize("timestep_shift", [1.0, 2.0, 5.0, 6.0])
-@pytest.mark.parametrize("flags", ["", "--max_time 0.9", "--tau_range to_noise"])
+@pytest.mark.parametrize(
+    "flags", ["", "--max_time 0.9", "--tau_range to_noise", "--tau_range last_to_noise"]
+)
 def test_levels_of_a_step_fill_its_interval(timestep_shift, flags):
     """tau is uniform in raw time between s and t, but for 2 % of t - s, in t, at either end.
 
     So a single step is matched from t = .02 to .98 whatever the shift. With 2 % of raw time its
-    cleanest .093 would be left out under shift 5. "to_noise": up to T instead of t.
+    cleanest .093 would be left out under shift 5. "to_noise": up to T instead of t, and
+    "last_to_noise" for the last step alone.
     """
     args, n = tdm.parse_args(flags.split()), 1000
     grid = {K: trajectory(K, timestep_shift, args.max_time) for K in (1, 4)}
     for K, k in ((1, 0), (4, 0), (4, 1), (4, 3)):
         t, s = grid[K][k : k + 2]
-        segment = Segment(None, torch.full((n,), t), torch.full((n,), s), ())
+        segment = Segment(None, torch.full((n,), t), torch.full((n,), s), (), {}, {})
         draw, teacher = Draws(0, 0, 0, range(n)), types.SimpleNamespace(shift=timestep_shift)
         tau = noise_level(args, draw, teacher, segment)
-        top = args.max_time if args.tau_range == "to_noise" else t
+        up = args.tau_range == "to_noise" or args.tau_range == "last_to_noise" and k == K - 1
+        top = args.max_time if up else t
         low, high = s + 0.02 * (top - s), top - 0.02 * (top - s)
         assert tau.min() >= low - 1e-6 and tau.max() <= high + 1e-6
         u, (a, b) = unshift(tau, timestep_shift), (unshift(v, timestep_shift) for v in (low, high))

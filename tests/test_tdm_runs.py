@@ -72,8 +72,11 @@ def drawn(draw, counts):
     return K, (draw.uniform("j") * K).long()
 
 
-def row_of(student, schedule, draw, shape, i, K, k, cond, how):
-    """The trajectory of row i alone, up to where its step k of K lands.  -> dict of (1, ...)."""
+def row_of(student, schedule, draw, noise_draw, shape, i, K, k, cond, how):
+    """The trajectory of row i alone, up to where its step k of K lands.  -> dict of (1, ...).
+
+    draw: of the trajectory; noise_draw: of the level above it and the noise there.
+    """
     grid = [shift(torch.tensor([1 - n / K]), SHIFT) for n in range(K + 1)]
     x_s = draw.normal("z", shape)[i : i + 1]
     for n in range(k + 1):
@@ -82,9 +85,9 @@ def row_of(student, schedule, draw, shape, i, K, k, cond, how):
             noise = draw.normal(f"renoise{n}" if n < k else "renoise", shape)[i : i + 1]
         x_s = mixed(schedule, x, noise, grid[n + 1])
     t, s = grid[k], grid[k + 1]
-    top = torch.ones(1) if how.to_noise else t
+    top = torch.ones(1) if how.to_noise == "all" or how.to_noise == "last" and k == K - 1 else t
     low, high = (unshift(v, SHIFT) for v in (0.98 * s + 0.02 * top, 0.02 * s + 0.98 * top))
-    tau = shift(low + (high - low) * draw.spread("u")[i : i + 1], SHIFT)
+    tau = shift(low + (high - low) * noise_draw.spread("u")[i : i + 1], SHIFT)
     assert s < tau < top
     slope = torch.ones(1)
     if how.by_x_s:
@@ -93,38 +96,44 @@ def row_of(student, schedule, draw, shape, i, K, k, cond, how):
             slope = slope - schedule.sigma(s) * schedule.alpha(t) / schedule.sigma(t)
     if how.clean or how.fresh:
         x_s, s = x, torch.zeros(1)
-    eps = draw.normal("eps", shape)[i : i + 1]
+    eps = noise_draw.normal("eps", shape)[i : i + 1]
     x_tau = between(schedule, x_s, eps, s, tau).detach()
     return dict(x=x, x_s=x_s, s=s, slope=slope, tau=tau, eps=eps, x_tau=x_tau)
 
 
 HOW = dict(counts=(1, 1, 2, 4), see_K=True, sde=False, clean=False, fresh=False)
-HOW |= dict(to_noise=False, by_x_s=False)
+HOW |= dict(to_noise=None, by_x_s=False, see_k=False)
 
 
-def trajectories(student, schedule, draw, shape, classes, **how):
+def trajectories(student, schedule, draw, noise_draw, shape, classes, **how):
     """Every row by itself, from the draws alone. how: what the flags mean, see HOW.
 
-    -> K, k, label, cond of student and fake, and of row_of: x, what is matched (x_s at level s),
-    slope, x_tau, tau, eps.
+    -> K, k, label, cond of the student, fake_cond, and of row_of: x, what is matched (x_s at level
+    s), slope, x_tau, tau, eps.
     """
     how = types.SimpleNamespace(**{**HOW, **how})
     K, k = drawn(draw, how.counts)
     cond = {"label": draw.integer("cond", classes)}
     if how.see_K:
         cond["steps"] = K.float()
+    fake_cond = dict(cond)
+    if how.see_k:  # K + k (max K + 1), or k (K + 1) with one K
+        own = K if how.see_K else torch.zeros_like(K)
+        fake_cond["steps"] = torch.stack([own, k * (max(how.counts) + 1)]).sum(0).float()
     rows = []
     for i, (n, step) in enumerate(zip(K.tolist(), k.tolist())):
         alone = {name: v[i : i + 1] for name, v in cond.items()}
-        rows.append(row_of(student, schedule, draw, shape, i, n, step, alone, how))
+        draws = draw, noise_draw
+        rows.append(row_of(student, schedule, *draws, shape, i, n, step, alone, how))
     at = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-    return types.SimpleNamespace(K=K, k=k, label=cond["label"], cond=cond, **at)
+    conds = dict(label=cond["label"], cond=cond, fake_cond=fake_cond)
+    return types.SimpleNamespace(K=K, k=k, **conds, **at)
 
 
 def fake_loss(fake, schedule, at, exact=False, snr=False):
     """The fake's loss at these trajectories, as --fake_target and --fake_weight mean it."""
     a, sigma = expand(schedule.alpha(at.tau), at.x), expand(schedule.sigma(at.tau), at.x)
-    x0, eps = split(fake, schedule, at.x_tau, at.tau, **at.cond)
+    x0, eps = split(fake, schedule, at.x_tau, at.tau, **at.fake_cond)
     flow, x = isinstance(schedule, Flow), at.x.detach()
     if exact:
         ratio = expand(schedule.sigma(at.s) / schedule.alpha(at.s), x)
@@ -149,7 +158,7 @@ def student_loss(teacher, fake, schedule, at, null, scale, loss):
         labels = at.label, torch.full_like(at.label, null)
         real, uncond = (split(teacher, schedule, at.x_tau, at.tau, label=y)[0] for y in labels)
         real = uncond + scale * (real - uncond)
-        guess = split(fake, schedule, at.x_tau, at.tau, **at.cond)[0]
+        guess = split(fake, schedule, at.x_tau, at.tau, **at.fake_cond)[0]
     g = guess - real
     A = expand(at.slope, g)
     if loss == "l2":
@@ -184,7 +193,14 @@ CASES = {  # flags: what they mean for trajectories, for the losses
     "--loss demo": ({}, dict(loss="demo")),
     "--renoise sde": (dict(sde=True), {}),
     "--match clean": (dict(clean=True), {}),
-    "--tau_range to_noise": (dict(to_noise=True), {}),
+    "--tau_range to_noise": (dict(to_noise="all", see_k=True), {}),
+    "--tau_range to_noise --untold": (dict(to_noise="all", see_K=False), {}),
+    "--tau_range last_to_noise": (dict(to_noise="last", see_k=True), {}),
+    "--tau_range last_to_noise --student_steps 3": (
+        dict(to_noise="last", counts=[3], see_K=False, see_k=True),
+        {},
+    ),
+    "--no-reuse_samples": ({}, dict(reuse=False)),
     "--guidance_scale 1": ({}, dict(scale=1)),
     "--fake_noise fresh": ({}, dict(fresh=True)),
     "--fake_target exact": ({}, dict(exact=True)),
@@ -201,9 +217,10 @@ CASES = {  # flags: what they mean for trajectories, for the losses
 
 @pytest.mark.parametrize("flags", CASES)
 def test_gradients_and_calls(monkeypatch, tmp_path, flags):
-    """The first update of fake and student once more, from the draws alone, and log.csv's row.
+    """The first update of student and fake once more, from the draws alone, and log.csv's row.
 
-    And who is called, how often, on which rows, and what it is conditioned on.
+    The fake sees the landings of the student's update, by the weights that it had then. And who is
+    called, how often, on which rows, and what it is conditioned on.
     """
     path, means = CASES[flags]
     flags, teacher, schedule, shape, classes = setting(tmp_path, flags)
@@ -214,12 +231,16 @@ def test_gradients_and_calls(monkeypatch, tmp_path, flags):
     folder = tmp_path / "run"
     own = f"{flags} --seed 2 --ema_decay 0".split()
     diary = one_step(monkeypatch, tdm, folder, *BASE, *own)
-    see_K, paths = path.get("see_K", True), {}
+    reuse, paths = means.get("reuse", True), {}
     for what, inner in (("fake", 0), ("student", "student")):
         nets, grads = diary.at[what]
         fresh = means.get("fresh", False) and what == "fake"
-        at_draw = Draws(2, 0, inner, range(8)), shape, classes
-        paths[what] = at = trajectories(nets["student"], schedule, *at_draw, fresh=fresh, **path)
+        made_by, draw = nets["student"], Draws(2, 0, inner, range(8))
+        path_draw = draw
+        if what == "fake" and reuse:
+            made_by, path_draw = diary.at["student"][0]["student"], Draws(2, 0, "student", range(8))
+        at_draw = path_draw, draw, shape, classes
+        paths[what] = at = trajectories(made_by, schedule, *at_draw, fresh=fresh, **path)
         if what == "fake":
             which = means.get("exact", False), means.get("snr", False)
             loss_fake = fake_loss(nets["fake"], schedule, at, *which)
@@ -248,11 +269,12 @@ def test_gradients_and_calls(monkeypatch, tmp_path, flags):
     want = {name: float(v) for name, v in columns.items()}
     assert {name: float(row[name]) for name in columns} == pytest.approx(want, rel=1e-3)
     assert {*columns, "norm_fake", "step", "seconds", "peak_memory_mb"} == set(row)
-    for what, calls in zip(("fake", "student"), diary.turns):
-        check_calls(calls, paths[what], what == "student", see_K, 1 if scale == 1 else 2, classes)
+    for what, calls in zip(("student", "fake"), diary.turns):
+        turn = what == "student", what == "fake" and reuse
+        check_calls(calls, paths[what], *turn, 1 if scale == 1 else 2, classes)
 
 
-def check_calls(calls, at, student_turn, see_K, guided, null):
+def check_calls(calls, at, student_turn, reuse, guided, null):
     """Who was called in a turn, how often, where, on which rows, conditioned on what."""
     by = {
         who: [c for c in calls if c.who == who and c.x_t.any()]  # zeros: the trial before training
@@ -260,19 +282,22 @@ def check_calls(calls, at, student_turn, see_K, guided, null):
     }
     counts = {who: len(of_it) for who, of_it in by.items()}
     last = int(at.k.max())
-    assert counts == {"student": last + 1, "teacher": student_turn * guided, "fake": 1}
+    made = 0 if reuse else last + 1
+    assert counts == {"student": made, "teacher": student_turn * guided, "fake": 1}
     for i, call in enumerate(by["student"]):
         # a sample's trajectory ends at its own step; then all take theirs together
         rows = at.k > i if i < last else at.k >= 0
         assert torch.equal(call.label, at.label[rows])
         assert call.graph == (student_turn and i == last)
-        assert torch.equal(call.steps, at.K[rows].float()) if see_K else call.steps is None
+        steps = at.cond.get("steps")
+        assert call.steps is None if steps is None else torch.equal(call.steps, steps[rows])
     (fake,) = by["fake"]
     assert fake.graph != student_turn and not any(c.graph for c in by["teacher"])
     for call in [fake, *by["teacher"]]:
         torch.testing.assert_close(call.x_t, at.x_tau, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(call.t, at.tau)
-    assert torch.equal(fake.steps, at.K.float()) if see_K else fake.steps is None
+    steps = at.fake_cond.get("steps")
+    assert fake.steps is None if steps is None else torch.equal(fake.steps, steps)
     assert all(c.steps is None for c in by["teacher"])
     assert torch.equal(fake.label, at.label)
     if student_turn:
@@ -280,26 +305,31 @@ def check_calls(calls, at, student_turn, see_K, guided, null):
         assert [c.label.tolist() for c in by["teacher"]] == labels[:guided]
 
 
-@pytest.mark.parametrize("tau_range", ["segment", "to_noise"])
+@pytest.mark.parametrize("tau_range", ["segment", "to_noise", "last_to_noise"])
 def test_every_step_of_every_count_and_its_levels(monkeypatch, tmp_path, tau_range):
     """Over a run all (K, step) occur, K as often as it is named and steps alike.
 
-    A step's levels lie in its own interval, or reach up to noise, and fill it; none is below where
-    the step lands. The fake's updates leave no gradient in the student, the student's none in
-    the fake, neither any in the teacher.
+    A step's levels lie in its own interval, or reach up to noise, all steps' or the last one's, and
+    fill it; none is below where the step lands. Where they overlap the fake is conditioned on a
+    number for every (K, step), else on K. The fake's updates leave no gradient in the student, the
+    student's none in the fake, neither any in the teacher.
     """
     flags = f"--tau_range {tau_range} --fake_update_ratio 2".split()
     diary = ring_run(monkeypatch, tdm, tmp_path, *BASE, *flags, steps=12, batch=24)
-    assert diary.updates == ["fake", "fake", "student"] * 12
+    assert diary.updates == ["student", "fake", "fake"] * 12
     for what, has in zip(diary.updates, diary.grads):
         of_student = what == "student"
         assert (has["fake"], has["student"], has["teacher"]) == (not of_student, of_student, False)
         assert has["student_all"] or not of_student
-    u = {}  # raw levels tau by (K, step)
-    for calls in diary.turns[:-1]:
+    u, last = {}, None  # raw levels tau by (K, step)
+    for i, calls in enumerate(diary.turns[:-1]):
         (fake,) = [c for c in calls if c.who == "fake"]
-        last = [c for c in calls if c.who == "student"][-1]
-        assert torch.equal(fake.steps, last.steps)
+        made = [c for c in calls if c.who == "student"]
+        assert bool(made) == (i % 3 != 1)  # the fake's first turn has the landings of the student's
+        last = made[-1] if made else last
+        step = (last.steps * (1 - unshift(last.t, SHIFT))).round()
+        number = last.steps if tau_range == "segment" else last.steps + 5 * step
+        torch.testing.assert_close(fake.steps, number)
         assert all(torch.equal(c.t, fake.t) for c in calls if c.who == "teacher")
         raw = unshift(last.t, SHIFT), unshift(fake.t, SHIFT)
         for K, t, tau in zip(last.steps.int().tolist(), *(v.tolist() for v in raw)):
@@ -307,7 +337,8 @@ def test_every_step_of_every_count_and_its_levels(monkeypatch, tmp_path, tau_ran
     assert set(u) == {(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)}
     n, turns = sum(map(len, u.values())), {1: 2, 2: 1, 4: 1}
     for (K, k), found in u.items():
-        low, high = 1 - (k + 1) / K, 1.0 if tau_range == "to_noise" else 1 - k / K
+        up = tau_range == "to_noise" or tau_range == "last_to_noise" and k == K - 1
+        low, high = 1 - (k + 1) / K, 1.0 if up else 1 - k / K
         width = high - low
         assert low < min(found) < low + 0.1 * width
         assert high - 0.1 * width < max(found) < high
@@ -327,7 +358,7 @@ def test_start_of_a_student_that_is_conditioned_on_K(monkeypatch, tmp_path):
     for name, flags in (("teacher", []), ("other", ["--student_init", str(tmp_path / "other")])):
         with monkeypatch.context() as m:
             diary = one_step(m, tdm, tmp_path / "run", "--teacher", teacher, *flags)
-        nets = diary.at["fake"][0]
+        nets = diary.at["student"][0]
         for net, start in ((nets["student"], str(tmp_path / name)), (nets["fake"], teacher)):
             got = net(x, t, label, steps=torch.tensor([1.0, 2, 4]))
             assert torch.equal(got, load_network(start)[0](x, t, label))
@@ -357,7 +388,8 @@ def norms_by_step(monkeypatch, folder, flags):
             short = "--max_train_steps 1 --train_batch_size 16 --fake_update_ratio 1"
             out = ["--output_dir", str(folder / str(k))]
             tdm.main([*flags, *short.split(), "--student_steps", "4", *out])
-        norms.append(diary.norms[-1])
+        assert diary.updates[0] == "student"
+        norms.append(diary.norms[0])
     return norms
 
 
@@ -502,7 +534,11 @@ def test_a_first_step_below_noise(tmp_path):
     close(load_file(again / "samples.safetensors")["x0"], want)
 
 
-@pytest.mark.parametrize("flags, step", [("", 4), ("--untold", None), ("--student_steps 2", None)])
+FILMS = [("", 4), ("--untold", None), ("--student_steps 2", None)]
+FILMS += [("--tau_range last_to_noise", 4 + 3 * 5)]  # the fake of the last step
+
+
+@pytest.mark.parametrize("flags, step", FILMS)
 def test_ring_film(monkeypatch, tmp_path, flags, step):
     """ring.gif shows the longest count, and the fake as it speaks of that count.
 
@@ -538,8 +574,9 @@ def test_several_counts_need_an_input_for_them(monkeypatch, tmp_path, capsys):
     assert f"{says} their number" in refusal_of(capsys, tdm.main, *flags)
     assert not (tmp_path / "run").exists()
     diary = Diary(monkeypatch, tdm)
-    tdm.main([*flags, "--untold", "--train_batch_size", "3"])
-    assert diary.norms[-1] > 0
+    tdm.main([*flags, "--untold", "--train_batch_size", "3", "--max_train_steps", "2"])
+    first = diary.updates.index("student", 1)  # at the very first the fake is the teacher
+    assert diary.norms[1] > 0 and diary.norms[first] > 0
     assert not any(c.steps is not None for calls in diary.turns for c in calls)
 
 

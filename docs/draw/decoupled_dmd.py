@@ -54,7 +54,7 @@ def diagram():
     c.arrow((266, 205), (236, 205), "", "gradient")
     levels(c, 337, 72, 1.0, "u_{dm}: all levels", above=True)
     levels(c, 337, 306, 0.5, "u_{ca}: cleaner than the input")
-    c.text(24, 376, "Fake's update, R times before it: learn to denoise what G makes now.")
+    c.text(24, 376, "Fake's update, R times after it: learn to denoise what G makes now.")
     c.box("x2", 280, 424, "x, detached")
     c.box("x_t2", 402, 424, "x_t")
     c.box("fake2", 582, 424, "fake(x_t, c)", "fake", 120)

@@ -41,7 +41,7 @@ def diagram():
     c.text(
         24,
         255,
-        "The fake's update, R times before it: learn to denoise what the student makes now.",
+        "The fake's update, R times after it: learn to denoise what the student makes now.",
         "sample",
     )
     c.box("z2", 60, 325, "noise z", "noise", 64)

@@ -48,7 +48,7 @@ def diagram():
     c.text(428, 334, "g enters x_s, and from there expert k only", "gradient")
     c.arrow((392, 268), (355, 268), "", "gradient")
 
-    c.text(24, 384, "Fake's update, R times before it: learn the score of x_t from x_s alone.")
+    c.text(24, 384, "Fake's update, R times after it: learn the score of x_t from x_s alone.")
     c.box("x_s2", 163, 430, "x_s, detached")
     c.box("x_t2", 308, 430, "x_t")
     c.box("fake2", 430, 430, "fake k", "fake")

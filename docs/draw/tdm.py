@@ -76,7 +76,7 @@ def diagram():
     c.text(190, 312, "this one call learns", "gradient", "middle", 12)
     c.text(
         *(24, 388),
-        "The fake's update, R times before: recover the student's x from its landing, noised on.",
+        "The fake's update, R times after: recover the student's x from its landing, noised on.",
         "sample",
     )
     c.box("x", 325, 428, "x, x_s, detached", width=120)
