@@ -36,7 +36,8 @@ from models.worlds import load_world
 from models.worlds.ring import RingTeacher
 
 N, SHIFT = 3, 3.0
-BASE = f"--student_steps {N} --timestep_shift {SHIFT} --guidance_scale 2.5"
+# --one_step: one step k for the whole batch, which the draws tell; see also test_levels_of_each_row
+BASE = f"--student_steps {N} --timestep_shift {SHIFT} --guidance_scale 2.5 --one_step"
 
 
 def k_of(seed, step=0, inner="student", steps=N):
@@ -285,6 +286,7 @@ def test_default_levels_reach_the_clean_end(monkeypatch, tmp_path, s):
     """
     diary = Diary(monkeypatch, decoupled_dmd)
     flags = f"--student_steps {N} --timestep_shift {s} --guidance_scale 2.5 --fake_update_ratio 1"
+    flags += " --one_step"
     decoupled_dmd.main(ring_flags(tmp_path, 6, 256, *flags.split()))
     reached = set()
     for step, calls in enumerate(diary.turns[:-1:2]):
@@ -295,6 +297,22 @@ def test_default_levels_reach_the_clean_end(monkeypatch, tmp_path, s):
         assert 0 <= ca.min() < s / 256 and 0.97 * top < ca.max() <= top + 1e-6
         reached.add(k)
     assert len(reached) > 1
+
+
+@pytest.mark.parametrize("schedule", ["shared", "full", "constrained", "hybrid"])
+def test_levels_of_each_row(schedule):
+    """With a step of its own for every sample each row's bound is that of its own step."""
+    args = decoupled_dmd.parse_args(f"--student_steps 4 --schedule {schedule}".split())
+    k = torch.arange(400) % 4
+    draw = Draws(0, 0, "student", range(400), shape=(2,), timestep_shift=SHIFT)
+    at_dm, at_ca = decoupled_dmd.draw_levels(args, draw, k)
+    assert (at_dm is at_ca) == (schedule == "shared")
+    tops = {"shared": (0, 0), "full": (0, 0), "constrained": (1, 1), "hybrid": (0, 1)}[schedule]
+    for (_, t), bounded in zip((at_dm, at_ca), tops, strict=True):
+        u = unshift(t, SHIFT)
+        for i in range(4):
+            top = 1 - i / 4 if bounded else 1.0
+            assert u[k == i].min() < 0.03 and 0.96 * top < u[k == i].max() <= top + 1e-6
 
 
 # ---- who needs the fake --------------------------------------------------------------------------
