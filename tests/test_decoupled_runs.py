@@ -527,10 +527,11 @@ def test_vp_teacher_from_end_to_end(tmp_path, monkeypatch):
         at_t = diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha
         loss, g_dm, g_ca, *scores = real(x, teacher, fake, *at_t)
         draw = Draws(0, len(seen), "student", range(4))
-        k, label, null = draw.agreed("k", 4), draw.integer("cond", 3), torch.full((4,), 3)
+        k, label = draw.spread_integer("k", 4), draw.integer("cond", 3)
+        null, u_k = torch.full((4,), 3), 1 - k / 4  # of every row
         with torch.no_grad():
-            at_dm, at_ca = ("u", "eps", 0.0, 1.0), ("u_ca", "eps_ca", 0.0, 1 - k / 4)
-            steps = torch.full((4,), float(k))
+            at_dm, at_ca = ("u", "eps", 0.0, 1.0), ("u_ca", "eps_ca", 0.0, u_k)
+            steps = k.float()
             mu_fake = x0(fake, x, *at_dm, label=label, steps=steps)
             want = mu_fake - x0(net, x, *at_dm, label=label)
             torch.testing.assert_close(g_dm, want, rtol=1e-4, atol=1e-4)
