@@ -41,7 +41,6 @@ of maps is trained. The networks are DiTs, the paper's ADM is not here.
 import argparse
 import math
 import os
-import sys
 from types import SimpleNamespace
 
 import torch
@@ -65,7 +64,7 @@ from models.networks import load_network, network_config, save_network, weights_
 from models.networks.autoencoders import Identity, PatchPCA
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DIT_B_2, DIT_L_2, DIT_XL_2, DiTTransformer2DModel
-from models.networks.latent_space import LatentSpace, load_space, space_beside
+from models.networks.latent_space import BUILT_IN, LatentSpace, load_space, space_beside
 from models.networks.ring_mlp import RingMLP
 from models.plumbing import report
 from models.plumbing.data import Conditions, to_unit
@@ -80,6 +79,7 @@ from models.plumbing.flags import (
     number,
     paper_values,
     refuse,
+    words,
     wrong_output,
 )
 from models.plumbing.image_sets import write_set
@@ -520,7 +520,11 @@ def latent_shape(data, space, device):
 def describe_encoder(args, space):
     """What cached latents depend on beside the items, {name: text}."""
     about = {name: str(getattr(args, name)) for name in ("pca_patch", "pca_channels")}
-    about["autoencoder"] = args.autoencoder if space.folder is None else weights_hash(space.folder)
+    about["autoencoder"] = args.autoencoder
+    if args.autoencoder not in BUILT_IN:
+        about["autoencoder"] = weights_hash(space.folder or args.autoencoder)
+        config = space.autoencoder.config
+        about["scaling"] = f"{config.get('scaling_factor')} {config.get('shift_factor')}"
     return about
 
 
@@ -1205,9 +1209,10 @@ def parse_args(argv=None):
     paper_values(p, learning_rate="1e-4 or 2e-4", lr_warmup_steps="0", ema_decay="0")
     p.set_defaults(max_train_steps=8000, learning_rate=2e-3, lr_warmup_steps=200, ema_decay=0.999)
     p.set_defaults(max_grad_norm=1.0, checkpointing_steps=1000, guidance_scale=None)
-    argv = sys.argv[1:] if argv is None else argv
+    argv = words(argv)
     known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
     refuse_ambiguous("--data", known.data)
+    refuse_ambiguous("--autoencoder", known.autoencoder, BUILT_IN, "autoencoder")
     source = known.data or (None if known.sample else "shapes")
     p.set_defaults(**PRESETS.get(source, {}))
     if source == "shapes" and known.task == "semantic":

@@ -508,7 +508,7 @@ def make_bank(run, teacher, grid):
         if i < len(mine) and run.writes:
             bank.write(part, {"index": index, **{name: x.half() for name, x in states.items()}})
     run.wait_for_all()
-    return bank.open()
+    return bank.open(conditions.count)
 
 
 class OwnTrajectories:

@@ -223,8 +223,7 @@ def open_tensors(path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
-        with open(path, "rb") as f:
-            head = f.read(2)
+        head = first_bytes(path)
         if head in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
             raise UserError(
                 f"{path} is a pickle, not safetensors; pickles can run code and are never loaded: "
@@ -233,6 +232,25 @@ def open_tensors(path):
         raise UserError(
             f"{path} is truncated or not a safetensors file ({e}): copy or download it again"
         ) from None
+
+
+def open_own(path):
+    """`open_tensors` of a file that the run itself can make again."""
+    try:
+        return open_tensors(path)
+    except UserError as e:
+        if not os.path.isfile(path):
+            raise
+        raise UserError(f"{e}, or remove it, and it is made again") from None
+
+
+def first_bytes(path):
+    """Two of them. Raises UserError for a file that cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            return f.read(2)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}): chmod it, or copy it") from None
 
 
 def load_tensors(path):

@@ -8,4 +8,5 @@ from tqdm import tqdm
 def progress(items=None, text=None, **more):
     """tqdm over items. In a pipe or a file, where all it writes stays, it writes once a minute."""
     seconds = 0.1 if sys.stderr and sys.stderr.isatty() else 60
+    more["disable"] = more.get("disable", False) or sys.stderr is None
     return tqdm(items, text, mininterval=seconds, maxinterval=max(10, seconds), **more)

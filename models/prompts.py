@@ -415,13 +415,18 @@ def open_prompts(path):
     """
     path = str(path)
     index = path if path.endswith(INDEX) else path + INDEX
-    if os.path.isfile(index) and (index == path or not os.path.isfile(path)):
+    if os.path.isfile(index) and index != path and os.path.isfile(path):
+        raise UserError(
+            f"{path} and {index} are both there, and either may be meant: remove the other"
+        )
+    if os.path.isfile(index):
         return PromptFile(index.removesuffix(INDEX), open_shards(index))
     if not os.path.isfile(path) and os.path.isdir(path + PARTIAL):
         raise UserError(
             f"{path} is not finished: give the python -m models.encode that left {path}{PARTIAL} "
             "again, and it goes on"
         )
+    refuse_unencoded(path)
     file = open_tensors(path)
     numbered = re.search(r"-\d{5}-of-\d{5}(?=\.safetensors$)", path)
     if numbered and "fingerprint" in (file.metadata() or {}):
@@ -429,6 +434,19 @@ def open_prompts(path):
         whole = stem if os.path.isfile(stem + INDEX) else f"{stem}.safetensors"
         raise UserError(f"{path} is one shard of several: pass {whole}, the name of them all")
     return PromptFile(path, [file]) if "cond.offsets" in file.keys() else file
+
+
+def refuse_unencoded(path):
+    """Raises UserError for a folder, and for prompts that are still text."""
+    if os.path.isdir(path):
+        inside = [name for name in sorted(os.listdir(path)) if name.endswith(".safetensors")]
+        inside = f": give a file, such as {os.path.join(path, inside[0])}" if inside else ""
+        raise UserError(f"{path} is a folder, not a file of encoded prompts{inside}")
+    texts = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")
+    if os.path.isfile(path) and path.lower().endswith(texts):
+        raise UserError(
+            f"{path} is no safetensors file: python -m models.encode makes one of a list of prompts"
+        )
 
 
 def open_shards(index):

@@ -1,15 +1,20 @@
 """Runs that are killed, stopped and damaged at random moments, and have to end as if unbroken.
 
-    python -m tests.faults --minutes 30          # all scripts in turn, on one process and on two
+    python -m tests.faults --minutes 30          # all in turn, on one process and on two
     python -m tests.faults --minutes 5 dmd tdm   # these; exit code 1 if something was lost
+    python -m tests.faults --shard_ranks 1 dmd   # two ranks with whole networks each, not halves
 
 A case is a short run that meets one fault and is resumed: SIGKILL at a random moment, of one rank
 where there are two; SIGKILL inside a save, at a random fsync or rename; SIGTERM; files that cannot
-grow beyond a size, as on a full disk; a clock that is set back; a file of the newest state cut, or
-with a bit flipped, after a kill. The resumed run has to end, after at most one refusal in one line
-whose advice gets past it, with the student and the state of the unbroken run, bit for bit. A bit
-that is flipped among a tensor's numbers cannot be known from the file: there it is enough that the
-run ends. Samples at the end of runs are left out. For Linux: a case is a fork.
+grow beyond a size, as on a full disk; a clock that is set back; a file cut, or with a bit flipped,
+after a kill: of the newest state, of the bank of trajectories (linvideo), of cached latents
+(latent_fm), or the prompts (dmd+prompts, a text teacher). The resumed run has to end, after at most
+one refusal in one line whose advice gets past it, with the student and the state of the unbroken
+run, bit for bit. A bit that is flipped among the numbers of a state, a bank or a cache cannot be
+known from the file, nor in prompts before a state knows them: there it is enough that the run ends.
+On two ranks networks are sharded over both. Samples at the end of runs are left out. What is
+printed is the table of docs/trust.md, a row a script and number of ranks. For Linux: a case is a
+fork.
 """
 
 import argparse
@@ -32,7 +37,14 @@ import torch
 
 from models.plumbing import report, teachers
 from models.plumbing.run import run_main
-from tests.helpers import assert_bit_equal, ring_dit, ring_network, save_tiny_teacher, weights
+from tests.helpers import (
+    assert_bit_equal,
+    ring_dit,
+    ring_network,
+    save_tiny_teacher,
+    save_tiny_wan,
+    weights,
+)
 
 SHORT = "--max_train_steps 8 --train_batch_size 4 --checkpointing_steps 2 --seed 1".split()
 CASES = {  # flags with which a script makes an update of the tiny teacher in no time
@@ -43,15 +55,30 @@ CASES = {  # flags with which a script makes an update of the tiny teacher in no
     "linvideo": "--bank_size 8 --bank_batch 4 --sampling_steps 4 --objective adm",
     "mdt_dist": "--teacher ring --lr_decay_share 0 --preview_every 0",
     "latent_fm": "--data ring --pool 200 --optimizer adamw --lr_warmup_steps 0 --preview_every 0",
+    "dmd+prompts": "--student_steps 2 --lr_decay_share 0",
 }
 FAULTS = ("kill", "kill in a save", "term", "full disk", "clock", "damage")
+INPUTS = {  # what else is damaged, in the folder of a case
+    "linvideo": "run/bank",
+    "latent_fm": "latents",
+    "dmd+prompts": "text/prompts.safetensors",
+}
 
 
-def flags_of(script, root, ranks):
+def flags_of(script, root, ranks, shard_ranks=None):
+    """The flags of a script, without its --output_dir. root: has teacher/, text/ and case/."""
     flags = [*SHORT, *CASES[script].split()]
-    if script != "latent_fm":
+    if script == "latent_fm":
+        flags += ["--cache_latents", str(root / "case" / "latents")]
+    elif script == "dmd+prompts":
+        text = root / "case" / "text"
+        flags += ["--teacher", str(text), "--prompts", str(text / "prompts.safetensors")]
+        flags += "--sample_shape 4 2 4 6 --teacher_steps 1 --preview_samples 2".split()
+    else:
         flags = [*SHORT, "--teacher_steps", "1", "--preview_samples", "2"]
         flags += ["--teacher", str(root / "teacher"), *CASES[script].split()]
+    if ranks > 1 and shard_ranks:
+        flags += ["--shard_ranks", str(shard_ranks)]
     return [*flags, "--train_batch_size", str(4 // ranks)]
 
 
@@ -96,7 +123,7 @@ def start(script, flags, folder, rank=0, ranks=1, port=0, arm=None):
             os.environ.update({k: str(v) for k, v in there.items()})
         if arm:
             arm()
-        module = importlib.import_module(script)
+        module = importlib.import_module(script.split("+")[0])
         run_main(lambda: module.main(flags))
         code = 0
     except SystemExit as end:
@@ -120,7 +147,7 @@ def run(script, flags, folder, ranks, arm=None, fault=None, rng=None, duration=0
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     pids = [start(script, flags, folder, r, ranks, port, arm) for r in range(ranks)]
-    began, codes, last = time.time(), {}, time.time() + 120
+    began, codes, last = time.time(), {}, time.time() + 600
     victim = rng.choice(pids) if rng else pids[0]
     while len(codes) < ranks:
         for pid in [p for p in pids if p not in codes]:
@@ -143,12 +170,13 @@ def run(script, flags, folder, ranks, arm=None, fault=None, rng=None, duration=0
 # ---- a case --------------------------------------------------------------------------------------
 
 
-def damage(out, rng):
-    """Cut a file of the newest state, or flip one of its bits.  -> what was done, or None"""
-    states = sorted((out / "state").glob("step-*"))
-    if not states:
+def damage(place, rng):
+    """Cut a file, or one in this folder, or flip one of its bits.  -> what was done, or None"""
+    paths = sorted(p for p in place.rglob("*") if p.is_file() and ".tmp-" not in p.name)
+    paths = [place] if place.is_file() else paths
+    if not paths:
         return None
-    path = rng.choice(sorted(p for p in states[-1].iterdir() if p.is_file()))
+    path = rng.choice(paths)
     data, how = bytearray(path.read_bytes()), rng.choice(["cut", "flip"])
     if how == "cut":
         data = data[: rng.randrange(len(data))]
@@ -163,7 +191,7 @@ def broken_run(script, flags, folder, ranks, kind, rng, usual):
     fsync that it would have.  -> its exit codes, what it said, what else was done to it"""
     seconds, size = usual
     when, arm, fault = rng.uniform(0.05, 1) * seconds, None, None
-    if kind in ("kill", "damage"):
+    if kind.startswith(("kill", "damage")):
         fault = signal.SIGKILL, when
     if kind == "term":
         fault = signal.SIGTERM, when
@@ -176,16 +204,41 @@ def broken_run(script, flags, folder, ranks, kind, rng, usual):
     if kind == "clock":
         arm = lambda: clock_set_back(when)  # noqa: E731
     codes, said = run(script, flags, folder, ranks, arm, fault, rng)
-    done = damage(folder / "run", rng) if kind == "damage" else None
-    return codes, said, done
+    place = damaged_place(script, folder, kind)
+    return codes, said, damage(place, rng) if place else None
 
 
-def one_case(script, root, ranks, kind, rng, want, usual):
-    """-> "survived", "refused once", or what went wrong."""
+def damaged_place(script, folder, kind):
+    """The folder or file of which a case of this kind damages a part; None: nothing."""
+    if kind == "damage of inputs":
+        return folder / INPUTS[script]
+    states = sorted((folder / "run" / "state").glob("step-*"))
+    return states[-1] if states and kind == "damage" else None
+
+
+def follow_advice(script, root, kind):
+    """What the refusal of a damaged file names: an earlier state, the prompts as they were, or
+    what was made once is made again."""
     folder = root / "case"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    flags = [*flags_of(script, root, ranks), "--output_dir", str(folder / "run")]
+    place = damaged_place(script, folder, kind)
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        shutil.copy(root / "text" / place.name, place)
+
+
+def fresh_folder(root):
+    """root/case, empty but for the text teacher."""
+    shutil.rmtree(root / "case", ignore_errors=True)
+    (root / "case").mkdir()
+    if (root / "text").exists():
+        shutil.copytree(root / "text", root / "case" / "text")
+    return root / "case"
+
+
+def one_case(script, root, flags, ranks, kind, rng, want, usual):
+    """-> "survived", "refused once", or what went wrong."""
+    folder = fresh_folder(root)
     codes, said, done = broken_run(script, flags, folder, ranks, kind, rng, usual)
     if "Traceback" in said and ranks == 1:
         return f"a traceback after {kind}:\n{said[-1500:]}"
@@ -197,12 +250,12 @@ def one_case(script, root, ranks, kind, rng, want, usual):
         error = [line for line in said.splitlines() if line.startswith("error: ")]
         if "Traceback" in said or len(error) != 1:
             return f"{done}: exit codes {codes}\n{said[-1500:]}"
-        refused = True  # as it advises, an earlier state, or from the start
-        shutil.rmtree(sorted((folder / "run" / "state").glob("step-*"))[-1])
+        refused = True
+        follow_advice(script, root, kind)
         codes, said = run(script, again, folder, ranks)
     if set(codes) != {0}:
         return f"lost after {kind}, {done}: exit codes {codes}\n{said[-1500:]}"
-    left = [p for p in folder.rglob("*") if ".tmp-" in p.name]
+    left = [p for p in (folder / "run").rglob("*") if ".tmp-" in p.name]
     if left:
         return f"left behind after {kind}: {left}"
     if done and "flip" in done and not refused:
@@ -214,16 +267,13 @@ def one_case(script, root, ranks, kind, rng, want, usual):
     return "refused once" if refused else "survived"
 
 
-def prepare(script, root, ranks):
+def prepare(script, root, flags, ranks):
     """The unbroken run -> its weights; seconds, and bytes of its largest file."""
-    folder = root / "whole"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    flags = [*flags_of(script, root, ranks), "--output_dir", str(folder / "run")]
+    folder = fresh_folder(root)
     began = time.time()
     codes, said = run(script, flags, folder, ranks)
     assert set(codes) == {0}, said[-3000:]
-    size = max(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    size = max(p.stat().st_size for p in (folder / "run").rglob("*") if p.is_file())
     return weights(folder / "run"), (time.time() - began, size)
 
 
@@ -231,27 +281,33 @@ def leave_out_samples():
     """What runs draw at their end takes longer than their updates."""
     for name in ("finish", "preview", "save_samples"):
         setattr(report, name, lambda *a, **k: None)
-    for name in ("latent_fm", "linvideo", "mdt_dist"):
+    for name in ("latent_fm", "linvideo", "mdt_dist"):  # which have one of their own
         importlib.import_module(name).finish = lambda *a, **k: None
     teachers.fit_ring_network = lambda teacher, seed: ring_network(seed)
     teachers.fit_ring_transformer = lambda teacher, seed: ring_dit(seed)
 
 
-def test_script(script, ranks, root, until, rng, most=10**9):
-    """Cases until this time.  -> {"survived": n, "refused once": n, "wrong": [texts]}, cases"""
-    found, tried = {"survived": 0, "refused once": 0, "wrong": []}, 0
-    kinds = rng.sample(FAULTS, len(FAULTS))
-    want, usual = prepare(script, root, ranks)
-    while time.time() < until and tried < most:
-        kind = kinds[tried % len(kinds)]
-        tried += 1
-        result = one_case(script, root, ranks, kind, rng, want, usual)
+def test_script(script, ranks, root, until, rng, shard_ranks=None):
+    """Cases until this time, at least one.
+
+    -> {"faults": n, "kills": n of them, "survived": n, "refused once": n, "wrong": [texts]}
+    """
+    found = {"faults": 0, "kills": 0, "survived": 0, "refused once": 0, "wrong": []}
+    kinds = list(FAULTS) + ["damage of inputs"] * (script in INPUTS)
+    rng.shuffle(kinds)
+    flags = [*flags_of(script, root, ranks, shard_ranks), "--output_dir", str(root / "case/run")]
+    want, usual = prepare(script, root, flags, ranks)
+    while time.time() < until or not found["faults"]:
+        kind = kinds[found["faults"] % len(kinds)]
+        found["faults"] += 1
+        found["kills"] += kind.startswith(("kill", "damage"))
+        result = one_case(script, root, flags, ranks, kind, rng, want, usual)
         if result in found:
             found[result] += 1
         else:
             found["wrong"].append(result)
             print(f"{script} on {ranks}: {result}", flush=True)
-    return found, tried
+    return found
 
 
 test_script.__test__ = False  # for pytest
@@ -262,21 +318,25 @@ def main(argv=None):
     p.add_argument("script", nargs="*", choices=[*CASES, []], help="these (default: all)")
     p.add_argument("--minutes", type=float, default=30, help="of all together")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--shard_ranks", type=int, default=None, help="of the runs on two ranks")
     args = p.parse_args(argv)
     torch.set_num_threads(1)
     leave_out_samples()
     scripts, rng, wrong = args.script or list(CASES), random.Random(args.seed), 0
-    print("script         ranks  faults  survived  refused once  wrong", flush=True)
+    columns = ("script", "ranks", "faults", "kills", "survived", "refused once", "wrong")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     share, end = 60 * args.minutes / (2 * len(scripts)), time.time()
     for script in scripts:
         for ranks in (1, 2):
             end += share
             with tempfile.TemporaryDirectory() as folder:
                 save_tiny_teacher(Path(folder) / "teacher")
-                r, tried = test_script(script, ranks, Path(folder), end, rng)
+                if script == "dmd+prompts":
+                    save_tiny_wan(Path(folder) / "text")
+                r = test_script(script, ranks, Path(folder), end, rng, args.shard_ranks)
             wrong += len(r["wrong"])
-            counts = f"{r['survived']:8}  {r['refused once']:12}  {len(r['wrong']):5}"
-            print(f"{script:13}  {ranks:5}  {tried:6}  {counts}", flush=True)
+            cells = [script, ranks, *(r[name] for name in columns[2:-1]), len(r["wrong"])]
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
     return 1 if wrong else 0
 
 

@@ -1796,6 +1796,15 @@ ELSEWHERE = {
         "test_trust",
         "test_a_run_goes_on_with_the_inputs_it_began_with",
     ),
+    "is not the teacher of these adapters": (
+        "test_more_inputs",
+        "test_adapters_of_a_teacher_that_is_another_now",
+    ),
+    "x0 is bytes (U8), which are pixels": ("test_more_inputs", "test_pixels_of_another_sort"),
+    "which a new run renames: give another --output_dir": (
+        "test_more_inputs",
+        "test_data_in_the_folder_that_a_run_would_rename",
+    ),
     "--sequence_ranks {}: {}": ("test_sequence", "test_networks_that_cannot"),
     "--shard_ranks {} does not": ("test_sharding", "test_mesh_refuses_other_numbers"),
     "from an earlier step's folder": ("test_sharding", "test_a_broken_part_of_a_state_is_one_line"),

@@ -225,8 +225,19 @@ def weights_hash(folder):
 def config_file(folder):
     """The JSON file that describes a component. Raises UserError, which names networks nearby."""
     path = trellis_path(folder)
+    if path and not os.path.isfile(path + ".json"):
+        around = os.path.dirname(path) or "."
+        there = os.path.isfile(os.path.join(around, "config.json"))
+        raise UserError(
+            f"{folder} is a file of weights without a description: give "
+            + (around if there else "the folder of a network, with its config.json")
+        )
     if path:
         return path + ".json"
+    snapshots = os.path.join(folder, "snapshots")
+    if os.path.isdir(snapshots) and os.listdir(snapshots):  # the cache of Hugging Face's hub
+        newest = sorted(os.scandir(snapshots), key=lambda entry: entry.stat().st_mtime)[-1]
+        raise UserError(f"{folder} is a cache with the checkpoint in it: give {newest.path}")
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder")
     if os.path.isfile(os.path.join(folder, "pipeline.json")):

@@ -20,6 +20,8 @@ from models.files import UserError, load_json, save_json
 from models.networks import load_network, network_config, save_network
 from models.networks.autoencoders import AutoencoderKL, Identity
 
+BUILT_IN = ("identity", "pca")  # what latent_fm.py can do without an autoencoder's files
+
 
 def vae_folder(folder):
     """A pipeline root with vae/ -> that folder; any other folder -> itself."""

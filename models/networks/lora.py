@@ -500,7 +500,13 @@ def _read(net, path):
                 )
             if part in found.setdefault(key, {}):
                 raise ValueError(f"{path} has the {part} of {key!r} twice, once as {stored!r}")
-            found[key][part] = f.get_tensor(stored).float()
+            value = f.get_tensor(stored)
+            if not value.is_floating_point() and part != "alpha":
+                raise ValueError(
+                    f"{path}: {stored!r} holds integers ({value.dtype}): give an adapter in "
+                    "float32, float16 or bfloat16"
+                )
+            found[key][part] = value.float()
             if not found[key][part].isfinite().all():
                 raise ValueError(
                     f"{path}: {stored!r} has numbers that are not finite: copy it again"

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from models.draws import stable_hash
-from models.files import UserError, load_json, open_tensors, save_json, save_tensors
+from models.files import UserError, load_json, open_own, open_tensors, save_json, save_tensors
 from models.plumbing.loading import drawn, index_path, open_pictures
 from models.plumbing.sets import is_set
 from models.prompts import open_prompts
@@ -49,6 +49,12 @@ class Prompts:
             if key not in keys:
                 there = ", ".join(sorted(keys)) or "nothing"
                 raise UserError(f"{path} lacks {key!r}; it has {there}")
+        kind = self.file.get_slice(f"cond.{name}").get_dtype()
+        if name in ("text", "tokens", "pooled") and "F" not in kind:
+            raise UserError(
+                f"{path}: cond.{name} is {kind}: wanted features in F32, F16 or BF16, as "
+                "python -m models.encode writes them"
+            )
         shape = self.file.get_slice(f"cond.{name}").get_shape()
         un = self.file.get_slice(f"uncond.{name}").get_shape()
         if width and (shape[-1] != width or un[-1] != width):
@@ -63,13 +69,15 @@ class Prompts:
             )
         Rows(self.file, f"uncond.{name}", path).check()
 
-    def fingerprint(self):
-        """A short hash of the number of prompts, of 64 of them and of the unconditional one.
+    def fingerprint(self, most=2**28):
+        """A short hash of all prompts and of the unconditional one.
 
-        It tells two files apart without reading all of either.
+        Where they have more than so many numbers it is of 64 of them, and of how many there are.
         """
-        some = torch.linspace(0, self.n - 1, min(64, self.n)).long()
-        parts = [self.rows(some, "cpu"), self.unconditional(1, "cpu")]
+        some = torch.arange(self.n)
+        if sum(math.prod(rows.shape) for rows in self.cond.values()) > most:
+            some = torch.linspace(0, self.n - 1, min(64, self.n)).long()
+        parts = [*(self.rows(i, "cpu") for i in some.split(64)), self.unconditional(1, "cpu")]
         sums = [x.double().sum(-1).tolist() for part in parts for x in part.values()]
         return f"{stable_hash(self.n, *sums):08x}"
 
@@ -333,6 +341,24 @@ def refuse_kind(source, rows):
         raise UserError(
             f"--data {source}: x0 is {kind}: wanted floats, or bytes (U8) for pixels of 0 to 255"
         )
+    if kind == "U8" and len(rows.shape) == 4 and rows.shape[1] not in (1, 3):
+        raise UserError(
+            f"--data {source}: x0 is bytes (U8), which are pixels (N, 1 or 3, H, W), but "
+            f"{rows.shape}: give latents as floats, and channels before rows"
+        )
+
+
+def refuse_bytes_as_floats(where, x, most=2.0):
+    """Raises UserError for pixels from 0 to 255 in a tensor of floats. x: Rows.
+
+    most: the largest of numbers from 0 on that may be meant so.
+    """
+    some = x[torch.linspace(0, len(x) - 1, min(64, len(x))).long()]
+    if some.is_floating_point() and some.min() >= 0 and some.max() > most:
+        raise UserError(
+            f"{where}: x0 goes from {some.min():.3g} to {some.max():.3g}: give pixels as bytes "
+            "(U8) of 0 to 255, or as floats within [-1, 1]"
+        )
 
 
 class Rows:
@@ -491,6 +517,8 @@ def load_real_data(args, teacher):
     how = dict(flat=classless, crop=crop, **reading_of(args))
     found = load_data(source, shape[-1], seed=args.seed, **how)
     data, cond, class_names = found
+    if isinstance(data, Rows):
+        refuse_bytes_as_floats(f"--data {source}", data)
     if classless:
         cond, class_names = {"label": torch.zeros(len(data), dtype=torch.long)}, None
     if source in WORLDS and shape == getattr(world, "latent_shape", None):  # a latent teacher
@@ -582,6 +610,19 @@ def load_paired_data(args, teacher, sparse):
 # ---- banks ---------------------------------------------------------------------------------------
 
 
+def refuse_other_files(folder, path):
+    """Raises UserError where files would be written between others, or such taken for one's own.
+
+    path: of the description that the folder lacks.
+    """
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    if any(".tmp-" not in name for name in names):
+        raise UserError(
+            f"{folder} has files, and no {os.path.basename(path)} that says what they were made "
+            "with: name another folder, or empty this one"
+        )
+
+
 class Bank:
     """A folder of trajectories in numbered files, written once and read state by state.
 
@@ -606,6 +647,7 @@ class Bank:
                     "name another folder, or remove this one"
                 )
         elif create:
+            refuse_other_files(folder, path)
             os.makedirs(folder, exist_ok=True)
             save_json(about, path)
 
@@ -630,21 +672,44 @@ class Bank:
         """Write the file of this number, atomically.  tensors: {"index": (rows,), "x": ..., ...}"""
         save_tensors(tensors, self.path(part))
 
-    def open(self):
-        """Open all files, for `rows`.  -> self. Raises UserError for one that is not whole."""
-        self.files = [open_tensors(self.path(part)) for part in range(self.parts)]
+    def open(self, count=None, most=2**32):
+        """Open all files, for `rows`.  -> self. Raises UserError for one that is not whole.
+
+        count: of prompts or classes, which index is within. Where all are at most so many numbers,
+        they are read once to find one that is not finite; otherwise when they are asked for.
+        """
+        self.files = [open_own(self.path(part)) for part in range(self.parts)]
         first = None
         for part, file in enumerate(self.files):
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
             first = first or shapes
             right = {"index", "x", "v"} <= shapes.keys() == first.keys()
             right = right and all(s[:1] == [len(self.rows_of(part))] for s in shapes.values())
+            right = right and min(len(s) for name, s in shapes.items() if name != "index") > 1
             if not right or any(s[1:] != first[name][1:] for name, s in shapes.items()):
-                raise UserError(
-                    f"{self.path(part)} is not a whole part of a bank: "
-                    "remove it, and it is made again"
-                )
+                raise self.broken(part, "is not a whole part of a bank")
+            self.check_index(part, count)
+        few = sum(map(math.prod, first.values())) * self.parts <= most
+        for part, file in enumerate(self.files if few else ()):
+            for name in first:
+                self.check_finite(part, name, file.get_tensor(name).float())
         return self
+
+    def broken(self, part, why):
+        """The UserError for the file of this number."""
+        return UserError(f"{self.path(part)} {why}: remove it, and it is made again")
+
+    def check_index(self, part, count):
+        """Raises UserError for conditions that are not there. count: how many are."""
+        index = self.files[part].get_tensor("index")
+        whole, index = not index.is_floating_point(), index.long()
+        if not whole or index.min() < 0 or index.max() >= (count or 2**62):
+            raise self.broken(part, "has an index that is no prompt's and no class's")
+
+    def check_finite(self, part, name, values):
+        """Raises UserError unless these values of a tensor of a file are."""
+        if not values.isfinite().all():
+            raise self.broken(part, f"has numbers in {name} that are not finite")
 
     def rows(self, row, state):
         """One state of each of B trajectories.
@@ -660,4 +725,6 @@ class Bank:
             if name != "index":
                 states = [file.get_slice(name)[r, k].float() for file, r, k in where]
                 found[name] = torch.stack(states)
+                for r, values in zip(row.tolist(), states):
+                    self.check_finite(r // self.batch, name, values)
         return found

@@ -7,6 +7,7 @@ reads the command line twice: once to learn the teacher, once with that teacher'
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 
@@ -15,6 +16,7 @@ from models.files import UserError
 from models.plumbing import papers, releases
 from models.plumbing.dry_run import H100
 from models.plumbing.loading import WORKERS
+from models.plumbing.run import is_within
 from models.plumbing.teachers import is_small
 from models.worlds import WORLDS, refuse_ambiguous
 
@@ -277,7 +279,7 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
     args.settings says in words what a released teacher prescribes. Wrong input ends in one line on
     stderr and exit code 2.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = words(argv)
     known = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
     presets = presets(known) if callable(presets) else presets
     p.epilog = papers.help_of(method)
@@ -314,8 +316,42 @@ def lengthen(p, known, small):
         p.set_defaults(max_train_steps=LONG * p.get_default("max_train_steps"))
 
 
+def words(argv):
+    """The words of a command line (None: this process's), with ~ where bash leaves it alone.
+
+    That is in --data=~/x. Raises UserError for an empty value, as a variable that is not set gives,
+    and where the folder is gone in which the command was given.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder is not there any more: cd into another") from None
+    for before, word in zip(["", *argv], argv):
+        flag = word[:-1] if re.fullmatch(r"--\w+=", word) else before if word == "" else None
+        if flag is not None:
+            raise UserError(
+                f"{flag} is empty, as a variable of the shell that is not set: give it a value, or "
+                "leave it out"
+            )
+    home = os.path.expanduser("~")
+    return [re.sub(r"^(--\w+=)?~(?=/|$)", lambda m: (m[1] or "") + home, word) for word in argv]
+
+
 def wrong_output(a):
-    """Flags of sets of images that do not go together: pairs (wrong, why)."""
+    """Folders that are two things, and flags of sets of images that do not go together: pairs
+    (wrong, why)."""
+    new = not a.sample and not a.resume_from_checkpoint
+    for flag in ("data", "maps", "prompts", "teacher", "autoencoder"):
+        name = getattr(a, flag, None)
+        moved = new and name and os.path.exists(name) and is_within(name, a.output_dir)
+        yield (
+            moved,
+            (
+                f"--{flag} {name} is in --output_dir {a.output_dir}, which a new run renames: give "
+                "another --output_dir"
+            ),
+        )
     for flag in ("samples", "reconstruct"):
         yield (
             getattr(a, flag, None) and not a.sample,

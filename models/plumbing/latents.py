@@ -6,14 +6,15 @@ All ranks write parts, and a run that was stopped goes on with those that are mi
 """
 
 import hashlib
+import math
 import os
 
 import numpy as np
 import torch
 
-from models.files import UserError, load_json, open_tensors, save_json, save_tensors
+from models.files import UserError, load_json, open_own, open_tensors, save_json, save_tensors
 from models.networks.latent_space import load_space
-from models.plumbing.data import Rows, to_unit, whole_labels
+from models.plumbing.data import Rows, refuse_other_files, to_unit, whole_labels
 from models.plumbing.images import files_below
 from models.plumbing.loading import Decoded
 from models.plumbing.sets import DESCRIBED, Folder, list_set
@@ -44,6 +45,7 @@ class LatentCache:
         if not os.path.isdir(self.folder) and os.path.exists(self.folder):
             raise UserError(f"--cache_latents {self.folder} is a file: name a folder")
         if not os.path.isfile(path):
+            refuse_other_files(self.folder, path)
             os.makedirs(self.folder, exist_ok=True)
             save_json(self.about, path)
 
@@ -57,9 +59,13 @@ class LatentCache:
                 "name another folder, or remove this one and it is made again"
             )
 
-    def open(self):
-        """Open all parts, for `rows`.  -> self. Raises UserError for one that is not whole."""
-        files = [open_tensors(self.path(part)) for part in range(self.parts)]
+    def open(self, most=2**32):
+        """Open all parts, for `rows`.  -> self. Raises UserError for one that is not whole.
+
+        Where all are at most so many numbers, they are read once to find one that is not finite;
+        otherwise when they are asked for.
+        """
+        files = [open_own(self.path(part)) for part in range(self.parts)]
         whole = ["moments" in file.keys() for file in files]
         self.moments = [f.get_slice("moments") for f, there in zip(files, whole) if there]
         counts = [moments.get_shape()[0] for moments in self.moments]
@@ -67,7 +73,18 @@ class LatentCache:
             raise UserError(
                 f"{self.folder} has parts of another cache: remove it, and it is made again"
             )
+        few = sum(math.prod(moments.get_shape()) for moments in self.moments) <= most
+        for part, moments in enumerate(self.moments if few else ()):
+            self.check_finite(part, moments[:])
         return self
+
+    def check_finite(self, part, values):
+        """Raises UserError unless these values of a part are."""
+        if not values.isfinite().all():
+            raise UserError(
+                f"{self.path(part)} has numbers that are not finite: remove it, and it is made "
+                "again"
+            )
 
     def rows(self, index, flip, device):
         """Means and standard deviations of items index (B,), of the mirror images where flip (B,)
@@ -78,6 +95,8 @@ class LatentCache:
             self.moments[i // ROWS][i % ROWS : i % ROWS + 1, v : v + 1].float()
             for i, v in zip(index.tolist(), views.tolist())
         ]
+        for i, values in zip(index.tolist(), found):
+            self.check_finite(i // ROWS, values)
         both = torch.cat(found)[:, 0].to(device)  # (B, 2, C, h, w)
         return both[:, 0], both[:, 1]
 
@@ -164,6 +183,9 @@ class Posteriors:
             self.names = [os.path.join(source, name) for name, _ in every]
             self.label = torch.tensor([k for _, k in every])
             one, n = self.of_file(0).shape[1:], len(self.names)
+            self.one = tuple(one)
+            for i in progress(range(n), "look at --data", disable=n < 2000):
+                self.of_file(i)
         else:
             file = open_tensors(source)
             self.mean, self.std = (Rows(file, k, self.where) for k in ("mean", "std"))
@@ -173,6 +195,8 @@ class Posteriors:
                     f"{self.where}: mean is {self.mean.shape} and std {self.std.shape}, wanted "
                     "(N, C, h, w) twice"
                 )
+            for i in torch.arange(n).split(64):
+                self.checked(self.where, torch.stack([self.mean[i], self.std[i]]))
             if "cond.label" in file.keys():
                 self.label = whole_labels(source, Rows(file, "cond.label", self.where))
         self.one, self.shape = tuple(one), (n, *self.space.pixel_shape(tuple(one)))
@@ -189,7 +213,19 @@ class Posteriors:
                 f"{self.names[i]} is {found.dtype} {found.shape}, wanted floats (2 C, h, w) like "
                 "the first: mean, then standard deviation"
             )
-        return torch.from_numpy(found.astype(np.float32)).unflatten(0, (2, -1))
+        found = torch.from_numpy(found.astype(np.float32)).unflatten(0, (2, -1))
+        return self.checked(self.names[i], found)
+
+    def checked(self, where, found):
+        """found (2, ...): means and standard deviations. Raises UserError for what is neither."""
+        if not found.isfinite().all():
+            raise UserError(f"{where} has numbers that are not finite: copy or encode it again")
+        if found[1].min() < 0:
+            raise UserError(
+                f"{where} has {found[1].min():.3g} for a standard deviation: store standard "
+                "deviations, not logarithms of variances"
+            )
+        return found
 
     def __len__(self):
         return self.shape[0]
@@ -200,7 +236,8 @@ class Posteriors:
     def rows(self, index, flip, device):
         """Of items index (B,): what own_moments of the space gives, each (B, C, h, w)."""
         if self.names is None:
-            mean, std = self.mean[index], self.std[index]
+            found = torch.stack([self.mean[index], self.std[index]])
+            mean, std = self.checked(self.where, found)
         else:
             mean, std = torch.stack([self.of_file(i) for i in index.tolist()], 1)
         normalise = self.space.autoencoder.normalise

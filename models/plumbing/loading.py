@@ -185,14 +185,18 @@ def load_found(path, stamp):
 
 
 def stamp_of(files, *how):
-    """A hash of names, sizes and times of files, and of how they are read."""
+    """A hash of names, sizes and times of files, and of how they are read.
+
+    Also of the time at which a file was last put in its place: files of one size and date may have
+    been exchanged.
+    """
     digest = hashlib.sha256(repr(how).encode())
     for path in files:
         try:
             about = os.stat(path)
         except OSError:  # a link to nothing
             continue
-        line = f"{path}\0{about.st_size}\0{about.st_mtime_ns}\0"
+        line = f"{path}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}\0"
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -264,6 +268,8 @@ def find(source, flat, class_in_name, maps, workers):
             f"({len(members)} files skipped)"
         )
     good = whole.nonzero()[:, 0].tolist()
+    if maps:
+        refuse_shared_maps(source, [members[k][0] for k in good], maps)
     label, (sums, wide, high, most) = torch.tensor(labels)[whole], seen[whole, :4].T
     if not fixed:
         there, label = label.unique(return_inverse=True)  # numbers without gaps
@@ -278,6 +284,19 @@ def find(source, flat, class_in_name, maps, workers):
         most=int(most.max()),
         skipped=[members[k][0] for k in (~whole).nonzero()[:, 0].tolist()],
     )
+
+
+def refuse_shared_maps(source, names, maps):
+    """Raises UserError where two pictures, such as x.png and x.jpg, would have the same map."""
+    first = {}
+    for name in names:
+        path = map_of(maps, name, source.where)
+        other = first.setdefault(path, name)
+        if other != name:
+            raise UserError(
+                f"{source.where}: {other} and {name} would share the map {path}: rename one of "
+                "them, and give it a map of its own"
+            )
 
 
 def indexed(source, index, flat, class_in_name, maps, workers):

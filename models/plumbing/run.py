@@ -70,6 +70,9 @@ PATIENCE = datetime.timedelta(hours=12)
 
 # What the system says of a disk, a quota or a file that is full.
 FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+# What it says of a disk that is gone or may not be written to any more, and of too many open files.
+LOST = {getattr(errno, name, errno.EIO) for name in ("EROFS", "EACCES", "ESTALE", "ENOTCONN")}
+LOST |= {errno.EIO, errno.EMFILE, errno.ENFILE}
 
 
 class Stopped(SystemExit):
@@ -79,12 +82,13 @@ class Stopped(SystemExit):
 def run_main(main):
     """Call main(); what ends it early becomes one line on stderr and an exit code.
 
-    UserError 2, TrainingError and a full disk 1, Ctrl-C 130, and a run that `Run.end_step` stopped
-    its own. A rank that is done ends at once: the threads of its process group are still running,
-    and now and then one of them aborts a process whose interpreter is being torn down.
+    UserError 2, TrainingError, no memory and a disk that is full or lost 1, Ctrl-C 130, and a run
+    that `Run.end_step` stopped its own. A rank that is done ends at once: the threads of its
+    process group are still running, and now and then one of them aborts a process whose interpreter
+    is being torn down.
     """
     print_anything()
-    code, line = 0, ""
+    code, own, line = 0, False, ""  # own: perhaps of one node alone
     try:
         main()
     except Stopped as stop:
@@ -94,11 +98,14 @@ def run_main(main):
     except (UserError, TrainingError) as e:
         code, line = 2 if isinstance(e, UserError) else 1, str(e)
     except OSError as e:
-        if e.errno not in FULL:
+        if e.errno not in FULL | LOST:
             raise
-        code, line = 1, f"the disk is full ({e}): make room; {newest_state()}"
-    full = line.startswith("the disk")  # perhaps of one node alone
-    if line and (full or os.environ.get("RANK", "0") == "0"):  # every rank stops, one says why
+        code, own, line = 1, True, f"{what_to_do(e)}; {newest_state()}"
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        code, own, line = 1, True, f"{no_memory(e)}; {newest_state()}"
+    if line and (own or os.environ.get("RANK", "0") == "0"):  # every rank stops, one says why
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
     if dist.is_initialized() and not line:
         sys.stdout.flush()
@@ -106,6 +113,31 @@ def run_main(main):
         os._exit(code)
     if code or line:
         raise SystemExit(code) from None
+
+
+def what_to_do(e):
+    """An OSError of FULL or LOST in words."""
+    if e.errno in FULL:
+        return f"the disk is full ({e}): make room"
+    if e.errno in (errno.EMFILE, errno.ENFILE):
+        return f"too many files are open ({e}): raise the limit, as by ulimit -n 65536"
+    return f"a file can be read or written no more ({e}): see to its disk and permissions"
+
+
+def is_out_of_memory(e):
+    """Whether an error is the GPU's or the host's memory, which torch has no class for."""
+    known = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(e, known) or "can't allocate memory" in str(e)
+
+
+def no_memory(e):
+    """The same in words."""
+    first = (str(e).splitlines() or [""])[0] or type(e).__name__
+    return (
+        f"out of memory ({first}): a lower --train_batch_size with more "
+        "--gradient_accumulation_steps trains the same, and --gradient_checkpointing, or more "
+        "ranks, take less on each"
+    )
 
 
 def print_anything():
@@ -140,7 +172,7 @@ class Run:
     def __init__(self, args, method):
         self.args, self.method, self.folder = args, method, args.output_dir
         self.began, self.spent, self.changes = None, 0.0, []
-        self.started, self.asked, self.stopping = time.time(), None, False
+        self.started, self.asked, self.stopping = time.monotonic(), None, False
         self.rank, self.world_size, local_rank = place_among_ranks(os.environ)
         self.main, self.B = self.rank == 0, args.train_batch_size
         self.share = 1 / args.gradient_accumulation_steps
@@ -270,7 +302,7 @@ class Run:
             if args.resume_from_checkpoint:
                 self.say(f"no complete checkpoint under {args.output_dir}: starting fresh")
             return None, None
-        info = read_info(folder)
+        info = read_info(folder, self.method)
         keep_batch(info, args, self.world_size)
         self.share = 1 / args.gradient_accumulation_steps
         changes = changes_on_resume(info, args, self.world_size, self.inputs)
@@ -319,7 +351,7 @@ class Run:
 
     def seconds(self):
         """What training has taken so far, with what it had taken before it was resumed."""
-        return self.spent + (time.time() - self.began if self.began else 0.0)
+        return self.spent + (time.monotonic() - self.began if self.began else 0.0)
 
     def save(self, step):
         """state/: everything that `start` was given, after the update of this step."""
@@ -329,7 +361,7 @@ class Run:
         """state/: these networks, adapters and optimisers, {name: thing}, after the update of this
         step, on all ranks. more: further entries of state.json."""
         info = {"flags": flags_to_save(self.args), "world_size": self.world_size}
-        info |= {"command": self.command, "inputs": self.inputs}
+        info |= {"method": self.method, "command": self.command, "inputs": self.inputs}
         info |= {"changes": self.changes, "seconds": self.seconds(), **more}
         save_state(self.folder, step + 1, things, info, self.rank, self.wait_for_all)
 
@@ -337,7 +369,7 @@ class Run:
 
     def steps(self, first=None, last=None, text=None):
         """The steps that are left, or first ... last - 1, with a progress bar that text names."""
-        self.began = self.began or time.time()
+        self.began = self.began or time.monotonic()
         first = self.first if first is None else first
         last = self.args.max_train_steps if last is None else last
         total, quiet = self.args.max_train_steps, not self.main
@@ -363,9 +395,10 @@ class Run:
 
         def ask(number, frame):
             if self.asked is None:
-                self.asked, self.asked_at = number, time.time()
-                os.write(2, b"\nstopping after this update, with its state saved\n")
-            elif time.time() > self.asked_at + 1:
+                self.asked, self.asked_at = number, time.monotonic()
+                with contextlib.suppress(OSError):  # nobody may be reading any more
+                    os.write(2, b"\nstopping after this update, with its state saved\n")
+            elif time.monotonic() > self.asked_at + 1:
                 os._exit(128 + number)
 
         before = {}
@@ -383,7 +416,7 @@ class Run:
 
         -> two floats, 0 or 1, to be averaged over ranks, which all have to stop together.
         """
-        over = time.time() - self.started >= 60 * (self.args.max_minutes or float("inf"))
+        over = time.monotonic() - self.started >= 60 * (self.args.max_minutes or float("inf"))
         return float(over or self.asked is not None), float(self.asked == signal.SIGINT)
 
     def rate(self, step, left=None):

@@ -38,6 +38,7 @@ from models.plumbing.images import class_folders, files_below, is_image, read_fr
 
 LARGEST = 2**28  # bytes of one encoded picture: an archive of a few KB can claim to hold more
 DESCRIBED = "dataset.json"
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 WITHOUT_CLASSES = "train without classes (latent_fm.py --task uncond takes all images of a folder)"
 
 
@@ -245,8 +246,24 @@ class Tars(Archive):
     def members(self):
         self.texts, self.keys, self.names = {}, {}, {}  # labels, keys of members, first shards
         found = [member for member in super().members() if is_image(member[0])]  # no captions
+        self.refuse_two(found)
         self.labels = self.own_labels(found) if self.texts else None
         return found
+
+    def refuse_two(self, pictures):
+        """Raises UserError for rows of several pictures, as KEY.jpg and KEY.mask.png, of which one
+        is not to be learned. KEY.001.jpg and KEY.002.jpg are pictures of their own."""
+        first = {}
+        for name, place in pictures:
+            ending = name.rsplit("/", 1)[-1].partition(".")[2]
+            if re.match(r"\d", ending):
+                continue
+            other = first.setdefault(self.keys[place], name)
+            if other != name:
+                raise UserError(
+                    f"{self.where}: {other} and {name} are two pictures of one row: make tars with "
+                    "the one that is to be learned"
+                )
 
     def own_labels(self, pictures):
         """Those of KEY.cls, or of "label" or "cls" in KEY.json.  None where there are none."""
@@ -546,6 +563,13 @@ def classes_described(source, members, described, where):
     if missing or not rows:
         first = f", the first {missing[0]}" if missing else ""
         raise UserError(f"{where} names {len(rows)} images, {len(missing)} are not there{first}")
+    theirs = {}
+    for name, k in rows:
+        if theirs.setdefault(name, k) != k:
+            raise UserError(
+                f"{where} names {name} twice, with classes {theirs[name]} and {k}: leave one of "
+                "them out"
+            )
     classes = [str(k) for k in range(1 + max(k for _, k in rows))]
     return [(name, members[name]) for name, _ in rows], [k for _, k in rows], classes, True
 
@@ -563,6 +587,16 @@ def classes_by_folder(source, members, where):
         )
     if not classes:
         raise UserError(f"{where}: no class subfolders; put images in {source.path}/<class>/...")
+    deep = [name.count("/") > 1 for name, _ in inside if is_image(name)]
+    if deep and all(deep) and SPLITS.issuperset(map(str.lower, classes)):
+        first = [name for name in classes if name.lower().startswith("train")]
+        inner = (first or classes)[0]
+        if isinstance(source, Folder):
+            inner = os.path.join(source.path, inner)
+        raise UserError(
+            f"{where}: {', '.join(classes)} look like parts of a set that have the classes inside: "
+            f"give {inner}"
+        )
     if all(re.fullmatch(r"\d{5}", name) for name in classes):
         raise UserError(
             f"{where}: its subfolders {classes[0]} ... look like parts of a large set, not like "

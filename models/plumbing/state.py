@@ -25,9 +25,10 @@ from models.files import (
     open_tensors,
     save_json,
 )
-from models.networks import weight_files
+from models.networks import lora
+from models.networks.latent_space import BUILT_IN
 from models.plumbing.images import files_below
-from models.plumbing.teachers import find_folder, network_folder
+from models.plumbing.teachers import teacher_fingerprint
 from models.prompts import INDEX, shards_of
 from models.shards import first_row, holds, own_rows, rows_in
 from models.worlds import WORLDS
@@ -199,16 +200,33 @@ def find_state(output_dir, resume):
         return None
     if resume != "latest":
         if not os.path.isfile(os.path.join(resume, "state.json")):
-            raise UserError(f"--resume_from_checkpoint {resume}: no state.json there")
+            raise UserError(f"--resume_from_checkpoint {resume}: no state.json there{near(resume)}")
         return resume
     states = complete_states(output_dir)
     return os.path.join(output_dir, "state", states[-1]) if states else None
 
 
-def read_info(folder):
-    """state.json of a checkpoint -> dict. Raises UserError for one that no run has written."""
+def near(folder):
+    """The newest state of a run, for who has named the run's folder, or its state/; in words."""
+    for run in (folder, os.path.dirname(os.path.abspath(folder))):
+        states = complete_states(run)
+        if states:
+            return f": give {os.path.join(run, 'state', states[-1])}"
+    return ""
+
+
+def read_info(folder, method=None):
+    """state.json of a checkpoint -> dict. method: the script that goes on with it, None: any.
+
+    Raises UserError for one that no run of this script has written.
+    """
     path = os.path.join(folder, "state.json")
     info = load_json(path)
+    made = info.get("method", method)
+    if method and made != method:
+        raise UserError(
+            f"{folder} is a state of {made}.py, and this is {method}.py: go on with it by {made}.py"
+        )
     flags, ranks = info.get("flags"), info.get("world_size", 1)
     right = isinstance(flags, dict) and isinstance(info.get("changes", []), list)
     right = right and all(type(info.get(k, 0.0)) in (int, float) for k in ("step", "seconds"))
@@ -289,21 +307,21 @@ def keep_batch(info, args, world_size):
 def inputs_of(args):
     """Fingerprints of the files that a run reads, {flag: text}; those of worlds are none.
 
-    A teacher is its weights, prompts and data are files, or what a folder holds. Raises UserError.
+    A teacher or an autoencoder is its weights and what describes them, LoRA files, prompts and
+    data are files, or what a folder holds. Raises UserError.
     """
     found = {}
-    for flag in ("teacher", "prompts", "data"):
+    for flag in ("teacher", "teacher_lora", "prompts", "data", "maps", "autoencoder"):
         name = getattr(args, flag, None)
-        if not name or name in WORLDS:
+        if not name or name in WORLDS or name in BUILT_IN:
             continue
         if flag == "teacher":
-            root = find_folder(name)
-            two = os.path.join(root, "transformer_2")
-            folders = [network_folder(root), *([two] if os.path.isdir(two) else [])]
-            paths = [path for folder in folders for path in sorted(weight_files(folder))]
+            found[flag] = "".join(teacher_fingerprint(name))
+            continue
+        if flag == "teacher_lora":
+            paths = [lora.adapter_file(source) or source for source in name]
         elif os.path.isdir(name):
-            about = [(os.path.relpath(p, name), os.path.getsize(p)) for p in files_below(name)]
-            found[flag] = f"{stable_hash(*about):08x}"
+            found[flag] = folder_fingerprint(name)
             continue
         else:
             index = name.removesuffix(INDEX) + INDEX
@@ -314,6 +332,23 @@ def inputs_of(args):
     return found
 
 
+DESCRIBED = ("dataset.json", "config.json", "latents.json")
+
+
+def folder_fingerprint(folder, most=4096):
+    """A short hash of a folder: names and sizes of all its files, and content of at most so many.
+
+    Those are spread evenly over the folder; descriptions are always among them.
+    """
+    paths = list(files_below(folder))
+    about = [(os.path.relpath(p, folder), os.path.getsize(p)) for p in paths if os.path.isfile(p)]
+    some = paths[:: -(-len(paths) // most) or 1]
+    some += [path for path in paths if os.path.basename(path) in DESCRIBED]
+    pieces = max(2, min(64, most // max(1, len(some))))
+    content = fingerprint((p for p in some if os.path.isfile(p)), pieces)
+    return f"{stable_hash(*about):08x}{content}"
+
+
 def same_inputs(info, inputs, args, unused):
     """Which of a run's inputs are the files that they were, wherever they are now.
 
@@ -322,10 +357,13 @@ def same_inputs(info, inputs, args, unused):
     """
     before = info.get("inputs", {})
     known = [flag for flag in inputs if flag in before and flag not in unused]
+    known = [flag for flag in known if len(before[flag]) == len(inputs[flag])]  # of today's kind
     for flag in known:
         if before[flag] != inputs[flag]:
+            given = getattr(args, flag)
+            given = given if isinstance(given, str) else " ".join(given)
             raise UserError(
-                f"--{flag} {getattr(args, flag)}: these are not the files that the run began with: "
+                f"--{flag} {given}: these are not the files that the run began with: "
                 f"restore them, or begin a run of its own in another --output_dir"
             )
     return set(known)

@@ -17,7 +17,7 @@ from torch import nn
 
 from models.diffusion import PREDICTIONS, VP, Diffusion, Flow, step_grid
 from models.draws import stable_hash
-from models.files import UserError, load_json, path_inside
+from models.files import UserError, fingerprint, load_json, path_inside
 from models.networks import (
     is_stored_in_bf16,
     load_network,
@@ -27,6 +27,7 @@ from models.networks import (
     on_cpu,
     to_dtype,
     trellis_path,
+    weight_files,
     weights_hash,
 )
 from models.plumbing.schedulers import (
@@ -62,6 +63,7 @@ class Teacher:
     real          batches of real samples for a GAN, or None (`real_batches`)
     loras         LoRA files that were merged into the weights
     stored_in_bf16   whether its files are in bfloat16
+    files         a short hash of the files of weights and adapters, None for a world
     """
 
     net: Any
@@ -79,6 +81,7 @@ class Teacher:
     real: Any = None
     loras: tuple = ()
     stored_in_bf16: bool = False
+    files: str | None = None
     terminal: float | None = None
     spacing: Any = None
     over: str | None = None
@@ -116,6 +119,24 @@ class Teacher:
 
 
 # ---- finding and loading -------------------------------------------------------------------------
+
+
+def teacher_fingerprint(name):
+    """Short hashes of the files of --teacher that is no world: weights; and what describes them.
+
+    They read a part of large files only (`files.fingerprint`). Raises UserError.
+    """
+    root = find_folder(name)
+    folder, two = network_folder(root), os.path.join(root, "transformer_2")
+    weights, described = [], [os.path.join(root, "model_index.json")]
+    for part in (folder, *([two] if os.path.isdir(two) else [])):
+        weights += sorted(weight_files(part))
+        path = trellis_path(part)
+        described.append(path + ".json" if path else os.path.join(part, "config.json"))
+        described.append(os.path.join(part, "sampler.json"))
+    described.append(os.path.join(scheduler_folder(root, folder) or root, "scheduler_config.json"))
+    found = ([path for path in paths if os.path.isfile(path)] for paths in (weights, described))
+    return tuple(map(fingerprint, found))
 
 
 def student_folder(folder):
@@ -267,6 +288,7 @@ def start_teacher(run, two_networks=False, attention=False, in_bf16=True):
     teacher = load_teacher(args.teacher, dtype, two_networks, run.place, args.sample_shape)
     if args.teacher_lora:
         merge_loras(teacher, args.teacher_lora)
+    teacher.files = None if args.teacher in WORLDS else base_fingerprint(args)
     teacher.base = teacher.net
     if not teacher.config and attention:
         teacher.net = teacher.base = run.place(fit_ring_transformer(teacher.net, args.seed))
@@ -319,6 +341,13 @@ def merge_lora(net, source, flag):
     flag: the one that named it, for messages. Raises UserError.
     """
     path = lora.adapter_file(source)
+    pickles = (".bin", ".pt", ".pth", ".ckpt")
+    pickled = os.path.join(source, "adapter_model.bin")
+    if path is None and (os.path.isfile(pickled) or source.endswith(pickles)):
+        raise UserError(
+            f"{flag} {source} is a pickle; pickles can run code and are never loaded: convert it "
+            "to adapter_model.safetensors"
+        )
     if path is None:
         raise UserError(f"{flag} {source}: neither a .safetensors file nor a folder of peft's")
     try:
@@ -628,8 +657,15 @@ def read_sampler(folder):
 def describe_adapters(args, teacher):
     """What sampler.json says of a student that is adapters: which network they belong on."""
     base = args.teacher if args.teacher in WORLDS else os.path.abspath(args.teacher)
-    loras = {"teacher_lora": list(teacher.loras)} if teacher.loras else {}
-    return {"lora_rank": args.lora_rank, "base": base, "seed": args.seed, **loras}
+    more = {"teacher_lora": list(teacher.loras)} if teacher.loras else {}
+    more |= {"base_fingerprint": teacher.files} if teacher.files else {}
+    return {"lora_rank": args.lora_rank, "base": base, "seed": args.seed, **more}
+
+
+def base_fingerprint(args):
+    """A short hash of the weights of --teacher, a folder, and of --teacher_lora."""
+    files = [lora.adapter_file(source) or source for source in args.teacher_lora or ()]
+    return teacher_fingerprint(args.teacher)[0] + (fingerprint(files) if files else "")
 
 
 def wrong_base(args, folder, saved):
@@ -651,7 +687,12 @@ def saved_teacher(run, saved, two_networks=False):
     args.teacher = args.teacher or saved["base"]
     args.teacher_lora = args.teacher_lora or saved.get("teacher_lora")
     args.seed = saved["seed"]  # the network that stands for a closed-form teacher is fitted with it
-    teacher = start_teacher(run, two_networks)
+    teacher, known = start_teacher(run, two_networks), saved.get("base_fingerprint")
+    if known and teacher.files and known != teacher.files:
+        raise UserError(
+            f"{args.teacher} is not the teacher of these adapters, its weights are others: restore "
+            "it, or name the one that they were trained on with --teacher"
+        )
     freeze_teacher(run, teacher)
     return teacher
 

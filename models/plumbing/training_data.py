@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from models.files import UserError
-from models.plumbing.data import Rows, load_data, reading_of
+from models.plumbing.data import Rows, load_data, reading_of, refuse_bytes_as_floats
 from models.plumbing.latents import Posteriors, is_posteriors
 from models.plumbing.loading import Decoded
 
@@ -49,7 +49,9 @@ def load_training_data(args, world):
     x, cond, class_names = found
     data = TrainingData(x, cond.get("label"))
     if isinstance(x, Rows):
-        refuse_bytes_as_floats(where, x)
+        refuse_bytes_as_floats(where, x, most=0.5)
+    if isinstance(x, Rows) and x.dim() == 4 and x.shape[1] > 4 and x.shape[3] in (1, 3, 4):
+        raise UserError(f"{where}: x0 is {x.shape}: give images as (N, C, H, W), channels first")
     if args.task == "class" and data.label is None:
         raise UserError(
             f"{where}: no cond.label tensor, which --task class needs; --task uncond does without"
@@ -79,16 +81,6 @@ def load_posteriors(args, where):
     if args.task == "class":
         data.num_classes, data.class_names = count_classes(where, None, x.label), x.classes
     return data
-
-
-def refuse_bytes_as_floats(where, x):
-    """Raises UserError for pixels from 0 to 255 in a tensor of floats. x: Rows."""
-    some = x[torch.linspace(0, len(x) - 1, min(64, len(x))).long()]
-    if some.is_floating_point() and some.min() >= 0 and some.max() > 2:
-        raise UserError(
-            f"{where}: x0 goes from {some.min():.3g} to {some.max():.3g}: give pixels as bytes "
-            "(U8) of 0 to 255, or as floats within [-1, 1]"
-        )
 
 
 def count_classes(where, world, label):

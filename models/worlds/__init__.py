@@ -76,15 +76,17 @@ CLASSES = {"ring": Ring, "glyphs": Glyphs, "clips": Clips, "shapes": Shapes, "vo
 WORLDS = tuple(CLASSES)
 
 
-def refuse_ambiguous(flag, name):
+def refuse_ambiguous(flag, name, names=WORLDS, kind="world"):
     """Raises UserError where somebody names a world, by this flag, and a folder is called so too.
+
+    names, kind: of other things than worlds that are built in.
 
     The folder of one's own would be left unread, and the run would look right.
     """
-    if name in WORLDS and os.path.isdir(name):
+    if name in names and os.path.isdir(name):
         raise UserError(
-            f"{flag} {name}: that is an embedded world, and a folder here: give ./{name} for the "
-            "folder, and rename the folder if you want the world"
+            f"{flag} {name}: that is an embedded {kind}, and a folder here: give ./{name} for the "
+            f"folder, and rename the folder if you want the {kind}"
         )
 
 

@@ -1,0 +1,614 @@
+"""Inputs that were thought up, not reported, of the kinds that public reports are of.
+
+Each was tried before anything was mended; docs/trust.md says how many failed. A case is a few lines
+that make the input from good files; what the code has to say of it stands beside it.
+"""
+
+import errno
+import json
+import os
+import shutil
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    quiet,
+    refusal_of,
+    save_tiny_pixart,
+    save_tiny_teacher,
+    save_tiny_vp_teacher,
+    save_tiny_wan,
+    small_dit,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import dmd
+import latent_fm
+import tdm
+from models import files
+from models.files import UserError, load_json, open_tensors, save_json, save_tensors
+from models.networks import WEIGHTS, lora, network_config, save_network
+from models.networks.autoencoders import AutoencoderKL, PatchPCA
+from models.networks.latent_space import LatentSpace, load_space
+from models.plumbing.data import Bank, Prompts, load_data
+from models.plumbing.latents import LatentCache, Posteriors
+from models.plumbing.loading import open_pictures
+from models.plumbing.report import load_student
+from models.plumbing.run import Run, run_main
+from models.plumbing.state import inputs_of
+from models.plumbing.teachers import merge_lora
+from models.progress import progress
+
+SHORT = "--max_train_steps 1 --train_batch_size 2".split()
+
+
+def picture(path, grey=0, size=8):
+    """A grey BMP or PNG; BMPs of one size have one length."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), (grey, grey, grey)).save(path)
+
+
+@pytest.fixture(autouse=True)
+def no_samples(monkeypatch):
+    quiet(monkeypatch)
+    monkeypatch.setattr(latent_fm, "finish", lambda *a, **k: None)
+
+
+def refusal(capsys, out, *flags, script=dmd):
+    """The line in which a run of one update ends before it begins."""
+    return refusal_of(capsys, script.main, *SHORT, "--output_dir", str(out), *flags)
+
+
+def edit(path, **entries):
+    save_json({**load_json(str(path)), **entries}, str(path))
+
+
+# ---- a saved thing is trusted though what it depends on changed ----------------------------------
+
+
+def teacher_scheduler(root):
+    save_tiny_vp_teacher(root)
+    yield SimpleNamespace(teacher=str(root / "transformer"))
+    edit(root / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+
+
+def teacher_config(root):
+    save_tiny_wan(root, boundary=0.9)
+    yield SimpleNamespace(teacher=str(root))
+    edit(root / "model_index.json", boundary_ratio=0.8)
+
+
+def teacher_lora(root):
+    files = [str(root / f"{name}.safetensors") for name in "ab"]
+    for path in files:
+        save_file({"x": torch.zeros(4)}, path)
+    yield SimpleNamespace(teacher="ring", teacher_lora=files)
+    save_file({"x": torch.ones(4)}, files[1])
+
+
+def a_picture(root):
+    for name in "abc":
+        picture(root / "data" / name / "x.bmp")
+    (root / "data" / "a" / "y.bmp").symlink_to("nowhere")  # which is skipped
+    yield SimpleNamespace(teacher="ring", data=str(root / "data"))
+    picture(root / "data" / "b" / "x.bmp", 90)
+
+
+def labels_of_pictures(root):
+    for name in "ab":
+        picture(root / "data" / f"{name}.bmp")
+    path = root / "data" / "dataset.json"
+    path.write_text(json.dumps({"labels": [["a.bmp", 0], ["b.bmp", 1]]}))
+    yield SimpleNamespace(data=str(root / "data"))
+    path.write_text(json.dumps({"labels": [["a.bmp", 1], ["b.bmp", 0]]}))
+
+
+def maps(root):
+    picture(root / "data" / "x.bmp")
+    picture(root / "maps" / "x.png")
+    yield SimpleNamespace(data=str(root / "data"), maps=str(root / "maps"))
+    picture(root / "maps" / "x.png", 1)
+
+
+def an_autoencoder(root):
+    space(root / "vae")
+    yield SimpleNamespace(data="glyphs", autoencoder=str(root / "vae"))
+    edit(root / "vae" / "config.json", scaling_factor=0.5)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        teacher_scheduler,
+        teacher_config,
+        teacher_lora,
+        a_picture,
+        labels_of_pictures,
+        maps,
+        an_autoencoder,
+    ],
+)
+def test_a_resumed_run_notices(tmp_path, changed):
+    """What a run reads has other content: its fingerprint is another one, elsewhere the same."""
+    steps = changed(tmp_path / "x")
+    (tmp_path / "x").mkdir()
+    args = next(steps)
+    before = inputs_of(args)
+    shutil.copytree(tmp_path / "x", tmp_path / "y", symlinks=True)
+    there = {k: json.loads(json.dumps(v).replace("/x", "/y")) for k, v in vars(args).items()}
+    assert inputs_of(SimpleNamespace(**there)) == before
+    next(steps, None)
+    assert inputs_of(args) != before
+
+
+TINY_VAE = dict(block_out_channels=[4, 4], layers_per_block=1, norm_num_groups=2,
+                down_block_types=["DownEncoderBlock2D"] * 2,
+                up_block_types=["UpDecoderBlock2D"] * 2)  # fmt: skip
+
+
+def space(folder, **changes):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**{**TINY_VAE, **changes})
+    save_network(vae, network_config(vae), str(folder))
+
+
+def pca(folder, seed):
+    torch.manual_seed(seed)
+    some = torch.randn(50, 3, 8, 8)
+    LatentSpace(PatchPCA(3, 2, 4).fit(some)).save(str(folder))
+
+
+def about_encoder(folder):
+    args = latent_fm.parse_args(["--data", "glyphs", "--autoencoder", str(folder)])
+    return latent_fm.describe_encoder(args, load_space(str(folder)))
+
+
+def test_cached_latents_of_another_scaling(tmp_path):
+    """Latents are cached after the autoencoder's own scaling, which is in its config alone."""
+    space(tmp_path / "vae")
+    before = about_encoder(tmp_path / "vae")
+    edit(tmp_path / "vae" / "config.json", scaling_factor=0.5)
+    assert about_encoder(tmp_path / "vae") != before
+
+
+def test_cached_latents_of_another_run_under_one_name(tmp_path):
+    """The autoencoder that a run left, and that a new run replaced."""
+    pca(tmp_path / "autoencoder", 0)
+    before = about_encoder(tmp_path / "autoencoder")
+    pca(tmp_path / "autoencoder", 1)
+    assert about_encoder(tmp_path / "autoencoder") != before
+
+
+def bank_with(tmp_path, **tensors):
+    bank = Bank(str(tmp_path / "bank"), {"seed": 0}, 4, 2, create=True)
+    for part in range(2):
+        good = {"index": torch.arange(2), "x": torch.zeros(2, 3, 1, 4)}
+        bank.write(part, {**good, "v": good["x"], **tensors})
+    return bank
+
+
+def test_a_bank_whose_description_is_lost(tmp_path):
+    """Its files would be taken for those of any teacher."""
+    bank_with(tmp_path)
+    (tmp_path / "bank" / "bank.json").unlink()
+    with pytest.raises(UserError, match="bank.json"):
+        Bank(str(tmp_path / "bank"), {"seed": 1}, 4, 2, create=True)
+
+
+def cache_with(folder, moments):
+    cache = LatentCache(str(folder), len(moments), {"pixels": "x"})
+    cache.begin()
+    save_tensors({"moments": moments}, cache.path(0))
+    return cache
+
+
+def test_cached_latents_whose_description_is_lost(tmp_path):
+    cache = cache_with(tmp_path / "cache", torch.zeros(3, 1, 2, 1, 2, 2))
+    (tmp_path / "cache" / "cache.json").unlink()
+    with pytest.raises(UserError, match="cache.json"):
+        cache.begin()
+
+
+def test_pictures_that_change_places(tmp_path):
+    """Of one size and with one time, as an archive that is made reproducible unpacks them: what
+    the index knows of them no longer holds."""
+    for name, grey in (("a", 10), ("b", 200)):
+        picture(tmp_path / "data" / f"{name}.bmp", grey)
+        os.utime(tmp_path / "data" / f"{name}.bmp", (1, 1))
+    index = str(tmp_path / "index.safetensors")
+    before = open_pictures(str(tmp_path / "data"), 8, True, index=index)[0].sum
+    a, b = (tmp_path / "data" / f"{name}.bmp" for name in "ab")
+    a.rename(tmp_path / "c"), b.rename(a), (tmp_path / "c").rename(b)
+    assert open_pictures(str(tmp_path / "data"), 8, True, index=index)[0].sum != before
+
+
+def test_one_prompt_of_many_is_another(tmp_path):
+    """The fingerprint of a bank's prompts sees each of them."""
+    path = tmp_path / "p.safetensors"
+    tensors = {"cond.text": torch.randn(100, 2, 4), "uncond.text": torch.zeros(1, 2, 4)}
+    save_file(tensors, path)
+    before = Prompts(str(path), ("text",), {}).fingerprint()
+    tensors["cond.text"][2] += 1
+    save_file(tensors, path)
+    assert Prompts(str(path), ("text",), {}).fingerprint() != before
+
+
+def test_adapters_of_a_teacher_that_is_another_now(tmp_path, capsys):
+    """A student that is adapters names its teacher, whose files may be others by then."""
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    out = str(tmp_path / "run")
+    dmd.main([*SHORT, "--teacher", teacher, "--lora_rank", "2", "--output_dir", out])
+    moved, path = shutil.copytree(teacher, tmp_path / "moved"), Path(teacher) / WEIGHTS
+    save_file({k: v + 0.1 for k, v in load_file(path).items()}, path)
+    sampled = ["--sample", out, "--output_dir", str(tmp_path / "samples")]
+    error = refusal_of(capsys, dmd.main, *sampled)
+    assert "not the teacher" in error and teacher in error
+    again = dmd.parse_args([*sampled, "--teacher", str(moved)])  # as it advises
+    assert load_student(Run(again, "dmd"))[0].adapter == "student"
+
+
+# ---- a name means two things ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pca", "identity"])
+def test_a_folder_called_like_an_autoencoder(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    space(tmp_path / name)
+    picture(tmp_path / "data" / "a" / "x.png")
+    flags = ["--data", "data", "--resolution", "8", "--autoencoder", name]
+    error = refusal(capsys, "run", *flags, script=latent_fm)
+    assert f"./{name}" in error
+
+
+def test_prompts_as_a_file_and_as_shards(tmp_path):
+    """p.safetensors beside p.safetensors.index.json: which of them was meant?"""
+    path = tmp_path / "p.safetensors"
+    save_file({"cond.text": torch.zeros(3, 2, 4), "uncond.text": torch.zeros(1, 2, 4)}, path)
+    entry = {"file": "p-00001-of-00001.safetensors", "rows": 3, "bytes": path.stat().st_size}
+    shutil.copy(path, tmp_path / entry["file"])
+    save_json({"shards": [entry]}, str(path) + ".index.json")
+    with pytest.raises(UserError, match="index.json"):
+        Prompts(str(path), ("text",), {})
+
+
+def test_a_picture_with_two_classes(tmp_path):
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    rows = [["a.png", 0], ["b.png", 1], ["a.png", 1]]
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": rows}))
+    with pytest.raises(UserError, match="a.png.* twice"):
+        load_data(str(tmp_path), 8)
+
+
+def test_two_pictures_of_one_key_in_a_tar(tmp_path):
+    """KEY.jpg and KEY.mask.png are one row of webdataset: masks are no training pictures."""
+    for name in ("0.png", "0.mask.png", "1.png", "1.mask.png"):
+        picture(tmp_path / name)
+    with tarfile.open(tmp_path / "d.tar", "w") as file:
+        for path in sorted(tmp_path.glob("*.png")):
+            file.add(path, path.name)
+    with pytest.raises(UserError, match="0.mask.png"):
+        load_data(str(tmp_path / "d.tar"), 8, flat=True)
+
+
+def test_two_pictures_with_one_map(tmp_path):
+    """x.jpg and x.png would share maps/x.png."""
+    for path in ("data/x.png", "data/x.bmp", "maps/x.png"):
+        picture(tmp_path / path)
+    Image.new("L", (8, 8)).save(tmp_path / "maps" / "x.png")
+    with pytest.raises(UserError, match="x.bmp and .*x.png"):
+        load_data(str(tmp_path / "data"), 8, flat=True, maps=str(tmp_path / "maps"))
+
+
+@pytest.mark.parametrize("inside", ["", "sub"])
+def test_data_in_the_folder_that_a_run_would_rename(tmp_path, capsys, inside):
+    """The run would move its own data away and end at the next picture."""
+    data = tmp_path / "both" / inside
+    for name in "ab":
+        picture(data / name / "x.png")
+    flags = ["--data", str(data), "--resolution", "8"]
+    error = refusal(capsys, tmp_path / "both", *flags, script=latent_fm)
+    assert "--output_dir" in error and "--data" in error
+    latent_fm.parse_args([*flags, "--output_dir", str(tmp_path / "another")])
+
+
+def test_a_path_that_the_shell_left_as_it_is(monkeypatch):
+    """--output_dir=~/x: bash replaces no ~ there, and a folder of that name would be made here."""
+    args = dmd.parse_args(["--teacher", "ring", "--output_dir=~/x"])
+    assert args.output_dir == os.path.expanduser("~/x")
+
+
+@pytest.mark.parametrize("flag", ["data", "student_init", "resume_from_checkpoint", "prompts"])
+def test_an_empty_value(capsys, tmp_path, flag):
+    """A variable of the shell that is not set: the flag would be as if left out."""
+    error = refusal(capsys, tmp_path / "run", "--teacher", "ring", f"--{flag}", "")
+    assert f"--{flag} is empty" in error
+
+
+# ---- values are converted in silence -------------------------------------------------------------
+
+
+def test_a_quantised_adapter(tmp_path):
+    net = small_dit()
+    lora.add(net, "a", 2, 2.0)
+    path = str(tmp_path / "l.safetensors")
+    lora.save(net, "a", path)
+    save_file({k: (100 * v).to(torch.int8) for k, v in load_file(path).items()}, path)
+    with pytest.raises(UserError, match="integers"):
+        merge_lora(small_dit(), path, "--teacher_lora")
+
+
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("text", lambda v: (100 * v).to(torch.int8), "cond.text is I8"),
+        ("mask", lambda v: -10000.0 * (~v).float(), "cond.mask"),
+        ("mask", lambda v: v[:, :-1].clone(), "mask"),
+    ],
+    ids=["integers for features", "a mask to be added", "a mask of another length"],
+)
+def test_prompts_of_another_sort(tmp_path, capsys, name, value, says):
+    flags, path = save_tiny_pixart(tmp_path, 512), tmp_path / "prompts.safetensors"
+    tensors = load_file(path)
+    for of in ("cond", "uncond"):
+        tensors[f"{of}.{name}"] = value(tensors[f"{of}.{name}"])
+    save_file(tensors, path)
+    assert says in refusal(capsys, tmp_path / "run", *flags, script=tdm)
+
+
+@pytest.mark.parametrize(
+    "x0, says",
+    [
+        (255 * torch.rand(8, 3, 8, 8), "x0 goes from"),
+        (torch.rand(8, 3, 8, 8), "x0 goes from"),
+        (torch.rand(8, 8, 8, 3) * 2 - 1, "(8, 8, 8, 3)"),
+        (torch.randint(0, 255, (8, 4, 8, 8), dtype=torch.uint8), "bytes (U8)"),
+    ],
+    ids=["floats to 255", "floats from 0 to 1", "channels last", "latents as bytes"],
+)
+def test_pixels_of_another_sort(tmp_path, capsys, x0, says):
+    save_file({"x0": x0}, tmp_path / "d.safetensors")
+    flags = ["--task", "uncond", "--data", str(tmp_path / "d.safetensors")]
+    assert says in refusal(capsys, tmp_path / "run", *flags, script=latent_fm)
+
+
+def test_pixels_to_255_for_a_distillation(tmp_path, capsys):
+    """The real samples of a GAN."""
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    data = {"x0": 255 * torch.rand(8, 1, 4, 4), "cond.label": torch.arange(8) % 3}
+    save_file(data, tmp_path / "d.safetensors")
+    flags = ["--teacher", teacher, "--gan_weight", "1", "--data", str(tmp_path / "d.safetensors")]
+    assert "x0 goes from" in refusal(capsys, tmp_path / "run", *flags)
+
+
+def posteriors(folder, **wrong):
+    """Three .npy of mean and standard deviation, with a wrong third one."""
+    space(folder / "vae")
+    (folder / "data").mkdir()
+    for name in "abc":
+        moments = np.abs(np.random.default_rng(0).normal(size=(8, 4, 4))).astype(np.float32)
+        np.save(folder / "data" / f"{name}.npy", wrong.get(name, lambda m: m)(moments))
+    return Posteriors(str(folder / "data"), str(folder / "vae"), flat=True)
+
+
+def negative(m):
+    return m - 5 * (np.arange(8) > 3)[:, None, None].astype(np.float32)
+
+
+def not_finite(m):
+    m[2, 1, 1] = np.nan
+    return m
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (negative, "c.npy.*standard deviation"),
+        (not_finite, "c.npy.*not finite"),
+        (lambda m: m[:, :2], "c.npy.*like the first"),
+    ],
+    ids=["log variances", "not finite", "another shape"],
+)
+def test_latents_made_elsewhere_one_of_which_is_wrong(tmp_path, wrong, says):
+    """Every file is looked at before training."""
+    with pytest.raises(UserError, match=says):
+        posteriors(tmp_path, c=wrong)
+
+
+# ---- files of the wrong level or sort ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Train", "test", "validation")])
+def test_splits_are_no_classes(tmp_path, names):
+    for name in names:
+        for kind in ("cat", "dog"):
+            picture(tmp_path / "data" / name / kind / "x.png")
+    with pytest.raises(UserError, match="(?i)train.*give .*data/train$"):
+        load_data(str(tmp_path / "data"), 8)
+
+
+def test_classes_that_are_called_so_stay_classes(tmp_path):
+    """Pictures of trains and of tests."""
+    for name in ("train", "test"):
+        picture(tmp_path / "data" / name / "x.png")
+    assert load_data(str(tmp_path / "data"), 8)[2] == ["test", "train"]
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda path: path.mkdir(), "is a folder"),
+        (lambda path: path.write_text("a red cube\na blue cube\n"), "models.encode"),
+    ],
+    ids=["a folder", "a text"],
+)
+def test_prompts_that_are_not_encoded(tmp_path, capsys, make, says):
+    flags = save_tiny_wan(tmp_path / "wan")
+    path = tmp_path / "prompts.txt"
+    make(path)
+    assert says in refusal(capsys, tmp_path / "run", *flags, "--prompts", str(path))
+
+
+def test_a_file_of_weights_for_a_teacher(tmp_path, capsys):
+    """Its folder is wanted, and is named."""
+    folder = save_tiny_teacher(tmp_path / "teacher")
+    error = refusal(capsys, tmp_path / "run", "--teacher", f"{folder}/{WEIGHTS}")
+    assert f"give {folder}" in error
+
+
+def test_a_folder_of_the_hubs_cache(tmp_path, capsys):
+    """models--NAME has the checkpoint in snapshots/HASH."""
+    inside = tmp_path / "models--x" / "snapshots" / "0123"
+    save_tiny_vp_teacher(inside)
+    (inside / "model_index.json").write_text("{}")
+    error = refusal(capsys, tmp_path / "run", "--teacher", str(tmp_path / "models--x"))
+    assert f"give {inside}" in error
+
+
+@pytest.mark.parametrize("at", ["", "state"])
+def test_a_run_for_a_state(tmp_path, capsys, at):
+    """--resume_from_checkpoint RUN: the newest state in it is named."""
+    state = tmp_path / "run" / "state" / "step-0000004"
+    state.mkdir(parents=True)
+    save_json({}, str(state / "state.json"))
+    given = str(tmp_path / "run" / at).rstrip("/")
+    resumed = ["--teacher", "ring", "--resume_from_checkpoint", given]
+    error = refusal(capsys, tmp_path / "new", *resumed, script=tdm)
+    assert f"give {state}" in error
+
+
+def test_a_state_of_another_script(tmp_path, capsys):
+    flags = ["--teacher", "ring", "--train_batch_size", "4"]
+    dmd.main([*SHORT, *flags, "--output_dir", str(tmp_path / "run")])
+    state = str(tmp_path / "run" / "state" / "step-0000001")
+    again = [*flags, "--resume_from_checkpoint", state, "--max_train_steps", "2"]
+    error = refusal(capsys, tmp_path / "new", *again, script=tdm)
+    assert "of dmd.py" in error and "tdm.py" in error
+
+
+def test_a_pickle_of_pefts(tmp_path, capsys):
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_model.bin").write_bytes(b"PK")
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    flags = ["--teacher", teacher, "--teacher_lora", str(tmp_path / "peft")]
+    assert "pickles can run code" in refusal(capsys, tmp_path / "run", *flags)
+
+
+@pytest.mark.parametrize("what", ["bank", "cache"])
+def test_a_folder_of_something_else(tmp_path, what):
+    """Latents or trajectories are not written between somebody's pictures."""
+    picture(tmp_path / "photos" / "x.png")
+    with pytest.raises(UserError, match="photos.*name another"):
+        if what == "bank":
+            Bank(str(tmp_path / "photos"), {}, 4, 2, create=True)
+        else:
+            LatentCache(str(tmp_path / "photos"), 3, {}).begin()
+
+
+# ---- only the first row is probed ----------------------------------------------------------------
+
+X = torch.zeros(2, 3, 1, 4)
+X[1, 2] = torch.nan
+
+
+@pytest.mark.parametrize(
+    "tensors, says",
+    [
+        (dict(x=X), "00000.safetensors has numbers in x that are not"),
+        (dict(index=torch.tensor([0, 9])), "00000.safetensors.*index"),
+        (dict(index=torch.tensor([0.5, 1.0])), "00000.safetensors"),
+    ],
+    ids=["not finite", "a prompt that is not there", "half a prompt"],
+)
+def test_a_bank_with_a_wrong_row(tmp_path, tensors, says):
+    with pytest.raises(UserError, match=says):
+        bank_with(tmp_path, **tensors).open(5)
+
+
+def test_cached_latents_with_a_wrong_row(tmp_path):
+    moments = torch.zeros(3, 1, 2, 1, 2, 2)
+    moments[2, 0, 1] = torch.nan
+    with pytest.raises(UserError, match="00000.safetensors.*not finite"):
+        cache_with(tmp_path / "cache", moments).open()
+
+
+# ---- the environment decides, and the remedy is not the cause ------------------------------------
+
+
+def test_a_clock_that_is_set_back(tmp_path, monkeypatch):
+    """--max_minutes and the seconds of a run are not measured by the clock of the day."""
+    run = Run(dmd.parse_args(["--teacher", "ring", "--max_minutes", "1"]), "dmd")
+    run.began = run.started
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 86400)
+    assert run.seconds() >= 0
+    monkeypatch.setattr(time, "time", lambda: real() + 86400)
+    assert run.wants_to_stop()[0] == 0
+
+
+NUMBERS = ["EROFS", "EACCES", "EIO", "ESTALE", "ENOTCONN", "EMFILE", "ENFILE"]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_a_disk_says_in_one_line(capsys, monkeypatch, name):
+    """A disk that is gone or read-only, or too many open files: the last whole state is named."""
+    monkeypatch.setattr(Run, "current", None)
+
+    def main():
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)), "x/state")
+
+    with pytest.raises(SystemExit) as end:
+        run_main(main)
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.count("\n") == 1 and "no state is saved yet" in error
+
+
+def test_no_memory_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(Run, "current", None)
+
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    with pytest.raises(SystemExit) as end:
+        run_main(main)
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.count("\n") == 1
+    assert "--gradient_checkpointing" in error and "--train_batch_size" in error
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    save_file({"x": torch.zeros(2)}, path)
+
+    def refused(*args, **more):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "safe_open", refused)
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(UserError, match="Permission denied.*chmod"):
+        open_tensors(str(path))
+
+
+def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    """The one in which a run is started."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone")
+    error = refusal(capsys, "run", "--teacher", "ring")
+    assert "current folder" in error
+
+
+def test_without_a_standard_error(monkeypatch):
+    """As `2>&-` and services of Windows start programs."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(progress(range(3), "x")) == [0, 1, 2]
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: (_ for _ in ()).throw(UserError("x")))
+    assert end.value.code == 2
