@@ -92,6 +92,7 @@ import torch
 
 from models.files import TensorWriter, UserError, load_json, open_tensors, save_json
 from models.networks import lora
+from models.networks.adm import UNetModel
 from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
 from models.networks.cogvideox import CogVideoXTransformer3DModel
 from models.networks.dit import DiT
@@ -124,6 +125,7 @@ NETWORKS = {
     "DiTTransformer2DModel": DiTTransformer2DModel,
     "CogVideoXTransformer3DModel": CogVideoXTransformer3DModel,
     "UNet2DConditionModel": UNet2DConditionModel,
+    "UNetModel": UNetModel,
     "AutoencoderKL": AutoencoderKL,
     "PatchPCA": PatchPCA,
     "Identity": Identity,
