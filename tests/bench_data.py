@@ -58,7 +58,7 @@ def random_cache(folder, n):
 
 def step_cost(folder, batch, steps=20):
     """Processor milliseconds of a batch from a cache, and of its noise.  -> medians of so many"""
-    n = 4 * latents.ROWS
+    n = 2 * latents.ROWS
     cache, x = random_cache(folder, n), torch.zeros(n, 1)
     data = SimpleNamespace(x=x, label=torch.arange(n) % CLASSES, num_classes=CLASSES)
     space = SimpleNamespace(autoencoder=None, normed=lambda z, sd: (z, sd))  # as of a VAE

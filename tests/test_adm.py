@@ -16,7 +16,7 @@ import dmd
 import latent_fm
 from models import convert
 from models.diffusion import Flow, to_x0_eps
-from models.networks import adm, load_network
+from models.networks import adm, load_network, network_config, save_network
 from models.networks.adm import (
     UNetModel,
     adm_config,
@@ -26,6 +26,8 @@ from models.networks.adm import (
     to_adm,
     to_edm,
 )
+from models.networks.autoencoders import PatchPCA
+from models.networks.dit_imagenet import DiTTransformer2DModel
 from models.plumbing.teachers import load_teacher
 
 TINY = dict(
@@ -367,6 +369,7 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
         ({**edm, "model.map_augment.weight": torch.zeros(128, 9)}, ["--prediction", "edm"],
          "'map_augment.weight' is no parameter of DhariwalUNet"),
         (state, ["--prediction", "edm"], "--prediction edm is for EDM's DhariwalUNet"),
+        (state, ["--prediction", "flow_v", "--noise_at", "0"], "--noise_at 0 is for SiT"),
         (edm, [], "--prediction eps is not what a DhariwalUNet has: give --prediction edm"),
     ]  # fmt: skip
     for i, (tensors, flags, message) in enumerate(cases):
@@ -374,6 +377,30 @@ def test_what_cannot_be_converted_is_named(tmp_path, capsys):
         save_file({k: v.contiguous() for k, v in tensors.items()}, path)
         flags = ["--input", str(path), "--output", str(tmp_path / "out"), *flags]
         assert message in refusal_of(capsys, convert.main, *flags)
+
+
+def test_what_cannot_be_exported_is_named(tmp_path, capsys):
+    """A network without official names, of another form, with a projection that has none."""
+    made = {
+        "adm": UNetModel(**TINY),
+        "map": UNetModel(**{**TINY, "in_channels": 6, "context_channels": 2, "context_width": 3}),
+        "dit": DiTTransformer2DModel(2, 8, 4, 8, num_layers=1, sample_size=8),
+        "pca": PatchPCA(3, 2, 4),
+    }
+    for name, net in made.items():
+        save_network(net, network_config(net), str(tmp_path / name))
+    for name, layout, message in [
+        ("adm", "edm", "DhariwalUNet has 64 channels a head"),
+        ("adm", "dit", "--layout dit: a UNetModel has adm or edm: give that"),
+        ("map", "adm", "its context has a projection"),
+        ("dit", "edm", "--layout edm: a DiTTransformer2DModel has dit: give that"),
+        ("pca", None, "is a PatchPCA: only DiTTransformer2DModel and UNetModel"),
+    ]:
+        flags = ["--export", str(tmp_path / name), "--output", str(tmp_path / "x.safetensors")]
+        flags += ["--layout", layout] if layout else []
+        assert message in refusal_of(capsys, convert.main, *flags)
+    flags = ["--input", "x.safetensors", "--output", str(tmp_path / "y"), "--layout", "adm"]
+    assert "--layout has an effect only with --export" in refusal_of(capsys, convert.main, *flags)
 
 
 # ---- refusals ------------------------------------------------------------------------------------

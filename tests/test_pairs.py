@@ -1,6 +1,8 @@
 """models/pairs.py: images and videos with captions as real data for the teachers of prompts."""
 
+import contextlib
 import functools
+import importlib
 import json
 import os
 
@@ -223,10 +225,8 @@ def test_captions_of_every_form(pictures, tmp_path):
 
 
 def test_captions_of_sets(pictures, tmp_path):
-    """Zip, tar shards with txt or json, parquet: pixels and captions of the folder, in its
-    order."""
-    arrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    """Zip, tar shards with txt or json, and parquet where its library is installed: pixels and
+    captions of the folder, in its order."""
     want = find_pairs(str(pictures))
     files = {os.path.relpath(path, pictures): caption for path, caption in want}
     found = {name: (pictures / name).read_bytes() for name in files}
@@ -235,16 +235,17 @@ def test_captions_of_sets(pictures, tmp_path):
         f"{name[:-4]}.json": json.dumps({"caption": text, "label": 3}).encode()
         for name, text in files.items()
     }
-    table = {"image": [{"bytes": v, "path": k} for k, v in found.items()]}
-    parquet.write_table(
-        arrow.table({**table, "text": list(files.values())}), tmp_path / "p.parquet"
-    )
     sets = [
         write_zip(tmp_path / "z.zip", {**found, **texts}),
         write_tar(tmp_path / "t.tar", {**found, **texts}),
         write_tar(tmp_path / "j.tar", {**found, **json_texts}),
-        tmp_path / "p.parquet",
     ]
+    with contextlib.suppress(ImportError):
+        pyarrow, parquet = map(importlib.import_module, ("pyarrow", "pyarrow.parquet"))
+        images = [{"bytes": data, "path": name} for name, data in found.items()]
+        table = pyarrow.table({"image": images, "text": list(files.values())})
+        sets.append(tmp_path / "p.parquet")
+        parquet.write_table(table, sets[-1], row_group_size=3)
     for path in sets:
         pairs_of = find_pairs(str(path))
         assert [caption for _, caption in pairs_of] == list(files.values()), path
@@ -258,6 +259,8 @@ def test_captions_of_sets(pictures, tmp_path):
     with pytest.raises(UserError, match="--images .* is not a whole zip"):
         (tmp_path / "broken.zip").write_bytes(b"no")
         find_pairs(str(tmp_path / "broken.zip"))
+    with pytest.raises(UserError, match="none.zip holds no images"):
+        find_pairs(str(write_zip(tmp_path / "none.zip", texts)))
     with pytest.raises(UserError, match="give --frames 1, or a folder"):
         find_pairs(str(sets[0]), frames=5)
 

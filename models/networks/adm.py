@@ -652,7 +652,7 @@ def to_edm(net):
     c, state = net.config, to_adm(net)
     if c["num_head_channels"] != 64 or not c["resblock_updown"] or c["use_new_attention_order"]:
         raise ValueError("DhariwalUNet has 64 channels a head and residual blocks that resample")
-    out, mean = {}, torch.full((1, 1, 2, 2), 0.25)
+    out = {}
     for theirs, ours in edm_places(c).items():
         for kind in ("weight", "bias"):
             value = state.get(f"{ours}.{kind}")
@@ -667,5 +667,5 @@ def to_edm(net):
                 value = value[..., None]
             out[f"{theirs}.{kind}"] = value
         if theirs.endswith(("_down.conv0", "_down.skip", "_up.conv0", "_up.skip")):
-            out[f"{theirs}.resample_filter"] = mean
+            out[f"{theirs}.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
     return out
