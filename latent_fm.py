@@ -7,8 +7,7 @@ to latents (t = 0): to sample, integrate it from noise with any solver, and deco
 times smaller than its image, and so is the network's work. For classes the label is dropped now and
 then, so that one network also knows the unconditional velocity and guidance can push away from it.
 For inpainting and semantic synthesis the network sees more channels beside z_t: latents of the
-image with holes and the mask, or a segmentation map. This script also trains the teachers that the
-other scripts distil.
+image with holes and the mask, or a map. This script also trains the others' teachers.
 
     paper       here                    meaning                                      shape
     x_0         x                       image in [-1, 1]                             (B, 3, H, W)
@@ -33,9 +32,8 @@ Launch.
     sampling    python latent_fm.py --sample runs/latent_fm-shapes/student --solver dopri5
 
 Deviations; the reasons are in docs/latent_fm.md. The network sees 1000 t, weights are averaged, the
-learning rate falls, and Muon trains the blocks of small networks. A mask reaches the latents by its
-maximum and is never empty; the image with holes is encoded by the posterior's mean. The projection
-of maps is trained.
+learning rate falls, Muon trains the blocks of small networks. A mask reaches the latents by its
+maximum and is never empty; holes are encoded by the posterior's mean; maps' projection is trained.
 """
 
 import argparse
@@ -46,7 +44,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from models.diffusion import (
     Diffusion,
@@ -58,26 +55,13 @@ from models.diffusion import (
     sample_ode,
     shift,
     step_grid,
-    to_x0_eps,
 )
 from models.draws import Draws, stable_hash
-from models.files import UserError, load_json, open_tensors, save_json
+from models.files import UserError, open_tensors, save_json
 from models.muon import Muon
-from models.networks import (
-    config_file,
-    load_network,
-    network_config,
-    network_from_config,
-    save_network,
-    weights_hash,
-)
-from models.networks.adm import (
-    LFM_ADM,
-    LFM_ADM_CELEBA,
-    LFM_ADM_CELEBA_512,
-    LFM_ADM_CHURCH,
-    UNetModel,
-)
+from models.networks import load_network, network_config, network_of, save_network, weights_hash
+from models.networks.adm import LFM_NETWORKS, UNetModel
+from models.networks.as_flow import AsFlow
 from models.networks.autoencoders import Identity, PatchPCA
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DIT_B_2, DIT_L_2, DIT_XL_2, DiTTransformer2DModel
@@ -333,39 +317,6 @@ def sample(
     return x
 
 
-class AsFlow(nn.Module):
-    """A network of another schedule, such as DiT's, as one of velocities: what `sample` integrates.
-
-    Lines of different schedules differ in their clock and scale alone. A point of a flow's at t,
-    over sqrt((1 - t)^2 + t^2), is one of a VP schedule's at the u with the same alpha / sigma; the
-    largest u where there is none.
-    """
-
-    def __init__(self, net, diffusion):
-        super().__init__()
-        self.net, self.diffusion = net, diffusion
-        self.latent_shape, self.num_classes = net.latent_shape, net.num_classes
-
-    def time(self, t):
-        """t (B,) of the flow -> u (B,), by bisection: alpha falls."""
-        wanted = (1 - t.double()) / ((1 - t.double()) ** 2 + t.double() ** 2).sqrt()
-        low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
-        for _ in range(40):
-            middle = (low + high) / 2
-            noisy = self.diffusion.schedule.alpha(middle) < wanted
-            low, high = torch.where(noisy, low, middle), torch.where(noisy, middle, high)
-        return high.to(t.dtype)
-
-    def forward(self, x, t, **cond):
-        """The velocity eps - x0 that the network's prediction means, like x (B, ...)."""
-        u, schedule = self.time(t), self.diffusion.schedule
-        z = x / expand(((1 - t) ** 2 + t**2).sqrt(), x)
-        seen = z, expand(schedule.alpha(u), x), expand(schedule.sigma(u), x)
-        prediction = self.net(z, u, **cond).to(x.dtype)
-        x0, eps = to_x0_eps(prediction, self.diffusion.prediction, *seen)
-        return eps - x0
-
-
 # ---- training ------------------------------------------------------------------------------------
 
 
@@ -581,15 +532,7 @@ def measure_norm(args, data, space, cache, device):
     space.measure_norm(moments, args.latent_norm)
 
 
-PAPER_NETWORKS = {
-    "DiT-B/2": DIT_B_2,
-    "DiT-L/2": DIT_L_2,
-    "DiT-XL/2": DIT_XL_2,
-    "ADM": LFM_ADM,
-    "ADM-CelebA": LFM_ADM_CELEBA,
-    "ADM-CelebA-512": LFM_ADM_CELEBA_512,
-    "ADM-church": LFM_ADM_CHURCH,
-}
+PAPER_NETWORKS = {"DiT-B/2": DIT_B_2, "DiT-L/2": DIT_L_2, "DiT-XL/2": DIT_XL_2, **LFM_NETWORKS}
 
 
 def first_network(run, data, shape, world_name):
@@ -1172,8 +1115,7 @@ def planned_network(args):
         shape = (4, *(side // 8 for side in shape[1:]))
     classes = classes if args.task == "class" else 0
     if args.init:
-        described = config_file(network_folder(args.init))
-        return network_from_config(load_json(described), described)
+        return network_of(network_folder(args.init))
     data = SimpleNamespace(num_classes=classes, class_names=None, map_classes=maps)
     return build_network(args, data, shape, None)
 

@@ -17,6 +17,7 @@ from models import convert
 from models.diffusion import VP, Diffusion
 from models.networks import WEIGHTS, load_network, network_config, save_network
 from models.networks.adm import UNetModel, to_adm
+from models.networks.as_flow import AsFlow
 from models.networks.autoencoders import AutoencoderKL
 from models.networks.dit_imagenet import DiTTransformer2DModel, to_official
 
@@ -140,7 +141,7 @@ def test_a_network_of_another_schedule_as_a_flow():
             a, sigma = schedule.alpha(u)[:, None], schedule.sigma(u)[:, None]
             return sigma * z / (a**2 * s**2 + sigma**2)
 
-    net = latent_fm.AsFlow(Exact(), Diffusion(schedule, "eps"))
+    net = AsFlow(Exact(), Diffusion(schedule, "eps"))
     t = torch.tensor([0.02, 0.3, 0.5, 0.9, 0.99], dtype=torch.float64)
     x = torch.randn(5, 4, dtype=torch.float64)
     a = (1 - t)[:, None]

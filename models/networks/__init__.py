@@ -322,6 +322,12 @@ def network_from_config(config, where):
         raise UserError(f"{where} does not describe a {config_class(config)}: {text}") from None
 
 
+def network_of(folder):
+    """The network of a component folder, without its weights. Raises UserError."""
+    described = config_file(folder)
+    return network_from_config(load_json(described), described)
+
+
 # ---- loading -------------------------------------------------------------------------------------
 
 

@@ -85,6 +85,12 @@ PLAIN = dict(num_heads=4, num_head_channels=-1, resblock_updown=False)
 LFM_ADM_CELEBA = dict(LFM_ADM, channel_mult=[1, 2, 2, 2], attention_resolutions=[16, 8], **PLAIN)
 LFM_ADM_CELEBA_512 = dict(LFM_ADM_CELEBA, image_size=64, channel_mult=[1, 2, 2, 2, 4])
 LFM_ADM_CHURCH = dict(LFM_ADM, attention_resolutions=[16, 8], **PLAIN)
+LFM_NETWORKS = {  # names of ours
+    "ADM": LFM_ADM,
+    "ADM-CelebA": LFM_ADM_CELEBA,
+    "ADM-CelebA-512": LFM_ADM_CELEBA_512,
+    "ADM-church": LFM_ADM_CHURCH,
+}
 EDM_IMAGENET_64 = dict(
     LFM_ADM,
     image_size=64,
