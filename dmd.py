@@ -535,6 +535,7 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
         learning_rate=2e-6, learning_rate_fake=2e-6, adam_betas=[0.9, 0.999], ema_decay=0.0,
         lr_warmup_steps=100, student_steps=1,
     ),
+    "UNetModel": dict(adam_betas=[0.9, 0.999], ema_decay=0.0),  # EDM's itself
     "PixArtTransformer2DModel": dict(
         learning_rate=5e-7, learning_rate_fake=5e-7, adam_betas=[0.9, 0.999], ema_decay=0.0,
         lr_warmup_steps=100,

@@ -7,8 +7,7 @@ to latents (t = 0): to sample, integrate it from noise with any solver, and deco
 times smaller than its image, and so is the network's work. For classes the label is dropped now and
 then, so that one network also knows the unconditional velocity and guidance can push away from it.
 For inpainting and semantic synthesis the network sees more channels beside z_t: latents of the
-image with holes and the mask, or a segmentation map. This script also trains the teachers that the
-other scripts distil.
+image with holes and the mask, or a map. This script also trains the others' teachers.
 
     paper       here                    meaning                                      shape
     x_0         x                       image in [-1, 1]                             (B, 3, H, W)
@@ -33,9 +32,8 @@ Launch.
     sampling    python latent_fm.py --sample runs/latent_fm-shapes/student --solver dopri5
 
 Deviations; the reasons are in docs/latent_fm.md. The network sees 1000 t, weights are averaged, the
-learning rate falls, and Muon trains the blocks of small networks. A mask reaches the latents by its
-maximum and is never empty; the image with holes is encoded by the posterior's mean. The projection
-of maps is trained. The networks are DiTs, the paper's ADM is not here.
+learning rate falls, Muon trains the blocks of small networks. A mask reaches the latents by its
+maximum and is never empty; holes are encoded by the posterior's mean; maps' projection is trained.
 """
 
 import argparse
@@ -60,7 +58,9 @@ from models.diffusion import (
 from models.draws import Draws, stable_hash
 from models.files import UserError, open_tensors, save_json
 from models.muon import Muon
-from models.networks import load_network, network_config, save_network, weights_hash
+from models.networks import load_network, network_config, network_of, save_network, weights_hash
+from models.networks.adm import LFM_NETWORKS, UNetModel
+from models.networks.as_flow import AsFlow
 from models.networks.autoencoders import Identity, PatchPCA
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DIT_B_2, DIT_L_2, DIT_XL_2, DiTTransformer2DModel
@@ -89,7 +89,7 @@ from models.plumbing.loading import drawn, tell_waiting
 from models.plumbing.run import Run, refuse_output_dir, run_main
 from models.plumbing.sets import is_set
 from models.plumbing.sharding import largest_over_ranks
-from models.plumbing.teachers import describe_schedule, read_own_sampler
+from models.plumbing.teachers import describe_schedule, is_small, network_folder, read_own_sampler
 from models.plumbing.training_data import load_training_data
 from models.plumbing.work import work_done
 from models.worlds import WORLDS, load_world, refuse_ambiguous
@@ -405,7 +405,7 @@ def train(args):
     shape = latent_shape(data, space, run.device)
     world_name = args.data if is_readable(args, world, space) else None
     # both from the same seed
-    net, ema = (run.place(build_network(args, data, shape, world_name)) for _ in range(2))
+    net, ema = (first_network(run, data, shape, world_name) for _ in range(2))
     run.spread_tokens(net, ema)
     net.gradient_checkpointing = args.gradient_checkpointing
     ema.requires_grad_(False)
@@ -538,7 +538,38 @@ def measure_norm(args, data, space, cache, device):
     space.measure_norm(moments, args.latent_norm)
 
 
-PAPER_NETWORKS = {"DiT-B/2": DIT_B_2, "DiT-L/2": DIT_L_2, "DiT-XL/2": DIT_XL_2}
+PAPER_NETWORKS = {"DiT-B/2": DIT_B_2, "DiT-L/2": DIT_L_2, "DiT-XL/2": DIT_XL_2, **LFM_NETWORKS}
+
+
+def first_network(run, data, shape, world_name):
+    """What training starts from: a new network, or that of --init. Raises UserError."""
+    args = run.args
+    if not args.init:
+        return run.place(build_network(args, data, shape, world_name))
+    net, _ = load_network(network_folder(args.init), place=run.place)
+    refuse(wrong_start(args, net, data, shape))
+    return net.requires_grad_(True).train()
+
+
+def wrong_start(a, net, data, shape):
+    """Why training cannot go on from the network of --init: pairs (wrong, why)."""
+    kind, where = getattr(net, "prediction", "nothing"), f"--init {a.init}"
+    yield (
+        kind != "flow_v",
+        (
+            f"{where} predicts {kind}, and this script trains velocities: give a network of a flow "
+            "(SiT, LFM, EDM, or a run of latent_fm.py)"
+        ),
+    )
+    own, shape, classes = tuple(net.latent_shape), tuple(shape), net.num_classes
+    why = f"{where} takes samples of {own}, and --data gives {shape}: change --resolution or "
+    yield own != shape, why + "--autoencoder"
+    why = f"{where} has {classes} classes, and the data have {data.num_classes}: "
+    yield classes != data.num_classes, why + "give data with as many, or --task uncond for none"
+    want = context_of(a, data, shape).get("context_channels", 0)
+    has = getattr(net, "context_channels", 0)
+    why = f"{where} sees {has} channels beside a sample, and --task {a.task} gives {want}: "
+    yield has != want, why + "give a network of that task"
 
 
 def build_network(args, data, shape, world_name):
@@ -559,18 +590,34 @@ def build_network(args, data, shape, world_name):
 
 
 def paper_network(args, data, shape):
-    """--network DiT-B/2 and larger, as diffusers' class. Raises UserError."""
+    """--network DiT-B/2 and larger, as diffusers' class, or ADM's U-Net. Raises UserError."""
     if len(shape) != 3 or shape[1] != shape[2]:
         raise UserError(f"--network {args.network}: for square images only; use --network small")
+    config, context = PAPER_NETWORKS[args.network], context_of(args, data, shape)
+    beside = context.get("context_width") or context.get("context_channels", 0)
     config = {
-        **PAPER_NETWORKS[args.network],
-        "in_channels": shape[0],
+        **config,
+        **context,
+        "in_channels": shape[0] + beside,
         "out_channels": shape[0],
-        "sample_size": shape[1],
-        "num_embeds_ada_norm": data.num_classes,
         "convention": "lfm" if args.t_scale == 1 else "flow",  # which clock it sees
     }
-    return DiTTransformer2DModel(**config)
+    if "image_size" in config:
+        return UNetModel(**{**config, "image_size": shape[1], "num_classes": data.num_classes})
+    sizes = {"sample_size": shape[1], "num_embeds_ada_norm": data.num_classes}
+    return DiTTransformer2DModel(**{**config, **sizes})
+
+
+def context_of(args, data, shape):
+    """What a network of --task sees beside x_t, as arguments of its class.
+
+    shape: of a latent, (C, h, w). A map is projected to as many channels as a latent has.
+    """
+    if args.task == "inpaint":
+        return dict(context_channels=shape[0] + 1)
+    if args.task == "semantic":
+        return dict(context_channels=data.map_classes, context_width=shape[0])
+    return {}
 
 
 def small_network(args, data, shape, world_name):
@@ -582,11 +629,6 @@ def small_network(args, data, shape, world_name):
         raise UserError(
             f"--patch_size {given}: give one number, or one for each of the {axes} axes of {shape}"
         )
-    context = {}
-    if args.task == "inpaint":
-        context = dict(context_channels=shape[0] + 1)
-    elif args.task == "semantic":  # a learned projection to as many channels as a latent has
-        context = dict(context_channels=data.map_classes, context_width=shape[0])
     return DiT(
         size=shape[1:],
         patch=patch * axes if len(patch) == 1 else patch,
@@ -598,7 +640,7 @@ def small_network(args, data, shape, world_name):
         world=world_name,
         class_names=data.class_names,
         t_scale=args.t_scale,
-        **context,
+        **context_of(args, data, shape),
     )
 
 
@@ -953,9 +995,12 @@ def sample_only(args):
     it writes a set of images instead.
     """
     run = Run(args, "latent_fm")
-    folder, saved, *_ = read_own_sampler(args.sample, run.method)
+    folder, saved, schedule, prediction, _ = read_own_sampler(args.sample, run.method)
+    folder = network_folder(folder)  # of what models.convert wrote, transformer/
     net, config = load_network(folder, place=run.place)
     run.spread_tokens(net)
+    if prediction != "flow_v":  # DiT's
+        net = AsFlow(net, Diffusion(schedule, prediction)).eval()
     saved = {"sample_steps": len(saved["times"]), "solver": saved["rule"], **saved}
     for name, default in SAMPLER.items():
         if getattr(args, name) is None:
@@ -970,7 +1015,7 @@ def sample_only(args):
     world = load_world(name) if name in WORLDS else None
     refuse(wrong_flags(args, world))
     refuse_output_dir(run.folder, sampling=True)
-    space = (space_beside(folder) or LatentSpace(Identity())).to(run.device)
+    space = saved_space(args, folder).to(run.device)
     with_context = args.task in ("inpaint", "semantic")
     wants_data = with_context or args.reconstruct
     data = load_training_data(args, world) if wants_data else None
@@ -979,6 +1024,22 @@ def sample_only(args):
     os.makedirs(run.folder, exist_ok=True)
     finish(run, net, world, data, space)
     run.wait_for_all()
+
+
+def saved_space(args, folder):
+    """The latent space of a saved network: autoencoder/ beside it, or --autoencoder's.
+
+    Raises UserError.
+    """
+    space, named = space_beside(folder), args.autoencoder
+    if named == "identity":
+        return space or LatentSpace(Identity())
+    if space or named == "pca":
+        raise UserError(
+            f"--autoencoder {named}: with --sample it is for folders of models.convert that have "
+            "none, and names a VAE: leave it out"
+        )
+    return load_space(named)
 
 
 def write_images(run, net, data, space, folder):
@@ -1059,6 +1120,8 @@ def planned_network(args):
     elif args.autoencoder != "identity":  # Stable Diffusion's
         shape = (4, *(side // 8 for side in shape[1:]))
     classes = classes if args.task == "class" else 0
+    if args.init:
+        return network_of(network_folder(args.init))
     data = SimpleNamespace(num_classes=classes, class_names=None, map_classes=maps)
     return build_network(args, data, shape, None)
 
@@ -1136,7 +1199,11 @@ def add_data_flags(p):
 def add_network_flags(p):
     add = p.add_argument_group("network").add_argument
     add("--network", choices=["small", *PAPER_NETWORKS], default="small",
-        help="small: models/networks/dit.py with the flags below; else a DiT of the paper's size")
+        help="small: models/networks/dit.py with the flags below; else a DiT or ADM's U-Net of the "
+        "paper's size")
+    add("--init", default=None, metavar="FOLDER", help="begin with the weights of a flow: a run of "
+        "this script, or a folder that models.convert wrote (LFM, SiT, EDM). The other flags here "
+        "have no effect then")
     add("--patch_size", type=number(int, 1), nargs="+", default=None,
         help="latent pixels a patch side, or T H W (default: latent side / 4; paper: 2)")
     add("--width", type=number(int, 32), default=128,
@@ -1217,7 +1284,7 @@ def parse_args(argv=None):
     p.set_defaults(**PRESETS.get(source, {}))
     if source == "shapes" and known.task == "semantic":
         p.set_defaults(**MAPS)
-    if known.network != "small":
+    if known.network != "small" or known.init and not is_small(known.init):
         p.set_defaults(**SIZED)
     lengthen(p, known, known.network == "small")
     args = p.parse_args(argv)
@@ -1253,7 +1320,7 @@ def wrong_flags(a, world):
     images = bool(a.data) and is_set(a.data)
     misplaced = a.maps and not (semantic and images and os.path.isdir(a.maps))
     with_context = a.task in ("inpaint", "semantic")
-    sized = a.network in PAPER_NETWORKS and (with_context or a.t_scale not in (1, 1000))
+    sized = a.network in PAPER_NETWORKS and a.t_scale not in (1, 1000)
     sides = a.hflip and semantic and not world
     yield from wrong_output(a)
     yield a.samples and with_context, (
@@ -1275,8 +1342,9 @@ def wrong_flags(a, world):
     yield a.lr_final > a.learning_rate, (
         f"--lr_final {a.lr_final:g} is above --learning_rate {a.learning_rate:g}: lower it")
     yield sized, (
-        f"--network {a.network}: for --task class or uncond, and --t_scale 1 or 1000; "
-        "use --network small")
+        f"--network {a.network}: for --t_scale 1 or 1000; use --network small")
+    yield a.init and a.network != "small", (
+        f"--network {a.network}: --init {a.init} has a network of its own: leave one of them out")
 # fmt: on
 
 

@@ -1,24 +1,49 @@
-r"""Turn the official weights of a DiT, SiT or LFM into a folder that --teacher takes.
+r"""Turn official weights of DiT, SiT, LFM, ADM and EDM into a folder for --teacher, and back.
 
     python -m models.convert --input DiT-XL-2-256x256.safetensors --output DiT-XL-2
     python -m models.convert --input SiT-XL-2-256.safetensors --output SiT-XL-2 \
         --prediction flow_v --noise_at 0
     python -m models.convert --input LFM-B-2.safetensors --output LFM-B-2 \
         --prediction flow_v --noise_at 1
+    python -m models.convert --input celeba_f8_adm.safetensors --output LFM-CelebA \
+        --prediction flow_v --noise_at 1 --sample_size 32
+    python -m models.convert --input edm-imagenet-64.safetensors --output EDM-64 --prediction edm
+    python -m models.convert --export runs/latent_fm-FOLDER --output official.safetensors
 
-The folder has diffusers' layout: transformer/, scheduler/ and model_index.json. The official names
-and the clocks of the three are in models/networks/dit_imagenet.py.
+The folder has diffusers' layout: transformer/, scheduler/ and model_index.json. Beside them is
+sampler.json, by which latent_fm.py --sample draws from it; --init trains on. The official names and
+the clocks are in models/networks/dit_imagenet.py and adm.py. A pickle (.pth, .pt) is never read:
+who trusts its source makes it a safetensors file by two lines in an environment of their own,
+
+    import torch; from safetensors.torch import save_file
+    save_file({k: v.contiguous() for k, v in torch.load("model.pth").items()}, "lfm.safetensors")
 """
 
 import os
 
 import torch
 
-from models.files import UserError, load_tensors, save_json
-from models.networks import network_config, save_network
-from models.networks.dit_imagenet import DiTTransformer2DModel, from_official, official_config
+from models.diffusion import step_grid
+from models.files import UserError, load_tensors, save_json, save_tensors
+from models.networks import load_network, network_config, save_network
+from models.networks.adm import (
+    UNetModel,
+    adm_config,
+    edm_config,
+    from_adm,
+    from_edm,
+    to_adm,
+    to_edm,
+)
+from models.networks.dit_imagenet import (
+    DiTTransformer2DModel,
+    from_official,
+    official_config,
+    to_official,
+)
 from models.plumbing.flags import Parser, number
 from models.plumbing.run import run_main
+from models.plumbing.teachers import describe_schedule, network_folder
 
 CONVENTIONS = {None: "dit", 0: "sit", 1: "lfm"}  # by --noise_at
 DDIM = {
@@ -31,76 +56,156 @@ DDIM = {
     "prediction_type": "epsilon",
 }
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+# How the released samples are made; guidance is 1 for networks without classes. In our own time.
+SAMPLES = {
+    "dit": dict(rule="heun", steps=50, guidance_scale=1.5),  # DDPM in 250 steps there
+    "sit": dict(rule="dopri5", steps=50, guidance_scale=1.5),
+    "lfm": dict(rule="dopri5", steps=50, guidance_scale=1.5),  # 1.25 of its ADM
+    "adm": dict(rule="heun", steps=50, guidance_scale=1.0),  # never trained without its label
+    "edm": dict(rule="heun", steps=40, guidance_scale=1.0),
+}
 
 
 def read_official(args):
     """The official state dict in --input -> network of ours. Raises UserError."""
-    state, convention = load_tensors(args.input), CONVENTIONS[args.noise_at]
+    state, heads = load_tensors(args.input), args.num_attention_heads
+    convention = "edm" if args.prediction == "edm" else CONVENTIONS[args.noise_at]
+    names = {key.removeprefix("module.").removeprefix("model.") for key in state}
+    is_edm = any(name.startswith("enc.") for name in names)
+    is_adm = any(name.startswith("input_blocks.") for name in names)
     try:
-        config = official_config(state, convention, args.sample_size, args.num_attention_heads)
+        if convention == "edm" and not is_edm:
+            raise ValueError("--prediction edm is for EDM's DhariwalUNet: name its weights")
+        if is_edm or is_adm:
+            convention = "adm" if convention == "dit" else convention
+            if is_edm and convention == "adm":
+                raise ValueError(
+                    "--prediction eps is not what a DhariwalUNet has: give --prediction edm, or "
+                    "for LFM's --prediction flow_v --noise_at 1"
+                )
+            if convention == "sit":
+                raise ValueError("--noise_at 0 is for SiT, and this is ADM's U-Net: give 1")
+            if is_edm:
+                config = edm_config(state, convention)
+                kind, weights = UNetModel, from_edm(state, config)
+            else:
+                config = adm_config(state, convention, args.sample_size, heads)
+                config["use_new_attention_order"] = args.new_attention_order
+                kind, weights = UNetModel, from_adm(state)
+        else:
+            config = official_config(state, convention, args.sample_size, heads)
+            kind, weights = DiTTransformer2DModel, from_official(state)
         with torch.device("meta"):
-            net = DiTTransformer2DModel(**config)
-        net.load_state_dict(from_official(state), assign=True)
+            net = kind(**config)
+        if net.context_channels not in (0, net.latent_shape[0] + 1):
+            raise ValueError(
+                f"it sees {net.context_channels} channels beside a sample of "
+                f"{net.latent_shape[0]}: only LFM's inpainting is known, with one more than that"
+            )
+        net.load_state_dict(weights, assign=True)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"--input {args.input}: {error}") from None
+        raise UserError(f"--input {args.input}: {' '.join(str(error).split())}") from None
     return net
 
 
+def sampler_of(net):
+    """sampler.json of a converted network, as a run of latent_fm.py would have left it."""
+    how, classes = SAMPLES[net.convention], net.num_classes
+    return {
+        "method": "latent_fm",
+        "prediction": net.prediction,
+        "schedule": describe_schedule(net.default_schedule),
+        "times": step_grid(how["steps"])[:-1],
+        "timestep_shift": 1.0,
+        "rule": how["rule"],
+        "guidance_scale": how["guidance_scale"] if classes else 1.0,
+        "task": "inpaint" if net.context_channels else "class" if classes else "uncond",
+        "crop": "adm",
+    }
+
+
 def save_pipeline(net, folder):
-    """Write transformer/, scheduler/ and model_index.json of a network into a new folder."""
+    """Write transformer/, scheduler/, sampler.json and model_index.json into a new folder."""
     scheduler, index = DDIM, {"_class_name": "DiTPipeline"}
+    if net.prediction == "flow_v" or isinstance(net, UNetModel):
+        index = {}  # diffusers has no pipeline for velocities of classes, nor for ADM
     if net.prediction == "flow_v":
-        scheduler, index = FLOW, {}  # diffusers has no pipeline for velocities of classes
+        scheduler = FLOW
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     index["transformer"] = ["diffusers", type(net).__name__]
     save_network(net, network_config(net), os.path.join(folder, "transformer"))
+    save_json(sampler_of(net), os.path.join(folder, "sampler.json"))
     os.makedirs(os.path.join(folder, "scheduler"))
     save_json(scheduler, os.path.join(folder, "scheduler", "scheduler_config.json"))
     save_json(index, os.path.join(folder, "model_index.json"))
 
 
-def main(argv=None):
+def export(args):
+    """--export FOLDER: write the network in it under its official names. Raises UserError."""
+    net, _ = load_network(network_folder(args.export))
+    where = f"--export {args.export}"
+    layouts = {DiTTransformer2DModel: ["dit"], UNetModel: ["adm", "edm"]}.get(type(net))
+    if layouts is None:
+        raise UserError(
+            f"{where} is a {type(net).__name__}: only DiTTransformer2DModel and UNetModel have "
+            "official names of another kind"
+        )
+    layout = args.layout or layouts[0]
+    if layout not in layouts:
+        raise UserError(
+            f"--layout {layout}: a {type(net).__name__} has {' or '.join(layouts)}: give that"
+        )
+    try:
+        state = {"dit": to_official, "adm": to_adm, "edm": to_edm}[layout](net)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    save_tensors({key: value.contiguous() for key, value in state.items()}, args.output)
+    print(f"{args.output}: {len(state)} tensors with the official names of {layout}")
+
+
+# fmt: off
+def parse_args(argv):
     p = Parser(prog="python -m models.convert", description=__doc__.partition("\n")[0])
-    p.add_argument(
-        "--input",
-        required=True,
-        help="safetensors file of the official state dict, of the EMA where there is a choice",
-    )
-    p.add_argument(
-        "--output", required=True, help="new folder: transformer/, scheduler/, model_index.json"
-    )
-    p.add_argument(
-        "--prediction",
-        choices=["eps", "flow_v"],
-        default="eps",
-        help="eps: DiT; flow_v: a velocity, SiT or LFM",
-    )
-    p.add_argument(
-        "--noise_at",
-        type=int,
-        choices=[0, 1],
-        help="with flow_v, the checkpoint's time of pure noise: 0 (SiT) or 1 (LFM)",
-    )
-    p.add_argument(
-        "--sample_size",
-        type=number(int, 1),
-        help="side of the latent, needed where the file has no pos_embed",
-    )
-    p.add_argument(
-        "--num_attention_heads",
-        type=number(int, 1),
-        help="needed for widths other than those of S, B, L and XL",
-    )
-    args = p.parse_args(argv)
+    add = p.add_argument
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", help="safetensors file of the official state dict, of the EMA "
+        "where there is a choice")
+    source.add_argument("--export", metavar="FOLDER", help="the other way: a run of latent_fm.py, "
+        "a student or a converted folder")
+    add("--output", required=True, help="new folder: transformer/, scheduler/, model_index.json; "
+        "with --export a safetensors file")
+    add("--prediction", choices=["eps", "flow_v", "edm"], default="eps",
+        help="eps: DiT, ADM; flow_v: a velocity, SiT or LFM; edm: EDM's preconditioning")
+    add("--noise_at", type=int, choices=[0, 1],
+        help="with flow_v, the checkpoint's time of pure noise: 0 (SiT) or 1 (LFM)")
+    add("--sample_size", type=number(int, 1), help="side of the latent (of ADM, of the image), "
+        "needed where the file does not show it, as ADM's and those without pos_embed")
+    add("--num_attention_heads", type=number(int, 1), help="needed for widths other than those of "
+        "S, B, L and XL; of ADM, if left out, 4 with flow_v (LFM), else 64 channels each")
+    add("--new_attention_order", action="store_true", help="of ADM: its "
+        "use_new_attention_order, as of its ImageNet model at 64 x 64")
+    add("--layout", choices=["dit", "adm", "edm"], help="with --export, of a U-Net: "
+        "guided-diffusion's names (adm, the default) or EDM's")
+    return p.parse_args(argv)
+# fmt: on
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if os.path.exists(args.output):
+        what = "file" if args.export else "folder"
+        raise UserError(f"--output {args.output} exists: name a new {what}")
+    if args.layout and not args.export:
+        raise UserError("--layout has an effect only with --export: leave it out")
     if (args.prediction == "flow_v") != (args.noise_at is not None):
         raise UserError(
             "--prediction flow_v goes with --noise_at 0 (SiT) or 1 (LFM), and only with it: "
             "velocity models do not agree on which end of their time is noise"
         )
-    if os.path.exists(args.output):
-        raise UserError(f"--output {args.output} exists: name a new folder")
-    net = read_official(args)
     try:
+        if args.export:
+            return export(args)
+        net = read_official(args)
         save_pipeline(net, args.output)
     except OSError as error:
         raise UserError(

@@ -289,11 +289,7 @@ def encode_pairs(args):
 def fingerprint_of_pairs(args, pairs, asked, settings):
     """A hash of images, captions and settings, equal where a file may be gone on with."""
     folders = [find_autoencoder(args.vae or args.teacher)[0], *asked.folders()]
-    stats = [os.stat(path) for path, _ in pairs]
-    files = [
-        [os.path.relpath(path, args.images), caption, stat.st_size, stat.st_mtime_ns]
-        for (path, caption), stat in zip(pairs, stats)
-    ]
+    files = [[caption, *pairing.about(args.images, path)] for path, caption in pairs]
     return fingerprint_of(files, [*asked.settings(), *settings], folders)
 
 
@@ -339,7 +335,8 @@ def parse_args(argv):
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts_txt", help="UTF-8 text file, one prompt a line")
     source.add_argument("--images", help="folder of images: for TRELLIS one for each object, "
-        "without background; for teachers of prompts with captions")
+        "without background; for teachers of prompts with captions, also a .zip, .tar shards or "
+        "parquet files")
     add("--output", required=True, help="safetensors file to write: cond.*, uncond.*, and x0")
     add("--negative_prompt", help="prompt of uncond.*; if left out, the pipeline's own")
     add("--max_length", type=number(int, 1), help="tokens per prompt, the rest is cut")
@@ -351,7 +348,8 @@ def parse_args(argv):
     add("--clip", help="encoder of prompts for TRELLIS, folder or name; if left out, that "
         f"of the root's pipeline.json, else {CLIP}")
     add("--captions", metavar="FILE", help='captions of --images: FILE.json, {"NAME": "CAPTION"}, '
-        "or FILE.jsonl with file_name and text; if left out, NAME.txt beside each image")
+        "or FILE.jsonl with file_name and text; if left out, NAME.txt beside each image, caption "
+        "or text of NAME.json in tar shards, the column text of parquet files")
     add("--resolution", type=number(int, 8), nargs="+", metavar="PIXELS",
         help="H W of --images with captions, or one number; their centre is cut out. Of SDXL's "
         "size, with --prompts_txt, if left out, 1024")

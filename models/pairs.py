@@ -10,6 +10,8 @@ import math
 import os
 import shutil
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from models.files import UserError, fsync_folder, load_json
 from models.libraries import device
 from models.plumbing.data import to_unit
 from models.plumbing.images import files_below, is_image, read_frames
+from models.plumbing.sets import Folder, is_set, open_set
 from models.progress import progress
 from models.prompts import PARTIAL, header_bytes, read_header
 from models.vaes import latent_shape
@@ -28,14 +31,36 @@ from models.videos import is_video, read_video, video_library
 # ---- images, videos and their captions -----------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A picture of a set that is no folder (sets.py), in place of a path."""
+
+    source: Any
+    name: str
+    place: tuple
+
+    def __str__(self):
+        return self.source.name_of(self.name)
+
+    def picture(self):
+        """-> PIL image in RGB. Raises what Pillow raises, and ValueError."""
+        return self.source.picture(self.source.read(self.name, self.place))
+
+
 def find_pairs(folder, captions=None, frames=1):
-    """All images below a folder with their captions.  -> [(path, caption)], sorted by path.
+    """All images of a folder, or of another form of sets.py, with their captions.
 
     captions: FILE.json, {"NAME": "CAPTION"}, or FILE.jsonl with file_name and text in each line;
-    None: a .txt of the same name beside each image. frames above 1: also video files, and folders
-    of frames, which have a caption of their own. What has captions but is not there is named on
-    stderr. Raises UserError, also for an image without a caption.
+    None: a .txt of the same name beside each image, or what the set's form has. frames above 1:
+    also video files, and folders of frames, which have a caption of their own. What has captions
+    but is not there is named on stderr.
+    -> [(path, or Packed, and caption)], sorted by path or as the set has them. Raises UserError,
+    also for an image without a caption.
     """
+    if os.path.exists(folder) and is_set(folder):
+        source = opened(folder)
+        if not isinstance(source, Folder):
+            return packed_pairs(source, captions, frames)
     if not os.path.isdir(folder):
         raise UserError(f"--images {folder} is not a folder; put images with captions in one")
     known = read_captions(captions) if captions else read_texts(folder)
@@ -58,6 +83,49 @@ def find_pairs(folder, captions=None, frames=1):
         without = f"{len(lost)} without an image in {folder}, such as that of {lost[0]}"
         print(f"{captions or folder}: captions are left out, {without}", file=sys.stderr)
     return [(path, known[key]) for key, path in zip(keys, paths)]
+
+
+def opened(path):
+    """The set that --images names. Raises UserError."""
+    try:
+        source = open_set(path, flat=True)
+        source.members()
+    except UserError as e:
+        raise UserError(str(e).replace("--data ", "--images ", 1)) from None
+    return source
+
+
+def packed_pairs(source, captions, frames):
+    """`find_pairs` of a set that is no folder."""
+    where = f"--images {source.path}"
+    if frames > 1:
+        raise UserError(f"{where} is {source.kind}, of pictures: give --frames 1, or a folder")
+    known = read_captions(captions) if captions else source.captions()
+    found = [Packed(source, *member) for member in source.members() if is_picture(source, member)]
+    bare = [item for item in found if not known.get(item.name, "").strip()]
+    if not found:
+        raise UserError(f"{where} holds no images")
+    if bare:
+        raise UserError(
+            f"{where}: {len(bare)} of {len(found)} images have no caption or an empty one, such "
+            f"as {bare[0].name}: write it into NAME.txt beside NAME.jpg, into a column called text "
+            "of parquet files, or into --captions FILE"
+        )
+    return [(item, one_line(known[item.name])) for item in found]
+
+
+def is_picture(source, member):
+    """Whether a member of a set is to be a picture: in archives other files lie beside them."""
+    return not hasattr(source, "inside") or is_image(member[0])
+
+
+def about(folder, path):
+    """What tells a picture from another one, for a fingerprint.  -> list that JSON can hold"""
+    if isinstance(path, Packed):
+        stat = os.stat(path.source.files[path.place[0]])
+        return [path.name, *path.place, stat.st_size, stat.st_mtime_ns]
+    stat = os.stat(path)
+    return [os.path.relpath(path, folder), stat.st_size, stat.st_mtime_ns]
 
 
 def caption_key(folder, path, captions):
@@ -120,6 +188,8 @@ def frames_of(path, frames, fps):
 
     fps: of `read_video`. Raises what Pillow or the library for videos raises.
     """
+    if isinstance(path, Packed):
+        return [path.picture()]
     if os.path.isdir(path):
         names = [name for name in sorted(os.listdir(path)) if is_image(name)]
         return [read_frames(os.path.join(path, name))[0] for name in names[:frames]]

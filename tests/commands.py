@@ -64,7 +64,8 @@ def long(command):
 
     None for what takes seconds: the ring, samples of a student, help.
     """
-    if re.search(r"docs\.draw --wrong|tests\.(orderings|bench)|latent_fm\.py --sample", command):
+    slow = r"docs\.draw --wrong|tests\.(orderings|bench|real_set)|latent_fm\.py --sample"
+    if re.search(slow, command):
         return "minutes"
     script = re.match(r"python (\w+)\.py", command)
     if not script or re.search(r"ring|--sample |--help", command):

@@ -12,6 +12,7 @@ import torch
 
 from models.files import save_json, save_tensors
 from models.networks import NETWORKS, network_config, save_network
+from models.networks.adm import EDM_IMAGENET_64
 from models.networks.cogvideox import COGVIDEOX_2B
 from models.networks.dit_imagenet import DIT_XL_2, DIT_XL_2_512
 from models.networks.lumina2 import LUMINA_2
@@ -66,6 +67,7 @@ CONFIGS = {
     "DiT-XL/2 256": Config(DIT, DIT_XL_2, SCHEDULERS["DiT-XL/2 256"]),
     "DiT-XL/2 512": Config(DIT, DIT_XL_2_512, SCHEDULERS["DiT-XL/2 512"]),
     "SiT-XL/2 256": Config(DIT, dict(DIT_XL_2, out_channels=4, convention="sit")),
+    "EDM ImageNet 64": Config("UNetModel", EDM_IMAGENET_64),
     "CogVideoX-2B": Config(COGVIDEOX, COGVIDEOX_2B, SCHEDULERS["CogVideoX-2B"], text=226),
     "TRELLIS image structure": Config(STRUCTURE, SS_FLOW_L, text=1374),
     "TRELLIS image latents": Config(LATENTS, SLAT_FLOW_L, text=1374),
@@ -108,7 +110,7 @@ def save_conditions(name, path, rows=4):
     """A file of random prompts (--prompts) for one of CONFIGS, or of --data for TRELLIS's
     structures.  -> the flags."""
     about, g = CONFIGS[name], torch.Generator().manual_seed(0)
-    if about.network == DIT:
+    if about.network in (DIT, "UNetModel"):
         return []
     if about.network == STRUCTURE:
         tokens = torch.randn(rows, about.text, about.config["cond_channels"], generator=g)

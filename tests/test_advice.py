@@ -1286,9 +1286,9 @@ CASES = [
     ),
     (
         "latent_fm",
-        "--network {}: for --task class or uncond, and --t_scale 1 or 1000; use --network small",
-        f"{SEMANTIC} --network DiT-B/2",
-        [f"{SEMANTIC} --network small"],
+        "--network {}: for --t_scale 1 or 1000; use --network small",
+        f"{SEMANTIC} --network DiT-B/2 --t_scale 7",
+        [f"{SEMANTIC} --network small --t_scale 7"],
     ),
     (
         "latent_fm",
@@ -1477,7 +1477,7 @@ CASES = [
     ),
     (
         "models.convert",
-        "--output {} exists: name a new folder",
+        "--output {} exists: name a new {}",
         "--input OFFICIAL --num_attention_heads 3 --output EMPTY",
         [f"--input OFFICIAL --num_attention_heads 3 {OUT}"],
     ),
@@ -1755,6 +1755,54 @@ CASES = [
 
 # What cannot be met in one run of one process with nothing prepared: tests that follow it.
 ELSEWHERE = {
+    "change --resolution or --autoencoder": (
+        "test_latent_fm_networks",
+        "test_what_training_cannot_start_from_is_named",
+    ),
+    "give data with as many, or --task uncond for none": (
+        "test_latent_fm_networks",
+        "test_what_training_cannot_start_from_is_named",
+    ),
+    "{} sees {} channels beside a sample, and --task {} gives {}": (
+        "test_latent_fm_networks",
+        "test_what_training_cannot_start_from_is_named",
+    ),
+    "--network {}: --init {} has a network of its own": (
+        "test_latent_fm_networks",
+        "test_what_training_cannot_start_from_is_named",
+    ),
+    "--autoencoder {}: with --sample it is for folders of models.convert": (
+        "test_latent_fm_networks",
+        "test_what_training_cannot_start_from_is_named",
+    ),
+    "--noise_at 0 is for SiT, and this is ADM's U-Net: give 1": (
+        "test_adm",
+        "test_what_cannot_be_converted_is_named",
+    ),
+    "--prediction edm is for EDM's DhariwalUNet": (
+        "test_adm",
+        "test_what_cannot_be_converted_is_named",
+    ),
+    "--prediction eps is not what a DhariwalUNet has": (
+        "test_adm",
+        "test_what_cannot_be_converted_is_named",
+    ),
+    "--export {} is a {}: only DiTTransformer2DModel and UNetModel": (
+        "test_adm",
+        "test_what_cannot_be_exported_is_named",
+    ),
+    "--export {}: {}": ("test_adm", "test_what_cannot_be_exported_is_named"),
+    "--layout has an effect only with --export": (
+        "test_adm",
+        "test_what_cannot_be_exported_is_named",
+    ),
+    "--layout {}: a {} has {}: give that": ("test_adm", "test_what_cannot_be_exported_is_named"),
+    "--images {} holds no images": ("test_pairs", "test_captions_of_sets"),
+    "--images {} is {}, of pictures: give --frames 1": ("test_pairs", "test_captions_of_sets"),
+    "--images {}: {} of {} images have no caption or an empty one": (
+        "test_pairs",
+        "test_captions_of_sets",
+    ),
     "--reconstruct: --data {} has latents: give pictures": (
         "test_image_sets",
         "test_latents_are_not_reconstructed",

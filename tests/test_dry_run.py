@@ -139,6 +139,8 @@ def test_every_released_network_is_measured(name):
     fewer = dict.fromkeys(depth or ["num_layers" if "Pix" in name else "n_layers"], 2)
     if about.network == "UNet2DConditionModel":
         fewer = {"layers_per_block": 1, "transformer_layers_per_block": 1}
+    if about.network == "UNetModel":
+        fewer = {"num_res_blocks": 1}
     net = on_meta(lambda: NETWORKS[about.network](**{**about.config, **fewer}))
     cost = measure(net, Call(1, net.latent_shape, points=2000), bf16=True, checkpointing=True)
     assert 0 < cost.saved < cost.saved_all and cost.flops_backward > 1.8 * cost.flops

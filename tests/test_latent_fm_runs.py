@@ -490,7 +490,6 @@ def wrong_input(folder, tmp_path):
         (f"{images} {vae} --resolution 12", "not multiples of 8"),
         (f"{images} --autoencoder pca --pca_channels 49", "1 to 48 components"),
         (f"{images} --autoencoder pca --pca_patch 5", "divide by it"),
-        (f"{images} --task inpaint {sized}", "use --network small"),
         (f"--data clips {sized}", "square images only; use --network small"),
         (f"{images} {vae} {sized} --t_scale 7", "--t_scale 1 or 1000"),
         (f"{images} {vae} --cache_latents {tmp_path}/other", "was made with other pca_patch"),

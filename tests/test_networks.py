@@ -19,6 +19,7 @@ from models.networks import (
     save_network,
     trellis_path,
 )
+from models.networks.adm import UNetModel
 from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
 from models.networks.cogvideox import CogVideoXTransformer3DModel
 from models.networks.dit import DiT
@@ -70,6 +71,16 @@ TINY_SDXL = dict(
     addition_time_embed_dim=8,
     projection_class_embeddings_input_dim=53,
 )
+TINY_ADM = dict(
+    image_size=8,
+    model_channels=32,
+    num_res_blocks=1,
+    attention_resolutions=[2],
+    channel_mult=[1, 1],
+    num_classes=4,
+    num_head_channels=16,
+    convention="flow",
+)
 TINY_DIT = dict(size=(6, 4), patch=(3, 2), channels=2, dim=64, depth=3, num_classes=4)
 TINY_SS = dict(
     resolution=8,
@@ -107,6 +118,7 @@ class Case:
 
 
 U_NET = ("down_blocks.0", "mid_block", "up_blocks.0")
+ADM = ("input_blocks.1", "middle_block", "output_blocks.0")
 CASES = {
     "DiT": Case(DiT, TINY_DIT, (6, 4), 2, "blocks", 4),
     "DiT-context": Case(
@@ -129,6 +141,24 @@ CASES = {
     ),
     "DiTTransformer2DModel": Case(
         DiTTransformer2DModel, TINY_DIT_IMAGENET, (8, 8), 4, "transformer_blocks", 16
+    ),
+    "DiTTransformer2DModel-context": Case(
+        DiTTransformer2DModel,
+        dict(TINY_DIT_IMAGENET, in_channels=7, out_channels=4)
+        | dict(convention="flow", context_channels=2, context_width=3),
+        (8, 8),
+        4,
+        "transformer_blocks",
+        16,
+    ),
+    "UNetModel": Case(
+        UNetModel,
+        dict(TINY_ADM, in_channels=6, context_channels=2),
+        (8, 6),
+        4,
+        "input_blocks",
+        12,
+        ADM,
     ),
     "CogVideoXTransformer3DModel": Case(
         CogVideoXTransformer3DModel,
@@ -476,7 +506,7 @@ def as_features(case, out, call):
     """Output of the middle block in a full pass -> what return_features has to give."""
     if case.cls is RingMLP:
         return out[:, None]
-    if case.cls is UNet2DConditionModel:
+    if case.cls in (UNet2DConditionModel, UNetModel):
         return out.flatten(2).mT
     if case.cls is ZImageTransformer2DModel:
         return out[:, : case.tokens]  # the image's tokens alone

@@ -1,7 +1,10 @@
 """models/pairs.py: images and videos with captions as real data for the teachers of prompts."""
 
+import contextlib
 import functools
+import importlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from PIL import Image, ImageOps
 from pipelines import save_pipeline
 from safetensors.torch import load_file
 from test_pipeline import save_space
+from test_sets import write_tar, write_zip
 
 import dmd
 from models import encode, pairs, videos
@@ -218,6 +222,47 @@ def test_captions_of_every_form(pictures, tmp_path):
     want = [(str(pictures / n), t) for n, t in zip(NAMES, CAPTIONS)]
     for captions in (None, str(tmp_path / "c.json"), str(tmp_path / "c.jsonl")):
         assert find_pairs(str(pictures), captions) == want
+
+
+def test_captions_of_sets(pictures, tmp_path):
+    """Zip, tar shards with txt or json, and parquet where its library is installed: pixels and
+    captions of the folder, in its order."""
+    want = find_pairs(str(pictures))
+    files = {os.path.relpath(path, pictures): caption for path, caption in want}
+    found = {name: (pictures / name).read_bytes() for name in files}
+    texts = {f"{name[:-4]}.txt": text.encode() for name, text in files.items()}
+    json_texts = {
+        f"{name[:-4]}.json": json.dumps({"caption": text, "label": 3}).encode()
+        for name, text in files.items()
+    }
+    sets = [
+        write_zip(tmp_path / "z.zip", {**found, **texts}),
+        write_tar(tmp_path / "t.tar", {**found, **texts}),
+        write_tar(tmp_path / "j.tar", {**found, **json_texts}),
+    ]
+    with contextlib.suppress(ImportError):
+        pyarrow, parquet = map(importlib.import_module, ("pyarrow", "pyarrow.parquet"))
+        images = [{"bytes": data, "path": name} for name, data in found.items()]
+        table = pyarrow.table({"image": images, "text": list(files.values())})
+        sets.append(tmp_path / "p.parquet")
+        parquet.write_table(table, sets[-1], row_group_size=3)
+    for path in sets:
+        pairs_of = find_pairs(str(path))
+        assert [caption for _, caption in pairs_of] == list(files.values()), path
+        for (a, _), (b, _) in zip(pairs_of, want, strict=True):
+            if os.path.basename(b) != "1.png":  # broken
+                pixels = read_pixels(a, (8, 16), 1), read_pixels(b, (8, 16), 1)
+                assert all(torch.equal(*both) for both in zip(*pixels))
+        assert len({json.dumps(pairs.about("", item)) for item, _ in pairs_of}) == len(want)
+    with pytest.raises(UserError, match="4 of 4 images have no caption or an empty one, such as"):
+        find_pairs(str(write_zip(tmp_path / "bare.zip", found)))
+    with pytest.raises(UserError, match="--images .* is not a whole zip"):
+        (tmp_path / "broken.zip").write_bytes(b"no")
+        find_pairs(str(tmp_path / "broken.zip"))
+    with pytest.raises(UserError, match="none.zip holds no images"):
+        find_pairs(str(write_zip(tmp_path / "none.zip", texts)))
+    with pytest.raises(UserError, match="give --frames 1, or a folder"):
+        find_pairs(str(sets[0]), frames=5)
 
 
 def test_captions_without_images_are_named(pictures, capsys):

@@ -14,6 +14,7 @@ import phased_dmd
 import tdm
 from models.networks import (
     NETWORKS,
+    adm,
     cogvideox,
     lumina2,
     pixart,
@@ -37,6 +38,7 @@ PIXART = {"_class_name": "PixArtTransformer2DModel"}
 DIT = {"_class_name": "DiTTransformer2DModel"}
 COGVIDEOX = {"_class_name": "CogVideoXTransformer3DModel"}
 UNET = {"_class_name": "UNet2DConditionModel"}
+ADM = {"_class_name": "UNetModel"}
 PNDM, V_DDIM = SCHEDULERS["Stable Diffusion 1.5"], SCHEDULERS["Stable Diffusion 2.1"]
 EULER, UNIPC = SCHEDULERS["SDXL base 1.0"], SCHEDULERS["Wan 2.1 T2V 1.3B"]
 STRUCTURE = {"name": "SparseStructureFlowModel"}
@@ -114,6 +116,22 @@ CASES = {  # name: (config, scheduler or None, {flag: value} that the row gives)
     ),
     "LFM": (
         {**DIT, **DIT_B_2, "num_embeds_ada_norm": 0, "convention": "lfm"},
+        None,
+        dict(timestep_shift=1, guidance_scale=1),
+    ),
+    "LFM ADM ImageNet": (
+        {**ADM, **adm.LFM_ADM, "num_classes": 1000},
+        None,
+        dict(timestep_shift=1, guidance_scale=1.25),
+    ),
+    "LFM ADM": ({**ADM, **adm.LFM_ADM_CELEBA}, None, dict(timestep_shift=1, guidance_scale=1)),
+    "ADM ImageNet": (
+        {**ADM, **adm.EDM_IMAGENET_64, "convention": "adm"},
+        None,
+        dict(timestep_shift=1, guidance_scale=1),
+    ),
+    "EDM ImageNet 64": (
+        {**ADM, **adm.EDM_IMAGENET_64},
         None,
         dict(timestep_shift=1, guidance_scale=1),
     ),

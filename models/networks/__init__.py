@@ -92,6 +92,7 @@ import torch
 
 from models.files import TensorWriter, UserError, load_json, open_tensors, save_json
 from models.networks import lora
+from models.networks.adm import UNetModel
 from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
 from models.networks.cogvideox import CogVideoXTransformer3DModel
 from models.networks.dit import DiT
@@ -124,6 +125,7 @@ NETWORKS = {
     "DiTTransformer2DModel": DiTTransformer2DModel,
     "CogVideoXTransformer3DModel": CogVideoXTransformer3DModel,
     "UNet2DConditionModel": UNet2DConditionModel,
+    "UNetModel": UNetModel,
     "AutoencoderKL": AutoencoderKL,
     "PatchPCA": PatchPCA,
     "Identity": Identity,
@@ -329,6 +331,12 @@ def network_from_config(config, where):
     except NO_CONFIG as e:
         text = str(e).splitlines()[0][:300] if str(e) else type(e).__name__
         raise UserError(f"{where} does not describe a {config_class(config)}: {text}") from None
+
+
+def network_of(folder):
+    """The network of a component folder, without its weights. Raises UserError."""
+    described = config_file(folder)
+    return network_from_config(load_json(described), described)
 
 
 # ---- loading -------------------------------------------------------------------------------------

@@ -31,7 +31,14 @@ from torch.utils.checkpoint import checkpoint
 from kernels.linear_attention import use_linear_attention
 from models.diffusion import sinusoid
 from models.networks import lora
-from models.networks.layers import attention, check_label, check_time, given
+from models.networks.layers import (
+    attention,
+    check_label,
+    check_time,
+    context_layer,
+    given,
+    with_context,
+)
 from models.networks.sequence import gather_tokens, share_of, split_tokens
 
 HEAD_DIM = 32
@@ -202,9 +209,7 @@ class DiT(nn.Module):
         patch_dim = channels * math.prod(patch)
         context_dim = (context_width or context_channels) * math.prod(patch)
 
-        self.project = nn.Identity()
-        if context_channels and context_width:
-            self.project = nn.Conv2d(context_channels, context_width, 1, bias=False)
+        self.project = context_layer(context_channels, context_width)
         self.embed = nn.Linear(patch_dim + context_dim, dim)
         self.position = nn.Parameter(torch.randn(1, math.prod(grid), dim) * 0.02)
         self.time = nn.Sequential(
@@ -260,11 +265,6 @@ class DiT(nn.Module):
                 f"DiT expects x of shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}"
             )
         check_time(t, x)
-        want = (len(x), self.context_channels, *self.size) if self.context_channels else None
-        got = None if context is None else tuple(context.shape)
-        if got != want:
-            takes = "no context" if want is None else f"context of shape {want}"
-            raise ValueError(f"this DiT takes {takes}, got {'none' if got is None else got}")
         waves = sinusoid(t * (self.t_scale / 1000), 128)  # sinusoid multiplies by 1000
         c = self.time(waves.to(self.embed.weight.dtype))  # (B, cond_dim)
         if self.label is not None:
@@ -280,10 +280,7 @@ class DiT(nn.Module):
             c = c + self.steps(sinusoid(steps.float() / 1000, 128).to(c.dtype))
         c = F.silu(c)
 
-        seen = x
-        if context is not None:
-            context = self.project(context.to(self.embed.weight.dtype))
-            seen = torch.cat([x, context.to(x.dtype)], 1)
+        seen = with_context(self.project, x, context, self.context_channels)
         h = self.embed(patchify(seen, self.patch).to(c.dtype)) + self.position  # (B, N, D)
         share = share_of(self.sequence, h.shape[1])
         h = split_tokens(h, share)

@@ -68,7 +68,9 @@ from models.networks.layers import (
     check_image,
     check_label,
     check_time,
+    context_layer,
     unpatchify,
+    with_context,
 )
 from models.networks.pixart import PatchEmbed, sine_positions
 from models.networks.sequence import gather_tokens, share_of, split_tokens
@@ -202,12 +204,14 @@ class Block(nn.Module):
 class DiTTransformer2DModel(nn.Module):
     """DiT. Keyword arguments are the keys of diffusers' config.json, kept in `self.config`.
 
-    Two additions: convention, kept there unless it is None, and shared_embedders, kept there where
-    it is false. Keys that only old configs have are checked and dropped: diffusers ignores them. A
-    new network is initialised as adaLN-Zero: it returns 0. Raises ValueError for a config that this
-    file does not implement. Source: DiT 2212.09748. Names, epsilons and what is float32 are those
-    of diffusers, against which tests compare it on the same random weights, as they do against the
-    official layout written out in a test.
+    Additions: convention, kept there unless it is None; shared_embedders, kept there where it is
+    false; context_channels and context_width, as in models/networks/dit.py, kept there where there
+    is a context, whose channels in_channels then counts too. Keys that only old configs have are
+    checked and dropped: diffusers ignores them. A new network is initialised as adaLN-Zero: it
+    returns 0. Raises ValueError for a config that this file does not implement. Source: DiT
+    2212.09748. Names, epsilons and what is float32 are those of diffusers, against which tests
+    compare it on the same random weights, as they do against the official layout written out in a
+    test.
     """
 
     # Only fallbacks: a checkpoint's scheduler/ folder comes first. Instances whose convention is
@@ -257,6 +261,8 @@ class DiTTransformer2DModel(nn.Module):
         use_additional_conditions=None,
         convention=None,
         shared_embedders=True,
+        context_channels=0,
+        context_width=None,
     ):
         super().__init__()
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -265,6 +271,10 @@ class DiTTransformer2DModel(nn.Module):
             self.config["convention"] = convention
         if not shared_embedders:
             self.config["shared_embedders"] = False
+        if context_channels:
+            self.config |= dict(context_channels=context_channels, context_width=context_width)
+            self.cond_names = ("label", "context")
+        channels = in_channels - (context_width or context_channels)  # of a sample
         for name, value in FIXED.items():
             if given[name] != value:
                 raise ValueError(f"{name} = {given[name]!r} is not implemented; DiT has {value!r}")
@@ -274,10 +284,10 @@ class DiTTransformer2DModel(nn.Module):
                 f"convention = {convention!r} is unknown; "
                 f"known are {', '.join(map(repr, CONVENTIONS))}"
             )
-        if out_channels not in (None, in_channels, 2 * in_channels):
+        if out_channels not in (None, channels, 2 * channels) or channels < 1:
             raise ValueError(
                 f"out_channels = {out_channels} is not implemented; DiT has in_channels = "
-                f"{in_channels} or, with a learned variance, twice that"
+                f"{channels} or, with a learned variance, twice that"
             )
         if num_embeds_ada_norm is None or num_embeds_ada_norm < 0:
             raise ValueError(
@@ -299,7 +309,9 @@ class DiTTransformer2DModel(nn.Module):
         if self.prediction == "flow_v":
             self.default_schedule = Flow()
         self.num_classes, self.patch_size = num_embeds_ada_norm, patch_size
-        self.latent_shape = (in_channels, sample_size, sample_size)
+        self.context_channels = context_channels
+        self.latent_shape = (channels, sample_size, sample_size)
+        self.project = context_layer(context_channels, context_width)
         self.pos_embed = PatchEmbed(in_channels, dim, patch_size, sample_size // patch_size, 1)
         copies = 1 if shared_embedders else num_layers
         embedders = [Condition(dim, num_embeds_ada_norm) for _ in range(copies)]
@@ -311,7 +323,7 @@ class DiTTransformer2DModel(nn.Module):
         )
         self.norm_out = LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.proj_out_1 = nn.Linear(dim, 2 * dim)  # shift and scale of norm_out
-        self.proj_out_2 = nn.Linear(dim, (out_channels or in_channels) * patch_size**2)
+        self.proj_out_2 = nn.Linear(dim, (out_channels or channels) * patch_size**2)
         self.gradient_checkpointing = False
         self._initialise()
 
@@ -320,7 +332,8 @@ class DiTTransformer2DModel(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         embedders = [block.norm1.emb for block in self.transformer_blocks]
         for parameters in zip(*(emb.parameters() for emb in embedders), strict=True):
             if parameters[0].dim() > 1:
@@ -353,18 +366,18 @@ class DiTTransformer2DModel(nn.Module):
         """
         return f"base_model.model.{name}"
 
-    def forward(self, x, t, label=None, return_features=False, adapter=None):
+    def forward(self, x, t, label=None, return_features=False, adapter=None, context=None):
         """The noise eps in x = alpha(t) x0 + sigma(t) eps, like x, in x's dtype.
 
-        With convention "sit", "lfm" or "flow" it is the flow velocity v = eps - x0. x (B,
-        in_channels, H, W); t (B,) float in [0, 1], t = 0 data, t = 1 noise; label (B,) integer,
-        None or num_classes for the null label. Computed in the weights' dtype or in autocast's.
-        return_features=True: the output (B, N, D) of block num_layers // 2 instead, and nothing
-        after it is run. adapter: a name of models/networks/lora.py, None = the bare network.
-        Raises ValueError, one line with cause and remedy, for shapes that do not fit and an
-        unknown adapter.
+        With convention "sit", "lfm" or "flow" it is the flow velocity v = eps - x0. x (B, C, H, W),
+        C = in_channels without those of the context (B, context_channels, H, W); t (B,) float in
+        [0, 1], t = 0 data, t = 1 noise; label (B,) integer, None or num_classes for the null label.
+        Computed in the weights' dtype or in autocast's. return_features=True: the output (B, N, D)
+        of block num_layers // 2 instead, and nothing after it is run. adapter: a name of
+        models/networks/lora.py, None = the bare network. Raises ValueError, one line with cause and
+        remedy, for shapes that do not fit and an unknown adapter.
         """
-        check_image(x, self.config["in_channels"], self.patch_size)
+        check_image(x, self.latent_shape[0], self.patch_size)
         check_time(t, x)
         if label is None:
             label = torch.full(t.shape, self.num_classes, device=x.device)
@@ -372,7 +385,8 @@ class DiTTransformer2DModel(nn.Module):
         lora.check(self, adapter)
         grid = [size // self.patch_size for size in x.shape[2:]]  # rows, columns of tokens
         features_t = time_features(t, self.convention)  # (B, TIME_DIM)
-        h = self.pos_embed(x)  # (B, N, D)
+        seen = with_context(self.project, x, context, self.context_channels)
+        h = self.pos_embed(seen)  # (B, N, D)
         share = share_of(self.sequence, h.shape[1])
         h = split_tokens(h, share)
 
@@ -471,8 +485,10 @@ def to_official(net):
     """Inverse of from_official: a DiTTransformer2DModel -> its official state dict, on the CPU.
 
     pos_embed is in it. Raises ValueError where the blocks' embedders differ, as with
-    shared_embedders = false: the official layout has one for all.
+    shared_embedders = false: the official layout has one for all; and for a context's projection.
     """
+    if net.config.get("context_width"):
+        raise ValueError("its context has a projection, for which the official layout has no name")
     state = {key: value.detach().cpu() for key, value in lora.base_state_dict(net).items()}
     rows, dim = net.pos_embed.base, net.proj_out_1.in_features
     out = {"pos_embed": sine_positions(rows, rows, dim, rows, 1, "cpu")[None]}
@@ -516,6 +532,7 @@ def official_config(state, convention, sample_size=None, num_attention_heads=Non
         raise ValueError(f"these weights of width {dim} do not show {what}: give it")
     if dim % heads:
         raise ValueError(f"num_attention_heads = {heads} does not divide the width {dim}")
+    context = channels - outputs // patch**2  # of LFM's inpainting networks
     return dict(
         DIT_XL_2,
         num_attention_heads=heads,
@@ -528,4 +545,5 @@ def official_config(state, convention, sample_size=None, num_attention_heads=Non
         num_embeds_ada_norm=rows - 1,
         norm_eps=1e-6,
         convention=convention,
+        **({"context_channels": context} if context > 0 else {}),
     )

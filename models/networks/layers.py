@@ -174,6 +174,33 @@ def unpatchify(tokens, grid, patch):
     return x.reshape(*x.shape[:2], *sizes)
 
 
+# ---- a picture beside x --------------------------------------------------------------------------
+
+
+def context_layer(channels, width):
+    """What brings a context to `width` channels: a 1x1 convolution that is trained; width None or
+    0: nothing does."""
+    return nn.Conv2d(channels, width, 1, bias=False) if channels and width else nn.Identity()
+
+
+def with_context(layer, x, context, channels):
+    """x and, in further channels, its context.  -> (B, C + C', H, W)
+
+    layer: of `context_layer`. x (B, C, H, W); context (B, channels, H, W), None where channels is
+    0. Raises ValueError for another one.
+    """
+    want = (len(x), channels, *x.shape[2:]) if channels else None
+    got = None if context is None else tuple(context.shape)
+    if got != want:
+        takes = "no context" if want is None else f"context of shape {want}"
+        raise ValueError(f"this network takes {takes}, got {'none' if got is None else got}")
+    if context is None:
+        return x
+    if isinstance(layer, nn.Conv2d):
+        context = layer(context.to(layer.weight.dtype))
+    return torch.cat([x, context.to(x.dtype)], dim=1)
+
+
 # ---- checks of the arguments of forward ----------------------------------------------------------
 
 

@@ -79,6 +79,16 @@ PAPERS = {
             "5e-7 with it; or 200,000 with it",
         ),
         Row(
+            ("EDM ImageNet 64",),
+            "DMD2 2405.14867, App. F",
+            dict(learning_rate=2e-6, learning_rate_fake=2e-6, lr_warmup_steps=100, student_steps=1),
+            batch="280",
+            gan="3e-3",
+            unstated=("max_train_steps",),
+            note="410,000 updates of the fake without a GAN, then 150,000 at 5e-7 with it; or "
+            "200,000 with it",
+        ),
+        Row(
             PIXART_ALPHA,
             "DMD2 2405.14867, for SDXL",
             batch="128",

@@ -44,7 +44,7 @@ WAN, Z_IMAGE = "WanTransformer3DModel", "ZImageTransformer2DModel"
 PIXART, DIT = "PixArtTransformer2DModel", "DiTTransformer2DModel"
 COGVIDEOX = "CogVideoXTransformer3DModel"
 QWEN_IMAGE, LUMINA_2 = "QwenImageTransformer2DModel", "Lumina2Transformer2DModel"
-UNET = "UNet2DConditionModel"
+UNET, ADM = "UNet2DConditionModel", "UNetModel"
 TRELLIS_STAGES = ("SparseStructureFlowModel", "SLatFlowModel")
 WAN_1B = {"num_layers": 30, "num_attention_heads": 12, "in_channels": 16}
 WAN_14B = {"num_layers": 40, "num_attention_heads": 40, "in_channels": 16, "image_dim": None}
@@ -194,6 +194,22 @@ RELEASES = (
         {"convention": "lfm"},
         {"timestep_shift": 1.0, "guidance_scale": 1.0},
         "data without classes",
+    ),
+    # LFM's and ADM's U-Nets, and EDM's: of ADM and EDM no label was dropped in training.
+    *(
+        Release(
+            name,
+            ADM,
+            {"convention": convention, **classes},
+            {"timestep_shift": 1.0, "guidance_scale": scale},
+            source,
+        )
+        for name, convention, classes, scale, source in (
+            ("LFM ADM ImageNet", "lfm", {"num_classes": 1000}, 1.25, "CFG of LFM's test_args"),
+            ("LFM ADM", "lfm", {}, 1.0, "data without classes"),
+            ("ADM ImageNet", "adm", {"num_classes": 1000}, 1.0, "trained with every label"),
+            ("EDM ImageNet 64", "edm", {"num_classes": 1000}, 1.0, "trained with every label"),
+        )
     ),
     Release(
         "CogVideoX-2B",

@@ -17,6 +17,8 @@ into memory when it is asked for. Every form is a class with the same attributes
     picture()   what read gives -> PIL image in RGB
     labels      {name: class number} where the form has its own, else None; set by members()
     classes     names of these classes, or None
+    captions()  {name: text} of the pictures that have one, in archives and parquet files: KEY.txt
+                beside KEY.jpg, "caption" or "text" of KEY.json in tar shards, a column of texts
 """
 
 import importlib
@@ -78,6 +80,21 @@ def read_part(path, offset, size):
     return found
 
 
+def is_text(name):
+    """Whether the name is that of a caption."""
+    return name.lower().endswith(".txt")
+
+
+def decoded(found):
+    """The bytes of a text file -> str."""
+    return found.decode("utf-8", "replace")
+
+
+def is_string(types, kind):
+    """Whether a column of parquet holds texts. types: pyarrow.types."""
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
 class Form:
     """What the forms share: encoded pictures without labels."""
 
@@ -96,6 +113,10 @@ class Form:
 
     def picture(self, found):
         return read_frames(found)[0]
+
+    def captions(self):
+        """{name: text}; once members() has been called."""
+        return {}
 
 
 class Folder(Form):
@@ -178,6 +199,12 @@ class Archive(Form):
         part, offset, size, _ = place
         return read_part(self.files[part], offset, size)
 
+    def captions(self):
+        texts = {name[:-4]: place for name, place in self.inside.items() if is_text(name)}
+        pictures = [name for name in self.inside if is_image(name)]
+        there = [(name, os.path.splitext(name)[0]) for name in pictures]
+        return {name: decoded(self.read(key, texts[key])) for name, key in there if key in texts}
+
 
 class Zip(Archive):
     kind = "a zip"
@@ -213,7 +240,7 @@ class Tars(Archive):
     """Shards of webdataset: the files whose names begin alike, up to the first dot, are one row."""
 
     kind = "tar shards"
-    TEXTS = ("cls", "json")
+    TEXTS = ("cls", "json", "txt")
 
     def entries(self, where):
         for part, path in enumerate(self.files):
@@ -230,7 +257,7 @@ class Tars(Archive):
                 ) from None
 
     def entry(self, part, info):
-        """A file of a shard: a label is remembered by its key, anything else is a member."""
+        """A file of a shard: a text is remembered by its key, anything else is a member."""
         name, place = info.name.removeprefix("./"), (part, info.offset_data, info.size, 0)
         folder, _, file = name.rpartition("/")
         stem, _, ending = file.partition(".")
@@ -244,7 +271,7 @@ class Tars(Archive):
         yield name, place
 
     def members(self):
-        self.texts, self.keys, self.names = {}, {}, {}  # labels, keys of members, first shards
+        self.texts, self.keys, self.names = {}, {}, {}  # texts, keys of members, first shards
         found = [member for member in super().members() if is_image(member[0])]  # no captions
         self.refuse_two(found)
         self.labels = self.own_labels(found) if self.texts else None
@@ -269,6 +296,26 @@ class Tars(Archive):
         """Those of KEY.cls, or of "label" or "cls" in KEY.json.  None where there are none."""
         labels = {name: self.label_of(self.texts.get(self.keys[at], {})) for name, at in pictures}
         return {name: k for name, k in labels.items() if k is not None} or None
+
+    def captions(self):
+        found = {}
+        for name, place in self.inside.items():
+            texts = self.texts.get(self.keys[place], {})
+            caption = self.caption_of(texts) if is_image(name) else None
+            if caption is not None:
+                found[name] = caption
+        return found
+
+    def caption_of(self, texts):
+        """-> text, or None."""
+        if "txt" in texts:
+            return decoded(self.read("", texts["txt"]))
+        try:
+            value = json.loads(self.read("", texts["json"])) if "json" in texts else {}
+        except ValueError:
+            return None
+        found = value.get("caption", value.get("text")) if isinstance(value, dict) else None
+        return found if isinstance(found, str) else None
 
     def label_of(self, texts):
         """-> class number, or None."""
@@ -314,7 +361,8 @@ class Parquet(Form):
     """Files of rows with a column of encoded images, as the hub of Hugging Face has them.
 
     The image is the first column of bytes, or of structs with bytes; the label is `label`, `labels`
-    or `cls`. A row is read with all of its row group, the last few of which are kept.
+    or `cls`, the caption `text`, `caption` or `prompt`. A row is read with all of its row group,
+    the last few of which are kept.
     """
 
     kind = "parquet files"
@@ -354,6 +402,18 @@ class Parquet(Form):
                     labels |= zip(names, column.to_pylist())
         right = all(type(k) is int and 0 <= k < 2**20 for k in labels.values())
         self.labels = labels if labels and right else None
+        return found
+
+    def captions(self):
+        found, types = {}, self.arrow.types
+        for path in self.files:
+            file = self.open(path)
+            strings = [f.name for f in file.schema_arrow if is_string(types, f.type)]
+            column = next((name for name in ("text", "caption", "prompt") if name in strings), None)
+            for group in range(file.num_row_groups if column else 0):
+                texts = file.read_row_group(group, [column]).column(0).to_pylist()
+                names = (f"{os.path.basename(path)}:{group}:{row:06d}" for row in range(len(texts)))
+                found |= {n: text for n, text in zip(names, texts) if text is not None}
         return found
 
     def columns(self, schema):
@@ -501,7 +561,7 @@ def list_set(source, flat=False, class_in_name=False):
     -> [(name, place)], their labels, names of the classes, whether numbers must stay (otherwise
     those of classes without a picture are given up). Raises UserError for unclear classes.
     """
-    members, where = source.members(), source.where
+    members, where = without_captions(source.members()), source.where
     if flat:
         members = [member for member in members if member[0] != DESCRIBED]
         name = os.path.basename(os.path.abspath(source.path))
@@ -528,6 +588,12 @@ def list_set(source, flat=False, class_in_name=False):
         names = list(names) if len(names) >= count else [str(k) for k in range(count)]
         return members, labels, names, True
     return classes_by_folder(source, members, where)
+
+
+def without_captions(members):
+    """Members but for each NAME.txt that stands beside a picture of that name."""
+    stems = {os.path.splitext(name)[0] for name, _ in members if is_image(name)}
+    return [m for m in members if not (is_text(m[0]) and m[0][:-4] in stems)]
 
 
 def classes_in_names(members, where):

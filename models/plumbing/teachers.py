@@ -711,7 +711,8 @@ def load_adapter(net, name, path, saved):
 def read_own_sampler(sample, method):
     """--sample: a run or student folder -> its student folder and what read_sampler gives.
 
-    Raises UserError, also for a student that another script made.
+    What models.convert wrote is such a folder too, of latent_fm.py. Raises UserError, also for a
+    student that another script made.
     """
     folder = student_folder(sample)
     sampler, *rest = read_sampler(folder)
