@@ -83,7 +83,9 @@ def points_of(decoder, rows, where):
         logits = decoder(rows[torch.tensor([i])].to(device()))
         coords = occupied(logits)[:, 1:].int().cpu()
         if not len(coords):
-            raise UserError(f"{where}: row {i} of x0 occupies no voxel: sample with another --seed")
+            raise UserError(
+                f"{where}: row {i} of x0 occupies no voxel: sample again, mdt_dist.py --seed N"
+            )
         found.append(coords)
     ends = torch.tensor([0, *map(len, found)]).cumsum(0)
     return {"coords": torch.cat(found), "offsets": ends}

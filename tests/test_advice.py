@@ -1771,10 +1771,11 @@ ELSEWHERE = {
         "test_meshes",
         "test_wrong_input_is_one_line",
     ),
-    "occupies no voxel: sample with another --seed": (
+    "occupies no voxel: sample again, mdt_dist.py --seed N": (
         "test_meshes",
         "test_wrong_input_is_one_line",
     ),
+    "--structures {} has no tensor x0, but {}": ("test_meshes", "test_wrong_input_is_one_line"),
     "or --voxels for meshes of the voxels of any points": (
         "test_meshes",
         "test_wrong_input_is_one_line",
