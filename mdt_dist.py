@@ -40,7 +40,6 @@ runs. --slow_clock, --renoise sde, --d_norm rms and --derivative jvp are ours.
 """
 
 import os
-import types
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +47,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.diffusion import Flow, expand, guide, logit_normal, shift, sinusoid, step_grid
 from models.files import save_json, save_tensors
+from models.image_tokens import DINOV2
 from models.networks import config_class
 from models.networks.trellis import pipeline_entry
 from models.plumbing import report
@@ -56,6 +56,7 @@ from models.plumbing.data import (
     DataConditions,
     load_conditions,
     load_paired_data,
+    load_places,
     ragged,
     to_unit,
     try_network,
@@ -68,6 +69,7 @@ from models.plumbing.run import Run, run_main
 from models.plumbing.teachers import average_of, freeze_teacher, new_student, start_teacher
 from models.plumbing.work import work_done
 from models.shards import own_rows, rows_in, whole_tensor
+from models.trellis_data import is_trellis_set, open_trellis_set
 
 # ---- the losses. x0, z (B, ...), or (M, C) with coords (M, 4) in cond; t (B,) --------------------
 
@@ -327,7 +329,7 @@ def from_data(draw, data, data_cond, teacher):
     draws noise of x0's shape.
     """
     index = draw.integer("data", len(data))
-    cond = {name: draw.to_device(rows[index]) for name, rows in data_cond.items()}
+    cond = {name: rows_of(draw, rows, index) for name, rows in data_cond.items()}
     if "label" in cond:
         uncond = {"label": torch.full_like(cond["label"], teacher.base.num_classes)}
     else:
@@ -342,6 +344,24 @@ def from_data(draw, data, data_cond, teacher):
         return draw.points(name, counts, x0.shape[1])
 
     return draw.to_device(x0), {**cond, **at}, {**uncond, **at}, noise
+
+
+def rows_of(draw, rows, index):
+    """Conditions of these items of --data, on the device.  Views are drawn, others stored."""
+    return rows.drawn(draw, index) if hasattr(rows, "drawn") else draw.to_device(rows[index])
+
+
+def load_items(run, teacher):
+    """--data, or the world's own: what velocity matching noises, and its conditions.
+
+    A folder of TRELLIS-500K's layout is one for its two stages.  -> see load_paired_data. Raises
+    UserError.
+    """
+    args, net = run.args, teacher.base
+    if is_trellis_set(args.data) and hasattr(net, "stage"):
+        encoder = args.dinov2 or DINOV2
+        return open_trellis_set(args.data, net, args.teacher, encoder, run.device, run.say)
+    return load_paired_data(args, teacher, is_sparse(net))
 
 
 def is_sparse(net):
@@ -391,7 +411,7 @@ def train(args):
     in_bf16 = not args.lora_rank
     teacher = start_teacher(run, in_bf16=in_bf16)
     refuse(wrong_flags(args, teacher))
-    data, data_cond = load_paired_data(args, teacher, is_sparse(teacher.base))
+    data, data_cond = load_items(run, teacher)
     if "label" in teacher.base.cond_names:
         teacher.conditions = Conditions(args, teacher.base)
     else:
@@ -417,6 +437,8 @@ def train(args):
         for draw in run.micro_batches(step, "student", teacher):
             x0, cond, uncond, noise = from_data(draw, data, data_cond, teacher)
             t, z = time_of(args, draw, "t"), noise("z")
+            if "coords" in cond:  # memory and time go with them
+                run.note(points=len(x0) / len(t))
             # The gradients of both terms add up (Eq. 18). A backward pass for each, at once, keeps
             # the activations of one network call where their sum would keep those of two.
             if args.arm != "vd":
@@ -537,15 +559,24 @@ def save_points(run, teacher, sampler):
     """samples.safetensors of a sparse student: coords, feats, offsets, as --data has them.
 
     The points are those of the first --preview_samples samples of --data. All ranks call it, and
-    each draws these few samples; rank 0 writes them.
+    each draws these few samples; rank 0 writes them.  -> their features (M, C) on the CPU
     """
     index = teacher.conditions.preview(run.args.preview_samples)
-    with run.autocast():
-        x = sampler(index, 0, len(index)).cpu()
-    coords = teacher.conditions.pick(index, "cpu")[0]["coords"]
+    x, coords = draw_points(run, sampler, index), teacher.conditions.points.places(index)
     if run.main:
         os.makedirs(run.folder, exist_ok=True)
-        save_tensors(ragged(x, coords), os.path.join(run.folder, "samples.safetensors"))
+        path = os.path.join(run.folder, "samples.safetensors")
+        save_tensors(ragged(x, coords), path)
+        print(f"samples: {path}")
+    return x
+
+
+def draw_points(run, sampler, index):
+    """Samples of a network of points, --train_batch_size at a time.  index (n,) -> (M, C), CPU."""
+    n, B = len(index), run.B
+    with run.autocast():
+        parts = [sampler(index, a, min(n, a + B)).float().cpu() for a in range(0, n, B)]
+    return torch.cat(parts)
 
 
 def calls_per_step(guidance_scale):
@@ -556,16 +587,13 @@ def calls_per_step(guidance_scale):
 def finish(run, teacher, student, times):
     """report.json and samples: every step count of the student, and the teacher by Euler in as few.
 
-    Sparse samples are only written: there is no picture and no measure of them. All ranks call it.
+    Of sparse samples there is no picture. All ranks call it.
     """
     args, longest = run.args, len(times)
     parameters = sum(p.numel() for p in student.parameters())
     samplers = student_samplers(run, student, teacher)
     if is_sparse(student):
-        save_points(run, teacher, samplers[longest])
-        if run.main:
-            report.save_report(run, args.teacher, parameters, [])
-        run.wait_for_all()
+        finish_points(run, teacher, samplers, parameters)
         return
     calls = calls_per_step(args.student_guidance)
     students = {"student": (longest * calls, samplers.pop(longest))}
@@ -580,6 +608,46 @@ def finish(run, teacher, student, times):
     if teacher.world and args.teacher_steps:
         extra = transport_errors(run, teacher, students, times, fine)
     report.finish(run, teacher, times, students, parameters, extra, "euler", fine)
+
+
+def finish_points(run, teacher, students, parameters):
+    """report.json and samples.safetensors of a sparse student.  students: {steps: sampler}.
+
+    paired_mse is the mean square distance to the many-step teacher's features of the same noise, of
+    the student and of the teacher in as few steps. All ranks call it.
+    """
+    args, longest, drawn, calls = run.args, max(students), {}, {}
+    index = teacher.conditions.preview(args.preview_samples)
+    if args.teacher_steps:
+        calls["teacher"], sampler = teacher_sampler(run, teacher)
+        drawn["teacher"] = draw_points(run, sampler, index)
+    for n in sorted(students, reverse=True) if args.teacher_steps else ():
+        name, times = few_steps("teacher", n, longest), step_grid(n, teacher.shift)[:-1]
+        coarse = sampler_of(run, teacher.net, teacher, times, args.guidance_scale)
+        drawn[name] = draw_points(run, coarse, index)
+        calls[name] = n * calls_per_step(args.guidance_scale)
+    for n, sampler in students.items():
+        name = few_steps("student", n, longest)
+        if n == longest:
+            drawn[name] = save_points(run, teacher, sampler)
+        else:
+            drawn[name] = draw_points(run, sampler, index)
+        calls[name] = n * calls_per_step(args.student_guidance)
+    results = [{"name": name, "nfe": calls[name], "samples": len(index)} for name in drawn]
+    for row in results if args.teacher_steps else []:
+        if row["name"] != "teacher":
+            row["paired_mse"] = float((drawn[row["name"]] - drawn["teacher"]).square().mean())
+    if run.main:
+        report.save_report(run, args.teacher, parameters, results)
+        report.print_table(results)
+    run.wait_for_all()
+
+
+def few_steps(who, steps, longest):
+    """The name of a row of report.json."""
+    if steps != longest:
+        return f"{who}_{steps}"
+    return "student" if who == "student" else "teacher_same_steps"
 
 
 def transport_errors(run, teacher, students, times, fine):
@@ -605,17 +673,18 @@ def transport_errors(run, teacher, students, times, fine):
 
 
 def conditions_of(args, net):
-    """Conditions of --sample: classes or, for a network without them, the rows of --data.
+    """Conditions of --sample: classes or, for a network without them, the rows of --prompts.
 
-    A dense network needs no x0 there: what models.encode writes will do. Raises UserError.
+    What models.encode writes will do; without --prompts they are those of --data. A network of
+    points is sampled at the points of --data. Raises UserError.
     """
     if "label" in net.cond_names:
         return Conditions(args, net)
+    flag, source = ("prompts", args.prompts) if args.prompts else ("data", args.data)
     if not is_sparse(net):
-        return load_conditions(args.data, net)
-    shape = tuple(args.sample_shape or net.latent_shape)
-    like = types.SimpleNamespace(base=net, config=net.config, shape=shape, world=None)
-    return DataConditions(*load_paired_data(args, like, sparse=True), args.data, net)
+        return load_conditions(source, net, flag)
+    places = load_places(args.data, tuple(args.sample_shape or net.latent_shape)[-1])
+    return load_conditions(source, net, flag, places)
 
 
 def sample_only(args):
@@ -716,7 +785,10 @@ def parse_args(argv=None):
         help="step counts that are measured; training is the same (paper: 1 and 2). None: 1 and 2, "
         "or with --sample the saved student's own")
     add("--data", default=None, help="x0 of velocity matching: a world, or FILE.safetensors with "
-        "x0, or coords, feats and offsets, and cond.* (default: the world's)")
+        "x0, or coords, feats and offsets, and cond.*, or a folder as TRELLIS-500K (default: the "
+        "world's); with --sample the points of TRELLIS's second stage, coords and offsets")
+    add("--dinov2", default=None, metavar="FOLDER", help="encoder of the views in such a folder, "
+        f"folder or name (None: {DINOV2})")
     add("--arm", choices=["mdt", "vm", "vd", "cm", "scm"], default="mdt",
         help="velocity matching + distillation (paper), one of the two, or a baseline: "
         "consistency distillation, or its continuous-time form")
@@ -780,8 +852,11 @@ def wrong_flags(a, teacher=None):
     prediction = teacher.prediction if teacher else "flow_v"
     is_flow = not teacher or (isinstance(teacher.schedule, Flow) and prediction == "flow_v")
     in_one = a.arm not in ("vm", "cm")
-    yield a.prompts, "--prompts: conditions come with --data here, as cond.*"
+    yield a.prompts and not a.sample, ("--prompts: conditions come with --data here, as cond.*; "
+                                       "it is for --sample")
     yield a.samples, "--samples: it writes images, and these are solids: leave it out"
+    yield a.dinov2 and not is_trellis_set(a.data), ("--dinov2: it is for --data FOLDER in "
+                                                    "TRELLIS-500K's layout: leave it out")
     low, high = a.teacher_guidance_interval
     yield low > high, (f"argument --teacher_guidance_interval: {low:g} is above {high:g}; give the "
                        "lower end first")

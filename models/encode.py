@@ -26,16 +26,14 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
-from torch import nn
+from PIL import Image
 
 from models import pairs as pairing
 from models.files import DTYPES, UserError, save_tensors
 from models.files import fingerprint as hash_of_files
-from models.libraries import require
+from models.image_tokens import DINOV2, ImageTokens, prepare_image
+from models.libraries import device, require
 from models.plumbing.flags import Parser, number
 from models.plumbing.run import run_main
 from models.progress import progress
@@ -44,33 +42,6 @@ from models.text_encoders import CLIP, FAMILIES, ask, padded_rows, teacher_class
 from models.vaes import find_autoencoder, load_autoencoder
 
 # ---- images of TRELLIS ---------------------------------------------------------------------------
-
-DINOV2 = "facebook/dinov2-with-registers-large"
-SIDE, LANCZOS = 518, Image.Resampling.LANCZOS  # pixels: 37 x 37 patches of 14
-
-
-def prepare_image(image):
-    """A PIL image as TRELLIS prepares it for DINOv2 -> uint8 (3, 518, 518), RGB.
-
-    With transparency: the square around the opaque part, 1.2 times as large, on black. Without:
-    the whole image, stretched to a square (TRELLIS first removes the background with rembg, so do
-    that before). Raises ValueError if nothing is opaque.
-    """
-    image = ImageOps.exif_transpose(image)
-    transparency = "A" in image.getbands() or "transparency" in image.info
-    image = image.convert("RGBA" if transparency else "RGB")
-    if image.mode == "RGBA" and image.getextrema()[3][0] < 255:
-        y, x = (np.asarray(image)[..., 3] > 0.8 * 255).nonzero()
-        if not len(x):
-            raise ValueError("nothing in it is opaque")
-        half = int(1.2 * max(np.ptp(x), np.ptp(y))) // 2
-        middle = (x.min() + x.max()) / 2, (y.min() + y.max()) / 2
-        box = tuple(float(m + side * half) for side in (-1, 1) for m in middle)
-        rgba = np.asarray(image.crop(box).resize((SIDE, SIDE), LANCZOS), np.float32) / 255
-        pixels = (rgba[..., :3] * rgba[..., 3:] * 255).astype(np.uint8)
-    else:
-        pixels = np.asarray(image.convert("RGB").resize((SIDE, SIDE), LANCZOS))
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def read_images(folder):
@@ -94,29 +65,17 @@ def read_images(folder):
     return images
 
 
-@torch.no_grad()
 def encode_trellis_images(folder, dinov2=DINOV2):
     """DINOv2 tokens of the images in a folder, sorted by name, as TrellisImageTo3DPipeline's.
 
     dinov2: a transformers folder, or a name that is downloaded. Returns {"cond.tokens":
     (N, 1374, 1024), "uncond.tokens": (1, 1374, 1024) zeros} on the CPU in float16, the precision in
-    which TRELLIS uses them: class token, 4 registers, 37 x 37 patches row by row, taken before the
-    model's last norm and normalised without weights. Raises UserError.
+    which TRELLIS uses them (models/image_tokens.py). Raises UserError.
     """
-    library, images = require("transformers"), read_images(folder)
-    try:
-        model = library.Dinov2WithRegistersModel.from_pretrained(dinov2).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--dinov2 {dinov2} cannot be loaded: {error}") from None
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.layernorm = nn.Identity()
-    mean = torch.tensor((0.485, 0.456, 0.406))[:, None, None]  # ImageNet's, per channel
-    std = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
-    rows = []
-    for pixels in images:
-        h = model(((pixels / 255 - mean) / std)[None].to(model.device)).last_hidden_state
-        rows.append(F.layer_norm(h, h.shape[-1:]).half().cpu())  # (1, L, D)
-    tokens = torch.cat(rows)
+    require("transformers")
+    images = read_images(folder)
+    encoder = ImageTokens(dinov2, device())
+    tokens = torch.cat([encoder(pixels[None]).half().cpu() for pixels in images])
     return {"cond.tokens": tokens, "uncond.tokens": torch.zeros_like(tokens[:1])}
 
 

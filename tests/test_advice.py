@@ -53,7 +53,7 @@ from models.plumbing.run import Run
 from models.prompts import header_bytes
 
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py"))
-TOOLS = ["models.encode", "models.decode", "models.convert", "models.metrics"]
+TOOLS = ["models.encode", "models.decode", "models.convert", "models.metrics", "models.meshes"]
 
 
 # ---- the messages, out of the source -------------------------------------------------------------
@@ -1023,7 +1023,7 @@ CASES = [
         "mdt_dist",
         "--prompts: conditions come with --data here, as cond.*",
         "--teacher STRUCTURE --prompts PROMPTS",
-        ["--teacher STRUCTURE --data DENSE"],
+        ["--teacher STRUCTURE --data DENSE", "--sample STRUCTURE_RUN --prompts TOKENS"],
     ),
     (
         "mdt_dist",
@@ -1075,25 +1075,25 @@ CASES = [
     ),
     (
         "mdt_dist",
-        "--data {}: no {} {}, the features of an empty prompt",
+        "--{} {}: no {} {}, the features of an empty prompt",
         "--teacher TEXT_STRUCTURE --data TEXT_TOKENS",
         ["--teacher TEXT_STRUCTURE --data WHOLE_TEXT_TOKENS"],
     ),
     (
         "mdt_dist",
-        "--data {}: {} is {} and cond.{} {}; give {} the shape {}",
+        "--{} {}: {} is {} and cond.{} {}; give {} the shape {}",
         "--teacher STRUCTURE --data WRONG_UNCOND",
         ["--teacher STRUCTURE --data DENSE"],
     ),
     (
         "mdt_dist",
-        "--data {}: a {} is sampled from FILE.safetensors with {}, which python -m models.encode",
+        "--{} {}: a {} is sampled from FILE.safetensors with {}, which python -m models.encode",
         "--sample STRUCTURE_RUN",
-        ["--sample STRUCTURE_RUN --data TOKENS"],
+        ["--sample STRUCTURE_RUN --prompts TOKENS"],
     ),
     (
         "mdt_dist",
-        "--data {}: no {} with at least one row, as python -m models.encode writes it; it has {}",
+        "--{} {}: no {} with at least one row, as python -m models.encode writes it; it has {}",
         "--sample STRUCTURE_RUN --data NO_TOKENS",
         ["--sample STRUCTURE_RUN --data TOKENS"],
     ),
@@ -1803,6 +1803,45 @@ ELSEWHERE = {
         "test_pairs",
         "test_captions_of_sets",
     ),
+    "--data {} has views, and this teacher takes tokens of prompts": (
+        "test_trellis_data",
+        "test_wrong_folders",
+    ),
+    "has {} folders ({}), one for each encoder": ("test_trellis_data", "test_wrong_folders"),
+    "--dinov2 {} makes tokens of width": ("test_trellis_data", "test_wrong_folders"),
+    "no object of metadata.csv can be used": ("test_trellis_data", "test_wrong_folders"),
+    "--data {}: latents are {}, the teacher takes": ("test_trellis_data", "test_wrong_folders"),
+    "--data {}: {} has coords {} and feats": ("test_trellis_data", "test_wrong_folders"),
+    "--dinov2: it is for --data FOLDER": ("test_trellis_data", "test_wrong_folders"),
+    "no coords and offsets, as python -m models.meshes": ("test_mdt_runs", "places_alone"),
+    "is sampled at those of FILE.safetensors": ("test_mdt_runs", "places_alone"),
+    "its pipeline.json names no {}": ("test_meshes", "test_wrong_input_is_one_line"),
+    "is a {}: give TRELLIS's root, or the path of its": (
+        "test_meshes",
+        "test_wrong_input_is_one_line",
+    ),
+    "mean and std of its latents have": ("test_meshes", "test_wrong_input_is_one_line"),
+    "x0 has shape {}, and the decoder of --teacher": (
+        "test_meshes",
+        "test_wrong_input_is_one_line",
+    ),
+    "occupies no voxel: sample again, mdt_dist.py --seed N": (
+        "test_meshes",
+        "test_wrong_input_is_one_line",
+    ),
+    "--structures {} has no tensor x0, but {}": ("test_meshes", "test_wrong_input_is_one_line"),
+    "or --voxels for meshes of the voxels of any points": (
+        "test_meshes",
+        "test_wrong_input_is_one_line",
+    ),
+    "channels, the mesh decoder of --teacher": ("test_meshes", "test_wrong_input_is_one_line"),
+    "--voxels is for --points": ("test_meshes", "test_wrong_input_is_one_line"),
+    "--teacher: give TRELLIS's root": ("test_meshes", "test_wrong_input_is_one_line"),
+    "points go to FILE.safetensors, name such a file": (
+        "test_meshes",
+        "test_wrong_input_is_one_line",
+    ),
+    "cannot write --output {}: {}; name another": ("test_meshes", "test_wrong_input_is_one_line"),
     "--reconstruct: --data {} has latents: give pictures": (
         "test_image_sets",
         "test_latents_are_not_reconstructed",
@@ -1873,7 +1912,7 @@ ELSEWHERE = {
         "test_old_trajectories_of_the_student_go",
     ),
     "it has {} frames, --frames wants {}": ("test_pairs", "test_pixels_are_cut_to_the_shape"),
-    "--data {}: {} disagree on the number of rows": (
+    "--{} {}: {} disagree on the number of rows": (
         "test_advice",
         "test_conditions_of_different_lengths",
     ),

@@ -29,7 +29,7 @@ import mdt_dist
 from models import encode
 from models.diffusion import expand, shift, step_grid
 from models.draws import Draws
-from models.files import load_json
+from models.files import UserError, load_json
 from models.networks import WEIGHTS, load_network, network_config, save_network
 from models.networks.trellis import SLatFlowModel, SparseStructureFlowModel
 from models.plumbing import film, teachers
@@ -688,7 +688,8 @@ def test_a_structure_is_sampled_from_the_tokens_of_images(tmp_path, capsys):
     for name, tensors in files.items():
         save_file(tensors, str(tmp_path / f"{name}.safetensors"))
     for name in ("data", "encoded", "tokens"):
-        source = ["--data", str(tmp_path / f"{name}.safetensors")]
+        flag = "--prompts" if name == "tokens" else "--data"
+        source = [flag, str(tmp_path / f"{name}.safetensors")]
         mdt_dist.main([*flags, *source, "--output_dir", str(tmp_path / name)])
         drawn[name] = load_file(tmp_path / name / "samples.safetensors")["x0"]
         assert drawn[name].shape == (3, 3, 4, 4, 4)
@@ -701,9 +702,11 @@ def test_a_structure_is_sampled_from_the_tokens_of_images(tmp_path, capsys):
         "flat": "tokens has shape (1, 10); pass (B, L, 10)",
     }
     for name, message in refused.items():
-        source = ["--data", str(tmp_path / f"{name}.safetensors")]
+        flag = "--data" if name in ("none", "flat") else "--prompts"
+        source = [flag, str(tmp_path / f"{name}.safetensors")]
         output = ["--output_dir", str(tmp_path / "refused")]
-        assert message in refusal_of(capsys, mdt_dist.main, *flags, *source, *output)
+        error = refusal_of(capsys, mdt_dist.main, *flags, *source, *output)
+        assert message in error and (flag in error or "tokens has shape" in error)
     for source in ([], ["--data", str(tmp_path)]):
         error = refusal_of(capsys, mdt_dist.main, *flags, *source, *output)
         assert "is sampled from FILE.safetensors with cond.tokens" in error
@@ -792,10 +795,38 @@ def test_both_stages(tmp_path, cls):
     for k, v in stored.items():
         torch.testing.assert_close(drawn[k], v, rtol=1e-3, atol=1e-3)
     if sparse:
+        places_alone(tmp_path, run, data, stored)
         assert torch.equal(stored["coords"], x0["coords"][:18])
         assert stored["offsets"].tolist() == [0, 6, 12, 18] and stored["feats"].std() > 0.1
     assert (run / "samples.png").is_file() is not sparse
     assert (run / "report.json").is_file()
+
+
+def places_alone(tmp_path, run, data, stored):
+    """Points without features, and the tokens from --prompts, give the same samples. What does not
+    belong together is refused."""
+    tensors, paths = load_file(data), {}
+    files = {
+        "points": {k: tensors[k] for k in ("coords", "offsets")},
+        "tokens": {"cond.tokens": tensors["cond.tokens"]},
+    }
+    for name, found in files.items():
+        paths[name] = str(tmp_path / f"{name}.safetensors")
+        save_file(found, paths[name])
+    flags = ["--sample", str(run), "--preview_samples", "3", "--output_dir"]
+    at = ["--data", paths["points"], "--prompts"]
+    mdt_dist.main([*flags, str(tmp_path / "drawn at"), *at, paths["tokens"]])
+    drawn = load_file(tmp_path / "drawn at" / "samples.safetensors")
+    torch.testing.assert_close(drawn["feats"], stored["feats"], rtol=1e-3, atol=1e-3)
+    refused = {
+        (*at[:-1],): "--data " + paths["points"] + ": no cond.tokens with at least one row",
+        ("--data", paths["tokens"]): "no coords and offsets, as python -m models.meshes",
+        ("--prompts", paths["tokens"]): "is sampled at those of FILE.safetensors",
+    }
+    for more, message in refused.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            mdt_dist.main([*flags, str(tmp_path / "refused"), *more])
+    assert not (tmp_path / "refused").exists()
 
 
 def test_points_and_the_full_grid_train_alike():

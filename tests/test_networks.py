@@ -35,6 +35,7 @@ from models.networks.trellis import (
     SparseStructureEncoder,
     SparseStructureFlowModel,
 )
+from models.networks.trellis_mesh import SLatMeshDecoder
 from models.networks.unet import SD_1_5, SDXL, UNet2DConditionModel
 from models.networks.wan import WanTransformer3DModel, WanTwoNetworks
 from models.networks.z_image import ZImageTransformer2DModel
@@ -192,6 +193,7 @@ OTHERS = {
         up_block_types=["UpDecoderBlock2D"] * 2,
     ),
     PatchPCA: dict(channels=3, patch=2, latent_channels=4),
+    SLatMeshDecoder: dict(resolution=4, model_channels=256, latent_channels=3, num_blocks=1),
     Identity: dict(channels=3),
     SparseStructureEncoder: dict(TINY_STAGES, in_channels=1, channels=[4, 8]),
     SparseStructureDecoder: dict(TINY_STAGES, out_channels=1, channels=[8, 4]),
@@ -266,7 +268,7 @@ def test_every_network_is_covered():
     for cls in NETWORKS.values():
         assert hasattr(cls, "prediction") == (cls not in OTHERS)
     for name, cls in NETWORKS.items():
-        alias = {"Transformer2DModel", "ElasticSLatFlowModel"}
+        alias = {"Transformer2DModel", "ElasticSLatFlowModel", "ElasticSLatMeshDecoder"}
         assert name == cls.__name__ or name in alias
 
 

@@ -80,7 +80,8 @@ lora.Linear. An architecture may have more inputs than these, but they must be o
 
 WanTwoNetworks keeps the contract without being in NETWORKS: it is built of two networks, not of a
 config. Autoencoders (models/networks/autoencoders.py; SparseStructureEncoder,
-SparseStructureDecoder) have a config and files too, but do not denoise and have no `prediction`.
+SparseStructureDecoder, SLatMeshDecoder) have a config and files too, but do not denoise and have no
+`prediction`.
 docs/adding.md has an example.
 """
 
@@ -108,6 +109,7 @@ from models.networks.trellis import (
     SparseStructureEncoder,
     SparseStructureFlowModel,
 )
+from models.networks.trellis_mesh import SLatMeshDecoder
 from models.networks.unet import UNet2DConditionModel
 from models.networks.wan import WanTransformer3DModel, WanTwoNetworks
 from models.networks.z_image import ZImageTransformer2DModel
@@ -133,13 +135,18 @@ NETWORKS = {
     "SparseStructureEncoder": SparseStructureEncoder,
     "SparseStructureDecoder": SparseStructureDecoder,
     "SLatFlowModel": SLatFlowModel,
+    "SLatMeshDecoder": SLatMeshDecoder,
     # The name of PixArt's and DiT's class in older versions of diffusers and in the released
     # configs; network_class decides which of the two it is.
     "Transformer2DModel": PixArtTransformer2DModel,
-    # The name in TRELLIS's released configs. That class differs only in how it saves memory there.
+    # Names in TRELLIS's released configs. Those classes differ only in how they save memory there.
     "ElasticSLatFlowModel": SLatFlowModel,
+    "ElasticSLatMeshDecoder": SLatMeshDecoder,
 }
-TRELLIS = (SparseStructureFlowModel, SLatFlowModel, SparseStructureEncoder, SparseStructureDecoder)
+TRELLIS = (
+    *(SparseStructureFlowModel, SLatFlowModel),
+    *(SparseStructureEncoder, SparseStructureDecoder, SLatMeshDecoder),
+)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 SHARD_BYTES = 5 * 10**9  # of a file; larger ones are awkward to move about

@@ -34,6 +34,8 @@ attention does not support it. Tokens of images and of prompts are made by a com
 
     python -m models.encode --images FOLDER --output tokens.safetensors
     python -m models.encode --teacher TRELLIS-text-large --prompts_txt prompts.txt --output ...
+
+and of samples meshes are made by models/meshes.py.
 """
 
 import math

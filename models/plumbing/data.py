@@ -144,23 +144,24 @@ class Conditions:
 class DataConditions:
     """Conditions that belong to the items of a data set: the rows of --data's cond.NAME.
 
-    For sparse data the points (coords) of the item come too. Unconditional is uncond.NAME (1, ...)
-    of the same file, and zeros where it has none.
+    For sparse data the points (coords) of the item come too; of more items than rows, item i has
+    row i modulo their number, as the samples of a dense network have. Unconditional is uncond.NAME
+    (1, ...) of the same file, and zeros where it has none.
     """
 
     prompts = None
 
-    def __init__(self, data, cond, source, net):
+    def __init__(self, data, cond, source, net, flag="data"):
         """data: x0 (N, ...) or SparseRows, None for conditions alone. cond: {name: (N, ...)}.
 
-        source: the --data they come from. net: its `uncond_names`, where it has such, are inputs
-        whose unconditional twin is no zeros. Raises UserError for a file without one, or one of
-        another shape.
+        source: the --data (flag) they come from. net: its `uncond_names`, where it has such, are
+        inputs whose unconditional twin is no zeros. Raises UserError for a file without one, or one
+        of another shape.
         """
-        self.points = data if isinstance(data, SparseRows) else None
+        self.points = data if isinstance(data, SparsePlaces) else None
         self.cond = cond
         needed = getattr(net, "uncond_names", ())
-        self.uncond = read_unconditional(source, cond, needed)
+        self.uncond = read_unconditional(source, cond, needed, flag)
 
     def unconditional(self, cond):
         """The unconditional twin of a batch of cond, {name: (B, ...)}, on the same device."""
@@ -170,45 +171,68 @@ class DataConditions:
 
     def pick(self, index, device):
         """index (B,) int64 -> cond, uncond."""
-        cond = {k: v[index].to(device) for k, v in self.cond.items()}
-        at = {"coords": self.points[index][1].to(device)} if self.points else {}
+        cond = {k: v[index % len(v)].to(device) for k, v in self.cond.items()}
+        at = {"coords": self.points.places(index).to(device)} if self.points else {}
         return {**cond, **at}, {**self.unconditional(cond), **at}
 
     def preview(self, n):
         """The first n items of the data.  (n,) int64."""
-        return torch.arange(n) % len(next(iter(self.cond.values())))
+        items = self.points if self.points else next(iter(self.cond.values()))
+        return torch.arange(n) % len(items)
 
 
-def load_conditions(source, net):
-    """--data of --sample: the conditions in FILE.safetensors alone.  -> DataConditions.
+def load_conditions(source, net, flag="data", points=None):
+    """The conditions of --sample, in FILE.safetensors alone.  -> DataConditions.
 
-    net: whose cond_names are read. Raises UserError.
+    source: what the flag names, data or prompts. net: whose cond_names are read. points:
+    SparsePlaces, where the network works on points. Raises UserError.
     """
     keys = [f"cond.{name}" for name in net.cond_names]
+    where = f"--{flag} {source}"
     if not str(source).endswith(".safetensors"):
         raise UserError(
-            f"--data {source}: a {type(net).__name__} is sampled from FILE.safetensors with "
-            f"{' and '.join(keys)}, which python -m models.encode writes"
+            f"{where}: a {type(net).__name__} is sampled from FILE.safetensors with "
+            f"{' and '.join(keys)}, which python -m models.encode writes: give it as --prompts"
         )
     file = open_prompts(source)
     there, rows = set(file.keys()), {}
     for key, name in zip(keys, net.cond_names):
         if key not in there or file.get_slice(key).get_shape()[:1] in ([], [0]):
             raise UserError(
-                f"--data {source}: no {key} with at least one row, as python -m models.encode "
+                f"{where}: no {key} with at least one row, as python -m models.encode "
                 f"writes it; it has {', '.join(sorted(there)) or 'nothing'}"
             )
-        rows[name] = Rows(file, key, f"--data {source}").check()
+        rows[name] = Rows(file, key, where).check()
     if len({len(values) for values in rows.values()}) > 1:
-        raise UserError(f"--data {source}: {' and '.join(keys)} disagree on the number of rows")
-    return DataConditions(None, rows, source, net)
+        raise UserError(f"{where}: {' and '.join(keys)} disagree on the number of rows")
+    return DataConditions(points, rows, source, net, flag)
 
 
-def read_unconditional(source, cond, needed=()):
+def load_places(source, size):
+    """--data of --sample for a network of points: where they lie, in FILE.safetensors.
+
+    size: of the grid.  -> SparsePlaces. Raises UserError.
+    """
+    if not str(source).endswith(".safetensors"):
+        raise UserError(
+            f"--data {source}: a network of points is sampled at those of FILE.safetensors, coords "
+            "and offsets, as python -m models.meshes --structures writes them"
+        )
+    file = open_tensors(source)
+    there = set(file.keys())
+    if not {"coords", "offsets"} <= there:
+        raise UserError(
+            f"--data {source}: no coords and offsets, as python -m models.meshes --structures "
+            f"writes them; it has {', '.join(sorted(there)) or 'nothing'}"
+        )
+    return SparsePlaces(file, f"--data {source}", size)
+
+
+def read_unconditional(source, cond, needed=(), flag="data"):
     """uncond.NAME of FILE.safetensors, for the names that it has.  -> {name: (1, ...)}, float32.
 
-    source: what --data names; only a file has such tensors. cond: {name: (N, ...)}. needed: names
-    that must be there. Raises UserError.
+    source: what --data (flag) names; only a file has such tensors. cond: {name: (N, ...)}. needed:
+    names that must be there. Raises UserError.
     """
     file = open_prompts(source) if str(source).endswith(".safetensors") else None
     there, found = set(file.keys()) if file else set(), {}
@@ -216,16 +240,16 @@ def read_unconditional(source, cond, needed=()):
         shape, key = (1, *values.shape[1:]), f"uncond.{name}"
         if key not in there and name in needed:
             raise UserError(
-                f"--data {source}: no {key} {shape}, the features of an empty prompt, from which a "
-                "text teacher's guidance leads away: python -m models.encode --teacher ROOT "
+                f"--{flag} {source}: no {key} {shape}, the features of an empty prompt, from which "
+                "a text teacher's guidance leads away: python -m models.encode --teacher ROOT "
                 f"--prompts_txt FILE writes it beside cond.{name}; add it to this file"
             )
         if key not in there:
             continue
-        row = Rows(file, key, f"--data {source}")
+        row = Rows(file, key, f"--{flag} {source}")
         if row.shape != shape:
             raise UserError(
-                f"--data {source}: {key} is {row.shape} and cond.{name} {tuple(values.shape)}; "
+                f"--{flag} {source}: {key} is {row.shape} and cond.{name} {tuple(values.shape)}; "
                 f"give {key} the shape {shape}"
             )
         found[name] = row[torch.zeros(1, dtype=torch.long)]
@@ -407,36 +431,29 @@ class Rows:
         return self
 
 
-class SparseRows:
+class SparsePlaces:
     """Items that are points of a grid: item i is rows offsets[i] to offsets[i + 1] of the file.
 
-    rows[index (B,)] -> feats (n, C) float32 and coords (n, 4) int64 of the points of these items;
-    a row of coords is the item's place in index, then x, y and z. Features are read when they are
-    asked for. Coordinates are read once as a whole at the start, so that a broken file is refused
-    before any training.
+    places(index (B,)) -> coords (n, 4) int64 of the points of these items; a row is the item's
+    place in index, then x, y and z. Coordinates are read once as a whole at the start, so that a
+    broken file is refused before any training.
     """
 
     def __init__(self, file, where, size=None):
-        """file: an open safetensors file with coords (M, 3), feats (M, C), offsets (N + 1,).
+        """file: an open safetensors file with coords (M, 3) and offsets (N + 1,).
 
         where: what an error message begins with. size: points must lie within 0..size-1 on each
         axis; None sets no upper limit. Raises UserError.
         """
-        self.feats, self.coords = file.get_slice("feats"), file.get_slice("coords")
-        self._check_shapes(where)
+        self.coords = file.get_slice("coords")
+        self._check_shapes(file, where)
         self.offsets = self._checked_offsets(where, file.get_tensor("offsets"))
         self._check_range(where, size)
-        Rows(file, "feats", where).check()
 
-    def _check_shapes(self, where):
-        shape, feats = self.coords.get_shape(), self.feats.get_shape()
-        dtype = self.coords.get_dtype()
-        right = len(shape) == 2 and shape[1] == 3 and dtype[0] in "IU"
-        if not right or len(feats) != 2 or feats[0] != shape[0]:
-            raise UserError(
-                f"{where}: coords is {dtype} {shape} and feats {feats}; "
-                "wanted integers (M, 3) and (M, C)"
-            )
+    def _check_shapes(self, file, where):
+        shape, dtype = self.coords.get_shape(), self.coords.get_dtype()
+        if len(shape) != 2 or shape[1] != 3 or dtype[0] not in "IU":
+            raise UserError(f"{where}: coords is {dtype} {shape}; wanted integers (M, 3)")
 
     def _checked_offsets(self, where, offsets):
         """offsets, a tensor -> list of N + 1 ints."""
@@ -473,12 +490,40 @@ class SparseRows:
     def __len__(self):
         return len(self.offsets) - 1
 
+    def spans(self, index):
+        """The rows of each of these items.  -> list of slices"""
+        return [slice(self.offsets[i], self.offsets[i + 1]) for i in index.tolist()]
+
+    def places(self, index):
+        parts = enumerate(self.spans(index))
+        return torch.cat([F.pad(self.coords[span].long(), (1, 0), value=i) for i, span in parts])
+
+
+class SparseRows(SparsePlaces):
+    """Such items with features: rows[index (B,)] -> feats (n, C) float32 and coords (n, 4) int64.
+
+    Features are read when they are asked for.
+    """
+
+    def __init__(self, file, where, size=None):
+        """file: with feats (M, C) beside the others. Raises UserError."""
+        self.feats = file.get_slice("feats")
+        super().__init__(file, where, size)
+        Rows(file, "feats", where).check()
+
+    def _check_shapes(self, file, where):
+        shape, feats = self.coords.get_shape(), self.feats.get_shape()
+        dtype = self.coords.get_dtype()
+        right = len(shape) == 2 and shape[1] == 3 and dtype[0] in "IU"
+        if not right or len(feats) != 2 or feats[0] != shape[0]:
+            raise UserError(
+                f"{where}: coords is {dtype} {shape} and feats {feats}; "
+                "wanted integers (M, 3) and (M, C)"
+            )
+
     def __getitem__(self, index):
-        spans = [slice(self.offsets[i], self.offsets[i + 1]) for i in index.tolist()]
-        coords = [
-            F.pad(self.coords[span].long(), (1, 0), value=place) for place, span in enumerate(spans)
-        ]
-        return torch.cat([as_float32(self.feats[span]) for span in spans]), torch.cat(coords)
+        feats = torch.cat([as_float32(self.feats[span]) for span in self.spans(index)])
+        return feats, self.places(index)
 
 
 def ragged(x, coords):
