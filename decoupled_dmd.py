@@ -313,6 +313,12 @@ def new_head(run, student, teacher):
     return run.place(GanHead(features.shape[-1]), whole=run.args.fake_lora_rank > 0)
 
 
+def requires_grad(parameters, on):
+    """Let these get gradients, or not."""
+    for p in parameters:
+        p.requires_grad_(on)
+
+
 def step_input(k, draw, on):
     """The fake's further condition: k, the student step that made the sample."""
     return {"steps": k.float().to(draw.device)} if on else {}
@@ -369,8 +375,8 @@ def train(args):
     ema = average_of(run, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
-    critic = torch.nn.ModuleList([fake, head])  # the discriminator is the fake and a head on it
-    optimizer_fake = torch.optim.AdamW(critic.parameters(), lr=args.learning_rate_fake, **adam)
+    critic = [*fake.parameters(), *head.parameters()]  # the discriminator: fake and a head on it
+    optimizer_fake = torch.optim.AdamW(critic, lr=args.learning_rate_fake, **adam)
     networks = dict(student=student, fake=fake, head=head, ema=ema)
     run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
     moments = mean_variance_target(args, teacher.world)
@@ -385,7 +391,7 @@ def train(args):
         optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
 
         # ---- student: one update on its own samples; teacher, fake and head are constants
-        critic.requires_grad_(False)
+        requires_grad(critic, False)
         seen = []
         for draw in run.micro_batches(step, "student", teacher):
             with run.autocast():
@@ -416,7 +422,7 @@ def train(args):
             if args.reuse_samples:  # in the fake's first update, micro-batch by micro-batch
                 seen.append((x.detach(), k, cond))
         run.update(optimizer, "student")
-        critic.requires_grad_(True)
+        requires_grad(critic, True)
 
         # ---- fake score and discriminator: R updates on samples of the current student
         for inner in range(args.fake_update_ratio if ablation.needs_fake else 0):

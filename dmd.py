@@ -215,12 +215,9 @@ def student_input(args, draw, student, teacher, times):
         k = torch.full((B,), draw.agreed("k", N))
     t, (cond, uncond) = torch.tensor(times)[k].to(draw.device), teacher.conditions.draw(draw)
     if args.student_input == "real" and N > 1:  # ablation: noised data, never met at test time
-        x_real, cond = teacher.real(draw, "real_input")
-        x_in, first = (
-            teacher.diffusion.add_noise(x_real, draw.noise("z"), t),
-            expand(k == 0, x_real),
-        )
-        return k, t, torch.where(first.to(draw.device), draw.noise("z"), x_in), cond, uncond
+        (x_real, cond), z = teacher.real(draw, "real_input"), draw.noise("z")
+        x_in = teacher.diffusion.add_noise(x_real, z, t)
+        return k, t, torch.where(expand(k == 0, z).to(z.device), z, x_in), cond, uncond
     furthest = int(largest_over_ranks(k.max(), draw.device)) if N > 1 else 0
     how = times[: furthest + 1], cond, args.renoise, k
     with torch.no_grad():
@@ -261,6 +258,12 @@ def new_head(run, student, teacher):
     return run.place(GanHead(features.shape[-1]), whole=run.args.fake_lora_rank > 0)
 
 
+def requires_grad(parameters, on):
+    """Let these get gradients, or not."""
+    for p in parameters:
+        p.requires_grad_(on)
+
+
 def step_input(k, draw, on):
     """The fake's further condition: k, the student step that made the sample."""
     return {"steps": k.float().to(draw.device)} if on else {}
@@ -283,8 +286,8 @@ def train(args):
     ema = average_of(run, student)
     adam = dict(betas=tuple(args.adam_betas), weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, **adam)
-    critic = torch.nn.ModuleList([fake, head])  # the discriminator is the fake and a head on it
-    optimizer_fake = torch.optim.AdamW(critic.parameters(), lr=args.learning_rate_fake, **adam)
+    critic = [*fake.parameters(), *head.parameters()]  # the discriminator: fake and a head on it
+    optimizer_fake = torch.optim.AdamW(critic, lr=args.learning_rate_fake, **adam)
     networks = dict(student=student, fake=fake, head=head, ema=ema)
     run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
     pairs = teacher_pairs(run, teacher) if args.regression_weight else None
@@ -298,7 +301,7 @@ def train(args):
         optimizer_fake.param_groups[0]["lr"] = args.learning_rate_fake * warmup * decay
 
         # ---- student: one update on its own samples; teacher, fake and head are constants
-        critic.requires_grad_(False)
+        requires_grad(critic, False)
         seen = []
         for draw in run.micro_batches(step, "student", teacher):
             with run.autocast():
@@ -331,7 +334,7 @@ def train(args):
             if args.reuse_samples:  # in the fake's first update, micro-batch by micro-batch
                 seen.append((x.detach(), k, cond))
         run.update(optimizer, "student")
-        critic.requires_grad_(True)
+        requires_grad(critic, True)
 
         # ---- fake score and discriminator: R updates on samples of the current student
         for inner in range(args.fake_update_ratio if needs_fake(args) else 0):
