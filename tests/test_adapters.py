@@ -248,7 +248,7 @@ def test_sampling_a_saved_adapter(name, tmp_path, monkeypatch, capsys):
     other = perturbed(small_dit(dim=64, depth=2, channels=3))
     save_network(other, network_config(other), str(tmp_path / "other"))
     says = refusal_of(capsys, script.main, *again, str(tmp_path / "other"))
-    assert f"the adapters belong on {root}, name it with --teacher" in says
+    assert f"the adapters belong on {root} as it was, name that with --teacher" in says
 
 
 @pytest.mark.parametrize("rank", [0, 2, 3])

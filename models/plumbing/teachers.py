@@ -690,8 +690,8 @@ def saved_teacher(run, saved, two_networks=False):
     teacher, known = start_teacher(run, two_networks), saved.get("base_fingerprint")
     if known and teacher.files and known != teacher.files:
         raise UserError(
-            f"{args.teacher} is not the teacher of these adapters, its weights are others: restore "
-            "it, or name the one that they were trained on with --teacher"
+            f"{args.teacher} is not the teacher of these adapters, its weights are others; the "
+            f"adapters belong on {saved['base']} as it was, name that with --teacher"
         )
     freeze_teacher(run, teacher)
     return teacher
