@@ -24,7 +24,7 @@ input; DM must see faults of all sizes, so it draws from all levels.
 Launch.
     laptop      python decoupled_dmd.py                    # glyphs, four steps, four minutes
                 python decoupled_dmd.py --teacher ring     # seconds
-    paper       python decoupled_dmd.py --shared_fake --fake_update_ratio 5
+    paper       python decoupled_dmd.py --shared_fake --one_step --fake_update_ratio 5
     ablations   python decoupled_dmd.py --schedule shared    # DMD; also full, constrained (Table 1)
                 python decoupled_dmd.py --no_dm       # CA alone: sharp, then runs away (Fig. 2)
     torchrun    torchrun --nproc-per-node 8 decoupled_dmd.py --teacher Z-Image \
@@ -33,8 +33,9 @@ Launch.
     sampling    python decoupled_dmd.py --sample runs/decoupled_dmd-glyphs/student
 
 Deviations; the reasons are in docs/decoupled_dmd.md. Scores are written as x0 predictions. Released
-teachers get a normaliser, "branch". The fake is conditioned on the student's step (--shared_fake:
-the paper's, which is not). Of its R updates the first sees the samples of the student's update.
+teachers get a normaliser, "branch". Every sample has a step of its own (--one_step: one for the
+batch), and the fake is conditioned on it (--shared_fake: the paper's, which is not). Of the fake's
+R updates the first sees the samples of the student's update.
 """
 
 import torch
@@ -49,6 +50,7 @@ from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import Film
 from models.plumbing.flags import (
     add_picture_flags,
+    add_step_flag,
     distillation_parser,
     number,
     paper_values,
@@ -572,6 +574,7 @@ def parse_args(argv=None):
                    guidance_scale=3.0)
     paper_values(p, fake_update_ratio="5, DMD2's", adam_betas=".9 .999", weight_decay=".01",
                  lr_decay_share="0", learning_rate_fake="5e-7, both")
+    add_step_flag(p)
     add = p.method.add_argument
     add("--student_steps", type=number(int, 1), default=4,
         help="N, network calls of the student (paper: 4; Z-Image-Turbo: 8)")
@@ -586,8 +589,6 @@ def parse_args(argv=None):
     add("--ca_range", type=number(float, 0, 1), nargs=2, default=None, metavar=("LO", "HI"),
         help="u ~ U[LO, HI] of CA, before the schedule's bound and before the shift (default and "
         "paper: 0 1; the paper's [0, .05] is .95 1 here)")
-    add("--one_step", action="store_true",
-        help="all samples of a batch are made by the same step (DMD2's code)")
     add("--ca_weight", type=number(float, 0), default=1.0,
         help="factor of CFG augmentation, on alpha - 1 (paper: 1)")
     add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.0, 1.0], metavar=("LO", "HI"),

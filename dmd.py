@@ -24,7 +24,7 @@ Launch.
                 python dmd.py --teacher runs/latent_fm-FOLDER         # your own, see latent_fm.py
     paper       python dmd.py --fake_update_ratio 5 --gan_weight 3e-3         # DMD2, one step
                 python dmd.py --fake_update_ratio 5 --gan_weight 5e-3 --student_steps 4 \
-                    --shared_fake                                          # DMD2, four steps
+                    --shared_fake --one_step                               # DMD2, four steps
     paper, v1   python dmd.py --fake_update_ratio 1 --regression_weight 0.25
     two stages  python dmd.py --student_init runs/dmd-glyphs --fake_init runs/dmd-glyphs \
                     --gan_weight 0.3 --learning_rate 6e-4          # the GAN after convergence
@@ -34,11 +34,11 @@ Launch.
     sampling    python dmd.py --sample runs/dmd-glyphs/student
 
 Deviations; the reasons are in docs/dmd.md. The gradient drops Eq. 7's factor alpha_t, as both
-papers' pseudo-code does. One step is one student update; of the R fake updates after it the first
-sees its samples, as in DMD2's code, the others fresh ones. The regression is L2, not LPIPS; the
-GAN's head an MLP on tokens. Noise levels are spread evenly over a batch and have the teacher's
-shift. With several steps the fake is conditioned on the step (--shared_fake: not, as in the
-papers). Optimiser settings and averaged weights suit short runs.
+papers' pseudo-code does. Of the R fake updates after the student's the first sees its samples, as
+in DMD2's code. The regression is L2, not LPIPS; the GAN's head an MLP on tokens. Noise levels are
+spread evenly over a batch and have the teacher's shift. With several steps every sample has its own
+(--one_step: one for the batch, as in DMD2's code), and the fake is conditioned on it
+(--shared_fake: not, as in the papers). Optimiser settings and averaged weights suit short runs.
 """
 
 import os
@@ -58,6 +58,7 @@ from models.plumbing.film import film_of_scores
 from models.plumbing.flags import (
     add_guidance_rescale_flag,
     add_picture_flags,
+    add_step_flag,
     distillation_parser,
     number,
     paper_values,
@@ -558,6 +559,7 @@ def parse_args(argv=None):
     p.set_defaults(max_train_steps=1100, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.995)
     paper_values(p, fake_update_ratio="5 to 10; v1: 1", adam_betas=".9 .999", weight_decay=".01",
                  lr_decay_share="0", ema_decay="0")
+    add_step_flag(p)
     add = p.method.add_argument
     add("--student_steps", type=number(int, 1), default=1,
         help="N, network calls of the student (paper: 1 or 4)")
@@ -566,8 +568,6 @@ def parse_args(argv=None):
         "index 399 of 1000, 0.4)")
     add("--renoise", choices=["sde", "ode"], default="sde",
         help="between student steps: fresh noise (paper), or Euler")
-    add("--one_step", action="store_true",
-        help="all samples of a batch are made by the same step (papers' code)")
     add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.02, 0.98], metavar=("LO", "HI"),
         help="t of the student's loss lies in [LO, HI], after the shift (paper: .02 .98)")
     add("--dm_weight", type=number(float, 0), default=1.0,

@@ -29,17 +29,18 @@ Launch.
     baselines   python phased_dmd.py --phases 1                  # DMD with truncation (Fig. 1b)
                 python phased_dmd.py --phases 1 --no_truncation  # vanilla few-step DMD (Fig. 1a)
     paper       python phased_dmd.py --dmd_weight paper --taper all --shared_fake \
-                    --fake_update_ratio 5 --ema_decay 0
+                    --one_step --fake_update_ratio 5 --ema_decay 0
     torchrun    torchrun --nproc-per-node 8 phased_dmd.py --teacher Wan2.2-T2V-A14B-Diffusers \
                     --prompts prompts.safetensors --mixed_precision bf16 \
                     --fake_lora_rank 64 --sample_shape 16 1 90 160
     sampling    python phased_dmd.py --sample runs/phased_dmd-clips/student
 
 Deviations; reasons in docs/phased_dmd.md. The gradient has DMD's normalised weight. Eq. 13's taper
-is left out where s = 0. With several steps in a phase the fake is conditioned on the step. The
-first of its R updates sees the samples of the expert's update before it. Noise levels are spread
-evenly over a batch, none below .02 in the student's turn. Full copies, averaged weights, betas and
-falling rates suit short runs of small networks.
+is left out where s = 0. With several steps in a phase every sample has its own (--one_step: one for
+the batch) and the fake is conditioned on it. The first of its R updates sees the samples of the
+expert's update before it. Noise levels are spread evenly over a batch, none below .02 in the
+student's turn. Full copies, averaged weights, betas and falling rates suit short runs of small
+networks.
 """
 
 import gc
@@ -62,6 +63,7 @@ from models.plumbing.dry_run import Network, Turn, dry_run, is_pair
 from models.plumbing.film import film_of_scores
 from models.plumbing.flags import (
     add_guidance_rescale_flag,
+    add_step_flag,
     distillation_parser,
     number,
     paper_values,
@@ -937,6 +939,7 @@ def parse_args(argv=None):
                  learning_rate="5e-5, of adapters", learning_rate_fake="4e-7", ema_decay="0",
                  lr_decay_share="not stated; here of each phase", lora_rank="64", lora_alpha="8",
                  fake_lora_rank="0")
+    add_step_flag(p)
     add = p.method.add_argument
     add("--student_steps", type=number(int, 1), default=4,
         help="N, network calls of the student (paper: 4)")
@@ -949,8 +952,6 @@ def parse_args(argv=None):
         help="what the matching gradient moves: the sample at the end of the phase (paper, Eq. "
         "10), or the clean sample that its step implies, as the authors' trainer does; the same "
         "where s = 0")
-    add("--one_step", action="store_true",
-        help="all samples of a batch are made by the same step of the phase (paper's code)")
     add("--taper", choices=["inner", "all", "none"], default="inner",
         help="Eq. 13's clamp: in phases with s > 0, in all (paper), or nowhere")
     add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.02, 1.0], metavar=("LO", "HI"),

@@ -22,8 +22,9 @@ one network learns several step counts at once.
 Launch.
     laptop      python tdm.py                       # glyphs, K = 1, 2 and 4 in one student, minutes
                 python tdm.py --teacher ring        # seconds
-    paper       python tdm.py --student_steps 4 --regress x_s --fake_update_ratio 1
-    paper, K    python tdm.py --student_steps 1 2 4 --regress x_s --fake_update_ratio 1      # Eq. 8
+    paper       python tdm.py --student_steps 4 --shared_fake --regress x_s --fake_update_ratio 1
+    paper, K    python tdm.py --student_steps 1 2 4 --shared_fake --regress x_s \
+                    --fake_update_ratio 1                               # Eq. 8
     ablations   python tdm.py --untold              # Tab. 5: nobody is conditioned on K
                 python tdm.py --loss l2             # Tab. 5: no surrogate metric
     torchrun    torchrun --nproc-per-node 8 tdm.py --teacher PixArt-XL-2-512x512 \
@@ -33,9 +34,10 @@ Launch.
 
 Deviations; the reasons are in docs/tdm.md. x_s is regressed, as in the paper, where the network
 predicts noise; elsewhere x, as in the authors' demo (--regress). Eq. 7's target biases the fake at
-every step but the last; --fake_target exact does not. The K take turns over a batch, K = 1 in two
-of four rows. tau keeps 2 % of its interval off both ends. The fake has R updates, and from the
-second on fresh samples; its gradient is clipped. Optimiser settings and averages suit short runs.
+every step but the last; --fake_target exact does not. It is conditioned on the step, too
+(--shared_fake: on K alone). The K take turns over a batch, K = 1 in two of four rows. tau keeps 2 %
+of its interval off both ends. The fake has R updates, and from the second on fresh samples; its
+gradient is clipped. Optimiser settings and averages suit short runs.
 """
 
 from dataclasses import dataclass

@@ -202,6 +202,13 @@ def add_fake_score_flags(p):
         help="learning rate of the fake score")
 
 
+def add_step_flag(p):
+    """Whether the samples of a batch have one step of the student in common."""
+    p.method.add_argument("--one_step", action=argparse.BooleanOptionalAction, default=False,
+        help="all samples of a batch are made by the same step of the student (as the papers' "
+        "code), or each by its own")
+
+
 def add_adapter_flags(p, fake_score=True):
     """Flags of training adapters on the teacher's network. fake_score: also the fake's."""
     add = p.method.add_argument
