@@ -478,7 +478,7 @@ def test_a_finished_run_states_its_work(capsys, monkeypatch, tmp_path):
     assert float(said[2]) == pytest.approx(40 * flops / 1e12, rel=1e-2)
     assert float(said[4]) == pytest.approx(40 * flops / 20 / 1e9, abs=1)  # GFLOP/s in 20 seconds
     assert float(said[5]) == pytest.approx(40 * flops / 20 / 1e11, abs=0.01)
-    (tmp_path / "log.csv").write_text("step,seconds\n0,0.5\n")  # too little to speak of
+    (tmp_path / "log.csv").write_text("step,seconds\n0,0.5\n")  # too short to speak of
     work.work_done(args, *dmd.cost(args))
     assert capsys.readouterr().out == ""
 

@@ -108,7 +108,9 @@ class Diary:
 
     def on_step(self, real, expert, diffusion, x_in, t, t_next, cond):
         x, x0 = real(expert, diffusion, x_in, t, t_next, cond)
-        call = dict(who=next(n for n, e in self.made.items() if e is expert), t=t, t_next=t_next)
+        at = t if isinstance(t, float) else float(t[0])  # the same for all rows with --one_step
+        who = next(n for n, e in self.made.items() if e is expert)
+        call = dict(who=who, t=round(at, 6), t_next=round(t_next, 6), of_rows=t)
         call |= dict(gradient=torch.is_grad_enabled(), x_in=x_in, x=x, x0=x0, cond=cond)
         self.calls.append(types.SimpleNamespace(**call))
         return x, x0
@@ -174,7 +176,7 @@ class Diary:
 
 RUN = (
     "--teacher ring --max_train_steps 4 --train_batch_size 8 --fake_update_ratio 2 "
-    "--checkpointing_steps 1000 --max_grad_norm 1e9 --preview_every 0"
+    "--checkpointing_steps 1000 --max_grad_norm 1e9 --preview_every 0 --one_step"
 ).split()
 
 
@@ -292,6 +294,7 @@ def calls_of_a_turn(turn, first, steps, phases, no_truncation=False):
     first: number of the sample's last step or, without truncation, of its first with gradient.
     """
     grid, slices = in_phases(steps, phases)
+    grid = [round(t, 6) for t in grid]
     (_, end), student = slices[turn.phase - 1], turn.who == "student"
     before = [(expert_of(i, slices), grid[i], grid[i + 1], False) for i in range(first)]
     last = [(grid[first], grid[end])]
@@ -524,6 +527,20 @@ def test_samples_are_the_experts_own(monkeypatch, tmp_path, steps, phases, flags
             assert torch.equal(call.cond["label"], label) and set(call.cond) == {"label"}
         assert torch.equal(turn.x_s, turn.calls[-1].x)
     assert last == [{0} if flags else set(range(e - b)) for b, e in slices]
+
+
+def test_a_batch_has_all_steps_of_the_phase(monkeypatch, tmp_path):
+    """Two steps a phase, batch 8: four samples jump from each, at its own time, and the fake is
+    conditioned on the step of every sample."""
+    diary, (grid, slices) = run(monkeypatch, tmp_path, "--no-one_step"), in_phases()
+    for turn in (t for t in diary.turns if t.calls):
+        begin, end = slices[turn.phase - 1]
+        t = turn.calls[-1].of_rows
+        own = [t.isclose(torch.tensor(float(grid[i]))) for i in range(begin, end)]
+        assert [int(rows.sum()) for rows in own] == [4, 4]
+        assert turn.calls[-2].x_in.shape[0] == 4  # those that take the phase's first step in full
+        if turn.who == "fake":
+            assert torch.equal(turn.cond["steps"], own[1].float())
 
 
 @pytest.mark.parametrize("phases", [1, 2, 4])
@@ -904,7 +921,7 @@ def test_files_of_a_run(finished, kind):
     assert [(int(r["step"]), int(r["phase"])) for r in log] == [
         (step + 1, 1 if step < 3 else 2) for step in range(6)
     ]
-    columns = "step phase loss_fake norm_fake loss_dm g_dm dm_cos dm_rel_gap mean std norm_student"
+    columns = "step phase loss_dm g_dm dm_cos dm_rel_gap mean std norm_student loss_fake norm_fake"
     columns = columns.split()
     assert list(log[0]) == [*columns, "seconds", "peak_memory_mb"]
     assert all(float(v) == float(v) for r in log for v in r.values())
@@ -1207,6 +1224,10 @@ def test_adapters_of_one_network_and_of_two(tmp_path, capsys):
         ("b", one, tmp_path / "two", "one network"),
     ):
         phased_dmd.main([*flags, *own, "--output_dir", str(tmp_path / name)])
+        path = str(tmp_path / name / "student" / "sampler.json")
+        sampler = load_json(path)
+        del sampler["base_fingerprint"]  # as in older runs; it would name other weights first
+        save_json(sampler, path)
         sample = ["--sample", str(tmp_path / name), *two[2:4], "--teacher", str(other)]
         says = refusal(capsys, tmp_path / "out", *sample)
         assert "belong on" in says and "NoneType" not in says and kind in says

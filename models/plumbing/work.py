@@ -14,7 +14,7 @@ import torch
 
 from models.plumbing.dry_run import planned
 
-LEAST = 1e11  # FLOPs of a run below which its minutes say nothing about arithmetic (the ring)
+LEAST = 15.0  # seconds of updates; a shorter run says nothing about a machine
 
 
 def work_done(args, *costs, **how):
@@ -28,8 +28,10 @@ def work_done(args, *costs, **how):
         return
     with open(path) as f:
         seconds = [float(row["seconds"]) for row in csv.DictReader(f) if row.get("seconds")]
+    if sum(seconds) < LEAST:
+        return
     flops = sum(planned(args, *costs, **how).flops())
-    if len(seconds) * flops > LEAST:
+    if flops:
         print(describe(len(seconds), flops, sum(seconds), matmul_rate(args.mixed_precision)))
 
 
