@@ -97,9 +97,9 @@ from models.worlds.masks import draw_masks
 from models.worlds.measures import balanced_labels, compared
 from models.worlds.shapes import overlap
 
-FLOW = Diffusion(Flow(), "flow_v")  # x_t = (1 - t) x0 + t eps; networks predict v = eps - x0
-
 # ---- the loss, and what a network is conditioned on. x0, eps (B, ...), t (B,) --------------------
+
+FLOW = Diffusion(Flow(), "flow_v")  # x_t = (1 - t) x0 + t eps; networks predict v = eps - x0
 
 
 def flow_matching_loss(net, x0, eps, t, cond):

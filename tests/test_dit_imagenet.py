@@ -743,7 +743,7 @@ def test_the_command_runs_and_refuses_in_one_line(tmp_path):
     assert net.num_classes == 0  # an unconditional LFM: its one row is the null label
     assert net.cond_names == ("label",)
     for done, says in (
-        (run("--output", tmp_path / "out"), "--prediction flow_v goes with --noise_at"),
+        (run("--output", tmp_path / "new"), "--prediction flow_v goes with --noise_at"),
         (run("--output", tmp_path / "lfm.safetensors" / "x", "--noise_at", "1"), "cannot write"),
     ):
         assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr

@@ -1349,7 +1349,7 @@ def test_ranks_share_the_bank_whatever_is_there(tmp_path):
         one["autocast"] = contextlib.nullcontext
         return linvideo.make_bank(types.SimpleNamespace(**one), teacher, step_grid(K, SHIFT))
 
-    for rank in (1, 0):
+    for rank in (0, 1):
         bank.mkdir(parents=True, exist_ok=True)
         with pytest.raises(UserError, match="does not exist"):
             make(rank)

@@ -24,6 +24,7 @@ ON_THE_HOST = {
     "draw_segments",  # tdm: the step of every row, drawn on the CPU
     "largest_over_ranks",  # of these steps; over several ranks all have to know it
     "rows",  # linvideo: rows of the bank, read from a file
+    "check_finite",  # of these rows, before they leave the host
 }
 ONCE = {"end_selection", "velocity_error", "layers_now"}  # linvideo: when the selection ends
 

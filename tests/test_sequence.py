@@ -269,12 +269,12 @@ def runs(folder):
         ),
         "phased_dmd": (
             phased_dmd,
-            f"{shared}{fake} --student_steps 4 --phases 1 --lora_rank 2 --fake_lora_rank 0",
+            f"{shared}{fake} --student_steps 4 --phases 1 --lora_rank 2 --fake_lora_rank 0 --seed 1",
         ),
         "linvideo": (
             linvideo,
             f"{shared} --sampling_steps 3 --bank_size 6 --bank_batch 2 --target_layers 1 "
-            "--objective adm --own_trajectories 4",
+            "--objective adm --own_trajectories 4 --seed 1",
         ),
         "mdt_dist": (mdt_dist, f"{shared}{data} --student_steps 2 --derivative jvp"),
     }

@@ -102,7 +102,7 @@ def row_of(student, schedule, draw, noise_draw, shape, i, K, k, cond, how):
 
 
 HOW = dict(counts=(1, 1, 2, 4), see_K=True, sde=False, clean=False, fresh=False)
-HOW |= dict(to_noise=None, by_x_s=False, see_k=False)
+HOW |= dict(to_noise=None, by_x_s=False, see_k=True)
 
 
 def trajectories(student, schedule, draw, noise_draw, shape, classes, **how):
@@ -185,7 +185,8 @@ CASES = {  # flags: what they mean for trajectories, for the losses
     "--teacher ring": ({}, {}),
     "--student_steps 4": (dict(counts=[4], see_K=False), {}),
     "--student_steps 3 2": (dict(counts=[3, 2]), {}),
-    "--untold": (dict(see_K=False), {}),
+    "--shared_fake": (dict(see_k=False), {}),
+    "--untold": (dict(see_K=False, see_k=False), {}),
     "--regress x_s": (dict(by_x_s=True), {}),
     "--regress x_s --loss l2": (dict(by_x_s=True), dict(loss="l2")),
     "--regress x_s --renoise sde": (dict(by_x_s=True, sde=True), {}),
@@ -193,11 +194,11 @@ CASES = {  # flags: what they mean for trajectories, for the losses
     "--loss demo": ({}, dict(loss="demo")),
     "--renoise sde": (dict(sde=True), {}),
     "--match clean": (dict(clean=True), {}),
-    "--tau_range to_noise": (dict(to_noise="all", see_k=True), {}),
-    "--tau_range to_noise --untold": (dict(to_noise="all", see_K=False), {}),
-    "--tau_range last_to_noise": (dict(to_noise="last", see_k=True), {}),
+    "--tau_range to_noise": (dict(to_noise="all"), {}),
+    "--tau_range to_noise --untold": (dict(to_noise="all", see_K=False, see_k=False), {}),
+    "--tau_range last_to_noise": (dict(to_noise="last"), {}),
     "--tau_range last_to_noise --student_steps 3": (
-        dict(to_noise="last", counts=[3], see_K=False, see_k=True),
+        dict(to_noise="last", counts=[3], see_K=False),
         {},
     ),
     "--no-reuse_samples": ({}, dict(reuse=False)),
@@ -328,7 +329,7 @@ def test_every_step_of_every_count_and_its_levels(monkeypatch, tmp_path, tau_ran
         assert bool(made) == (i % 3 != 1)  # the fake's first turn has the landings of the student's
         last = made[-1] if made else last
         step = (last.steps * (1 - unshift(last.t, SHIFT))).round()
-        number = last.steps if tau_range == "segment" else last.steps + 5 * step
+        number = last.steps + 5 * step
         torch.testing.assert_close(fake.steps, number)
         assert all(torch.equal(c.t, fake.t) for c in calls if c.who == "teacher")
         raw = unshift(last.t, SHIFT), unshift(fake.t, SHIFT)
@@ -534,7 +535,7 @@ def test_a_first_step_below_noise(tmp_path):
     close(load_file(again / "samples.safetensors")["x0"], want)
 
 
-FILMS = [("", 4), ("--untold", None), ("--student_steps 2", None)]
+FILMS = [("", 19), ("--shared_fake", 4), ("--untold", None), ("--student_steps 2", 3)]
 FILMS += [("--tau_range last_to_noise", 4 + 3 * 5)]  # the fake of the last step
 
 
@@ -624,7 +625,7 @@ def test_vp_teachers_from_end_to_end(tmp_path, kind):
         flags = save_tiny_pixart(tmp_path, 512)
         prompts = flags[2:4]
         config_file = tmp_path / "transformer" / "config.json"
-    tdm.main([*flags, *f"--output_dir {out} --max_train_steps 2 --train_batch_size 3".split()])
+    tdm.main([*flags, *f"--output_dir {out} --max_train_steps 3 --train_batch_size 3".split()])
     student, config = load_network(str(out / "student"))
     changes = {"steps_cond": True} if see_K else {}
     assert config == {**load_json(str(config_file)), **changes}

@@ -896,14 +896,14 @@ def test_what_we_save_is_read_back_and_keeps_the_layout(tmp_path, cls):
 @pytest.mark.parametrize(
     "how, message",
     [
-        ("no json", ".json does not exist"),
+        ("no json", "is a file of weights without a description"),
         ("no weights", "ss_fp16.safetensors does not exist"),
         ("truncated", "truncated or not a safetensors file"),
         ("pickle", "is a pickle, not safetensors"),
         ("pt beside json", "only a pickle (ss_fp16.pt); pickles can run code and are never loaded"),
         ("broken json", "is not readable JSON"),
         ("list", "is not a JSON object"),
-        ("class", "unknown network class 'SLatMeshDecoder'"),
+        ("class", "unknown network class 'SLatRadianceFieldDecoder'"),
         ("no args", "unknown network class None"),
         ("args no dict", "does not describe a SparseStructureFlowModel"),
         ("unknown key", "unexpected keyword argument 'depth'"),
@@ -948,7 +948,7 @@ def test_bad_files_end_in_one_line(tmp_path, how, message):
     if how == "no key":
         del config["args"]["resolution"]
     elif how == "class":
-        config["name"] = "SLatMeshDecoder"
+        config["name"] = "SLatRadianceFieldDecoder"
     elif how == "no args":
         del config["args"]
     elif how == "args no dict":
