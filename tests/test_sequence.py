@@ -269,7 +269,7 @@ def runs(folder):
         ),
         "phased_dmd": (
             phased_dmd,
-            f"{shared}{fake} --student_steps 4 --phases 1 --lora_rank 2 --fake_lora_rank 0 --seed 1",
+            f"{shared}{fake} --student_steps 4 --phases 1 --lora_rank 2 --seed 1",
         ),
         "linvideo": (
             linvideo,
