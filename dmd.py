@@ -19,7 +19,7 @@ that they reach by themselves.
     D                  gan_logit         real or fake?                                      (B,)
 
 Launch.
-    laptop      python dmd.py                        # glyphs, one step, three minutes on two cores
+    laptop      python dmd.py                        # glyphs, one step, five minutes on two cores
                 python dmd.py --teacher ring                          # seconds
                 python dmd.py --teacher runs/latent_fm-FOLDER         # your own, see latent_fm.py
     paper       python dmd.py --fake_update_ratio 5 --gan_weight 3e-3         # DMD2, one step
