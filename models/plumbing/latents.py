@@ -92,12 +92,14 @@ class LatentCache:
         """
         views = torch.zeros_like(index) if flip is None else flip.long().cpu()
         found = [
-            self.moments[i // ROWS][i % ROWS : i % ROWS + 1, v : v + 1].float()
+            self.moments[i // ROWS][i % ROWS : i % ROWS + 1, v : v + 1]
             for i, v in zip(index.tolist(), views.tolist())
         ]
-        for i, values in zip(index.tolist(), found):
-            self.check_finite(i // ROWS, values)
-        both = torch.cat(found)[:, 0].to(device)  # (B, 2, C, h, w)
+        both = torch.cat(found)[:, 0].float()  # (B, 2, C, h, w), from half precision
+        if not both.isfinite().all():
+            for i, values in zip(index.tolist(), both):
+                self.check_finite(i // ROWS, values)
+        both = both.to(device)
         return both[:, 0], both[:, 1]
 
 
