@@ -35,9 +35,10 @@ from pathlib import Path
 
 import torch
 
-from models.plumbing import report, teachers
-from models.plumbing.run import run_main
-from tests.helpers import (
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # tests.helpers imports forks
+from models.plumbing import report, teachers  # noqa: E402
+from models.plumbing.run import run_main  # noqa: E402
+from tests.helpers import (  # noqa: E402
     assert_bit_equal,
     ring_dit,
     ring_network,
