@@ -46,7 +46,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from models.diffusion import expand, step_grid
+from models.diffusion import advance_rows, expand, step_grid
 from models.draws import Draws, stable_hash
 from models.files import UserError, open_tensors, save_tensors
 from models.networks import load_network
@@ -66,7 +66,6 @@ from models.plumbing.flags import (
     refuse,
 )
 from models.plumbing.run import Run, run_main
-from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.state import SavedState, find_state, named_tensors, read_info
 from models.plumbing.teachers import (
     average_of,
@@ -176,21 +175,20 @@ def rollout(student, diffusion, noise, times, cond, renoise, k=None):
 
     times: without the final 0; an eps network needs alpha(times[0]) > 0.
     renoise "sde": fresh noise after step i, noise("renoise<i>") (DMD2, Sec. 4.4); "ode": the noise
-    that the student implies, an Euler step. k (B,) on the CPU: row b goes no further than times[k];
-    where no row is left to go, one is computed for the other ranks' sake.
+    that the student implies, an Euler step. k (B,) on the CPU: row b goes no further than times[k].
     noise: name -> (B, ...).  -> (B, ...)
     """
-    x_in = noise("z")
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
-        rows = torch.arange(len(x_in)) if k is None else (k > i).nonzero()[:, 0]
-        used = len(rows)
-        rows = (rows if used else torch.zeros(1, dtype=torch.int64)).to(x_in.device)
-        some = {name: v[rows] for name, v in cond.items()}
-        x, eps = diffusion.x0_eps(student, x_in[rows], t, **some)
+
+    def step(x_in, cond, rows):  # the i-th, of these rows
+        x, eps = diffusion.x0_eps(student, x_in, times[i], **cond)
         if renoise == "sde":
-            eps = noise(f"renoise{i}")[rows]
-        x_next = diffusion.add_noise(x, eps, t_next)
-        x_in = x_in.index_copy(0, rows[:used], x_next[:used])
+            eps = noise(f"renoise{i}")[rows.to(x.device)]
+        return diffusion.add_noise(x, eps, times[i + 1])
+
+    x_in = noise("z")
+    k = torch.full((len(x_in),), len(times) - 1) if k is None else k
+    for i in range(len(times) - 1):
+        x_in = advance_rows(x_in, k > i, cond, step)
     return x_in
 
 
@@ -210,17 +208,15 @@ def student_input(args, draw, student, teacher, times):
     A batch has all steps alike, or with --one_step all its samples have one.
     -> k (B,) on the CPU, t (B,) where that step begins, x_in (B, ...), cond, uncond.
     """
-    N, B = len(times), len(draw.rows)
-    k = draw.spread_integer("k", N)
-    if args.one_step:
-        k = torch.full((B,), draw.agreed("k", N))
+    k = draw.steps(len(times), args.one_step)
     t, (cond, uncond) = torch.tensor(times)[k].to(draw.device), teacher.conditions.draw(draw)
-    if args.student_input == "real" and N > 1:  # ablation: noised data, never met at test time
+    if args.student_input == "real" and len(times) > 1:
+        # ablation: noised data, never met at test time
         (x_real, cond), z = teacher.real(draw, "real_input"), draw.noise("z")
         x_in = teacher.diffusion.add_noise(x_real, z, t)
         return k, t, torch.where(expand(k == 0, z).to(z.device), z, x_in), cond, uncond
-    furthest = int(largest_over_ranks(k.max(), draw.device)) if N > 1 else 0
-    how = times[: furthest + 1], cond, args.renoise, k
+    reached = times[: k[0] + 1] if args.one_step else times  # the same on all ranks
+    how = reached, cond, args.renoise, k
     with torch.no_grad():
         x_in = rollout(student, teacher.diffusion, draw.noise, *how)
     return k, t, x_in, cond, uncond

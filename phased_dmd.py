@@ -53,7 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.diffusion import expand, shift, step_grid, transition, unshift
+from models.diffusion import advance_rows, expand, shift, step_grid, transition, unshift
 from models.draws import Draws
 from models.files import UserError, load_json
 from models.networks import load_network, lora, own_entries, save_network
@@ -71,7 +71,6 @@ from models.plumbing.flags import (
     refuse,
 )
 from models.plumbing.run import Run, refuse_output_dir, run_main
-from models.plumbing.sharding import largest_over_ranks
 from models.plumbing.state import unpack, unpack_optimizer
 from models.plumbing.teachers import (
     Teacher,
@@ -447,29 +446,20 @@ def student_sample(args, draw, phase, experts, teacher, grid, gradient):
     -> x_s, the x0 that the jump implies (B, ...), cond, uncond, k (B,) on the CPU.
     """
     (cond, uncond), first = teacher.conditions.draw(draw), phase.steps.start
-    k = first + draw.spread_integer("k", len(phase.steps))
-    if args.one_step:
-        k = torch.full_like(k, phase.steps[draw.agreed("k", len(phase.steps))])
+    k = first + draw.steps(len(phase.steps), args.one_step)
+    last = int(k[0]) if args.one_step else phase.steps[-1]  # the same on all ranks
+
+    def step(x, cond, rows):  # the i-th of the student
+        return student_step(experts[i], teacher.diffusion, x, *grid[i : i + 2], cond)[0]
+
     with torch.no_grad():
         x_in = rollout(experts, teacher.diffusion, draw.noise("z"), grid[: first + 1], cond)
-        furthest = int(largest_over_ranks(k.max(), draw.device)) if len(phase.steps) > 1 else first
-        for i in range(first, furthest):  # all ranks call as often
-            x_in = advance_rows(experts[i], teacher.diffusion, x_in, *grid[i : i + 2], cond, k > i)
+        for i in range(first, last):
+            x_in = advance_rows(x_in, k > i, cond, step)
     t = torch.tensor(grid)[k].to(draw.device)
     with torch.set_grad_enabled(gradient):
         x_s, x0 = student_step(experts[first], teacher.diffusion, x_in, t, phase.s, cond)
     return x_s, x0, cond, uncond, k
-
-
-def advance_rows(expert, diffusion, x, t, t_next, cond, chosen):
-    """One Euler step of the chosen rows; without any, one is computed all the same, for the other
-    ranks.  x (B, ...), chosen (B,) bool on the CPU -> (B, ...)."""
-    rows = chosen.nonzero()[:, 0]
-    used = len(rows)
-    rows = (rows if used else torch.zeros(1, dtype=torch.int64)).to(x.device)
-    some = {name: v[rows] for name, v in cond.items()}
-    x_next, _ = student_step(expert, diffusion, x[rows], t, t_next, some)
-    return x.index_copy(0, rows[:used], x_next[:used])
 
 
 def student_sample_all_steps(args, draw, phase, experts, teacher, grid, gradient):

@@ -44,7 +44,16 @@ from dataclasses import dataclass
 
 import torch
 
-from models.diffusion import expand, from_x0_eps, ode_step, shift, to_x0_eps, transition, unshift
+from models.diffusion import (
+    advance_rows,
+    expand,
+    from_x0_eps,
+    ode_step,
+    shift,
+    to_x0_eps,
+    transition,
+    unshift,
+)
 from models.files import UserError
 from models.plumbing import report
 from models.plumbing.data import Conditions, try_network
@@ -319,17 +328,25 @@ def draw_segments(args, draw, student, teacher, grids, see):
     K = counts[(torch.tensor(draw.rows) + draw.agreed("steps", len(counts))) % len(counts)]
     k = torch.minimum((draw.on_cpu().uniform("j") * K).long(), K - 1)  # 0 = from noise
     x_in, (cond, uncond) = draw.noise("z"), teacher.conditions.draw(draw)
-    on_K, on_k = see
-    student_cond = {**cond, "steps": K.float().to(draw.device)} if on_K else cond
+    student_cond = {**cond, "steps": K.float().to(draw.device)} if see[0] else cond
     with torch.no_grad():  # no gradient through the steps before
         for i in range(int(largest_over_ranks(k.max(), draw.device))):  # all ranks call it as often
-            rows = (k > i).nonzero()[:, 0]  # those that are not yet at their own step
             fresh = draw.noise(f"renoise{i}") if args.renoise == "sde" else None
-            x_in = advance(student, teacher, x_in, rows, grids, K, i, student_cond, fresh)
+            # those that are not yet at their own step
+            x_in = advance(student, teacher, x_in, k > i, grids, K, i, student_cond, fresh)
     t, s = levels(grids, K, k, draw.device)
-    number = on_K * K + on_k * k * (max(grids) + 1)  # a number for every K, or every K and k
-    fake_cond = {**cond, "steps": number.float().to(draw.device)} if on_K or on_k else cond
+    number = fake_number(grids, K, k, see)
+    fake_cond = {**cond, "steps": number.float().to(draw.device)} if any(see) else cond
     return Segment(x_in, t, s, (cond, uncond), student_cond, fake_cond)
+
+
+def fake_number(grids, K, k, see):
+    """What the fake is conditioned on: another number for every K, or for every K and k.
+
+    K, k: ints, or tensors of them. see: as for `draw_segments`.
+    """
+    on_K, on_k = see
+    return on_K * K + on_k * k * (max(grids) + 1)
 
 
 def levels(grids, K, k, device):
@@ -338,20 +355,18 @@ def levels(grids, K, k, device):
     return torch.tensor(ends).to(device).unbind(1)
 
 
-def advance(student, teacher, x_in, rows, grids, K, i, cond, fresh):
-    """The i-th step of these rows, each on the grid of its own K; the others stay.  -> (B, ...).
+def advance(student, teacher, x_in, chosen, grids, K, i, cond, fresh):
+    """The i-th step of the chosen rows, each on the grid of its own K; the others stay.
 
-    Where there are none, the student is called on one row all the same, for the other ranks.
+    -> (B, ...).
     """
-    used = len(rows)
-    rows = rows if used else rows.new_zeros(1)
-    steps = torch.full_like(rows, i).minimum(K[rows] - 1)
-    t, s = levels(grids, K[rows], steps, x_in.device)
-    rows = rows.to(x_in.device)
-    some = {name: v[rows] for name, v in cond.items()}
-    noise = None if fresh is None else fresh[rows]
-    x_s, _ = student_step(student, teacher.diffusion, x_in[rows], t, s, some, noise)
-    return x_in.index_copy(0, rows[:used], x_s[:used])
+
+    def step(x, cond, rows):
+        t, s = levels(grids, K[rows], torch.full_like(rows, i).minimum(K[rows] - 1), x.device)
+        noise = None if fresh is None else fresh[rows.to(x.device)]
+        return student_step(student, teacher.diffusion, x, t, s, cond, noise)[0]
+
+    return advance_rows(x_in, chosen, cond, step)
 
 
 def noise_level(args, draw, teacher, segment):
@@ -442,8 +457,8 @@ def train(args):
     samplers = student_samplers(run, ema, teacher, grids, see_K, args.renoise)
     report.introduce(run, teacher, teacher.base, describe(args, grids, see_K))
     longest = max(grids)
-    seen_last = see_K * longest + see[1] * (longest - 1) * (longest + 1)  # as draw_segments has it
-    film = film_of_scores(run, teacher, samplers[longest], fake, seen_last if any(see) else None)
+    last = fake_number(grids, longest, longest - 1, see) if any(see) else None
+    film = film_of_scores(run, teacher, samplers[longest], fake, last)
 
     for step in run.steps():
         warmup, decay = run.rate(step)

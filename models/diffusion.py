@@ -29,6 +29,21 @@ def expand(t, x):
     return t.reshape(t.shape + (1,) * (x.dim() - t.dim()))
 
 
+def advance_rows(x, chosen, cond, step):
+    """A network's step of some rows of a batch; the others stay.  x (B, ...) -> (B, ...)
+
+    chosen (B,) bool, on the CPU. step(x, cond, rows) is given those rows of x and cond, and their
+    numbers (n,), on the CPU. Where none is chosen it takes one row all the same, for nothing: of a
+    network that is shared out, all ranks make the same calls.
+    """
+    rows = chosen.nonzero()[:, 0]
+    used = len(rows)
+    rows = rows if used else rows.new_zeros(1)
+    here = rows.to(x.device)
+    after = step(x[here], {name: v[here] for name, v in cond.items()}, rows)
+    return x.index_copy(0, here[:used], after[:used])
+
+
 # ---- schedules -----------------------------------------------------------------------------------
 
 

@@ -95,6 +95,13 @@ class Draws:
         """(rows,) int64 in [0, high), evenly spread over the batch as in `spread`, on the CPU."""
         return (self._spread(name, 0.0, 1.0) * high).long().clamp_max(high - 1)
 
+    def steps(self, N, one):
+        """The student's step k of each row, in [0, N), on the CPU: all steps alike in a batch, or
+        with `one` a single step for all rows of all ranks.  (rows,) int64."""
+        if one:
+            return torch.full((len(self.rows),), self.agreed("k", N))
+        return self.spread_integer("k", N)
+
     def after(self):
         """The draws of the same rows in the next update."""
         seed, step, inner = self.key
