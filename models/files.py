@@ -234,6 +234,12 @@ def open_tensors(path):
         ) from None
 
 
+def start_of_data(path):
+    """Where the header of a safetensors file ends, in bytes; its first tensor begins there."""
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
 def open_own(path):
     """`open_tensors` of a file that the run itself can make again."""
     try:

@@ -533,7 +533,7 @@ def test_a_bank_with_a_wrong_row(tmp_path, tensors, says):
 
 
 def test_cached_latents_with_a_wrong_row(tmp_path):
-    moments = torch.zeros(3, 1, 2, 1, 2, 2)
+    moments = torch.zeros(3, 1, 2, 1, 2, 2).half()
     moments[2, 0, 1] = torch.nan
     with pytest.raises(UserError, match="00000.safetensors.*not finite"):
         cache_with(tmp_path / "cache", moments).open()

@@ -426,6 +426,29 @@ def test_a_whole_cache_opens_no_picture(twelve, tmp_path, counted, monkeypatch):
         latent_fm.main(flags)
 
 
+def test_rows_of_a_cache(tmp_path, monkeypatch):
+    """In any order, over parts, of the picture or its mirror image; all of one kind, or refused."""
+    monkeypatch.setattr(latents, "ROWS", 5)
+    moments = torch.randn(12, 2, 2, 4, 3, 3).half()
+    cache = latents.LatentCache(str(tmp_path / "cache"), 12, {})
+    cache.begin()
+    for part, rows in enumerate(moments.split(5)):
+        save_file({"moments": rows.contiguous()}, cache.path(part))
+    index, flip = torch.tensor([11, 0, 7, 7, 4]), torch.tensor([True, False, True, False, True])
+    mean, std = cache.open().rows(index, flip, "cpu")
+    assert torch.equal(torch.stack([mean, std], 1), moments[index, flip.long()].float())
+    assert torch.equal(cache.rows(index, None, "cpu")[1], moments[index, 0, 1].float())
+    moments[7, 1, 0, 2] = torch.inf
+    save_file({"moments": moments[5:10].contiguous()}, cache.path(1))
+    cache.open(most=0)
+    with pytest.raises(UserError, match="00001.safetensors has numbers that are not finite"):
+        cache.rows(index, flip, "cpu")
+    for other in (moments[5:10].float(), moments[5:10, :1]):
+        save_file({"moments": other.contiguous()}, cache.path(1))
+        with pytest.raises(UserError, match="has parts of another cache"):
+            cache.open()
+
+
 def test_two_ranks_index_and_cache_what_one_does(twelve, tmp_path, capsys):
     for name, ranks in (("one", 1), ("two", 2)):
         more = ["--cache_latents", str(tmp_path / name / "latents"), "--seed", "1"]
