@@ -1,5 +1,7 @@
 """Tests run on one thread, from any folder."""
 
+import copy
+import functools
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
 
+from models.plumbing import teachers  # noqa: E402
 
 # Files that start processes or train for long: each is done by one worker, so they begin first.
 FIRST = "released_pairs sharding unet sequence report dry_run linear_attention".split()
@@ -28,3 +31,23 @@ def pytest_addoption(parser):
     parser.addoption("--commands", action="store_true", help=help)
     help = "also tests of several ranks and of claims that together take fifteen minutes more"
     parser.addoption("--long", action="store_true", help=help)
+
+
+# ---- the ring's networks -------------------------------------------------------------------------
+
+FITTED = {}  # (function's name, seed): network
+
+
+def fitted_once(fit, teacher, seed=0):
+    """What `fit` returns: a copy of the first time's, since it takes ten seconds."""
+    key = fit.__name__, seed
+    if key not in FITTED:
+        FITTED[key] = fit(teacher, seed)
+    return copy.deepcopy(FITTED[key])
+
+
+@pytest.fixture(autouse=True)
+def ring_networks_fitted_once(monkeypatch):
+    for name in ("fit_ring_network", "fit_ring_transformer"):
+        once = functools.partial(fitted_once, getattr(teachers, name))
+        monkeypatch.setattr(teachers, name, once)

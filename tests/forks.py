@@ -30,11 +30,12 @@ GRACE = 10  # seconds that the other ranks have when one has failed
 server = None
 
 
-def launch(file, flags=(), ranks=None, env=None, cwd=None, timeout=300):
+def launch(file, flags=(), ranks=None, env=None, cwd=None, timeout=600):
     """Run a Python file with these flags and wait for it.  -> returncode, stdout, stderr
 
     ranks: as torchrun does, so many processes on this machine; None: one process without ranks. The
-    code is that of the first rank that failed, -9 after `timeout` seconds. env: further variables.
+    code is that of the first rank that failed, -9 after `timeout` seconds, which stderr then says:
+    many times what an idle machine takes, for ranks that wait for ever. env: further variables.
     """
     global server
     if server is None:
@@ -120,6 +121,9 @@ def wait(job, processes):
                 if own and not code:
                     code, deadline = own, min(deadline, time.monotonic() + GRACE)
         if left and time.monotonic() > deadline:
+            if not code:
+                with open(Path(job["folder"], "err"), "a") as err:
+                    err.write(f"ended by tests/forks.py after {job['timeout']} s\n")
             code = code or -signal.SIGKILL
             for process in left:
                 os.kill(process, signal.SIGKILL)

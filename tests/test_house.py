@@ -359,7 +359,7 @@ def test_shipped_teacher_is_small_and_half_precision(name):
     [
         ("glyphs", "dmd", "heun", 2, 0.93),
         ("clips", "phased_dmd", "heun", 4, 0.93),
-        ("voxels", "mdt_dist", "euler", 12, 0.88),
+        pytest.param("voxels", "mdt_dist", "euler", 12, 0.88, marks=pytest.mark.long),
     ],
 )
 def test_stored_teacher_row_is_of_the_shipped_weights(name, script, solver, fd_of_floor, accuracy):

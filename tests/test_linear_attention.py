@@ -559,13 +559,25 @@ GROUPS = {
 }
 
 
-def interpreter_main():
+LONG = [  # half of the interpreter's minute, left out without --long
+    "registration",
+    "hedgehog N=300 D=16 splits=2",
+    "hedgehog N=300 D=32 splits=0",
+    "hedgehog N=197 D=16 splits=2",
+    "relu N=300 D=16 splits=7",
+]
+EVERY = [*CASES, *GROUPS]
+
+
+def interpreter_main(left_out):
     """Print a JSON line per case: case, found {name: [value, bound]} or error, seconds."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
     assert torch.empty(3).isnan().all() and la.INTERPRET
     cases = {name: functools.partial(run_case, *case) for name, case in CASES.items()}
     for name, run in {**cases, **GROUPS}.items():
+        if name in left_out:
+            continue
         begin, line = time.time(), {"case": name}
         try:
             line["found"] = run()
@@ -592,10 +604,11 @@ def exceeded(found):
 
 
 @pytest.fixture(scope="module")
-def interpreted():
+def interpreted(request):
     """One run of this file under the interpreter, {case: its line}."""
+    left_out = [] if request.config.getoption("--long") else LONG
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(Path(__file__).resolve())],
+        [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), *left_out],
         capture_output=True,
         text=True,
         timeout=1200,
@@ -608,7 +621,9 @@ def interpreted():
 
 
 @needs_triton
-@pytest.mark.parametrize("case", [*CASES, *GROUPS])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.long) if c in LONG else c for c in EVERY]
+)
 def test_kernels(interpreted, case):
     """o and all gradients agree with the oracle; properties, registration, refusals of Triton."""
     line = interpreted[case]
@@ -798,4 +813,4 @@ def test_crossover_is_the_length_from_which_on_it_wins():
 
 
 if __name__ == "__main__":
-    interpreter_main()
+    interpreter_main(sys.argv[1:])

@@ -619,7 +619,7 @@ def test_wrong_input_under_torchrun_is_one_line(tmp_path):
     ranks = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     command = [sys.executable, *ranks, str(ROOT / "dmd.py"), "--teacher", "nowhere"]
     output = dict(capture_output=True, text=True)
-    done = subprocess.run(command, env=ENV, cwd=tmp_path, timeout=120, **output)
+    done = subprocess.run(command, env=ENV, cwd=tmp_path, timeout=600, **output)
     assert done.returncode != 0
     assert sum("neither an embedded world" in line for line in done.stderr.splitlines()) == 1
 

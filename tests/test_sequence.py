@@ -1,6 +1,7 @@
 """The tokens of a sample on several ranks (models/networks/sequence.py): one process's result.
 
-This file is also what four ranks run: torchrun --nproc-per-node 4 tests/test_sequence.py FOLDER.
+This file is also what four ranks run, for pairs and threes of them that share a sample:
+torchrun --nproc-per-node 4 tests/test_sequence.py FOLDER 2 3.
 """
 
 import contextlib
@@ -292,15 +293,16 @@ def train_on_ranks(folder):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What four ranks leave."""
+def folder(tmp_path_factory, request):
+    """What four ranks leave; also of three that share a sample with --long."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.manual_seed(0)
     net = fill(DiT(size=(6, 6), patch=(2, 2), channels=1, dim=64, depth=2, num_classes=3))
     save_network(net, network_config(net), str(folder / "teacher"))
     data = {"x0": normal(12, 1, 6, 6), "cond.label": torch.arange(12) % 3}
     save_file(data, str(folder / "data.safetensors"))
-    done = launch(__file__, [folder], ranks=4)
+    sizes = [2, 3] if request.config.getoption("--long") else [2]
+    done = launch(__file__, [folder, *sizes], ranks=4)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -310,7 +312,7 @@ def one():
     return everything()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.long)])
 def spread(request, folder):
     """What every rank found.  -> list of {name: tensor}"""
     return [load_file(f"{folder}/{request.param}-{rank}") for rank in range(request.param)]
@@ -444,7 +446,7 @@ def test_kernels_are_not_asked_for_shared_sums():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for ranks in (2, 3):
+    for ranks in map(int, sys.argv[2:]):
         networks_on_ranks(sys.argv[1], ranks)
     train_on_ranks(sys.argv[1])
     os._exit(0)

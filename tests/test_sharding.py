@@ -56,6 +56,8 @@ CASES = {  # {name: (script, flags)}
     "latent_fm": ("latent_fm", "--data {data} --optimizer adamw --gradient_accumulation_steps 2"),
     "latent_fm muon": ("latent_fm", "--data {data} --optimizer muon"),
 }
+# by default without these, each of which others come near to
+LONG = ["dmd checkpointed", "phased_dmd", "linvideo critic", "latent_fm"]
 HYBRID = {(4, "tdm"): ("--shard_ranks", "2")}  # shared out in pairs, which are alike
 ON_MORE = {3: ["dmd", "latent_fm muon"], 4: ["tdm", "linvideo adapters"]}
 OFF = ("--lr_decay_share", "--teacher_steps", "--preview_samples", "--ema_decay")
@@ -96,7 +98,14 @@ def trainings(folder, file="cases.json"):
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def names(request):
+    """The cases of this session."""
+    left_out = [] if request.config.getoption("--long") else LONG
+    return [name for name in CASES if name not in left_out]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, names):
     """A folder with a tiny teacher, data, and the runs of one process in one/NAME."""
     folder = tmp_path_factory.mktemp("sharding")
     net, _ = load_network(save_tiny_teacher(folder / "teacher"))
@@ -104,7 +113,7 @@ def work(tmp_path_factory):
     x0 = torch.randn(24, *net.latent_shape, generator=g).clamp(-1, 1)
     label = torch.arange(24) % net.num_classes
     save_file({"x0": x0, "cond.label": label}, folder / "data.safetensors")
-    cases = [flags_of(name, folder, folder / "one" / name, 1) for name in CASES]
+    cases = [flags_of(name, folder, folder / "one" / name, 1) for name in names]
     save_json_list(cases, folder / "one.json")
     done = launch(__file__, ["trainings", folder, "one.json"], timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -116,17 +125,17 @@ def save_json_list(cases, path):
 
 
 @pytest.fixture(scope="module")
-def on_ranks(work):
+def on_ranks(work, names):
     """A function: on that many ranks all runs of RUNS/NAME have been made, and on 3 and 4 the
     fifth update's state of two ranks has been gone on with (RUNS/resumed dmd)."""
     made = set()
 
     def make(ranks):
         if ranks not in made:
-            names, out = ON_MORE.get(ranks, CASES), work / str(ranks)
+            out = work / str(ranks)
             cases = [
                 flags_of(name, work, out / name, ranks, *HYBRID.get((ranks, name), ()))
-                for name in names
+                for name in ON_MORE.get(ranks, names)
             ]
             if ranks > 2:
                 state = ["--resume_from_checkpoint", str(fifth(make(2), "dmd"))]
@@ -151,8 +160,9 @@ def difference(a, b):
     return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
 
 
-RUNS = [(2, name) for name in CASES]
-RUNS += [pytest.param(n, name, marks=pytest.mark.long) for n in (3, 4) for name in ON_MORE[n]]
+RUNS = [(2, name) for name in CASES if name not in LONG]
+ONLY_LONG = [(2, name) for name in LONG] + [(n, name) for n in (3, 4) for name in ON_MORE[n]]
+RUNS += [pytest.param(*run, marks=pytest.mark.long) for run in ONLY_LONG]
 
 
 @pytest.mark.parametrize("ranks, name", RUNS)
@@ -417,27 +427,26 @@ def tiny_wan():
     return WanTransformer3DModel(**TINY_WAN)
 
 
-def test_parts_of_a_rank(tmp_path):
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_parts_of_a_rank(tmp_path, ranks):
     """Parameters, gradients and moments are 1 / ranks of one process's, up to one block's; and the
-    checks above, on 2 and 4 ranks."""
-    for ranks in (2, 4):
-        # by torchrun itself, since memory counts
-        command = [sys.executable, *"-m torch.distributed.run --standalone".split()]
-        command += ["--nproc-per-node", str(ranks), __file__, "parts", str(tmp_path)]
-        env = {**ENV, "MALLOC_MMAP_THRESHOLD_": "65536"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+    checks above."""
+    # by torchrun itself, since memory counts
+    command = [sys.executable, *"-m torch.distributed.run --standalone".split()]
+    command += ["--nproc-per-node", str(ranks), __file__, "parts", str(tmp_path)]
+    env = {**ENV, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
 
     def measured(rank, ranks):
         return json.loads((tmp_path / f"bytes-{rank}-of-{ranks}.json").read_text())
 
     one = 4 * sum(p.numel() for p in middle_dit().parameters())
     block = 4 * sum(p.numel() for p in blocks_of(middle_dit())[0].parameters())
-    for ranks in (2, 4):
-        for rank in range(ranks):
-            for name, size in measured(rank, ranks).items():
-                copies = 2 if name == "moments" else 1
-                assert abs(size - copies * one / ranks) < copies * block / ranks, (name, rank)
+    for rank in range(ranks):
+        for name, size in measured(rank, ranks).items():
+            copies = 2 if name == "moments" else 1
+            assert abs(size - copies * one / ranks) < copies * block / ranks, (name, rank)
 
 
 # ---- one process ---------------------------------------------------------------------------------
