@@ -114,7 +114,7 @@ def turns(train, pipe):
     except UserError as error:
         pipe.send(error)
     except ModuleNotFoundError as error:
-        pipe.send(UserError(f"it needs {error.name}: pip install it"))
+        pipe.send(UserError(f"it needs the module {error.name}: install what its README names"))
     except Exception:
         pipe.send(RuntimeError(traceback.format_exc()))
 
@@ -417,8 +417,8 @@ def compare(loops, rounds):
         for i in range(WARM + rounds):
             for loop in loops[:: 1 if i % 2 else -1]:
                 found[loop.name].append(loop.step())
-    except (UserError, RuntimeError) as error:
-        raise type(error)(f"{loop.name}: {error}") from None
+    except UserError as error:
+        raise UserError(f"--{loop.name}: {error}" if loop.name in PEERS else str(error)) from None
     finally:
         for loop in loops:
             loop.end()
