@@ -93,7 +93,8 @@ def turns(train, pipe):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     silent = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 1), os.dup2(silent, 2)
+    for stream in (1, 2):
+        os.dup2(silent, stream)
     calls, began = [], 0.0
 
     def pause():
@@ -451,9 +452,10 @@ def beside(flag, folder, name, rounds, given=()):
 
     Raises UserError.
     """
-    flags = [*PEERS[flag][4], *given]
+    script, flags = importlib.import_module(name), [*PEERS[flag][4], *given]
+    torch.optim.AdamW([torch.zeros(1)])  # loads, once for all processes, what optimisers load
     loops = [Loop("ours", ours(name, flags)), Loop(flag, peer(flag, folder, name, flags))]
-    if "reuse_samples" in importlib.import_module(name).parse_args([]):
+    if "reuse_samples" in script.parse_args(flags):
         fresh = ours(name, [*flags, "--no-reuse_samples"])
         loops.insert(1, Loop("ours, fresh samples", fresh))
     found = compare(loops, rounds)
