@@ -9,7 +9,7 @@ from models.plumbing.allocator import keep_freed_memory
 
 
 def test_freed_memory_is_not_got_again_from_the_system(monkeypatch):
-    """Sixteen blocks of 2 MB are 8,000 pages. Freed and made again some times, none is new."""
+    """128 MB are 32,000 pages. Freed and made again some times, none is new."""
     resource = pytest.importorskip("resource")
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     if not keep_freed_memory():
@@ -17,7 +17,7 @@ def test_freed_memory_is_not_got_again_from_the_system(monkeypatch):
 
     def new_pages():
         before, blocks = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, []
-        for _ in range(16):
+        for _ in range(64):
             blocks.append(torch.zeros(2**19))
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
