@@ -371,16 +371,21 @@ def print_table(stopwatch):
 
 
 def print_share(stopwatch, plan):
-    """A step's arithmetic, and its share of what a product of matrices reaches."""
-    flops = sum(plan.flops())
+    """A step's arithmetic, and its share of what a product of matrices reaches.
+
+    plan's FLOPs are a mean over steps, some of which may do more than others: so is the share.
+    """
+    flops, n = sum(plan.flops()), len(stopwatch.spent)
     if not flops:
         return
-    pairs = zip(stopwatch.spent, stopwatch.rates, strict=True)
-    middle, low, high = bench_peers.spread([flops / s / rate for s, rate in pairs])
-    seconds, rate = statistics.median(stopwatch.spent), statistics.median(stopwatch.rates)
+    possible = [s * rate for s, rate in zip(stopwatch.spent, stopwatch.rates, strict=True)]
+    _, low, high = bench_peers.spread([flops / each for each in possible])
     kind = "seconds" if torch.cuda.is_available() else "seconds of processor time"
-    print(f"work: {flops / 1e12:.3g} TFLOP a step, {seconds:.3g} {kind}, medians: {middle:.2f}")
-    print(f"[{low:.2f}, {high:.2f}] of the {rate / 1e9:.4g} GFLOP/s of a product of matrices")
+    print(f"work: {flops / 1e12:.3g} TFLOP a step, {statistics.mean(stopwatch.spent):.3g} {kind}:")
+    print(
+        f"{n * flops / sum(possible):.2f} [{low:.2f}, {high:.2f}] of a product of matrices, "
+        f"which reaches {statistics.median(stopwatch.rates) / 1e9:.4g} GFLOP/s"
+    )
 
 
 def main(argv=None):
