@@ -555,12 +555,15 @@ STARTS = [
     ("1", ["3.5", "2"], 4, True),
     ("1", ["20", "8"], 4, False),
     ("0.9", None, 2, True),
+    ("0.9", ["4", "2"], 2, False),
+]
+MORE_STARTS = [
     ("0.9", None, 5, True),
     ("0.9", None, 1, True),
-    ("0.9", ["4", "2"], 2, False),
     ("0.9", ["20", "2"], 2, True),
     ("0.7", None, 1, True),
 ]
+STARTS += [pytest.param(*start, marks=pytest.mark.long) for start in MORE_STARTS]
 
 
 @pytest.mark.parametrize("init, alpha, target, moves", STARTS)
@@ -782,7 +785,7 @@ CHANGED = [
 ]
 INTERRUPTED = [
     [],
-    ["--objective", "adm_critic", "--critic_steps", "2"],
+    pytest.param(["--objective", "adm_critic", "--critic_steps", "2"], marks=pytest.mark.long),
     ["--select", "2"],
     [*POLICY.split(), "--checkpointing_steps", "1"],
 ]
