@@ -248,10 +248,8 @@ def plan_of(name, flags, ranks=1, device=None):
     """-> what --dry_run reckons for a script with these flags, a Plan."""
     script = importlib.import_module(name)
     args = script.parse_args(list(flags))
-    build = getattr(script, "planned_network", None)
-    net = (
-        on_meta(lambda: build(args)) if build else dry_run.teacher_network(args, name == "linvideo")
-    )
+    build, attention = getattr(script, "planned_network", None), name == "linvideo"
+    net = on_meta(lambda: build(args)) if build else dry_run.teacher_network(args, attention)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return dry_run.Plan(args, net, *script.cost(args), ranks, device)
 
