@@ -2,7 +2,8 @@
 
     python -m tests.bench dmd [--steps 20] [-- any flags of dmd.py]
     python -m tests.bench --shape wan-1.3b-480p dmd [--tflops 989] [-- any flags of dmd.py]
-    python -m tests.bench dmd --dmd2 DIR        # beside a peer's own code: see tests/bench_peers.py
+    python -m tests.bench dmd --dmd2 DIR        # beside a peer's own code (tests/bench_peers.py);
+                                                # also --fastgen, --before; of tdm.py --tdm_demo
 
 Runs the script's own main in a temporary folder and times it from outside, with hooks on the
 networks that it trains and on its teacher, and wrappers around backward and Run.update. A GPU is
