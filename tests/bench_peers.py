@@ -10,7 +10,8 @@ sides train the glyphs' teacher (the DiT of models/networks/dit.py with its weig
 of the CPU, in float32, with batches of 64. Each runs its own loop in a process forked from this
 one, so that neither sees the other's memory allocator or modules, and they take turns: one at a
 time does one student update, with the fake updates that belong to it. The order is reversed every
-round. Ours runs twice, with --reuse_samples and without.
+round. Ours runs twice, with --reuse_samples and without. It keeps the memory that it has freed; so
+do all with MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=2147483647 in the environment.
 
 What is measured is processor time, so that other work on the machine counts little, and what is
 compared are the pairs of a round: the median of the ratios ours / theirs, and between which ratios
