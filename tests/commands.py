@@ -64,7 +64,7 @@ def long(command):
 
     None for what takes seconds: the ring, samples of a student, help.
     """
-    slow = r"docs\.draw --wrong|tests\.(orderings|bench|real_set)|latent_fm\.py --sample"
+    slow = r"docs\.draw --wrong|tests\.(orderings|claims|bench|real_set)|latent_fm\.py --sample"
     if re.search(slow, command):
         return "minutes"
     script = re.match(r"python (\w+)\.py", command)
