@@ -2,6 +2,8 @@
 
     python -m tests.bench dmd [--steps 20] [-- any flags of dmd.py]
     python -m tests.bench --shape wan-1.3b-480p dmd [--tflops 989] [-- any flags of dmd.py]
+    python -m tests.bench dmd --dmd2 DIR        # beside a peer's own code (tests/bench_peers.py);
+                                                # also --fastgen, --before; of tdm.py --tdm_demo
 
 Runs the script's own main in a temporary folder and times it from outside, with hooks on the
 networks that it trains and on its teacher, and wrappers around backward and Run.update. A GPU is
@@ -13,7 +15,10 @@ dropped, and the run is stopped before it saves or measures anything. The rows o
     other          the rest of a step: draws, arithmetic of losses, moving averages, the log
     total          a step from its first draw to its row in log.csv
 
-with mean and standard deviation over the steps. Compare two commits in one sitting, as a ratio.
+with mean and standard deviation over the steps. Below it stands a step's arithmetic, as --dry_run
+reckons it, and its share of what a product of two matrices reaches, which is multiplied after every
+step; on a CPU both are of processor time, so that other work on the machine counts little. It is
+meant for one thread (OMP_NUM_THREADS=1). Compare two commits in one sitting, with --before.
 
 --shape makes the teacher: a released config with random weights, in bfloat16 where there is a GPU,
 or a small one of no release for a processor, with random prompts. One step is dropped, and what the
@@ -44,6 +49,8 @@ from models.networks.wan import WanTwoNetworks  # noqa: E402
 from models.plumbing import dry_run, teachers  # noqa: E402
 from models.plumbing.footprint import on_meta  # noqa: E402
 from models.plumbing.run import Run, run_main  # noqa: E402
+from models.plumbing.work import matmul_rate  # noqa: E402
+from tests import bench_peers  # noqa: E402
 from tests.folders import save_conditions, save_config  # noqa: E402
 
 SCRIPTS = "dmd phased_dmd decoupled_dmd tdm linvideo latent_fm mdt_dist".split()
@@ -76,6 +83,9 @@ class Stopwatch:
         self.part = None  # what is being timed, and since when
         self.began = None  # when the current step began, None between steps
         self.memory = None  # a Memory, whose peak is of the steps alone
+        self.clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        self.spent = []  # seconds of each step by this clock,
+        self.rates = None  # and a list: FLOP/s of a product of matrices after each step
 
     def watch(self, name, net):
         """Time the calls of a network from now on. One that has a name keeps it."""
@@ -101,10 +111,11 @@ class Stopwatch:
         self.part = None
 
     def begin_step(self):
-        self.seconds, self.counts, self.began = {}, {}, now()
+        self.seconds, self.counts, self.began, self.began_cpu = {}, {}, now(), self.clock()
 
     def end_step(self):
         total = now() - self.began
+        self.spent.append(self.clock() - self.began_cpu)
         self.seconds["other"] = total - sum(self.seconds.values())
         self.seconds["total"] = total
         self.steps.append(self.seconds)
@@ -161,6 +172,8 @@ class Stopwatch:
     def on_end_step(self, real, run, step, *args, **kwargs):
         time_to_save = real(run, step, *args, **kwargs)
         self.end_step()
+        if self.rates is not None:
+            self.rates.append(matmul_rate(run.args.mixed_precision, 1, self.clock))
         if step + 1 >= run.args.max_train_steps:
             raise Enough
         return time_to_save
@@ -194,21 +207,22 @@ def hooked(stopwatch, script):
     return stack
 
 
-def measure(name, steps, flags=(), skipped=SKIPPED, memory=None):
+def measure(name, steps, flags=(), skipped=SKIPPED, memory=None, rates=None):
     """Run a script for skipped + steps student steps.  -> its Stopwatch, without the first ones.
 
-    flags: of the script; they may shorten the run. memory: a Memory, for the steps' peak. Raises
-    UserError where no step is left.
+    flags: of the script; they may shorten the run. memory: a Memory, for the steps' peak. rates: a
+    list, for FLOP/s beside the steps. Raises UserError where no step is left.
     """
     script, stopwatch = importlib.import_module(name), Stopwatch()
-    stopwatch.memory = memory
+    stopwatch.memory, stopwatch.rates = memory, rates
     with tempfile.TemporaryDirectory() as folder, hooked(stopwatch, script):
         length = f"--max_train_steps {skipped + steps} --checkpointing_steps 1000000"
         length += " --preview_every 0"  # nor is a film of the ring a part of a step
         out = ["--output_dir", os.path.join(folder, "run")]
         with contextlib.suppress(Enough):
             script.main([*out, *length.split(), *flags])
-    stopwatch.steps, stopwatch.calls = stopwatch.steps[skipped:], stopwatch.calls[skipped:]
+    for per_step in (stopwatch.steps, stopwatch.calls, stopwatch.spent, rates or []):
+        del per_step[:skipped]
     if not stopwatch.steps:
         raise UserError(f"the first {skipped} steps are not measured: let the run be longer")
     return stopwatch
@@ -235,8 +249,8 @@ def plan_of(name, flags, ranks=1, device=None):
     """-> what --dry_run reckons for a script with these flags, a Plan."""
     script = importlib.import_module(name)
     args = script.parse_args(list(flags))
-    build = getattr(script, "planned_network", None)
-    net = on_meta(lambda: build(args)) if build else dry_run.teacher_network(args)
+    build, attention = getattr(script, "planned_network", None), name == "linvideo"
+    net = on_meta(lambda: build(args)) if build else dry_run.teacher_network(args, attention)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return dry_run.Plan(args, net, *script.cost(args), ranks, device)
 
@@ -355,6 +369,24 @@ def print_table(stopwatch):
         print(row)
 
 
+def print_share(stopwatch, plan):
+    """A step's arithmetic, and its share of what a product of matrices reaches.
+
+    plan's FLOPs are a mean over steps, some of which may do more than others: so is the share.
+    """
+    flops, n = sum(plan.flops()), len(stopwatch.spent)
+    if not flops:
+        return
+    possible = [s * rate for s, rate in zip(stopwatch.spent, stopwatch.rates, strict=True)]
+    _, low, high = bench_peers.spread([flops / each for each in possible])
+    kind = "seconds" if torch.cuda.is_available() else "seconds of processor time"
+    print(f"work: {flops / 1e12:.3g} TFLOP a step, {statistics.mean(stopwatch.spent):.3g} {kind}:")
+    print(
+        f"{n * flops / sum(possible):.2f} [{low:.2f}, {high:.2f}] of a product of matrices, "
+        f"which reaches {statistics.median(stopwatch.rates) / 1e9:.4g} GFLOP/s"
+    )
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="Flags after -- go to the script."
@@ -365,19 +397,28 @@ def main(argv=None):
     p.add_argument("--shape", choices=SHAPES, default=None, help="a teacher with random weights")
     peak = "the device's peak, of which model FLOPs are a share (H100: 989)"
     p.add_argument("--tflops", type=float, default=dry_run.H100, help=peak)
+    for flag, (*_, whose, _train, _flags) in bench_peers.PEERS.items():
+        p.add_argument(f"--{flag}", metavar="DIR", help=f"compare with a checkout of {whose}")
     argv = [*(sys.argv[1:] if argv is None else argv), "--"]
     end = argv.index("--")
     args, given = p.parse_args(argv[:end]), argv[end + 1 : -1]
+    for flag in bench_peers.PEERS:
+        if getattr(args, flag):
+            return bench_peers.beside(
+                flag, getattr(args, flag), args.script, args.steps or 20, given
+            )
     if args.shape:
         stopwatch, *shown = measure_shape(args.script, args.shape, args.steps or 2, given)
     else:
-        stopwatch = measure(args.script, args.steps or 20, given)
+        stopwatch = measure(args.script, args.steps or 20, given, rates=[])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     where = f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     print(f"\n{' '.join([args.script, *given])}: {len(stopwatch.steps)} steps, {where}")
     print_table(stopwatch)
     if args.shape:
         print_shape(stopwatch, *shown, args.tflops)
+    else:
+        print_share(stopwatch, plan_of(args.script, given))
 
 
 if __name__ == "__main__":

@@ -75,15 +75,16 @@ def test_table_of_dmd_on_the_ring(capsys, monkeypatch):
         own.append(time.perf_counter() - run.clock)
         return result
 
-    def measure(*args):
-        measured.append(real_measure(*args))
+    def measure(*args, **how):
+        measured.append(real_measure(*args, **how))
         return measured[0]
 
     monkeypatch.setattr(Run, "end_step", end_step)
     monkeypatch.setattr(bench, "measure", measure)
     before = Run.start, Run.steps, Run.update, Run.end_step, torch.Tensor.backward
     bench.main(["dmd", "--steps", "3", "--", *RING])
-    title, head, *rows = capsys.readouterr().out.strip().splitlines()[-9:]
+    title, head, *rows, work, share = capsys.readouterr().out.strip().splitlines()[-11:]
+    assert work.startswith("work: ") and " of a product of matrices" in share
     assert title.startswith("dmd --teacher ring --train_batch_size 8: 3 steps, ")
     assert head.split() == ["s/step", "std", "share", "calls/step"]
     names = ["teacher", "student", "fake", "student update", "fake update", "other", "total"]

@@ -86,6 +86,7 @@ ROOMS = [  # each may import from those above it, and within its own line by the
     ["models.worlds"],
     ["models.plumbing.images", "models.plumbing.sets", "models.plumbing.loading"],
     ["models.plumbing.schedulers", "models.plumbing.data", "models.plumbing.teachers"],
+    ["models.plumbing.allocator"],
     ["models.plumbing.sharding", "models.plumbing.state", "models.plumbing.run"],
     ["models.plumbing.image_sets"],
     ["models.plumbing.latents", "models.plumbing.training_data"],

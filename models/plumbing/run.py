@@ -35,6 +35,7 @@ from models.draws import Draws
 from models.files import TrainingError, UserError, replacing
 from models.networks import lora
 from models.networks.sequence import Sequence, use_sequence
+from models.plumbing.allocator import keep_freed_memory
 from models.plumbing.sharding import (
     average_whole,
     blocks_of,
@@ -177,6 +178,8 @@ class Run:
         self.main, self.B = self.rank == 0, args.train_batch_size
         self.share = 1 / args.gradient_accumulation_steps
         self.device = own_device(local_rank)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if self.world_size > 1 and not dist.is_initialized():
             meet_ranks(self.device)
         self.mesh = make_mesh(self.device, args.shard_ranks) if self.world_size > 1 else None
