@@ -6,7 +6,7 @@ import torch
 
 import linvideo
 from docs.tour.common import TEACHER, adam, labels, noise, step
-from docs.tour.plane import BLUE, ORANGE, Plane, save
+from docs.tour.plane import BLUE, GREEN, Plane, save
 from kernels.linear_attention import use_linear_attention
 from models.diffusion import step_grid
 from models.worlds.ring import fit_ring_transformer
@@ -29,7 +29,7 @@ def attention(path, updates=60, fit=400):
         states = walk(net, z)
         apart = (states[-1] - target).norm(dim=1)
         panel = Plane(name, f"from the teacher's samples: {apart.mean():.3f}").discs()
-        panel.paths(states[:, 100:132], BLUE if net is teacher else ORANGE, 3)
+        panel.paths(states[:, 100:132], BLUE if net is teacher else GREEN, 3)
         panels.append(panel.dots(states[-1]))
     save(path, [panels])
 
