@@ -72,7 +72,7 @@ TINY = {  # idea: arguments, columns and rows of panels, colours that have to be
     "phases": ({"updates": 1}, 4, 1, ["GREEN", "DARK"]),
     "guidance": ({"updates": 2}, 3, 1, ["GREEN"]),
     "trajectories": ({"updates": 1}, 3, 1, ["GREEN", "BLUE"]),
-    "attention": ({"updates": 1}, 4, 1, ["GREEN", "BLUE"]),
+    "attention": ({"updates": 1}, 4, 1, ["GREEN", "LIGHT"]),
     "transport": ({"updates": 1}, 4, 1, ["GREEN", "BLUE", "RED"]),
 }
 
