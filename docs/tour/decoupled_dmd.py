@@ -21,8 +21,6 @@ from docs.tour.plane import Plane, save_film
 
 COND, UNCOND = {"label": labels(BATCH)}, {"label": torch.full((BATCH,), TEACHER.num_classes)}
 SCALE, RATIO = 3.0, 5
-
-
 SHOWN = 0, 2, 4, 6, 8, 11, 14, 18, 23, 30, 40, 55, 75, 100, 130, 160  # updates of the frames
 
 

@@ -40,7 +40,8 @@ def train(
     move, follow = adam(student, 5e-4), adam(fake, 1e-3)
     for update in range(updates):
         left = min(1.0, (1 - update / updates) / 0.7)
-        see and see(update)
+        if see:
+            see(update)
         x = DIFFUSION.x0(student, noise(), 1.0, **COND)
         at = DIFFUSION, noise(), levels(0.02, highest), COND, {}
         if without_fake:
@@ -51,7 +52,8 @@ def train(
             x = samples(student, noise())
             loss = dmd.fake_score_loss(fake, DIFFUSION, x, noise(), levels(), COND)
             step(follow, loss, left)
-    see and see(updates)
+    if see:
+        see(updates)
 
 
 @torch.no_grad()
