@@ -18,7 +18,7 @@ def transport(path, updates=500):
     exact = teacher_states(z, 63)
     panels.append(Plane("the teacher's transport", verdict(exact[-1])).discs())
     panels[0].paths(exact[:, 100:132], BLUE, 3).dots(exact[-1])
-    missed = Plane("one call from t: off by", "t from 0, data, to 1; height 0.5")
+    missed = Plane("one call from t: off by", "left t = 0 (data), right t = 1; top 0.5")
     for row, (name, law, colour) in enumerate(LAWS):
         (student,) = networks(1)
         train(student, law, updates)

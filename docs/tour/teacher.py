@@ -2,7 +2,7 @@
 
 import torch
 
-from docs.tour.common import DIFFUSION, TEACHER, data, inside, labels, noise
+from docs.tour.common import DIFFUSION, TEACHER, data, labels, noise, verdict
 from docs.tour.plane import BLUE, DARK, Plane, grid, save
 from models.diffusion import step_grid
 
@@ -40,8 +40,7 @@ def few_steps(path):
     for calls in (1, 2, 4, 8, 63):
         states = teacher_states(z, calls)
         x = states[-1]
-        note = f"in the discs {inside(x):.0%}, spread {x.std():.2f}"
-        panel = Plane("1 call" if calls == 1 else f"{calls} calls", note).discs()
+        panel = Plane("1 call" if calls == 1 else f"{calls} calls", verdict(x)).discs()
         panels.append(
             panel.paths(states[:, 100:148], DARK, 3).dots(x, radius=0.022 if calls > 1 else 0.06)
         )
