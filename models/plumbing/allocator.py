@@ -1,8 +1,8 @@
 """Memory that a run on a CPU has freed stays with the process, for its next update.
 
-The C library gives freed memory back to the system, from some 100 KB on, and gets it again, page by
-page and filled with zeros, at the next update: 14,000 page faults for one of `python dmd.py`, a
-twelfth of its processor time.
+The C library gives freed memory back to the system and gets it again, page by page and filled with
+zeros, at the next update: some 10,000 page faults for one of `python dmd.py`, a twentieth of its
+processor time (docs/results/speed.md).
 """
 
 import ctypes
