@@ -22,6 +22,8 @@ import subprocess
 import sys
 import time
 
+from tests import orderings
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGES = ["README.md"]
 for folder in ("docs", "docs/results"):
@@ -62,9 +64,15 @@ def own(command):
 def long(command):
     """The default run that a command takes about as long as: a training on glyphs, clips, ...
 
-    None for what takes seconds: the ring, samples of a student, help.
+    None for what takes seconds: the ring, samples of a student, help. Of tests.orderings how many
+    runs it makes.
     """
-    slow = r"docs\.draw --wrong|tests\.(orderings|bench|real_set)|latent_fm\.py --sample"
+    slow = r"docs\.draw --wrong|tests\.(claims|bench|real_set)|latent_fm\.py --sample"
+    if "tests.orderings" in command:
+        args, _ = orderings.parse_args(shlex.split(command)[3:])
+        methods = orderings.METHODS[args.script]
+        runs = {methods[name].of or name for name in args.methods or methods}
+        return f"{len(args.seeds) * len(runs)} runs"
     if re.search(slow, command):
         return "minutes"
     script = re.match(r"python (\w+)\.py", command)
@@ -157,7 +165,8 @@ HEAD = """# How long the commands of these pages take
 
 Seconds, everything included, on one thread of an AMD EPYC server whose other core was at work
 (`OMP_NUM_THREADS=1 python -m tests.commands --measure`), the default runs on both cores of an idle
-one. `python -m pytest tests/test_commands.py --commands` runs those below 90.
+one. Those of `docs.tour`, and the runs of 200 updates, are seconds of the processor on one thread.
+`python -m pytest tests/test_commands.py --commands` runs those below 90.
 
 | command | seconds | pages |
 |---|---|---|"""
@@ -169,7 +178,8 @@ rows and the measuring at the end come on top, one to three minutes.
 | command | training | pages |
 |---|---|---|"""
 OTHERS = """
-Not run as written, only parsed: they take as long as the command beside them, or minutes.
+Not run as written, only parsed: they take as long as the command beside them, minutes, or as long
+as so many runs (on the ring some 50 s each, of 250 updates on glyphs some 3 minutes).
 
 | command | compare | pages |
 |---|---|---|"""

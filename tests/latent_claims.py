@@ -87,26 +87,34 @@ def load(run):
     return net, space_beside(folder), load_world("shapes")
 
 
+def measured(loaded, keywords, n, seed, calls=None):
+    """Measures of n samples from a seed's noise.
+
+    loaded: what `load` returned; keywords: of latent_fm.sample; calls: as there.
+    -> {column: float}.
+    """
+    net, space, world = loaded
+    label = balanced_labels(n, world.num_classes)
+    z = torch.randn(n, *net.latent_shape, generator=torch.Generator().manual_seed(seed))
+
+    def draw(a, b):
+        return space.to_pixels(sample(net, z[a:b], label[a:b], calls=calls, **keywords))
+
+    x = report.many(draw, n)[0]
+    return {**world.measure(x, label), "pixel std": float(x.std())}
+
+
 def rows(run, settings, n=600, seeds=(0, 1, 2)):
     """Measure samples under several settings, with mean and range over the seeds of the noise.
 
     settings: [(name, evaluations, keywords of latent_fm.sample)] -> Markdown lines.
     """
     net, space, world = load(run)
-    label = balanced_labels(n, world.num_classes)
     columns = ("fd", "accuracy", "diversity", "patch_swd", "pixel std")
     lines = ["| | evaluations | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
     for name, nfe, keywords in settings:
-        found, calls = [], []
-        for seed in seeds:
-            z = torch.randn(n, *net.latent_shape, generator=torch.Generator().manual_seed(seed))
-
-            def draw(first, last, z=z, keywords=keywords, calls=calls):
-                part = sample(net, z[first:last], label[first:last], calls=calls, **keywords)
-                return space.to_pixels(part)
-
-            x = report.many(draw, n)[0]
-            found.append({**world.measure(x, label), "pixel std": float(x.std())})
+        calls = []
+        found = [measured((net, space, world), keywords, n, seed, calls) for seed in seeds]
         cells = []
         for c in columns:
             values = [f[c] for f in found]

@@ -105,6 +105,8 @@ DECOUPLED = {
     "ca-noisy": M("CA alone, u in (.95, 1)", "--no_dm --schedule full --ca_range 0.95 1"),
     "ca-half": M("CA alone, u in (.5, 1)", "--no_dm --schedule full --ca_range 0.5 1"),
     "ca-clean": M("CA alone, u in (0, .3)", "--no_dm --schedule full --ca_range 0 0.3"),
+    "observer": M("CA alone at a tenth of the rate, a fake looks on",
+                  "--no_dm --observer --learning_rate 5e-5"),
 }
 
 TDM = {
@@ -183,6 +185,22 @@ LINVIDEO = {
                f"{GIVEN} {LOW} --objective dmd", of="dmd", row="student_4"),
 }
 
+DMD = {
+    "teacher": M("teacher", of="default", row="teacher"),
+    "teacher-at-1": M("teacher, 1 step", of="default", row="teacher_same_steps"),
+    "default": M("DMD2 without GAN, 5 updates of the fake", "--fake_update_ratio 5"),
+    "one-to-one": M("the same, 1 update of the fake", "--fake_update_ratio 1"),
+    "regression": M("DMD v1: 1 update of the fake, with regression",
+                    "--fake_update_ratio 1 --regression_weight 0.25"),
+    "no-fake": M("the real score alone", "--no_fake_score"),
+    "gan": M("DMD2: with GAN", "--fake_update_ratio 5 --gan_weight 0.01"),
+    "gan-alone": M("GAN alone", "--fake_update_ratio 5 --gan_weight 0.01 --dm_weight 0"),
+    "four": M("4 steps, inputs of the student's own", f"{FOUR} --fake_update_ratio 5"),
+    "four-real": M("4 steps, inputs of noised data",
+                   f"{FOUR} --fake_update_ratio 5 --student_input real"),
+    "teacher-at-4": M("teacher, 4 steps", of="four", row="teacher_same_steps"),
+}
+
 # Each is measured in two steps and in one. VM + VD makes 7 network calls an update, the others 3.
 ARMS = {
     "mdt": M("VM + VD"),
@@ -204,6 +222,7 @@ MDT = {
 }
 # fmt: on
 METHODS = {
+    "dmd": DMD,
     "phased_dmd": PHASED,
     "decoupled_dmd": DECOUPLED,
     "tdm": TDM,
@@ -319,14 +338,21 @@ def flags_of(args, method, given, folder):
     return flags
 
 
+def folder_of(args, name, given, seed):
+    """Where the run of a method is, or of the one that it reads.  given: flags for the script."""
+    joined = "".join(given).replace("--", "-")
+    name = METHODS[args.script][name].of or name
+    return os.path.join(args.output_dir, f"{args.script}-{args.world}-{name}-{seed}{joined}")
+
+
 def measured(args, name, given, seed):
     """One method and seed.  -> {column: value}, minutes, its curve or []."""
-    method, joined = METHODS[args.script][name], "".join(given).replace("--", "-")
+    method = METHODS[args.script][name]
 
     def folder(name):
-        return os.path.join(args.output_dir, f"{args.script}-{args.world}-{name}-{seed}{joined}")
+        return folder_of(args, name, given, seed)
 
-    out, script = folder(method.of or name), method.script or args.script
+    out, script = folder(name), method.script or args.script
     flags = ["--seed", str(seed), *flags_of(args, method, given, folder)]
     result, curve = run(script, args.world, flags, out)
     if args.script == "tdm":

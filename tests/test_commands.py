@@ -63,8 +63,8 @@ def fresh(tmp_path_factory):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if TIMES.get(c, 999) < 90])
 def test_command_runs_as_written(command, fresh, request):
-    """Those of a few seconds always, those below 90 with --commands."""
-    if TIMES[command] > 4 and not request.config.getoption("--commands"):
+    """Those of three seconds always, those below 90 with --commands."""
+    if TIMES[command] > 3 and not request.config.getoption("--commands"):
         pytest.skip("only with --commands")
     for needed in re.findall(r"(runs/[\w.-]+)(?:/student)?(?= |$)", command):
         if "--output_dir" not in command and not (fresh / needed).exists():

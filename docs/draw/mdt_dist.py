@@ -68,7 +68,7 @@ def curves():
     """Residuals of both losses in one healthy run and three sick ones."""
     c = Canvas(900, 290)
     runs = [("healthy", "healthy", "student"), ("rate", "rate 5e-3", "teacher")]
-    runs += [("law", "logit-normal times", "fake"), ("long", "default flags, longer", "wrong")]
+    runs += [("law", "logit-normal times", "fake"), ("long", "small batches", "wrong")]
     titles = {
         "r_vm": "r_{vm}: rms of u − v, noised data",
         "r_vd": "r_{vd}: at the student's samples",
