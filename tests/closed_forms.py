@@ -1,7 +1,7 @@
 """Numbers of the papers' claims that need no training: Gaussians, mixtures and the ring's formulas.
 
 Each function returns the pairs (left, right) of a claim of tests/claimed.py, one for each case. The
-losses are the scripts' own; the laws around them are those of the tests. Seconds in all.
+losses are the scripts' own; the laws around them are those of the tests. Half a minute in all.
 """
 
 import functools
