@@ -64,7 +64,8 @@ def long(command):
 
     None for what takes seconds: the ring, samples of a student, help.
     """
-    slow = r"docs\.draw --wrong|tests\.(orderings|bench|real_set)|latent_fm\.py --sample"
+    slow = r"docs\.draw --wrong|tests\.(orderings|side_by_side|bench|real_set)"
+    slow += r"|latent_fm\.py --sample"
     if re.search(slow, command):
         return "minutes"
     script = re.match(r"python (\w+)\.py", command)
