@@ -81,11 +81,12 @@ def mean_flow_target(average, x_t, v, r, t):
 def mean_flow_loss(average, x_t, v, r, t, p=1.0, c=1e-3):
     """Mean of w |u - target|^2 with w = 1 / (|u - target|^2 + c)^p, a constant (Eq. 9 and 22).
 
-    -> scalar. Its gradient comes from u alone.
+    -> scalar, |u - target|^2 (B,), a constant, for the log: with p = 1 the first is always about 1.
+    Its gradient comes from u alone.
     """
     u, target = mean_flow_target(average, x_t, v, r, t)
     error = (u - target).square().flatten(1).sum(1)  # (B,)
-    return (error / (error.detach() + c) ** p).mean()
+    return (error / (error.detach() + c) ** p).mean(), error.detach()
 
 
 def draw_times(draw):
@@ -144,13 +145,13 @@ def train(args):
             with torch.no_grad():
                 v = velocity(teacher.net, x_t, t, cond, uncond, args.guidance_scale)
             average = functools.partial(average_velocity, student, clock, cond=cond)
-            loss = mean_flow_loss(average, x_t, v, r, t)
+            loss, error = mean_flow_loss(average, x_t, v, r, t)
             (loss * run.share).backward()
-            run.note(loss=loss)
+            run.note(loss=loss, error=error.mean())
         run.update(optimizer, "student")
         if args.ema_decay:
             run.update_ema(ema, student, step)
-        if run.end_step(step, show=("loss",)):
+        if run.end_step(step, show=("error",)):
             run.save(step)
 
     grids, students = {n: step_grid(n, teacher.shift) for n in args.student_steps}, {}

@@ -328,7 +328,7 @@ COLUMNS = ("calls", *MEASURES, "updates", "seconds")
 
 def text_of(values):
     """A cell: the value of one seed, mean and range of several; whole numbers stay whole."""
-    if len(set(values)) == 1 and values[0] == int(values[0]):
+    if len(set(values)) == 1 and values[0] % 1 == 0:
         return f"{values[0]:.0f}"
     return span(values) if len(values) > 1 else f"{values[0]:.3g}"
 
