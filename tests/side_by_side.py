@@ -55,7 +55,10 @@ SEVERAL = "--student_steps 1 2 4"
 
 # fmt: off
 RUNS = {  # name: script, its flags
-    "dmd-1": ("dmd", "--fake_update_ratio 1 --regression_weight 0.25 --regression_pairs 256"),
+    "dmd-1": (
+        "dmd", "--fake_update_ratio 1 --learning_rate 6e-4 --regression_weight 0.25 "
+        "--regression_pairs 256",
+    ),
     **{f"dmd2-{n}": ("dmd", f"--student_steps {n}") for n in STEPS},
     **{f"phased-{n}": ("phased_dmd", f"--student_steps {n} --phases 2") for n in (2, 4)},
     **{f"decoupled-{n}": ("decoupled_dmd", f"--student_steps {n}") for n in STEPS},
