@@ -67,7 +67,8 @@ def long(command):
     None for what takes seconds: the ring, samples of a student, help. Of tests.orderings how many
     runs it makes.
     """
-    slow = r"docs\.draw --wrong|tests\.(claims|bench|real_set)|latent_fm\.py --sample"
+    slow = r"docs\.draw --wrong|tests\.(claims|side_by_side|bench|real_set)"
+    slow += r"|latent_fm\.py --sample"
     if "tests.orderings" in command:
         args, _ = orderings.parse_args(shlex.split(command)[3:])
         methods = orderings.METHODS[args.script]

@@ -261,13 +261,16 @@ def measured_saves(script, curve):
         yield
 
 
-def run(script_name, world, flags, out):
-    """One run, or what an earlier one left in `out`.  -> its report.json, and its curve or []."""
+def run(script_name, world, flags, out, curves=True):
+    """One run, or what an earlier one left in `out`.  -> its report.json, and its curve or [].
+
+    curves: whether samples are measured at eight points of a run of decoupled_dmd.py.
+    """
     paths = [os.path.join(out, name) for name in ("report.json", "curve.json")]
     if not os.path.isfile(paths[0]):
         script, curve = importlib.import_module(script_name), []
         argv, saves = ["--teacher", world, "--output_dir", out, *flags], contextlib.nullcontext()
-        if script_name == "decoupled_dmd":
+        if script_name == "decoupled_dmd" and curves:
             every = max(1, script.parse_args(argv).max_train_steps // POINTS)
             argv += ["--checkpointing_steps", str(every)]
             saves = measured_saves(script, curve)
