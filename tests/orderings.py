@@ -267,7 +267,7 @@ def run(script_name, world, flags, out, curves=True):
     curves: whether samples are measured at eight points of a run of decoupled_dmd.py.
     """
     paths = [os.path.join(out, name) for name in ("report.json", "curve.json")]
-    if not os.path.isfile(paths[0]):
+    if not all(map(os.path.isfile, paths)):
         script, curve = importlib.import_module(script_name), []
         argv, saves = ["--teacher", world, "--output_dir", out, *flags], contextlib.nullcontext()
         if script_name == "decoupled_dmd" and curves:
