@@ -1,14 +1,19 @@
 """The pages of docs/: quoted lines, equations, pictures, links, commands."""
 
+import importlib
 import re
 import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, ring_network
 from pages import PAGES, QUOTATION, find, moved, quotations, wrong
+from PIL import Image
+
+from models.plumbing import teachers
 
 METHODS = sorted(p.stem for p in ROOT.glob("*.py"))
+SLOW = ["decoupled_dmd", "linvideo", "phased_dmd"]  # to draw
 HEADINGS = [
     "Idea",
     "Equations beside their lines",
@@ -140,6 +145,28 @@ def test_links_and_pictures_exist(page):
             titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
             slugs = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
             assert anchor in slugs, f"{page}: {link}"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long) if n in SLOW else n for n in METHODS]
+)
+def test_wrong_variants_are_still_drawn(name, tmp_path, monkeypatch):
+    """`python -m docs.draw --wrong NAME`, two updates a run: a picture of the kept one's size."""
+    script = importlib.import_module(name)
+
+    def short(*argv):
+        args = parse(*argv)
+        args.max_train_steps = min(args.max_train_steps, 2)
+        return args
+
+    parse = script.parse_args
+    monkeypatch.setattr(script, "parse_args", short)
+    monkeypatch.setattr(teachers, "fit_ring_network", lambda teacher, seed: ring_network(seed))
+    (tmp_path / "figures").mkdir()
+    importlib.import_module(f"docs.draw.{name}").wrong(str(tmp_path / "figures"))
+    kept, drawn = ROOT / "docs" / "figures", tmp_path / "figures" / f"{name}-wrong.png"
+    with Image.open(drawn) as a, Image.open(kept / f"{name}-wrong.png") as b:
+        assert a.size == b.size
 
 
 @pytest.mark.parametrize("name", [*METHODS, "kernels"])

@@ -308,7 +308,7 @@ def ring_samples(flags, changes):
 
     kept = []
 
-    def finish(run, teacher, times, students, *_):
+    def finish(run, teacher, times, students, *rest, **more):
         samplers = report.teacher_sampler(run, teacher), students["student"][1]
         kept.extend(report.preview(run, teacher, sampler) for sampler in samplers)
 

@@ -244,7 +244,7 @@ def ring_samples(flags, loss=None):
 
     found = []
 
-    def finish(run, teacher, times, samplers, *rest):
+    def finish(run, teacher, times, samplers, *rest, **more):
         x = report.preview(run, teacher, samplers["student"][1])
         found[:] = x, teacher.world.picture(x, film.SIDE)
 

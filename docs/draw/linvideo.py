@@ -124,7 +124,7 @@ VARIANTS = {  # title: flags, and what of the code is replaced
 }
 
 
-def without_normaliser(q, k, v, feature_map, w_q, w_k):
+def without_normaliser(q, k, v, feature_map, w_q, w_k, share=None):
     """Linear attention whose weights do not sum to one."""
     import torch
 
@@ -135,7 +135,7 @@ def without_normaliser(q, k, v, feature_map, w_q, w_k):
     return torch.einsum("bnhf,bhfd->bnhd", phi_q, S)
 
 
-def mean_of_values(q, k, v, feature_map, w_q, w_k):
+def mean_of_values(q, k, v, feature_map, w_q, w_k, share=None):
     """Linear attention with the same weight for every key."""
     return v.mean(1, keepdim=True).expand_as(v)
 
