@@ -166,7 +166,8 @@ HEAD = """# How long the commands of these pages take
 
 Seconds, everything included, on one thread of an AMD EPYC server whose other core was at work
 (`OMP_NUM_THREADS=1 python -m tests.commands --measure`), the default runs on both cores of an idle
-one. Those of `docs.tour`, and the runs of 200 updates, are seconds of the processor on one thread.
+one. Those of `docs.tour`, `docs.draw --wrong`, `tests.bench`, `tests.claims` and `latent_fm.py
+--sample`, and the runs of 200 updates, are seconds of the processor on one thread.
 `python -m pytest tests/test_commands.py --commands` runs those below 90.
 
 | command | seconds | pages |
