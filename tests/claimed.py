@@ -8,7 +8,6 @@ does not read it.
 
 import argparse
 import contextlib
-import copy
 import csv
 import functools
 import io
@@ -24,6 +23,7 @@ import latent_claims
 import linvideo_ring
 import orderings
 import phased_fig2
+from helpers import fitted_once
 
 import latent_fm
 from models.plumbing import teachers
@@ -82,16 +82,6 @@ SETTINGS = {  # flags of every run of a paper on a world
 }
 
 
-@functools.cache
-def fitted(teacher_class, seed):
-    return fit_ring_network(teacher_class(), seed)
-
-
-def ring_student(teacher, seed=0):
-    """fit_ring_network, once for each seed: all runs on the ring start from the same network."""
-    return copy.deepcopy(fitted(type(teacher), seed))
-
-
 def trained(store, paper, world, method, seed):
     """One run of tests/orderings.py, or its stored numbers.  -> {column: value}.
 
@@ -107,7 +97,8 @@ def trained(store, paper, world, method, seed):
         if not os.path.isfile(os.path.join(folder, "curve.json")):  # the last file of a run
             shutil.rmtree(folder, ignore_errors=True)  # what a killed one left
         quiet = contextlib.redirect_stdout(io.StringIO())
-        with quiet, mock.patch.object(teachers, "fit_ring_network", ring_student):
+        start = functools.partial(fitted_once, fit_ring_network)
+        with quiet, mock.patch.object(teachers, "fit_ring_network", start):
             cells, *_ = orderings.measured(args, method, given, seed)
         return cells | of_log(os.path.join(folder, "log.csv"))
 

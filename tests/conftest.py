@@ -1,6 +1,5 @@
 """Tests run on one thread, from any folder."""
 
-import copy
 import functools
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
+
+from helpers import fitted_once  # noqa: E402
 
 from models.plumbing import teachers  # noqa: E402
 
@@ -34,16 +35,6 @@ def pytest_addoption(parser):
 
 
 # ---- the ring's networks -------------------------------------------------------------------------
-
-FITTED = {}  # (function's name, seed): network
-
-
-def fitted_once(fit, teacher, seed=0):
-    """What `fit` returns: a copy of the first time's, since it takes ten seconds."""
-    key = fit.__name__, seed
-    if key not in FITTED:
-        FITTED[key] = fit(teacher, seed)
-    return copy.deepcopy(FITTED[key])
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """What every stop of the tour starts from: the exact teacher, networks, batches, measures."""
 
 import copy
+import functools
 import math
 
 import torch
@@ -13,15 +14,25 @@ TEACHER, DIFFUSION = RingTeacher(), Diffusion(Flow(), "flow_v")
 BATCH = 256
 
 
+@functools.cache
+def fitted(updates):
+    """The small network that every student and fake of the tour starts from."""
+    return fit_ring_network(TEACHER, steps=updates)
+
+
 def networks(count=2, updates=600):
     """Copies of one small network that has been fitted to the teacher: student, fake, ..."""
-    net = fit_ring_network(TEACHER, steps=updates)
-    return [copy.deepcopy(net) for _ in range(count)]
+    return [copy.deepcopy(fitted(updates)) for _ in range(count)]
 
 
 def adam(net, rate):
     """The scripts' optimiser on the ring."""
     return torch.optim.AdamW(net.parameters(), rate, betas=(0.0, 0.99), fused=True)
+
+
+def rate_left(update, updates):
+    """The share of the learning rate that is left: whole, then falling to 0 over the last 70 %."""
+    return min(1.0, (1 - update / updates) / 0.7)
 
 
 def step(optimizer, loss, left=1.0):

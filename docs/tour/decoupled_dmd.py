@@ -15,6 +15,7 @@ from docs.tour.common import (
     levels,
     networks,
     noise,
+    rate_left,
     step,
 )
 from docs.tour.plane import Plane, save_film
@@ -59,7 +60,7 @@ def train(student, fake, updates, no_dm, no_ca, see):
     flags = dict(no_dm=no_dm, no_ca=no_ca, guidance_scale=SCALE, observer=False, gan_weight=0)
     ablation = decoupled_dmd.Ablation(SimpleNamespace(**flags, normalizer="none"))
     for update in range(updates):
-        left = min(1.0, (1 - update / updates) / 0.7)
+        left = rate_left(update, updates)
         see(update)
         x = DIFFUSION.x0(student, noise(), 1.0, **COND)
         at_dm, at_ca = ((noise(), levels(0.02, 0.98)) for _ in range(2))

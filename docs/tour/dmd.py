@@ -15,6 +15,7 @@ from docs.tour.common import (
     levels,
     networks,
     noise,
+    rate_left,
     step,
     teacher_samples,
     verdict,
@@ -39,7 +40,7 @@ def train(
     """
     move, follow = adam(student, 5e-4), adam(fake, 1e-3)
     for update in range(updates):
-        left = min(1.0, (1 - update / updates) / 0.7)
+        left = rate_left(update, updates)
         if see:
             see(update)
         x = DIFFUSION.x0(student, noise(), 1.0, **COND)
@@ -145,7 +146,7 @@ def train_with_gan(student, fake, teacher, updates, weight=1.0, weight_d=0.3):
     head = GanHead(fake(noise(1), levels(n=1), return_features=True).shape[-1])
     move, follow = adam(student, 5e-4), adam(torch.nn.ModuleList([fake, head]), 1e-3)
     for update in range(updates):
-        left = min(1.0, (1 - update / updates) / 0.7)
+        left = rate_left(update, updates)
         x = DIFFUSION.x0(student, noise(), 1.0, **COND)
         at = DIFFUSION, noise(), levels(0.02, 0.98), COND, {}
         loss = dmd.dmd_loss(x, teacher, fake, *at, COND, 1.0)[0]
@@ -203,7 +204,7 @@ def train_several(student, fake, updates):
             return dmd.rollout(student, DIFFUSION, z.__getitem__, TIMES, COND, "sde", k)
 
     for update in range(updates):
-        left = min(1.0, (1 - update / updates) / 0.7)
+        left = rate_left(update, updates)
         x = DIFFUSION.x0(student, given(), t_k, **COND)
         at = DIFFUSION, noise(), levels(0.02, 0.98), COND, {}
         step(move, dmd.dmd_loss(x, TEACHER, fake, *at, fake_cond, 1.0)[0], left)

@@ -5,7 +5,7 @@ import copy
 import torch
 
 import linvideo
-from docs.tour.common import TEACHER, adam, labels, noise, step
+from docs.tour.common import TEACHER, adam, labels, noise, rate_left, step
 from docs.tour.plane import BLUE, GREEN, Plane, save
 from kernels.linear_attention import use_linear_attention
 from models.diffusion import step_grid
@@ -49,7 +49,7 @@ def repair(net, teacher, own, updates, fresh=128):
         row, k = torch.randint(512, (BATCH,)), torch.randint(len(GRID) - 1, (BATCH,))
         x_t, v_t, t = bank["x"][row, k], bank["v"][row, k], torch.tensor(GRID)[k]
         loss = linvideo.regression_loss(net, x_t, v_t, t, {"label": LABEL[row]})[0]
-        step(optimizer, loss, min(1.0, (1 - update / updates) / 0.7))
+        step(optimizer, loss, rate_left(update, updates))
     return net
 
 

@@ -3,7 +3,18 @@
 import torch
 
 import mdt_dist
-from docs.tour.common import TEACHER, adam, data, labels, levels, networks, noise, step, verdict
+from docs.tour.common import (
+    TEACHER,
+    adam,
+    data,
+    labels,
+    levels,
+    networks,
+    noise,
+    rate_left,
+    step,
+    verdict,
+)
 from docs.tour.plane import BLUE, GREEN, RED, Plane, save
 from docs.tour.teacher import teacher_states
 from models.diffusion import logit_normal
@@ -51,7 +62,7 @@ def train(student, law, updates):
         loss = mdt_dist.velocity_matching(student, TEACHER, x0, noise(BATCH), t, *at, DT)[0]
         z1, z2, t = noise(BATCH), noise(BATCH), law(BATCH)
         loss = loss + mdt_dist.velocity_distillation(student, TEACHER, z1, z2, t, *at, DT)[0]
-        step(optimizer, loss, min(1.0, (1 - update / updates) / 0.7))
+        step(optimizer, loss, rate_left(update, updates))
 
 
 def samples(student, z):

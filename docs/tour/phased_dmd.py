@@ -13,6 +13,7 @@ from docs.tour.common import (
     levels,
     networks,
     noise,
+    rate_left,
     step,
     verdict,
 )
@@ -57,7 +58,7 @@ def train(expert, fake, before, updates, target=phased_dmd.subinterval_target):
         return phased_dmd.student_step(expert, DIFFUSION, x_in, *times[-2:], COND)
 
     for update in range(updates):
-        left = min(1.0, (1 - update / updates) / 0.7)
+        left = rate_left(update, updates)
         x_s, x0 = land()
         t = levels(lowest + 0.02 * (1 - lowest), 0.98)
         at = DIFFUSION, noise(), end, t, COND, {}, COND, 1.0, phased_dmd.normalized_direction

@@ -12,6 +12,7 @@ from docs.tour.common import (
     levels,
     networks,
     noise,
+    rate_left,
     step,
     verdict,
 )
@@ -65,7 +66,7 @@ def train(student, fake, updates):
         return tdm.student_step(student, DIFFUSION, x_in, t, s, COND)
 
     for update in range(updates):
-        left = min(1.0, (1 - update / updates) / 0.7)
+        left = rate_left(update, updates)
         x_s, x = land()
         tau = s + (t - s) * levels(0.02, 0.98)
         at = DIFFUSION, noise(), s, tau, COND, {}, COND, 1.0
