@@ -84,23 +84,59 @@ def before_update(monkeypatch, step, do):
 # ---- a run that is asked to stop -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+ENDS = [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)]
+
+
+@pytest.mark.parametrize("number, code", ENDS)
 def test_a_signal_ends_a_run_after_its_update(monkeypatch, teacher, tmp_path, capsys, number, code):
     """With a state, where none was due; resumed, it is as if unbroken; handlers are as before."""
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(n) for n, _ in ENDS]
     flags = flags_for(teacher, tmp_path / "run")
     with monkeypatch.context() as m:
         before_update(m, 2, lambda run: os.kill(os.getpid(), number))
         assert ended(flags) == code
     said = capsys.readouterr().out
     assert "stopped after update 3; step-0000003 is intact: go on with --resume_from_che" in said
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(n) for n, _ in ENDS] == handlers
     assert len(read_log(tmp_path / "run")) == 3
     assert ended([*flags, "--resume_from_checkpoint", "latest"]) == 0
     assert ended(flags_for(teacher, tmp_path / "whole")) == 0
     assert_bit_equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     logs = [without_time(read_log(tmp_path / name)) for name in ("run", "whole")]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such terminals")
+def test_a_closed_terminal_ends_a_run_well(monkeypatch, teacher, tmp_path):
+    """Its window is gone: SIGHUP comes, and every later write to it fails."""
+    master, slave = os.openpty()
+    kept = [os.dup(fd) for fd in (1, 2)]
+
+    def close(run):
+        os.close(master)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    before_update(monkeypatch, 2, close)
+    try:
+        for fd, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(slave, fd)
+            monkeypatch.setattr(sys, name, open(fd, "w", closefd=False))
+        code = ended(flags_for(teacher, tmp_path / "run"))
+    finally:
+        for fd, old in zip((1, 2), kept):
+            os.dup2(old, fd)
+    assert code == 0
+    assert os.listdir(tmp_path / "run" / "state") == ["step-0000003"]
+
+
+def test_nohup_keeps_a_run_going(monkeypatch, teacher, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        before_update(monkeypatch, 2, lambda run: os.kill(os.getpid(), signal.SIGHUP))
+        assert ended(flags_for(teacher, tmp_path / "run")) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(read_log(tmp_path / "run")) == 6
 
 
 def test_a_second_signal_ends_it_at_once(monkeypatch, teacher, tmp_path):

@@ -116,7 +116,8 @@ def add_run_flags(p):
         help="student updates between saves")
     add("--max_minutes", type=number(float, above=0), default=None, metavar="N",
         help="end well after the update in which the run has taken so long, with its state saved, "
-        "as before the time limit of a cluster; SIGTERM and Ctrl-C do the same")
+        "as before the time limit of a cluster; SIGTERM, Ctrl-C and a closed terminal do the "
+        "same")
     add("--resume_from_checkpoint", default=None, metavar="latest|PATH",
         help="continue from OUTPUT_DIR/state")
     add("--shard_ranks", type=number(int, 1), default=None, metavar="N",

@@ -157,6 +157,21 @@ def newest_state():
     return f"{states[-1]} is intact: go on with --resume_from_checkpoint latest"
 
 
+def tell(text):
+    """Write bytes to stderr; where nobody reads it any more, what follows goes nowhere.
+
+    A terminal that was closed refuses every write, and the last words of a run are writes.
+    """
+    try:
+        os.write(2, text)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        if os.path.samestat(os.fstat(1), os.fstat(2)):
+            os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
+
+
 class Run:
     """One run of a script. args: its flags; method: the script's name.
 
@@ -390,23 +405,25 @@ class Run:
 
     @contextlib.contextmanager
     def listening(self):
-        """SIGTERM and Ctrl-C end the run after the current update, a second one at once.
+        """SIGTERM, Ctrl-C, a closed terminal end the run after this update, a second one at once.
 
         torchrun passes a signal on that the ranks may have had already: one within a second of the
-        first is the same one.
+        first is the same one. Where SIGHUP is ignored, as under nohup, a terminal may close.
         """
 
         def ask(number, frame):
             if self.asked is None:
                 self.asked, self.asked_at = number, time.monotonic()
-                with contextlib.suppress(OSError):  # nobody may be reading any more
-                    os.write(2, b"\nstopping after this update, with its state saved\n")
+                tell(b"\nstopping after this update, with its state saved\n")
             elif time.monotonic() > self.asked_at + 1:
                 os._exit(128 + number)
 
-        before = {}
+        numbers, before = [signal.SIGTERM, signal.SIGINT], {}
+        hangup = getattr(signal, "SIGHUP", None)  # there is none on Windows
+        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+            numbers.append(hangup)
         with contextlib.suppress(ValueError):  # only the main thread gets signals
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in numbers:
                 before[number] = signal.signal(number, ask)
         try:
             yield
