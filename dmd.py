@@ -153,7 +153,7 @@ def generator_loss(logit_fake):
 
 
 def dmd_loss_without_fake(x, teacher, diffusion, eps, t, cond, uncond, guidance_scale):
-    """Ablation: the real score alone, which collapses to modes (v1, Fig. 3).
+    """Ablation: the real score alone, which collapses (v1, Fig. 3: to modes; the ring: its middle).
 
     Without fake score mu_fake is x_t / alpha_t; x, its mean over the noise, stands for it.
     -> scalar; g, mu_real, mu_fake (B, ...), as `dmd_loss`.

@@ -392,6 +392,18 @@ def test_a_progress_bar_in_a_pipe_writes_once_a_minute(monkeypatch):
     assert len(re.findall(r"x: ", stream.getvalue())) <= 2  # at its start and at its end
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such terminals")
+def test_a_terminal_of_no_width_has_a_bar_too(monkeypatch):
+    """Such are those of containers; tqdm takes their width for a wish to see nothing."""
+    master, slave = os.openpty()  # 0 x 0
+    with open(slave, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        list(plumbing.progress(range(3), "x"))
+    said = os.read(master, 4096).decode()
+    os.close(master)
+    assert "3/3" in said
+
+
 def test_no_other_progress_bar():
     """Every long loop of a run uses that one."""
     for path in [*ROOT.glob("*.py"), *(ROOT / "models").rglob("*.py")]:
