@@ -207,7 +207,7 @@ LINVIDEO = {
     "adm step": ADM + "--state step",
     "adm jump": ADM + "--state jump",
     "adm rollout": ADM + "--state rollout",
-    "adm policy": ADM + "--state policy",
+    "adm policy": ADM + "--state policy --weight velocity",
     "adm velocity": ADM + "--weight velocity",
     "adm unit": ADM + "--weight unit",
     "adm dmd": ADM + "--weight dmd",
