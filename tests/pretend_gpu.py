@@ -43,6 +43,7 @@ aten = torch.ops.aten
 # What takes tensors of both devices on CUDA too: copies, and indices that lie on the CPU.
 ACROSS = {aten.copy_, aten._to_copy, aten.index, aten.index_put, aten.index_put_}
 ACROSS |= {aten._index_put_impl_, aten._unsafe_index}
+SET_DATA = torch.Tensor.data.__set__
 KEPT = []  # registrations, which end with their objects
 TOGETHER = {aten.cat, aten.stack, aten.where}  # not even with a single number of the CPU
 
@@ -71,6 +72,14 @@ class OnGpu(torch.Tensor):
             copied._is_param = True
         memo[id(self)] = copied
         return copied
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            done = func(*args, **(kwargs or {}))
+        if func == SET_DATA:  # x.data = y is no operation
+            args[0].inner = args[1].inner
+        return done
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -256,7 +265,7 @@ def train(setting, fixtures, out, resumed=False):
 
 
 def difference(setting, fixtures, out, short):
-    """The largest relative difference of a loss or norm between the devices.
+    """The largest difference of a loss or norm between the devices, by its largest value.
 
     short: only on the device, and not resumed; how much is not finite.
     """
@@ -266,8 +275,12 @@ def difference(setting, fixtures, out, short):
         return sum(not math.isfinite(x) for values in here.values() for x in values)
     there = train(setting, fixtures, out)
     assert here.keys() == there.keys() and here, (list(here), list(there))
-    pairs = [(a, b) for name in here for a, b in zip(here[name], there[name], strict=True)]
-    return max(abs(a - b) / max(abs(a), abs(b), 1e-6) for a, b in pairs)
+    worst = 0.0
+    for name, of_cpu in there.items():  # by the column's largest: a loss may begin at 0
+        largest = max(map(abs, of_cpu), default=0) or 1.0
+        apart = [abs(a - b) for a, b in zip(here[name], of_cpu, strict=True)]
+        worst = max(worst, *(gap / largest for gap in apart))
+    return worst
 
 
 def main():

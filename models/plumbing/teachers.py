@@ -359,7 +359,7 @@ def merge_lora(net, source, flag):
 
 def rounds_teacher(run):
     """Whether a frozen teacher is kept in bfloat16."""
-    return run.args.mixed_precision == "bf16" and run.device.type == "cuda"
+    return run.args.mixed_precision == "bf16" and run.device.type != "cpu"
 
 
 def only_adapters(args):
