@@ -459,7 +459,8 @@ DECOUPLED = [
           "Hybrid is nearer to the guided teacher than shared levels, on images.",
           "a distance no smaller", "fd_teacher, hybrid < shared",
           below("decoupled_dmd", "glyphs", "hybrid", "shared", "fd_teacher"), GLYPHS, quick=False,
-          why="As above: its last step keeps little of the guidance."),
+          why="Both are as far away: hybrid's last step keeps little of the guidance, and shared "
+              "levels overshoot it (docs/results/decoupled_dmd.md)."),
 ]
 
 TDM = [
@@ -604,7 +605,10 @@ LINVIDEO = [
     *[Claim(f"linvideo-layers-{name}", "linvideo", "Tab. 3",
             f"The layers that learning finds are better than {words}.",
             "an fd no smaller", "fd, learned < these",
-            below("linvideo", "clips", "learned", name), CLIPS, quick=False)
+            below("linvideo", "clips", "learned", name), CLIPS, quick=False,
+            why="A hundred updates of selection found 0 1 2 6, 0 2 6 7 and 0 2 5 6, of which the "
+                "second is far ahead; in longer selections nearly every seed finds it "
+                "(docs/results/linvideo.md).")
       for name, words in (("random", "random ones"), ("first", "the first"))],
     Claim("linvideo-progressive", "linvideo", "Tab. 3, 66.1 against 63.0",
           "Moving there step by step is better than the same layers from the start.",
@@ -682,16 +686,20 @@ MDT = [
               "(docs/mdt_dist.md)."),
     *[Claim(f"mdt-{name}-voxels", "mdt_dist", source, f"{words}, on solids.",
             "an fd no smaller", numbers, below("mdt_dist", "voxels", low, high), VOXELS,
-            quick=False)
-      for name, source, words, numbers, low, high in (
+            quick=False, why=why)
+      for name, source, words, numbers, low, high, why in (
           ("vm", "Tab. 3", "Velocity matching helps in one step", "fd of VM < of the teacher",
-           "vm-at-1", "teacher-at-1"),
+           "vm-at-1", "teacher-at-1", ""),
           ("vd", "Tab. 3", "Velocity distillation adds to velocity matching",
-           "fd of VM + VD < of VM", "mdt-at-1", "vm-at-1"),
+           "fd of VM + VD < of VM", "mdt-at-1", "vm-at-1",
+           "In two steps of the same runs it does, 21.7, 20.2, 19.0 against 23.7, 24.9, 23.0; in "
+           "one step 120 updates do not show it."),
           ("cm", "abstract", "VM and VD are better than consistency distillation",
-           "fd of VM + VD < of CM", "mdt-at-1", "cm-at-1"),
+           "fd of VM + VD < of CM", "mdt-at-1", "cm-at-1",
+           "In two steps of the same runs they are, 21.7, 20.2, 19.0 against 53.4, 72.1, 52.4; in "
+           "one step the seeds disagree."),
           ("two-steps", "Tab. 1", "A second step helps", "fd in 2 steps < in 1",
-           "mdt", "mdt-at-1"))],
+           "mdt", "mdt-at-1", ""))],
 ]
 
 LFM = [
