@@ -53,9 +53,9 @@ not asked for; it is bitwise reproducible (partial sums, no atomics); it is regi
 torch.library, so that torch.compile(fullgraph=True) and activation checkpointing take it as
 operators; and it has first derivatives only. This file needs torch, and triton where there is one.
 
-Verified: the kernels against a float64 oracle under Triton's interpreter (TRITON_INTERPRET=1), and
-compiled for sm_80, sm_89 and sm_90; figures in docs/results/kernels.md. Not verified: this version
-on any GPU; its predecessor's results and times on an H100 are marked as such there.
+Verified: the kernels against a float64 oracle under Triton's interpreter (TRITON_INTERPRET=1).
+Not verified: this version on any GPU, and that the tiles fit where docs/results/kernels.md does not
+list them as compiled; its predecessor's results and times on an H100 are marked as such there.
 
 Symbols: B batch, N rows (tokens; queries and keys may differ in number), H heads, D head size, f
 features.
@@ -545,8 +545,8 @@ def dot_dtype(dtype):
 
 
 # Rows per tile, warps, pipeline stages, and programs that fit on a multiprocessor at a time. The
-# first table whose shared memory a device has, and that has the line, is used. The H100's tiles were
-# the fastest of this file's first version, but for the apply of two halves, which compiled figures
+# first table with the line, whose shared memory a device has, is used. The H100's tiles were the
+# fastest of this file's first version, but for the apply of two halves, which compiled figures
 # chose (docs/results/kernels.md); those of smaller cards are untimed. "wide": a size above 64; "two
 # halves": hedgehog with more than 64 features in a half, or 256 given features.
 KERNELS = ("reduce", "apply", "backward q", "backward k")
@@ -1092,7 +1092,7 @@ class LinearAttention(torch.nn.Module):
         )
 
 
-def use_linear_attention(net, layers, feature_map="hedgehog", feature_dim=None):
+def use_linear_attention(net, layers, feature_map="hedgehog"):
     """Give each of these self-attention layers of net a new LinearAttention.
 
     net has self_attentions (modules that call their attribute `attend` on q, k, v), heads and
@@ -1106,7 +1106,5 @@ def use_linear_attention(net, layers, feature_map="hedgehog", feature_dim=None):
             f"linear_layers {list(layers)} are not different layers of 0 to {len(places) - 1}"
         )
     for i in layers:
-        places[i].attend = LinearAttention(net.heads, net.head_dim, feature_map, feature_dim)
+        places[i].attend = LinearAttention(net.heads, net.head_dim, feature_map)
     net.config |= {"linear_layers": sorted(layers), "feature_map": feature_map}
-    if feature_dim is not None:
-        net.config["feature_dim"] = feature_dim
