@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 
 # so that `python kernels/bench_linear_attention.py` finds its packages
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -43,6 +44,8 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+# bytes of shared memory that a program may have, by compute capability; others: 99 KB
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 METHODS = ("triton", "torch", "compile", "sdpa", "fla")
 
 
@@ -51,37 +54,78 @@ METHODS = ("triton", "torch", "compile", "sdpa", "fla")
 
 def variants(feature_map, has_w):
     """The launches of one training step, [(name, kernel, flags, feature map)]."""
+    keys, queries = dict(WEIGHTED=False, QUERY=False), dict(WEIGHTED=True, QUERY=True)
+    writes = dict(WRITE_X=True, WRITE_U=has_w)
     steps = [
-        ("reduce k", "reduce", dict(WEIGHTED=False), feature_map),
+        ("reduce k", "reduce", keys, feature_map),
         ("apply", "apply", {}, feature_map),
-        ("backward q", "backward", dict(QUERY=True, WRITE_U=has_w), feature_map),
-        ("reduce q", "reduce", dict(WEIGHTED=True), feature_map),
-        ("backward k", "backward", dict(QUERY=False, WRITE_U=has_w), feature_map),
+        ("backward q", "backward", dict(queries, WRITE_Y=False, **writes), feature_map),
+        ("reduce q", "reduce", queries, feature_map),
+        ("backward k", "backward", dict(keys, WRITE_Y=True, **writes), feature_map),
     ]
-    return steps + ([("dW", "reduce", dict(WEIGHTED=False), "none")] if has_w else [])
+    return steps + ([("dW", "reduce", keys, "none")] if has_w else [])
 
 
-def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, **config):
-    """Compile a kernel in its default configuration, changed by `config`; no GPU is needed.
+def loop_instructions(sass):
+    """Instructions of the largest loop in a listing of cuobjdump.  -> Counter by name.
 
-    Strides are declared as contiguous tensors (B, N, H, D) have them: the last is 1, the others are
-    multiples of 16, and pointers are aligned to 16 bytes.
-    -> dict of regs per thread, spills in bytes per thread, shared in bytes, warps, rows, stages.
+    It is the loop over tiles: from the target of the branch that jumps back farthest to that
+    branch. What is predicated off counts too.
+    """
+    lines = [
+        (int(at, 16), text)
+        for at, text in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass, re.MULTILINE)
+    ]
+    loops = [(0, 0)]
+    for at, text in lines:
+        target = re.search(r"\bBRA(?:\.\S+)?\s.*?0x([0-9a-f]+)", text)
+        if target and int(target.group(1), 16) < at:
+            loops.append((int(target.group(1), 16), at))
+    first, last = max(loops, key=lambda ends: ends[1] - ends[0])
+    body = [re.sub(r"^@!?U?P\w+\s+", "", text) for at, text in lines if first <= at <= last]
+    return Counter(re.match(r"[A-Z0-9]+", text).group(0) for text in body)
+
+
+def inspect(cubin, *flags):
+    """What cuobjdump says of a compiled kernel."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, *flags, f.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, E=None, tiles=None):
+    """Compile a kernel with the tiles of this architecture, or others; no GPU is needed.
+
+    width, E, D: columns of x, of xW (None: width), of y; tiles: (rows, warps, stages). Strides are
+    declared as contiguous tensors (B, N, H, D) have them: the last is 1, the others are multiples
+    of 16, and pointers are aligned to 16 bytes.
+    -> dict of regs per thread, spills in bytes per thread, shared in bytes, warps, rows, stages,
+    instructions (per thread and tile), per_row (warp instructions per row), most (by name).
     """
     import triton
     from triton.backends.compiler import GPUTarget
 
     fn = getattr(la, f"_{kernel}_kernel")
-    role = kernel + {True: " q", False: " k", None: ""}[flags.get("QUERY")]
-    const = {**la.constants(role, feature_map, width, D, dtype, has_w), **flags, **config}
+    role = kernel + ("" if kernel != "backward" else " q" if flags["QUERY"] else " k")
+    sizes = width, E or width, D
+    const, programs = la.constants(
+        role, feature_map, *sizes, dtype, has_w, SHARED.get(capability, 99 * 1024)
+    )
+    const |= flags
+    if tiles:
+        const |= dict(zip(("ROWS", "num_warps", "num_stages"), tiles))
     options = {name: const.pop(name) for name in ("num_warps", "num_stages")}
-    const.update({name: 1 for name in fn.arg_names if re.fullmatch("[xyo]_d", name)})
+    const.update({name: 1 for name in fn.arg_names if re.fullmatch("[xy]_d", name)})
     words = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     dot = words[la.dot_dtype(dtype)]
     types = {
-        **dict.fromkeys(["X", "Y", "OUT", "DX", "DV"], "*" + words[dtype]),
+        **dict.fromkeys(["X", "Y", "OUT", "DX", "DY"], "*" + words[dtype]),
         **dict.fromkeys(["W", "DU"], "*" + dot),
-        **dict.fromkeys(["SUMS", "DEN", "DELTA"], "*fp32"),
+        **dict.fromkeys(["SUMS", "A", "COEFF", "OVER_D"], "*fp32"),
         "scale": "fp32",
         "eps": "fp32",
     }
@@ -91,22 +135,18 @@ def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, 
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(fn.arg_names)
-        if signature[name][0] == "*" or re.fullmatch("[xyo]_[bnh]|rows_per_split", name)
+        if signature[name][0] == "*" or re.fullmatch("[xy]_[bnh]", name)
     }
     source = triton.compiler.ASTSource(fn, signature, constexprs=const, attrs=attrs)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(binary.asm["cubin"])
-        f.flush()
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", f.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+    usage = inspect(binary.asm["cubin"], "--dump-resource-usage")
     regs, stack, local = (
-        int(re.search(rf"{key}:(\d+)", usage.stdout).group(1)) for key in ("REG", "STACK", "LOCAL")
+        int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL")
     )
+    body = loop_instructions(inspect(binary.asm["cubin"], "-sass"))
+    # a launch of "reduce" runs one program per half over the same rows
+    programs_per_row = const["HALVES"] if kernel == "reduce" else 1
+    per_row = body.total() * options["num_warps"] / const["ROWS"] * programs_per_row
     return dict(
         regs=regs,
         spills=stack + local,
@@ -114,24 +154,40 @@ def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, 
         warps=options["num_warps"],
         rows=const["ROWS"],
         stages=options["num_stages"],
+        programs=programs,
+        instructions=body.total(),
+        per_row=per_row,
+        most=dict(body.most_common(8)),
     )
 
 
-def compile_table(arch, dtype_name="bf16"):
-    """Print and return every launch of a training step at D = 128.
+def compile_table(arch, dtype_name="bf16", sass=False):
+    """Print and return every launch of a training step at D = 128 that the kernels run there.
 
-    They are those of hedgehog with W and of softmax.  -> list of dicts.
+    They are those of hedgehog with W, of hedgehog with W of D / 2 columns, and of softmax.
+    sass: print the most frequent instructions of each loop too. -> list of dicts.
     """
     rows, dtype, capability = [], DTYPES[dtype_name], int(arch[3:])
-    for feature_map, has_w in (("hedgehog", True), ("softmax", False)):
-        for name, kernel, flags, phi in variants(feature_map, has_w):
+    shared = SHARED.get(capability, 99 * 1024)
+    for feature_map, E in (("hedgehog", 128), ("hedgehog", 64), ("softmax", 128)):
+        has_w = feature_map == "hedgehog"
+        halves = 2 if has_w else 1
+        name = feature_map if E == 128 else f"{feature_map}, E {E}"
+        if la.tiles("apply", 128, E, 128, halves, dtype, shared) is None:
+            print(f"| {name} | does not fit: the torch reference runs |" + " |" * 8)
+            continue
+        for launch, kernel, flags, phi in variants(feature_map, has_w):
+            if launch == "dW" and E != 128:
+                continue
             with_w = has_w and phi == feature_map
-            r = compiled(kernel, flags, phi, 128, 128, dtype, with_w, capability)
-            about = dict(feature_map=feature_map, launch=name, D=128, dtype=dtype_name, arch=arch)
+            r = compiled(kernel, flags, phi, 128, 128, dtype, with_w, capability, E)
+            about = dict(feature_map=name, launch=launch, D=128, dtype=dtype_name, arch=arch)
             rows.append({**about, **r})
-            numbers = f"{r['rows']} | {r['warps']} | {r['regs']} | {r['spills']}"
-            shared = f"{r['shared'] / 1024:.0f}"
-            print(f"| {feature_map} | {name} | {numbers} | {shared} |", flush=True)
+            numbers = f"{r['rows']} | {r['warps']} | {r['stages']} | {r['regs']} | {r['spills']}"
+            counts = f"{r['shared'] / 1024:.0f} | {r['instructions']} | {r['per_row']:.0f}"
+            print(f"| {name} | {launch} | {numbers} | {counts} |", flush=True)
+            if sass:
+                print("    " + ", ".join(f"{k} {n}" for k, n in r["most"].items()), flush=True)
     return rows
 
 
@@ -411,11 +467,19 @@ def parse_args(argv=None):
     p.add_argument(
         "--compile",
         choices=["sm_80", "sm_89", "sm_90", "sm_100"],
-        help="compile the kernels for this architecture instead, without a GPU",
+        help="compile the kernels for this architecture instead, without a GPU, and count the "
+        "instructions of their loops",
+    )
+    p.add_argument(
+        "--sass",
+        action="store_true",
+        help="with --compile: the most frequent instructions of each loop too",
     )
     args = p.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: no CUDA device here")
+    if args.sass and not args.compile:
+        p.error("--sass needs --compile ARCHITECTURE")
     if args.compile and (la.triton is None or la.INTERPRET):
         p.error("--compile needs triton, and TRITON_INTERPRET unset")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -464,9 +528,12 @@ def main(argv=None):
             f"compiled for {args.compile} by triton {la.triton.__version__}, {args.dtype}, "
             "D = 128; spills in bytes per thread, shared memory in KB"
         )
-        print("| feature map | launch | rows | warps | registers | spills | shared |")
-        print("|" + "---|" * 7)
-        save(args, dict(about, compiled=compile_table(args.compile, args.dtype)))
+        print(
+            "| feature map | launch | rows | warps | stages | registers | spills | shared "
+            "| instructions per tile | warp instructions per row |"
+        )
+        print("|" + "---|" * 10)
+        save(args, dict(about, compiled=compile_table(args.compile, args.dtype, args.sass)))
         return
     device = args.device
     name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
