@@ -4,7 +4,7 @@
     python -m kernels.bench_linear_attention
     python -m kernels.bench_linear_attention --lengths 4096,32760 --heads 12 --dtype bf16
     # registers, spills and shared memory; needs triton, but no GPU
-    python -m kernels.bench_linear_attention --compile sm_90
+    python -m kernels.bench_linear_attention --compile sm_90 --every
 
 Rows of the table are "triton" (the kernels), "torch" (the reference), "compile" (torch.compile of
 the reference), "sdpa NAME" (each backend of scaled_dot_product_attention that takes the input) and
@@ -118,7 +118,7 @@ def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, 
     const |= flags
     if tiles:
         const |= dict(zip(("ROWS", "num_warps", "num_stages"), tiles))
-    options = {name: const.pop(name) for name in ("num_warps", "num_stages")}
+    options = {name: const.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     const.update({name: 1 for name in fn.arg_names if re.fullmatch("[xy]_d", name)})
     words = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     dot = words[la.dot_dtype(dtype)]
@@ -161,33 +161,61 @@ def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, 
     )
 
 
-def compile_table(arch, dtype_name="bf16", sass=False):
-    """Print and return every launch of a training step at D = 128 that the kernels run there.
+# what is compiled: feature map, head size, columns of W
+DEFAULT_CASES = (("hedgehog", 128, 128), ("hedgehog", 128, 64), ("softmax", 128, None))
+EVERY_CASE = (
+    *DEFAULT_CASES,
+    *((name, 128, None) for name in ("elu", "relu", "none")),
+    *(("hedgehog", D, E) for D in (72, 80, 96) for E in (D, D // 2)),
+    ("softmax", 72, None),
+    ("hedgehog", 64, 64),
+    ("hedgehog", 64, 32),
+    *((name, 64, None) for name in ("softmax", "elu", "relu", "none")),
+    ("none", 256, None),
+)
 
-    They are those of hedgehog with W, of hedgehog with W of D / 2 columns, and of softmax.
+
+def compile_case(feature_map, D, E, arch, dtype_name="bf16"):
+    """Compile every launch of a training step with the tiles that the kernels take there.
+
+    -> a generator of dicts, empty where the kernels do not fit and torch runs. Values of 256 given
+    features have 128 columns.
+    """
+    dtype, capability = DTYPES[dtype_name], int(arch[3:])
+    has_w, halves = E is not None, 2 if feature_map == "hedgehog" else 1
+    sizes, shared = (D, E or D, min(D, 128)), SHARED.get(capability, 99 * 1024)
+    padded = [la.padded(size) for size in sizes]
+    if any(la.tiles(name, *padded, halves, dtype, shared) is None for name in la.KERNELS):
+        return
+    for launch, kernel, flags, phi in variants(feature_map, has_w):
+        _, width, y = sizes
+        if launch == "dW":  # its y is du, of E columns
+            width, y = D, E
+        with_w = has_w and phi == feature_map
+        found = compiled(kernel, flags, phi, D, y, dtype, with_w, capability, width)
+        about = dict(feature_map=feature_map, launch=launch, D=D, E=E, dtype=dtype_name, arch=arch)
+        yield about | found
+
+
+def compile_table(arch, dtype_name="bf16", sass=False, cases=DEFAULT_CASES):
+    """Print and return every launch of a training step in these cases.
+
     sass: print the most frequent instructions of each loop too. -> list of dicts.
     """
-    rows, dtype, capability = [], DTYPES[dtype_name], int(arch[3:])
-    shared = SHARED.get(capability, 99 * 1024)
-    for feature_map, E in (("hedgehog", 128), ("hedgehog", 64), ("softmax", 128)):
-        has_w = feature_map == "hedgehog"
-        halves = 2 if has_w else 1
-        name = feature_map if E == 128 else f"{feature_map}, E {E}"
-        if la.tiles("apply", 128, E, 128, halves, dtype, shared) is None:
-            print(f"| {name} | does not fit: the torch reference runs |" + " |" * 8)
-            continue
-        for launch, kernel, flags, phi in variants(feature_map, has_w):
-            if launch == "dW" and E != 128:
-                continue
-            with_w = has_w and phi == feature_map
-            r = compiled(kernel, flags, phi, 128, 128, dtype, with_w, capability, E)
-            about = dict(feature_map=name, launch=launch, D=128, dtype=dtype_name, arch=arch)
-            rows.append({**about, **r})
+    rows = []
+    for feature_map, D, E in cases:
+        name = f"{feature_map} {D}" + (f", E {E}" if E not in (None, D) else "")
+        found = 0
+        for r in compile_case(feature_map, D, E, arch, dtype_name):
             numbers = f"{r['rows']} | {r['warps']} | {r['stages']} | {r['regs']} | {r['spills']}"
             counts = f"{r['shared'] / 1024:.0f} | {r['instructions']} | {r['per_row']:.0f}"
-            print(f"| {name} | {launch} | {numbers} | {counts} |", flush=True)
+            print(f"| {name} | {r['launch']} | {numbers} | {counts} |", flush=True)
             if sass:
                 print("    " + ", ".join(f"{k} {n}" for k, n in r["most"].items()), flush=True)
+            rows.append(r)
+            found += 1
+        if not found:
+            print(f"| {name} | does not fit: torch runs |" + " |" * 8)
     return rows
 
 
@@ -475,11 +503,17 @@ def parse_args(argv=None):
         action="store_true",
         help="with --compile: the most frequent instructions of each loop too",
     )
+    p.add_argument(
+        "--every",
+        action="store_true",
+        help="with --compile: all feature maps, and head sizes 64, 72, 80, 96 and 128",
+    )
     args = p.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: no CUDA device here")
-    if args.sass and not args.compile:
-        p.error("--sass needs --compile ARCHITECTURE")
+    for flag in ("sass", "every"):
+        if getattr(args, flag) and not args.compile:
+            p.error(f"--{flag} needs --compile ARCHITECTURE")
     if args.compile and (la.triton is None or la.INTERPRET):
         p.error("--compile needs triton, and TRITON_INTERPRET unset")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -526,14 +560,16 @@ def main(argv=None):
     if args.compile:
         print(
             f"compiled for {args.compile} by triton {la.triton.__version__}, {args.dtype}, "
-            "D = 128; spills in bytes per thread, shared memory in KB"
+            "feature maps with their head size; spills in bytes per thread, shared memory in KB"
         )
         print(
             "| feature map | launch | rows | warps | stages | registers | spills | shared "
             "| instructions per tile | warp instructions per row |"
         )
         print("|" + "---|" * 10)
-        save(args, dict(about, compiled=compile_table(args.compile, args.dtype, args.sass)))
+        cases = EVERY_CASE if args.every else DEFAULT_CASES
+        rows = compile_table(args.compile, args.dtype, args.sass, cases)
+        save(args, dict(about, compiled=rows))
         return
     device = args.device
     name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

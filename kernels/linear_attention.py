@@ -89,12 +89,12 @@ def features(x, feature_map, w=None, query=False):
     w (H, D, E) is the projection of "hedgehog", None the identity. query: leave out the clamp of
     softmaxes, which only keys need. Raises ValueError for an unknown feature map.
     """
-    tiny = 0.0 if query else TINY
     if feature_map == "hedgehog":  # Eq. 6 of LinVideo: the two halves are normalised separately
         u = x if w is None else torch.einsum("bnhd,hde->bnhe", x, w)
-        return torch.cat([u.softmax(-1), (-u).softmax(-1)], dim=-1).clamp_min(tiny)  # (B, N, H, 2E)
+        phi = torch.cat([u.softmax(-1), (-u).softmax(-1)], dim=-1)  # (B, N, H, 2E)
+        return phi if query else phi.clamp_min(TINY)
     if feature_map == "softmax":
-        return x.softmax(-1).clamp_min(tiny)
+        return x.softmax(-1) if query else x.softmax(-1).clamp_min(TINY)
     if feature_map == "elu":
         return (torch.nn.functional.elu(x) + 1).clamp_min(TINY)
     if feature_map == "relu":
@@ -199,7 +199,9 @@ if triton is not None:
         cols, mask = tl.arange(0, COLS), keep[:, None]
         if WIDTH < COLS:
             mask = mask & (cols < WIDTH)[None, :]
-        return tl.load(X + rows[:, None] * x_n + cols[None, :] * x_d, mask=mask, other=0.0)
+        return tl.load(
+            X + rows[:, None].to(tl.int64) * x_n + cols[None, :] * x_d, mask=mask, other=0.0
+        )
 
     @triton.jit
     def _store(X, tile, x_n, x_d, rows, keep, WIDTH: tl.constexpr, COLS: tl.constexpr):
@@ -218,7 +220,7 @@ if triton is not None:
         """
         split = program % splits
         bh = (program // splits).to(tl.int64)
-        start = split.to(tl.int64) * rows_per_split
+        start = split * rows_per_split
         return split, bh, bh // H, bh % H, start, tl.minimum(start + rows_per_split, N)
 
     @triton.jit
@@ -325,9 +327,10 @@ if triton is not None:
                 w = tl.where(half == 0, w, -w)  # x (-W) = -u
         acc, z = tl.zeros((F, D), tl.float32), tl.zeros((8, F), tl.float32)
         for n in range(start, stop, ROWS):
-            keep = rows < stop - n
-            x = _load(X + n * x_n, x_n, x_d, rows, keep, C_WIDTH, C).to(DOT)
-            y = _load(Y + n * y_n, y_n, y_d, rows, keep, D_WIDTH, D).to(DOT)
+            at = n + rows
+            keep = at < stop
+            x = _load(X, x_n, x_d, at, keep, C_WIDTH, C).to(DOT)
+            y = _load(Y, y_n, y_d, at, keep, D_WIDTH, D).to(DOT)
             if HAS_W:
                 u = tl.dot(x, w, input_precision=PRECISION)
             else:
@@ -335,13 +338,13 @@ if triton is not None:
                 if HALVES == 2:
                     u = tl.where(half == 0, u, -u)
             if WEIGHTED:
-                a = tl.load(A + n + rows, mask=keep, other=0.0)
+                a = tl.load(A + at, mask=keep, other=0.0)
             else:
                 a = keep.to(tl.float32)
             phi = _features(u, a, not QUERY, MAP, F_WIDTH, F)
             acc = tl.dot(tl.trans(phi.to(DOT)), y, acc, input_precision=PRECISION)
             if QUERY:
-                phi *= tl.load(COEFF + bh * N + n + rows, mask=keep, other=0.0)[:, None]
+                phi *= tl.load(COEFF + bh * N + at, mask=keep, other=0.0)[:, None]
             z += tl.sum(tl.reshape(phi, (ROWS // 8, 8, F)), 0)
         SUMS += (bh * splits + split) * (HALVES * F * (D + 1))
         tl.store(SUMS + half * (F * D) + f[:, None] * D + c[None, :], acc * scale)
@@ -386,15 +389,16 @@ if triton is not None:
         S = SUMS + bh * (HALVES * F * (D + 1))
         Z = S + HALVES * F * D
         rows, f = tl.arange(0, ROWS), tl.arange(0, F)
-        at = f[:, None] * D + tl.arange(0, D)[None, :]
-        s = tl.load(S + at).to(DOT)
+        tile = f[:, None] * D + tl.arange(0, D)[None, :]
+        s = tl.load(S + tile).to(DOT)
         if HALVES == 2:
-            s2 = tl.load(S + F * D + at).to(DOT)
+            s2 = tl.load(S + F * D + tile).to(DOT)
         if HAS_W:
             w = tl.load(W + h * (C * F) + tl.arange(0, C)[:, None] * F + f[None, :])
         for n in range(start, stop, ROWS):
-            keep = rows < stop - n
-            x = _load(X + n * x_n, x_n, x_d, rows, keep, C_WIDTH, C).to(DOT)
+            at = n + rows
+            keep = at < stop
+            x = _load(X, x_n, x_d, at, keep, C_WIDTH, C).to(DOT)
             if HAS_W:
                 u = tl.dot(x, w, input_precision=PRECISION)
             else:
@@ -416,12 +420,10 @@ if triton is not None:
                 acc = tl.dot(dot, s, input_precision=PRECISION) * r[:, None]
                 acc = tl.dot(phi.to(DOT), s2, acc, input_precision=PRECISION)
             over_d = 1 / (d + eps * total)
-            row = (
-                b * N + n
-            ) * H + h  # of a contiguous (B, N, H, .) tensor; its next row: H further
-            _store(
-                OUT + row * D_WIDTH, acc * over_d[:, None], H * D_WIDTH, 1, rows, keep, D_WIDTH, D
-            )
+            # in a contiguous (B, N, H, .) tensor, where this head's next row is H rows further on
+            row = (b * N + n) * H + h
+            o = acc * over_d[:, None]
+            _store(OUT + row * D_WIDTH, o, H * D_WIDTH, 1, rows, keep, D_WIDTH, D)
             tl.store(OVER_D + bh * N + n + rows, over_d * total, mask=keep)
 
     @_jit
@@ -481,49 +483,47 @@ if triton is not None:
         S = SUMS + bh * (HALVES * F * (D + 1))
         Z = S + HALVES * F * D
         rows, f = tl.arange(0, ROWS), tl.arange(0, F)
-        at = f[:, None] * D + tl.arange(0, D)[None, :]
-        s = tl.load(S + at).to(DOT)
+        tile = f[:, None] * D + tl.arange(0, D)[None, :]
+        s = tl.load(S + tile).to(DOT)
         if HALVES == 2:
-            s2 = tl.load(S + F * D + at).to(DOT)
+            s2 = tl.load(S + F * D + tile).to(DOT)
         if HAS_W:
             w = tl.load(W + h * (C * F) + tl.arange(0, C)[:, None] * F + f[None, :])
         for n in range(start, stop, ROWS):
-            keep = rows < stop - n
-            row = (
-                b * N + n
-            ) * H + h  # of a contiguous (B, N, H, .) tensor; its next row: H further
-            y = _load(Y + n * y_n, y_n, y_d, rows, keep, D_WIDTH, D)
+            at = n + rows
+            keep = at < stop
+            row = (b * N + n) * H + h  # as in _apply_kernel
+            y = _load(Y, y_n, y_d, at, keep, D_WIDTH, D)
             if QUERY:
                 o = _load(OUT + row * D_WIDTH, H * D_WIDTH, 1, rows, keep, D_WIDTH, D)
                 c = -tl.sum(y.to(tl.float32) * o.to(tl.float32), 1)
-                tl.store(COEFF + bh * N + n + rows, c, mask=keep)
+                tl.store(COEFF + bh * N + at, c, mask=keep)
             y = y.to(DOT)
-            x = _load(X + n * x_n, x_n, x_d, rows, keep, C_WIDTH, C).to(DOT)
+            x = _load(X, x_n, x_d, at, keep, C_WIDTH, C).to(DOT)
             if WEIGHTED:
-                a = tl.load(A + n + rows, mask=keep, other=0.0) * scale
+                a = tl.load(A + at, mask=keep, other=0.0) * scale
             else:
                 a = keep.to(tl.float32) * scale
             if HAS_W:
                 u = tl.dot(x, w, input_precision=PRECISION)
             else:
                 u = x.to(tl.float32)
+            if WRITE_Y:
+                phi = _features(u, a, not QUERY, MAP, F_WIDTH, F)
+                dy = tl.dot(phi.to(DOT), s, input_precision=PRECISION)
+                if HALVES == 2:
+                    phi = _features(-u, a, not QUERY, MAP, F_WIDTH, F)
+                    dy = tl.dot(phi.to(DOT), s2, dy, input_precision=PRECISION)
+                _store(DY + row * D_WIDTH, dy, H * D_WIDTH, 1, rows, keep, D_WIDTH, D)
             dphi = tl.dot(y, tl.trans(s), input_precision=PRECISION)
             z = tl.load(Z + f)[None, :]  # loaded before the loop it would hold registers all along
             dphi += c[:, None] * z if QUERY else z
             du = _features_backward(u, dphi, a, not QUERY, MAP, F_WIDTH, F)
-            if WRITE_Y:
-                phi = _features(u, a, not QUERY, MAP, F_WIDTH, F)
-                dy = tl.dot(phi.to(DOT), s, input_precision=PRECISION)
             if HALVES == 2:  # the same of -u
                 dphi = tl.dot(y, tl.trans(s2), input_precision=PRECISION)
                 z = tl.load(Z + F + f)[None, :]
                 dphi += c[:, None] * z if QUERY else z
                 du -= _features_backward(-u, dphi, a, not QUERY, MAP, F_WIDTH, F)
-                if WRITE_Y:
-                    phi = _features(-u, a, not QUERY, MAP, F_WIDTH, F)
-                    dy = tl.dot(phi.to(DOT), s2, dy, input_precision=PRECISION)
-            if WRITE_Y:
-                _store(DY + row * D_WIDTH, dy, H * D_WIDTH, 1, rows, keep, D_WIDTH, D)
             if WRITE_U:
                 _store(DU + row * F_WIDTH, du, H * F_WIDTH, 1, rows, keep, F_WIDTH, F)
             if WRITE_X:
@@ -545,25 +545,26 @@ def dot_dtype(dtype):
 
 
 # Rows per tile, warps, pipeline stages, and programs that fit on a multiprocessor at a time. The
-# first table with the line, whose shared memory a device has, is used. The H100's tiles were the
-# fastest of this file's first version, but for the apply of two halves, which compiled figures
-# chose (docs/results/kernels.md); those of smaller cards are untimed. "wide": a size above 64; "two
-# halves": hedgehog with more than 64 features in a half, or 256 given features.
+# first table with the line, whose shared memory a device has, is used. The tiles are those of which
+# the compiled kernels have the fewest instructions a row without spilling a register
+# (docs/results/kernels.md); on a GPU they are untimed. "wide": a size above 64; "two halves":
+# hedgehog with more than 64 features in a half; "narrow halves": with up to 64.
 KERNELS = ("reduce", "apply", "backward q", "backward k")
 # fmt: off
 TILES = {
-    # bytes of shared memory        reduce         apply          backward q     backward k
+    # bytes of shared memory          reduce         apply          backward q     backward k
     227 * 1024: {  # H100, B200
-        "2 bytes, two halves": ((32, 4, 3, 2), (64, 4, 1, 2), (32, 8, 1, 1), (32, 8, 2, 1)),
-        "2 bytes, wide":       ((64, 4, 2, 2), (64, 8, 2, 1), (32, 8, 1, 2), (64, 4, 2, 2)),
+        "2 bytes, two halves":    ((32, 4, 3, 2), (64, 4, 1, 2), (32, 8, 1, 1), (32, 8, 1, 1)),
     },
     160 * 1024: {  # A100
-        "2 bytes, two halves": ((32, 4, 3, 2), (64, 4, 1, 1), (32, 8, 1, 1), (32, 8, 1, 1)),
+        "2 bytes, two halves":    ((32, 4, 3, 2), (64, 4, 1, 1), (32, 8, 1, 1), (32, 8, 1, 1)),
     },
     99 * 1024: {  # L40S, RTX 4090 and 5090
-        "2 bytes, wide":       ((64, 4, 2, 1), (64, 8, 1, 1), (32, 8, 1, 1), (32, 8, 1, 1)),
-        "2 bytes, up to 64":   ((128, 4, 2, 4), (64, 4, 2, 4), (64, 4, 2, 4), (64, 4, 2, 4)),
-        "4 bytes, up to 64":   ((32, 4, 2, 4), (32, 4, 2, 4), (32, 4, 2, 4), (32, 4, 2, 4)),
+        "2 bytes, narrow halves": ((32, 4, 3, 1), (64, 4, 2, 1), (32, 4, 1, 1), (32, 4, 1, 1)),
+        "2 bytes, 256 features":  ((32, 8, 2, 1), (64, 8, 1, 1), (32, 8, 1, 1), (32, 8, 1, 1)),
+        "2 bytes, wide":          ((32, 4, 3, 2), (64, 4, 2, 1), (64, 4, 1, 1), (64, 8, 1, 1)),
+        "2 bytes, up to 64":      ((128, 4, 2, 4),(64, 4, 2, 4), (64, 4, 2, 4), (64, 4, 2, 4)),
+        "4 bytes, up to 64":      ((32, 4, 2, 4), (32, 4, 2, 4), (32, 4, 2, 4), (32, 4, 2, 4)),
     },
 }
 # fmt: on
@@ -571,16 +572,23 @@ TILES = {
 
 def padded(size):
     """The power of two that a size is padded to in the kernels; tl.dot takes 16 and more."""
-    return max(16, 1 << (size - 1).bit_length())
+    power = 16
+    while power < size:
+        power *= 2
+    return power
 
 
 def tiles(kernel, C, F, D, halves, dtype, shared):
     """A line of TILES for one of KERNELS, or None where such a program does not fit."""
     line = "2 bytes, " if dtype == torch.bfloat16 else "4 bytes, "
-    if halves * F > 128:
-        line += "two halves"
+    if F > 128:
+        line += "256 features"
+    elif max(C, F, D) <= 64:
+        line += "up to 64"
+    elif halves == 1:
+        line += "wide"
     else:
-        line += "wide" if max(C, F, D) > 64 else "up to 64"
+        line += "two halves" if F > 64 else "narrow halves"
     for least, table in TILES.items():
         if shared >= least and line in table:
             return table[line][KERNELS.index(kernel)]
@@ -608,7 +616,8 @@ def constants(kernel, feature_map, C, E, D, dtype, has_w, shared):
     const |= dict(C_WIDTH=C, F_WIDTH=E, D_WIDTH=D, HALVES=halves, HAS_W=has_w, MAP=feature_map)
     const["DOT"] = tl.bfloat16 if dot_dtype(dtype) == torch.bfloat16 else tl.float32
     const["PRECISION"] = "ieee" if dtype == torch.float32 else "tf32"
-    return const | dict(ROWS=rows, num_warps=warps, num_stages=stages), programs
+    const |= dict(ROWS=rows, num_warps=warps, num_stages=stages)
+    return const | dict(enable_fp_fusion=True), programs  # from Triton 3.10 on not the default
 
 
 def _launch(kernel, name, x, w, D, feature_map, num_splits, halves=1):
@@ -714,16 +723,19 @@ def _sums(
     w_k: Optional[torch.Tensor],
     a: Optional[torch.Tensor],
     feature_map: str,
-    scale: float,
+    count: int,
     num_splits: int,
 ) -> torch.Tensor:
-    """Eq. (1) by the kernels, weights a (B, N) or None.  -> sums (B, H, halves (F D + F))."""
+    """Eq. (1) by the kernels, N = count, weights a (B, N) or None.
+
+    -> sums (B, H, halves (F D + F)).
+    """
     with torch.cuda.device_of(k):
-        return _reduce(k, v, _cast(w_k, k), feature_map, num_splits, scale, a)
+        return _reduce(k, v, _cast(w_k, k), feature_map, num_splits, 1 / count, a)
 
 
 @_sums.register_fake
-def _(k, v, w_k, a, feature_map, scale, num_splits):
+def _(k, v, w_k, a, feature_map, count, num_splits):
     F, D = padded(k.shape[3] if w_k is None else w_k.shape[2]), padded(v.shape[3])
     size = (2 if feature_map == "hedgehog" else 1) * F * (D + 1)
     return k.new_empty(k.shape[0], k.shape[2], size, dtype=torch.float32)
@@ -737,19 +749,19 @@ def _sums_backward(
     w_k: Optional[torch.Tensor],
     a: Optional[torch.Tensor],
     feature_map: str,
-    scale: float,
+    count: int,
     num_splits: int,
     need: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Eq. (5) by the kernels.  -> dk, dv, dw_k, each empty where `need` says no."""
     with torch.cuda.device_of(k):
-        w, rest = _cast(w_k, k), (feature_map, num_splits, scale, need, a)
+        w, rest = _cast(w_k, k), (feature_map, num_splits, 1 / count, need, a)
         dk, dv, dw = _gradients(k, v, w, d_sums.contiguous(), *rest)[0]
     return dk, dv, dw if w_k is None else dw.to(w_k.dtype)
 
 
 @_sums_backward.register_fake
-def _(d_sums, k, v, w_k, a, feature_map, scale, num_splits, need):
+def _(d_sums, k, v, w_k, a, feature_map, count, num_splits, need):
     return _empty_gradients((k, v, w_k), need)
 
 
@@ -793,7 +805,7 @@ def _apply(
         launch, *_ = _launch(_apply_kernel, "apply", q, w, D, feature_map, num_splits)
         o = q.new_empty(B, N, H, D)
         over_d = torch.empty(B, H, N, device=q.device, dtype=torch.float32)
-        launch([q, _padded_w(w), sums, o, over_d, eps], q.stride())
+        launch([q, _padded_w(w), sums.contiguous(), o, over_d, eps], q.stride())
     return o, over_d
 
 
@@ -853,7 +865,7 @@ _apply.register_autograd(_apply_autograd, setup_context=_apply_context)
 def _by_kernels(q, k, v, feature_map, w_q, w_k, eps, a=None, share=None, num_splits=0):
     """The function by the kernels: the sums of the keys, those of other ranks, the queries."""
     N = k.shape[1] if share is None else share.N
-    sums = _sums(k, v, w_k, a, feature_map, 1 / N, num_splits)
+    sums = _sums(k, v, w_k, a, feature_map, N, num_splits)
     if share is not None:
         sums = share.sum(sums)
     return _apply(q, w_q, sums, v.shape[3], feature_map, eps, num_splits)[0]
@@ -909,7 +921,7 @@ def _check(q, k, v, feature_map, w_q, w_k, eps):
 
 
 def _key_weights(mask, k, share):
-    """Weights a (B, N) float32 of the keys, whose mean over all ranks is 1, from a mask; or None.
+    """Weights a (B, N) of the keys, whose mean over all ranks is 1, from a mask; or None.
 
     Keys that are masked weigh nothing, as if they were not given.
     """
@@ -925,10 +937,11 @@ def _key_weights(mask, k, share):
             f"mask must be bool (B, N) = {(B, N)}, or lengths (B,) without a share, "
             f"got {tuple(mask.shape)}, {mask.dtype}"
         )
-    kept, total = mask.sum(1, dtype=torch.float32), N
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    kept, total = mask.sum(1, dtype=wide), N
     if share is not None:
         kept, total = share.sum(kept), share.N
-    return mask * (total / kept)[:, None]
+    return mask.contiguous() * (total / kept)[:, None]
 
 
 def backend_for(q, v=None, feature_map="hedgehog", w_q=None):
@@ -946,12 +959,14 @@ def backend_for(q, v=None, feature_map="hedgehog", w_q=None):
         )
     if q.dtype not in DTYPES:
         return "torch", f"q must be float32, bfloat16 or float16, got {q.dtype}"
+    if max(q.shape[1], 0 if v is None else v.shape[1]) > 2**30:
+        return "torch", "the kernels count at most 2^30 rows"
     C, D = q.shape[3], q.shape[3] if v is None else v.shape[3]
     E = C if w_q is None else w_q.shape[2]
     halves = 2 if feature_map == "hedgehog" else 1
     for name, size, most in (
         ("q", C, 256 if feature_map == "none" else 128),
-        ("w_q", E, 256),
+        ("w_q", E, 256 if feature_map == "none" else 128),
         ("v", D, 128),
     ):
         if size > most:
