@@ -1107,12 +1107,13 @@ class LinearAttention(torch.nn.Module):
         )
 
 
-def use_linear_attention(net, layers, feature_map="hedgehog"):
+def use_linear_attention(net, layers, feature_map="hedgehog", feature_dim=None):
     """Give each of these self-attention layers of net a new LinearAttention.
 
     net has self_attentions (modules that call their attribute `attend` on q, k, v), heads and
     head_dim; layers are indices from 0. The choice is written to net.config, from which such a
-    network is built again. Raises ValueError for an index out of range or named twice.
+    network is built again. Raises ValueError for an index out of range or named twice, and for what
+    LinearAttention refuses.
     """
     places = net.self_attentions
     wrong = [i for i in layers if type(i) is not int or not 0 <= i < len(places)]
@@ -1121,5 +1122,7 @@ def use_linear_attention(net, layers, feature_map="hedgehog"):
             f"linear_layers {list(layers)} are not different layers of 0 to {len(places) - 1}"
         )
     for i in layers:
-        places[i].attend = LinearAttention(net.heads, net.head_dim, feature_map)
+        places[i].attend = LinearAttention(net.heads, net.head_dim, feature_map, feature_dim)
     net.config |= {"linear_layers": sorted(layers), "feature_map": feature_map}
+    if feature_dim is not None:
+        net.config["feature_dim"] = feature_dim
