@@ -44,10 +44,10 @@ LinearAttention, at the end of the file, is the module. To copy it without the k
 its forward, with eps=EPS[feature_map].
 
 q, k and v may be views with any strides, such as those of a fused projection: nothing is copied.
-Keys may have a mask. Triton runs on CUDA for bfloat16 at head sizes up to 128 (given features up to
-256), and for float32 and float16 up to 64, as far as shared memory goes (TILES); sizes that are no
-powers of two are padded on the chip. Everything else runs the torch reference; backend_for says
-which of the two it will be. Sums are in float32 on both paths, and in float64 for float64 inputs.
+Keys may have a mask. Triton runs on CUDA for bfloat16 at head sizes up to 128, and for
+float32 and float16 up to 64, as far as shared memory goes (TILES); sizes that are no powers of two
+are padded on the chip. Everything else runs the torch reference; backend_for says which of the two
+it will be. Sums are in float32 on both paths, and in float64 for float64 inputs.
 The Triton path saves inputs, o, 1 / d, S and z, never the features; it computes no gradient that is
 not asked for; it is bitwise reproducible (partial sums, no atomics); it is registered with
 torch.library, so that torch.compile(fullgraph=True) and activation checkpointing take it as
@@ -173,8 +173,8 @@ def quadratic_oracle(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=0.
 # A program owns a range of rows (a "split") of one (batch, head) and walks through it ROWS at a
 # time. W and S are loaded once and stay in shared memory. x has C columns, phi(x) F (hedgehog: F in
 # each half), y D: powers of two; where the real width is smaller, columns are padded with zeros and
-# their features are 0 for queries, so that they meet nothing. S and z lie one behind the other in
-# one float32 tensor, "sums" (B, H, halves (F D + F)). DOT is the dtype of the operands of tl.dot,
+# their features are 0 for queries, so that they meet nothing. S and z of a half lie one behind the
+# other, and the halves as well, in one float32 tensor, "sums" (B, H, halves (F D + F)). DOT is the dtype of the operands of tl.dot,
 # and PRECISION says how float32 operands are multiplied:
 #
 #     inputs      DOT         PRECISION
@@ -320,6 +320,7 @@ if triton is not None:
         X += b * x_b + h * x_h
         Y += b * y_b + h * y_h
         A += b * a_b + h * a_h
+        SUMS += ((bh * splits + split) * HALVES + half) * (F * (D + 1))
         rows, f, c = tl.arange(0, ROWS), tl.arange(0, F), tl.arange(0, D)
         if HAS_W:
             w = tl.load(W + h * (C * F) + tl.arange(0, C)[:, None] * F + f[None, :])
@@ -346,9 +347,8 @@ if triton is not None:
             if QUERY:
                 phi *= tl.load(COEFF + bh * N + at, mask=keep, other=0.0)[:, None]
             z += tl.sum(tl.reshape(phi, (ROWS // 8, 8, F)), 0)
-        SUMS += (bh * splits + split) * (HALVES * F * (D + 1))
-        tl.store(SUMS + half * (F * D) + f[:, None] * D + c[None, :], acc * scale)
-        tl.store(SUMS + HALVES * F * D + half * F + f, tl.sum(z, 0) * scale)
+        tl.store(SUMS + f[:, None] * D + c[None, :], acc * scale)
+        tl.store(SUMS + F * D + f, tl.sum(z, 0) * scale)
 
     @_jit
     def _apply_kernel(
@@ -387,12 +387,12 @@ if triton is not None:
         _, bh, b, h, start, stop = _place(tl.program_id(0), N, H, splits, rows_per_split)
         X += b * x_b + h * x_h
         S = SUMS + bh * (HALVES * F * (D + 1))
-        Z = S + HALVES * F * D
+        Z, S2 = S + F * D, S + F * (D + 1)
         rows, f = tl.arange(0, ROWS), tl.arange(0, F)
         tile = f[:, None] * D + tl.arange(0, D)[None, :]
         s = tl.load(S + tile).to(DOT)
         if HALVES == 2:
-            s2 = tl.load(S + F * D + tile).to(DOT)
+            s2 = tl.load(S2 + tile).to(DOT)
         if HAS_W:
             w = tl.load(W + h * (C * F) + tl.arange(0, C)[:, None] * F + f[None, :])
         for n in range(start, stop, ROWS):
@@ -416,7 +416,7 @@ if triton is not None:
                 r = 1 / total
                 phi, total = _exp(-u, F_WIDTH, F)
                 r *= total
-                d = d * r + tl.sum(phi * tl.load(Z + F + f)[None, :], 1)
+                d = d * r + tl.sum(phi * tl.load(S2 + F * D + f)[None, :], 1)
                 acc = tl.dot(dot, s, input_precision=PRECISION) * r[:, None]
                 acc = tl.dot(phi.to(DOT), s2, acc, input_precision=PRECISION)
             over_d = 1 / (d + eps * total)
@@ -481,12 +481,12 @@ if triton is not None:
         Y += b * y_b + h * y_h
         A += b * a_b + h * a_h
         S = SUMS + bh * (HALVES * F * (D + 1))
-        Z = S + HALVES * F * D
+        Z, S2 = S + F * D, S + F * (D + 1)
         rows, f = tl.arange(0, ROWS), tl.arange(0, F)
         tile = f[:, None] * D + tl.arange(0, D)[None, :]
         s = tl.load(S + tile).to(DOT)
         if HALVES == 2:
-            s2 = tl.load(S + F * D + tile).to(DOT)
+            s2 = tl.load(S2 + tile).to(DOT)
         if HAS_W:
             w = tl.load(W + h * (C * F) + tl.arange(0, C)[:, None] * F + f[None, :])
         for n in range(start, stop, ROWS):
@@ -521,7 +521,7 @@ if triton is not None:
             du = _features_backward(u, dphi, a, not QUERY, MAP, F_WIDTH, F)
             if HALVES == 2:  # the same of -u
                 dphi = tl.dot(y, tl.trans(s2), input_precision=PRECISION)
-                z = tl.load(Z + F + f)[None, :]
+                z = tl.load(S2 + F * D + f)[None, :]
                 dphi += c[:, None] * z if QUERY else z
                 du -= _features_backward(-u, dphi, a, not QUERY, MAP, F_WIDTH, F)
             if WRITE_U:
@@ -545,25 +545,27 @@ def dot_dtype(dtype):
 
 
 # Rows per tile, warps, pipeline stages, and programs that fit on a multiprocessor at a time. The
-# first table with the line, whose shared memory a device has, is used. The tiles are those of which
-# the compiled kernels have the fewest instructions a row without spilling a register
-# (docs/results/kernels.md); on a GPU they are untimed. "wide": a size above 64; "two halves":
-# hedgehog with more than 64 features in a half; "narrow halves": with up to 64.
+# first table with the line, whose shared memory a device has, is used. Tiles are those of which the
+# compiled kernels spill no register in their loop and have the fewest instructions a row; untimed
+# (docs/results/kernels.md). "wide": a size above 64, one half; "two halves": hedgehog with more
+# than 64 features in each; "narrow halves": with up to 64, but wider inputs.
 KERNELS = ("reduce", "apply", "backward q", "backward k")
 # fmt: off
 TILES = {
     # bytes of shared memory          reduce         apply          backward q     backward k
     227 * 1024: {  # H100, B200
         "2 bytes, two halves":    ((32, 4, 3, 2), (64, 4, 1, 2), (32, 8, 1, 1), (32, 8, 1, 1)),
+        "2 bytes, narrow halves": ((32, 4, 3, 3), (64, 4, 2, 2), (32, 4, 1, 2), (32, 4, 1, 2)),
+        "2 bytes, wide":          ((32, 4, 3, 2), (64, 4, 2, 2), (64, 4, 1, 2), (64, 8, 1, 1)),
     },
     160 * 1024: {  # A100
-        "2 bytes, two halves":    ((32, 4, 3, 2), (64, 4, 1, 1), (32, 8, 1, 1), (32, 8, 1, 1)),
+        "2 bytes, two halves":    ((64, 8, 1, 1), (64, 4, 1, 1), (32, 8, 1, 1), (32, 8, 1, 1)),
+        "2 bytes, narrow halves": ((32, 4, 3, 3), (64, 4, 2, 2), (32, 4, 1, 2), (32, 4, 1, 1)),
+        "2 bytes, wide":          ((64, 8, 2, 1), (64, 4, 2, 2), (64, 4, 1, 2), (64, 8, 1, 1)),
     },
     99 * 1024: {  # L40S, RTX 4090 and 5090
-        "2 bytes, narrow halves": ((32, 4, 3, 1), (64, 4, 2, 1), (32, 4, 1, 1), (32, 4, 1, 1)),
-        "2 bytes, 256 features":  ((32, 8, 2, 1), (64, 8, 1, 1), (32, 8, 1, 1), (32, 8, 1, 1)),
-        "2 bytes, wide":          ((32, 4, 3, 2), (64, 4, 2, 1), (64, 4, 1, 1), (64, 8, 1, 1)),
-        "2 bytes, up to 64":      ((128, 4, 2, 4),(64, 4, 2, 4), (64, 4, 2, 4), (64, 4, 2, 4)),
+        "2 bytes, wide":          ((64, 8, 2, 1), (64, 4, 2, 1), (64, 8, 1, 1), (64, 8, 1, 1)),
+        "2 bytes, up to 64":      ((128, 4, 2, 4), (64, 4, 2, 4), (64, 4, 2, 4), (64, 4, 2, 4)),
         "4 bytes, up to 64":      ((32, 4, 2, 4), (32, 4, 2, 4), (32, 4, 2, 4), (32, 4, 2, 4)),
     },
 }
@@ -581,9 +583,7 @@ def padded(size):
 def tiles(kernel, C, F, D, halves, dtype, shared):
     """A line of TILES for one of KERNELS, or None where such a program does not fit."""
     line = "2 bytes, " if dtype == torch.bfloat16 else "4 bytes, "
-    if F > 128:
-        line += "256 features"
-    elif max(C, F, D) <= 64:
+    if max(C, F, D) <= 64:
         line += "up to 64"
     elif halves == 1:
         line += "wide"
@@ -964,13 +964,9 @@ def backend_for(q, v=None, feature_map="hedgehog", w_q=None):
     C, D = q.shape[3], q.shape[3] if v is None else v.shape[3]
     E = C if w_q is None else w_q.shape[2]
     halves = 2 if feature_map == "hedgehog" else 1
-    for name, size, most in (
-        ("q", C, 256 if feature_map == "none" else 128),
-        ("w_q", E, 256 if feature_map == "none" else 128),
-        ("v", D, 128),
-    ):
-        if size > most:
-            return "torch", f"{name} must have a head size of at most {most}, got {size}"
+    for name, size in (("q", C), ("w_q", E), ("v", D)):
+        if size > 128:
+            return "torch", f"{name} must have a head size of at most 128, got {size}"
     sizes, shared = [padded(size) for size in (C, E, D)], shared_memory(q.device)
     if any(tiles(name, *sizes, halves, q.dtype, shared) is None for name in KERNELS):
         return "torch", (

@@ -414,7 +414,7 @@ def test_backend_for_says_what_runs(monkeypatch):
             w = w and torch.empty(1, D, w)
             found[card, D, w is not None, dtype] = la.backend_for(q, w_q=w)[0]
     torch_runs = {key for key, name in found.items() if name == "torch"}
-    both = {("RTX 4090", 128, False, "bfloat16"), ("RTX 4090", 72, False, "bfloat16")}
+    both = {("RTX 4090", D, w, "bfloat16") for D, w in ((128, False), (128, True), (72, False))}
     never = {(c, 128, False, "float32") for c in shared} | {
         (c, 130, False, "bfloat16") for c in shared
     }
@@ -518,7 +518,7 @@ CASES = {
     "size 72": ("hedgehog", True, 17, 40, 72, 80, 2, "padded", None, "bfloat16"),
     "size 24, softmax": ("softmax", False, 17, 40, 24, 40, 2, "padded", None, "float32"),
     "size 24, elu": ("elu", False, 17, 40, 24, 24, 2, "padded", None, "float32"),
-    "256 given features": ("none", False, 17, 33, 256, 16, 2, "padded", None, "bfloat16"),
+    "128 given features": ("none", False, 17, 33, 128, 16, 2, "padded", None, "bfloat16"),
     "float16": ("hedgehog", True, 70, 70, 32, 32, 2, "fused", None, "float16"),
     "float16, softmax": ("softmax", False, 70, 70, 32, 32, 2, "fused", None, "float16"),
     "bfloat16": ("hedgehog", True, 70, 70, 32, 32, 2, "fused", None, "bfloat16"),
@@ -910,7 +910,7 @@ NO_SPILLS = la.triton is not None and la.triton.__version__.startswith("3.9.")
 
 
 def compiled_case(arch, case, monkeypatch, folder):
-    """Compile one case of EVERY_CASE: no register spills, and shared memory suffices.
+    """Compile one case of EVERY_CASE: no register spills in a loop, and shared memory suffices.
 
     Into a folder of its own, lest an older compilation of the same source is read.
     -> names of the launches.
@@ -919,7 +919,8 @@ def compiled_case(arch, case, monkeypatch, folder):
     launches = []
     for r in bench_linear_attention.compile_case(*case, arch):
         launches.append(r["launch"])
-        assert r["spills"] <= (0 if NO_SPILLS else 256), r
+        assert r["loop_spills"] == 0 or not NO_SPILLS, r
+        assert r["spills"] <= (8 if NO_SPILLS else 256), r
         assert r["shared"] <= SHARED[arch] * 1024 and 16 <= r["regs"] <= 255, r
         assert 50 < r["instructions"] < 4000, r
     return launches
@@ -940,9 +941,9 @@ def test_kernels_compile_for_sm_90(monkeypatch, tmp_path):
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize("case", bench_linear_attention.EVERY_CASE)
 def test_every_tile_compiles(arch, case, monkeypatch, tmp_path):
-    """All maps and head sizes; Hedgehog with more than 64 features a half does not fit 99 KB."""
+    """All maps and head sizes; Hedgehog of more than 64 columns does not fit 99 KB."""
     launches = compiled_case(arch, case, monkeypatch, tmp_path)
-    fits = arch != "sm_89" or case[0] != "hedgehog" or case[2] <= 64
+    fits = arch != "sm_89" or case[0] != "hedgehog" or case[1] <= 64
     assert launches[:5] == (LAUNCHES if fits else []), launches
 
 
