@@ -104,7 +104,8 @@ def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, 
     declared as contiguous tensors (B, N, H, D) have them: the last is 1, the others are multiples
     of 16, and pointers are aligned to 16 bytes.
     -> dict of regs per thread, spills in bytes per thread, shared in bytes, warps, rows, stages,
-    loop_spills (instructions that spill inside the loop), instructions (per thread and tile), per_row (warp instructions per row), most (by name).
+    loop_spills (instructions for it in the loop), instructions (per thread and tile), per_row (warp
+    instructions per row), most (by name).
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -191,9 +192,18 @@ def compile_case(feature_map, D, E, arch, dtype_name="bf16"):
         if launch == "dW":  # its y is du, of E columns
             width, y = D, E
         with_w = has_w and phi == feature_map
-        found = compiled(kernel, flags, phi, D, y, dtype, with_w, capability, width)
-        about = dict(feature_map=feature_map, launch=launch, D=D, E=E, dtype=dtype_name, arch=arch)
-        yield about | found
+        about = dict(feature_map=feature_map, D=D, E=E, dtype=dtype_name, arch=arch)
+        names = "WRITE_X", "WRITE_Y", "WRITE_U"
+        parts = [{}]
+        if kernel == "backward":
+            parts = la.passes([flags[name] for name in names], halves, padded[1], shared)
+            parts = [dict(zip(names, part)) for part in parts]
+        for part in parts:
+            title = launch
+            if len(parts) > 1:
+                title += ": dv" if part["WRITE_Y"] else ": dk"
+            found = compiled(kernel, flags | part, phi, D, y, dtype, with_w, capability, width)
+            yield about | dict(launch=title) | found
 
 
 def compile_table(arch, dtype_name="bf16", sass=False, cases=DEFAULT_CASES):

@@ -174,8 +174,8 @@ def quadratic_oracle(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=0.
 # time. W and S are loaded once and stay in shared memory. x has C columns, phi(x) F (hedgehog: F in
 # each half), y D: powers of two; where the real width is smaller, columns are padded with zeros and
 # their features are 0 for queries, so that they meet nothing. S and z of a half lie one behind the
-# other, and the halves as well, in one float32 tensor, "sums" (B, H, halves (F D + F)). DOT is the dtype of the operands of tl.dot,
-# and PRECISION says how float32 operands are multiplied:
+# other, and so do the halves, in one float32 tensor, "sums" (B, H, halves (F D + F)). DOT is the
+# dtype of the operands of tl.dot, and PRECISION says how float32 operands are multiplied:
 #
 #     inputs      DOT         PRECISION
 #     bfloat16    bfloat16    (unused)
@@ -183,8 +183,8 @@ def quadratic_oracle(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, eps=0.
 #                             and gradients over d need
 #     float32     float32     "ieee"
 #
-# Accumulators, softmaxes, z, d and delta are float32. Offsets that grow with batch or sequence are
-# int64: 75,600 tokens of 40 heads of 128 pass 2^31 elements at a batch of 6. Divisions and
+# Accumulators, softmaxes, z, d and delta are float32. Rows are int32, and offsets of rows and
+# batches int64: 75,600 tokens of 40 heads of 128 pass 2^31 elements at a batch of 6. Divisions and
 # normalisers are one number a row, never one an element: these loops are bound by the number of
 # instructions, not by memory (docs/results/kernels.md).
 
@@ -685,6 +685,17 @@ def _reduce(x, y, w, feature_map, num_splits, scale, a=None, c=None):
     return sums.sum(2)
 
 
+def passes(need, halves, F, shared):
+    """Which gradients (of x, y, w) one launch of the backward kernel writes, for each launch.
+
+    Hedgehog's wide halves need 200 KB for those of keys and values at a time, and 144 for either.
+    """
+    if halves * F <= 128 or shared >= 227 * 1024:
+        return [need]
+    parts = [need[0], False, need[2]], [False, need[1], False]
+    return [part for part in parts if any(part)] or [need]
+
+
 def _gradients(x, y, w, sums, feature_map, num_splits, scale, need, a=None, o=None):
     """Eq. (5), or with o (3), of rows x (B, N, H, C) and y (B, N, H, D), through the feature map.
 
@@ -693,7 +704,7 @@ def _gradients(x, y, w, sums, feature_map, num_splits, scale, need, a=None, o=No
     """
     B, N, H, C = x.shape
     name = "backward k" if o is None else "backward q"
-    launch, *_ = _launch(_backward_kernel, name, x, w, y.shape[3], feature_map, num_splits)
+    launch, _, F, _ = _launch(_backward_kernel, name, x, w, y.shape[3], feature_map, num_splits)
     dx, dy = (
         torch.empty(t.shape if n else 0, device=x.device, dtype=x.dtype)
         for t, n in zip((x, y), need)
@@ -703,8 +714,10 @@ def _gradients(x, y, w, sums, feature_map, num_splits, scale, need, a=None, o=No
     c = torch.empty((B, H, N) if o is not None else 0, device=x.device, dtype=torch.float32)
     strides = (*x.stride(), *y.stride(), *_strides(a))
     flags = dict(WEIGHTED=a is not None, QUERY=o is not None)
-    flags |= dict(zip(("WRITE_X", "WRITE_Y", "WRITE_U"), need))
-    launch([x, y, o, _padded_w(w), sums, a, c, dx, du, dy, scale], strides, **flags)
+    arguments = [x, y, o, _padded_w(w), sums, a, c, dx, du, dy, scale]
+    halves = 2 if feature_map == "hedgehog" else 1
+    for part in passes(need, halves, F, shared_memory(x.device)):
+        launch(arguments, strides, **flags, **dict(zip(("WRITE_X", "WRITE_Y", "WRITE_U"), part)))
     dw = x.new_empty(0)
     if need[2]:  # dW = sum_n x_n^T du_n is S with the identity for phi
         whole = _reduce(x, du, None, "none", num_splits, 1.0).sum(0)
