@@ -987,8 +987,8 @@ CASES = [
     (
         "linvideo",
         "--feature_dim {} is wider than {}'s heads: give at most {}",
-        "--feature_dim 17 --bank_size 4",
-        ["--feature_dim 16 --bank_size 4"],
+        "--feature_dim 33 --bank_size 4",
+        ["--feature_dim 32 --bank_size 4"],
     ),
     (
         "linvideo",
