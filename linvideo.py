@@ -244,10 +244,10 @@ class MixedAttention(nn.Module):
 
     whole = True  # over several ranks every one keeps all of it: r is a single number
 
-    def __init__(self, softmax, heads, head_dim, feature_map, r):
+    def __init__(self, softmax, heads, head_dim, feature_map, r, feature_dim=None):
         super().__init__()
         self.softmax, self.only = softmax, None
-        self.linear = LinearAttention(heads, head_dim, feature_map)
+        self.linear = LinearAttention(heads, head_dim, feature_map, feature_dim)
         self.r = nn.Parameter(torch.tensor(float(r)))
         self.register_buffer("decided", torch.tensor(False))  # so that a resumed run knows
 
@@ -266,14 +266,14 @@ class MixedAttention(nn.Module):
         self.decided.fill_(True)
 
 
-def mix_attention(net, feature_map, r):
+def mix_attention(net, feature_map, r, feature_dim=None):
     """Put a MixedAttention into every self-attention layer of net.  -> the list of them.
 
     Of an Adapted they take part in calls with its adapter only, so that the network itself, the
     teacher, keeps its softmax attention.
     """
     mixed = [
-        MixedAttention(place.attend, net.heads, net.head_dim, feature_map, r)
+        MixedAttention(place.attend, net.heads, net.head_dim, feature_map, r, feature_dim)
         for place in net.self_attentions
     ]
     device = next(iter(net.parameters())).device
@@ -293,7 +293,7 @@ def attend_by_adapter(net):
             place.attends[net.adapter] = mixed
 
 
-def convert(run, net, layers, feature_map):
+def convert(run, net, layers, feature_map, feature_dim=None):
     """A copy of a network of MixedAttention layers with linear attention in `layers` only.
 
     Each layer keeps one kind of attention, and the weights of the other are gone. The config of the
@@ -305,7 +305,7 @@ def convert(run, net, layers, feature_map):
     else:
         net = run.copy_of(net)
         mixed = [place.attend for place in net.self_attentions]
-    use_linear_attention(net, layers, feature_map)
+    use_linear_attention(net, layers, feature_map, feature_dim)
     for i, (place, m) in enumerate(zip(net.self_attentions, mixed)):
         del place.attend  # nn.Module refuses a plain function under a registered module's name
         place.attend = m.linear if i in layers else m.softmax
@@ -814,7 +814,7 @@ def train(args):
         critic = trainable(run, teacher.base, "critic", args.fake_lora_rank)
     freeze_teacher(run, teacher)
     run.spread_tokens(teacher.net, student, critic)
-    mixed = mix_attention(student, args.feature_map, args.r_init)
+    mixed = mix_attention(student, args.feature_map, args.r_init, args.feature_dim)
     try_network(teacher.base, teacher, run.device)
     ema = average_of(run, student)
     attend_by_adapter(ema)
@@ -886,13 +886,13 @@ def train(args):
             run.update_ema(ema, student, step)
         film.frame(step)
         if run.end_step(step, show=("loss", "g")):  # True: time to save
-            net = convert(run, ema, selection.layers_now(), args.feature_map)
+            net = convert(run, ema, selection.layers_now(), args.feature_map, args.feature_dim)
             sampler = student_sampler(run, net, teacher, grid)
             report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})
             save_student(run, teacher, net, grid)
             run.save(step)
     # the layers are fixed already, unless the run was cut short while it selected them
-    net = convert(run, ema, selection.layers_now(), args.feature_map).eval()
+    net = convert(run, ema, selection.layers_now(), args.feature_map, args.feature_dim).eval()
     if run.first >= args.max_train_steps:  # a finished run is written out again, perhaps elsewhere
         save_student(run, teacher, net, grid)
     finish(run, teacher, net, grid)
@@ -1025,7 +1025,7 @@ def cost(args):
     """
 
     def mixed(net):
-        mix_attention(net, args.feature_map, args.r_init)
+        mix_attention(net, args.feature_map, args.r_init, args.feature_dim)
 
     rank = args.lora_rank
     networks = [
@@ -1119,6 +1119,9 @@ def add_selection_flags(p):
         help="learned (paper), first, last, uniform, random, or a list of layers from 0")
     add("--feature_map", choices=FEATURE_MAPS[:-1], default="hedgehog",
         help="phi of linear attention (paper: hedgehog, Eq. 6)")
+    add("--feature_dim", type=number(int, 1), default=None,
+        help="columns of hedgehog's projections W (default: the head size, as in the paper; half "
+        "of it gives as many features as the head size in all, and half the arithmetic)")
     add("--count", choices=["round", "soft"], default="round",
         help="how the constraint counts linear layers: rounded, with a gradient straight through "
         "(paper), or as the sum of 1 - r")
@@ -1180,6 +1183,8 @@ def wrong_flags(a):
                                            f"--state {state}: give --state part")
     yield policy and a.objective != "adm", (f"--state policy is for --objective adm, not "
                                             f"{a.objective}: leave --state out")
+    yield a.feature_dim is not None and a.feature_map != "hedgehog", \
+        f"--feature_dim is for --feature_map hedgehog: {a.feature_map} has no projections"
     yield policy and a.weight != "velocity", (f"--weight {a.weight} is for a step to x_hat, which "
                                               "--state policy does not take: give --state part")
 
@@ -1197,6 +1202,8 @@ def wrong_networks(a, teacher, start):
                                           "that it was made from")
     yield "linear_layers" in start.config, (f"--student_init {a.student_init} has linear attention "
                                             "already: give the network that it was made from")
+    yield replaceable and (a.feature_dim or 0) > net.head_dim, (
+        f"--feature_dim {a.feature_dim} is wider than {name}'s heads: give at most {net.head_dim}")
     yield from wrong_selection(a, len(net.self_attentions))
 
 

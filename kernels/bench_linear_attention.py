@@ -4,7 +4,7 @@
     python -m kernels.bench_linear_attention
     python -m kernels.bench_linear_attention --lengths 4096,32760 --heads 12 --dtype bf16
     # registers, spills and shared memory; needs triton, but no GPU
-    python -m kernels.bench_linear_attention --compile sm_90
+    python -m kernels.bench_linear_attention --compile sm_90 --every
 
 Rows of the table are "triton" (the kernels), "torch" (the reference), "compile" (torch.compile of
 the reference), "sdpa NAME" (each backend of scaled_dot_product_attention that takes the input) and
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 
 # so that `python kernels/bench_linear_attention.py` finds its packages
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -43,6 +44,8 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+# bytes of shared memory that a program may have, by compute capability; others: 99 KB
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 METHODS = ("triton", "torch", "compile", "sdpa", "fla")
 
 
@@ -51,37 +54,79 @@ METHODS = ("triton", "torch", "compile", "sdpa", "fla")
 
 def variants(feature_map, has_w):
     """The launches of one training step, [(name, kernel, flags, feature map)]."""
+    keys, queries = dict(WEIGHTED=False, QUERY=False), dict(WEIGHTED=True, QUERY=True)
+    writes = dict(WRITE_X=True, WRITE_U=has_w)
     steps = [
-        ("reduce k", "reduce", dict(WEIGHTED=False), feature_map),
+        ("reduce k", "reduce", keys, feature_map),
         ("apply", "apply", {}, feature_map),
-        ("backward q", "backward", dict(QUERY=True, WRITE_U=has_w), feature_map),
-        ("reduce q", "reduce", dict(WEIGHTED=True), feature_map),
-        ("backward k", "backward", dict(QUERY=False, WRITE_U=has_w), feature_map),
+        ("backward q", "backward", dict(queries, WRITE_Y=False, **writes), feature_map),
+        ("reduce q", "reduce", queries, feature_map),
+        ("backward k", "backward", dict(keys, WRITE_Y=True, **writes), feature_map),
     ]
-    return steps + ([("dW", "reduce", dict(WEIGHTED=False), "none")] if has_w else [])
+    return steps + ([("dW", "reduce", keys, "none")] if has_w else [])
 
 
-def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, **config):
-    """Compile a kernel in its default configuration, changed by `config`; no GPU is needed.
+def loop_instructions(sass):
+    """Instructions of the largest loop in a listing of cuobjdump.  -> Counter by name.
 
-    Strides are declared as contiguous tensors (B, N, H, D) have them: the last is 1, the others are
-    multiples of 16, and pointers are aligned to 16 bytes.
-    -> dict of regs per thread, spills in bytes per thread, shared in bytes, warps, rows, stages.
+    It is the loop over tiles: from the target of the branch that jumps back farthest to that
+    branch. What is predicated off counts too.
+    """
+    lines = [
+        (int(at, 16), text)
+        for at, text in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass, re.MULTILINE)
+    ]
+    loops = [(0, 0)]
+    for at, text in lines:
+        target = re.search(r"\bBRA(?:\.\S+)?\s.*?0x([0-9a-f]+)", text)
+        if target and int(target.group(1), 16) < at:
+            loops.append((int(target.group(1), 16), at))
+    first, last = max(loops, key=lambda ends: ends[1] - ends[0])
+    body = [re.sub(r"^@!?U?P\w+\s+", "", text) for at, text in lines if first <= at <= last]
+    return Counter(re.match(r"[A-Z0-9]+", text).group(0) for text in body)
+
+
+def inspect(cubin, *flags):
+    """What cuobjdump says of a compiled kernel."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, *flags, f.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, E=None, tiles=None):
+    """Compile a kernel with the tiles of this architecture, or others; no GPU is needed.
+
+    width, E, D: columns of x, of xW (None: width), of y; tiles: (rows, warps, stages). Strides are
+    declared as contiguous tensors (B, N, H, D) have them: the last is 1, the others are multiples
+    of 16, and pointers are aligned to 16 bytes.
+    -> dict of regs per thread, spills in bytes per thread, shared in bytes, warps, rows, stages,
+    loop_spills (instructions for it in the loop), instructions (per thread and tile), per_row (warp
+    instructions per row), most (by name).
     """
     import triton
     from triton.backends.compiler import GPUTarget
 
     fn = getattr(la, f"_{kernel}_kernel")
-    role = kernel + {True: " q", False: " k", None: ""}[flags.get("QUERY")]
-    const = {**la.constants(role, feature_map, width, D, dtype, has_w), **flags, **config}
-    options = {name: const.pop(name) for name in ("num_warps", "num_stages")}
-    const.update({name: 1 for name in fn.arg_names if re.fullmatch("[xyo]_d", name)})
+    role = kernel + ("" if kernel != "backward" else " q" if flags["QUERY"] else " k")
+    sizes = width, E or width, D
+    const, programs = la.constants(
+        role, feature_map, *sizes, dtype, has_w, SHARED.get(capability, 99 * 1024)
+    )
+    const |= flags
+    if tiles:
+        const |= dict(zip(("ROWS", "num_warps", "num_stages"), tiles))
+    options = {name: const.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    const.update({name: 1 for name in fn.arg_names if re.fullmatch("[xy]_d", name)})
     words = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     dot = words[la.dot_dtype(dtype)]
     types = {
-        **dict.fromkeys(["X", "Y", "OUT", "DX", "DV"], "*" + words[dtype]),
+        **dict.fromkeys(["X", "Y", "OUT", "DX", "DY"], "*" + words[dtype]),
         **dict.fromkeys(["W", "DU"], "*" + dot),
-        **dict.fromkeys(["SUMS", "DEN", "DELTA"], "*fp32"),
+        **dict.fromkeys(["SUMS", "A", "COEFF", "OVER_D"], "*fp32"),
         "scale": "fp32",
         "eps": "fp32",
     }
@@ -91,47 +136,95 @@ def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, 
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(fn.arg_names)
-        if signature[name][0] == "*" or re.fullmatch("[xyo]_[bnh]|rows_per_split", name)
+        if signature[name][0] == "*" or re.fullmatch("[xy]_[bnh]", name)
     }
     source = triton.compiler.ASTSource(fn, signature, constexprs=const, attrs=attrs)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(binary.asm["cubin"])
-        f.flush()
-        usage = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", f.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+    usage = inspect(binary.asm["cubin"], "--dump-resource-usage")
     regs, stack, local = (
-        int(re.search(rf"{key}:(\d+)", usage.stdout).group(1)) for key in ("REG", "STACK", "LOCAL")
+        int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL")
     )
+    body = loop_instructions(inspect(binary.asm["cubin"], "-sass"))
+    # a launch of "reduce" runs one program per half over the same rows
+    programs_per_row = const["HALVES"] if kernel == "reduce" else 1
+    per_row = body.total() * options["num_warps"] / const["ROWS"] * programs_per_row
     return dict(
         regs=regs,
         spills=stack + local,
+        loop_spills=body["LDL"] + body["STL"],
         shared=binary.metadata.shared,
         warps=options["num_warps"],
         rows=const["ROWS"],
         stages=options["num_stages"],
+        programs=programs,
+        instructions=body.total(),
+        per_row=per_row,
+        most=dict(body.most_common(8)),
     )
 
 
-def compile_table(arch, dtype_name="bf16"):
-    """Print and return every launch of a training step at D = 128.
+# what is compiled: feature map, head size, columns of W
+DEFAULT_CASES = (("hedgehog", 128, 128), ("hedgehog", 128, 64), ("softmax", 128, None))
+EVERY_CASE = (
+    *DEFAULT_CASES,
+    *((name, 128, None) for name in ("elu", "relu", "none")),
+    *(("hedgehog", D, E) for D in (72, 80, 96) for E in (D, D // 2)),
+    ("softmax", 72, None),
+    ("hedgehog", 64, 64),
+    ("hedgehog", 64, 32),
+    *((name, 64, None) for name in ("softmax", "elu", "relu", "none")),
+)
 
-    They are those of hedgehog with W and of softmax.  -> list of dicts.
+
+def compile_case(feature_map, D, E, arch, dtype_name="bf16"):
+    """Compile every launch of a training step with the tiles that the kernels take there.
+
+    -> a generator of dicts, empty where the kernels do not fit and torch runs.
     """
-    rows, dtype, capability = [], DTYPES[dtype_name], int(arch[3:])
-    for feature_map, has_w in (("hedgehog", True), ("softmax", False)):
-        for name, kernel, flags, phi in variants(feature_map, has_w):
-            with_w = has_w and phi == feature_map
-            r = compiled(kernel, flags, phi, 128, 128, dtype, with_w, capability)
-            about = dict(feature_map=feature_map, launch=name, D=128, dtype=dtype_name, arch=arch)
-            rows.append({**about, **r})
-            numbers = f"{r['rows']} | {r['warps']} | {r['regs']} | {r['spills']}"
-            shared = f"{r['shared'] / 1024:.0f}"
-            print(f"| {feature_map} | {name} | {numbers} | {shared} |", flush=True)
+    dtype, capability = DTYPES[dtype_name], int(arch[3:])
+    has_w, halves = E is not None, 2 if feature_map == "hedgehog" else 1
+    sizes, shared = (D, E or D, D), SHARED.get(capability, 99 * 1024)
+    padded = [la.padded(size) for size in sizes]
+    if any(la.tiles(name, *padded, halves, dtype, shared) is None for name in la.KERNELS):
+        return
+    for launch, kernel, flags, phi in variants(feature_map, has_w):
+        _, width, y = sizes
+        if launch == "dW":  # its y is du, of E columns
+            width, y = D, E
+        with_w = has_w and phi == feature_map
+        about = dict(feature_map=feature_map, D=D, E=E, dtype=dtype_name, arch=arch)
+        names = "WRITE_X", "WRITE_Y", "WRITE_U"
+        parts = [{}]
+        if kernel == "backward":
+            parts = la.passes([flags[name] for name in names], halves, padded[1], shared)
+            parts = [dict(zip(names, part)) for part in parts]
+        for part in parts:
+            title = launch
+            if len(parts) > 1:
+                title += ": dv" if part["WRITE_Y"] else ": dk"
+            found = compiled(kernel, flags | part, phi, D, y, dtype, with_w, capability, width)
+            yield about | dict(launch=title) | found
+
+
+def compile_table(arch, dtype_name="bf16", sass=False, cases=DEFAULT_CASES):
+    """Print and return every launch of a training step in these cases.
+
+    sass: print the most frequent instructions of each loop too. -> list of dicts.
+    """
+    rows = []
+    for feature_map, D, E in cases:
+        name = f"{feature_map} {D}" + (f", E {E}" if E not in (None, D) else "")
+        found = 0
+        for r in compile_case(feature_map, D, E, arch, dtype_name):
+            numbers = f"{r['rows']} | {r['warps']} | {r['stages']} | {r['regs']} | {r['spills']}"
+            counts = f"{r['shared'] / 1024:.0f} | {r['instructions']} | {r['per_row']:.0f}"
+            print(f"| {name} | {r['launch']} | {numbers} | {counts} |", flush=True)
+            if sass:
+                print("    " + ", ".join(f"{k} {n}" for k, n in r["most"].items()), flush=True)
+            rows.append(r)
+            found += 1
+        if not found:
+            print(f"| {name} | does not fit: torch runs |" + " |" * 8)
     return rows
 
 
@@ -411,11 +504,25 @@ def parse_args(argv=None):
     p.add_argument(
         "--compile",
         choices=["sm_80", "sm_89", "sm_90", "sm_100"],
-        help="compile the kernels for this architecture instead, without a GPU",
+        help="compile the kernels for this architecture instead, without a GPU, and count the "
+        "instructions of their loops",
+    )
+    p.add_argument(
+        "--sass",
+        action="store_true",
+        help="with --compile: the most frequent instructions of each loop too",
+    )
+    p.add_argument(
+        "--every",
+        action="store_true",
+        help="with --compile: all feature maps, and head sizes 64, 72, 80, 96 and 128",
     )
     args = p.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: no CUDA device here")
+    for flag in ("sass", "every"):
+        if getattr(args, flag) and not args.compile:
+            p.error(f"--{flag} needs --compile ARCHITECTURE")
     if args.compile and (la.triton is None or la.INTERPRET):
         p.error("--compile needs triton, and TRITON_INTERPRET unset")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -462,11 +569,16 @@ def main(argv=None):
     if args.compile:
         print(
             f"compiled for {args.compile} by triton {la.triton.__version__}, {args.dtype}, "
-            "D = 128; spills in bytes per thread, shared memory in KB"
+            "feature maps with their head size; spills in bytes per thread, shared memory in KB"
         )
-        print("| feature map | launch | rows | warps | registers | spills | shared |")
-        print("|" + "---|" * 7)
-        save(args, dict(about, compiled=compile_table(args.compile, args.dtype)))
+        print(
+            "| feature map | launch | rows | warps | stages | registers | spills | shared "
+            "| instructions per tile | warp instructions per row |"
+        )
+        print("|" + "---|" * 10)
+        cases = EVERY_CASE if args.every else DEFAULT_CASES
+        rows = compile_table(args.compile, args.dtype, args.sass, cases)
+        save(args, dict(about, compiled=rows))
         return
     device = args.device
     name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

@@ -980,6 +980,18 @@ CASES = [
     ),
     (
         "linvideo",
+        "--feature_dim is for --feature_map hedgehog: {} has no projections",
+        "--feature_dim 4 --feature_map elu --bank_size 4",
+        ["--feature_dim 4 --feature_map hedgehog --bank_size 4"],
+    ),
+    (
+        "linvideo",
+        "--feature_dim {} is wider than {}'s heads: give at most {}",
+        "--feature_dim 33 --bank_size 4",
+        ["--feature_dim 32 --bank_size 4"],
+    ),
+    (
+        "linvideo",
         "--student_init {} has linear attention already",
         "--student_init LINEAR --bank_size 4",
         ["--student_init TEACHER --bank_size 4"],

@@ -550,6 +550,50 @@ def test_convert(case, layers, monkeypatch):
 
 
 @every_net
+def test_half_the_feature_width(case):
+    """--feature_dim: in the mixed layers, in the student, in its config, and out of that again."""
+    net, call = case()
+    E = net.head_dim // 2
+    mixed = mix_attention(net, "hedgehog", 0.7, E)
+    assert mixed[2].linear.w_q.shape == (net.heads, net.head_dim, E)
+    for i, m in enumerate(mixed):
+        m.fix(linear=i == 2)
+    student = convert(alone(), net, [2], "hedgehog", E)
+    assert student.config["feature_dim"] == E and torch.equal(call(student), call(net))
+    again = network_from_config({"_class_name": type(net).__name__, **student.config}, "test")
+    again.load_state_dict(student.state_dict())
+    assert torch.equal(call(again), call(student))
+    for wrong in (0, net.head_dim + 1, 2.5, "4"):
+        config = {"_class_name": type(net).__name__, **student.config, "feature_dim": wrong}
+        with pytest.raises(UserError, match="feature_dim must be 1 to the head size"):
+            network_from_config(config, "test")
+
+
+@pytest.mark.parametrize("net", ["RingDiT", "CogVideoXTransformer3DModel"])
+def test_other_networks_take_a_feature_width(net):
+    small = {
+        "RingDiT": dict(tokens=4, dim=32, depth=2, num_classes=3),
+        "CogVideoXTransformer3DModel": dict(
+            num_layers=1, num_attention_heads=2, attention_head_dim=16, text_embed_dim=8,
+            time_embed_dim=8,
+        ),
+    }[net]  # fmt: skip
+    config = {"_class_name": net, **small, "linear_layers": [0], "feature_dim": 8}
+    built = network_from_config(config, "test")
+    assert built.config["feature_dim"] == 8 and built.config["linear_layers"] == [0]
+    assert built.self_attentions[0].attend.w_k.shape == (built.heads, built.head_dim, 8)
+
+
+def test_both_kinds_of_attention_get_the_same_tensors():
+    """A mixed layer computes both from one q, k and v: none is copied on the way."""
+    seen, x = [], qkv(dtype=torch.float32)
+    layer = MixedAttention(lambda *a: seen.append(a) or attention(*a), 3, 4, "hedgehog", 0.5)
+    layer.linear.register_forward_pre_hook(lambda module, a: seen.append(a))
+    layer(*x)
+    assert all(a is b is c for a, b, c in zip(*seen, x, strict=True)) and len(seen) == 2
+
+
+@every_net
 def test_converted_features_other_than_hedgehog(case):
     """They have no weights, and the config records them."""
     net, call = case()

@@ -20,7 +20,7 @@ import dmd
 import linvideo
 import mdt_dist
 import phased_dmd
-from kernels.linear_attention import linear_attention
+from kernels.linear_attention import linear_attention, linear_attention_over_ranks
 from models.files import UserError
 from models.networks import WEIGHTS, lora, network_config, save_network
 from models.networks.cogvideox import CogVideoXTransformer3DModel
@@ -237,7 +237,31 @@ def scales(sequence):
     x, a = torch.arange(1.0, 8).requires_grad_(), torch.tensor(2.0, requires_grad=True)
     y = gather_tokens(a * split_tokens(x, share, dim=0), share, dim=0)
     (y * torch.arange(7.0)).sum().backward()
-    return {"scale: own": torch.tensor(share.sizes[share.rank]), "scale: x": x.grad, "a": a.grad}
+    own = torch.tensor(share.sizes[share.rank])
+    return {"scale: own": own, "scale: x": x.grad, "a": a.grad, "context": over_ranks(sequence)}
+
+
+def over_ranks(sequence):
+    """linear_attention_over_ranks: largest difference of o and of its gradients from one process.
+
+    The ranks have 11 tokens in all, and each its own part of linear_outcome's loss.
+    """
+    share, whole = share_of(sequence, 11), linear_outcome()
+    q, k, v = (share._own(normal(B, 11, 2, 4, seed=s).double(), 1) for s in range(3))
+    x = [a.requires_grad_() for a in (q, k, v)]
+    w = normal(2, 4, 4, seed=4).double().requires_grad_()
+    o = linear_attention_over_ranks(*x, sequence.group, N=11, w_q=w, w_k=w)
+    (o * share._own(normal(B, 11, 2, 4, seed=5), 1)).sum().backward()
+    dist.all_reduce(w.grad, group=sequence.group)
+    got = [o.detach(), *(a.grad for a in x), w.grad]
+    expected = [share._own(whole[n], 1) for n in ("v", "grad x", "grad k", "grad v")]
+    pairs = zip(got, [*expected, whole["grad w"]], strict=True)
+    return torch.stack([(a - b).abs().max() for a, b in pairs]).max()
+
+
+def test_context_parallel_function(spread):
+    """One all-reduce of S and z: o and all gradients are those of one process."""
+    assert all(rank["context"] < 1e-12 for rank in spread)
 
 
 def networks_on_ranks(folder, ranks):
@@ -435,12 +459,6 @@ def test_fewer_tokens_than_ranks():
     with pytest.raises(ValueError, match="2 tokens of a sample cannot be shared by 3 ranks"):
         Share(Three(), 2)
     assert Share(Three(), 11).sizes == [4, 4, 3]
-
-
-def test_kernels_are_not_asked_for_shared_sums():
-    q = torch.randn(1, 4, 1, 16)
-    with pytest.raises(ValueError, match="backend='triton': share"):
-        linear_attention(q, q, q, backend="triton", share=object())
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ def network_class(config):
 
 def own_entries(net):
     """Entries of a student's config that its teacher's may lack: linear layers, and its clock."""
-    names = ("linear_layers", "feature_map", "t_scale")
+    names = ("linear_layers", "feature_map", "feature_dim", "t_scale")
     return {name: net.config[name] for name in names if name in net.config}
 
 

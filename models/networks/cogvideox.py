@@ -230,9 +230,9 @@ class CogVideoXTransformer3DModel(nn.Module):
     """CogVideoX-2B. Keyword arguments are the keys of diffusers' config.json, in `self.config`.
 
     One addition: linear_layers, indices of the blocks whose self-attention is linear, with this
-    feature_map (students of linvideo.py). Raises ValueError for a config that this file does not
-    implement. Source: CogVideoX 2408.06072. Names, epsilons and what is float32 are those of
-    diffusers, against which tests compare it on the same random weights.
+    feature_map and feature_dim (students of linvideo.py). Raises ValueError for a config that this
+    file does not implement. Source: CogVideoX 2408.06072. Names, epsilons and what is float32 are
+    those of diffusers, against which tests compare it on the same random weights.
     """
 
     # Only fallbacks: a checkpoint's scheduler/ folder comes first.
@@ -284,6 +284,7 @@ class CogVideoXTransformer3DModel(nn.Module):
         patch_bias=True,
         linear_layers=None,
         feature_map="hedgehog",
+        feature_dim=None,
     ):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k in COGVIDEOX_2B}
@@ -304,7 +305,7 @@ class CogVideoXTransformer3DModel(nn.Module):
         self.gradient_checkpointing = False
         self.heads, self.head_dim = num_attention_heads, attention_head_dim
         if linear_layers is not None:
-            use_linear_attention(self, linear_layers, feature_map)
+            use_linear_attention(self, linear_layers, feature_map, feature_dim)
 
     @property
     def self_attentions(self):

@@ -143,7 +143,8 @@ class DiT(nn.Module):
     cond_dim          width of the conditioning vector, None = dim
     steps_cond        add an embedding of `steps`, which starts at zero
     linear_layers     indices of blocks whose attention is linear, None = none, and
-    feature_map       their feature map (students of linvideo.py)
+    feature_map       their feature map (students of linvideo.py), and
+    feature_dim       the columns of its projections, None = the head size
     context_channels  C', channels of the context, 0 = no context
     context_width     a learned 1x1 convolution first brings the context to so many channels;
                       None = the context as it is
@@ -176,6 +177,7 @@ class DiT(nn.Module):
         context_channels=0,
         context_width=None,
         t_scale=1000.0,
+        feature_dim=None,
     ):
         super().__init__()
         self.config = dict(
@@ -227,7 +229,7 @@ class DiT(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
         self.gradient_checkpointing = False
         if linear_layers is not None:
-            use_linear_attention(self, linear_layers, feature_map)
+            use_linear_attention(self, linear_layers, feature_map, feature_dim)
 
         for module in self.modules():
             if isinstance(module, nn.Linear):

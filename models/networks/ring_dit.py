@@ -30,6 +30,7 @@ class RingDiT(DiT):
         world="ring",
         linear_layers=None,
         feature_map="hedgehog",
+        feature_dim=None,
     ):
         super().__init__(
             size=(tokens,),
@@ -41,9 +42,10 @@ class RingDiT(DiT):
             steps_cond=steps_cond,
             linear_layers=linear_layers,
             feature_map=feature_map,
+            feature_dim=feature_dim,
         )
         own = {"tokens": tokens, "world": world}
-        shared = ("dim", "depth", "num_classes", "steps_cond", "linear_layers", "feature_map")
+        shared = "dim depth num_classes steps_cond linear_layers feature_map feature_dim".split()
         self.config = own | {k: self.config[k] for k in shared if k in self.config}
         self.latent_shape = (2,)
         angle = math.pi * torch.arange(tokens, device="cpu") / tokens  # of half a circle

@@ -208,10 +208,10 @@ class WanTransformer3DModel(nn.Module):
     """Wan. Keyword arguments are the keys of diffusers' config.json, kept in `self.config`.
 
     One addition: linear_layers, indices of the blocks whose self-attention is linear, with this
-    feature_map (students of linvideo.py). image_dim, added_kv_proj_dim and pos_embed_seq_len
-    belong to image-to-video checkpoints and must be None. Raises ValueError for a config that this
-    file does not implement. Source: Wan 2503.20314. Names, epsilons and what is float32 are those
-    of diffusers, against which tests compare it on the same random weights.
+    feature_map and feature_dim (students of linvideo.py). image_dim, added_kv_proj_dim and
+    pos_embed_seq_len belong to image-to-video checkpoints and must be None. Raises ValueError for a
+    config that this file does not implement. Source: Wan 2503.20314. Names, epsilons and what is
+    float32 are those of diffusers, against which tests compare it on the same random weights.
     """
 
     prediction = "flow_v"
@@ -247,12 +247,13 @@ class WanTransformer3DModel(nn.Module):
         pos_embed_seq_len=None,
         linear_layers=None,
         feature_map="hedgehog",
+        feature_dim=None,
     ):
         super().__init__()
         self.config = {
             k: v
             for k, v in locals().items()
-            if k not in ("self", "__class__", "linear_layers", "feature_map")
+            if k not in ("self", "__class__", "linear_layers", "feature_map", "feature_dim")
         }
         self.config["patch_size"] = list(patch_size)  # what JSON gives back
         for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
@@ -294,7 +295,7 @@ class WanTransformer3DModel(nn.Module):
         self.gradient_checkpointing = False
         self.heads, self.head_dim = num_attention_heads, attention_head_dim
         if linear_layers is not None:
-            use_linear_attention(self, linear_layers, feature_map)
+            use_linear_attention(self, linear_layers, feature_map, feature_dim)
 
     @property
     def self_attentions(self):
