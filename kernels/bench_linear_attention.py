@@ -7,8 +7,13 @@
     python -m kernels.bench_linear_attention --compile sm_90 --every
 
 Rows of the table are "triton" (the kernels), "torch" (the reference), "compile" (torch.compile of
-the reference), "sdpa NAME" (each backend of scaled_dot_product_attention that takes the input) and
-"fla" (flash-linear-attention's chunk_linear_attn where it is installed: causal, on given features).
+the reference), "sdpa NAME" (each backend of scaled_dot_product_attention that takes the input), and
+where they are installed "fla" (flash-linear-attention's chunk_linear_attn: causal) and "fbi"
+(flash-bidirectional-linear-attention), both on features that PyTorch computes.
+
+The floor of linear attention is the longest of three times, each at a rate that is measured first:
+what must move, at a large copy's; the products, at a large product's; the exponentials, at those of
+a tile that stays on the chip. "x floor" says how many floors a method takes.
 
 GB/s counts what must move: in the forward q, k, v in and o out; in forward + backward these 4
 tensors and then q, k, v, o, do in and dq, dk, dv out, 12 in all. Its share is of the bandwidth of a
@@ -46,7 +51,7 @@ BACKENDS = {
 }
 # bytes of shared memory that a program may have, by compute capability; others: 99 KB
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-METHODS = ("triton", "torch", "compile", "sdpa", "fla")
+METHODS = ("triton", "torch", "compile", "sdpa", "fla", "fbi")
 
 
 # ---- compiled figures, without a GPU -------------------------------------------------------------
@@ -279,6 +284,61 @@ def copy_bandwidth(device, repeats, clock):
     return 2 * x.numel() * 4 / seconds(lambda: y.copy_(x), device, repeats, 2.0, clock)
 
 
+def matmul_rate(device, dtype, repeats, clock):
+    """FLOP/s of a product of two large matrices."""
+    n = 8192 if device == "cuda" else 1024
+    x = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / seconds(lambda: x @ x, device, repeats, 2.0, clock)
+
+
+if la.triton is not None:
+    tl = la.tl
+
+    @la.triton.jit
+    def _exp_kernel(X, TIMES: tl.constexpr, SIZE: tl.constexpr):
+        """x = 2^-x, again and again, without leaving the chip."""
+        at = X + tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+        x = tl.load(at)
+        for _ in range(TIMES):
+            x = tl.exp2(-x)
+        tl.store(at, x)
+
+
+def exp_rate(device, repeats, clock):
+    """Exponentials a second of float32 numbers that stay on the chip, or in the cache of a core."""
+    if device == "cpu":
+        x = torch.rand(8192)
+
+        def exps():
+            for _ in range(100):
+                torch.exp(x, out=x).neg_()
+
+        return 100 * x.numel() / seconds(exps, device, repeats, 1.0, clock)
+    if la.triton is None:
+        return float("inf")
+    x, times = torch.rand(2**24, device=device), 256
+    run = seconds(lambda: _exp_kernel[(2**14,)](x, times, 1024), device, repeats, 1.0, clock)
+    return times * x.numel() / run
+
+
+def floors(B, N, H, D, feature_map, size, rates):
+    """Least seconds of linear attention, forward and forward + backward.
+
+    size: bytes of a number. rates: bytes, FLOP and exponentials a second. Products of a token and
+    head, in units of 2 D E and 2 f D FLOP: u of queries and keys, S and o; then u again, dx and dW
+    of both, and dphi of both, dS, dv.  -> {"forward": s, "step": s}
+    """
+    f = 2 * D if feature_map == "hedgehog" else D
+    units = (2 * D * D if feature_map == "hedgehog" else 0), 2 * f * D
+    exps = 0 if feature_map == "relu" else 2 * f
+    least = {}
+    for name, tensors, projections, sums in (("forward", 4, 2, 2), ("step", 12, 8, 6)):
+        flops = projections * units[0] + sums * units[1]
+        work = tensors * D * size, flops, exps * (1 if name == "forward" else 2)
+        least[name] = max(B * N * H * w / rate for w, rate in zip(work, rates))
+    return least
+
+
 def methods(args, device):
     """What was asked for and can run here, {name: function of (q, k, v, w_q, w_k)}."""
     found = {}
@@ -316,6 +376,20 @@ def methods(args, device):
                 return o[0] if isinstance(o, tuple) else o
 
             found["fla (causal)"] = fla
+    if "fbi" in args.methods and device == "cuda":
+        try:
+            from fbi_la.ops.linear_attn.attention import linear_attention as bidirectional
+        except ImportError:
+            print("flash-bidirectional-linear-attention is not installed: no row for it")
+        else:
+
+            def fbi(q, k, v, *w):
+                cast = (None if p is None else p.to(q.dtype) for p in w)
+                phi = [la.features(x, fm, p) for x, p in zip((q, k), cast, strict=True)]
+                o = bidirectional(*(x.transpose(1, 2).contiguous() for x in (*phi, v)))
+                return o.transpose(1, 2)
+
+            found["fbi"] = fbi
     return found
 
 
@@ -335,11 +409,12 @@ def kernel_usage():
     return rows
 
 
-def measure(call, N, H, args, device, bandwidth):
+def measure(call, N, H, args, device, rates):
     """One method at one length.
 
-    -> dict of forward_s, step_s, forward_gbs, step_gbs, forward_share, step_share, peak_mb, or of
-    error alone where the method refuses the input or the memory does not suffice.
+    rates: as for `floors`. -> dict of peak_mb and of _s, _gbs, _share, _floor_s and _floors for
+    forward and step, or of error alone where the method refuses the input or the memory does not
+    suffice.
     """
     dtype, D = DTYPES[args.dtype], args.head_dim
     g = torch.Generator().manual_seed(0)
@@ -378,7 +453,11 @@ def measure(call, N, H, args, device, bandwidth):
     for name, tensors in (("forward", 4), ("step", 12)):
         t = row[f"{name}_s"]
         row[f"{name}_gbs"] = None if t is None else tensors * size / t / 1e9
-        row[f"{name}_share"] = None if t is None else tensors * size / t / bandwidth
+        row[f"{name}_share"] = None if t is None else tensors * size / t / rates[0]
+    least = floors(args.batch, N, H, D, args.feature_map, q.element_size(), rates)
+    for name, floor in least.items():
+        t = row[f"{name}_s"]
+        row[f"{name}_floor_s"], row[f"{name}_floors"] = floor, None if t is None else t / floor
     return row
 
 
@@ -585,19 +664,23 @@ def main(argv=None):
     if device == "cuda":
         name = torch.cuda.get_device_name()
     bandwidth = copy_bandwidth(device, args.repeats, args.clock)
+    products = matmul_rate(device, DTYPES[args.dtype], args.repeats, args.clock)
+    rates = bandwidth, products, exp_rate(device, args.repeats, args.clock)
     print(
         f"{name}, torch {torch.__version__}, {args.feature_map}, {args.dtype}, B {args.batch}, "
-        f"D {args.head_dim}; copy {bandwidth / 1e9:.1f} GB/s"
+        f"D {args.head_dim}; copy {bandwidth / 1e9:.1f} GB/s, "
+        f"product {products / 1e12:.3g} TFLOP/s, {rates[2] / 1e9:.3g} exponentials a nanosecond"
     )
     rows, crossings = [], []
     for H in args.heads:
         print(
             f"\n{'H':>3} {'N':>6}  {'method':14} {'forward ms':>11} {'GB/s':>8} {'of copy':>8} "
-            f"{'fwd+bwd ms':>11} {'GB/s':>8} {'of copy':>8} {'peak MB':>8}"
+            f"{'x floor':>8} {'fwd+bwd ms':>11} {'GB/s':>8} {'of copy':>8} {'x floor':>8} "
+            f"{'peak MB':>8}"
         )
         for N in args.lengths:
             for method, call in methods(args, device).items():
-                row = dict(method=method, H=H, N=N, **measure(call, N, H, args, device, bandwidth))
+                row = dict(method=method, H=H, N=N, **measure(call, N, H, args, device, rates))
                 rows.append(row)
                 if "error" in row:
                     print(f"{H:3d} {N:6d}  {method:14} {row['error']}", flush=True)
@@ -606,8 +689,10 @@ def main(argv=None):
                 print(
                     f"{H:3d} {N:6d}  {method:14} {row['forward_s'] * 1e3:11.3f} "
                     f"{row['forward_gbs']:8.1f} {row['forward_share']:8.1%} "
+                    f"{row['forward_floors']:8.1f} "
                     f"{cell(step_ms, '.3f', 11)} {cell(row['step_gbs'], '.1f', 8)} "
-                    f"{cell(row['step_share'], '.1%', 8)} {cell(row['peak_mb'], '.0f', 8)}",
+                    f"{cell(row['step_share'], '.1%', 8)} {cell(row['step_floors'], '.1f', 8)} "
+                    f"{cell(row['peak_mb'], '.0f', 8)}",
                     flush=True,
                 )
         for ours in ("triton", "compile", "torch"):
@@ -625,6 +710,7 @@ def main(argv=None):
             f"{r['shared'] / 1024:.0f} KB shared"
         )
     about |= dict(device=name, batch=args.batch, head_dim=args.head_dim, copy_gbs=bandwidth / 1e9)
+    about |= dict(product_tflops=products / 1e12, exps_per_ns=rates[2] / 1e9)
     save(args, dict(about, rows=rows, crossover=crossings, kernels=usage))
 
 

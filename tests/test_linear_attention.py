@@ -977,6 +977,22 @@ def test_loop_instructions():
     assert counts == {"FFMA": 1, "FADD": 1, "BRA": 2, "HGMMA": 1}
 
 
+def test_floors_of_the_benchmark():
+    """Wan's length on an H100 by hand: 403 MB to move, 77 GFLOP, 201 million exponentials."""
+    shape = (1, 32760, 12, 128, "hedgehog", 2)
+    for rates, seconds in (
+        ((3.0e12, 1e30, 1e30), 402.6e6 / 3.0e12),
+        ((1e30, 7e14, 1e30), 77.29e9 / 7e14),
+        ((1e30, 1e30, 3.6e12), 201.3e6 / 3.6e12),
+    ):
+        assert bench_linear_attention.floors(*shape, rates)["forward"] == pytest.approx(
+            seconds, rel=1e-3
+        )
+    step = bench_linear_attention.floors(*shape, (1e30, 1.0, 1e30))["step"]
+    assert step == pytest.approx(12 * 32760 * (8 * 2 * 128 * 128 + 6 * 2 * 256 * 128))
+    assert bench_linear_attention.floors(*shape[:4], "relu", 2, (1e30, 1e30, 1.0))["step"] < 1e-9
+
+
 def test_benchmark_runs_on_the_cpu(tmp_path):
     """Each length has a row for the reference and for SDPA, with times and bandwidths, as in JSON.
 
