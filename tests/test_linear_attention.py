@@ -24,6 +24,7 @@ if __name__ == "__main__":  # the interpreter's process
     sys.path.insert(0, str(ROOT))
     os.environ["TRITON_INTERPRET"] = "1"
 
+import helpers  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
@@ -31,6 +32,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from kernels import bench_linear_attention  # noqa: E402
 from kernels import linear_attention as la  # noqa: E402
 from kernels.linear_attention import linear_attention, quadratic_oracle  # noqa: E402
+from models.networks.wan import WanTransformer3DModel  # noqa: E402
 
 EPS, linear_attention_reference = la.EPS, la.linear_attention_reference
 needs_triton = pytest.mark.skipif(la.triton is None, reason="triton is not installed")
@@ -626,6 +628,7 @@ def registration():
     found["offsets beyond 2^31"] = beyond_int32(), 1e-6
     found["only what is asked for is computed"] = asked_for(), 0
     found["graphs for five lengths"] = graphs_for_lengths(), 2
+    found["blocks of Wan, each one graph"] = compiled_wan(), 1e-6
     frozen = torch.autograd.grad(call(*x[:3], *[a.detach() for a in x[3:]]).square().sum(), x[:3])
     found["frozen W, same gradients"] = largest_difference(frozen, grads[1][:3]), 1e-6
     return found
@@ -678,6 +681,28 @@ def graphs_for_lengths():
     for N in (9, 10, 12, 15, 33):
         call(*inputs(N=N, H=1, D=16, dtype=torch.float32)[:3])
     return counter.frame_count
+
+
+def compiled_wan():
+    """Largest difference that torch.compile(fullgraph=True) of every block makes, gradients too.
+
+    The kernels are operators in it, which it does not look into.
+    """
+    net = helpers.fill(WanTransformer3DModel(**helpers.TINY_WAN, linear_layers=[0, 1]))
+    for place in net.self_attentions:
+        m = place.attend
+        del place.attend
+        place.attend = functools.partial(linear_attention, w_q=m.w_q, w_k=m.w_k, backend="triton")
+    x, t = normal(2, net.config["in_channels"], 2, 4, 6, dtype=torch.float32), torch.rand(2)
+    text = normal(2, 5, net.config["text_dim"], dtype=torch.float32)
+    found, weights = [], list(net.parameters())
+    for compiled in (False, True):
+        for block in net.blocks if compiled else ():
+            block.compile(fullgraph=True, backend="aot_eager")
+        out = net(x, t, text=text)
+        grads = torch.autograd.grad(out.square().mean(), weights, allow_unused=True)
+        found.append([out, *(g for g in grads if g is not None)])
+    return max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
 
 
 def asked_for():
