@@ -1,7 +1,7 @@
 """Every headline claim of the papers, measured here, with a verdict computed from the numbers.
 
     python -m tests.claims --quick                 # at most twenty minutes, on one thread
-    python -m tests.claims                         # an estimated four hours: all worlds
+    python -m tests.claims                         # three hours: all worlds
     python -m tests.claims --paper tdm --quick     # one paper; the other rows stay as they are
     python -m tests.claims --write                 # measures nothing, writes both files anew
 
@@ -120,7 +120,7 @@ Written by the first of these commands, which the others go on from, beside
 
 ```bash
 python -m tests.claims --quick                 # at most twenty minutes
-python -m tests.claims                         # an estimated four hours: all worlds
+python -m tests.claims                         # three hours: all worlds
 python -m tests.claims --paper tdm --quick     # one paper
 ```
 
