@@ -84,9 +84,18 @@ def before_update(monkeypatch, step, do):
 # ---- a run that is asked to stop -----------------------------------------------------------------
 
 
+@pytest.fixture
+def no_nohup():
+    """SIGHUP counts, also where these tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 ENDS = [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 0)]
 
 
+@pytest.mark.usefixtures("no_nohup")
 @pytest.mark.parametrize("number, code", ENDS)
 def test_a_signal_ends_a_run_after_its_update(monkeypatch, teacher, tmp_path, capsys, number, code):
     """With a state, where none was due; resumed, it is as if unbroken; handlers are as before."""
@@ -106,6 +115,7 @@ def test_a_signal_ends_a_run_after_its_update(monkeypatch, teacher, tmp_path, ca
     assert logs[0] == logs[1]
 
 
+@pytest.mark.usefixtures("no_nohup")
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such terminals")
 def test_a_closed_terminal_ends_a_run_well(monkeypatch, teacher, tmp_path):
     """Its window is gone: SIGHUP comes, and every later write to it fails."""
