@@ -187,7 +187,7 @@ def compile_case(feature_map, D, E, arch, dtype_name="bf16"):
     -> a generator of dicts, empty where the kernels do not fit and torch runs.
     """
     dtype, capability = DTYPES[dtype_name], int(arch[3:])
-    has_w, halves = E is not None, 2 if feature_map == "hedgehog" else 1
+    has_w, halves = E is not None, la.halves_of(feature_map)
     sizes, shared = (D, E or D, D), SHARED.get(capability, 99 * 1024)
     padded = [la.padded(size) for size in sizes]
     if any(la.tiles(name, *padded, halves, dtype, shared) is None for name in la.KERNELS):
@@ -343,6 +343,11 @@ def methods(args, device):
     """What was asked for and can run here, {name: function of (q, k, v, w_q, w_k)}."""
     found = {}
     fm = args.feature_map
+
+    def phi(q, k, *w):  # for peers that take features
+        cast = (None if p is None else p.to(q.dtype) for p in w)
+        return [la.features(x, fm, p) for x, p in zip((q, k), cast, strict=True)]
+
     if "triton" in args.methods and device == "cuda" and la.triton is not None:
         found["triton"] = lambda q, k, v, *w: la.linear_attention(q, k, v, fm, *w, backend="triton")
     if "torch" in args.methods:
@@ -370,9 +375,7 @@ def methods(args, device):
         else:
 
             def fla(q, k, v, *w):  # causal, so another function, which is shown for its speed
-                cast = (None if p is None else p.to(q.dtype) for p in w)
-                phi = [la.features(x, fm, p) for x, p in zip((q, k), cast, strict=True)]
-                o = chunk_linear_attn(*phi, v, normalize=True)
+                o = chunk_linear_attn(*phi(q, k, *w), v, normalize=True)
                 return o[0] if isinstance(o, tuple) else o
 
             found["fla (causal)"] = fla
@@ -384,9 +387,8 @@ def methods(args, device):
         else:
 
             def fbi(q, k, v, *w):
-                cast = (None if p is None else p.to(q.dtype) for p in w)
-                phi = [la.features(x, fm, p) for x, p in zip((q, k), cast, strict=True)]
-                o = bidirectional(*(x.transpose(1, 2).contiguous() for x in (*phi, v)))
+                rows = (*phi(q, k, *w), v)
+                o = bidirectional(*(x.transpose(1, 2).contiguous() for x in rows))
                 return o.transpose(1, 2)
 
             found["fbi"] = fbi

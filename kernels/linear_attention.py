@@ -573,6 +573,11 @@ TILES = {
 # fmt: on
 
 
+def halves_of(feature_map):
+    """How many softmaxes a feature map has side by side, each of which the kernels treat alone."""
+    return 2 if feature_map == "hedgehog" else 1
+
+
 def padded(size):
     """The power of two that a size is padded to in the kernels; tl.dot takes 16 and more."""
     power = 16
@@ -610,7 +615,7 @@ def constants(kernel, feature_map, C, E, D, dtype, has_w, shared):
     kernel: one of KERNELS; C, E, D: columns of x, of xW, of y; shared: bytes.
     -> dict of constexprs and options, programs per multiprocessor.
     """
-    halves = 2 if feature_map == "hedgehog" else 1
+    halves = halves_of(feature_map)
     sizes = [padded(size) for size in (C, E, D)]
     rows, warps, stages, programs = tiles(kernel, *sizes, halves, dtype, shared)
     const = dict(zip(("C", "F", "D"), sizes))
@@ -673,7 +678,7 @@ def _reduce(x, y, w, feature_map, num_splits, scale, a=None, c=None):
     w: from _cast; a (B, N) or (B, H, N), None: 1; c (B, H, N) of queries, None: keys.
     -> (B, H, halves (F D + F)) float32: S flattened, and z behind it.
     """
-    halves = 2 if feature_map == "hedgehog" else 1
+    halves = halves_of(feature_map)
     name, D = "reduce", y.shape[3]
     launch, splits, F, D = _launch(_reduce_kernel, name, x, w, D, feature_map, num_splits, halves)
     shape = x.shape[0], x.shape[2], splits, halves * F * (D + 1)
@@ -716,7 +721,7 @@ def _gradients(x, y, w, sums, feature_map, num_splits, scale, need, a=None, o=No
     strides = (*x.stride(), *y.stride(), *_strides(a))
     flags = dict(WEIGHTED=a is not None, QUERY=o is not None)
     arguments = [x, y, o, _padded_w(w), sums, a, c, dx, du, dy, scale]
-    halves = 2 if feature_map == "hedgehog" else 1
+    halves = halves_of(feature_map)
     for part in passes(need, halves, F, shared_memory(x.device)):
         launch(arguments, strides, **flags, **dict(zip(("WRITE_X", "WRITE_Y", "WRITE_U"), part)))
     dw = x.new_empty(0)
@@ -751,7 +756,7 @@ def _sums(
 @_sums.register_fake
 def _(k, v, w_k, a, feature_map, count, num_splits):
     F, D = padded(k.shape[3] if w_k is None else w_k.shape[2]), padded(v.shape[3])
-    size = (2 if feature_map == "hedgehog" else 1) * F * (D + 1)
+    size = halves_of(feature_map) * F * (D + 1)
     return k.new_empty(k.shape[0], k.shape[2], size, dtype=torch.float32)
 
 
@@ -977,7 +982,7 @@ def backend_for(q, v=None, feature_map="hedgehog", w_q=None):
         return "torch", "the kernels count at most 2^30 rows"
     C, D = q.shape[3], q.shape[3] if v is None else v.shape[3]
     E = C if w_q is None else w_q.shape[2]
-    halves = 2 if feature_map == "hedgehog" else 1
+    halves = halves_of(feature_map)
     for name, size in (("q", C), ("w_q", E), ("v", D)):
         if size > 128:
             return "torch", f"{name} must have a head size of at most 128, got {size}"

@@ -17,7 +17,6 @@ time and memory. It renames a device of the whole process.
 
 import argparse
 import contextlib
-import csv
 import functools
 import importlib
 import math
@@ -26,6 +25,7 @@ import re
 import shutil
 import sys
 import traceback
+from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -93,10 +93,6 @@ class Device(TorchDispatchMode):
         return operate(func, args, kwargs or {})
 
 
-def is_on(device):
-    return device is not None and torch.device(device).type == NAME
-
-
 def refuse(func, tensors):
     """Raises RuntimeError for what CUDA would not do with these."""
     here = [x for x in tensors if isinstance(x, OnGpu)]
@@ -117,7 +113,7 @@ def operate(func, args, kwargs):
     else:
         on = any(isinstance(x, OnGpu) for x in tensors)
     if kwargs.get("device") is not None:
-        on = is_on(kwargs["device"])
+        on = torch.device(kwargs["device"]).type == NAME
         kwargs = {**kwargs, "device": "cpu"} if on else kwargs
     if on and any(isinstance(x, torch.Generator) for x in flat):
         raise RuntimeError(f"{func}: a generator of the CPU for a tensor on {NAME}:0")
@@ -203,38 +199,27 @@ def register_casts():
     return every, named
 
 
-def is_known():
-    try:
-        return torch.device(NAME) is not None
-    except RuntimeError:
-        return False
-
-
 @contextlib.contextmanager
 def device():
     """Inside, torch.device("gpu", 0) exists, and scripts and tools take it for their GPU."""
     from models import libraries
     from models.plumbing import run
 
-    if not is_known():
+    if not KEPT:
         _setup_privateuseone_for_python_backend(NAME, Backend())
         KEPT.extend(register_casts())
-    places, old = [(run, "own_device", lambda rank: torch.device(NAME, 0))], libraries.device
-    for module in [m for name, m in sys.modules.items() if name.startswith("models.")]:
-        if getattr(module, "device", None) is old:
-            places.append((module, "device", lambda: NAME))
-    before = [(module, name, getattr(module, name)) for module, name, _ in places]
-    lifting = torch._C._only_lift_cpu_tensors()
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(3, device=...) comes by as a copy
-    try:
-        for module, name, new in places:
-            setattr(module, name, new)
+    old, lifting = libraries.device, torch._C._only_lift_cpu_tensors()
+    tools = [module for name, module in sys.modules.items() if name.startswith("models.")]
+    with contextlib.ExitStack() as patches:
+        own = mock.patch.object(run, "own_device", lambda rank: torch.device(NAME, 0))
+        patches.enter_context(own)
+        for module in tools:
+            if getattr(module, "device", None) is old:
+                patches.enter_context(mock.patch.object(module, "device", lambda: NAME))
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(3, device=...) comes by as a copy
+        patches.callback(torch._C._set_only_lift_cpu_tensors, lifting)
         with Device():
             yield
-    finally:
-        torch._C._set_only_lift_cpu_tensors(lifting)
-        for module, name, was in before:
-            setattr(module, name, was)
 
 
 # ---- settings of tests/checksums.py --------------------------------------------------------------
@@ -242,8 +227,9 @@ def device():
 
 def losses(folder):
     """{column: its values} of a log.csv that are the same on every device up to roundings."""
-    with open(os.path.join(folder, "log.csv")) as f:
-        rows = list(csv.DictReader(f))
+    from helpers import read_log
+
+    rows = read_log(folder)
     named = [name for name in rows[0] if name.startswith(("loss", "norm"))]
     return {name: [float(row[name] or 0) for row in rows] for name in named}
 
@@ -306,7 +292,8 @@ def main():
     for setting in checksums.setting_names(1) if args.every else args.settings:
         try:
             worst = difference(setting, fixtures, out, args.short)
-            print(f"{setting}: losses differ by {worst:.1e}", flush=True)
+            said = f"not finite: {worst}" if args.short else f"differ by {worst:.1e}"
+            print(f"{setting}: losses {said}", flush=True)
             if worst > (0.3 if "bf16" in setting else 1e-3):
                 failed.append(setting)
         except (Exception, SystemExit):
