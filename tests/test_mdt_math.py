@@ -5,6 +5,9 @@ d_norm, guidance and the sampler. The wrong variants that come to mind are put t
 and must fail it.
 """
 
+from types import SimpleNamespace
+
+import mdt_steps
 import numpy as np
 import pytest
 import torch
@@ -613,6 +616,73 @@ def test_two_euler_steps_inflate_and_renoising_does_not():
     close(sampled([1.0], "sde"), M + S * z)  # no noise after the last step
     close(sampled([1.0, 0.5]), M + S * (1 + S) / root * z)
     close(sampled([1.0, 0.5], "sde"), M + S / root * (S * z + fresh))
+
+
+def test_the_exact_average_velocity_is_found_from_the_velocity():
+    x = marginal_points()
+    for t, row in zip(T, x):
+        found = mdt_steps.exact(gaussian_velocity, 4000)(row[None], t[None])
+        close(found, gaussian_transport(row[None], t[None]), 2e-3)
+
+
+def test_a_step_that_is_wrong_is_told_from_the_other():
+    """A Gaussian's exact transport with a wrong first step, and with a wrong second one.
+
+    A wrong one is k times as long as it should be.
+    """
+    z, k = normal(4, 500), 1.3
+    root = (1 + S**2) ** 0.5
+    first = k * gaussian_transport(z, torch.ones(4, dtype=torch.float64))
+    world = SimpleNamespace(measure=lambda x, label: {"x": x})
+    conditions = SimpleNamespace(pick=lambda label, device: ({}, {}))
+
+    def ends(student):
+        def noise(a, b):
+            return z[a:b]
+
+        at = noise, torch.zeros(4), world, conditions
+        rows = mdt_steps.step_rows(student, gaussian_velocity, *at, fine=1000)
+        return {title: row["x"].double() for title, row in rows.items()}
+
+    def long_at(*times):
+        return lambda x, t: (k if float(t[0]) in times else 1) * gaussian_transport(x, t)
+
+    def end_of(x):  # of the exact transport from 1/2, whose marginal is N(M / 2, (1 + S^2) / 4)
+        return M + S * (x - M / 2) * 2 / root
+
+    wide = M + S * (1 + S) / root * z
+    right = ends(long_at())
+    close(right["exact in both"], wide, 5e-3)
+    close(right["student in both"], wide, 1e-5)
+    close(right["student, then exact"], wide, 5e-3)
+    half = torch.full((4,), 0.5, dtype=torch.float64)
+    between = (z + M + S * z) / 2  # where the exact first step ends
+    straight = between - gaussian_velocity(between, half) / 2
+    close(right["student, then the teacher's velocity"], straight, 1e-5)
+    wrong = ends(long_at(1.0))
+    for title, row in right.items():
+        if title.startswith("exact"):
+            close(wrong[title], row, 1e-5)
+    close(wrong["student in both"], end_of(z - first / 2), 1e-5)
+    close(wrong["student, then exact"], end_of(z - first / 2), 5e-3)
+    wrong = ends(long_at(0.5))
+    close(wrong["student, then exact"], right["student, then exact"], 1e-5)
+    close(wrong["exact, then student"], between - k / 2 * gaussian_transport(between, half), 5e-3)
+
+
+def test_errors_of_the_transport_at_noised_data():
+    x0, z = M + S * normal(64, 30), normal(64, 30, seed=1)
+    nets = {"exact": gaussian_transport, "velocity": gaussian_velocity}
+    nets["none"] = lambda x, t: torch.zeros_like(x)
+    errors = mdt_steps.transport_errors(nets, gaussian_velocity, x0, z, {}, fine=1000)
+    for t in mdt_steps.TIMES:
+        at = torch.full((64,), t, dtype=torch.float64)
+        x_t = mdt.add_noise(x0, z, at)
+        phi = gaussian_transport(x_t, at)
+        assert errors["exact"][t] < 1e-5
+        for name in ("velocity", "none"):
+            expected = (t * (nets[name](x_t, at) - phi)).square().mean()
+            assert abs(errors[name][t] - expected) < 0.02 * expected + 1e-5
 
 
 def test_sampler_of_points():
