@@ -1225,9 +1225,13 @@ def wrong_selection(a, count):
 
 def main(argv=None):
     args = parse_args(argv)
+
+    def check(teacher):  # --dry_run reads nothing of --student_init
+        refuse(wrong_networks(args, teacher, teacher.base))
+
     if args.sample:
         sample_only(args)
-    elif not dry_run(args, *cost(args), attention=True, disk=bank_on_disk):
+    elif not dry_run(args, *cost(args), attention=True, disk=bank_on_disk, check=check):
         train(args)
         work_done(args, *cost(args), attention=True)
 

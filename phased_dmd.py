@@ -1042,7 +1042,9 @@ def main(argv=None):
     args = parse_args(argv)
     if args.sample:
         sample_only(args)
-    elif not dry_run(args, *cost(args)):
+    elif not dry_run(
+        args, *cost(args), two_networks=True, check=lambda t: refuse(wrong_flags(args, t))
+    ):
         train(args)
         work_done(args, *cost(args))
 

@@ -34,7 +34,7 @@ from models.plumbing.footprint import (
     with_blocks,
 )
 from tests import scale
-from tests.folders import CONFIGS, save_config
+from tests.folders import CONFIGS, save_conditions, save_config
 
 GB = 1e9
 TINY = dict(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, freq_dim=32, text_dim=16)
@@ -390,6 +390,34 @@ def test_a_run_that_fits_is_not_refused(tmp_path):
 def test_shapes_that_do_not_fit_end_in_one_line(tmp_path, capsys):
     wrong = [*save_tiny_wan(tmp_path), "--sample_shape", "4", "2", "5", "6", "--dry_run"]
     assert "do not divide into patches" in refusal_of(capsys, dmd.main, *wrong)
+
+
+REFUSED = [  # (script, teacher, flags): what needs the teacher to be refused
+    ("linvideo", "CogVideoX-2B", []),
+    ("linvideo", "PixArt-alpha 512", []),
+    ("linvideo", "tiny Wan", ["--feature_dim", "65"]),
+    ("linvideo", "tiny Wan", ["--select", "0", "6"]),
+    ("mdt_dist", "PixArt-alpha 512", ["--data", "latents.safetensors"]),
+    ("dmd", "tiny Wan", ["--gan_weight", "0.1"]),
+    ("decoupled_dmd", "tiny Wan", ["--gan_weight", "0.1"]),
+    ("phased_dmd", "tiny Wan", ["--dm_range", "0", "0.1"]),
+    ("phased_dmd", "tiny Wan pair", ["--student_steps", "4", "--phases", "1"]),
+    *((script, "tiny Wan pair", []) for script in ("dmd", "tdm", "decoupled_dmd", "linvideo")),
+]
+
+
+@pytest.mark.parametrize("script, name, flags", REFUSED)
+def test_a_dry_run_refuses_what_the_run_would(tmp_path, capsys, script, name, flags):
+    """In the same words, and without weights."""
+    teacher = save_config(name, tmp_path / "teacher", weights=name.startswith("tiny"))
+    prompts = save_conditions(name, str(tmp_path / "prompts.safetensors"))
+    flags = ["--teacher", teacher, *prompts, *flags]
+    main = importlib.import_module(script).main
+    at = "--output_dir", str(tmp_path / "run")
+    refused = refusal_of(capsys, main, *flags, *at, "--dry_run")
+    assert not (tmp_path / "run").exists()
+    if name.startswith("tiny"):  # the others have no weights here
+        assert refusal_of(capsys, main, *flags, *at) == refused
 
 
 def test_two_networks_are_planned_for(tmp_path, capsys):

@@ -366,20 +366,23 @@ def on_cpu(net):
     return allocate(net, "cpu")
 
 
-def load_network(folder, dtype=torch.float32, place=on_cpu):
+def load_network(folder, dtype=torch.float32, place=on_cpu, weights=True):
     """Read one component -> (network in eval mode, config).
 
     folder: a component folder as diffusers writes it (config.json and safetensors, in one file or
     in shards), or what trellis_path takes. dtype: see to_dtype. place: a function that gives the
     network memory, and may share it out over ranks (`Run.place`). It is built on the meta device,
-    and each rank reads its own rows of every tensor straight into their place. Raises UserError for
-    a checkpoint that is missing, truncated, a pickle or does not match its config.
+    and each rank reads its own rows of every tensor straight into their place. weights False: it
+    stays there, and nothing but its config need exist. Raises UserError for a checkpoint that is
+    missing, truncated, a pickle or does not match its config.
     """
     described = config_file(folder)
     config = load_json(described)
-    files = weight_files(folder)
     with torch.device("meta"):
         net = network_from_config(config, described)
+    if not weights:
+        return net.eval(), config
+    files = weight_files(folder)
     refuse_larger(net, files, described)
     net = place(to_dtype(net, dtype))
     read_weights(net, files, folder, os.path.basename(described), config_class(config))
@@ -458,11 +461,11 @@ def rows_of_file(file, path, key, p, what):
     return rows_in(p, stored if shape else file.get_tensor(key))
 
 
-def load_two_networks(root, dtype=torch.float32, place=on_cpu):
+def load_two_networks(root, dtype=torch.float32, place=on_cpu, weights=True):
     """Read a pipeline root with transformer/ and transformer_2/ (Wan 2.2 A14B).
 
-    -> (WanTwoNetworks in eval mode, config of transformer/, config of transformer_2/). Raises
-    UserError.
+    -> (WanTwoNetworks in eval mode, config of transformer/, config of transformer_2/). weights: see
+    `load_network`. Raises UserError.
     """
     index = os.path.join(root, "model_index.json")
     boundary = load_json(index).get("boundary_ratio")
@@ -475,8 +478,8 @@ def load_two_networks(root, dtype=torch.float32, place=on_cpu):
         raise UserError(
             f"{root} has transformer_2/ but no transformer/: a two-network teacher needs both"
         )
-    high, config = load_network(os.path.join(root, "transformer"), dtype, place)
-    low, config_2 = load_network(os.path.join(root, "transformer_2"), dtype, place)
+    high, config = load_network(os.path.join(root, "transformer"), dtype, place, weights)
+    low, config_2 = load_network(os.path.join(root, "transformer_2"), dtype, place, weights)
     try:
         return WanTwoNetworks(high, low, boundary).eval(), config, config_2
     except ValueError as e:

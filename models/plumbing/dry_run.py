@@ -35,7 +35,7 @@ from models.networks import config_file, network_from_config, to_dtype
 from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.plumbing.footprint import Call, Cost, adapted, measure, on_meta
-from models.plumbing.teachers import find_folder, network_folder
+from models.plumbing.teachers import as_flags_say, find_folder, load_teacher, network_folder
 from models.prompts import open_prompts
 
 GB = 1e9
@@ -255,6 +255,14 @@ def teacher_network(args, attention=False):
     return on_meta(lambda: network_from_config(config, described))
 
 
+def planned_teacher(args, two_networks=False, attention=False):
+    """What `start_teacher` gives, but on the meta device: it needs no weights. Raises UserError."""
+    how = dict(two_networks=two_networks, shape=args.sample_shape, weights=False)
+    teacher = load_teacher(args.teacher, **how)
+    teacher.base = teacher.net if teacher.config else teacher_network(args, attention)
+    return as_flags_say(teacher, args)
+
+
 def is_pair(teacher):
     """Whether a --teacher has two networks, for high and for low noise."""
     return os.path.isdir(os.path.join(teacher, "transformer_2"))
@@ -280,16 +288,23 @@ def call_of(args, net):
 # ---- the report and the refusal ------------------------------------------------------------------
 
 
-def dry_run(args, networks, turns, attention=False, build=None, disk=None):
+def dry_run(
+    args, networks, turns, attention=False, build=None, disk=None, two_networks=False, check=None
+):
     """--dry_run: print what the run needs, and say True: nothing is left to do.
 
     Otherwise False, unless the device cannot hold the run: raises UserError. attention: see
     teacher_network; build(args) -> the network, where it is not the teacher's. disk(args, shape,
-    ranks) -> {what: bytes} that a script writes beside its state.
+    ranks) -> {what: bytes} that a script writes beside its state. two_networks: see load_teacher.
+    check(teacher): raises UserError for a teacher that does not suit the flags.
     """
     memory = GB * args.device_memory if args.device_memory else own_memory()
     if args.dry_run is None and memory is None:
         return False
+    if args.dry_run is not None and not build:
+        teacher = planned_teacher(args, two_networks, attention)
+        if check:
+            check(teacher)
     plan = planned(args, networks, turns, attention, build)
     if args.dry_run is None:
         refuse_too_large(plan, memory)

@@ -184,12 +184,14 @@ def find_folder(name):
     return folder
 
 
-def load_teacher(name, dtype=torch.float32, two_networks=False, place=on_cpu, shape=None):
+def load_teacher(
+    name, dtype=torch.float32, two_networks=False, place=on_cpu, shape=None, weights=True
+):
     """Resolve --teacher -> Teacher, without base, shape and conditions. Raises UserError.
 
     two_networks: whether a root with transformer_2/ is accepted (its net is a WanTwoNetworks) or
-    refused. place: see `load_network`. shape: of a sample, on which the shift may depend; None: the
-    network's own.
+    refused. place, weights: see `load_network`. shape: of a sample, on which the shift may depend;
+    None: the network's own.
     """
     if name == "ring":  # a closed form, no checkpoint
         net = load_world(name).teacher()
@@ -203,9 +205,9 @@ def load_teacher(name, dtype=torch.float32, two_networks=False, place=on_cpu, sh
         )
     folder = network_folder(root)
     if two:
-        net, config, config_2 = load_two_networks(root, dtype, place)
+        net, config, config_2 = load_two_networks(root, dtype, place, weights)
     else:
-        net, config = load_network(folder, dtype, place)
+        net, config = load_network(folder, dtype, place, weights)
     if not hasattr(net, "prediction"):
         raise UserError(
             f"{folder} is a {type(net).__name__}, which does not denoise: "
@@ -219,7 +221,7 @@ def load_teacher(name, dtype=torch.float32, two_networks=False, place=on_cpu, sh
     teacher = Teacher(net, config, where, schedule, prediction, shift, world_name, label, config_2)
     teacher.terminal = terminal
     teacher.spacing = spacing
-    teacher.stored_in_bf16 = is_stored_in_bf16(folder)
+    teacher.stored_in_bf16 = weights and is_stored_in_bf16(folder)
     return teacher
 
 
@@ -294,6 +296,11 @@ def start_teacher(run, two_networks=False, attention=False, in_bf16=True):
         teacher.net = teacher.base = run.place(fit_ring_transformer(teacher.net, args.seed))
     elif not teacher.config:
         teacher.base = run.place(fit_ring_network(teacher.net, args.seed))
+    return as_flags_say(teacher, args)
+
+
+def as_flags_say(teacher, args):
+    """The Teacher, with --timestep_shift, --sample_shape, --guidance_rescale. Raises UserError."""
     teacher.config = teacher.config or network_config(teacher.base)
     if args.timestep_shift is not None:
         teacher.shift = args.timestep_shift
