@@ -23,9 +23,10 @@ cond: the point's sample, x, y, z. Everything else is the same.
 
 Launch.
     laptop      python mdt_dist.py              # voxels, a student for 1 and 2 steps, five minutes
-    paper       python mdt_dist.py --t_law uniform --vd_weight paper --slow_clock 1000
+    paper       python mdt_dist.py --t_law uniform --vd_weight paper --slow_clock 1000 \
+                    --guidance_vd 1
     code        python mdt_dist.py --d_norm 0.1 --shared_noise --t_law logit_normal \
-                    --slow_clock 1000          # as the authors released it
+                    --slow_clock 1000 --guidance_vd 1                  # as released
     baselines   python mdt_dist.py --arm cm     # consistency distillation; scm: in continuous time
     torchrun    torchrun --nproc-per-node 8 mdt_dist.py --data latents.safetensors \
                     --teacher TRELLIS-image-large/ckpts/ss_flow_img_dit_L_16l8_fp16 \
@@ -33,10 +34,11 @@ Launch.
     sampling    python mdt_dist.py --sample runs/mdt_dist-voxels/student --student_steps 1
 
 Deviations; the reasons are in docs/mdt_dist.md. By default VD has weight 2, as in the released
-code, and the voxels' student sees a slow clock (ours); t is uniform, and t and noise are drawn for
-each loss, as in Alg. 1. Released teachers get the code's logit-normal t and its d_norm. Guidance
-scale = 1 + the paper's w. sigma_min is 0. Averaged weights, betas and falling rates suit short
-runs. --slow_clock, --renoise sde, --d_norm rms and --derivative jvp are ours.
+code, and the voxels' student sees a slow clock (ours) and its teacher in VD at guidance 2; t is
+uniform, and t and noise are drawn for each loss, as in Alg. 1. Released teachers get the code's
+logit-normal t and its d_norm. Guidance scale = 1 + the paper's w. sigma_min is 0. Averaged
+weights, betas and falling rates suit short runs. --slow_clock, --renoise sde, --d_norm rms and
+--derivative jvp are ours.
 """
 
 import os
@@ -730,7 +732,9 @@ def cost(args):
 # ---- flags ---------------------------------------------------------------------------------------
 
 PRESETS = {  # the flags' defaults suit small networks; what other teachers change of them
-    "voxels": dict(max_train_steps=300, learning_rate=1.2e-4, slow_clock=20.0),
+    "voxels": dict(
+        max_train_steps=300, learning_rate=1.2e-4, slow_clock=20.0, guidance_vd=2.0,
+    ),
     "ring": dict(
         max_train_steps=400, train_batch_size=128, learning_rate=3e-4, vd_weight="paper",
     ),

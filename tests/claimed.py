@@ -78,7 +78,7 @@ SETTINGS = {  # flags of every run of a paper on a world
     ("decoupled_dmd", "glyphs"): "--max_train_steps 200",
     ("tdm", "glyphs"): "--max_train_steps 250",
     ("linvideo", "clips"): "--max_train_steps 200 --selection_share 0.5 --bank_size 512",
-    ("mdt_dist", "voxels"): "--max_train_steps 120",
+    ("mdt_dist", "voxels"): "--max_train_steps 120 --guidance_vd 1",
 }
 
 
