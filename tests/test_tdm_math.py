@@ -11,6 +11,7 @@ import math
 import types
 
 import pytest
+import tdm_fakes
 import torch
 from test_decoupled_math import diffusion_of, draws, every_network, networks
 from test_dmd_math import DoubleOutput, close, has_gradient, normal, seeing
@@ -1604,3 +1605,28 @@ def test_sampler_of_an_exact_teacher_approaches_its_law():
     distance = torch.cdist(x, ring.means)
     assert (distance.min(1).values < 3 * ring.std).double().mean() > 0.95
     assert (distance.argmin(1) % 4 == label).double().mean() > 0.99
+
+
+def test_rows_go_to_the_fake_of_their_own_count():
+    """Of tests/tdm_fakes.py, whatever the step k, and gradients to that fake alone."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self, K):
+            super().__init__()
+            self.K = torch.nn.Parameter(torch.tensor(float(K)))
+
+        def forward(self, x, t, steps, label):
+            return self.K * x + steps[:, None] + label[:, None]
+
+    grids = {1: 0, 2: 0, 4: 0}
+    K, k = torch.tensor([4, 1, 2, 4, 2]), torch.tensor([3, 0, 1, 0, 0])
+    steps = tdm.fake_number(grids, K, k, (True, True)).float()
+    fakes = tdm_fakes.FakePerCount({n: Scaled(n) for n in grids})
+    x, label = normal(5, 3).float(), torch.arange(5)
+    found = fakes(x, torch.zeros(5), steps=steps, label=label)
+    close(found, K[:, None] * x + steps[:, None] + label[:, None], 1e-6)
+    found[1:3].sum().backward()
+    grads = {n: fake.K.grad for n, fake in fakes.fakes.items()}
+    assert grads["4"] is None or grads["4"] == 0
+    close(grads["1"], x[1].sum(), 1e-5)
+    close(grads["2"], x[2].sum(), 1e-5)
