@@ -22,9 +22,10 @@ one network learns several step counts at once.
 Launch.
     laptop      python tdm.py                       # glyphs, K = 1, 2 and 4 in one student, minutes
                 python tdm.py --teacher ring        # seconds
-    paper       python tdm.py --student_steps 4 --shared_fake --regress x_s --fake_update_ratio 1
+    paper       python tdm.py --student_steps 4 --shared_fake --regress x_s \
+                    --fake_update_ratio 1 --learning_rate 2e-4 --learning_rate_fake 2e-3
     paper, K    python tdm.py --student_steps 1 2 4 --shared_fake --regress x_s \
-                    --fake_update_ratio 1                               # Eq. 8
+                    --fake_update_ratio 1 --learning_rate 2e-4 --learning_rate_fake 2e-3  # Eq. 8
     ablations   python tdm.py --untold              # Tab. 5: nobody is conditioned on K
                 python tdm.py --loss l2             # Tab. 5: no surrogate metric
     torchrun    torchrun --nproc-per-node 8 tdm.py --teacher PixArt-XL-2-512x512 \

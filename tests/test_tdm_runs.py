@@ -650,3 +650,21 @@ def test_vp_teachers_from_end_to_end(tmp_path, kind):
         diffusers = pytest.importorskip("diffusers")
         theirs = diffusers.PixArtTransformer2DModel.from_pretrained(out / "student")
         assert_bit_equal(dict(theirs.state_dict()), dict(student.state_dict()))
+
+
+@pytest.mark.parametrize("counts", [[4], [1, 2, 4]])
+def test_paper_launch_lines_have_the_paper_s_ratio_of_rates(counts):
+    """With one update of the fake for each of the student's, at ten times its rate.
+
+    At the default's rates the last of four steps drifts to black.
+    """
+    lines = [v for v in tdm.__doc__.splitlines() if v.strip().startswith("paper") and "tdm.py" in v]
+    flags = [v.split("tdm.py ")[1].split("#")[0].split() for v in lines]
+    (args,) = [a for a in map(tdm.parse_args, flags) if a.student_steps == counts]
+    assert args.learning_rate_fake == pytest.approx(10 * args.learning_rate)
+    assert (args.fake_update_ratio, args.shared_fake, args.regress) == (1, True, "x_s")
+    assert (args.fake_target, args.loss, args.tau_range) == (
+        "importance",
+        "pseudo_huber",
+        "segment",
+    )
