@@ -38,7 +38,8 @@ from models.plumbing.teachers import freeze_teacher, load_teacher
 from models.worlds import load_world
 
 B, N, SEED = 5, 7, 2
-PAPER = "--t_law uniform --vd_weight paper --slow_clock 1000 --guidance_vd 1".split()  # launch
+# the launch line's
+PAPER = "--t_law uniform --vd_weight paper --slow_clock 1000 --guidance_vd 1".split()
 
 
 @pytest.fixture(scope="module")
