@@ -22,7 +22,7 @@ input; DM must see faults of all sizes, so it draws from all levels.
     -Delta_DM, _CA    g_dm, g_ca         gradients in x; their sum is DMD's (Eq. 6)       (B, ...)
 
 Launch.
-    laptop      python decoupled_dmd.py                    # glyphs, four steps, four minutes
+    laptop      python decoupled_dmd.py                    # glyphs, four steps, six minutes
                 python decoupled_dmd.py --teacher ring     # seconds
     paper       python decoupled_dmd.py --shared_fake --one_step --fake_update_ratio 5
     ablations   python decoupled_dmd.py --schedule shared    # DMD; also full, constrained (Table 1)

@@ -27,7 +27,8 @@ Launch.
                     --shared_fake --one_step                               # DMD2, four steps
     paper, v1   python dmd.py --fake_update_ratio 1 --regression_weight 0.25
     two stages  python dmd.py --student_init runs/dmd-glyphs --fake_init runs/dmd-glyphs \
-                    --gan_weight 0.3 --learning_rate 6e-4          # the GAN after convergence
+                    --gan_weight 0.3 --gan_weight_d 0.1 --learning_rate 6e-4 \
+                    --learning_rate_fake 1.2e-3 --output_dir runs/dmd-glyphs-gan
     torchrun    torchrun --nproc-per-node 8 dmd.py --teacher Wan2.1-T2V-1.3B-Diffusers \
                     --prompts prompts.safetensors --mixed_precision bf16 \
                     --gradient_accumulation_steps 8

@@ -22,7 +22,7 @@ one of Eq. 7 at the teacher's states, which measures the same and costs least.
     alpha         alpha     exponent of the regulariser (Eq. 10)                         float
 
 Launch.
-    laptop      python linvideo.py               # clips, 4 of 8 layers, five minutes on two cores
+    laptop      python linvideo.py               # clips, 4 of 8 layers, eight minutes on two cores
     then        python dmd.py --teacher clips --student_init runs/linvideo-clips/student \
                     --student_steps 4 --timestep_shift 2
     paper       python linvideo.py --objective adm --state part --weight eq13 --count round \

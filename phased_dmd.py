@@ -23,7 +23,7 @@ score of x_t.
     alpha_{t|s}, sigma_{t|s}  a, b          its coefficients (Eq. 2)                     (B,)
 
 Launch.
-    laptop      python phased_dmd.py        # clips, 4 steps, 2 phases, four minutes on two cores
+    laptop      python phased_dmd.py        # clips, 4 steps, 2 phases, seven minutes on two cores
                 python phased_dmd.py --teacher ring              # seconds
                 python phased_dmd.py --phases 4                  # one step per phase (Table 6)
     baselines   python phased_dmd.py --phases 1                  # DMD with truncation (Fig. 1b)

@@ -175,7 +175,9 @@ one. Those of `docs.tour`, `docs.draw --wrong`, `tests.bench`, `tests.claims` an
 BEGUN = """
 Begun as written and ended after twelve updates (`OMP_NUM_THREADS=1 python -m tests.commands
 --begin`): the median update's time, on one thread, times the number of updates. Banks, teachers'
-rows and the measuring at the end come on top, one to three minutes.
+rows and the measuring at the end come on top, one to three minutes. Rows of `latent_fm.py` and
+`linvideo.py` are of a slower machine beside other work: for the work itself see
+[speed](results/speed.md#work-and-minutes-of-the-default-runs).
 
 | command | training | pages |
 |---|---|---|"""

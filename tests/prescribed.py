@@ -48,7 +48,7 @@ FRONT = (
         ("DiT-XL/2 256", "DiT-XL/2 512", "SiT", "LFM ImageNet"),
         "one GPU or more; weights through `models.convert`",
     ),
-    ("CogVideoX-2B", ("CogVideoX-2B",), "two 80 GB GPUs, one with adapters"),
+    ("CogVideoX-2B", ("CogVideoX-2B",), "one 80 GB GPU"),
     (
         "TRELLIS, both stages",
         ("TRELLIS image structure", "TRELLIS image latents"),

@@ -9,6 +9,7 @@ import pytest
 from helpers import ROOT, ring_network
 from pages import PAGES, QUOTATION, find, moved, quotations, wrong
 from PIL import Image
+from prescribed import FRONT
 
 from models.plumbing import teachers
 
@@ -59,6 +60,21 @@ def test_a_page_with_another_table_is_found(tmp_path):
     assert not wrong(page) and "Wan 2.1 T2V 14B" in page.read_text()
     page.write_text(page.read_text().replace("| 22 |", "| 20 |"))
     assert wrong(page)
+
+
+NUMBERS = {"one": 1, "two": 2, "four": 4, "eight": 8, "sixteen": 16}
+
+
+@pytest.mark.parametrize("name, releases, needs", FRONT, ids=[row[0] for row in FRONT])
+def test_the_front_page_promises_as_many_gpus_as_the_plan(name, releases, needs):
+    """README's row of a teacher has the numbers of GPUs that docs/scale.md has for it."""
+    said = {NUMBERS[word] for word in re.findall(r"[a-z]+", needs) if word in NUMBERS}
+    rows = re.findall(
+        r"^\| ([^|]+) \|[^|]*\|[^|]*\|(.*)$", (ROOT / "docs/scale.md").read_text(), re.M
+    )
+    rows = [numbers for teacher, numbers in rows if teacher.startswith(releases)]
+    assert rows
+    assert not said or said == {int(n) for row in rows for n in re.findall(r"\*\*(\d+)\*\*", row)}
 
 
 CITED = r"(Eqs?|Algs?|Algorithm)\.? ?((?:\d+[a-z]?)(?:(?:, | and |-| to )\d+[a-z]?)*)"
