@@ -67,6 +67,7 @@ from types import SimpleNamespace
 from typing import Optional
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 try:
     import triton
@@ -96,7 +97,8 @@ def features(x, feature_map, w=None, query=False):
     if feature_map == "softmax":
         return x.softmax(-1) if query else x.softmax(-1).clamp_min(TINY)
     if feature_map == "elu":
-        return (torch.nn.functional.elu(x) + 1).clamp_min(TINY)
+        # not elu(x) + 1, whose digits cancel where x is far below 0
+        return torch.where(x > 0, x + 1, x.clamp_max(0).exp()).clamp_min(TINY)
     if feature_map == "relu":
         return x.relu()
     if feature_map == "none":
@@ -200,7 +202,9 @@ if triton is not None:
         if WIDTH < COLS:
             mask = mask & (cols < WIDTH)[None, :]
         return tl.load(
-            X + rows[:, None].to(tl.int64) * x_n + cols[None, :] * x_d, mask=mask, other=0.0
+            X + rows[:, None].to(tl.int64) * x_n + cols[None, :].to(tl.int64) * x_d,
+            mask=mask,
+            other=0.0,
         )
 
     @triton.jit
@@ -776,7 +780,7 @@ def _sums_backward(
     with torch.cuda.device_of(k):
         w, rest = _cast(w_k, k), (feature_map, num_splits, 1 / count, need, a)
         dk, dv, dw = _gradients(k, v, w, d_sums.contiguous(), *rest)[0]
-    return dk, dv, dw if w_k is None else dw.to(w_k.dtype)
+    return dk, dv, dw.to(w_k.dtype) if need[2] else dw
 
 
 @_sums_backward.register_fake
@@ -857,7 +861,7 @@ def _apply_backward(
         d_sums = q.new_empty(0)
         if need[2]:
             d_sums = _reduce(q, g, w, *rest, over_d, c)
-    return dq, dw if w is None else dw.to(w_q.dtype), d_sums
+    return dq, dw.to(w_q.dtype) if need[1] else dw, d_sums
 
 
 @_apply_backward.register_fake
@@ -963,36 +967,50 @@ def _key_weights(mask, k, share):
     return mask.contiguous() * (total / kept)[:, None]
 
 
-def backend_for(q, v=None, feature_map="hedgehog", w_q=None):
-    """Which back end linear_attention takes on its own for such inputs, and why not the other.
-
-    q (B, N, H, D), v (B, N, H, D_v), None: like q; w_q as there. Only shapes, dtype and device
-    matter. -> ("triton", None) or ("torch", a sentence).
-    """
+def _why_not(q, v, feature_map, w_q):
+    """Why the kernels cannot take such inputs, or None where they can."""
     if triton is None:
-        return "torch", "triton is not installed"
+        return "triton is not installed"
     if not (q.is_cuda or INTERPRET):
-        return "torch", (
+        return (
             "q must be on a CUDA device (or set TRITON_INTERPRET=1 before triton is imported), "
             f"got {q.device}"
         )
     if q.dtype not in DTYPES:
-        return "torch", f"q must be float32, bfloat16 or float16, got {q.dtype}"
+        return f"q must be float32, bfloat16 or float16, got {q.dtype}"
     if max(q.shape[1], 0 if v is None else v.shape[1]) > 2**30:
-        return "torch", "the kernels count at most 2^30 rows"
+        return "the kernels count at most 2^30 rows"
     C, D = q.shape[3], q.shape[3] if v is None else v.shape[3]
     E = C if w_q is None else w_q.shape[2]
     halves = halves_of(feature_map)
     for name, size in (("q", C), ("w_q", E), ("v", D)):
         if size > 128:
-            return "torch", f"{name} must have a head size of at most 128, got {size}"
+            return f"{name} must have a head size of at most 128, got {size}"
     sizes, shared = [padded(size) for size in (C, E, D)], shared_memory(q.device)
     if any(tiles(name, *sizes, halves, q.dtype, shared) is None for name in KERNELS):
-        return "torch", (
+        return (
             f"{feature_map} at head size {max(sizes)} in {q.dtype} needs more than this device's "
             f"{shared // 1024} KB of shared memory, or registers"
         )
-    return "triton", None
+    return None
+
+
+def backend_for(q, v=None, feature_map="hedgehog", w_q=None):
+    """Which back end linear_attention takes on its own for such inputs, and why not the other.
+
+    q (B, N, H, D), v (B, N, H, D_v), None: like q; w_q as there. Only shapes, dtype and device
+    matter; a call with tangents runs torch all the same. -> ("triton", None) or ("torch", a
+    sentence).
+    """
+    why = _why_not(q, v, feature_map, w_q)
+    if why is None and INTERPRET:
+        why = "under TRITON_INTERPRET=1 the kernels are slow, and run where backend='triton' asks"
+    return ("torch", why) if why else ("triton", None)
+
+
+def _has_tangents(*tensors):
+    """Whether forward-mode derivatives pass through: of those the kernels would know nothing."""
+    return any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
 
 
 _warned = set()  # reasons of which a warning has been given
@@ -1019,8 +1037,9 @@ def linear_attention(
     w_q, w_k     (H, D, E), u = x W, for "hedgehog" alone, of any floating dtype; None: identity.
     eps          added to the denominator, which is divided by N; None: 0 for positive maps, 1e-6
                  for "relu" and "none".
-    backend      "triton", "torch", or None: what backend_for says. A call on a GPU that runs torch
-                 because the kernels cannot warns once of the reason.
+    backend      "triton", "torch", or None: what backend_for says, and torch for forward-mode
+                 derivatives (torch.func.jvp), which the kernels do not have. A call on a GPU that
+                 runs torch because the kernels cannot warns once of the reason.
     share        where other ranks have further keys and queries: an object with N, how many keys
                  there are in all, and sum(x), which adds x up over the ranks, differentiably
                  (models/networks/sequence.py; linear_attention_over_ranks).
@@ -1038,13 +1057,20 @@ def linear_attention(
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend must be None, 'torch' or 'triton', got {backend!r}")
     a = _key_weights(mask, k, share)
-    able, why = backend_for(q, v, feature_map, w_q)
-    if backend == "triton" and able == "torch":
-        raise ValueError(f"backend='triton': {why}")
-    # on its own the interpreter, which is slow, is not chosen
-    if able == "triton" and (backend == "triton" or backend is None and q.is_cuda):
+    forward_mode = _has_tangents(q, k, v, w_q, w_k)
+    if backend == "triton":
+        why = _why_not(q, v, feature_map, w_q)
+        if forward_mode:
+            why = "the kernels have no forward-mode derivatives: use backend='torch'"
+        if why:
+            raise ValueError(f"backend='triton': {why}")
+    elif backend is None and not forward_mode:
+        backend, why = backend_for(q, v, feature_map, w_q)
+    else:
+        backend, why = "torch", None
+    if backend == "triton":
         return _by_kernels(q, k, v, feature_map, w_q, w_k, float(eps), a, share)
-    if q.is_cuda and backend is None and why not in _warned:
+    if q.is_cuda and why and why not in _warned and not torch.compiler.is_compiling():
         _warned.add(why)
         warnings.warn(f"linear_attention runs in torch, not in Triton: {why}", stacklevel=2)
     return linear_attention_reference(

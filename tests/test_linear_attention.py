@@ -311,6 +311,17 @@ def test_property_of_the_reference(name):
     assert value <= bound, f"{name}: {value} > {bound}"
 
 
+@pytest.mark.parametrize("shift", [0, 12, 20])
+def test_elu_keeps_its_digits_far_below_zero(shift):
+    """elu(x) + 1 in float32 has none left at -17: then o was off by a fifth."""
+    x = [a - shift for a in inputs("elu", N=9)[:3]]
+    got = linear_attention(*(a.float() for a in x), "elu")
+    assert relative(got.double(), linear_attention(*x, "elu")) < 1e-6
+    y = x[0].float().requires_grad_()
+    slope = torch.autograd.grad(la.features(y, "elu").sum(), y)[0]
+    assert relative(slope.double(), torch.where(x[0] > 0, 1.0, x[0].exp())) < 1e-6
+
+
 # ---- torch.compile and checkpointing -------------------------------------------------------------
 
 
@@ -414,8 +425,10 @@ def test_backend_for_says_what_runs(monkeypatch):
         ):
             q = torch.empty(1, 1, 1, D, dtype=getattr(torch, dtype))
             w = w and torch.empty(1, D, w)
-            found[card, D, w is not None, dtype] = la.backend_for(q, w_q=w)[0]
-    torch_runs = {key for key, name in found.items() if name == "torch"}
+            found[card, D, w is not None, dtype] = la._why_not(q, None, "hedgehog", w)
+            # under the interpreter torch runs, as a call with backend=None does
+            assert la.backend_for(q, w_q=w)[0] == "torch"
+    torch_runs = {key for key, name in found.items() if name}
     both = {("RTX 4090", D, w, "bfloat16") for D, w in ((128, False), (128, True), (72, False))}
     never = {(c, 128, False, "float32") for c in shared} | {
         (c, 130, False, "bfloat16") for c in shared
@@ -601,6 +614,8 @@ def registration():
         need = [True, False, w[1] is not None]
         args = (sums, k, v, w[1], None, "hedgehog", 9, 2, need)
         found[f"opcheck gradients of sums {name}"] = failures(la._sums_backward, args, checks), 0
+        args = (sums, k.bfloat16(), v.bfloat16(), w[1], None, "hedgehog", 9, 2, [True, True, False])
+        found[f"and of a frozen W {name}"] = failures(la._sums_backward, args, checks), 0
         args = (x[0], w[0], sums.requires_grad_(), 16, "hedgehog", 0.0, 2)
         found[f"opcheck apply {name}"] = failures(la._apply, args, checks + more_checks), 0
         sums, g = sums.detach(), torch.randn(2, 9, 2, 16)
@@ -646,6 +661,7 @@ def beyond_int32():
     for shape, stride in (
         ((3, 2, 1, 16), (2**30 + 64, 16, 16, 1)),
         ((1, 40, 1, 16), (0, 71 * 10**6, 16, 1)),  # also from row to row of one tile
+        ((1, 2, 1, 64), (0, 1, 0, 36 * 2**20)),  # and from column to column
     ):
         x = far.as_strided(shape, stride)
         x.copy_(normal(*shape))
@@ -744,7 +760,36 @@ def refusals():
         except ValueError as e:
             said = str(e)
         found[f"refuses {what}"] = int(message not in said), 0
-    return found
+    return {**found, **forward_mode()}
+
+
+def forward_mode():
+    """torch.func.jvp has the reference's derivative, and backend="triton" is refused there.
+
+    The operators have no forward mode, and torch would leave their tangents out without a word.
+    """
+    primals = inputs(N=9, D=16)[:3]
+    tangents = [normal(*a.shape, seed=s) for s, a in enumerate(primals, 5)]
+
+    def jvp(backend):
+        def call(*x):
+            return linear_attention(*x, backend=backend)
+
+        return torch.func.jvp(call, tuple(primals), tuple(tangents))[1]
+
+    h = 1e-6
+    ends = (linear_attention(*(p + s * h * t for p, t in zip(primals, tangents))) for s in (1, -1))
+    expected = next(ends).sub(next(ends)) / (2 * h)
+    found = {f"jvp by {name}": (relative(jvp(name), expected), 1e-7) for name in (None, "torch")}
+    said = "nothing"
+    try:
+        primals, tangents = ([a.float() for a in x] for x in (primals, tangents))
+        jvp("triton")
+    except ValueError as e:
+        said = str(e)
+    found["jvp is refused by name"] = int("no forward-mode derivatives" not in said), 0
+    own = relative(jvp(None), expected)
+    return {**found, "jvp of float32, which Triton takes otherwise": (own, 1e-4)}
 
 
 GROUPS = {
