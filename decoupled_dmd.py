@@ -233,7 +233,8 @@ class Ablation:
     """
 
     def __init__(self, args):
-        self.dm, self.ca = not args.no_dm, not args.no_ca and args.guidance_scale != 1
+        self.dm = not args.no_dm
+        self.ca = not args.no_ca and args.ca_weight > 0 and args.guidance_scale != 1
         self.sees_dm = self.dm or args.observer  # whether DM's gradient is computed
         self.needs_fake = self.sees_dm or args.gan_weight > 0
         self.normalizer = args.normalizer
@@ -376,11 +377,11 @@ def train(args):
     optimizer_fake = torch.optim.AdamW(critic, lr=args.learning_rate_fake, **adam)
     networks = dict(student=student, fake=fake, head=head, ema=ema)
     run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
-    moments = mean_variance_target(args, teacher.world)
+    moments = mean_variance_target(args, teacher.world, teacher.shape)
     sampler = student_sampler(run, ema, teacher, times, args.renoise)
     report.introduce(run, teacher, teacher.base, describe(args, times, ablation, see_step))
-    trained = fake if ablation.needs_fake else None
-    film = film_of_terms(run, teacher, sampler, trained, times if see_step else None)
+    at = times if see_step else None
+    film = film_of_terms(run, teacher, sampler, fake, alpha, ablation, at)
 
     for step in run.steps():
         warmup, decay = run.rate(step)
@@ -456,41 +457,52 @@ def train(args):
     )
 
 
-def mean_variance_target(args, world):
+def mean_variance_target(args, world, shape=None):
     """Eq. 7's targets: as given, or the averages over a world's images of their mean and variance.
 
+    shape: of a sample, which tells whether images are a world's pixels or its latents.
     -> floats; the paper's, for SDXL's latents, are .075 and .81.
     """
     if args.mean_variance_target or not args.mean_variance_weight:
         return args.mean_variance_target
-    v, m = image_moments(world.data(2000, 776)[0])
+    x0 = world.data(2000, 776)[0]
+    if shape is not None and shape == getattr(world, "latent_shape", None):
+        x0 = world.space.to_latents(x0)
+    v, m = image_moments(x0)
     return m.mean().item(), v.mean().item()
 
 
 # ---- what the run leaves behind ------------------------------------------------------------------
 
 
-def film_of_terms(run, teacher, sampler, fake, times=None, t=0.4):
+def film_of_terms(run, teacher, sampler, fake, alpha, ablation, times=None, t=0.4):
     """ring.gif: half of how CA, DM and both move a sample noised to level t.
 
-    fake: None where there is none, and so no DM. times: of the student's steps, for a fake that is
-    conditioned on the step: it is asked about the last one whose CA reaches up to t.
+    A term that is off is drawn as nothing; DM that only looks on is drawn, and not in the sum.
+    times: of the student's steps, for a fake that is conditioned on the step: it is asked about the
+    last one whose CA reaches up to t.
     """
-    diffusion, scale = teacher.diffusion, run.args.guidance_scale
+    diffusion = teacher.diffusion
     step = sum(t_k >= t for t_k in times) - 1 if times else None
+    on = {"CA": ablation.ca, "DM": ablation.dm}
+    names = {name: name if is_on else f"{name} (off)" for name, is_on in on.items()}
+    if ablation.sees_dm and not ablation.dm:
+        names["DM"] = "DM (looks on)"
 
     def ca(x_t, t, cond, uncond):
+        if not ablation.ca:
+            return torch.zeros_like(x_t)
         mu_cond, mu_uncond = (diffusion.x0(teacher.net, x_t, t, **c) for c in (cond, uncond))
-        return 0.5 * (scale - 1) * (mu_cond - mu_uncond)
+        return 0.5 * (alpha - 1) * (mu_cond - mu_uncond)
 
     def dm(x_t, t, cond, uncond):
-        if fake is None:
+        if not ablation.sees_dm:
             return torch.zeros_like(x_t)
         steps = {} if step is None else {"steps": torch.full_like(t, float(step))}
         mu_fake = diffusion.x0(fake, x_t, t, **cond, **steps)
         return 0.5 * (diffusion.x0(teacher.net, x_t, t, **cond) - mu_fake)
 
-    return Film(run, teacher, sampler, ca, dm, t, ("CA", "DM"), terms=True)
+    return Film(run, teacher, sampler, ca, dm, t, tuple(names.values()), terms=tuple(on.values()))
 
 
 def student_sampler(run, student, teacher, times, renoise):
@@ -630,7 +642,7 @@ def wrong_flags(a, world="not known yet"):
     yield ca_bounded and ca_range[0] >= last, f"--ca_range starts at {ca_range[0]:g}, and {why}"
     nothing = not (on.dm or on.ca or a.gan_weight)
     yield nothing, ("nothing is left to learn from: leave out --no_dm or --no_ca, give "
-                    "--guidance_scale above 1, or --gan_weight")
+                    "--guidance_scale above 1 and --ca_weight above 0, or --gan_weight")
     alone = a.observer and not a.no_dm
     yield alone, "--observer looks on where DM is off: give --no_dm with it, or leave it out"
     unused = a.data and not a.gan_weight

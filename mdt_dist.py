@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.diffusion import Flow, expand, guide, logit_normal, shift, sinusoid, step_grid
-from models.files import save_json, save_tensors
+from models.files import UserError, save_json, save_tensors
 from models.image_tokens import DINOV2
 from models.networks import config_class
 from models.networks.trellis import pipeline_entry
@@ -702,6 +702,8 @@ def sample_only(args):
     sampler = sampler_of(run, student, teacher, times, scale, renoise)
     try_network(student, teacher, run.device)
     if is_sparse(student):
+        if args.samples:
+            raise UserError("--samples: it writes images, and these are points: leave it out")
         save_points(run, teacher, sampler)
     else:
         report.write_samples(run, teacher, sampler, steps * calls_per_step(scale))
@@ -858,7 +860,9 @@ def wrong_flags(a, teacher=None):
     in_one = a.arm not in ("vm", "cm")
     yield a.prompts and not a.sample, ("--prompts: conditions come with --data here, as cond.*; "
                                        "it is for --sample")
-    yield a.samples, "--samples: it writes images, and these are solids: leave it out"
+    learns = (a.arm != "vd" and a.vm_weight) or (a.arm in ("mdt", "vd") and a.vd_loss_weight)
+    yield not learns, ("nothing is left to learn from: give --vm_weight or --vd_loss_weight above "
+                       "0, the one that --arm has")
     yield a.dinov2 and not is_trellis_set(a.data), ("--dinov2: it is for --data FOLDER in "
                                                     "TRELLIS-500K's layout: leave it out")
     low, high = a.teacher_guidance_interval

@@ -59,7 +59,7 @@ from models.files import UserError
 from models.plumbing import report
 from models.plumbing.data import Conditions, try_network
 from models.plumbing.dry_run import Network, Turn, dry_run
-from models.plumbing.film import film_of_scores
+from models.plumbing.film import FILM_LEVEL, film_of_scores
 from models.plumbing.flags import (
     add_guidance_rescale_flag,
     distillation_parser,
@@ -386,6 +386,13 @@ def noise_level(args, draw, teacher, segment):
     return shift(low + (high - low) * draw.spread("u"), teacher.shift)
 
 
+def step_of_level(args, grid, tau):
+    """k, the last step of a trajectory whose landings are noised to the level tau."""
+    if args.tau_range == "segment":
+        return next(k for k, s in enumerate(grid[1:]) if s < tau)
+    return len(grid) - 2  # the step that lands at 0 sees every level
+
+
 def landing(args, draw, student, teacher, segment):
     """The student's step, and what of it is matched: x_s, or with --match clean its x.
 
@@ -458,8 +465,9 @@ def train(args):
     samplers = student_samplers(run, ema, teacher, grids, see_K, args.renoise)
     report.introduce(run, teacher, teacher.base, describe(args, grids, see_K))
     longest = max(grids)
-    last = fake_number(grids, longest, longest - 1, see) if any(see) else None
-    film = film_of_scores(run, teacher, samplers[longest], fake, last)
+    k = step_of_level(args, grids[longest], FILM_LEVEL)
+    number_k = fake_number(grids, longest, k, see) if any(see) else None
+    film = film_of_scores(run, teacher, samplers[longest], fake, number_k)
 
     for step in run.steps():
         warmup, decay = run.rate(step)

@@ -220,7 +220,8 @@ class Sampler:
         more = {"experts": [{"weights": "expert1", "steps": 2, "network": None}], "lora_rank": 2}
         more |= {"base": "x", "seed": 0, "sample_shape": [1, 4, 4], "rule": "euler"}
         schedule = describe_schedule(VP("linear", 1e-4, 0.02))
-        s = {"method": "dmd", "prediction": "eps", "schedule": schedule, "times": [1.0, 0.5]}
+        s = {"method": "tdm", "prediction": "eps", "schedule": schedule, "times": [1.0, 0.5]}
+        s |= {"grids": {"2": [1.0, 0.5, 0.0]}, "told_steps": False, "guidance_scale": 1.0}
         save_json({**s, "timestep_shift": 1.0, **more}, root / "sampler.json")
 
     def load(self, root):

@@ -744,7 +744,31 @@ CASES = [
     ),
     (
         "decoupled_dmd",
-        "give --guidance_scale above 1, or --gan_weight",
+        "and --ca_weight above 0, or --gan_weight",
+        "--no_dm --ca_weight 0",
+        ["--no_dm --ca_weight 0.5"],
+    ),
+    (
+        "mdt_dist",
+        "nothing is left to learn from: give --vm_weight or --vd_loss_weight above 0",
+        "--teacher ring --vm_weight 0 --vd_loss_weight 0",
+        [
+            "--teacher ring --vm_weight 1 --vd_loss_weight 0",
+            "--teacher ring --vm_weight 0 --vd_loss_weight 1",
+        ],
+    ),
+    (
+        "mdt_dist",
+        "above 0, the one that --arm has",
+        "--teacher ring --arm vd --vd_loss_weight 0",
+        [
+            "--teacher ring --arm vd --vd_loss_weight 1",
+            "--teacher ring --arm vm --vd_loss_weight 0",
+        ],
+    ),
+    (
+        "decoupled_dmd",
+        "give --guidance_scale above 1",
         "--no_dm --guidance_scale 1",
         ["--no_dm --guidance_scale 2"],
     ),
@@ -1865,7 +1889,7 @@ ELSEWHERE = {
         "test_latents_are_not_reconstructed",
     ),
     "fills pictures in": ("test_image_sets", "test_what_is_no_image_is_refused"),
-    "these are solids": ("test_image_sets", "test_what_is_no_image_is_refused"),
+    "these are points": ("test_mdt_runs", "test_both_stages"),
     "are not finite: name the student": ("test_image_sets", "test_numbers_that_are_not_finite"),
     "has images that were made with other": (
         "test_image_sets",

@@ -165,6 +165,16 @@ GOOD = {
     "rule": "euler",
     "sample_shape": [1, 4, 4],
 }
+TDM = {"method": "tdm", "grids": {"1": [1.0, 0.0], "2": [1.0, 0.5, 0.0]}, "told_steps": True}
+BAD_GRIDS = [
+    {},
+    {"1": [1.0, 0.0]},  # not that of its times
+    {"2": [1.0, 0.5, 0.0], "1": "x"},
+    {"2": [1.0, 0.5, 0.0], "3": [1.0, 0.0]},
+    {"2": [1.0, 0.5, 0.0], "1": [1.0, 0.5]},
+    {"2": [1.0, 0.5, 0.0], "1": [0.0, 1.0]},
+    [[1.0, 0.5, 0.0]],
+]
 SAMPLERS = [
     {"times": [0.5, 1.0]},
     {"times": []},
@@ -192,6 +202,11 @@ SAMPLERS = [
     {"experts": [{"weights": "expert1", "steps": 10**9, "network": None}]},
     {"experts": {}},
     {"experts": [3]},
+    {"guidance_scale": "much"},
+    {"method": "mdt_dist"},
+    {"method": "tdm"},
+    *({**TDM, "grids": grids} for grids in BAD_GRIDS),
+    {**TDM, "told_steps": 1},
 ]
 
 
@@ -201,6 +216,8 @@ def test_sampler_descriptions(tmp_path, wrong):
     path = tmp_path / "sampler.json"
     path.write_text(json.dumps(GOOD))
     assert read_sampler(str(tmp_path))[0] == GOOD
+    path.write_text(json.dumps({**GOOD, **TDM}))
+    assert read_sampler(str(tmp_path))[0] == {**GOOD, **TDM}
     path.write_text(json.dumps({**GOOD, **wrong}))
     with pytest.raises(UserError, match="is not a sampler description of ours"):
         read_sampler(str(tmp_path))

@@ -375,6 +375,16 @@ def test_targets_measured_on_a_world():
     assert of_ring == pytest.approx(WORLD, rel=1e-5)
 
 
+def test_targets_of_a_latent_teacher_are_of_latents():
+    """On shapes pixels have mean -.49 and variance .22, latents 0 and 1."""
+    args = decoupled_dmd.parse_args("--teacher ring --mean_variance_weight 1".split())
+    world = load_world("shapes")
+    mean, variance = decoupled_dmd.mean_variance_target(args, world, world.latent_shape)
+    assert abs(mean) < 0.05 and abs(variance - 1) < 0.1
+    mean, variance = decoupled_dmd.mean_variance_target(args, world, world.shape)
+    assert abs(mean + 0.49) < 0.05 and variance < 0.3
+
+
 # ---- ring.gif ------------------------------------------------------------------------------------
 
 
@@ -394,37 +404,51 @@ def test_ring_leaves_a_film(monkeypatch, tmp_path, flags):
     assert frames == [5, 5]
 
 
-def test_film_shows_minus_the_gradients(monkeypatch):
-    """Its arrows are half of -g_ca and -g_dm, of one level; without a fake there is no DM.
+FILMS = {  # flags: whether CA and DM are drawn, whether they are in the sum, their names
+    "": ((1, 1), (True, True), ("CA", "DM")),
+    "--ca_weight 2": ((1, 1), (True, True), ("CA", "DM")),
+    "--no_ca": ((0, 1), (False, True), ("CA (off)", "DM")),
+    "--ca_weight 0": ((0, 1), (False, True), ("CA (off)", "DM")),
+    "--no_dm": ((1, 0), (True, False), ("CA", "DM (off)")),
+    "--no_dm --observer": ((1, 1), (True, False), ("CA", "DM (looks on)")),
+}
+
+
+@pytest.mark.parametrize("flags", FILMS)
+def test_film_shows_minus_the_gradients(monkeypatch, flags):
+    """Its arrows are half of -g_ca and -g_dm, of one level, of what is on; so is their sum.
 
     A fake that is conditioned on the step is asked about the last one whose CA reaches that level.
     """
     shown, diffusion = [], Diffusion(Flow(), "flow_v")
     monkeypatch.setattr(
-        decoupled_dmd, "Film", lambda run, teacher, sampler, *terms, **_: shown.append(terms)
+        decoupled_dmd, "Film", lambda run, teacher, sampler, *a, terms: shown.append((*a, terms))
     )
-    run = types.SimpleNamespace(args=types.SimpleNamespace(guidance_scale=2.5))
+    args = decoupled_dmd.parse_args(["--guidance_scale", "2.5", *flags.split()])
+    alpha, ablation = 1 + args.ca_weight * 1.5, decoupled_dmd.Ablation(args)
     teacher, asked = types.SimpleNamespace(net=RingTeacher(), diffusion=diffusion), []
 
     def fake(x_t, t, label, steps=None):
         asked.append(steps)
         return torch.sin(3 * x_t)
 
-    for network, times in ((fake, None), (fake, [1.0, 0.75, 0.5, 0.25]), (None, None)):
-        decoupled_dmd.film_of_terms(run, teacher, None, network, times)
+    for times in (None, [1.0, 0.75, 0.5, 0.25]):
+        decoupled_dmd.film_of_terms(None, teacher, None, fake, alpha, ablation, times)
     draw = Draws(0, 0, "film", range(8), shape=(2,))
     x, eps, t = draw.noise("x"), draw.noise("eps"), torch.full((8,), 0.4)
     cond, null = {"label": torch.arange(8) % 4}, {"label": torch.full((8,), 4)}
     conds, x_t = (cond, null, cond), diffusion.add_noise(x, eps, t)
     at_t = (eps, t), (eps, t)
     _, g_dm, g_ca, *_ = decoupled_dmd.decoupled_dmd_loss(
-        x, teacher.net, fake, diffusion, *at_t, *conds, 2.5
+        x, teacher.net, fake, diffusion, *at_t, *conds, alpha
     )
-    for i, (ca, dm, level, names) in enumerate(shown):
-        assert (level, names) == (0.4, ("CA", "DM"))
-        torch.testing.assert_close(ca(x_t, t, cond, null), -g_ca / 2)
-        torch.testing.assert_close(dm(x_t, t, cond, null), -g_dm / 2 if i < 2 else 0 * g_dm)
-    assert asked[1] is None and (asked[2] == 2).all() and len(asked) == 3
+    drawn, summed, names = FILMS[flags]
+    for ca, dm, *rest in shown:
+        assert rest == [0.4, names, summed]
+        torch.testing.assert_close(ca(x_t, t, cond, null), drawn[0] * -g_ca / 2)
+        torch.testing.assert_close(dm(x_t, t, cond, null), drawn[1] * -g_dm / 2)
+    assert len(asked) == 1 + 2 * drawn[1]
+    assert not drawn[1] or asked[1] is None and (asked[2] == 2).all()
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -447,8 +471,9 @@ REFUSED = [
      "--dm_range starts at 0.3, and --schedule constrained"),
     ("ring", "--ca_weight -1", "must be >= 0"),
     ("ring", "--no_dm --no_ca", "nothing is left to learn from: leave out --no_dm or --no_ca"),
-    ("ring", "--no_dm --guidance_scale 1", "give --guidance_scale above 1, or --gan_weight"),
+    ("ring", "--no_dm --guidance_scale 1", "give --guidance_scale above 1"),
     ("ring", "--no_dm --no_ca --mean_variance_weight 1", "nothing is left to learn from"),
+    ("ring", "--no_dm --ca_weight 0", "nothing is left to learn from"),
     ("ring", "--observer", "give --no_dm with it, or leave it out"),
     ("ring", "--data ring", "--data is for the GAN: set --gan_weight, or leave --data out"),
     ("FOLDER", "--gan_weight 0.1", "--gan_weight needs data: give --data FOLDER"),

@@ -165,7 +165,7 @@ def test_other_scripts(tmp_path):
     save_student(tmp_path / "d", "decoupled_dmd")
     decoupled_dmd.main(flags(tmp_path / "d", tmp_path / "d-samples", 5))
     assert read_npz(tmp_path / "d-samples")["arr_0"].shape == (5, 16, 16, 3)
-    grids = {"1": [1.0], "2": [1.0, 0.5]}
+    grids = {"1": [1.0, 0.0], "2": [1.0, 0.5, 0.0]}
     save_student(tmp_path / "t", "tdm", grids=grids, told_steps=False)
     for n in ("1", "2"):
         out = tmp_path / f"t{n}"
@@ -228,8 +228,11 @@ def test_what_is_no_image_is_refused(tmp_path, capsys, student):
     latents = save_student(tmp_path / "latents", "dmd", sample_shape=[4, 16, 16])
     line = refusal_of(capsys, dmd.main, *flags(latents, tmp_path / "x", 4))
     assert "samples are (4, 16, 16), which are no images: leave it out; --preview_samples N" in line
-    line = refusal_of(capsys, mdt_dist.main, *flags(student, tmp_path / "x", 4))
-    assert "these are solids" in line
+    solids = save_student(tmp_path / "solids", "mdt_dist", sample_shape=[1, 4, 4, 4])
+    net = small_dit(0, size=(4, 4, 4), patch=(2, 2, 2), channels=1, num_classes=10)
+    save_network(net, network_config(net), str(solids / "student"))
+    line = refusal_of(capsys, mdt_dist.main, *flags(solids, tmp_path / "x", 4))
+    assert "samples are (1, 4, 4, 4), which are no images: leave it out" in line
     line = refusal_of(capsys, dmd.main, "--samples", "4")
     assert "give --sample FOLDER with it" in line
     line = refusal_of(capsys, dmd.main, "--sample", str(student), "--format", "png")

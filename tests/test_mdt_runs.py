@@ -823,6 +823,7 @@ def places_alone(tmp_path, run, data, stored):
         (*at[:-1],): "--data " + paths["points"] + ": no cond.tokens with at least one row",
         ("--data", paths["tokens"]): "no coords and offsets, as python -m models.meshes",
         ("--prompts", paths["tokens"]): "is sampled at those of FILE.safetensors",
+        (*at, paths["tokens"], "--samples", "4"): "these are points: leave it out",
     }
     for more, message in refused.items():
         with pytest.raises(UserError, match=re.escape(message)):

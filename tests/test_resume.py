@@ -140,9 +140,13 @@ def test_what_changes_no_gradient_can_change(monkeypatch, tmp_path, capsys):
     """Without a word: what is shown, how a run samples at its end, what memory it takes."""
     quiet(monkeypatch)
     other = {
-        "latent_fm": "--sample_steps 3 --solver euler --guidance_interval 0 0.5 --save_fp16",
-        "mdt_dist": "--student_guidance 2 --teacher_guidance_interval 0.5 1 --preview_samples 3",
+        "latent_fm": "--guidance_scale 3 --sample_steps 3 --solver euler "
+        "--guidance_interval 0 0.5 --save_fp16",
+        "mdt_dist": "--student_guidance 2 --teacher_guidance_interval 0.5 1 --preview_samples 3 "
+        "--student_steps 3 1 --guidance_scale 2 --teacher_steps 3",
         "dmd": "--gradient_checkpointing --checkpointing_steps 1 --preview_samples 3",
+        "tdm": "--teacher_steps 3 --preset long",
+        "phased_dmd": "--teacher_steps 3",
     }
     for script, more in other.items():
         (tmp_path / script).mkdir()

@@ -535,7 +535,7 @@ def test_a_first_step_below_noise(tmp_path):
     close(load_file(again / "samples.safetensors")["x0"], want)
 
 
-FILMS = [("", 19), ("--shared_fake", 4), ("--untold", None), ("--student_steps 2", 3)]
+FILMS = [("", 4 + 2 * 5), ("--shared_fake", 4), ("--untold", None), ("--student_steps 2", 3)]
 FILMS += [("--tau_range last_to_noise", 4 + 3 * 5)]  # the fake of the last step
 
 

@@ -19,6 +19,7 @@ from models.plumbing.report import preview
 from models.worlds.ring import COLOURS as CLASSES
 
 FRAMES, SIDE, REACH = 40, 232, 1.6  # pictures of a film, pixels of a panel, the plane's half width
+FILM_LEVEL = 0.4  # noise level of the arrows
 INK, FAINT, BLUE, PURPLE, ORANGE = "#282c34", "#b0bed0", "#2f6fb0", "#8f5aa0", "#d9642a"
 
 
@@ -30,7 +31,8 @@ class Film:
     noise level of the arrows. names: what the two are called in the picture. Other worlds than
     ring, and --preview_every 0, make no film. A resumed run goes on with the frames it has.
     terms: the functions are two parts of what moves a sample instead, drawn as they are, and the
-    fourth panel is their sum. larger: how many times as long a difference is drawn.
+    fourth panel is the sum of those that this pair of bools says are on. larger: how many times as
+    long a difference is drawn.
     """
 
     def __init__(
@@ -40,9 +42,9 @@ class Film:
         sampler,
         mu_real,
         mu_fake,
-        t=0.4,
+        t=FILM_LEVEL,
         names=("teacher", "fake"),
-        terms=False,
+        terms=None,
         larger=1,
     ):
         self.run, self.teacher, self.sampler = run, teacher, sampler
@@ -100,7 +102,7 @@ class Film:
             panels.append((f"{name}, {of}", arrows(x_t, by, noised, colour)))
         by, name = self.larger * alpha * (real - fake), "their difference, larger"
         if self.terms:
-            by, name = real + fake, "their sum"
+            by, name = self.terms[0] * real + self.terms[1] * fake, "their sum"
         panels.append((name, arrows(x_t, by, noised, ORANGE)))
         self.frames.append(beside(panels))
 

@@ -16,7 +16,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from models.diffusion import ode_calls
+from models.diffusion import ode_calls, step_grid
 from models.draws import Draws
 from models.files import UserError, fingerprint, open_tensors, save_json, save_tensors
 from models.networks import load_network, lora, own_entries, save_network
@@ -380,7 +380,10 @@ def finish(run, teacher, times, students, params, extra=None, solver="heun", fin
     results = []
     if teacher.world:
         rows = {"teacher_same_steps": coarse, **students}
-        results = measure(run, teacher, *teachers["teacher"], rows, len(times), extra or {}, key)
+        own_grid = [*times, 0.0] == step_grid(len(times), teacher.shift)
+        alike = f"euler{len(times)}" if own_grid else None
+        alike = alike if len(times) > 8 else None  # enough steps to be worth storing
+        results = measure(run, teacher, *teachers["teacher"], rows, alike, extra or {}, key)
     teachers["teacher_"] = coarse
     teachers = teachers if run.args.teacher_steps else {}
     shown = show(run, teacher, teachers, students, real)
@@ -393,11 +396,11 @@ def finish(run, teacher, times, students, params, extra=None, solver="heun", fin
     run.wait_for_all()
 
 
-def measure(run, teacher, calls, fine, rows, steps_alike, extra, key):
+def measure(run, teacher, calls, fine, rows, alike, extra, key):
     """The rows of report.json for a world: 2,000 samples each, all from the same noise.
 
-    fine, calls: sampler of the many-step teacher and its network calls. steps_alike: steps of the
-    row teacher_same_steps. key: see measured_teacher. Ranks other than 0 get rows without numbers.
+    fine, calls: sampler of the many-step teacher and its network calls. key: see measured_teacher,
+    alike: that of the row teacher_same_steps. Ranks other than 0 get rows without numbers.
     """
     world, results, moments = teacher.world, [], None
     label = balanced_labels(2000, world.num_classes)
@@ -409,8 +412,7 @@ def measure(run, teacher, calls, fine, rows, steps_alike, extra, key):
         results.append(row)
     for name, (nfe, sampler) in rows.items():
         row = {"name": name, "nfe": nfe}
-        slow = name == "teacher_same_steps" and steps_alike > 8  # enough to be worth storing
-        key = f"euler{steps_alike}" if slow else None
+        key = alike if name == "teacher_same_steps" else None
         row, own = measured_teacher(run, teacher, label, sampler, key, row)
         row |= extra.get(name, {})
         if moments:

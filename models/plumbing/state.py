@@ -247,7 +247,7 @@ def read_info(folder, method=None):
 # Flags that change no gradient: where things go, what is shown, how the end of a run samples, what
 # memory it takes; and settings, a line of text. They are not kept in state.json.
 FREE_TO_CHANGE = set(
-    "output_dir max_train_steps resume_from_checkpoint checkpointing_steps sample settings "
+    "output_dir max_train_steps preset resume_from_checkpoint checkpointing_steps sample settings "
     "remeasure_teacher preview_samples preview_every max_minutes gradient_checkpointing compile "
     "save_fp16 lora_dtype shard_ranks save_dtype dry_run device_memory device_tflops "
     "sample_steps solver atol rtol guidance_interval workers "
@@ -272,6 +272,9 @@ OF_A_TERM = {
     "mean_variance_target": "mean_variance_weight",
     "teacher_steps": "regression_weight",
 }
+
+# What in these scripts is shown, and in others trained.
+ONLY_SHOWN = {"mdt_dist": {"student_steps", "guidance_scale"}, "latent_fm": {"guidance_scale"}}
 
 # Together with the number of ranks, over --sequence_ranks, these make an update's samples, whose
 # number must stay.
@@ -384,7 +387,11 @@ def changes_on_resume(info, args, world_size, inputs=None):
             f"the checkpoint is at step {info['step']}, beyond --max_train_steps "
             f"{args.max_train_steps}: give at least {info['step']}"
         )
-    changed = [k for k in sorted(set(saved) | set(now)) if saved.get(k) != now.get(k)]
+    shown = ONLY_SHOWN.get(str(info.get("method")), set())
+    if "regression_weight" not in now:  # then teacher samples are measured and shown, no more
+        shown = shown | {"teacher_steps"}
+    names = sorted((set(saved) | set(now)) - shown)
+    changed = [k for k in names if saved.get(k) != now.get(k)]
     unused = {k for k, term in OF_A_TERM.items() if 0 in (saved.get(term), now.get(term))}
     same = same_inputs(info, inputs or {}, args, unused)
     free = MAY_CHANGE | unused | same | {*BATCH, "sequence_ranks"}

@@ -631,6 +631,17 @@ def wrong_entries(s):
         ends = schedule["beta_start"], schedule["beta_end"]
         yield not all(b is None or is_number(b, 0, 1) for b in ends), f"betas from {ends}"
     yield schedule["type"] not in ("vp", "flow"), f"schedule {schedule['type']!r}"
+    for count, grid in s.get("grids", {}).items():  # of every count of tdm.py
+        right = isinstance(grid, list) and count == str(len(grid) - 1) and len(grid) > 1
+        right = right and all(is_number(t, -1, 1) for t in grid) and grid[-1] == 0
+        right = right and all(a > b for a, b in zip(grid, grid[1:]))
+        yield not right, f"the grid of {count} step(s), {grid!r:.80}"
+    if s["method"] == "tdm":
+        own = times if not s["grids"] else s["grids"].get(str(len(times)), [])[:-1]
+        yield own != times or not s["grids"], f"grids {s['grids']!r:.80} without that of its times"
+        yield not isinstance(s["told_steps"], bool), f"told_steps {s['told_steps']!r}"
+    scale = s["guidance_scale"] if s["method"] == "mdt_dist" else s.get("guidance_scale", 1.0)
+    yield not is_number(scale, -1e6, 1e6), f"guidance_scale {scale!r}"
     experts = s.get("experts", [])
     yield not isinstance(experts, list), f"experts {experts!r:.80}"
     for e in [*experts, *([s] if s.get("lora_rank") and not experts else [])]:
