@@ -1226,7 +1226,8 @@ def wrong_selection(a, count):
 def main(argv=None):
     args = parse_args(argv)
 
-    def check(teacher):  # --dry_run reads nothing of --student_init
+    def check(args, teacher):  # --dry_run reads nothing of --student_init
+        refuse(wrong_flags(args))
         refuse(wrong_networks(args, teacher, teacher.base))
 
     if args.sample:

@@ -887,7 +887,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.sample:
         sample_only(args)
-    elif not dry_run(args, *cost(args), check=lambda t: refuse(wrong_flags(args, t))):
+    elif not dry_run(args, *cost(args), check=lambda a, t: refuse(wrong_flags(a, t))):
         train(args)
         work_done(args, *cost(args))
 

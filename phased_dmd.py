@@ -1043,7 +1043,7 @@ def main(argv=None):
     if args.sample:
         sample_only(args)
     elif not dry_run(
-        args, *cost(args), two_networks=True, check=lambda t: refuse(wrong_flags(args, t))
+        args, *cost(args), two_networks=True, check=lambda a, t: refuse(wrong_flags(a, t))
     ):
         train(args)
         work_done(args, *cost(args))

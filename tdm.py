@@ -66,6 +66,7 @@ from models.plumbing.flags import (
     number,
     paper_values,
     parse,
+    refuse,
 )
 from models.plumbing.run import Run, run_main
 from models.plumbing.sharding import largest_over_ranks
@@ -691,9 +692,14 @@ def wrong_flags(a):
 
 def main(argv=None):
     args = parse_args(argv)
+
+    def check(args, teacher):
+        refuse(wrong_flags(args))
+        sees_K(args, teacher.base)
+
     if args.sample:
         sample_only(args)
-    elif not dry_run(args, *cost(args)):
+    elif not dry_run(args, *cost(args), check=check):
         train(args)
         work_done(args, *cost(args))
 

@@ -375,7 +375,47 @@ def test_too_large_a_run_is_refused_before_it_loads(tmp_path, capsys):
     line = refusal_of(capsys, dmd.main, *asked)
     assert re.search(r"needs \S+ GB a rank and the device has 0.25, of which 3 % stay free", line)
     assert "optimiser 0.11" in line and "8 ranks (" in line
+    assert "--train_batch_size 1 (" not in line  # which is not enough
+    asked[asked.index("0.25")] = "0.02"
+    line = refusal_of(capsys, dmd.main, *asked)
     assert "--gradient_checkpointing (" in line and "--train_batch_size 1 (" in line
+
+
+@pytest.mark.parametrize(
+    "command, offered, not_offered",
+    [
+        ("tdm --student_steps 4", ["--lora_rank 64 --fake_lora_rank 64 ("], []),
+        ("tdm", ["--sequence_ranks 2 on 2 ranks ("], ["--lora_rank"]),  # one input for the count
+        ("decoupled_dmd", ["--lora_rank 64 --fake_lora_rank 64 ("], []),
+        ("dmd --teacher ring", [], ["--sequence_ranks"]),  # no tokens
+    ],
+)
+def test_remedies_are_flags_that_the_script_takes(capsys, command, offered, not_offered):
+    """And where none is enough alone, the line says so."""
+    script, *flags = command.split()
+    main, each = importlib.import_module(script).main, ["--train_batch_size", "8"]
+    line = refusal_of(capsys, main, *flags, *each, "--device_memory", "0.0001")
+    assert "none of these is enough alone" in line and "(;" not in line
+    assert all(text in line for text in offered)
+    assert not any(text in line for text in not_offered)
+
+
+def test_a_remedy_that_is_enough_is_offered_alone(capsys):
+    line = refusal_of(capsys, linvideo.main, "--device_memory", "0.05")
+    assert re.search(r"give --train_batch_size 1 \(\S+\); --dry_run", line)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--dry_run --sequence_ranks 3", "1 rank(s) do not divide into groups of 3"),
+        ("--dry_run 6 --sequence_ranks 3", "4 heads of a DiT cannot be shared by 3 ranks"),
+        ("--teacher ring --dry_run 2 --sequence_ranks 2", "RingMLP cannot spread its tokens"),
+    ],
+)
+def test_tokens_that_cannot_be_shared_are_not_planned(capsys, flags, says):
+    assert says in refusal_of(capsys, dmd.main, *flags.split())
+    assert dmd.main("--dry_run 4 --sequence_ranks 2".split()) is None
 
 
 def test_a_run_that_fits_is_not_refused(tmp_path):
@@ -402,6 +442,8 @@ REFUSED = [  # (script, teacher, flags): what needs the teacher to be refused
     ("decoupled_dmd", "tiny Wan", ["--gan_weight", "0.1"]),
     ("phased_dmd", "tiny Wan", ["--dm_range", "0", "0.1"]),
     ("phased_dmd", "tiny Wan pair", ["--student_steps", "4", "--phases", "1"]),
+    ("tdm", "tiny Wan", ["--student_steps", "1", "2", "4"]),
+    ("dmd", "tiny Wan", ["--sequence_ranks", "2"]),
     *((script, "tiny Wan pair", []) for script in ("dmd", "tdm", "decoupled_dmd", "linvideo")),
 ]
 

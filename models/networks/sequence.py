@@ -139,24 +139,29 @@ class Across(torch.autograd.Function):
 # ---- what a network calls ------------------------------------------------------------------------
 
 
+def refuse_spreading(net, n):
+    """Raises ValueError for a network whose tokens n ranks cannot share."""
+    if not any(hasattr(m, "sequence") for m in net.modules()):
+        raise ValueError(f"a {type(net).__name__} cannot spread its tokens over ranks")
+    counts = {m.heads for m in net.modules() if hasattr(m, "heads")}
+    if any(heads % n for heads in counts):
+        heads = math.gcd(*counts)
+        fitting = ", ".join(str(m) for m in range(1, heads + 1) if heads % m == 0)
+        raise ValueError(
+            f"{heads} heads of a {type(net).__name__} cannot be shared by {n} ranks: use one of "
+            f"{fitting}"
+        )
+
+
 def use_sequence(net, sequence):
     """Spread the tokens of net, or of the networks in it, over these ranks; None: no longer.
 
     Raises ValueError for a network that cannot, and for ranks that its heads do not suit.
     """
-    inside = [m for m in net.modules() if hasattr(m, "sequence")]
-    if not inside:
-        raise ValueError(f"a {type(net).__name__} cannot spread its tokens over ranks")
-    counts = {m.heads for m in net.modules() if hasattr(m, "heads")}
-    if sequence and any(heads % sequence.ranks for heads in counts):
-        heads = math.gcd(*counts)
-        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise ValueError(
-            f"{heads} heads of a {type(net).__name__} cannot be shared by {sequence.ranks} ranks: "
-            f"use one of {fitting}"
-        )
-    for m in inside:
-        m.sequence = sequence
+    refuse_spreading(net, sequence.ranks if sequence else 1)
+    for m in net.modules():
+        if hasattr(m, "sequence"):
+            m.sequence = sequence
 
 
 def share_of(sequence, N):

@@ -34,7 +34,9 @@ from models.files import UserError, load_json, open_tensors
 from models.networks import config_file, network_from_config, to_dtype
 from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
+from models.networks.sequence import refuse_spreading
 from models.plumbing.footprint import Call, Cost, adapted, measure, on_meta
+from models.plumbing.sharding import refuse_groups
 from models.plumbing.teachers import as_flags_say, find_folder, load_teacher, network_folder
 from models.prompts import open_prompts
 
@@ -296,19 +298,25 @@ def dry_run(
     Otherwise False, unless the device cannot hold the run: raises UserError. attention: see
     teacher_network; build(args) -> the network, where it is not the teacher's. disk(args, shape,
     ranks) -> {what: bytes} that a script writes beside its state. two_networks: see load_teacher.
-    check(teacher): raises UserError for a teacher that does not suit the flags.
+    check(args, teacher): raises UserError for a teacher that does not suit the flags.
     """
     memory = GB * args.device_memory if args.device_memory else own_memory()
     if args.dry_run is None and memory is None:
         return False
-    if args.dry_run is not None and not build:
-        teacher = planned_teacher(args, two_networks, attention)
-        if check:
-            check(teacher)
+
+    def refuse_flags(args):
+        if not build:
+            teacher = planned_teacher(args, two_networks, attention)
+            if check:
+                check(args, teacher)
+
+    if args.dry_run is not None:
+        refuse_flags(args)
     plan = planned(args, networks, turns, attention, build)
     if args.dry_run is None:
-        refuse_too_large(plan, memory)
+        refuse_too_large(plan, memory, refuse_flags)
         return False
+    refuse_sequence(plan.net, plan.sequence, plan.ranks)
     if int(os.environ.get("RANK", 0)) == 0:
         more = disk(args, plan.call.shape, plan.ranks) if disk else {}
         print("\n".join(report_lines(plan, memory or 80 * GB, more)))
@@ -330,16 +338,37 @@ def own_memory():
     return torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory
 
 
-def refuse_too_large(plan, memory):
-    """Raises UserError for a run that does not fit, with the flags that would make it smaller."""
+def refuse_sequence(net, n, ranks):
+    """Raises UserError where groups of n of these ranks cannot share the tokens of net."""
+    refuse_groups(n, ranks)
+    try:
+        if n > 1:
+            refuse_spreading(net, n)
+    except ValueError as error:
+        raise UserError(f"--sequence_ranks {n}: {error}") from None
+
+
+def refuse_too_large(plan, memory, refuse_flags=None):
+    """Raises UserError for a run that does not fit, with the flags that would make it smaller.
+
+    refuse_flags(args): raises UserError for flags that the script does not take.
+    """
     if plan.fits(memory):
         return
     turn, static = plan.largest_turn(), plan.static()
     gradients, saved, work = plan.of_turn(turn)
     parts = {**static, "gradients": gradients, "activations": saved, "temporaries": work}
-    said = ", ".join(f"{name} {size / GB:.3g}" for name, size in parts.items() if size >= 1e6)
-    helps = [f"{what} ({peak / GB:.3g})" for what, peak in remedies(plan)]
-    how = f"give {', or '.join(helps)}" if helps else "give more ranks or a smaller --sample_shape"
+    least = min(1e6, max(parts.values()))
+    said = ", ".join(f"{name} {size / GB:.3g}" for name, size in parts.items() if size >= least)
+    found = remedies(plan, refuse_flags)
+    enough = [(what, peak) for what, peak in found if peak <= (1 - FREE) * memory]
+    helps = [f"{what} ({peak / GB:.3g})" for what, peak in enough or found]
+    how = "give more ranks or a smaller --sample_shape"
+    if helps:
+        how = f"give {', or '.join(helps)}"
+    if helps and not enough:
+        how = f"none of these is enough alone: {', '.join(helps)}; try them together, more ranks, "
+        how += "or a smaller --sample_shape"
     raise UserError(
         f"this run needs {plan.peak() / GB:.3g} GB a rank and the device has {memory / GB:.3g}, of "
         f"which {100 * FREE:g} % stay free ({said}; in {turn.trains}'s turn): {how}; --dry_run "
@@ -347,9 +376,21 @@ def refuse_too_large(plan, memory):
     )
 
 
-def remedies(plan):
-    """Flags that make a run smaller, and its bytes with each.  -> [(flags, bytes)]"""
+def remedies(plan, refuse_flags=None):
+    """Flags that make a run smaller and that its script takes, and its bytes with each.
+
+    refuse_flags(args): raises UserError for flags that it does not take.  -> [(flags, bytes)]
+    """
     args, found = plan.args, []
+
+    def taken(other):
+        try:
+            if refuse_flags:
+                refuse_flags(other)
+        except UserError:
+            return False
+        return True
+
     changes = {"--gradient_checkpointing": dict(gradient_checkpointing=True)}
     if args.train_batch_size > 1:
         changes["--train_batch_size 1"] = dict(train_batch_size=1)
@@ -357,20 +398,29 @@ def remedies(plan):
         if any(getattr(args, name) != value for name, value in change.items()):
             other = copy.copy(args)
             other.__dict__.update(change)
-            found.append((what, with_flags(plan, other).peak()))
+            if taken(other):
+                found.append((what, with_flags(plan, other).peak()))
     ranks = [n for n in (2, 4, 8) if n > plan.shards]
     found += [(f"{n} ranks", with_flags(plan, args, n).peak()) for n in ranks[-1:]]
     if hasattr(args, "sequence_ranks"):
         other = copy.copy(args)
-        other.sequence_ranks = 2 * plan.sequence
-        at = f"--sequence_ranks {other.sequence_ranks}"
-        found.append((at, with_flags(plan, other, max(plan.ranks, other.sequence_ranks)).peak()))
+        other.sequence_ranks = n = 2 * plan.sequence
+        ranks = max(plan.ranks, n)
+        try:
+            refuse_sequence(plan.net, n, ranks)
+            at = f"--sequence_ranks {n}" + (f" on {ranks} ranks" if ranks > plan.ranks else "")
+            found.append((at, with_flags(plan, other, ranks).peak()))
+        except UserError:
+            pass  # a network or a number of heads that ranks cannot share
     if hasattr(args, "lora_rank") and not all(n.rank for n in plan.trained()):
-        fake = " --fake_lora_rank 64" if hasattr(args, "fake_lora_rank") else ""
+        other = copy.copy(args)
+        flags = [flag for flag in ("lora_rank", "fake_lora_rank") if hasattr(args, flag)]
+        other.__dict__.update({flag: getattr(args, flag) or 64 for flag in flags})
         adapters = [as_adapter(network) for network in plan.networks]
-        how = plan.turns, plan.ranks, plan.device, plan.measured
-        small = Plan(args, plan.net, adapters, *how)
-        found.append((f"--lora_rank 64{fake}", small.peak()))
+        if taken(other):
+            how = plan.turns, plan.ranks, plan.device, plan.measured
+            at = " ".join(f"--{flag} {getattr(other, flag)}" for flag in flags)
+            found.append((at, Plan(args, plan.net, adapters, *how).peak()))
     least = 0.98 * plan.peak()
     return sorted(((what, n) for what, n in found if n < least), key=lambda pair: pair[1])
 

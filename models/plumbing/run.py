@@ -44,6 +44,7 @@ from models.plumbing.sharding import (
     make_mesh,
     move_average,
     place,
+    refuse_groups,
 )
 from models.plumbing.state import (
     SavedState,
@@ -226,12 +227,7 @@ class Run:
 
     def group_ranks(self, n):
         """Make a part of every n consecutive ranks. Raises UserError."""
-        if self.world_size % n:
-            fitting = [str(m) for m in range(1, n) if self.world_size % m == 0]
-            raise UserError(
-                f"--sequence_ranks {n}: {self.world_size} rank(s) do not divide into groups of "
-                f"{n}: use one of {', '.join(fitting)}, or start a multiple of {n} with torchrun"
-            )
+        refuse_groups(n, self.world_size)
         self.parts, self.part = self.world_size // n, self.rank // n
         self.writes = self.rank % n == 0
         self.sequence = None

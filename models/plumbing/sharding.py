@@ -85,6 +85,16 @@ def shard(net, mesh):
         assert not whole, f"not shared out: {whole}"
 
 
+def refuse_groups(n, ranks):
+    """Raises UserError where so many ranks do not divide into groups of n."""
+    if ranks % n:
+        fitting = [str(m) for m in range(1, n) if ranks % m == 0]
+        raise UserError(
+            f"--sequence_ranks {n}: {ranks} rank(s) do not divide into groups of {n}: use one of "
+            f"{', '.join(fitting)}, or start a multiple of {n} with torchrun"
+        )
+
+
 def place(net, device, mesh):
     """Memory for net on the device, shared out over the mesh if there is one.  -> net
 
