@@ -549,9 +549,14 @@ def cost(args):
         R = args.fake_update_ratio
         make = {"student": (before + 1) * (R - args.reuse_samples) / R}
         turns.append(Turn("fake", R, make, graphs))
-    at_dm = 1 if ablation.sees_dm else 0  # calls of the teacher at DM's level, and at CA's
-    at_ca = (1 if args.schedule == "shared" and at_dm else 2) if ablation.ca else 0
-    calls = {"student": before, "teacher": at_dm + at_ca, "fake": at_dm}
+    # calls of the teacher: at DM's level, at CA's, and without condition at DM's for its normaliser
+    guided = args.normalizer == "shared"
+    at_dm = ablation.sees_dm or guided
+    one_level = args.schedule == "shared" and at_dm
+    at_ca = (1 if one_level else 2) if ablation.ca else 0
+    null = guided and args.ca_weight * (args.guidance_scale - 1) != 0
+    null = null and not (one_level and ablation.ca)
+    calls = {"student": before, "teacher": at_dm + at_ca + null, "fake": int(ablation.sees_dm)}
     return networks, [Turn("student", 1, calls, {"student": 1, "fake": gan}), *turns]
 
 

@@ -722,12 +722,15 @@ def cost(args):
     if args.ema_decay:
         networks.append(Network("ema", "average", rank))
     of_vm, of_vd = (1 if w == 1 else 2 for w in (args.guidance_vm, args.guidance_vd))
-    again = 2 if args.mixed_precision == "bf16" else 1  # both points of Eq. 14, in float32
+    exact = args.derivative == "jvp"  # one call in forward mode, about two
+    # Eq. 14 has two points, of which the first is known but under bf16
+    of_vm_d = 2 if exact or args.mixed_precision == "bf16" else 1
+    of_vm_d = 1 if args.arm == "cm" else of_vm_d
     turns = []
     if args.arm != "vd":
-        turns.append(Turn("student", 1, {"teacher": of_vm, "student": again}, {"student": 1}))
+        turns.append(Turn("student", 1, {"teacher": of_vm, "student": of_vm_d}, {"student": 1}))
     if args.arm in ("mdt", "vd"):
-        turns.append(Turn("student", 1, {"teacher": of_vd, "student": 1 + again}, {"student": 1}))
+        turns.append(Turn("student", 1, {"teacher": of_vd, "student": 2 + exact}, {"student": 1}))
     return networks, turns
 
 

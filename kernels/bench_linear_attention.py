@@ -424,11 +424,6 @@ def measure(call, N, H, args, device, rates):
     def draw(*shape):
         return torch.randn(*shape, generator=g)
 
-    q, k, v, do = (draw(args.batch, N, H, D).to(device, dtype) for _ in range(4))
-    w = [(torch.eye(D) + 0.1 * draw(H, D, D)).to(device, dtype) for _ in range(2)]
-    w = w if args.feature_map == "hedgehog" else [None, None]
-    leaves = [x.requires_grad_() for x in (q, k, v, *w) if x is not None]
-
     def forward():
         with torch.no_grad():
             return call(q, k, v, *w)
@@ -439,6 +434,10 @@ def measure(call, N, H, args, device, rates):
     row = dict(forward_s=None, step_s=None, peak_mb=None)
     how = (device, args.repeats, args.seconds, args.clock, args.graph)
     try:
+        q, k, v, do = (draw(args.batch, N, H, D).to(device, dtype) for _ in range(4))
+        w = [(torch.eye(D) + 0.1 * draw(H, D, D)).to(device, dtype) for _ in range(2)]
+        w = w if args.feature_map == "hedgehog" else [None, None]
+        leaves = [x.requires_grad_() for x in (q, k, v, *w) if x is not None]
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
@@ -472,9 +471,9 @@ def crossover(rows, ours, key="forward_s"):
     for N in sorted({r["N"] for r in rows}, reverse=True):
         times = {r["method"]: r[key] for r in rows if r["N"] == N and r.get(key)}
         theirs = [t for name, t in times.items() if name.startswith("sdpa")]
-        if ours not in times or not theirs:
+        if not theirs:
             continue
-        if times[ours] >= min(theirs):
+        if ours not in times or times[ours] >= min(theirs):
             break
         best = N
     return best
@@ -622,6 +621,13 @@ def parse_args(argv=None):
         p.error("--clock cpu is for one thread on a CPU (OMP_NUM_THREADS=1)")
     if not gpu and args.methods == list(METHODS):
         args.methods = ["torch", "sdpa"]
+    without_gpu = [m for m in args.methods if m in ("torch", "compile", "sdpa")]
+    if not (gpu or without_gpu or args.compile):
+        p.error(f"--methods {','.join(args.methods)}: on a CPU give torch, compile or sdpa")
+    unread = "lengths heads head_dim feature_map methods batch sdpa forward_only clock".split()
+    for flag in unread if args.compile else ():
+        if f"--{flag}" in (sys.argv[1:] if argv is None else argv):
+            p.error(f"--{flag} is for timings: --compile has its own cases, and with --every more")
     return args
 
 

@@ -839,6 +839,24 @@ CASES = [
     ),
     (
         "tdm",
+        "--{}: with --sample the saved student decides: leave it out",
+        "--sample TDM --renoise sde",
+        ["--sample TDM", "--sample TDM --student_steps 1"],
+    ),
+    (
+        "mdt_dist",
+        "with --sample the saved student decides",
+        "--sample STRUCTURE_RUN --prompts TOKENS --student_guidance 2",
+        ["--sample STRUCTURE_RUN --prompts TOKENS --student_steps 1"],
+    ),
+    (
+        "tdm",
+        "--dry_run plans a training run: leave out --sample or --dry_run",
+        "--sample TDM --dry_run",
+        ["--sample TDM", "--dry_run"],
+    ),
+    (
+        "tdm",
         "--student_steps {}: this student has {}: name one of them",
         "--sample TDM --student_steps 3",
         ["--sample TDM --student_steps 2", "--sample TDM --student_steps 1"],

@@ -13,9 +13,11 @@ from helpers import ENV, ROOT, refusal_of, save_tiny_teacher, save_tiny_wan
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
+import decoupled_dmd
 import dmd
 import linvideo
 import mdt_dist
+from models.diffusion import Diffusion, Flow
 from models.networks import NETWORKS
 from models.networks.dit import DiT
 from models.networks.trellis import SLatFlowModel, SparseStructureFlowModel
@@ -353,6 +355,64 @@ def test_calls_are_those_of_a_run(tmp_path):
     assert calls == pytest.approx({"teacher": 2, "student": 3, "fake": 4, "ema": 0})
 
 
+def counted(calls, name):
+    """A network that counts its calls."""
+
+    def net(x, t, label):
+        calls[name] = calls.get(name, 0) + 1
+        return torch.tanh(x + t[:, None])
+
+    return net
+
+
+@pytest.mark.parametrize("schedule", ["shared", "hybrid"])
+@pytest.mark.parametrize("normalizer", ["none", "branch", "shared"])
+@pytest.mark.parametrize(
+    "terms", ["", "--no_ca", "--no_dm", "--no_dm --observer", "--guidance_scale 1", "--ca_weight 0"]
+)
+def test_decoupled_dmd_counts_its_teacher(schedule, normalizer, terms):
+    """Calls of teacher and fake in the student's turn, by what its loss really calls."""
+    flags = f"--teacher ring --schedule {schedule} --normalizer {normalizer} {terms}"
+    args = decoupled_dmd.parse_args(flags.split())
+    ablation, calls = decoupled_dmd.Ablation(args), {}
+    x, t, cond = torch.randn(4, 2), torch.full((4,), 0.5), {"label": torch.zeros(4)}
+    at_dm, at_ca = (x, t), (x, t)
+    at = (at_dm, at_dm if schedule == "shared" else at_ca), (cond, cond, cond)
+    alpha = 1 + args.ca_weight * (args.guidance_scale - 1)
+    nets, flow = (counted(calls, "teacher"), counted(calls, "fake")), Diffusion(Flow(), "flow_v")
+    if ablation.none:
+        decoupled_dmd.decoupled_dmd_loss(x, *nets, flow, *at[0], *at[1], alpha)
+    else:
+        decoupled_dmd.ablated_loss(x, *nets, flow, *at[0], *at[1], alpha, ablation)
+    student = decoupled_dmd.cost(args)[1][0].calls
+    assert {k: student[k] for k in ("teacher", "fake")} == {"teacher": 0, "fake": 0, **calls}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    "flags", ["", "--guidance_vm 2", "--arm cm", "--arm scm", "--arm vd", "--derivative jvp"]
+)
+def test_mdt_dist_counts_its_calls(flags, bf16):
+    """Of student and teacher in both losses. Forward mode counts twice: value and derivative."""
+    precision = ["--mixed_precision", "bf16"] if bf16 else []
+    args = mdt_dist.parse_args(["--teacher", "ring", *flags.split(), *precision])
+    calls, x, t = {}, torch.randn(4, 2), torch.full((4,), 0.5)
+    cond = {"label": torch.zeros(4)}
+    student, teacher = counted(calls, "student"), SimpleNamespace(net=counted(calls, "teacher"))
+    exact, found = args.derivative == "jvp", []
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        if args.arm != "vd":
+            mdt_dist.matching(args, student, teacher, x, x, t, cond, cond, 0)
+            found.append({**calls, "student": calls["student"] + exact})
+            calls.clear()
+        if args.arm in ("mdt", "vd"):
+            mdt_dist.distillation(args, student, teacher, x, x, t, cond, cond)
+            found.append({**calls, "student": calls["student"] + exact})
+    turns = mdt_dist.cost(args)[1]
+    said = [{**turn.calls, "student": turn.calls["student"] + 1} for turn in turns]
+    assert said == found
+
+
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("script", "dmd phased_dmd decoupled_dmd tdm".split())
 def test_fake_updates_make_samples_but_for_the_first(script, reuse):
@@ -550,6 +610,14 @@ def test_a_finished_run_states_its_work(capsys, monkeypatch, tmp_path):
     assert float(said[2]) == pytest.approx(40 * flops / 1e12, rel=1e-2)
     assert float(said[4]) == pytest.approx(40 * flops / 20 / 1e9, abs=1)  # GFLOP/s in 20 seconds
     assert float(said[5]) == pytest.approx(40 * flops / 20 / 1e11, abs=0.01)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    work.work_done(args, *dmd.cost(args))
+    line = capsys.readouterr().out
+    of_four = re.findall(r"\d[\d.]*", line.split("work:")[1])
+    assert of_four[1] == said[1] and float(of_four[2]) == pytest.approx(
+        4 * float(said[2]), rel=0.01
+    )
+    assert "TFLOP a rank, " in line and of_four[4:] == said[4:]
     (tmp_path / "log.csv").write_text("step,seconds\n0,0.5\n")  # too short to speak of
     work.work_done(args, *dmd.cost(args))
     assert capsys.readouterr().out == ""

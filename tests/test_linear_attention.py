@@ -1113,6 +1113,8 @@ def test_benchmark_runs_on_the_cpu(tmp_path):
         ["--graph", "--device", "cpu"],
         ["--sass"],
         ["--every"],
+        ["--methods", "triton,fla", "--device", "cpu"],
+        ["--head_dim", "64", "--compile", "sm_90"],
     ],
 )
 def test_benchmark_refuses_wrong_flags(flags, capsys):
@@ -1132,6 +1134,22 @@ def test_crossover_is_the_length_from_which_on_it_wins():
     ]
     assert bench_linear_attention.crossover(rows, "torch") == 64
     assert bench_linear_attention.crossover(rows[:6], "torch") is None
+    # where the memory does not suffice for ours and does for theirs, ours does not win
+    failed = [r for r in rows if (r["N"], r["method"]) != (128, "torch")]
+    assert bench_linear_attention.crossover(failed, "torch") is None
+    without = [r for r in rows if r["N"] < 128 or r["method"] == "torch"]
+    assert bench_linear_attention.crossover(without, "torch") == 64
+
+
+def test_memory_that_does_not_suffice_for_the_inputs_is_a_row(monkeypatch):
+    args = bench_linear_attention.parse_args("--lengths 8 --head_dim 4 --device cpu".split())
+
+    def full(*shape, generator):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "randn", full)
+    row = bench_linear_attention.measure(None, 8, 2, args, "cpu", (1, 1, 1))
+    assert row == {"error": "RuntimeError: out of memory"}
 
 
 if __name__ == "__main__":

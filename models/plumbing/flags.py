@@ -274,6 +274,20 @@ def default_output_dir(method, source, sampled):
     return os.path.join("runs", os.path.basename(run) + "-samples")
 
 
+# What --sample takes from the saved student's sampler.json, so that a flag would be ignored; and
+# what some scripts read all the same, or refuse in words of their own.
+OF_SAVED = set(
+    "student_steps student_times sampling_steps renoise timestep_shift max_time guidance_scale "
+    "guidance_rescale student_guidance".split()
+)
+READ_BY = {
+    "tdm": {"student_steps"},
+    "mdt_dist": {"student_steps"},
+    "phased_dmd": {"student_steps", "timestep_shift"},
+    "latent_fm": OF_SAVED,
+}
+
+
 def parse(p, argv, method, presets, refusals=lambda args: ()):
     """Read argv (None: the command line) with the defaults that suit its teacher.  -> namespace.
 
@@ -305,6 +319,11 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
     given = given_flags(p, argv)
     for flag in ("teacher", "data"):
         refuse_ambiguous(f"--{flag}", given.get(flag))
+    for flag in sorted(OF_SAVED - READ_BY.get(method, set())) if known.sample else ():
+        if flag in given:
+            p.error(f"--{flag}: with --sample the saved student decides: leave it out")
+    if known.sample and known.dry_run is not None:
+        p.error("--dry_run plans a training run: leave out --sample or --dry_run")
     args.settings = "" if known.sample else describe_settings(given, start, taken)
     args.output_dir = args.output_dir or default_output_dir(method, args.teacher, args.sample)
     for wrong, why in (*wrong_output(args), *refusals(args)):
@@ -350,16 +369,15 @@ def wrong_output(a):
     """Folders that are two things, and flags of sets of images that do not go together: pairs
     (wrong, why)."""
     new = not a.sample and not a.resume_from_checkpoint
-    for flag in ("data", "maps", "prompts", "teacher", "autoencoder"):
-        name = getattr(a, flag, None)
-        moved = new and name and os.path.exists(name) and is_within(name, a.output_dir)
-        yield (
-            moved,
-            (
+    read = "data maps prompts teacher autoencoder teacher_lora student_init fake_init".split()
+    for flag in read:
+        names = getattr(a, flag, None) or []
+        for name in [names] if isinstance(names, str) else names:
+            yield (
+                new and os.path.exists(name) and is_within(name, a.output_dir),
                 f"--{flag} {name} is in --output_dir {a.output_dir}, which a new run renames: give "
-                "another --output_dir"
-            ),
-        )
+                "another --output_dir",
+            )
     for flag in ("samples", "reconstruct"):
         yield (
             getattr(a, flag, None) and not a.sample,

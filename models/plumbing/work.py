@@ -32,16 +32,19 @@ def work_done(args, *costs, **how):
         return
     flops = sum(planned(args, *costs, **how).flops())
     if flops:
-        print(describe(len(seconds), flops, sum(seconds), matmul_rate(args.mixed_precision)))
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        how = sum(seconds), matmul_rate(args.mixed_precision), ranks
+        print(describe(len(seconds), flops, *how))
 
 
-def describe(updates, flops, seconds, rate):
-    """The line. flops: of an update; rate: of the machine, FLOP/s."""
-    whole = updates * flops
+def describe(updates, flops, seconds, rate, ranks=1):
+    """The line. flops: of an update on one rank; rate: of a rank's machine, FLOP/s."""
+    whole, a_rank = updates * flops, " a rank" if ranks > 1 else ""
     reached = whole / seconds
     return (
-        f"work: {updates:,} updates of {flops / 1e12:.3g} TFLOP, {whole / 1e12:.3g} in all, in "
-        f"{seconds / 60:.1f} minutes: {reached / 1e9:.0f} GFLOP/s, {reached / rate:.2f} of the "
+        f"work: {updates:,} updates of {flops / 1e12:.3g} TFLOP{a_rank}, "
+        f"{ranks * whole / 1e12:.3g} in all, in {seconds / 60:.1f} minutes: "
+        f"{reached / 1e9:.0f} GFLOP/s{a_rank}, {reached / rate:.2f} of the "
         f"{rate / 1e9:.0f} that a product of matrices reaches here"
     )
 
