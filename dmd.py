@@ -548,6 +548,16 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
 }  # fmt: skip
 
 
+SEVERAL = dict(learning_rate=4e-4, learning_rate_fake=2e-3)  # of small DiTs in several steps
+
+
+def presets(known):
+    """PRESETS, where other flags matter too. known: a first reading of the command line."""
+    if max(known.student_steps, len(known.student_times or ())) == 1:
+        return PRESETS
+    return {**PRESETS, "glyphs": {**PRESETS["glyphs"], **SEVERAL}, "small": SEVERAL}
+
+
 # fmt: off
 def parse_args(argv=None):
     p = distillation_parser("Distil a diffusion or flow teacher into a few-step student "
@@ -590,7 +600,7 @@ def parse_args(argv=None):
     add("--shared_fake", action="store_true",
         help="the fake is not conditioned on the student's step (paper)")
     add("--no_fake_score", action="store_true", help="the real score alone: collapses")
-    return parse(p, argv, "dmd", PRESETS, wrong_flags)
+    return parse(p, argv, "dmd", presets, wrong_flags)
 # fmt: on
 
 

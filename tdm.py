@@ -632,6 +632,16 @@ PRESETS = {  # the flags' defaults suit small DiTs; released: the paper's for Pi
 }  # fmt: skip
 
 
+LONG_RUN = dict(learning_rate=4e-4, learning_rate_fake=2e-3)  # of small DiTs with --preset long
+
+
+def presets(known):
+    """PRESETS, where other flags matter too. known: a first reading of the command line."""
+    if known.preset != "long":
+        return PRESETS
+    return {**PRESETS, "glyphs": {**PRESETS["glyphs"], **LONG_RUN}, "small": LONG_RUN}
+
+
 # fmt: off
 def parse_args(argv=None):
     p = distillation_parser("Distil a flow or diffusion teacher into a student of 1, 2 and 4 "
@@ -670,7 +680,7 @@ def parse_args(argv=None):
         "importance sampling)")
     add("--renoise", choices=["ode", "sde"], default="ode",
         help="between student steps: the noise that the step implies (paper), or fresh noise")
-    return parse(p, argv, "tdm", PRESETS, wrong_flags)
+    return parse(p, argv, "tdm", presets, wrong_flags)
 
 
 def wrong_flags(a):

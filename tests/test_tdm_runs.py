@@ -668,3 +668,18 @@ def test_paper_launch_lines_have_the_paper_s_ratio_of_rates(counts):
         "pseudo_huber",
         "segment",
     )
+
+
+@pytest.mark.parametrize(
+    "flags, rate, rate_fake",
+    [
+        ("", 1.2e-3, 1.6e-3),
+        ("--preset long", 4e-4, 2e-3),
+        ("--preset long --teacher ring", 5e-4, 1e-3),
+        ("--preset long --learning_rate 1e-3", 1e-3, 2e-3),
+    ],
+)
+def test_a_long_run_has_lower_rates(flags, rate, rate_fake):
+    """At the default's four steps stay at fd 3.0 on glyphs, at these they come to 2.1."""
+    args = tdm.parse_args(flags.split())
+    assert (args.learning_rate, args.learning_rate_fake) == (rate, rate_fake)

@@ -97,7 +97,8 @@ def add_run_flags(p):
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of every draw")
     add("--max_train_steps", type=number(int, 1), default=1000, help="student updates")
     add("--preset", choices=["default", "long"], default="default",
-        help=f"of small networks: long is {LONG} times the updates, half an hour on two cores")
+        help=f"of small networks: long is {LONG} times the updates, half an hour on two cores; in "
+        "tdm.py at a lower rate of the student")
     add("--train_batch_size", type=number(int, 1), default=64,
         help="samples per rank and micro-batch")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1,
@@ -294,9 +295,9 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
     method: the script's name, for runs/<method>-<teacher>. refusals: see `refuse`.
     presets: {key: {flag: default}}, or a function that gives such a table, of a first reading of
     argv, where other flags matter too. A key that is the teacher's name stands alone. Our own small
-    networks keep the flags' own defaults. For other teachers the following add up, the later the
-    stronger: "released", the teacher's row in releases.py, its network's class, its release's name,
-    the method's row in papers.py, and the rates of adapters where a rank is given.
+    networks keep the flags' own defaults, but for "small". For other teachers the following add up,
+    the later the stronger: "released", the teacher's row in releases.py, its network's class, its
+    release's name, the method's row in papers.py, and the rates of adapters where a rank is given.
     "sample" holds where --sample is given (None: the saved student decides).
     args.settings says in words what a released teacher prescribes. Wrong input ends in one line on
     stderr and exit code 2.
@@ -312,6 +313,8 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
         taken, rates = release_defaults(p, start, presets, method), adapter_rates(known)
         taken |= {flag: rate for flag, rate in rates.items() if flag in taken}
         p.set_defaults(**{**presets["released"], **taken, **rates})
+    else:
+        p.set_defaults(**presets.get("small", {}))
     lengthen(p, known, is_small(start))
     if known.sample:  # the saved student names its teacher
         p.set_defaults(**{"teacher": None, **presets.get("sample", {})})
