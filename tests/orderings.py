@@ -128,7 +128,7 @@ TDM = {
     "no-is": M("without importance sampling (Tab. 5)", f"{FOUR} --fake_noise fresh"),
     "exact": M("exact target of the fake", f"{FOUR} --fake_target exact"),
     "to-noise": M("levels of a step up to pure noise (the fake not conditioned on the step)",
-                  f"{FOUR} --tau_range to_noise"),
+                  f"{FOUR} --tau_range to_noise --shared_fake"),
     "x_s": M("regress x_s instead of x (as printed)", f"{FOUR} --regress x_s"),
     "demo": M("the demo's loss, per element", f"{FOUR} --loss demo"),
     "l2": M("squares (Tab. 5)", f"{FOUR} --loss l2"),
