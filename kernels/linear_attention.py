@@ -1009,7 +1009,12 @@ def backend_for(q, v=None, feature_map="hedgehog", w_q=None):
 
 
 def _has_tangents(*tensors):
-    """Whether forward-mode derivatives pass through: of those the kernels would know nothing."""
+    """Whether forward-mode derivatives pass through: of those the kernels would know nothing.
+
+    A compiled function runs uncompiled under torch.func.jvp, so that it is asked there too.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
 
 

@@ -788,6 +788,15 @@ def forward_mode():
     except ValueError as e:
         said = str(e)
     found["jvp is refused by name"] = int("no forward-mode derivatives" not in said), 0
+    compiled = torch.compile(
+        functools.partial(linear_attention, backend="triton"), backend="aot_eager"
+    )
+    try:
+        torch.func.jvp(compiled, tuple(primals), tuple(tangents))
+        said = "nothing"
+    except ValueError as e:
+        said = str(e)
+    found["and of a compiled function"] = int("no forward-mode derivatives" not in said), 0
     own = relative(jvp(None), expected)
     return {**found, "jvp of float32, which Triton takes otherwise": (own, 1e-4)}
 
