@@ -97,8 +97,7 @@ def add_run_flags(p):
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of every draw")
     add("--max_train_steps", type=number(int, 1), default=1000, help="student updates")
     add("--preset", choices=["default", "long"], default="default",
-        help=f"of small networks: long is {LONG} times the updates, half an hour on two cores; in "
-        "tdm.py at a lower rate of the student")
+        help=f"of small networks: long is {LONG} times the updates, half an hour on two cores")
     add("--train_batch_size", type=number(int, 1), default=64,
         help="samples per rank and micro-batch")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1,
@@ -322,17 +321,21 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
     given = given_flags(p, argv)
     for flag in ("teacher", "data"):
         refuse_ambiguous(f"--{flag}", given.get(flag))
-    for flag in sorted(OF_SAVED - READ_BY.get(method, set())) if known.sample else ():
-        if flag in given:
-            p.error(f"--{flag}: with --sample the saved student decides: leave it out")
-    if known.sample and known.dry_run is not None:
-        p.error("--dry_run plans a training run: leave out --sample or --dry_run")
     args.settings = "" if known.sample else describe_settings(given, start, taken)
     args.output_dir = args.output_dir or default_output_dir(method, args.teacher, args.sample)
-    for wrong, why in (*wrong_output(args), *refusals(args)):
+    for wrong, why in (*wrong_output(args), *unread(args, method, given), *refusals(args)):
         if wrong:
             p.error(why)
     return args
+
+
+def unread(a, method, given):
+    """Flags that --sample would ignore: pairs (wrong, why). given: of `given_flags`."""
+    for flag in sorted(OF_SAVED - READ_BY.get(method, set())):
+        why = f"--{flag}: with --sample the saved student decides: leave it out"
+        yield a.sample and flag in given, why
+    planned = a.sample and a.dry_run is not None
+    yield planned, "--dry_run plans a training run: leave out --sample or --dry_run"
 
 
 def lengthen(p, known, small):
