@@ -153,6 +153,16 @@ def test_page_and_table_are_of_these_claims():
     assert sum(bool(row["pairs"]) for row in table["claims"]) >= 40
 
 
+def test_writing_anew_loses_no_measurement(tmp_path):
+    """Without its store too: a changed setting must not leave rows that no key leads to."""
+    copies = [str(tmp_path / f"claims.{end}") for end in ("md", "json")]
+    for copy, path in zip(copies, claims.FILES):
+        open(copy, "w").write(open(path).read())
+    claims.main(["--write", "--output_dir", str(tmp_path / "none")], files=copies)
+    for copy, path in zip(copies, claims.FILES):
+        assert open(copy).read() == open(path).read()
+
+
 def test_a_broken_loss_turns_its_verdicts(tmp_path, monkeypatch):
     """The fake's target of Phased DMD, right and replaced by the naive one."""
 
