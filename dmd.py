@@ -503,7 +503,8 @@ def cost(args):
     ]
     if args.ema_decay:
         networks.append(Network("ema", "average", rank))
-    before = (count_steps(args) - 1) / 2  # the student's calls that make its input
+    # the student's calls that make its input
+    before = 0 if args.student_input == "real" else (count_steps(args) - 1) / 2
     guided = 1 if args.guidance_scale == 1 else 2
     gan, turns = 0.5 * (args.gan_weight > 0), []
     if needs_fake(args):
@@ -553,7 +554,7 @@ SEVERAL = dict(learning_rate=4e-4, learning_rate_fake=2e-3)  # of small DiTs in 
 
 def presets(known):
     """PRESETS, where other flags matter too. known: a first reading of the command line."""
-    if max(known.student_steps, len(known.student_times or ())) == 1:
+    if count_steps(known) == 1:
         return PRESETS
     return {**PRESETS, "glyphs": {**PRESETS["glyphs"], **SEVERAL}, "small": SEVERAL}
 

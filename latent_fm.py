@@ -84,7 +84,7 @@ from models.plumbing.flags import (
 )
 from models.plumbing.image_sets import write_set
 from models.plumbing.images import CROPS
-from models.plumbing.latents import Posteriors, cache_latents, contents_of
+from models.plumbing.latents import Posteriors, cache_latents, contents_of, is_posteriors
 from models.plumbing.loading import drawn, tell_waiting
 from models.plumbing.run import Run, refuse_output_dir, run_main
 from models.plumbing.sets import is_set
@@ -293,9 +293,9 @@ def sample(
     noise (B, ...), float32; label (B,), or None for a network without classes; context (B, C', h,
     w), what the network sees beside x_t. solver: euler, heun (two calls a step, one in the last) or
     dopri5, which chooses its own steps. Guidance acts at t within interval only. calls: a list to
-    which the number of velocity evaluations is appended; a guided one is two network calls.
+    which the number of network calls is appended, two for a guided evaluation of the velocity.
     """
-    more = {} if context is None else {"context": context}
+    more, twice = {} if context is None else {"context": context}, []
 
     def field(x, t, label):
         return net(x, t, label=label, **more)
@@ -303,6 +303,7 @@ def sample(
     def velocity(x, t):
         guided = interval[0] <= float(t[0]) <= interval[1]
         scale = guidance_scale if guided else 1
+        twice.extend([t] * (scale not in (0, 1)))
         v = guided_velocity(field, x, t, label, net.num_classes, scale)
         return v.to(x.dtype)  # the output of a bf16 network joins the float32 state
 
@@ -315,7 +316,7 @@ def sample(
         solve = euler if solver == "euler" else heun
         x, n = solve(velocity, noise, step_grid(steps, timestep_shift)), ode_calls(steps, solver)
     if calls is not None:
-        calls.append(n)
+        calls.append(n + len(twice))
     return x
 
 
@@ -521,6 +522,8 @@ def describe_encoder(args, space):
     """What cached latents depend on beside the items, {name: text}."""
     about = {name: str(getattr(args, name)) for name in ("pca_patch", "pca_channels")}
     about["autoencoder"] = args.autoencoder
+    if args.autoencoder == "pca":  # a world's, or fitted to the data
+        about["pca"] = space.digest(norm=False)
     if args.autoencoder not in BUILT_IN:
         about["autoencoder"] = weights_hash(space.folder or args.autoencoder)
         config = space.autoencoder.config
@@ -565,7 +568,9 @@ def wrong_start(a, net, data, shape):
     why = f"{where} takes samples of {own}, and --data gives {shape}: change --resolution or "
     yield own != shape, why + "--autoencoder"
     why = f"{where} has {classes} classes, and the data have {data.num_classes}: "
-    yield classes != data.num_classes, why + "give data with as many, or --task uncond for none"
+    other = classes != data.num_classes
+    yield other and classes, why + "give data with as many"
+    yield other and not classes, why + "give data with as many, or --task uncond for none"
     want = context_of(a, data, shape).get("context_channels", 0)
     has = getattr(net, "context_channels", 0)
     why = f"{where} sees {has} channels beside a sample, and --task {a.task} gives {want}: "
@@ -659,6 +664,11 @@ def build_optimizers(args, net):
         and "modulation" not in name
         and ".norm1." not in name
     ]
+    if args.optimizer == "muon" and not inside:
+        raise UserError(
+            f"--optimizer muon: it trains matrices inside blocks, and a {type(net).__name__} has "
+            "none: give --optimizer adamw"
+        )
     muon = {id(p) for p in inside} if args.optimizer == "muon" else set()
     rest = [p for p in net.parameters() if id(p) not in muon]
     adam = dict(betas=args.adam_betas, weight_decay=args.weight_decay, fused=True)
@@ -784,7 +794,7 @@ def draw_samples(run, net, space, n, seed, label=None, context=None, **changes):
 
     label (n,), context (n, C', h, w): on the CPU. changes: arguments of `sample` in place of the
     flags. -> pixels (n, ...) on the CPU of rank 0, None on the others; milliseconds a sample and
-    velocity evaluations of this rank's share.
+    network calls of this rank's share.
     """
     args, calls = run.args, []
     noise = torch.randn(n, *net.latent_shape, generator=torch.Generator().manual_seed(seed))
@@ -831,7 +841,7 @@ def evaluate_classes(run, net, world, data, space):
         asked = None if classless else label
         x, _, nfe = draw_samples(run, net, space, n, args.seed + 1, asked, guidance_scale=scale)
         guidance = "" if classless else f", guidance {scale:g}"
-        rows.append((f"{steps}, {nfe:g} evaluations{guidance}", x))
+        rows.append((f"{steps}, {nfe:g} calls{guidance}", x))
         if run.main and not world and items is not None and x.dim() > 3:
             row = {"name": "teacher" if scale == 1 else "guided", "guidance_scale": scale}
             results.append({**row, "nfe": nfe, "samples": n, **compared(x, items)})
@@ -888,8 +898,7 @@ def measure_world(run, net, world, space):
         asked = label if net.num_classes else None
         changes |= dict(guidance_scale=scale)
         x, ms, nfe = draw_samples(run, net, space, 2000, args.seed, asked, **changes)
-        calls = nfe if scale in (0, 1) else 2 * nfe
-        results.append(row(name, calls, x, guidance_scale=scale, ms_per_sample=ms))
+        results.append(row(name, nfe, x, guidance_scale=scale, ms_per_sample=ms))
     if run.main:
         add_excess(results)
     return results
@@ -916,12 +925,12 @@ def evaluate_context(run, net, world, data, space):
         x_out = composite(made, x, mask)
         row |= measure_holes(x, mask, made, other)
         holes = composite(torch.zeros_like(x), x, mask)
-        rows = [("image", x), ("holes", holes), (f"filled, {nfe:g} evaluations", x_out)]
+        rows = [("image", x), ("holes", holes), (f"filled, {nfe:g} calls", x_out)]
     else:
         x_out = made
         shades = maps[:, None].expand(-1, x.shape[1], -1, -1).float()
         shades = shades.clamp_max(data.map_classes) / data.map_classes * 2 - 1
-        made_row = f"sample, {nfe:g} evaluations"
+        made_row = f"sample, {nfe:g} calls"
         rows = [("map", shades), ("image of that map", x), (made_row, made)]
     results = [row]
     if world and hasattr(world, "foreground"):
@@ -1007,8 +1016,6 @@ def sample_only(args):
             setattr(args, name, saved.get(name, default))
     args.task = saved.get("task", "class")
     args.data, args.maps = args.data or saved.get("data"), args.maps or saved.get("maps")
-    args.resolution = saved.get("resolution", args.resolution)
-    args.crop = saved.get("crop", args.crop)
     # of a world's training items only the number of map classes is wanted, or what to reconstruct
     args.pool = max(1000, args.samples or 0)
     name = config.get("world") or args.data
@@ -1016,8 +1023,11 @@ def sample_only(args):
     refuse(wrong_flags(args, world))
     refuse_output_dir(run.folder, sampling=True)
     space = saved_space(args, folder).to(run.device)
+    args.resolution = args.resolution or space.pixel_shape(net.latent_shape)[-1]
+    args.crop = args.crop or saved.get("crop", "lanczos")
     with_context = args.task in ("inpaint", "semantic")
     wants_data = with_context or args.reconstruct
+    refuse(wrong_pictures(args, wants_data, world))
     data = load_training_data(args, world) if wants_data else None
     if args.samples or args.reconstruct:
         return write_images(run, net, data, space, folder)
@@ -1072,18 +1082,22 @@ def write_images(run, net, data, space, folder):
             return space.to_pixels(space.to_latents(z) if args.reconstruct else z)
 
     try:
-        write_set(run, draw, n, label, **about, **report.made_with(args, folder))
+        write_set(run, draw, n, label, **about, **report.made_with(args, folder, space))
     except ValueError as e:
         raise UserError(f"--solver {args.solver}: {e}") from None
+
+
+def wrong_pictures(a, wanted, world):
+    """Why --data of --sample has no pictures: pairs (wrong, why). wanted: whether any are."""
+    what = "--reconstruct" if a.reconstruct else f"--task {a.task}"
+    yield wanted and not a.data, f"--data: {what} needs pictures: give a folder of them"
+    latents = wanted and a.data and not world and is_posteriors(a.data)
+    yield latents, f"{what}: --data {a.data} has latents: give pictures"
 
 
 def wrong_reconstruction(a, data, space):
     """Why there is nothing to reconstruct: pairs (wrong, why)."""
     n = len(data.x)
-    yield (
-        isinstance(data.x, Posteriors),
-        (f"--reconstruct: --data {a.data} has latents: give pictures"),
-    )
     yield (space.trivial, "--reconstruct: this run has no autoencoder: leave it out")
     yield (a.samples or 0) > n, f"--samples {a.samples}: --data {a.data} has {n} images: name fewer"
 
@@ -1115,7 +1129,17 @@ def planned_network(args):
         maps = getattr(world, "map_classes", maps)
     elif args.data.endswith(".safetensors"):
         shape = shape_of_file(args)
+    if args.autoencoder != "identity" and len(shape) != 3:
+        raise UserError(
+            f"--autoencoder {args.autoencoder}: it encodes images, and --data {args.data} "
+            f"has items of shape {shape}: use identity"
+        )
     if args.autoencoder == "pca":
+        if any(side % args.pca_patch for side in shape[1:]):
+            raise UserError(
+                f"--pca_patch {args.pca_patch}: it does not divide {shape[1:]}: change "
+                "--resolution or --pca_patch"
+            )
         shape = (args.pca_channels, *(side // args.pca_patch for side in shape[1:]))
     elif args.autoencoder != "identity":  # Stable Diffusion's
         shape = (4, *(side // 8 for side in shape[1:]))
@@ -1131,6 +1155,8 @@ def shape_of_file(args):
     file = open_tensors(args.data)
     if "x0" in file.keys():
         return tuple(file.get_slice("x0").get_shape()[1:])
+    if "mean" not in file.keys():
+        raise UserError(f"--data {args.data}: no tensor x0, nor mean and std: give one that has")
     return (3, *(8 * side for side in file.get_slice("mean").get_shape()[2:]))
 
 
@@ -1281,7 +1307,10 @@ def parse_args(argv=None):
     refuse_ambiguous("--data", known.data)
     refuse_ambiguous("--autoencoder", known.autoencoder, BUILT_IN, "autoencoder")
     source = known.data or (None if known.sample else "shapes")
-    p.set_defaults(**PRESETS.get(source, {}))
+    if known.sample:  # the saved network decides
+        p.set_defaults(resolution=None, crop=None)
+    else:
+        p.set_defaults(**PRESETS.get(source, {}))
     if source == "shapes" and known.task == "semantic":
         p.set_defaults(**MAPS)
     if known.network != "small" or known.init and not is_small(known.init):
@@ -1302,7 +1331,7 @@ def fill_sampler(args):
     defaults = dict(SAMPLER)
     if args.data == "shapes":
         defaults["sample_steps"] = 8
-    if args.task != "class":
+    if args.task != "class" or args.label_dropout == 0:  # no null label is learned
         defaults["guidance_scale"] = 1.0
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -1327,6 +1356,14 @@ def wrong_flags(a, world):
         f"--samples {a.samples}: --task {a.task} fills pictures in: leave it out")
     yield low > high, f"--guidance_interval: LO must not be above HI, got {low:g} {high:g}"
     yield guided, f"--guidance_scale {scale}: --task {a.task} has no labels to guide by"
+    undropped = not a.sample and not a.label_dropout and scale not in (None, 1)
+    yield undropped, (f"--guidance_scale {scale}: with --label_dropout 0 no null label is learned "
+                      "to guide by: give --guidance_scale 1 or some --label_dropout")
+    points = a.hflip and world and len(world.shape) == 1
+    yield points, f"--hflip: {data} has points, whose axes it would exchange: leave it out"
+    constant = a.lr_final and not a.lr_decay_share
+    yield constant, ("--lr_final: rates fall within --lr_decay_share: give --lr_decay_share 1 with "
+                     "it")
     yield inpaint_file, "--task inpaint encodes images in every step: give --data FOLDER or a world"
     yield no_maps, f"{data}: that world has no segmentation maps; shapes has"
     yield semantic and images and not a.maps, (

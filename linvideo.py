@@ -486,6 +486,7 @@ def make_bank(run, teacher, grid):
         "shape": list(teacher.shape),
         "prompts": conditions.prompts and conditions.prompts.fingerprint(),
     }
+    about |= {"mixed_precision": "bf16"} if args.mixed_precision == "bf16" else {}
     bank = Bank(folder, about, size, args.bank_batch, create=False)
     rows = sum(len(bank.rows_of(part)) for part in bank.missing())
     remedy = "lower --bank_size or --sampling_steps, or name a --bank FOLDER on a larger disk"
@@ -650,6 +651,14 @@ def any_later_time(draw, k, steps, timestep_shift):
     return shift(u, timestep_shift)
 
 
+def some_unconditional(args, draw, cond, uncond):
+    """With guidance --uncond_share of the rows lose their condition.  -> cond"""
+    if args.guidance_scale == 1:
+        return cond
+    drop = draw.uniform("drop") < args.uncond_share
+    return {name: torch.where(expand(drop, c), uncond[name], c) for name, c in cond.items()}
+
+
 @torch.no_grad()
 def own_state(args, draw, student, teacher, grid):
     """A state of the student's own guided trajectory, after another step of the sampler in each
@@ -660,6 +669,7 @@ def own_state(args, draw, student, teacher, grid):
     z, scale = draw.noise("z"), args.guidance_scale
     states = trajectory(student, z, grid[:-1], cond, uncond, scale)["x"]
     x_t = states[torch.arange(len(k)), k]
+    cond = some_unconditional(args, draw, cond, uncond)
     return x_t, times_at(grid, k, draw.device), times_at(grid, k + 1, draw.device), cond
 
 
@@ -703,6 +713,7 @@ def critic_turn(args, draw, critic, student, teacher, bank, grid):
             x0, cond = one_jump(args, draw, student, teacher, bank, grid)
         else:
             cond, uncond = teacher.conditions.draw(draw)
+            cond = some_unconditional(args, draw, cond, uncond)  # guidance leaves these as they are
             coarse, scale = step_grid(args.critic_steps, teacher.shift), args.guidance_scale
             z = draw.noise("z")
             x0 = teacher.diffusion.sample(student, z, coarse, cond, uncond, scale, "euler")
@@ -1041,7 +1052,9 @@ def cost(args):
         make = {"student": 1 if objective == "dmd" else args.critic_steps * guided}
         turns.append(Turn("critic", args.fake_update_ratio, make, {"critic": 1}))
     if (objective, args.state) == ("adm", "policy"):  # its trajectories, shared out over ranks
-        rows = args.fresh / args.fresh_every / (args.train_batch_size * (args.dry_run or 1))
+        ranks = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))
+        rows = args.fresh / args.fresh_every * args.sequence_ranks / ranks
+        rows /= args.train_batch_size * args.gradient_accumulation_steps
         calls = dict.fromkeys(("teacher", "student"), rows * args.sampling_steps * guided)
     elif objective != "mse":
         calls = {"teacher": 1, "student" if objective == "adm" else "critic": 1}
@@ -1227,7 +1240,6 @@ def main(argv=None):
     args = parse_args(argv)
 
     def check(args, teacher):  # --dry_run reads nothing of --student_init
-        refuse(wrong_flags(args))
         refuse(wrong_networks(args, teacher, teacher.base))
 
     if args.sample:

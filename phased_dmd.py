@@ -58,7 +58,7 @@ from models.draws import Draws
 from models.files import UserError, load_json
 from models.networks import load_network, lora, own_entries, save_network
 from models.plumbing import report
-from models.plumbing.data import Conditions, try_network
+from models.plumbing.data import Conditions, in_space_of, try_network
 from models.plumbing.dry_run import Network, Turn, dry_run, is_pair
 from models.plumbing.film import film_of_scores
 from models.plumbing.flags import (
@@ -695,6 +695,7 @@ def save_student(run, trained, phases, teacher, grid):
             save_network(expert, config, path, dtype=dtype, write=run.main)
     if not run.main:
         return
+    report.save_autoencoder(run, teacher)
     described = [
         {
             "weights": weights_name(args, phase),
@@ -755,7 +756,7 @@ def marginals(run, experts, teacher, grid, n=1000):
     """
     index, distances = teacher.conditions.preview(n), {}
     x = report.evaluation_noise(run, teacher.shape, 0, n)("z")
-    x0, _ = teacher.world.data(n, 779, index)
+    x0 = in_space_of(teacher, teacher.world.data(n, 779, index)[0])
     for i, t in enumerate(grid[1:]):
         with run.autocast():
             x = advance(run, experts[i], teacher, x, index, grid[i], t)

@@ -60,7 +60,7 @@ FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps":
 SAMPLES = {
     "dit": dict(rule="heun", steps=50, guidance_scale=1.5),  # DDPM in 250 steps there
     "sit": dict(rule="dopri5", steps=50, guidance_scale=1.5),
-    "lfm": dict(rule="dopri5", steps=50, guidance_scale=1.5),  # 1.25 of its ADM
+    "lfm": dict(rule="dopri5", steps=50, guidance_scale=1.5),
     "adm": dict(rule="heun", steps=50, guidance_scale=1.0),  # never trained without its label
     "edm": dict(rule="heun", steps=40, guidance_scale=1.0),
 }
@@ -111,6 +111,9 @@ def read_official(args):
 def sampler_of(net):
     """sampler.json of a converted network, as a run of latent_fm.py would have left it."""
     how, classes = SAMPLES[net.convention], net.num_classes
+    scale = how["guidance_scale"]
+    if net.convention == "lfm" and isinstance(net, UNetModel):  # its ADM, by test_args
+        scale = 1.25
     return {
         "method": "latent_fm",
         "prediction": net.prediction,
@@ -118,7 +121,7 @@ def sampler_of(net):
         "times": step_grid(how["steps"])[:-1],
         "timestep_shift": 1.0,
         "rule": how["rule"],
-        "guidance_scale": how["guidance_scale"] if classes else 1.0,
+        "guidance_scale": scale if classes else 1.0,
         "task": "inpaint" if net.context_channels else "class" if classes else "uncond",
         "crop": "adm",
     }

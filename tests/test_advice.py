@@ -805,6 +805,48 @@ CASES = [
     # ---- sets of images
     (
         "latent_fm",
+        "--data {}: no tensor x0, nor mean and std: give one that has",
+        "--data TOKENS --dry_run",
+        ["--data IMAGES_FILE --dry_run"],
+    ),
+    (
+        "latent_fm",
+        "--guidance_scale {}: with --label_dropout 0 no null label is learned",
+        "--data ring --pool 100 --label_dropout 0 --guidance_scale 2",
+        [
+            "--data ring --pool 100 --label_dropout 0 --guidance_scale 1",
+            "--data ring --pool 100 --label_dropout 0.2 --guidance_scale 2",
+        ],
+    ),
+    (
+        "latent_fm",
+        "--hflip: {} has points, whose axes it would exchange: leave it out",
+        "--data ring --pool 100 --hflip",
+        ["--data ring --pool 100"],
+    ),
+    (
+        "latent_fm",
+        "--lr_final: rates fall within --lr_decay_share: give --lr_decay_share 1 with it",
+        "--data ring --pool 100 --lr_decay_share 0 --lr_final 1e-5",
+        ["--data ring --pool 100 --lr_decay_share 1 --lr_final 1e-5"],
+    ),
+    (
+        "latent_fm",
+        "--pca_patch {}: it does not divide {}: change --resolution or --pca_patch",
+        "--data FOLDER --resolution 8 --autoencoder pca --pca_patch 3 --dry_run",
+        [
+            "--data FOLDER --resolution 9 --autoencoder pca --pca_patch 3 --patch_size 1 --dry_run",
+            "--data FOLDER --resolution 8 --autoencoder pca --pca_patch 2 --patch_size 1 --dry_run",
+        ],
+    ),
+    (
+        "tdm",
+        "--{}: the student in --sample {} is a whole network: leave it out",
+        "--sample TDM --teacher TEACHER",
+        ["--sample TDM"],
+    ),
+    (
+        "latent_fm",
         "--{} is for a saved network: give --sample FOLDER with it",
         "--data FOLDER --resolution 8 --samples 2",
         ["--sample LATENT --samples 2"],
@@ -1815,6 +1857,18 @@ CASES = [
 
 # What cannot be met in one run of one process with nothing prepared: tests that follow it.
 ELSEWHERE = {
+    "--data: {} needs pictures: give a folder of them": (
+        "test_image_sets",
+        "test_latents_are_not_reconstructed",
+    ),
+    "{}: --data {} has latents: give pictures": (
+        "test_image_sets",
+        "test_latents_are_not_reconstructed",
+    ),
+    "--optimizer muon: it trains matrices inside blocks": (
+        "test_latent_fm_networks",
+        "test_muon_needs_matrices_inside_blocks",
+    ),
     "change --resolution or --autoencoder": (
         "test_latent_fm_networks",
         "test_what_training_cannot_start_from_is_named",
@@ -1902,10 +1956,6 @@ ELSEWHERE = {
         "test_wrong_input_is_one_line",
     ),
     "cannot write --output {}: {}; name another": ("test_meshes", "test_wrong_input_is_one_line"),
-    "--reconstruct: --data {} has latents: give pictures": (
-        "test_image_sets",
-        "test_latents_are_not_reconstructed",
-    ),
     "fills pictures in": ("test_image_sets", "test_what_is_no_image_is_refused"),
     "these are points": ("test_mdt_runs", "test_both_stages"),
     "are not finite: name the student": ("test_image_sets", "test_numbers_that_are_not_finite"),

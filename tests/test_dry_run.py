@@ -626,3 +626,25 @@ def test_a_finished_run_states_its_work(capsys, monkeypatch, tmp_path):
 def test_rate_of_a_matrix_product():
     """Some GFLOP/s on any machine, and no more than a thousand times that."""
     assert 1e8 < work.matmul_rate(repeats=1) < 1e14
+
+
+def test_linvideo_counts_its_own_trajectories_once_an_update(monkeypatch):
+    """However many micro-batches, and a share of them on each rank, as --dry_run RANKS has it."""
+    flags = "--teacher clips --objective adm".split()
+
+    def calls(*more):
+        args = linvideo.parse_args([*flags, *more])
+        passes = args.gradient_accumulation_steps * args.train_batch_size
+        return linvideo.cost(args)[1][-1].calls["teacher"] * passes
+
+    assert calls("--gradient_accumulation_steps", "4") == pytest.approx(calls())
+    planned = calls("--dry_run", "8")
+    assert planned == pytest.approx(calls() / 8)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert calls() == pytest.approx(planned)
+
+
+def test_inputs_from_real_data_cost_no_calls_of_the_student():
+    args = dmd.parse_args("--student_steps 4 --student_input real".split())
+    student, fake = dmd.cost(args)[1]
+    assert student.calls["student"] == 0 and fake.calls["student"] == pytest.approx(0.5)

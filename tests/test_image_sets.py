@@ -10,7 +10,7 @@ import torch
 from forks import launch
 from helpers import ROOT, killed, perturbed, refusal_of, small_dit
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import decoupled_dmd
 import dmd
@@ -22,7 +22,6 @@ from models.networks import network_config, save_network
 from models.networks.autoencoders import PatchPCA
 from models.networks.latent_space import LatentSpace
 from models.plumbing import image_sets
-from models.plumbing.latents import Posteriors
 
 
 def dit(seed):
@@ -251,11 +250,15 @@ def test_numbers_that_are_not_finite(tmp_path, monkeypatch, student):
         dmd.main(flags(student, tmp_path / "x", 4))
 
 
-def test_latents_are_not_reconstructed(capsys):
+def test_latents_are_not_reconstructed(tmp_path):
     """What --data has of them was encoded elsewhere, and there is no picture to compare with."""
-    latents = Posteriors.__new__(Posteriors)
-    latents.shape = 3, 3, 8, 8
-    data, args = SimpleNamespace(x=latents), SimpleNamespace(data="LATENTS", samples=None)
-    space = SimpleNamespace(trivial=False)
-    said = [why for wrong, why in latent_fm.wrong_reconstruction(args, data, space) if wrong]
-    assert said == ["--reconstruct: --data LATENTS has latents: give pictures"]
+    latents = str(tmp_path / "latents.safetensors")
+    save_file({"mean": torch.zeros(3, 3, 8, 8), "std": torch.ones(3, 3, 8, 8)}, latents)
+    for data, task, says in (
+        (latents, "class", f"--reconstruct: --data {latents} has latents: give pictures"),
+        (None, "class", "--data: --reconstruct needs pictures: give a folder of them"),
+        (None, "inpaint", "--data: --task inpaint needs pictures: give a folder of them"),
+    ):
+        args = SimpleNamespace(data=data, reconstruct=task == "class", task=task)
+        said = [why for wrong, why in latent_fm.wrong_pictures(args, True, None) if wrong]
+        assert said == [says]

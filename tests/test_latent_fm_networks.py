@@ -15,11 +15,14 @@ from test_dit_imagenet import OFFICIAL, official_state, run_convert
 import latent_fm
 from models import convert
 from models.diffusion import VP, Diffusion
+from models.files import UserError
 from models.networks import WEIGHTS, load_network, network_config, save_network
 from models.networks.adm import UNetModel, to_adm
 from models.networks.as_flow import AsFlow
-from models.networks.autoencoders import AutoencoderKL
+from models.networks.autoencoders import AutoencoderKL, PatchPCA
 from models.networks.dit_imagenet import DiTTransformer2DModel, to_official
+from models.networks.latent_space import LatentSpace
+from models.plumbing import report
 
 RUN = """--max_train_steps 2 --train_batch_size 4 --sample_steps 2 --lr_warmup_steps 0
     --solver euler --resolution 8""".split()
@@ -212,3 +215,51 @@ def test_what_training_cannot_start_from_is_named(tmp_path, folder, capsys):
         assert says in line, line
     flags = ["--sample", str(sit), "--autoencoder", "pca", "--output_dir", str(tmp_path / "s")]
     assert "names a VAE" in refusal_of(capsys, latent_fm.main, *flags)
+
+
+def test_muon_needs_matrices_inside_blocks():
+    """ADM's U-Net has none: all of it would go to AdamW, without a word."""
+    args = latent_fm.parse_args(["--optimizer", "muon"])
+    with pytest.raises(UserError, match="give --optimizer adamw"):
+        latent_fm.build_optimizers(args, torch.nn.Conv2d(3, 3, 1))
+
+
+def test_a_cache_and_a_set_know_their_autoencoder():
+    """Two PCAs of one shape are two spaces; a measured scale changes samples, not a cache."""
+    args = latent_fm.parse_args("--data shapes".split())
+    x = torch.rand(2, 200, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x[1, :, 0] *= 0.1
+    spaces = [LatentSpace(PatchPCA(3, 4, 12).fit(part)) for part in x]
+    first, second = (latent_fm.describe_encoder(args, space) for space in spaces)
+    assert first != second
+    made = [report.made_with(args, ".", space)["autoencoder"] for space in spaces]
+    assert made[0] != made[1]
+    spaces[0].measure_norm([spaces[0].own_moments(x[0])], "scale")
+    assert latent_fm.describe_encoder(args, spaces[0]) == first
+    assert report.made_with(args, ".", spaces[0])["autoencoder"] != made[0]
+
+
+@pytest.mark.parametrize(
+    "solver, interval, calls",
+    [
+        ("euler", (0.0, 1.0), 8),
+        ("euler", (0.9, 0.95), 4),
+        ("euler", (0.0, 0.5), 6),
+        ("heun", (0.0, 1.0), 14),
+    ],
+)
+def test_calls_are_those_of_the_network(solver, interval, calls):
+    """Two where guidance acts, one elsewhere."""
+    made, found = [], []
+
+    class Net(torch.nn.Module):
+        num_classes = 4
+
+        def forward(self, x, t, label):
+            made.append(len(x))
+            return -x
+
+    noise, label = torch.randn(3, 2), torch.zeros(3, dtype=torch.long)
+    how = dict(steps=4, guidance_scale=2.0, solver=solver, interval=interval, calls=found)
+    latent_fm.sample(Net(), noise, label, **how)
+    assert found == [calls] and len(made) in (calls, calls // 2)

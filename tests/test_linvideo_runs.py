@@ -198,6 +198,12 @@ class Update:
             v[none] = of_none[none]
         return i, x, v, label
 
+    def some_unconditional(self, label):
+        """With guidance some rows are asked, and scored, without their condition."""
+        if self.args.guidance_scale == 1:
+            return label
+        return torch.where(self.draw.uniform("drop") < self.args.uncond_share, 3, label)
+
     def roll_out(self, student, times, label):
         """-> states at all of these times."""
         x, scale = [self.draw.normal("z", (1, 4, 4))], self.args.guidance_scale
@@ -217,6 +223,7 @@ class Update:
             i = 1 + (self.draw.spread("i") * (K - 2)).floor().long().clamp(max=K - 3)
             label = self.draw.integer("cond", 3)
             x = torch.stack(self.roll_out(student, self.grid, label), 1)[range(self.B), i]
+            label = self.some_unconditional(label)
         else:
             i, x, _, label = self.state()
         t, s = self.grid[i], self.grid[i + 1]
@@ -280,7 +287,7 @@ class Update:
                 i, x, _, label = self.state()
                 x0 = x - expand(self.grid[i], x) * student(x, self.grid[i], label=label)
             else:
-                label = self.draw.integer("cond", 3)
+                label = self.some_unconditional(self.draw.integer("cond", 3))
                 x0 = self.roll_out(student, step_grid(self.args.critic_steps, SHIFT), label)[-1]
         t = shift(self.draw.uniform("u", 0.02, 0.98), SHIFT)
         eps = self.draw.normal("eps", (1, 4, 4))
@@ -1135,7 +1142,8 @@ def test_wrong_input(monkeypatch, tmp_path, capsys, flags, says):
     flags = [names.get(f, f) for f in flags.split()]
     if "--teacher" not in flags:
         flags += ["--teacher", names["TEACHER"]]
-    start = [*FEW, "--output_dir", str(tmp_path / "run")]
+    few = [] if "--sample" in flags else FEW
+    start = [*few, "--output_dir", str(tmp_path / "run")]
     assert says in refusal_of(capsys, linvideo.main, *start, *flags)
     assert not (tmp_path / "run").exists()
 

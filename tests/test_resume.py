@@ -145,7 +145,8 @@ def test_what_changes_no_gradient_can_change(monkeypatch, tmp_path, capsys):
         "mdt_dist": "--student_guidance 2 --teacher_guidance_interval 0.5 1 --preview_samples 3 "
         "--student_steps 3 1 --guidance_scale 2 --teacher_steps 3",
         "dmd": "--gradient_checkpointing --checkpointing_steps 1 --preview_samples 3",
-        "tdm": "--teacher_steps 3 --preset long",
+        "tdm": "--teacher_steps 3",
+        "decoupled_dmd": "--preset long",
         "phased_dmd": "--teacher_steps 3",
     }
     for script, more in other.items():
@@ -627,3 +628,12 @@ def test_the_advice_names_a_state_that_was_given_by_its_path(monkeypatch, tmp_pa
         assert shlex.split(advice)[:2] == ["--resume_from_checkpoint", str(state)]
         run("dmd", [*flags, *shlex.split(advice)])
     assert last_state(tmp_path / "elsewhere")[0]["step"] == 6
+
+
+def test_data_that_is_trained_on_must_stay():
+    """dmd.py noises real data for the later steps, without any GAN."""
+    flags = "--teacher ring --student_input real --student_steps 2 --data".split()
+    args = [dmd.parse_args([*flags, name]) for name in ("a.safetensors", "b.safetensors")]
+    info = {"flags": flags_to_save(args[0]), "step": 1, "world_size": 1, "method": "dmd"}
+    with pytest.raises(UserError, match="--data was 'a.safetensors' and is 'b.safetensors'"):
+        changes_on_resume(info, args[1], 1)

@@ -12,6 +12,7 @@ top of it a LatentSpace has a mean and a std for each latent channel, measured o
     mean, std   (normalised latent - mean) / std = z, one of each per channel  (C,)
 """
 
+import hashlib
 import os
 
 import torch
@@ -54,6 +55,15 @@ class LatentSpace:
     def __init__(self, autoencoder, mean=None, std=None, folder=None):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.mean, self.std, self.folder = mean, std, folder
+
+    def digest(self, norm=True):
+        """A short hash of the autoencoder's weights and, with norm, of mean and std.  -> str"""
+        tensors = list(self.autoencoder.state_dict().values())
+        tensors += [x for x in (self.mean, self.std) if norm and x is not None]
+        digest = hashlib.sha256(repr(sorted(self.autoencoder.config.items(), key=str)).encode())
+        for x in tensors:
+            digest.update(x.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def trivial(self):

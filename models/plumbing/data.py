@@ -549,6 +549,14 @@ def to_unit(x):
 # ---- --data for a teacher ------------------------------------------------------------------------
 
 
+def in_space_of(teacher, x0):
+    """Items of the teacher's world as it has them: a latent teacher's are latents."""
+    world = teacher.world
+    if tuple(teacher.shape) == getattr(world, "latent_shape", None):
+        return world.space.to_latents(x0)
+    return x0
+
+
 def load_real_data(args, teacher):
     """--data or the world's own data, with conditions of the teacher's names.
 
@@ -566,8 +574,8 @@ def load_real_data(args, teacher):
         refuse_bytes_as_floats(f"--data {source}", data)
     if classless:
         cond, class_names = {"label": torch.zeros(len(data), dtype=torch.long)}, None
-    if source in WORLDS and shape == getattr(world, "latent_shape", None):  # a latent teacher
-        data = world.space.to_latents(data)
+    if source in WORLDS:
+        data = in_space_of(teacher, data)
     known = teacher.config.get("class_names") or getattr(world, "class_names", None)
     if class_names and known and list(class_names) != list(known):
         raise UserError(

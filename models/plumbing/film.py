@@ -110,13 +110,14 @@ class Film:
 def film_of_scores(run, teacher, sampler, fake, step=None, **more):
     """The film of a method with a fake score: the guided teacher's x0 against the fake's.
 
-    With --no_fake_score the fake is not trained: mu_fake = x_t / alpha, a score of nothing, stands
-    for it. step: the student step that a fake is conditioned on, None for one that is not. more: of
-    Film.
+    With --no_fake_score, or regression alone, the fake is not trained: mu_fake = x_t / alpha, a
+    score of nothing, stands for it. step: the student step that a fake is conditioned on, None for
+    one that is not. more: of Film.
     """
-    diffusion, scale = teacher.diffusion, run.args.guidance_scale
-    if getattr(run.args, "no_fake_score", False):
-        fake = None
+    diffusion, scale, args = teacher.diffusion, run.args.guidance_scale, run.args
+    unread = not (getattr(args, "dm_weight", 1) or getattr(args, "gan_weight", 0))
+    if unread or getattr(args, "no_fake_score", False):
+        fake, more["names"] = None, ("teacher", "no fake")
 
     def mu_real(x_t, t, cond, uncond):
         return diffusion.guided_x0(teacher.net, x_t, t, cond, uncond, scale)

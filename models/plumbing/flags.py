@@ -284,7 +284,6 @@ READ_BY = {
     "tdm": {"student_steps"},
     "mdt_dist": {"student_steps"},
     "phased_dmd": {"student_steps", "timestep_shift"},
-    "latent_fm": OF_SAVED,
 }
 
 
@@ -334,8 +333,6 @@ def unread(a, method, given):
     for flag in sorted(OF_SAVED - READ_BY.get(method, set())):
         why = f"--{flag}: with --sample the saved student decides: leave it out"
         yield a.sample and flag in given, why
-    planned = a.sample and a.dry_run is not None
-    yield planned, "--dry_run plans a training run: leave out --sample or --dry_run"
 
 
 def lengthen(p, known, small):
@@ -374,13 +371,18 @@ def words(argv):
 def wrong_output(a):
     """Folders that are two things, and flags of sets of images that do not go together: pairs
     (wrong, why)."""
+    planned = a.sample and a.dry_run is not None
+    yield planned, "--dry_run plans a training run: leave out --sample or --dry_run"
     new = not a.sample and not a.resume_from_checkpoint
-    read = "data maps prompts teacher autoencoder teacher_lora student_init fake_init".split()
-    for flag in read:
+    read = (
+        "data maps map_names prompts teacher autoencoder teacher_lora student_init fake_init init"
+    )
+    for flag in [*read.split(), "cache_latents"]:
         names = getattr(a, flag, None) or []
         for name in [names] if isinstance(names, str) else names:
+            there = os.path.exists(name) or flag == "cache_latents"  # which the run makes
             yield (
-                new and os.path.exists(name) and is_within(name, a.output_dir),
+                new and there and is_within(name, a.output_dir),
                 f"--{flag} {name} is in --output_dir {a.output_dir}, which a new run renames: give "
                 "another --output_dir",
             )

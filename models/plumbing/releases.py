@@ -191,7 +191,7 @@ RELEASES = (
     Release(
         "LFM",
         DIT,
-        {"convention": "lfm"},
+        {"convention": "lfm", "num_embeds_ada_norm": 0},
         {"timestep_shift": 1.0, "guidance_scale": 1.0},
         "data without classes",
     ),
@@ -206,7 +206,7 @@ RELEASES = (
         )
         for name, convention, classes, scale, source in (
             ("LFM ADM ImageNet", "lfm", {"num_classes": 1000}, 1.25, "CFG of LFM's test_args"),
-            ("LFM ADM", "lfm", {}, 1.0, "data without classes"),
+            ("LFM ADM", "lfm", {"num_classes": 0}, 1.0, "data without classes"),
             ("ADM ImageNet", "adm", {"num_classes": 1000}, 1.0, "trained with every label"),
             ("EDM ImageNet 64", "edm", {"num_classes": 1000}, 1.0, "trained with every label"),
         )

@@ -165,13 +165,18 @@ def save_student(run, teacher, net, times, changes=None, **more):
         save_network(net, config, folder, dtype=save_dtype(run, teacher), write=run.main)
     if not run.main:
         return
-    space = space_beside(teacher.folder) if teacher.folder else None
-    if space:
-        space.save(os.path.join(run.folder, "autoencoder"))
+    save_autoencoder(run, teacher)
     if adapted:
         weights = save_adapter(run, net, "adapter")
         more = {"weights": weights, **describe_adapters(run.args, teacher), **more}
     save_sampler(run, teacher, times, net.net if adapted else net, **more)
+
+
+def save_autoencoder(run, teacher):
+    """autoencoder/ of a latent teacher beside student/, so that its samples can be decoded."""
+    space = space_beside(teacher.folder) if teacher.folder else None
+    if space:
+        space.save(os.path.join(run.folder, "autoencoder"))
 
 
 def save_dtype(run, teacher):
@@ -240,6 +245,12 @@ def load_student(run, conditions_of=Conditions):
         net = load_adapter(base.base, "student", path, sampler)
         config, world_name = base.config, base.world_name
     else:
+        for flag in ("teacher", "teacher_lora"):
+            if getattr(args, flag):
+                raise UserError(
+                    f"--{flag}: the student in --sample {args.sample} is a whole network: leave it "
+                    "out"
+                )
         net, config = load_network(folder, place=run.place)
         run.spread_tokens(net)
         set_clock(net, schedule)
@@ -296,7 +307,8 @@ def write_images(run, teacher, sampler, calls):
     prompts = teacher.conditions.prompts
     label = None if prompts or not teacher.conditions.classes else index
     about = {"prompts": prompts and prompts.fingerprint(), "sample_shape": list(teacher.shape)}
-    write_set(run, draw, args.samples, label, calls=calls, **about, **made_with(args, folder))
+    about |= made_with(args, folder, space)
+    write_set(run, draw, args.samples, label, calls=calls, **about)
 
 
 def refuse_no_images(shape, instead):
@@ -313,9 +325,13 @@ def chosen_labels(args, count):
     return balanced_labels(args.samples, count)
 
 
-def made_with(args, folder):
-    """What a set of images depends on besides the sampler: entries of its set.json."""
+def made_with(args, folder, space=None):
+    """What a set of images depends on besides the sampler: entries of its set.json.
+
+    space: the latent space that decodes them, or None.
+    """
     return {
+        **({"autoencoder": space.digest()} if space else {}),
         "student": fingerprint(files_below(folder)),
         "seed": args.seed,
         "labels": args.labels or "balanced",

@@ -274,7 +274,11 @@ OF_A_TERM = {
 }
 
 # What in these scripts is shown, and in others trained.
-ONLY_SHOWN = {"mdt_dist": {"student_steps", "guidance_scale"}, "latent_fm": {"guidance_scale"}}
+ONLY_SHOWN = {
+    "mdt_dist": {"student_steps", "guidance_scale"},
+    "latent_fm": {"guidance_scale"},
+    "linvideo": {"teacher_steps"},
+}
 
 # Together with the number of ranks, over --sequence_ranks, these make an update's samples, whose
 # number must stay.
@@ -393,6 +397,8 @@ def changes_on_resume(info, args, world_size, inputs=None):
     names = sorted((set(saved) | set(now)) - shown)
     changed = [k for k in names if saved.get(k) != now.get(k)]
     unused = {k for k, term in OF_A_TERM.items() if 0 in (saved.get(term), now.get(term))}
+    if "real" in (saved.get("student_input"), now.get("student_input")):
+        unused.discard("data")  # dmd.py's states are noised data
     same = same_inputs(info, inputs or {}, args, unused)
     free = MAY_CHANGE | unused | same | {*BATCH, "sequence_ranks"}
     wrong = [f"--{k} was {saved.get(k)!r} and is {now.get(k)!r}" for k in changed if k not in free]
