@@ -1,6 +1,7 @@
 """models/plumbing/teachers.py and what it reads: betas, clocks, names, numbers of checkpoints."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,11 @@ from models.diffusion import VP
 from models.files import UserError
 from models.networks import load_network, network_config, save_network
 from models.networks.dit_imagenet import DiTTransformer2DModel
+from models.networks.latent_space import space_beside
+from models.plumbing import report
+from models.plumbing.data import in_space_of
 from models.plumbing.teachers import load_teacher, read_scheduler
-from models.worlds import WORLDS
+from models.worlds import WORLDS, load_world
 
 QUICK = "--max_train_steps 1 --teacher_steps 0 --fake_update_ratio 1".split()
 BETAS = [float(b) for b in torch.linspace(0.01, 0.14, 1000) ** 2]
@@ -175,3 +179,23 @@ def test_a_folder_that_is_called_like_a_world(monkeypatch, tmp_path, capsys):
     assert latent_fm.parse_args([]).data == "shapes"
     (tmp_path / "glyphs").rename(tmp_path / "other")  # the other remedy
     assert dmd.parse_args(["--teacher", "glyphs"]).timestep_shift == 2
+
+
+@pytest.mark.parametrize("latent", [True, False])
+def test_data_of_a_world_are_as_its_teacher_has_them(latent):
+    """Of a latent teacher latents: phased_dmd.py's distances, a GAN's real samples."""
+    world = load_world("shapes")
+    x0 = world.data(4, 1)[0]
+    teacher = SimpleNamespace(world=world, shape=world.latent_shape if latent else world.shape)
+    want = world.space.to_latents(x0) if latent else x0
+    assert torch.equal(in_space_of(teacher, x0), want) and tuple(want.shape[1:]) == teacher.shape
+
+
+def test_a_student_keeps_its_teacher_s_autoencoder(tmp_path):
+    """Of every script: without it samples could not be decoded."""
+    space = load_world("shapes").space
+    (tmp_path / "teacher" / "student").mkdir(parents=True)
+    space.save(str(tmp_path / "teacher" / "autoencoder"))
+    like = SimpleNamespace(folder=str(tmp_path / "teacher" / "student"))
+    report.save_autoencoder(SimpleNamespace(folder=str(tmp_path / "run")), like)
+    assert space_beside(str(tmp_path / "run" / "student")).digest() == space.digest()
