@@ -1209,6 +1209,12 @@ def wrong_networks(a, teacher, start):
     flow = isinstance(teacher.schedule, Flow) and teacher.prediction == "flow_v"
     yield not flow, (f"{name} predicts {teacher.prediction}; the score of Eq. 13 is a flow's: "
                      "give a teacher that predicts a flow's velocity, eps - x0, such as Wan")
+    grid = step_grid(a.sampling_steps, teacher.shift)  # the last states that a step starts from:
+    least = grid[-2] if a.state == "jump" else grid[-3]
+    backwards = a.objective.startswith("adm") and a.state in ("part", "step", "jump")
+    yield backwards and a.min_time >= least, (
+        f"--min_time {a.min_time:g}: --state {a.state} steps on from t = {least:.3g} too, and "
+        "would lead up in noise: give less")
     yield not replaceable, (f"{name}: a {type(net).__name__} has no self-attention that can be "
                             "replaced; DiT and Wan have")
     yield "linear_layers" in net.config, (f"{name} has linear attention already: give the network "

@@ -1031,6 +1031,16 @@ CASES = [
     # ---- linvideo
     (
         "linvideo",
+        "would lead up in noise: give less",
+        "--teacher ring --objective adm --state part --sampling_steps 8 --min_time 0.5 "
+        "--bank_size 4",
+        [
+            "--teacher ring --objective adm --state part --sampling_steps 8 --min_time 0.2 "
+            "--bank_size 4"
+        ],
+    ),
+    (
+        "linvideo",
         "--state rollout needs --sampling_steps of at least 3",
         "--state rollout --sampling_steps 2 --objective adm --weight unit --bank_size 4",
         ["--state rollout --sampling_steps 3 --objective adm --weight unit --bank_size 4"],
