@@ -262,4 +262,4 @@ def test_calls_are_those_of_the_network(solver, interval, calls):
     noise, label = torch.randn(3, 2), torch.zeros(3, dtype=torch.long)
     how = dict(steps=4, guidance_scale=2.0, solver=solver, interval=interval, calls=found)
     latent_fm.sample(Net(), noise, label, **how)
-    assert found == [calls] and len(made) in (calls, calls // 2)
+    assert found == [calls] and sum(made) == 3 * calls  # rows, of one call or of two

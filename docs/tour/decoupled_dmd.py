@@ -58,7 +58,7 @@ def train(student, fake, updates, no_dm, no_ca, see):
     """A one-step student by `decoupled_dmd.ablated_loss`; without matching there is no fake."""
     move, follow = adam(student, 5e-4), adam(fake, 1e-3)
     flags = dict(no_dm=no_dm, no_ca=no_ca, guidance_scale=SCALE, observer=False, gan_weight=0)
-    ablation = decoupled_dmd.Ablation(SimpleNamespace(**flags, normalizer="none"))
+    ablation = decoupled_dmd.Ablation(SimpleNamespace(**flags, normalizer="none", ca_weight=1))
     for update in range(updates):
         left = rate_left(update, updates)
         see(update)
