@@ -46,7 +46,7 @@ networks.
 import gc
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -865,6 +865,11 @@ def cost(args):
     ]
     if args.ema_decay:
         networks.append(Network("ema", "average", rank))
+    return networks, turns_of(args, steps, trained)
+
+
+def turns_of(args, steps, trained):
+    """The turns of an update of the phase that has these steps of the grid."""
     before = steps.start + (len(steps) - 1) / 2  # calls of experts that make the input
     graphs = {trained: 1}
     if args.no_truncation:
@@ -873,7 +878,17 @@ def cost(args):
     R = args.fake_update_ratio
     make = {trained: (before + graphs[trained]) * (R - args.reuse_samples) / R}
     calls = {trained: before, "teacher": guided, "fake": 1}
-    return networks, [Turn(trained, 1, calls, graphs), Turn("fake", R, make, {"fake": 1})]
+    return [Turn(trained, 1, calls, graphs), Turn("fake", R, make, {"fake": 1})]
+
+
+def mean_cost(args):
+    """The same for the mean update of all phases; experts cost alike."""
+    networks, turns = cost(args)
+    trained, share = turns[0].trains, 1 / args.phases
+    every = [
+        turns_of(args, steps, trained) for steps in phase_steps(args.student_steps, args.phases)
+    ]
+    return networks, [replace(t, times=share * t.times) for phase in every for t in phase]
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -1047,7 +1062,7 @@ def main(argv=None):
         args, *cost(args), two_networks=True, check=lambda a, t: refuse(wrong_flags(a, t))
     ):
         train(args)
-        work_done(args, *cost(args))
+        work_done(args, *mean_cost(args))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import decoupled_dmd
 import dmd
 import linvideo
 import mdt_dist
+import phased_dmd
 from models.diffusion import Diffusion, Flow
 from models.networks import NETWORKS
 from models.networks.dit import DiT
@@ -648,3 +649,16 @@ def test_inputs_from_real_data_cost_no_calls_of_the_student():
     args = dmd.parse_args("--student_steps 4 --student_input real".split())
     student, fake = dmd.cost(args)[1]
     assert student.calls["student"] == 0 and fake.calls["student"] == pytest.approx(0.5)
+
+
+def test_the_work_of_phases_is_the_mean_of_theirs():
+    """Later phases make longer inputs: as many phases as there may be, on average the same."""
+
+    def flops(costs, *flags):
+        args = phased_dmd.parse_args(list(flags))
+        return sum(dry_run.planned(args, *costs(args)).flops())
+
+    whole = flops(phased_dmd.cost, "--phases", "1")
+    for phases in ("2", "4"):
+        assert flops(phased_dmd.mean_cost, "--phases", phases) == pytest.approx(whole)
+        assert flops(phased_dmd.cost, "--phases", phases) > 1.1 * whole  # the last one alone
