@@ -5,10 +5,13 @@ Also equality with dmd.py, adapters, Wan 2.2, ranks, crashes, refusals.
 
 import copy
 import json
+import math
+import os
 import shutil
 import types
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from forks import launch
@@ -32,6 +35,7 @@ from released import pixart_noise
 from safetensors.torch import load_file, save_file
 
 import dmd
+import latent_fm
 import phased_dmd
 from models.diffusion import Diffusion, Flow, expand, shift, step_grid, unshift
 from models.draws import Draws
@@ -1908,3 +1912,17 @@ def test_resume_from_phase_1_with_other_lengths(finished, tmp_path, capsys, kind
     shutil.rmtree(run / "state")
     phased_dmd.main([*shorter, *resume])
     assert_bit_equal(weights(run), short)
+
+
+def test_a_latent_teacher_of_a_world(tmp_path):
+    """To the end: distances to latents, and an autoencoder beside the experts, that makes images."""
+    teacher, run, images = (str(tmp_path / name) for name in ("teacher", "run", "images"))
+    small = "--data shapes --pool 200 --max_train_steps 1 --width 16 --depth 1 --train_batch_size 4"
+    latent_fm.main([*small.split(), "--preview_samples", "2", "--output_dir", teacher])
+    few = "--max_train_steps 2 --train_batch_size 4 --teacher_steps 1 --preview_samples 2"
+    phased_dmd.main(["--teacher", teacher, *few.split(), "--output_dir", run])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    rows = {row["name"]: row for row in report["results"]}
+    assert all(math.isfinite(d) for d in rows["student"]["marginals"].values())
+    phased_dmd.main(["--sample", run, "--samples", "3", "--output_dir", images])
+    assert np.load(os.path.join(images, "samples.npz"))["arr_0"].shape == (3, 32, 32, 3)
