@@ -1915,10 +1915,10 @@ def test_resume_from_phase_1_with_other_lengths(finished, tmp_path, capsys, kind
 
 
 def test_a_latent_teacher_of_a_world(tmp_path):
-    """To the end: distances to latents, and an autoencoder beside the experts, that makes images."""
+    """To the end: distances to latents, and an autoencoder that makes images of samples."""
     teacher, run, images = (str(tmp_path / name) for name in ("teacher", "run", "images"))
-    small = "--data shapes --pool 200 --max_train_steps 1 --width 16 --depth 1 --train_batch_size 4"
-    latent_fm.main([*small.split(), "--preview_samples", "2", "--output_dir", teacher])
+    small = "--data shapes --pool 200 --max_train_steps 1 --width 32 --depth 1 --train_batch_size 8"
+    latent_fm.main([*small.split(), "--output_dir", teacher])
     few = "--max_train_steps 2 --train_batch_size 4 --teacher_steps 1 --preview_samples 2"
     phased_dmd.main(["--teacher", teacher, *few.split(), "--output_dir", run])
     report = json.loads((tmp_path / "run" / "report.json").read_text())
