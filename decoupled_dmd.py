@@ -45,7 +45,7 @@ from models.diffusion import advance_rows, expand, guide, step_grid
 from models.draws import stable_hash
 from models.networks.gan import GanHead
 from models.plumbing import report
-from models.plumbing.data import Conditions, real_batches, try_network
+from models.plumbing.data import Conditions, in_space_of, real_batches, try_network
 from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import Film
 from models.plumbing.flags import (
@@ -465,10 +465,7 @@ def mean_variance_target(args, world, shape=None):
     """
     if args.mean_variance_target or not args.mean_variance_weight:
         return args.mean_variance_target
-    x0 = world.data(2000, 776)[0]
-    if shape is not None and shape == getattr(world, "latent_shape", None):
-        x0 = world.space.to_latents(x0)
-    v, m = image_moments(x0)
+    v, m = image_moments(in_space_of(world, shape, world.data(2000, 776)[0]))
     return m.mean().item(), v.mean().item()
 
 

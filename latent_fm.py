@@ -303,7 +303,8 @@ def sample(
     def velocity(x, t):
         guided = interval[0] <= float(t[0]) <= interval[1]
         scale = guidance_scale if guided else 1
-        twice.extend([t] * (scale not in (0, 1)))
+        if scale not in (0, 1):
+            twice.append(t)
         v = guided_velocity(field, x, t, label, net.num_classes, scale)
         return v.to(x.dtype)  # the output of a bf16 network joins the float32 state
 
@@ -470,11 +471,7 @@ def build_space(args, world, data):
     shape = tuple(data.x.shape[1:])
     if args.autoencoder == "identity":
         return LatentSpace(Identity(shape[0]))
-    if len(shape) != 3:
-        raise UserError(
-            f"--autoencoder {args.autoencoder}: it encodes images, and --data {args.data} has "
-            f"items of shape {shape}: use identity"
-        )
+    refuse_to_encode(args, shape)
     if asks_for_own_space(args, world):
         return world.space
     try:
@@ -490,6 +487,15 @@ def build_space(args, world, data):
             "change --resolution, --pca_patch or --pca_channels"
         ) from None
     return space
+
+
+def refuse_to_encode(args, shape):
+    """Raises UserError for items of a shape that no --autoencoder encodes."""
+    if len(shape) != 3:
+        raise UserError(
+            f"--autoencoder {args.autoencoder}: it encodes images, and --data {args.data} has "
+            f"items of shape {shape}: use identity"
+        )
 
 
 def asks_for_own_space(args, world):
@@ -1129,11 +1135,8 @@ def planned_network(args):
         maps = getattr(world, "map_classes", maps)
     elif args.data.endswith(".safetensors"):
         shape = shape_of_file(args)
-    if args.autoencoder != "identity" and len(shape) != 3:
-        raise UserError(
-            f"--autoencoder {args.autoencoder}: it encodes images, and --data {args.data} "
-            f"has items of shape {shape}: use identity"
-        )
+    if args.autoencoder != "identity":
+        refuse_to_encode(args, shape)
     if args.autoencoder == "pca":
         if any(side % args.pca_patch for side in shape[1:]):
             raise UserError(

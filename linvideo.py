@@ -633,9 +633,8 @@ def bank_states(args, draw, bank, teacher, grid, last_step=True):
     rows = bank.rows(draw.integer("trajectory", bank.size), k)
     cond, uncond = teacher.conditions.pick(rows["index"], draw.device)
     x_t, v_t = rows["x"].to(draw.device), rows["v"].to(draw.device)
-    if args.guidance_scale != 1:
-        drop = draw.uniform("drop") < args.uncond_share
-        cond = {name: torch.where(expand(drop, c), uncond[name], c) for name, c in cond.items()}
+    cond, drop = some_unconditional(args, draw, cond, uncond)
+    if drop is not None:
         v_t = torch.where(expand(drop, v_t), rows["v_uncond"].to(draw.device), v_t)
     return x_t, v_t, times_at(grid, k, draw.device), cond, k
 
@@ -652,11 +651,15 @@ def any_later_time(draw, k, steps, timestep_shift):
 
 
 def some_unconditional(args, draw, cond, uncond):
-    """With guidance --uncond_share of the rows lose their condition.  -> cond"""
+    """With guidance --uncond_share of the rows lose their condition.
+
+    -> cond; which rows (B,), or None without guidance.
+    """
     if args.guidance_scale == 1:
-        return cond
+        return cond, None
     drop = draw.uniform("drop") < args.uncond_share
-    return {name: torch.where(expand(drop, c), uncond[name], c) for name, c in cond.items()}
+    cond = {name: torch.where(expand(drop, c), uncond[name], c) for name, c in cond.items()}
+    return cond, drop
 
 
 @torch.no_grad()
@@ -669,7 +672,7 @@ def own_state(args, draw, student, teacher, grid):
     z, scale = draw.noise("z"), args.guidance_scale
     states = trajectory(student, z, grid[:-1], cond, uncond, scale)["x"]
     x_t = states[torch.arange(len(k)), k]
-    cond = some_unconditional(args, draw, cond, uncond)
+    cond, _ = some_unconditional(args, draw, cond, uncond)
     return x_t, times_at(grid, k, draw.device), times_at(grid, k + 1, draw.device), cond
 
 
@@ -713,7 +716,7 @@ def critic_turn(args, draw, critic, student, teacher, bank, grid):
             x0, cond = one_jump(args, draw, student, teacher, bank, grid)
         else:
             cond, uncond = teacher.conditions.draw(draw)
-            cond = some_unconditional(args, draw, cond, uncond)  # guidance leaves these as they are
+            cond, _ = some_unconditional(args, draw, cond, uncond)  # guidance changes nothing there
             coarse, scale = step_grid(args.critic_steps, teacher.shift), args.guidance_scale
             z = draw.noise("z")
             x0 = teacher.diffusion.sample(student, z, coarse, cond, uncond, scale, "euler")

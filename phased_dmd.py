@@ -756,7 +756,8 @@ def marginals(run, experts, teacher, grid, n=1000):
     """
     index, distances = teacher.conditions.preview(n), {}
     x = report.evaluation_noise(run, teacher.shape, 0, n)("z")
-    x0 = in_space_of(teacher, teacher.world.data(n, 779, index)[0])
+    x0 = teacher.world.data(n, 779, index)[0]
+    x0 = in_space_of(teacher.world, teacher.shape, x0)
     for i, t in enumerate(grid[1:]):
         with run.autocast():
             x = advance(run, experts[i], teacher, x, index, grid[i], t)

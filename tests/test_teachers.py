@@ -186,9 +186,9 @@ def test_data_of_a_world_are_as_its_teacher_has_them(latent):
     """Of a latent teacher latents: phased_dmd.py's distances, a GAN's real samples."""
     world = load_world("shapes")
     x0 = world.data(4, 1)[0]
-    teacher = SimpleNamespace(world=world, shape=world.latent_shape if latent else world.shape)
+    shape = world.latent_shape if latent else world.shape
     want = world.space.to_latents(x0) if latent else x0
-    assert torch.equal(in_space_of(teacher, x0), want) and tuple(want.shape[1:]) == teacher.shape
+    assert torch.equal(in_space_of(world, shape, x0), want) and tuple(want.shape[1:]) == shape
 
 
 def test_a_student_keeps_its_teacher_s_autoencoder(tmp_path):

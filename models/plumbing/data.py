@@ -549,12 +549,11 @@ def to_unit(x):
 # ---- --data for a teacher ------------------------------------------------------------------------
 
 
-def in_space_of(teacher, x0):
-    """Items of the teacher's world as it has them: a latent teacher's are latents."""
-    world = teacher.world
-    if tuple(teacher.shape) == getattr(world, "latent_shape", None):
-        return world.space.to_latents(x0)
-    return x0
+def in_space_of(world, shape, x0):
+    """Items x0 of a world as a teacher whose samples have this shape knows them: a latent teacher's
+    are latents."""
+    latent = getattr(world, "latent_shape", None)
+    return world.space.to_latents(x0) if latent and shape == latent else x0
 
 
 def load_real_data(args, teacher):
@@ -575,7 +574,7 @@ def load_real_data(args, teacher):
     if classless:
         cond, class_names = {"label": torch.zeros(len(data), dtype=torch.long)}, None
     if source in WORLDS:
-        data = in_space_of(teacher, data)
+        data = in_space_of(world, shape, data)
     known = teacher.config.get("class_names") or getattr(world, "class_names", None)
     if class_names and known and list(class_names) != list(known):
         raise UserError(

@@ -397,8 +397,8 @@ def finish(run, teacher, times, students, params, extra=None, solver="heun", fin
     if teacher.world:
         rows = {"teacher_same_steps": coarse, **students}
         own_grid = [*times, 0.0] == step_grid(len(times), teacher.shift)
-        alike = f"euler{len(times)}" if own_grid else None
-        alike = alike if len(times) > 8 else None  # enough steps to be worth storing
+        worth_it = own_grid and len(times) > 8  # enough steps to be worth storing
+        alike = f"euler{len(times)}" if worth_it else None
         results = measure(run, teacher, *teachers["teacher"], rows, alike, extra or {}, key)
     teachers["teacher_"] = coarse
     teachers = teachers if run.args.teacher_steps else {}
