@@ -75,10 +75,12 @@ from models.plumbing.flags import (
     add_picture_flags,
     add_run_flags,
     default_output_dir,
+    given_flags,
     lengthen,
     number,
     paper_values,
     refuse,
+    unread,
     words,
     wrong_output,
 )
@@ -476,7 +478,7 @@ def build_space(args, world, data):
         return world.space
     try:
         if args.autoencoder == "pca":
-            some = to_unit(data.x[torch.arange(min(len(data.x), 4000))])
+            some = to_unit(data.x[spread_over(len(data.x))])
             space = LatentSpace(PatchPCA(shape[0], args.pca_patch, args.pca_channels).fit(some))
         else:
             space = load_space(args.autoencoder)
@@ -487,6 +489,11 @@ def build_space(args, world, data):
             "change --resolution, --pca_patch or --pca_channels"
         ) from None
     return space
+
+
+def spread_over(n, most=4000):
+    """Up to `most` of n indices, evenly spread: folders are sorted, the first items one class."""
+    return torch.arange(n) if n <= most else torch.arange(most) * n // most
 
 
 def refuse_to_encode(args, shape):
@@ -538,8 +545,8 @@ def describe_encoder(args, space):
 
 
 def measure_norm(args, data, space, cache, device):
-    """Measure --latent_norm on up to 4,000 items and put it into the space."""
-    some = torch.arange(min(len(data.x), 4000)).split(100)
+    """Measure --latent_norm on up to 4,000 items of all and put it into the space."""
+    some = spread_over(len(data.x)).split(100)
     if cache:
         moments = (cache.rows(i, None, "cpu") for i in some)
     else:
@@ -1320,6 +1327,7 @@ def parse_args(argv=None):
         p.set_defaults(**SIZED)
     lengthen(p, known, known.network == "small")
     args = p.parse_args(argv)
+    refuse(unread(p, args, "latent_fm", given_flags(p, argv)))
     if args.output_dir is None:
         method = "latent_fm" if args.task == "class" else f"latent_fm-{args.task}"
         args.output_dir = default_output_dir(method, source or "", args.sample)

@@ -886,6 +886,18 @@ CASES = [
         ["--sample TDM", "--sample TDM --student_steps 1"],
     ),
     (
+        "tdm",
+        "--{}: --sample trains nothing: leave it out",
+        "--sample TDM --learning_rate 1e-4",
+        ["--sample TDM", "--learning_rate 1e-4"],
+    ),
+    (
+        "latent_fm",
+        "--{}: --sample trains nothing: leave it out",
+        "--sample PCA_RUN --width 64",
+        ["--sample PCA_RUN --solver euler"],
+    ),
+    (
         "mdt_dist",
         "with --sample the saved student decides",
         "--sample STRUCTURE_RUN --prompts TOKENS --student_guidance 2",

@@ -4,6 +4,7 @@ Gaussian and mixture data, the solvers' orders, guidance, autoencoders, masks an
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from latent_fm import (
 from models.diffusion import from_x0_eps, guide, to_x0_eps
 from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
 from models.networks.latent_space import LatentSpace, load_space, space_beside
+from models.plumbing.data import to_unit
 from models.worlds import load_world
 from models.worlds.masks import draw_mask, draw_masks
 from models.worlds.shapes import Shapes, overlap
@@ -407,6 +409,30 @@ def test_sampling_never_drops_labels():
 @pytest.fixture(scope="module")
 def pictures():
     return Shapes().data(60, 3)[0]
+
+
+def test_what_is_measured_on_some_items_is_measured_on_all_classes():
+    """A folder is sorted by class: 4,000 of 10,000 items, spread over all of them."""
+    some = latent_fm.spread_over(10_000)
+    assert len(some.unique()) == 4000 and some.max() < 10_000
+    assert (some // 1000).unique().tolist() == list(range(10))
+    assert latent_fm.spread_over(30).tolist() == list(range(30))
+
+
+def test_a_sorted_set_s_space_knows_its_last_class():
+    """4,000 black items and then 1,000 white ones: the PCA's mean, and the channels' means.
+
+    Of the first 4,000 the PCA has mean -1, and what --latent_norm centres stays off by .4.
+    """
+    x = torch.zeros(5000, 1, 4, 4, dtype=torch.uint8)
+    x[4000:] = 255
+    args = latent_fm.parse_args("--autoencoder pca --latent_norm channel --pool 100".split())
+    data = SimpleNamespace(x=x)
+    space = latent_fm.build_space(args, None, data)
+    assert float(space.autoencoder.centre.mean()) == pytest.approx(-0.6, abs=0.01)
+    latent_fm.measure_norm(args, data, space, None, "cpu")
+    z = space.to_latents(to_unit(x))
+    assert float(z.mean()) == pytest.approx(0, abs=0.01)
 
 
 def test_patch_pca_identities(pictures):

@@ -274,8 +274,8 @@ def default_output_dir(method, source, sampled):
     return os.path.join("runs", os.path.basename(run) + "-samples")
 
 
-# What --sample takes from the saved student's sampler.json, so that a flag would be ignored; and
-# what some scripts read all the same, or refuse in words of their own.
+# What --sample takes from the saved student's sampler.json, so that a flag would be ignored, as are
+# those of the optimiser; and what some scripts read all the same, or refuse in words of their own.
 OF_SAVED = set(
     "student_steps student_times sampling_steps renoise timestep_shift max_time guidance_scale "
     "guidance_rescale student_guidance".split()
@@ -284,6 +284,7 @@ READ_BY = {
     "tdm": {"student_steps"},
     "mdt_dist": {"student_steps"},
     "phased_dmd": {"student_steps", "timestep_shift"},
+    "latent_fm": {"timestep_shift", "guidance_scale"},
 }
 
 
@@ -322,17 +323,21 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
         refuse_ambiguous(f"--{flag}", given.get(flag))
     args.settings = "" if known.sample else describe_settings(given, start, taken)
     args.output_dir = args.output_dir or default_output_dir(method, args.teacher, args.sample)
-    for wrong, why in (*wrong_output(args), *unread(args, method, given), *refusals(args)):
+    for wrong, why in (*wrong_output(args), *unread(p, args, method, given), *refusals(args)):
         if wrong:
             p.error(why)
     return args
 
 
-def unread(a, method, given):
+def unread(p, a, method, given):
     """Flags that --sample would ignore: pairs (wrong, why). given: of `given_flags`."""
     for flag in sorted(OF_SAVED - READ_BY.get(method, set())):
         why = f"--{flag}: with --sample the saved student decides: leave it out"
         yield a.sample and flag in given, why
+    groups = [g for g in p._action_groups if g.title in ("optimiser", "network")]
+    for action in [action for g in groups for action in g._group_actions]:
+        why = f"--{action.dest}: --sample trains nothing: leave it out"
+        yield a.sample and action.dest in given, why
 
 
 def lengthen(p, known, small):
