@@ -1156,7 +1156,7 @@ def add_selection_flags(p):
 
 def parse_args(argv=None):
     p = distillation_parser("Turn some of a video model's softmax self-attention layers into "
-                            "linear attention, without data (LinVideo 2510.08318).")
+                            "linear attention, without data (LinVideo 2510.08318).", reuse=False)
     p.set_defaults(teacher="clips", max_train_steps=1200, learning_rate=1e-3, lr_warmup_steps=20,
                    ema_decay=0.98, lr_decay_share=0.4, adam_betas=[0.9, 0.99], preview_samples=12,
                    fake_update_ratio=1, learning_rate_fake=1e-3)
@@ -1199,6 +1199,9 @@ def wrong_flags(a):
                                            f"--state {state}: give --state part")
     yield policy and a.objective != "adm", (f"--state policy is for --objective adm, not "
                                             f"{a.objective}: leave --state out")
+    for flag, unread in (("state", a.state), ("weight", a.weight != "velocity")):
+        yield unread and not adm, (f"--{flag} {getattr(a, flag)} is for --objective adm or "
+                                   f"adm_critic, not {a.objective}: leave --{flag} out")
     yield a.feature_dim is not None and a.feature_map != "hedgehog", \
         f"--feature_dim is for --feature_map hedgehog: {a.feature_map} has no projections"
     yield policy and a.weight != "velocity", (f"--weight {a.weight} is for a step to x_hat, which "

@@ -46,7 +46,8 @@ networks.
 import gc
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -851,12 +852,12 @@ def sample_only(args):
 def cost(args):
     """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
 
-    They are those of the last phase, which holds most: the experts before it are there too. Of two
-    networks both give scores then, and the fake follows both. Of the R fake updates the first needs
-    no samples of its own with --reuse_samples.
+    The networks are those of the last phase, which holds most: the experts before it are there too.
+    Calls are the mean over phases, which have equal shares of the updates; later ones make longer
+    inputs. Of two networks both give scores in the last phase, and the fake follows both. Of the R
+    fake updates the first needs no samples of its own with --reuse_samples.
     """
-    pair, N, rank = is_pair(args.teacher), args.student_steps, args.lora_rank
-    steps, number = phase_steps(N, args.phases)[-1], args.phases
+    pair, rank, number = is_pair(args.teacher), args.lora_rank, args.phases
     trained = f"expert{number}"
     networks = [Network("teacher", "teacher", pair=pair)]
     networks += [Network(f"expert{k}", "frozen", rank, saved=True) for k in range(1, number)]
@@ -866,30 +867,14 @@ def cost(args):
     ]
     if args.ema_decay:
         networks.append(Network("ema", "average", rank))
-    return networks, turns_of(args, steps, trained)
-
-
-def turns_of(args, steps, trained):
-    """The turns of an update of the phase that has these steps of the grid."""
-    before = steps.start + (len(steps) - 1) / 2  # calls of experts that make the input
-    graphs = {trained: 1}
+    phases, graph = phase_steps(args.student_steps, number), 1
+    before = fmean(steps.start + (len(steps) - 1) / 2 for steps in phases)  # calls for the input
     if args.no_truncation:
-        before, graphs = steps.start, {trained: len(steps)}
-    guided = 1 if args.guidance_scale == 1 else 2
-    R = args.fake_update_ratio
-    make = {trained: (before + graphs[trained]) * (R - args.reuse_samples) / R}
+        before, graph = fmean(steps.start for steps in phases), max(map(len, phases))
+    guided, R = 1 if args.guidance_scale == 1 else 2, args.fake_update_ratio
+    make = {trained: (before + graph) * (R - args.reuse_samples) / R}
     calls = {trained: before, "teacher": guided, "fake": 1}
-    return [Turn(trained, 1, calls, graphs), Turn("fake", R, make, {"fake": 1})]
-
-
-def mean_cost(args):
-    """The same for the mean update of all phases; experts cost alike."""
-    networks, turns = cost(args)
-    trained, share = turns[0].trains, 1 / args.phases
-    every = [
-        turns_of(args, steps, trained) for steps in phase_steps(args.student_steps, args.phases)
-    ]
-    return networks, [replace(t, times=share * t.times) for phase in every for t in phase]
+    return networks, [Turn(trained, 1, calls, {trained: graph}), Turn("fake", R, make, {"fake": 1})]
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -1063,7 +1048,7 @@ def main(argv=None):
         args, *cost(args), two_networks=True, check=lambda a, t: refuse(wrong_flags(a, t))
     ):
         train(args)
-        work_done(args, *mean_cost(args))
+        work_done(args, *cost(args))
 
 
 if __name__ == "__main__":

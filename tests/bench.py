@@ -245,18 +245,14 @@ SHAPES = {
 EXTRA = {"linvideo": "--bank_size 1 --sampling_steps 2"}
 
 
-def plan_of(name, flags, ranks=1, device=None, cost="cost"):
-    """-> what --dry_run reckons for a script with these flags, a Plan.
-
-    cost: of the script; "mean_cost" that of the mean update, where a script's updates are unequal.
-    """
+def plan_of(name, flags, ranks=1, device=None):
+    """-> what --dry_run reckons for a script with these flags, a Plan."""
     script = importlib.import_module(name)
     args = script.parse_args(list(flags))
     build, attention = getattr(script, "planned_network", None), name == "linvideo"
     net = on_meta(lambda: build(args)) if build else dry_run.teacher_network(args, attention)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    costs = getattr(script, cost, script.cost)(args)
-    return dry_run.Plan(args, net, *costs, ranks, device)
+    return dry_run.Plan(args, net, *script.cost(args), ranks, device)
 
 
 def random_weights(stack):
@@ -422,7 +418,7 @@ def main(argv=None):
     if args.shape:
         print_shape(stopwatch, *shown, args.tflops)
     else:
-        print_share(stopwatch, plan_of(args.script, given, cost="mean_cost"))
+        print_share(stopwatch, plan_of(args.script, given))
 
 
 if __name__ == "__main__":

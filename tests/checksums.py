@@ -193,14 +193,14 @@ PHASED = {
     "two networks lora": WAN_2 + "--timestep_shift 5 --lora_rank 4 --fake_lora_rank 4",
     "ring": RING,
 }
-ADM = "--objective adm "
+ADM, CRITIC = (f"--objective {name} --state part --weight eq13 " for name in ("adm", "adm_critic"))
 LINVIDEO = {
     "plain": "",
     **EVERY,
     "guidance": "--guidance_scale 2",
     "guidance step": ADM + "--guidance_scale 2 --state step --regression_weight 0.5",
     "guidance rollout": ADM + "--guidance_scale 2 --state rollout",
-    "guidance critic": "--objective adm_critic --guidance_scale 2",
+    "guidance critic": CRITIC + "--guidance_scale 2",
     "guidance dmd": "--objective dmd --guidance_scale 2",
     "adm": ADM,
     "adm part": ADM + "--part 0.3",
@@ -214,8 +214,8 @@ LINVIDEO = {
     "adm regression": ADM + "--regression_weight 0.5",
     "adm bf16": ADM + "--mixed_precision bf16",
     "adm accumulation": ADM + "--gradient_accumulation_steps 2",
-    "critic": "--objective adm_critic",
-    "critic step": "--objective adm_critic --state step --fake_update_ratio 2",
+    "critic": CRITIC,
+    "critic step": CRITIC + "--state step --fake_update_ratio 2",
     "dmd": "--objective dmd",
     "dmd accumulation": "--objective dmd --fake_update_ratio 2 --gradient_accumulation_steps 2",
     "first": "--select first",
@@ -336,7 +336,7 @@ SETTINGS = {
         FAKE
         + BANK
         + """--teacher @video --fake_update_ratio 1 --objective mse
-        --state part --part 1 --weight eq13 --min_time 0.15 --critic_steps 3 --select learned
+        --part 1 --min_time 0.15 --critic_steps 3 --select learned
         --feature_map hedgehog --selection_share 0.67 --selection_weight 0.05 --alpha 4 2
         --r_init 0.8 --learning_rate_r 0.02 --learning_rate_features 1e-2 --uncond_share 0.4""",
         LINVIDEO,

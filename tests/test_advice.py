@@ -1086,6 +1086,18 @@ CASES = [
     ),
     (
         "linvideo",
+        "--{} {} is for --objective adm or adm_critic, not {}: leave --{} out",
+        "--state part --objective mse --bank_size 4",
+        ["--objective mse --bank_size 4", "--state part --objective adm --bank_size 4"],
+    ),
+    (
+        "linvideo",
+        "--{} {} is for --objective adm or adm_critic, not {}: leave --{} out",
+        "--weight unit --objective dmd --bank_size 4",
+        ["--objective dmd --bank_size 4"],
+    ),
+    (
+        "linvideo",
         "--feature_dim is for --feature_map hedgehog: {} has no projections",
         "--feature_dim 4 --feature_map elu --bank_size 4",
         ["--feature_dim 4 --feature_map hedgehog --bank_size 4"],

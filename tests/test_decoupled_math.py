@@ -6,6 +6,7 @@ The two terms and their sum, what each of them does, their noise levels, Eq. 7, 
 import copy
 import math
 
+import guided_parts
 import pytest
 import torch
 from helpers import perturbed, ring_network
@@ -1138,6 +1139,40 @@ def test_one_weight_of_ca_keeps_the_guidance_if_levels_are_shared():
     assert rest("hybrid", 3, 2 * 4.65) < goal - 0.07
 
 
+def guided_std():
+    """Standard deviation of the guided teacher's samples: what its affine ODE makes of z = 1."""
+    z, conds = times(0.0, 1.0)[:, None], ({"known": True}, {"known": False})
+    x = FLOW_X0.sample(gaussian_teacher, z, step_grid(64, 2.0), *conds, 3.0, "heun")
+    return float(x[1] - x[0])
+
+
+def pulls(mean, std, weight, most, n_levels=512):
+    """E[g] and E[g z], which move mean and spread of N(mean, std^2): CA on u in [0, most]."""
+    z, eps_dm, eps_ca, level = samples_of(True, n_levels)
+    x, conds = mean + std * z, ({"known": True}, {"known": False}, {"known": True})
+    at = ((eps_dm, shift(level, 2.0)), (eps_ca, shift(most * level, 2.0)))
+    fake = mixture([mean], [std])
+    out = decoupled_dmd_loss(x, gaussian_teacher, fake, FLOW_X0, *at, *conds, 1 + 2 * weight)
+    g = out[1] + out[2]
+    return float(g.mean()), float((g * z).mean())
+
+
+def test_less_ca_at_clean_levels_alone_keeps_mean_and_spread_of_guidance():
+    """--schedule full --ca_range 0 .693 --ca_weight .404: both moments are the guided teacher's.
+
+    At all levels a weight that is right for the mean, .272, leaves nearly three times its spread.
+    """
+    mean, std = guided_mean(), guided_std()
+    assert std == pytest.approx(0.1, abs=0.002)
+    of_mean, of_spread = pulls(mean, std, 0.404, 0.693)
+    assert abs(of_mean) < 2e-3 and abs(of_spread) < 1e-4
+    of_mean, of_spread = pulls(mean, std, 0.272, 1.0)  # below 0: it widens
+    assert abs(of_mean) < 1e-3 and of_spread < -0.008
+    assert abs(pulls(mean, 0.279, 0.272, 1.0)[1]) < 1e-4
+    assert pulls(mean, std, 0.404, 0.8)[0] < -0.05  # too much of it moves the mean on
+    assert pulls(mean, std, 0.3, 0.6)[0] > 0.1  # too little does not get there
+
+
 # ---- the sampler ---------------------------------------------------------------------------------
 
 
@@ -1250,3 +1285,17 @@ def test_sampler_leaves_no_graph():
     student, (grid, _, cond) = perturbed(ring_network(), std=0.2).double(), setting(3)
     assert not sample(student, FLOW_V, noise, grid, cond, "sde").requires_grad
     assert rollout(student, FLOW_V, noise, grid, cond, "sde").requires_grad
+
+
+# ---- tests/guided_parts.py -----------------------------------------------------------------------
+
+
+def test_parts_of_the_distance_to_the_guided_teacher():
+    """Means 3 along the way of 4 that guidance leads, and 2 beside it; deviations 1 and 3."""
+    eye = torch.eye(3, dtype=torch.float64)
+    start, goal = (times(0, 0, 1), eye), (times(4, 0, 1), eye)
+    row = guided_parts.parts((times(3, 2, 1), 9 * eye), goal, start)
+    assert list(row) == guided_parts.COLUMNS
+    close(list(row.values()), [5 + 12, 5, 12, 0.75, 4], 1e-9)
+    assert guided_parts.parts(start, goal, start)["kept"] == 0
+    close(list(guided_parts.parts(goal, goal, start).values()), [0, 0, 0, 1, 0], 1e-9)

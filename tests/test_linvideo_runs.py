@@ -50,13 +50,21 @@ from tests import orderings
 SHIFT, K, BANK = 2.0, 5, 10
 FEW = f"""--max_train_steps 3 --selection_share 0.67 --train_batch_size 8 --bank_size {BANK}
     --bank_batch 4 --sampling_steps {K} --timestep_shift {SHIFT} --min_time 0.15
-    --checkpointing_steps 1000 --max_grad_norm 1e9 --lr_warmup_steps 0 --ema_decay 0 --state part
-    --weight eq13 --objective adm --alpha 4 2 --r_init 0.8 --learning_rate 1e-3
+    --checkpointing_steps 1000 --max_grad_norm 1e9 --lr_warmup_steps 0 --ema_decay 0
+    --state part --weight eq13 --objective adm --alpha 4 2 --r_init 0.8 --learning_rate 1e-3
     --learning_rate_r 0.02 --selection_weight 0.05 --teacher_steps 2 --preview_samples 3""".split()
 GUIDED = ["--guidance_scale", "2.5", "--uncond_share", "0.4"]
 POLICY = "--state policy --weight velocity --own_trajectories 6 --fresh 3 --fresh_every 1"
 PULLS = ["r_objective", "r_constraint", "r_regularizer"]
+OF_ADM = "--state part --weight eq13 --objective adm".split()
 TINY = dict(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=4, num_classes=3)
+
+
+def few_for(flags):
+    """FEW, without what only adm reads where the flags ask for another objective."""
+    other = any(f" --objective {name}" in " ".join(["", *flags]) for name in ("mse", "dmd"))
+    at = FEW.index(OF_ADM[0])
+    return FEW[:at] + FEW[at + len(OF_ADM) :] if other else FEW
 
 
 def save_dit(folder, **changes):
@@ -148,7 +156,7 @@ class Diary:
 
 def run(monkeypatch, folder, *flags):
     diary = Diary(monkeypatch)
-    linvideo.main(["--output_dir", str(folder), *FEW, *flags])
+    linvideo.main(["--output_dir", str(folder), *few_for(flags), *flags])
     return diary
 
 
@@ -335,7 +343,6 @@ CASES = [
     "GUIDED POLICY --selection_share 0",
     "--count soft",
     "--count soft --objective mse",
-    "--objective mse --state step",
     "--objective adm_critic --critic_steps 3",
     "--objective dmd",
     "GUIDED",
@@ -360,7 +367,8 @@ class Case:
         flags = case.replace("GUIDED", " ".join(GUIDED)).replace("POLICY", POLICY).split()
         self.folder, self.teacher_folder = tmp_path / "run", save_dit(tmp_path / "teacher")
         self.diary = run(monkeypatch, self.folder, "--teacher", self.teacher_folder, *flags)
-        self.args = linvideo.parse_args(["--teacher", self.teacher_folder, *FEW, *flags])
+        start = ["--teacher", self.teacher_folder, *few_for(flags)]
+        self.args = linvideo.parse_args([*start, *flags])
         self.bank, self.rows = read_bank(self.folder / "bank"), read_log(self.folder)
         self.teacher = load_network(self.teacher_folder)[0]
         self.micro = self.args.gradient_accumulation_steps
@@ -778,7 +786,7 @@ def killed_run(m, folder, stop, *flags):
 
     DmdDiary.wrap(m, Run, "update", update)
     with pytest.raises(Killed):
-        linvideo.main(["--output_dir", str(folder), *FEW, *flags])
+        linvideo.main(["--output_dir", str(folder), *few_for(flags), *flags])
     assert len(diary.of("student")) == stop - 1
     return diary
 
@@ -917,7 +925,7 @@ def test_banks_are_shared_and_others_refused(monkeypatch, tmp_path, capsys):
     linvideo.main(flags)
     before = {p.name: p.read_bytes() for p in bank.iterdir()}
     (bank / "00001.safetensors").unlink()
-    linvideo.main([*flags, "--objective", "mse"])
+    linvideo.main([*flags, "--state", "step"])
     assert {p.name: p.read_bytes() for p in bank.iterdir()} == before
     assert not (tmp_path / "run" / "bank").exists()
     other = save_dit(tmp_path / "other", channels=1, depth=2)
@@ -969,9 +977,10 @@ def test_default_size_of_a_released_models_bank(tmp_path):
 def test_a_longer_run_keeps_its_bank(monkeypatch, tmp_path):
     """Without --bank_size a bank has what the first run reads; that one is reused as it is."""
     quiet(monkeypatch)
-    at = FEW.index("--bank_size")
-    flags = [*FEW[:at], *FEW[at + 2 :], "--output_dir", str(tmp_path / "run")]
-    flags += ["--teacher", save_dit(tmp_path / "teacher"), "--objective", "mse"]
+    flags = ["--teacher", save_dit(tmp_path / "teacher"), "--objective", "mse"]
+    few = few_for(flags)
+    at = few.index("--bank_size")
+    flags += [*few[:at], *few[at + 2 :], "--output_dir", str(tmp_path / "run")]
     real = linvideo.parse_args
 
     def parse_args(argv):
@@ -1099,6 +1108,9 @@ WRONG = [
     ("--feature_dim 0", "--feature_dim: must be >= 1"),
     ("--feature_dim 4 --feature_map elu", "--feature_dim is for --feature_map hedgehog"),
     ("--feature_dim 99", "wider than --teacher"),
+    ("--objective mse --state part", "--state part is for --objective adm or adm_critic"),
+    ("--objective mse --weight unit", "leave --weight out"),
+    ("--reuse_samples", "--reuse_samples"),
     ("--state rollout --sampling_steps 2", "rollout needs --sampling_steps of at least 3"),
     ("--objective mse --regression_weight 1", "--regression_weight is for --objective adm"),
     ("--objective dmd --regression_weight 1", "--regression_weight is for --objective adm"),
@@ -1142,7 +1154,7 @@ def test_wrong_input(monkeypatch, tmp_path, capsys, flags, says):
     flags = [names.get(f, f) for f in flags.split()]
     if "--teacher" not in flags:
         flags += ["--teacher", names["TEACHER"]]
-    few = [] if "--sample" in flags else FEW
+    few = [] if "--sample" in flags else few_for(flags)
     start = [*few, "--output_dir", str(tmp_path / "run")]
     assert says in refusal_of(capsys, linvideo.main, *start, *flags)
     assert not (tmp_path / "run").exists()

@@ -192,13 +192,14 @@ def add_picture_flags(p):
         "class_name.png; None: its folder, or what the set says")
 
 
-def add_fake_score_flags(p):
+def add_fake_score_flags(p, reuse):
     """Flags of the network that learns the score of the student's samples."""
     p.method.add_argument("--fake_update_ratio", type=number(int, 1), default=2,
         help="R, fake updates per student update")
-    p.method.add_argument("--reuse_samples", action=argparse.BooleanOptionalAction, default=True,
-        help="the first fake update sees the samples of the student's update before it (as the "
-        "papers' code), the others fresh ones; or all fresh ones")
+    if reuse:
+        p.method.add_argument("--reuse_samples", action=argparse.BooleanOptionalAction,
+            default=True, help="the first fake update sees the samples of the student's update "
+            "before it (as the papers' code), the others fresh ones; or all fresh ones")
     p.optimiser.add_argument("--learning_rate_fake", type=number(float, above=0), default=1.6e-3,
         help="learning rate of the fake score")
 
@@ -246,14 +247,17 @@ def adapter_rates(known):
     return {flag: ADAPTER_RATE for flag, rank in ranks.items() if getattr(known, rank, 0)}
 
 
-def distillation_parser(description, fake_score=True):
-    """A Parser with all flags that the distillation scripts share. fake_score: also the fake's."""
+def distillation_parser(description, fake_score=True, reuse=True):
+    """A Parser with all flags that the distillation scripts share.
+
+    fake_score: also the fake's; reuse: also whether it learns from the student's own batch.
+    """
     p = Parser(description=f"{description} Defaults shown suit the given --teacher.")
     add_run_flags(p)
     add_distillation_flags(p)
     add_adapter_flags(p, fake_score)
     if fake_score:
-        add_fake_score_flags(p)
+        add_fake_score_flags(p, reuse)
     return p
 
 
