@@ -1003,9 +1003,6 @@ NO_SPILLS = la.triton is not None and la.triton.__version__.startswith("3.9.")
 # (docs/results/kernels.md): (feature map, D, E), architecture, launch
 SPILLS = {
     (("elu", 128, None), "sm_90", "reduce q"): 16,
-    (("elu", 128, None), "sm_80", "apply"): 112,
-    (("elu", 128, None), "sm_89", "apply"): 128,
-    (("softmax", 72, None), "sm_80", "backward q"): 16,
     (("hedgehog", 72, 72), "sm_80", "apply"): 8,
     (("hedgehog", 80, 80), "sm_90", "apply"): 8,
     (("hedgehog", 80, 80), "sm_80", "apply"): 8,
