@@ -5,6 +5,7 @@ d_norm, guidance and the sampler. The wrong variants that come to mind are put t
 and must fail it.
 """
 
+import copy
 from types import SimpleNamespace
 
 import mdt_steps
@@ -668,6 +669,31 @@ def test_a_step_that_is_wrong_is_told_from_the_other():
     wrong = ends(long_at(0.5))
     close(wrong["student, then exact"], right["student, then exact"], 1e-5)
     close(wrong["exact, then student"], between - k / 2 * gaussian_transport(between, half), 5e-3)
+
+
+def test_regression_learns_the_step_from_pure_noise():
+    """phi*(z, 1) of a Gaussian is linear, z - (M + S z). The student itself stays as it was."""
+    student = torch.nn.Linear(3, 3, dtype=torch.float64)
+    before = copy.deepcopy(student.state_dict())
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = student
+
+        def forward(self, x, t):
+            assert bool((t == 1).all())
+            return self.inner(x)
+
+    z, label = normal(400, 3), torch.zeros(400)
+    conditions = SimpleNamespace(pick=lambda label, device: ({}, {}))
+    how = dict(updates=1500, rate=2e-2, fine=1000)
+    taught = mdt_steps.regressed(
+        Net(), gaussian_velocity, conditions, lambda a, b: z[a:b], label, **how
+    )
+    fresh = normal(50, 3, seed=5)
+    close(taught(fresh, fresh.new_ones(50)), fresh - (M + S * fresh), 0.02)
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
 
 
 def test_errors_of_the_transport_at_noised_data():
