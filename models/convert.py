@@ -200,6 +200,10 @@ def main(argv=None):
         raise UserError(f"--output {args.output} exists: name a new {what}")
     if args.layout and not args.export:
         raise UserError("--layout has an effect only with --export: leave it out")
+    for flag in ("noise_at", "sample_size", "num_attention_heads", "new_attention_order"):
+        given = getattr(args, flag)
+        if args.export and given is not None and given is not False:
+            raise UserError(f"--{flag} describes the file of --input: leave it out with --export")
     if (args.prediction == "flow_v") != (args.noise_at is not None):
         raise UserError(
             "--prediction flow_v goes with --noise_at 0 (SiT) or 1 (LFM), and only with it: "

@@ -187,6 +187,8 @@ def check_flags(args):
         raise UserError(
             "--voxels is for --points: decode --structures to points first, then give these"
         )
+    if args.teacher and args.voxels:
+        raise UserError("--voxels needs no decoder: leave --teacher out")
     if not args.teacher and not args.voxels:
         raise UserError(
             "--teacher: give TRELLIS's root, or with --points leave it out for --voxels"

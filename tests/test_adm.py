@@ -401,6 +401,11 @@ def test_what_cannot_be_exported_is_named(tmp_path, capsys):
         assert message in refusal_of(capsys, convert.main, *flags)
     flags = ["--input", "x.safetensors", "--output", str(tmp_path / "y"), "--layout", "adm"]
     assert "--layout has an effect only with --export" in refusal_of(capsys, convert.main, *flags)
+    flags = ["--export", str(tmp_path / "adm"), "--output", str(tmp_path / "y")]
+    for unread in ("--noise_at 0", "--sample_size 8", "--new_attention_order"):
+        says = refusal_of(capsys, convert.main, *flags, *unread.split())
+        assert "describes the file of --input: leave it out with --export" in says
+    assert not (tmp_path / "y").exists()
 
 
 # ---- refusals ------------------------------------------------------------------------------------

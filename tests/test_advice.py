@@ -1944,6 +1944,10 @@ ELSEWHERE = {
         "test_adm",
         "test_what_cannot_be_exported_is_named",
     ),
+    "--{} describes the file of --input: leave it out with --export": (
+        "test_adm",
+        "test_what_cannot_be_exported_is_named",
+    ),
     "--layout {}: a {} has {}: give that": ("test_adm", "test_what_cannot_be_exported_is_named"),
     "--images {} holds no images": ("test_pairs", "test_captions_of_sets"),
     "--images {} is {}, of pictures: give --frames 1": ("test_pairs", "test_captions_of_sets"),
@@ -1983,6 +1987,10 @@ ELSEWHERE = {
         "test_wrong_input_is_one_line",
     ),
     "channels, the mesh decoder of --teacher": ("test_meshes", "test_wrong_input_is_one_line"),
+    "--voxels needs no decoder: leave --teacher out": (
+        "test_meshes",
+        "test_wrong_input_is_one_line",
+    ),
     "--voxels is for --points": ("test_meshes", "test_wrong_input_is_one_line"),
     "--teacher: give TRELLIS's root": ("test_meshes", "test_wrong_input_is_one_line"),
     "points go to FILE.safetensors, name such a file": (

@@ -464,6 +464,7 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
         f"--teacher {root} --points f --output file/o": "cannot write --output",
         "--points p --output o": "--teacher: give TRELLIS's root",
         "--structures s --voxels --output o": "--voxels is for --points",
+        "--points p --voxels --teacher t --output o": "--voxels needs no decoder",
     }
     for flags, message in cases.items():
         flags = [str(tmp_path / f) if f in tensors else f for f in shlex.split(flags)]
