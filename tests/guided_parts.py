@@ -1,4 +1,4 @@
-"""What lies between a guided teacher and its students of decoupled_dmd.py, taken apart.
+"""What lies between a guided teacher and its students of decoupled_dmd.py or tdm.py, taken apart.
 
     python -m tests.guided_parts runs/decoupled_dmd-glyphs [RUN ...]      # three minutes, one core
 
@@ -21,7 +21,8 @@ import sys
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from decoupled_dmd import parse_args, student_sampler  # noqa: E402
+import decoupled_dmd  # noqa: E402
+import tdm  # noqa: E402
 from models.files import UserError, load_json  # noqa: E402
 from models.plumbing import report  # noqa: E402
 from models.plumbing.run import Run, run_main  # noqa: E402
@@ -47,11 +48,29 @@ def moments_of(world, x, label):
     return means[0], covariances[0]
 
 
+def students_of(folder, seed):
+    """A run of decoupled_dmd.py, or of tdm.py, whose student samples in several numbers of steps.
+
+    -> its conditions, the times of its longest sampler, {title: sampler}.
+    """
+    grids = load_json(os.path.join(folder, "student", "sampler.json")).get("grids")
+    script = tdm if grids else decoupled_dmd
+    run = Run(script.parse_args(["--sample", folder, "--seed", str(seed)]), script.__name__)
+    student, saved, like = report.load_student(run)
+    at, renoise = (run, student.eval(), like), "sde" if saved["rule"] == "renoise" else "ode"
+    if grids:
+        grids = {int(n): grid for n, grid in grids.items()}
+        samplers = tdm.student_samplers(*at, grids, saved["told_steps"], renoise)
+        samplers = {f"{folder}, {n} step(s)": draw for n, draw in samplers.items()}
+    else:
+        samplers = {folder: decoupled_dmd.student_sampler(*at, saved["times"], renoise)}
+    return like.conditions, saved["times"], samplers
+
+
 @torch.no_grad()
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("runs", nargs="+", help="finished runs of decoupled_dmd.py on one world, alike "
-                   "in seed and guidance")  # fmt: skip
+    p.add_argument("runs", nargs="+", help="finished runs on one world, alike in seed and guidance")
     p.add_argument("--samples", type=int, default=2000, help="of every row")
     given = p.parse_args(argv)
     about = load_json(os.path.join(given.runs[0], "report.json"))
@@ -59,7 +78,7 @@ def main(argv=None):
     flags = ["--teacher", about["teacher"], "--guidance_scale", str(own["guidance_scale"])]
 
     def run_of(*more, seed=about["seed"]):
-        return Run(parse_args([*more, "--seed", str(seed)]), "decoupled_dmd")
+        return Run(decoupled_dmd.parse_args([*more, "--seed", str(seed)]), "decoupled_dmd")
 
     run, other = run_of(*flags), run_of(*flags, seed=about["seed"] + 1)
     teacher = start_teacher(run)
@@ -76,16 +95,14 @@ def main(argv=None):
 
     students = {}
     for folder in given.runs:
-        student, saved, like = report.load_student(run_of("--sample", folder))
-        renoise = "sde" if saved["rule"] == "renoise" else "ode"
-        students[folder] = student_sampler(run, student.eval(), like, saved["times"], renoise)
-    teacher.conditions, times = like.conditions, [*saved["times"], 0.0]
-    few, n = f"teacher, {2 * len(saved['times'])} calls", "other noise"
+        teacher.conditions, times, samplers = students_of(folder, about["seed"])
+        students |= samplers
+    few, n = f"teacher, {2 * len(times)} calls", "other noise"
     goal = moments(report.teacher_sampler(run, teacher))
     start = moments_of(world, world.data(len(label), 777, label)[0], label)
     rows = {"data": start, f"teacher, {n}": moments(report.teacher_sampler(other, teacher))}
     for name, at in ((few, run), (f"{few}, {n}", other)):
-        rows[name] = moments(report.teacher_sampler(at, teacher, times, "euler"))
+        rows[name] = moments(report.teacher_sampler(at, teacher, [*times, 0.0], "euler"))
     rows |= {name: moments(sampler) for name, sampler in students.items()}
     print_table({name: parts(row, goal, start) for name, row in rows.items()})
 
