@@ -11,7 +11,7 @@ fd_teacher = |m - m_T|^2 + a distance of C and C_T. "kept" is the share (m - m_0
 that the mean has gone, "across" the square of what it has gone beside the way. Two sets of the
 same sampler are not 0 apart: the rows "other noise" say how much of a distance is chance. The
 teacher's rows start from the report's noise, as the teacher itself does, and share its chance;
-students, which draw fresh noise between their steps, do not.
+students of decoupled_dmd.py, which draw fresh noise between their steps, do not.
 """
 
 import argparse
