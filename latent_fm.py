@@ -20,8 +20,7 @@ image with holes and the mask, or a map. This script also trains the others' tea
     m           mask                    1 = hole, 0 = known                          (B, 1, H, W)
 
 Launch.
-    laptop      python latent_fm.py               # shapes, PCA latents: minutes on two cores
-                python latent_fm.py --task inpaint                      # or semantic, or uncond
+    laptop      python latent_fm.py    # shapes, minutes on two cores; --task inpaint, semantic ...
     teachers    python latent_fm.py --data glyphs --logit_normal --save_fp16  # or clips, voxels
     own images  python latent_fm.py --data FOLDER --resolution 32       # FOLDER/<class>/*.png
     paper       python latent_fm.py --data FOLDER --resolution 256 --autoencoder sd-vae-ft-mse \
@@ -75,7 +74,6 @@ from models.plumbing.flags import (
     add_picture_flags,
     add_run_flags,
     default_output_dir,
-    given_flags,
     lengthen,
     number,
     paper_values,
@@ -1327,7 +1325,7 @@ def parse_args(argv=None):
         p.set_defaults(**SIZED)
     lengthen(p, known, known.network == "small")
     args = p.parse_args(argv)
-    refuse(unread(p, args, "latent_fm", given_flags(p, argv)))
+    refuse(unread(p, args, "latent_fm", argv))
     if args.output_dir is None:
         method = "latent_fm" if args.task == "class" else f"latent_fm-{args.task}"
         args.output_dir = default_output_dir(method, source or "", args.sample)

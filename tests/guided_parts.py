@@ -70,12 +70,14 @@ def students_of(folder, seed):
 @torch.no_grad()
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("runs", nargs="+", help="finished runs on one world, alike in seed and guidance")
+    p.add_argument("runs", nargs="+", help="finished runs on one world, alike in seed")
+    p.add_argument("--guidance_scale", type=float, help="of the teacher (default: the first run's)")
     p.add_argument("--samples", type=int, default=2000, help="of every row")
     given = p.parse_args(argv)
     about = load_json(os.path.join(given.runs[0], "report.json"))
     own = next(row for row in about["results"] if row["name"] == "teacher")
-    flags = ["--teacher", about["teacher"], "--guidance_scale", str(own["guidance_scale"])]
+    scale = given.guidance_scale or own["guidance_scale"]
+    flags = ["--teacher", about["teacher"], "--guidance_scale", str(scale)]
 
     def run_of(*more, seed=about["seed"]):
         return Run(decoupled_dmd.parse_args([*more, "--seed", str(seed)]), "decoupled_dmd")

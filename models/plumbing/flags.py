@@ -327,14 +327,15 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
         refuse_ambiguous(f"--{flag}", given.get(flag))
     args.settings = "" if known.sample else describe_settings(given, start, taken)
     args.output_dir = args.output_dir or default_output_dir(method, args.teacher, args.sample)
-    for wrong, why in (*wrong_output(args), *unread(p, args, method, given), *refusals(args)):
+    for wrong, why in (*wrong_output(args), *unread(p, args, method, argv), *refusals(args)):
         if wrong:
             p.error(why)
     return args
 
 
-def unread(p, a, method, given):
-    """Flags that --sample would ignore: pairs (wrong, why). given: of `given_flags`."""
+def unread(p, a, method, argv):
+    """Flags that --sample would ignore: pairs (wrong, why). argv: see `given_flags`."""
+    given = given_flags(p, argv)
     for flag in sorted(OF_SAVED - READ_BY.get(method, set())):
         why = f"--{flag}: with --sample the saved student decides: leave it out"
         yield a.sample and flag in given, why
