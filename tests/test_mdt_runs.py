@@ -474,6 +474,7 @@ def test_wrong_input_is_one_line_before_any_training(tmp_path, capsys, tiny, fla
         paths |= {"SS": saved[SparseStructureFlowModel], "SLAT": saved[SLatFlowModel]}
         base = ["--teacher_steps", "0"]
     paths["RUN"] = str(tmp_path / "nothing")
+    base = [] if "--sample" in flags else base
     flags = [*base, *[paths.get(f, f) for f in flags], "--output_dir", str(tmp_path / "run")]
     error = refusal_of(capsys, mdt_dist.main, *flags)
     assert message in error, error
