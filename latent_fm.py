@@ -66,7 +66,7 @@ from models.networks.dit_imagenet import DIT_B_2, DIT_L_2, DIT_XL_2, DiTTransfor
 from models.networks.latent_space import BUILT_IN, LatentSpace, load_space, space_beside
 from models.networks.ring_mlp import RingMLP
 from models.plumbing import report
-from models.plumbing.data import Conditions, to_unit
+from models.plumbing.data import Conditions, spread_rows, to_unit
 from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import Film
 from models.plumbing.flags import (
@@ -476,7 +476,7 @@ def build_space(args, world, data):
         return world.space
     try:
         if args.autoencoder == "pca":
-            some = to_unit(data.x[spread_over(len(data.x))])
+            some = to_unit(data.x[spread_rows(len(data.x), 4000)])
             space = LatentSpace(PatchPCA(shape[0], args.pca_patch, args.pca_channels).fit(some))
         else:
             space = load_space(args.autoencoder)
@@ -487,11 +487,6 @@ def build_space(args, world, data):
             "change --resolution, --pca_patch or --pca_channels"
         ) from None
     return space
-
-
-def spread_over(n, most=4000):
-    """Up to `most` of n indices, evenly spread: folders are sorted, the first items one class."""
-    return torch.arange(n) if n <= most else torch.arange(most) * n // most
 
 
 def refuse_to_encode(args, shape):
@@ -544,7 +539,7 @@ def describe_encoder(args, space):
 
 def measure_norm(args, data, space, cache, device):
     """Measure --latent_norm on up to 4,000 items of all and put it into the space."""
-    some = spread_over(len(data.x)).split(100)
+    some = spread_rows(len(data.x), 4000).split(100)
     if cache:
         moments = (cache.rows(i, None, "cpu") for i in some)
     else:

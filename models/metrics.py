@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from models.files import UserError, fingerprint, load_tensors, open_tensors, save_json, save_tensors
 from models.libraries import device
 from models.networks import inception
+from models.plumbing.data import spread_rows
 from models.plumbing.flags import Parser, number
 from models.plumbing.image_sets import npz_array, npz_names, open_images
 from models.plumbing.images import CROPS
@@ -241,12 +242,6 @@ def measure_features(samples, reference, statistics, net, args):
         if min(len(a), len(b)) > 3:
             found["precision"], found["recall"] = share_inside(a, b), share_inside(b, a)
     return found
-
-
-def spread_rows(n, most):
-    """Up to `most` of n row numbers, evenly spread: folders are sorted by class.  (m,) int64"""
-    m = min(n, most)
-    return torch.arange(m) * n // m
 
 
 def look(images, most=5000, thumbs=2000):

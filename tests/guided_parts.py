@@ -28,6 +28,7 @@ from models.plumbing import report  # noqa: E402
 from models.plumbing.run import Run, run_main  # noqa: E402
 from models.plumbing.teachers import start_teacher  # noqa: E402
 from models.worlds.measures import balanced_labels, frechet_distance  # noqa: E402
+from tests.mdt_steps import print_table  # noqa: E402
 
 COLUMNS = "fd_teacher mean covariance kept across".split()
 
@@ -106,15 +107,8 @@ def main(argv=None):
     for name, at in ((few, run), (f"{few}, {n}", other)):
         rows[name] = moments(report.teacher_sampler(at, teacher, [*times, 0.0], "euler"))
     rows |= {name: moments(sampler) for name, sampler in students.items()}
-    print_table({name: parts(row, goal, start) for name, row in rows.items()})
-
-
-def print_table(rows):
-    """rows: {title: {column: number}}, as Markdown."""
-    print(" | ".join(["|", *COLUMNS]) + " |")
-    print("|" + "---|" * (len(COLUMNS) + 1))
-    for title, row in rows.items():
-        print(" | ".join([f"| {title}", *(f"{row[name]:.3g}" for name in COLUMNS)]) + " |")
+    table = {name: parts(row, goal, start) for name, row in rows.items()}
+    print_table("", COLUMNS, table, ".3g")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def main(argv=None):
     def noise(a, b):
         return report.evaluation_noise(run, teacher.shape, a, b)("z")
 
-    at, taught, nets = (like.conditions, teacher.shift), None, {"student": student}
+    taught, nets = None, {"student": student}
     if given.regression:
         pairs = balanced_labels(given.pairs, world.num_classes)
 
@@ -155,6 +155,7 @@ def main(argv=None):
 
         taught = regressed(student, velocity, like.conditions, fresh, pairs, given.regression)
         nets["regression"] = taught
+    at = like.conditions, teacher.shift
     rows = step_rows(student, velocity, noise, label, world, *at, taught=taught)
     shown = [name for name in COLUMNS if name in next(iter(rows.values()))]
     print_table("first and second step", shown, rows, ".3g")

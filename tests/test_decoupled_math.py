@@ -1073,7 +1073,7 @@ def test_where_free_students_rest(case, means):
     more = dict(updates=250, rate=0.1) if normalizer == "branch" else {}
     m = resting_means(schedule, normalizer, knows_step, **more)
     close(m, means, 2e-3 if knows_step else 0.03)
-    one, guided = 1.0, guided_mean()
+    one, (guided, _) = 1.0, guided_moments()
     assert guided == pytest.approx(1.40, abs=0.005)
     last = float(m[3])
     if schedule in ("shared", "full"):
@@ -1085,11 +1085,14 @@ def test_where_free_students_rest(case, means):
         assert 0.25 < share < 0.4 if knows_step else share < -0.3
 
 
-def guided_mean():
-    """Mean of the guided teacher's samples, 64 Heun steps: its ODE is affine, so z = 0 has it."""
-    z, conds = torch.zeros(1, 1, dtype=torch.float64), ({"known": True}, {"known": False})
-    grid = step_grid(64, 2.0)
-    return float(FLOW_X0.sample(gaussian_teacher, z, grid, *conds, 3.0, "heun"))
+def guided_moments():
+    """Mean and standard deviation of the guided teacher's samples, 64 Heun steps.
+
+    Its ODE is affine: z = 0 ends at the mean, and z = 1 a standard deviation from there.
+    """
+    z, conds = times(0.0, 1.0)[:, None], ({"known": True}, {"known": False})
+    x = FLOW_X0.sample(gaussian_teacher, z, step_grid(64, 2.0), *conds, 3.0, "heun")
+    return float(x[0]), float(x[1] - x[0])
 
 
 def rest(schedule, k, weight):
@@ -1128,7 +1131,7 @@ def test_one_weight_of_ca_keeps_the_guidance_if_levels_are_shared():
 
     With levels of their own no weight does that: where the last step is there, the first is beyond.
     """
-    goal, low, high = guided_mean(), 0.0, 1.0
+    (goal, _), low, high = guided_moments(), 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if rest("shared", 0, 2 * middle) < goal else (low, middle)
@@ -1137,13 +1140,6 @@ def test_one_weight_of_ca_keeps_the_guidance_if_levels_are_shared():
     assert rest("constrained", 3, 2 * 4.65) == pytest.approx(goal, abs=0.005)
     assert rest("constrained", 0, 2 * 4.65) > goal + 2.0
     assert rest("hybrid", 3, 2 * 4.65) < goal - 0.07
-
-
-def guided_std():
-    """Standard deviation of the guided teacher's samples: what its affine ODE makes of z = 1."""
-    z, conds = times(0.0, 1.0)[:, None], ({"known": True}, {"known": False})
-    x = FLOW_X0.sample(gaussian_teacher, z, step_grid(64, 2.0), *conds, 3.0, "heun")
-    return float(x[1] - x[0])
 
 
 def pulls(mean, std, weight, most, n_levels=512):
@@ -1162,7 +1158,7 @@ def test_less_ca_at_clean_levels_alone_keeps_mean_and_spread_of_guidance():
 
     At all levels a weight that is right for the mean, .272, leaves nearly three times its spread.
     """
-    mean, std = guided_mean(), guided_std()
+    mean, std = guided_moments()
     assert std == pytest.approx(0.1, abs=0.002)
     of_mean, of_spread = pulls(mean, std, 0.404, 0.693)
     assert abs(of_mean) < 2e-3 and abs(of_spread) < 1e-4

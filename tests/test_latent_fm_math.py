@@ -24,7 +24,7 @@ from latent_fm import (
 from models.diffusion import from_x0_eps, guide, to_x0_eps
 from models.networks.autoencoders import AutoencoderKL, Identity, PatchPCA
 from models.networks.latent_space import LatentSpace, load_space, space_beside
-from models.plumbing.data import to_unit
+from models.plumbing.data import spread_rows, to_unit
 from models.worlds import load_world
 from models.worlds.masks import draw_mask, draw_masks
 from models.worlds.shapes import Shapes, overlap
@@ -413,10 +413,10 @@ def pictures():
 
 def test_what_is_measured_on_some_items_is_measured_on_all_classes():
     """A folder is sorted by class: 4,000 of 10,000 items, spread over all of them."""
-    some = latent_fm.spread_over(10_000)
+    some = spread_rows(10_000, 4000)
     assert len(some.unique()) == 4000 and some.max() < 10_000
     assert (some // 1000).unique().tolist() == list(range(10))
-    assert latent_fm.spread_over(30).tolist() == list(range(30))
+    assert spread_rows(30, 4000).tolist() == list(range(30))
 
 
 def test_a_sorted_set_s_space_knows_its_last_class():

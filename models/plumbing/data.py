@@ -546,6 +546,12 @@ def to_unit(x):
     return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
 
 
+def spread_rows(n, most):
+    """Up to `most` of n row numbers, evenly spread: folders are sorted by class.  (m,) int64"""
+    m = min(n, most)
+    return torch.arange(m) * n // m
+
+
 # ---- --data for a teacher ------------------------------------------------------------------------
 
 
