@@ -56,7 +56,7 @@ from models.diffusion import (
 )
 from models.draws import Draws, stable_hash
 from models.files import UserError, open_tensors, save_json
-from models.muon import Muon
+from models.muon import Muon, flops_of
 from models.networks import load_network, network_config, network_of, save_network, weights_hash
 from models.networks.adm import LFM_NETWORKS, UNetModel
 from models.networks.as_flow import AsFlow
@@ -655,14 +655,10 @@ def small_network(args, data, shape, world_name):
     )
 
 
-def build_optimizers(args, net):
-    """AdamW for everything (paper), or Muon for the weight matrices inside the blocks.
-
-    Muon (orthogonalised momentum) reaches a given loss in about half the steps here; AdamW trains
-    the rest. -> the optimisers, and the learning rate of each.
-    """
+def block_matrices(net):
+    """The weight matrices inside the blocks of net, which Muon trains."""
     blocks = ("blocks.", "hidden.", "transformer_blocks.")
-    inside = [
+    return [
         p
         for name, p in net.named_parameters()
         if name.startswith(blocks)
@@ -670,6 +666,15 @@ def build_optimizers(args, net):
         and "modulation" not in name
         and ".norm1." not in name
     ]
+
+
+def build_optimizers(args, net):
+    """AdamW for everything (paper), or Muon for the weight matrices inside the blocks.
+
+    Muon (orthogonalised momentum) reaches a given loss in about half the steps here; AdamW trains
+    the rest. -> the optimisers, and the learning rate of each.
+    """
+    inside = block_matrices(net)
     if args.optimizer == "muon" and not inside:
         raise UserError(
             f"--optimizer muon: it trains matrices inside blocks, and a {type(net).__name__} has "
@@ -1115,11 +1120,17 @@ def cost(args):
     """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
 
     The autoencoder is left out, which --cache_latents takes out of the loop. Muon keeps one number
-    for each weight where AdamW keeps two.
+    for each weight where AdamW keeps two, and multiplies matrices where AdamW does not.
     """
-    moments = 4 if args.optimizer == "muon" else 8
-    networks = [Network("net", "trained", saved=True, moments=moments), Network("ema", "average")]
+    muon = args.optimizer == "muon"
+    optimizer = dict(moments=4, update=muon_flops) if muon else {}
+    networks = [Network("net", "trained", saved=True, **optimizer), Network("ema", "average")]
     return networks, [Turn("net", 1, {}, {"net": 1})]
+
+
+def muon_flops(net):
+    """FLOPs of one of Muon's updates of net."""
+    return flops_of(block_matrices(net))
 
 
 def planned_network(args):

@@ -28,6 +28,12 @@ def orthogonalise(g, coefficients=COEFFICIENTS, steps=5, eps=1e-7):
     return x.T if g.shape[0] > g.shape[1] else x
 
 
+def flops_of(matrices, steps=5):
+    """FLOPs of `orthogonalise` of each of these: 4 m m n + 2 m m m a step, m the shorter side."""
+    sides = [sorted(p.shape) for p in matrices]
+    return sum(steps * (4 * m * m * n + 2 * m**3) for m, n in sides)
+
+
 class Muon(torch.optim.Muon):
     """torch.optim.Muon with its defaults and its state, in float32 for matrices on a CPU.
 

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import latent_fm
 from models.muon import COEFFICIENTS, Muon, orthogonalise
 from models.networks.dit import DiT
+from models.plumbing.dry_run import planned
 from models.plumbing.run import Run
 
 SHAPES = [(6, 20), (20, 6), (8, 8)]
@@ -143,3 +145,21 @@ def test_other_devices_keep_torchs_own(monkeypatch):
     optimizer = Muon([p])
     optimizer.step()
     assert called == [optimizer]
+
+
+def test_dry_run_counts_what_muon_multiplies():
+    """The FLOPs that torch counts of one step, on the default run's network; AdamW has none."""
+    plans = {}
+    for optimizer in ("muon", "adamw"):
+        args = latent_fm.parse_args(["--optimizer", optimizer, "--dry_run"])
+        plans[optimizer] = planned(args, *latent_fm.cost(args), build=latent_fm.planned_network)
+    net = latent_fm.planned_network(args)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    args = latent_fm.parse_args(["--optimizer", "muon"])
+    optimizers, _ = latent_fm.build_optimizers(args, net)
+    with FlopCounterMode(display=False) as counter:
+        for optimizer in optimizers:
+            optimizer.step()
+    muon = plans["muon"].flops()[0] - plans["adamw"].flops()[0]
+    assert muon == counter.get_total_flops() > 0.4 * plans["adamw"].flops()[0]

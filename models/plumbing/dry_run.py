@@ -17,7 +17,8 @@ What is reckoned with:
 * Gradients appear while activations go, so without accumulation on one rank the larger of the two
   counts, else their sum.
 * 3 % of a device stay free, for its context, for communication and for what the allocator loses.
-* Model FLOPs are those of one forward pass and of the backward pass that it needs; what
+* Model FLOPs are those of one forward pass and of the backward pass that it needs, and of an
+  optimiser that multiplies matrices (Muon), which every rank does for all of them; what
   checkpointing computes again is stated apart. A device is taken to reach 45 % of its peak.
 
 Small things are left out: the GAN's head, the input for the step, samples and prompts of a batch.
@@ -60,6 +61,7 @@ class Network:
     saved    it is what student/ holds
     change   function(net) that the script applies to it first, in place
     moments  bytes of the optimiser for each trained number
+    update   function(net) -> FLOPs of one step of its optimiser, if that multiplies matrices
     """
 
     name: str
@@ -69,6 +71,7 @@ class Network:
     saved: bool = False
     change: Callable | None = None
     moments: int = 8
+    update: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ class Plan:
         return low
 
     def flops(self):
-        """Model FLOPs of one update on a rank, and those of what is computed again."""
+        """FLOPs of one update on a rank, and those of what is computed again."""
         model = again = 0.0
         for turn in self.turns:
             here = sum(count * self.costs[name].flops for name, count in turn.calls.items())
@@ -226,7 +229,8 @@ class Plan:
                 again += turn.times * count * cost.flops_again
             model += turn.times * here
         passes = self.args.gradient_accumulation_steps / self.sequence
-        return model * passes, again * passes
+        update = sum(n.update(self.net) for n in self.trained() if n.update)
+        return model * passes + update, again * passes
 
     def seconds(self, tflops):
         """Of one update, on a device of this peak."""
