@@ -40,6 +40,8 @@ import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from kernels import linear_attention as la  # noqa: E402
+from kernels import linear_attention_ops as ops  # noqa: E402
+from kernels import linear_attention_triton as chip  # noqa: E402
 from models.files import save_json  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -115,10 +117,10 @@ def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, 
     import triton
     from triton.backends.compiler import GPUTarget
 
-    fn = getattr(la, f"_{kernel}_kernel")
+    fn = getattr(chip, f"{kernel}_kernel")
     role = kernel + ("" if kernel != "backward" else " q" if flags["QUERY"] else " k")
     sizes = width, E or width, D
-    const, programs = la.constants(
+    const, programs = ops.constants(
         role, feature_map, *sizes, dtype, has_w, SHARED.get(capability, 99 * 1024)
     )
     const |= flags
@@ -127,7 +129,7 @@ def compiled(kernel, flags, feature_map, width, D, dtype, has_w, capability=90, 
     options = {name: const.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     const.update({name: 1 for name in fn.arg_names if re.fullmatch("[xy]_d", name)})
     words = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    dot = words[la.dot_dtype(dtype)]
+    dot = words[ops.dot_dtype(dtype)]
     types = {
         **dict.fromkeys(["X", "Y", "OUT", "DX", "DY"], "*" + words[dtype]),
         **dict.fromkeys(["W", "DU"], "*" + dot),
@@ -187,10 +189,10 @@ def compile_case(feature_map, D, E, arch, dtype_name="bf16"):
     -> a generator of dicts, empty where the kernels do not fit and torch runs.
     """
     dtype, capability = DTYPES[dtype_name], int(arch[3:])
-    has_w, halves = E is not None, la.halves_of(feature_map)
+    has_w, halves = E is not None, ops.halves_of(feature_map)
     sizes, shared = (D, E or D, D), SHARED.get(capability, 99 * 1024)
-    padded = [la.padded(size) for size in sizes]
-    if any(la.tiles(name, *padded, halves, dtype, shared) is None for name in la.KERNELS):
+    padded = [ops.padded(size) for size in sizes]
+    if any(ops.tiles(name, *padded, halves, dtype, shared) is None for name in ops.KERNELS):
         return
     for launch, kernel, flags, phi in variants(feature_map, has_w):
         _, width, y = sizes
@@ -201,7 +203,7 @@ def compile_case(feature_map, D, E, arch, dtype_name="bf16"):
         names = "WRITE_X", "WRITE_Y", "WRITE_U"
         parts = [{}]
         if kernel == "backward":
-            parts = la.passes([flags[name] for name in names], halves, padded[1], shared)
+            parts = ops.passes([flags[name] for name in names], halves, padded[1], shared)
             parts = [dict(zip(names, part)) for part in parts]
         for part in parts:
             title = launch
@@ -291,10 +293,10 @@ def matmul_rate(device, dtype, repeats, clock):
     return 2 * n**3 / seconds(lambda: x @ x, device, repeats, 2.0, clock)
 
 
-if la.triton is not None:
-    tl = la.tl
+if ops.triton is not None:
+    tl = chip.tl
 
-    @la.triton.jit
+    @ops.triton.jit
     def _exp_kernel(X, TIMES: tl.constexpr, SIZE: tl.constexpr):
         """x = 2^-x, again and again, without leaving the chip."""
         at = X + tl.program_id(0) * SIZE + tl.arange(0, SIZE)
@@ -314,7 +316,7 @@ def exp_rate(device, repeats, clock):
                 torch.exp(x, out=x).neg_()
 
         return 100 * x.numel() / seconds(exps, device, repeats, 1.0, clock)
-    if la.triton is None:
+    if ops.triton is None:
         return float("inf")
     x, times = torch.rand(2**24, device=device), 256
     run = seconds(lambda: _exp_kernel[(2**14,)](x, times, 1024), device, repeats, 1.0, clock)
@@ -348,7 +350,7 @@ def methods(args, device):
         cast = (None if p is None else p.to(q.dtype) for p in w)
         return [la.features(x, fm, p) for x, p in zip((q, k), cast, strict=True)]
 
-    if "triton" in args.methods and device == "cuda" and la.triton is not None:
+    if "triton" in args.methods and device == "cuda" and ops.triton is not None:
         found["triton"] = lambda q, k, v, *w: la.linear_attention(q, k, v, fm, *w, backend="triton")
     if "torch" in args.methods:
         found["torch"] = lambda q, k, v, *w: la.linear_attention(q, k, v, fm, *w, backend="torch")
@@ -402,7 +404,7 @@ def kernel_usage():
     """
     rows = []
     for name in ("reduce", "apply", "backward"):
-        caches = getattr(getattr(la, f"_{name}_kernel"), "device_caches", {})
+        caches = getattr(getattr(chip, f"{name}_kernel"), "device_caches", {})
         binaries = [binary for cache in caches.values() for binary in cache[0].values()]
         for binary in binaries:
             if hasattr(binary, "n_regs"):
@@ -603,7 +605,7 @@ def parse_args(argv=None):
     for flag in ("sass", "every"):
         if getattr(args, flag) and not args.compile:
             p.error(f"--{flag} needs --compile ARCHITECTURE")
-    if args.compile and (la.triton is None or la.INTERPRET):
+    if args.compile and (ops.triton is None or ops.INTERPRET):
         p.error("--compile needs triton, and TRITON_INTERPRET unset")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device == "cuda"
@@ -647,7 +649,7 @@ def main(argv=None):
     args = parse_args(argv)
     about = dict(
         torch=torch.__version__,
-        triton=getattr(la.triton, "__version__", None),
+        triton=getattr(ops.triton, "__version__", None),
         dtype=args.dtype,
         feature_map=args.feature_map,
         clock=args.clock,
@@ -655,7 +657,7 @@ def main(argv=None):
     )
     if args.compile:
         print(
-            f"compiled for {args.compile} by triton {la.triton.__version__}, {args.dtype}, "
+            f"compiled for {args.compile} by triton {ops.triton.__version__}, {args.dtype}, "
             "feature maps with their head size; spills in bytes per thread, shared memory in KB"
         )
         print(

@@ -31,11 +31,13 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from kernels import bench_linear_attention  # noqa: E402
 from kernels import linear_attention as la  # noqa: E402
+from kernels import linear_attention_ops as ops  # noqa: E402
+from kernels import linear_attention_triton as chip  # noqa: E402
 from kernels.linear_attention import linear_attention, quadratic_oracle  # noqa: E402
 from models.networks.wan import WanTransformer3DModel  # noqa: E402
 
 EPS, linear_attention_reference = la.EPS, la.linear_attention_reference
-needs_triton = pytest.mark.skipif(la.triton is None, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(ops.triton is None, reason="triton is not installed")
 needs_compiler = pytest.mark.skipif(
     not shutil.which("gcc") and not os.environ.get("CC"), reason="torch.compile needs a C compiler"
 )
@@ -399,7 +401,7 @@ def test_wrong_input_is_named(message):
 
 def test_triton_is_refused_on_the_cpu_and_not_needed():
     """Asked for by name, Triton says why not; otherwise the reference runs at any head size."""
-    if la.triton is not None and not la.INTERPRET:
+    if ops.triton is not None and not ops.INTERPRET:
         with pytest.raises(ValueError, match="q must be on a CUDA device"):
             linear_attention(x, x, x, backend="triton")
     for D in (3, 24, 256):
@@ -409,12 +411,12 @@ def test_triton_is_refused_on_the_cpu_and_not_needed():
 
 def test_backend_for_says_what_runs(monkeypatch):
     """By shared memory, size and dtype; devices are pretended: nothing is launched."""
-    monkeypatch.setattr(la, "triton", la.triton or True)
-    monkeypatch.setattr(la, "INTERPRET", True)
+    monkeypatch.setattr(ops, "triton", ops.triton or True)
+    monkeypatch.setattr(ops, "INTERPRET", True)
     shared = {"H100": 227, "A100": 163, "RTX 4090": 99}
     found = {}
     for card, size in shared.items():
-        monkeypatch.setattr(la, "shared_memory", lambda device, size=size: size * 1024)
+        monkeypatch.setattr(ops, "shared_memory", lambda device, size=size: size * 1024)
         for D, w, dtype in (
             (128, None, "bfloat16"),
             (128, 64, "bfloat16"),
@@ -425,7 +427,7 @@ def test_backend_for_says_what_runs(monkeypatch):
         ):
             q = torch.empty(1, 1, 1, D, dtype=getattr(torch, dtype))
             w = w and torch.empty(1, D, w)
-            found[card, D, w is not None, dtype] = la._why_not(q, None, "hedgehog", w)
+            found[card, D, w is not None, dtype] = ops.why_not(q, None, "hedgehog", w)
             # under the interpreter torch runs, as a call with backend=None does
             assert la.backend_for(q, w_q=w)[0] == "torch"
     torch_runs = {key for key, name in found.items() if name}
@@ -436,11 +438,11 @@ def test_backend_for_says_what_runs(monkeypatch):
     assert torch_runs == both | never
 
 
-@pytest.mark.skipif(la.triton is None or la.INTERPRET, reason="needs triton")
+@pytest.mark.skipif(ops.triton is None or ops.INTERPRET, reason="needs triton")
 @pytest.mark.parametrize("name", ["reduce", "apply", "backward"])
 def test_no_kernel_is_compiled_anew_for_another_length(name):
     """Of the numbers only strides make kernels of their own: where they are 1, or divide by 16."""
-    kernel = getattr(la, f"_{name}_kernel")
+    kernel = getattr(chip, f"{name}_kernel")
     tensors = {"X", "Y", "W", "A", "COEFF", "SUMS", "OUT", "OVER_D", "DX", "DU", "DY"}
     may = [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)]
     numbers = set(may) - tensors - {"scale", "eps"}  # which are floats, and those never are
@@ -461,6 +463,34 @@ def test_feature_dim_of_the_module():
             la.LinearAttention(3, 16, feature_dim=wrong)
     with pytest.raises(ValueError, match="feature_dim is for 'hedgehog'"):
         la.LinearAttention(3, 16, "elu", feature_dim=8)
+
+
+def test_a_copy_of_the_file_alone_runs_the_reference(tmp_path):
+    """Beside a script of another project, which may have a package `kernels` of its own."""
+    assert la.TINY == chip.TINY
+    shutil.copy(la.__file__, tmp_path)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    (tmp_path / "script.py").write_text(
+        """
+import torch
+from linear_attention import LinearAttention, backend_for, linear_attention
+
+q, k, v = torch.randn(3, 2, 7, 3, 16).unbind()
+attend = LinearAttention(3, 16)
+attend(q, k, v).sum().backward()
+assert attend.w_q.grad.abs().sum() > 0
+assert backend_for(q)[0] == "torch"
+try:
+    linear_attention(q, k, v, backend="triton")
+except ValueError as e:
+    print(e)
+"""
+    )
+    run = [sys.executable, "script.py"]
+    done = subprocess.run(run, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "linear_attention_ops.py and linear_attention_triton.py are not there" in done.stdout
 
 
 def test_works_without_triton():
@@ -569,7 +599,7 @@ def run_case(feature_map, projections, N_q, N, D, D_v, splits, layout, eps, dtyp
     w = [a.float().requires_grad_() for a in x[3:]]
     x = [lay_out(a.to(dtype), layout).requires_grad_() for a in x[:3]] + w
     w = w or [None, None]
-    o = la._by_kernels(*x[:3], feature_map, *w, eps, num_splits=splits)
+    o = ops.by_kernels(*x[:3], feature_map, *w, eps, num_splits=splits)
     g = lay_out(normal(*o.shape, seed=8).to(device, dtype), layout)
     got = [o, *torch.autograd.grad(o, x, g)]
     y = [a.detach().double().requires_grad_() for a in x]
@@ -609,19 +639,19 @@ def registration():
     for name, w in (("with W", x[3:]), ("without W", [None, None])):
         q, k, v = qkv
         args = (*x[1:3], w[1], None, "hedgehog", 9, 2)
-        found[f"opcheck sums {name}"] = failures(la._sums, args, checks + more_checks), 0
-        sums = la._sums(k, v, w[1], None, "hedgehog", 9, 2).detach()
+        found[f"opcheck sums {name}"] = failures(ops._sums, args, checks + more_checks), 0
+        sums = ops._sums(k, v, w[1], None, "hedgehog", 9, 2).detach()
         need = [True, False, w[1] is not None]
         args = (sums, k, v, w[1], None, "hedgehog", 9, 2, need)
-        found[f"opcheck gradients of sums {name}"] = failures(la._sums_backward, args, checks), 0
+        found[f"opcheck gradients of sums {name}"] = failures(ops._sums_backward, args, checks), 0
         args = (sums, k.bfloat16(), v.bfloat16(), w[1], None, "hedgehog", 9, 2, [True, True, False])
-        found[f"and of a frozen W {name}"] = failures(la._sums_backward, args, checks), 0
+        found[f"and of a frozen W {name}"] = failures(ops._sums_backward, args, checks), 0
         args = (x[0], w[0], sums.requires_grad_(), 16, "hedgehog", 0.0, 2)
-        found[f"opcheck apply {name}"] = failures(la._apply, args, checks + more_checks), 0
+        found[f"opcheck apply {name}"] = failures(ops._apply, args, checks + more_checks), 0
         sums, g = sums.detach(), torch.randn(2, 9, 2, 16)
-        saved = la._apply(q, w[0], sums, 16, "hedgehog", 0.0, 2)
+        saved = ops._apply(q, w[0], sums, 16, "hedgehog", 0.0, 2)
         args = (g, q, w[0], sums, *saved, "hedgehog", 2, [False, w[0] is not None, True])
-        found[f"opcheck gradients of apply {name}"] = failures(la._apply_backward, args, checks), 0
+        found[f"opcheck gradients of apply {name}"] = failures(ops._apply_backward, args, checks), 0
     expected = call(*x)
     got = torch.compile(call, fullgraph=True, backend="aot_eager")(*x)
     grads = [torch.autograd.grad(o.square().sum(), x) for o in (got, expected)]
@@ -666,7 +696,7 @@ def beyond_int32():
         x = far.as_strided(shape, stride)
         x.copy_(normal(*shape))
         got, expected = (
-            la._by_kernels(a, a, a, "softmax", None, None, 0.0, num_splits=1)
+            ops.by_kernels(a, a, a, "softmax", None, None, 0.0, num_splits=1)
             for a in (x, x.clone(memory_format=torch.contiguous_format))
         )
         worst = max(worst, (got - expected).abs().max().item())
@@ -676,12 +706,12 @@ def beyond_int32():
 def on_160_kb():
     """Largest difference between gradients where dk and dv share a launch and where they do not."""
     x = [a.requires_grad_() for a in inputs(B=1, N=17, H=1, D=128, dtype=torch.bfloat16)]
-    whole, grads = la.shared_memory, []
+    whole, grads = ops.shared_memory, []
     for size in (227, 160):
-        la.shared_memory = lambda device, size=size: size * 1024
+        ops.shared_memory = lambda device, size=size: size * 1024
         o = linear_attention(*x[:3], "hedgehog", *x[3:], backend="triton")
         grads.append(torch.autograd.grad(o.float().square().sum(), x))
-    la.shared_memory = whole
+    ops.shared_memory = whole
     return max((a - b).float().abs().max().item() for a, b in zip(*grads, strict=True))
 
 
@@ -725,16 +755,16 @@ def asked_for():
     """How many gradients are computed that nobody asked for, or are wrong when asked for alone."""
     x = inputs(N=9, H=1, D=16, dtype=torch.float32)
     every = [a.clone().requires_grad_() for a in x]
-    call = functools.partial(la._by_kernels, feature_map="hedgehog", eps=0.0, num_splits=1)
+    call = functools.partial(ops.by_kernels, feature_map="hedgehog", eps=0.0, num_splits=1)
     o = call(*every[:3], w_q=every[3], w_k=every[4])
     expected, wrong = torch.autograd.grad(o.square().sum(), every), 0
     for i in range(5):
         one = [a.clone().requires_grad_(i == j) for j, a in enumerate(x)]
         o = call(*one[:3], w_q=one[3], w_k=one[4])
         wrong += not torch.equal(torch.autograd.grad(o.square().sum(), one[i])[0], expected[i])
-    sums = la._sums(x[1], x[2], x[4], None, "hedgehog", 9, 1)
+    sums = ops._sums(x[1], x[2], x[4], None, "hedgehog", 9, 1)
     for need in ([True, False, False], [False, True, False], [False, False, True]):
-        got = la._sums_backward(sums, x[1], x[2], x[4], None, "hedgehog", 9, 1, need)
+        got = ops._sums_backward(sums, x[1], x[2], x[4], None, "hedgehog", 9, 1, need)
         wrong += [g.numel() > 0 for g in got] != need
     return wrong
 
@@ -822,7 +852,7 @@ def interpreter_main(left_out):
     """Print a JSON line per case: case, found {name: [value, bound]} or error, seconds."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-    assert torch.empty(3).isnan().all() and la.INTERPRET
+    assert torch.empty(3).isnan().all() and ops.INTERPRET
     cases = {name: functools.partial(run_case, *case) for name, case in CASES.items()}
     for name, run in {**cases, **GROUPS}.items():
         if name in left_out:
@@ -883,7 +913,7 @@ def test_kernels(interpreted, case):
 # ---- the kernels on a GPU ------------------------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(
-    la.triton is None or la.INTERPRET or not torch.cuda.is_available(), reason="needs a GPU"
+    ops.triton is None or ops.INTERPRET or not torch.cuda.is_available(), reason="needs a GPU"
 )
 
 
@@ -991,14 +1021,14 @@ def bench(*flags):
 
 
 needs_assembler = pytest.mark.skipif(
-    la.triton is None
-    or la.INTERPRET
-    or not list((Path(la.triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*")),
+    ops.triton is None
+    or ops.INTERPRET
+    or not list((Path(ops.triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*")),
     reason="no triton, or one without NVIDIA's assembler",
 )
 SHARED = {"sm_90": 227, "sm_80": 163, "sm_89": 99}  # KB
 # the releases of Triton whose code the tiles were chosen by; others may spill a little
-NO_SPILLS = la.triton is not None and la.triton.__version__.startswith("3.9.")
+NO_SPILLS = ops.triton is not None and ops.triton.__version__.startswith("3.9.")
 # bytes a thread that launches of sizes and maps outside the papers spill, found and left
 # (docs/results/kernels.md): (feature map, D, E), architecture, launch
 SPILLS = {
