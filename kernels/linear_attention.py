@@ -57,6 +57,7 @@ features.
 """
 
 import math
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -242,6 +243,45 @@ def backend_for(q, v=None, feature_map="hedgehog", w_q=None):
     return ("torch", why) if why else ("triton", None)
 
 
+_faster = {}  # what faster_backend has timed: the back end of each kind of call
+
+
+def faster_backend(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, repeats=3):
+    """The back end that was faster for such a call when the first of its kind was timed.
+
+    Arguments are those of linear_attention. Calls are of one kind if they differ in numbers alone,
+    or in lengths below the same powers of two. A call whose gradient is asked for is timed with its
+    backward pass; the best of some repeats counts, after one that compiles. In float32, whose exact
+    products a GPU computes slowly in Triton too, either may be the faster one. -> "triton", also
+    while a graph is captured or compiled; or "torch", also where the kernels cannot.
+    """
+    if backend_for(q, v, feature_map, w_q)[0] == "torch":
+        return "torch"
+    if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return "triton"
+    tensors = [q, k, v, w_q, w_k]
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+    shapes = [None if x is None else (*x.shape[::2], x.shape[-1]) for x in tensors]
+    lengths = q.shape[1].bit_length(), k.shape[1].bit_length()
+    kind = q.device, q.dtype, feature_map, *needs, *shapes, *lengths
+    if kind not in _faster:
+        x = [x if x is None else x.detach().requires_grad_(n) for x, n in zip(tensors, needs)]
+        wanted = [t for t, n in zip(x, needs) if n]
+
+        def seconds(backend):
+            began = time.perf_counter()
+            o = linear_attention(*x[:3], feature_map, *x[3:], backend=backend)
+            if wanted:
+                torch.autograd.grad(o.sum(), wanted)
+            if q.is_cuda:
+                torch.cuda.synchronize(q.device)
+            return time.perf_counter() - began
+
+        best = {b: min([seconds(b) for _ in range(1 + repeats)][1:]) for b in ("torch", "triton")}
+        _faster[kind] = min(best, key=best.get)
+    return _faster[kind]
+
+
 def _has_tangents(*tensors):
     """Whether forward-mode derivatives pass through: of those the kernels would know nothing.
 
@@ -278,7 +318,8 @@ def linear_attention(
                  for "relu" and "none".
     backend      "triton", "torch", or None: what backend_for says, and torch for forward-mode
                  derivatives (torch.func.jvp), which the kernels do not have. A call on a GPU that
-                 runs torch because the kernels cannot warns once of the reason.
+                 runs torch because the kernels cannot warns once of the reason. "faster": what
+                 faster_backend finds, without a share; two runs may then differ by roundings.
     share        where other ranks have further keys and queries: an object with N, how many keys
                  there are in all, and sum(x), which adds x up over the ranks, differentiably
                  (models/networks/sequence.py; linear_attention_over_ranks).
@@ -293,10 +334,13 @@ def linear_attention(
     if eps is None:
         eps = EPS.get(feature_map, 0.0) if isinstance(feature_map, str) else 0.0
     _check(q, k, v, feature_map, w_q, w_k, eps)
-    if backend not in (None, "torch", "triton"):
-        raise ValueError(f"backend must be None, 'torch' or 'triton', got {backend!r}")
+    if backend not in (None, "torch", "triton", "faster"):
+        raise ValueError(f"backend must be None, 'torch', 'triton' or 'faster', got {backend!r}")
     a = _key_weights(mask, k, share)
     forward_mode = _has_tangents(q, k, v, w_q, w_k)
+    if backend == "faster":  # ranks that share keys have to agree: their sums are laid out alike
+        timed = share is None and not forward_mode
+        backend = faster_backend(q, k, v, feature_map, w_q, w_k) if timed else None
     if backend == "triton":
         why = _why_not(q, v, feature_map, w_q)
         if forward_mode:

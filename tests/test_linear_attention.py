@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # the interpreter's process
@@ -389,7 +390,7 @@ WRONG = {
     "w_k was given, but feature_map 'none'": dict(w_k=W, feature_map="none"),
     "eps must be a finite number >= 0": dict(eps=-1e-6),
     "eps must be a finite number >= 0, got nan": dict(eps=float("nan")),
-    "backend must be None, 'torch' or 'triton'": dict(backend="cuda"),
+    "backend must be None, 'torch', 'triton' or 'faster'": dict(backend="cuda"),
 }
 
 
@@ -436,6 +437,63 @@ def test_backend_for_says_what_runs(monkeypatch):
         (c, 130, False, "bfloat16") for c in shared
     }
     assert torch_runs == both | never
+
+
+def test_faster_backend_times_once(monkeypatch):
+    """Each kind of call once, with its backward pass; the kernels are pretended, by the reference.
+
+    Another length below the same power of two, and other numbers, are not timed again.
+    """
+    ran, slow = [], {"triton": 0.0, "torch": 0.0}
+    reference = la.linear_attention_reference
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, name):
+            ctx.name = name
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            ran.append(ctx.name + " backward")
+            time.sleep(slow[ctx.name])
+            return g, None
+
+    def pretended(name):
+        def call(q, k, v, feature_map, w_q, w_k, eps, *_, **__):
+            ran.append(name)
+            return Slow.apply(reference(q, k, v, feature_map, w_q, w_k, eps), name)
+
+        return call
+
+    monkeypatch.setattr(ops, "why_not", lambda *_: None)
+    monkeypatch.setattr(ops, "INTERPRET", False)
+    monkeypatch.setattr(ops, "by_kernels", pretended("triton"))
+    monkeypatch.setattr(la, "linear_attention_reference", pretended("torch"))
+    monkeypatch.setattr(la, "_faster", {})
+    x = [normal(1, 5, 2, 16).requires_grad_() for _ in range(3)]
+    slow["triton"] = 0.02
+    assert la.faster_backend(*x) == "torch"
+    assert ran == 4 * ["torch", "torch backward"] + 4 * ["triton", "triton backward"]
+    slow |= {"triton": 0.0, "torch": 0.02}  # too late for this kind of call, but not for another
+    ran.clear()
+    six = [normal(1, 6, 2, 16).requires_grad_() for _ in range(3)]
+    assert la.faster_backend(*six) == "torch" and not ran
+    linear_attention(*six, backend="faster")
+    assert ran == ["torch"]
+    nine = [normal(1, 9, 2, 16).requires_grad_() for _ in range(3)]
+    assert la.faster_backend(*nine) == "triton"
+    with torch.no_grad():
+        ran.clear()
+        assert la.faster_backend(*x) in ("torch", "triton")
+        assert ran == 4 * ["torch"] + 4 * ["triton"]
+        ran.clear()
+        assert la.faster_backend(*x, "relu") and len(ran) == 8
+    assert all(t.grad is None for t in (*x, *six, *nine))
+    share = SimpleNamespace(N=5, sum=lambda sums: sums)
+    ran.clear()
+    linear_attention(*x, backend="faster", share=share)  # torch is timed the faster one here
+    assert ran == ["triton"]
 
 
 @pytest.mark.skipif(ops.triton is None or ops.INTERPRET, reason="needs triton")
@@ -923,6 +981,18 @@ def test_kernels_on_a_gpu(case):
     """The interpreter's cases, compiled."""
     wrong = exceeded(run_case(*CASES[case], device="cuda"))
     assert not wrong, wrong
+
+
+@needs_gpu
+def test_float32_by_the_faster_on_a_gpu(monkeypatch):
+    """Either back end is right; which is faster is this card's affair, and is asked once."""
+    monkeypatch.setattr(la, "_faster", {})
+    x = [normal(1, 600, 4, 64).cuda().requires_grad_() for _ in range(3)]
+    o = linear_attention(*x, backend="faster")
+    assert list(la._faster.values())[0] in ("torch", "triton")
+    assert relative(o.double(), quadratic_oracle(*(t.double() for t in x))) < 1e-5
+    linear_attention(*x, backend="faster")
+    assert len(la._faster) == 1
 
 
 def by_equations(x, g, feature_map, eps, rounding=lambda a: a):
