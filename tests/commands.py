@@ -31,7 +31,7 @@ for folder in ("docs", "docs/results"):
 TABLE = os.path.join(ROOT, "docs", "commands.md")
 NEEDS = (  # what only the reader has: weights, files, GPUs
     r"Wan2|Z-Image|PixArt|TRELLIS|SiT|DiT-|LFM|FOLDER|FILE|MAPS|RUN|NAME|torchrun|prompts|latents\b"
-    r"|\.safetensors|photos|renders|venv|http|bench_linear_attention|mdt_speed|\.\.\.|pytest"
+    r"|\.safetensors|photos|renders|venv|http|bench_linear_attention|gpu_figures|mdt_speed|\.\.\.|pytest"
     r"|<<|<\(|\$"
 )
 
