@@ -1158,9 +1158,12 @@ def planned_network(args):
     elif args.autoencoder != "identity":  # Stable Diffusion's
         shape = (4, *(side // 8 for side in shape[1:]))
     classes = classes if args.task == "class" else 0
-    if args.init:
-        return network_of(network_folder(args.init))
     data = SimpleNamespace(num_classes=classes, class_names=None, map_classes=maps)
+    if args.init:
+        net = network_of(network_folder(args.init))
+        if args.data in WORLDS:  # what else there is, only its files say
+            refuse(wrong_start(args, net, data, shape))
+        return net
     return build_network(args, data, shape, None)
 
 

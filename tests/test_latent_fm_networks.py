@@ -217,6 +217,27 @@ def test_what_training_cannot_start_from_is_named(tmp_path, folder, capsys):
     assert "names a VAE" in refusal_of(capsys, latent_fm.main, *flags)
 
 
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ([], "takes samples of (3, 8, 8), and --data gives (3, 16, 16)"),
+        (["--task", "uncond"], "takes samples of (3, 8, 8)"),
+        (["--data", "shapes", "--autoencoder", "identity"], "and --data gives (3, 32, 32)"),
+    ],
+)
+def test_a_dry_run_refuses_a_start_that_does_not_suit_a_world(tmp_path, capsys, flags, says):
+    """In the words of the run; a network that suits is planned for."""
+    sit = converted(tmp_path, "sit")[0]
+    flags = ["--data", "glyphs", "--init", str(sit), "--output_dir", str(tmp_path / "run"), *flags]
+    refused = refusal_of(capsys, latent_fm.main, *flags, "--dry_run")
+    assert says in refused and refused == refusal_of(capsys, latent_fm.main, *flags)
+    args = latent_fm.parse_args(["--data", "glyphs"])
+    start = str(tmp_path / "start")
+    net = latent_fm.planned_network(args)
+    save_network(net, network_config(net), start)
+    latent_fm.main(["--data", "glyphs", "--init", start, "--dry_run"])
+
+
 def test_muon_needs_matrices_inside_blocks():
     """ADM's U-Net has none: all of it would go to AdamW, without a word."""
     args = latent_fm.parse_args(["--optimizer", "muon"])
