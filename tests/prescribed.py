@@ -33,10 +33,11 @@ OWN = {  # of one method
 }
 # README's rows: what they are called, which releases they are, what they need.
 FRONT = (
+    ("Wan 2.1 1.3B, 14B", ("Wan 2.1 T2V 1.3B", "Wan 2.1 T2V 14B"), "1.3B: one 80 GB GPU"),
     (
-        "Wan 2.1 1.3B, 14B, Wan 2.2 A14B",
-        ("Wan 2.1 T2V 1.3B", "Wan 2.1 T2V 14B", "Wan 2.2 T2V A14B"),
-        "1.3B: one 80 GB GPU; A14B: two with adapters, sixteen with a full fake",
+        "Wan 2.2 A14B",
+        ("Wan 2.2 T2V A14B",),
+        "with adapters one 80 GB GPU for frames, two for videos; sixteen with a full fake",
     ),
     ("Z-Image", ("Z-Image",), "four 80 GB GPUs, one with adapters"),
     ("Qwen-Image", ("Qwen-Image",), "one 80 GB GPU with adapters, eight with a full fake"),
