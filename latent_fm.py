@@ -63,7 +63,7 @@ from models.networks.as_flow import AsFlow
 from models.networks.autoencoders import Identity, PatchPCA
 from models.networks.dit import DiT
 from models.networks.dit_imagenet import DIT_B_2, DIT_L_2, DIT_XL_2, DiTTransformer2DModel
-from models.networks.latent_space import BUILT_IN, LatentSpace, load_space, space_beside
+from models.networks.latent_space import BUILT_IN, LatentSpace, load_space, shape_in, space_beside
 from models.networks.ring_mlp import RingMLP
 from models.plumbing import report
 from models.plumbing.data import Conditions, spread_rows, to_unit
@@ -570,6 +570,8 @@ def wrong_start(a, net, data, shape):
             "(SiT, LFM, EDM, or a run of latent_fm.py)"
         ),
     )
+    labelled = hasattr(net, "num_classes")
+    yield not labelled, f"{where} is a {type(net).__name__}, which this script does not train"
     own, shape, classes = tuple(net.latent_shape), tuple(shape), net.num_classes
     why = f"{where} takes samples of {own}, and --data gives {shape}: change --resolution or "
     yield own != shape, why + "--autoencoder"
@@ -1155,13 +1157,13 @@ def planned_network(args):
                 "--resolution or --pca_patch"
             )
         shape = (args.pca_channels, *(side // args.pca_patch for side in shape[1:]))
-    elif args.autoencoder != "identity":  # Stable Diffusion's
-        shape = (4, *(side // 8 for side in shape[1:]))
+    elif args.autoencoder != "identity":
+        shape = shape_in(args.autoencoder, shape)
     classes = classes if args.task == "class" else 0
     data = SimpleNamespace(num_classes=classes, class_names=None, map_classes=maps)
     if args.init:
         net = network_of(network_folder(args.init))
-        if args.data in WORLDS:  # what else there is, only its files say
+        if args.data in WORLDS:  # shapes and classes of other data are known once they are read
             refuse(wrong_start(args, net, data, shape))
         return net
     return build_network(args, data, shape, None)

@@ -45,7 +45,7 @@ operators of them in linear_attention_ops.py: for a GPU copy all three, into a f
 
 q, k and v may be views with any strides, such as those of a fused projection: nothing is copied.
 Keys may have a mask. Triton runs on CUDA for bfloat16 at head sizes up to 128, and for
-float32 and float16 up to 64, as far as shared memory goes (TILES); sizes that are no powers of two
+float32 and float16 up to 64, as far as shared memory goes; sizes that are no powers of two
 are padded on the chip. Everything else runs the torch reference; backend_for says which of the two
 it will be. Sums are in float32 on both paths, and in float64 for float64 inputs.
 The Triton path saves inputs, o, 1 / d, S and z, never the features; it computes no gradient that is
@@ -66,8 +66,10 @@ from torch.autograd.forward_ad import unpack_dual
 
 try:
     from kernels import linear_attention_ops as ops
-except ImportError:  # a copy of this file alone
-    ops = None
+except ImportError as e:
+    if e.name not in ("kernels", "kernels.linear_attention_ops"):
+        raise
+    ops = None  # this is a copy of the file alone
 
 FEATURE_MAPS = ("hedgehog", "softmax", "relu", "elu", "none")
 EPS = {"hedgehog": 0.0, "softmax": 0.0, "elu": 0.0, "relu": 1e-6, "none": 1e-6}
@@ -246,40 +248,63 @@ def backend_for(q, v=None, feature_map="hedgehog", w_q=None):
 _faster = {}  # what faster_backend has timed: the back end of each kind of call
 
 
-def faster_backend(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, repeats=3):
+def faster_backend(q, k, v, feature_map="hedgehog", w_q=None, w_k=None, calls=5):
     """The back end that was faster for such a call when the first of its kind was timed.
 
-    Arguments are those of linear_attention. Calls are of one kind if they differ in numbers alone,
-    or in lengths below the same powers of two. A call whose gradient is asked for is timed with its
-    backward pass; the best of some repeats counts, after one that compiles. In float32, whose exact
-    products a GPU computes slowly in Triton too, either may be the faster one. -> "triton", also
-    while a graph is captured or compiled; or "torch", also where the kernels cannot.
+    Arguments are those of linear_attention. Calls are of one kind if shapes, dtypes, device,
+    torch's precision of products and wanted gradients are the same; lengths may differ below the
+    same powers of two, and strides and a mask do not count. What is timed is `calls` calls in a
+    row, with their backward passes where a gradient is wanted, after one that compiles. In float32,
+    whose exact products are slow in Triton too, either may be the faster.
+    -> "torch", also where the kernels cannot; or "triton", also while torch compiles, and for an
+    unknown kind while a CUDA graph is captured and under torch.func's transforms.
     """
     if backend_for(q, v, feature_map, w_q)[0] == "torch":
         return "torch"
-    if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling():
         return "triton"
     tensors = [q, k, v, w_q, w_k]
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
-    shapes = [None if x is None else (*x.shape[::2], x.shape[-1]) for x in tensors]
+    shapes = [None if x is None else (*x.shape[::2], x.shape[-1], x.dtype) for x in tensors]
     lengths = q.shape[1].bit_length(), k.shape[1].bit_length()
-    kind = q.device, q.dtype, feature_map, *needs, *shapes, *lengths
+    kind = q.device, torch.get_float32_matmul_precision(), feature_map, *needs, *shapes, *lengths
     if kind not in _faster:
+        captured = q.is_cuda and torch.cuda.is_current_stream_capturing()
+        if captured or torch._C._functorch.is_functorch_wrapped_tensor(q):
+            return "triton"
         x = [x if x is None else x.detach().requires_grad_(n) for x, n in zip(tensors, needs)]
-        wanted = [t for t, n in zip(x, needs) if n]
-
-        def seconds(backend):
-            began = time.perf_counter()
-            o = linear_attention(*x[:3], feature_map, *x[3:], backend=backend)
-            if wanted:
-                torch.autograd.grad(o.sum(), wanted)
-            if q.is_cuda:
-                torch.cuda.synchronize(q.device)
-            return time.perf_counter() - began
-
-        best = {b: min([seconds(b) for _ in range(1 + repeats)][1:]) for b in ("torch", "triton")}
-        _faster[kind] = min(best, key=best.get)
+        # hooks of its own: those of activation checkpointing would count what is saved here
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
+            time_of = {b: _seconds(b, x, feature_map, needs, calls) for b in ("torch", "triton")}
+        _faster[kind] = min(time_of, key=time_of.get)
     return _faster[kind]
+
+
+def _seconds(backend, x, feature_map, needs, calls):
+    """Seconds of so many calls in a row, launches included; infinity where memory runs out."""
+    wanted = [t for t, n in zip(x, needs) if n]
+
+    def call():
+        o = linear_attention(*x[:3], feature_map, *x[3:], backend=backend)
+        if wanted:
+            torch.autograd.grad(o, wanted, g)
+
+    def wait():
+        if g.is_cuda:
+            torch.cuda.synchronize(g.device)
+
+    g = x[0].new_ones(*x[0].shape[:3], x[2].shape[3])
+    try:
+        call()
+        wait()
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        wait()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return math.inf
+    return time.perf_counter() - began
 
 
 def _has_tangents(*tensors):
@@ -319,7 +344,7 @@ def linear_attention(
     backend      "triton", "torch", or None: what backend_for says, and torch for forward-mode
                  derivatives (torch.func.jvp), which the kernels do not have. A call on a GPU that
                  runs torch because the kernels cannot warns once of the reason. "faster": what
-                 faster_backend finds, without a share; two runs may then differ by roundings.
+                 faster_backend finds, without a share; two runs may then differ as the two do.
     share        where other ranks have further keys and queries: an object with N, how many keys
                  there are in all, and sum(x), which adds x up over the ranks, differentiably
                  (models/networks/sequence.py; linear_attention_over_ranks).
@@ -340,6 +365,7 @@ def linear_attention(
     forward_mode = _has_tangents(q, k, v, w_q, w_k)
     if backend == "faster":  # ranks that share keys have to agree: their sums are laid out alike
         timed = share is None and not forward_mode
+        timed = timed and backend_for(q, v, feature_map, w_q)[0] == "triton"
         backend = faster_backend(q, k, v, feature_map, w_q, w_k) if timed else None
     if backend == "triton":
         why = _why_not(q, v, feature_map, w_q)

@@ -159,8 +159,9 @@ def _strides(a):
 
 
 def _reduce(x, y, w, feature_map, num_splits, scale, a=None, c=None):
-    """scale S and scale z of the table there, for x (B, N, H, C) and y (B, N, H, D).
+    """scale S and scale z of the table in linear_attention_triton.py.
 
+    x (B, N, H, C) and y (B, N, H, D).
     w: from _cast; a (B, N) or (B, H, N), None: 1; c (B, H, N) of queries, None: keys.
     -> (B, H, halves (F D + F)) float32: S flattened, and z behind it.
     """

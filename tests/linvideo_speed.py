@@ -37,8 +37,7 @@ def milliseconds(call, device, repeats):
     return statistics.median(took[1:])
 
 
-@torch.no_grad()
-def main():
+def parse_args(argv=None):
     gpu = torch.cuda.is_available()
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     grids = ["4x8x8", "4x16x16", "8x16x16", "16x16x16", "8x32x32"]
@@ -53,7 +52,12 @@ def main():
         help="blocks; every other one is linear in the student",
     )
     p.add_argument("--repeats", type=int, default=5, help="calls whose median counts")
-    args = p.parse_args()
+    return p.parse_args(argv)
+
+
+@torch.no_grad()
+def main():
+    args, gpu = parse_args(), torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     small = dict(num_attention_heads=4, attention_head_dim=64, ffn_dim=1024, text_dim=64)
     config = {**WAN_1_3B, **({} if gpu else small), "num_layers": args.layers}

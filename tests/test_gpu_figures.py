@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import gpu_figures
-import linvideo_speed  # noqa: F401  a part's module, which has to be there
+import linvideo_speed
 import pytest
 import torch
 from helpers import ENV, ROOT
@@ -54,8 +54,10 @@ def test_parts_are_commands_that_exist(monkeypatch, tmp_path):
         if module == gpu_figures.BENCH:
             args = bench_linear_attention.parse_args(flags)
             assert args.graph and args.device == "cuda" and args.json.endswith(f"{part}.json")
+        if module == "tests.linvideo_speed":
+            assert linvideo_speed.parse_args(flags).layers == 4
     assert set(gpu_figures.FLOORS) <= set(gpu_figures.PARTS)
-    assert sum(limit for _, limit in gpu_figures.PARTS.values()) <= 14 * 60
+    assert sum(limit for _, limit in gpu_figures.PARTS.values()) <= 13 * 60
 
 
 def test_selections_find_tests():
@@ -65,6 +67,7 @@ def test_selections_find_tests():
         words = [sys.executable, "-m", *flags, "--collect-only", "-n", "0"]
         done = subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True)
         assert done.returncode == 0 and "on_a_gpu" in done.stdout, done.stdout[-2000:]
+        assert ("test_long_sequences_on_a_gpu" in done.stdout) == (part == "errors")
 
 
 def test_a_part_that_fails_or_hangs_is_said(monkeypatch, tmp_path, capsys):
@@ -73,7 +76,7 @@ def test_a_part_that_fails_or_hangs_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_figures, "PARTS", parts)
     assert [gpu_figures.run(part, tmp_path) for part in parts] == [False, False, True]
     said = capsys.readouterr().out
-    assert "slow: exit code none after 1 seconds" in said and "Zen of Python" in said
+    assert "slow: exit code -9, ended after 1 s" in said and "Zen of Python" in said
     assert "Zen of Python" in (tmp_path / "good.log").read_text()
 
 
@@ -82,6 +85,11 @@ def test_without_a_gpu_it_ends_in_one_line(capsys, monkeypatch):
     with pytest.raises(SystemExit) as e:
         gpu_figures.main([])
     assert e.value.code == 2 and "no CUDA device here" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_figures.ops, "INTERPRET", True)
+    with pytest.raises(SystemExit) as e:
+        gpu_figures.main([])
+    assert e.value.code == 2 and "unset TRITON_INTERPRET" in capsys.readouterr().err
 
 
 def test_the_table_and_the_exit_code(capsys, monkeypatch, tmp_path):
@@ -94,6 +102,7 @@ def test_the_table_and_the_exit_code(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(gpu_figures.ops, "triton", True)
     monkeypatch.setattr(gpu_figures, "run", run)
     flags = ["--output_dir", str(tmp_path / "new")]
     assert gpu_figures.main([*flags, "--only", "softmax"]) == 0

@@ -222,6 +222,25 @@ def test_the_log(tmp_path):
         assert all((part > 0) == (k > 0) for k, part in zip(n.tolist(), parts))
 
 
+def test_a_dry_run_knows_the_shape_of_latents(tmp_path, folder, capsys):
+    """Of a run's own autoencoder and of a VAE's folder, without weights; --init is held to it."""
+    run(tmp_path / "teacher", *POOL)
+    own = tmp_path / "teacher" / "autoencoder"
+    for where in (own, folder / "vae"):
+        args = latent_fm.parse_args(["--data", "shapes", "--autoencoder", str(where)])
+        z, _ = load_space(str(where)).own_moments(torch.zeros(1, 3, 32, 32))
+        assert tuple(latent_fm.planned_network(args).latent_shape) == tuple(z.shape[1:])
+    flags = ["--data", "shapes", "--init", str(tmp_path / "teacher"), "--dry_run"]
+    latent_fm.main([*flags, "--autoencoder", str(own)])
+    for where, says in [
+        (folder / "vae", "takes samples of"),
+        (tmp_path / "teacher" / "student", "not an autoencoder"),
+        (tmp_path / "nowhere", "is not a folder"),
+    ]:
+        line = refusal_of(capsys, latent_fm.main, *flags, "--autoencoder", str(where))
+        assert says in line, line
+
+
 def test_a_latent_teacher_is_distilled(tmp_path):
     """dmd.py --teacher of that run is measured and pictured in pixels.
 

@@ -439,10 +439,11 @@ def test_backend_for_says_what_runs(monkeypatch):
     assert torch_runs == both | never
 
 
-def test_faster_backend_times_once(monkeypatch):
-    """Each kind of call once, with its backward pass; the kernels are pretended, by the reference.
+@pytest.fixture
+def pretended_kernels(monkeypatch):
+    """Kernels that are the reference, and how slow the backward pass of either back end is.
 
-    Another length below the same power of two, and other numbers, are not timed again.
+    -> list of what runs, {back end: seconds}
     """
     ran, slow = [], {"triton": 0.0, "torch": 0.0}
     reference = la.linear_attention_reference
@@ -462,7 +463,8 @@ def test_faster_backend_times_once(monkeypatch):
     def pretended(name):
         def call(q, k, v, feature_map, w_q, w_k, eps, *_, **__):
             ran.append(name)
-            return Slow.apply(reference(q, k, v, feature_map, w_q, w_k, eps), name)
+            o = reference(q, k, v, feature_map, w_q, w_k, eps)
+            return Slow.apply(o, name) if o.requires_grad else o
 
         return call
 
@@ -471,10 +473,19 @@ def test_faster_backend_times_once(monkeypatch):
     monkeypatch.setattr(ops, "by_kernels", pretended("triton"))
     monkeypatch.setattr(la, "linear_attention_reference", pretended("torch"))
     monkeypatch.setattr(la, "_faster", {})
+    return ran, slow
+
+
+def test_faster_backend_times_once(pretended_kernels):
+    """Each kind of call once, with its backward pass; the kernels are pretended, by the reference.
+
+    Another length below the same power of two, and other numbers, are not timed again.
+    """
+    ran, slow = pretended_kernels
     x = [normal(1, 5, 2, 16).requires_grad_() for _ in range(3)]
     slow["triton"] = 0.02
     assert la.faster_backend(*x) == "torch"
-    assert ran == 4 * ["torch", "torch backward"] + 4 * ["triton", "triton backward"]
+    assert ran == 6 * ["torch", "torch backward"] + 6 * ["triton", "triton backward"]
     slow |= {"triton": 0.0, "torch": 0.02}  # too late for this kind of call, but not for another
     ran.clear()
     six = [normal(1, 6, 2, 16).requires_grad_() for _ in range(3)]
@@ -486,14 +497,51 @@ def test_faster_backend_times_once(monkeypatch):
     with torch.no_grad():
         ran.clear()
         assert la.faster_backend(*x) in ("torch", "triton")
-        assert ran == 4 * ["torch"] + 4 * ["triton"]
+        assert ran == 6 * ["torch"] + 6 * ["triton"]
         ran.clear()
-        assert la.faster_backend(*x, "relu") and len(ran) == 8
+        assert la.faster_backend(*x, "relu") and len(ran) == 12
     assert all(t.grad is None for t in (*x, *six, *nine))
     share = SimpleNamespace(N=5, sum=lambda sums: sums)
     ran.clear()
     linear_attention(*x, backend="faster", share=share)  # torch is timed the faster one here
     assert ran == ["triton"]
+
+
+def test_faster_backend_inside_of_what_torch_does(pretended_kernels, monkeypatch):
+    """Checkpointing, torch.func, a graph that is captured, and memory that runs out."""
+    ran, slow = pretended_kernels
+    slow["triton"] = 0.01
+    x = [normal(1, 5, 2, 16).requires_grad_() for _ in range(3)]
+
+    def call(*x):
+        return linear_attention(*x, backend="faster")
+
+    o = checkpoint(call, *x, use_reentrant=False)
+    got = torch.autograd.grad(o.sum(), x)
+    assert ran[:24].count("triton") == 6 and ran[24:] and "triton" not in ran[24:]
+    expected = torch.autograd.grad(linear_attention(*x, backend="torch").sum(), x)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+    nine = [normal(1, 9, 2, 16) for _ in range(3)]
+    ran.clear()
+    torch.func.vmap(lambda a: call(a, *nine[1:]))(torch.stack([nine[0]] * 2))
+    assert ran == ["triton"] and len(la._faster) == 1
+
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    slow |= {"triton": 0.0}
+    monkeypatch.setattr(la, "linear_attention_reference", no_memory)
+    assert la.faster_backend(*nine) == "triton" and len(la._faster) == 2
+
+
+def test_faster_warns_where_the_kernels_cannot(monkeypatch):
+    """It then is as no back end named: nothing is timed."""
+    asked = []
+    monkeypatch.setattr(la, "faster_backend", lambda *_: asked.append(1))
+    x = normal(1, 5, 2, 16)
+    assert torch.equal(linear_attention(x, x, x, backend="faster"), linear_attention(x, x, x))
+    assert not asked
 
 
 @pytest.mark.skipif(ops.triton is None or ops.INTERPRET, reason="needs triton")
@@ -987,7 +1035,8 @@ def test_kernels_on_a_gpu(case):
 def test_float32_by_the_faster_on_a_gpu(monkeypatch):
     """Either back end is right; which is faster is this card's affair, and is asked once."""
     monkeypatch.setattr(la, "_faster", {})
-    x = [normal(1, 600, 4, 64).cuda().requires_grad_() for _ in range(3)]
+    x = [normal(1, 600, 4, 64, dtype=torch.float32).cuda().requires_grad_() for _ in range(3)]
+    assert la.backend_for(x[0])[0] == "triton"
     o = linear_attention(*x, backend="faster")
     assert list(la._faster.values())[0] in ("torch", "triton")
     assert relative(o.double(), quadratic_oracle(*(t.double() for t in x))) < 1e-5

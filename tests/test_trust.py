@@ -478,6 +478,19 @@ def test_names_that_the_terminal_cannot_show(monkeypatch, capsysbinary):
     assert stream.buffer.getvalue() == b"runs/\\xfc\\udcff\n"
 
 
+def test_installed_packages_do_not_hide_ours(tmp_path):
+    """Packages called kernels (Hugging Face has one) and models may be installed: ours come first."""
+    for name in ("kernels", "models"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    env = {**ENV, "PYTHONPATH": str(tmp_path)}
+    for command in (["linvideo.py", "--help"], ["-m", "models.convert", "--help"]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-500:]
+
+
 # ---- faults --------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ import os
 import torch
 
 from models.files import UserError, load_json, save_json
-from models.networks import load_network, network_config, save_network
+from models.networks import load_network, network_config, network_of, save_network
 from models.networks.autoencoders import AutoencoderKL, Identity
 
 BUILT_IN = ("identity", "pca")  # what latent_fm.py can do without an autoencoder's files
@@ -198,6 +198,23 @@ def load_space(folder):
                 f"its autoencoder has {space.channels}: {remedy}"
             )
     return space
+
+
+def shape_in(folder, shape):
+    """The shape of a latent of an image of this shape (C, H, W), by what `load_space` reads but
+    weights. Raises UserError."""
+    path, where = os.path.join(folder, "latents.json"), None
+    if os.path.isfile(path):
+        where = load_json(path).get("autoencoder")
+        folder = where or folder
+    if where or not os.path.isfile(path):
+        folder = vae_folder(folder)
+    with torch.device("meta"):
+        net = network_of(folder)
+    if not hasattr(net, "factor"):
+        raise UserError(f"{folder} is a {type(net).__name__}, not an autoencoder: give its folder")
+    channels = LatentSpace(net).channels
+    return channels, *(side // net.factor for side in shape[1:])
 
 
 def space_beside(student):

@@ -1,0 +1,1 @@
+"""What all scripts share around their training loops."""
