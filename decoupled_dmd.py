@@ -23,7 +23,7 @@ input; DM must see faults of all sizes, so it draws from all levels.
 
 Launch.
     laptop      python decoupled_dmd.py                    # glyphs, four steps, six minutes
-                python decoupled_dmd.py --teacher ring     # seconds
+                python decoupled_dmd.py --teacher ring     # a minute
     paper       python decoupled_dmd.py --shared_fake --one_step --fake_update_ratio 5
     ablations   python decoupled_dmd.py --schedule shared    # DMD; also full, constrained (Table 1)
                 python decoupled_dmd.py --no_dm       # CA alone: sharp, then runs away (Fig. 2)

@@ -20,7 +20,7 @@ that they reach by themselves.
 
 Launch.
     laptop      python dmd.py                        # glyphs, one step, five minutes on two cores
-                python dmd.py --teacher ring                          # seconds
+                python dmd.py --teacher ring                          # a minute
                 python dmd.py --teacher runs/latent_fm-FOLDER         # your own, see latent_fm.py
     paper       python dmd.py --fake_update_ratio 5 --gan_weight 3e-3         # DMD2, one step
                 python dmd.py --fake_update_ratio 5 --gan_weight 5e-3 --student_steps 4 \

@@ -24,7 +24,7 @@ score of x_t.
 
 Launch.
     laptop      python phased_dmd.py        # clips, 4 steps, 2 phases, seven minutes on two cores
-                python phased_dmd.py --teacher ring              # seconds
+                python phased_dmd.py --teacher ring              # a minute
                 python phased_dmd.py --phases 4                  # one step per phase (Table 6)
     baselines   python phased_dmd.py --phases 1                  # DMD with truncation (Fig. 1b)
                 python phased_dmd.py --phases 1 --no_truncation  # vanilla few-step DMD (Fig. 1a)

@@ -21,7 +21,7 @@ one network learns several step counts at once.
 
 Launch.
     laptop      python tdm.py                       # glyphs, K = 1, 2 and 4 in one student, minutes
-                python tdm.py --teacher ring        # seconds
+                python tdm.py --teacher ring        # a minute
     paper       python tdm.py --student_steps 4 --shared_fake --regress x_s \
                     --fake_update_ratio 1 --learning_rate 2e-4 --learning_rate_fake 2e-3
     paper, K    python tdm.py --student_steps 1 2 4 --shared_fake --regress x_s \
@@ -649,7 +649,7 @@ def parse_args(argv=None):
     add_guidance_rescale_flag(p)
     p.set_defaults(max_train_steps=900, learning_rate=1.2e-3, lr_warmup_steps=20, ema_decay=0.995)
     paper_values(p, fake_update_ratio="1", adam_betas="0 .999", weight_decay="demo: .01",
-                 lr_decay_share="0", learning_rate_fake="2e-5, ten times the student's")
+                 lr_decay_share="not said", learning_rate_fake="2e-5, ten times the student's")
     add = p.method.add_argument
     add("--student_steps", type=number(int, 1), nargs="+", default=[1, 1, 2, 4],
         help="K, the student's step counts (paper: 4, or 1 2 4 in one); they take turns over a "

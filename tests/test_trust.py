@@ -479,7 +479,7 @@ def test_names_that_the_terminal_cannot_show(monkeypatch, capsysbinary):
 
 
 def test_installed_packages_do_not_hide_ours(tmp_path):
-    """Packages called kernels (Hugging Face has one) and models may be installed: ours come first."""
+    """Packages called kernels (Hugging Face has one) or models may be there: ours come first."""
     for name in ("kernels", "models"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()

@@ -100,7 +100,7 @@ PAPERS = {
             "Self-Forcing 2506.08009, its configs",
             batch="64",
             unstated=("guidance_scale", "max_train_steps"),
-            note="it guides a teacher of 14B with 3, here the 1.3B is its own",
+            note="it guides a teacher of 14B with 4 (its 3), here the 1.3B is its own",
         ),
     ),
     "phased_dmd": (
