@@ -1,37 +1,73 @@
 """transformers and diffusers, optional libraries that only the two ends of a pipeline need."""
 
 import importlib
+import os
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
 
 from models.files import UserError
 
 
-def require(library):
-    """Import an optional library. Raises UserError where it is not installed."""
+def require(library, package=None):
+    """Import an optional library. Raises UserError where it is not installed.
+
+    package: what pip calls it, if not the same.
+    """
     try:
         return importlib.import_module(library)
     except ImportError:
+        package = package or library
         raise UserError(
-            f"{library} is not installed; it is needed to encode prompts and images, and to decode "
-            f"latents: pip install {library}"
+            f"{package} is not installed; it is needed to encode prompts and images, and to decode "
+            f"latents: pip install {package}"
         ) from None
 
 
 def load(library, kind, pipeline_folder, component, **keywords):
-    """library.kind.from_pretrained(pipeline_folder/component); networks in eval mode, on any GPU.
+    """library.kind.from_pretrained(pipeline_folder/component); networks as `load_network` does.
 
-    Raises UserError for a missing library or folder, and the library's own errors for bad files.
+    Raises UserError for a missing library or folder, and for weights that are not whole; the
+    library's own errors for other bad files.
     """
     cls, path = getattr(require(library), kind), Path(pipeline_folder) / component
     if not path.is_dir():
         raise UserError(f"no folder {path}; pass a diffusers pipeline folder, with {component}/")
-    loaded = cls.from_pretrained(str(path), local_files_only=True, **keywords)
-    if isinstance(loaded, nn.Module):
-        loaded.to(device()).eval()
-    return loaded
+    if "Tokenizer" in kind:
+        return cls.from_pretrained(str(path), local_files_only=True, **keywords)
+    return load_network(cls, str(path), local_files_only=True, **keywords)
+
+
+def load_network(cls, where, **keywords):
+    """cls.from_pretrained(where) in eval mode, on a GPU where there is one.
+
+    where: a folder, or a name that is downloaded. Unlike the libraries it reads no pickles, and
+    draws no random numbers for weights that the files lack. Raises UserError, and the libraries'
+    OSError and ValueError.
+    """
+    inside = os.listdir(where) if os.path.isdir(where) else ["model.safetensors"]
+    if not any(".safetensors" in name for name in inside):
+        pickles = [name for name in sorted(inside) if name.endswith((".bin", ".pt", ".pth"))]
+        if pickles:
+            raise UserError(
+                f"{where} has only a pickle ({pickles[0]}); pickles can run code and are never "
+                "loaded: save it again with safetensors"
+            )
+    try:
+        network, found = cls.from_pretrained(
+            where, use_safetensors=True, output_loading_info=True, **keywords
+        )
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{where} cannot be read ({error}): download it again") from None
+    wrong = [*found.get("missing_keys", ()), *found.get("mismatched_keys", ())]
+    if wrong:
+        first = wrong[0] if isinstance(wrong[0], str) else wrong[0][0]
+        raise UserError(
+            f"{where}: {len(wrong)} weights of a {cls.__name__} are missing or of another shape, "
+            f"{first} among them: give its folder, whole"
+        )
+    return network.to(device()).eval()
 
 
 def device():

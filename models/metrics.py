@@ -104,13 +104,20 @@ def squared_distances(a, b):
 
 
 def radii(x, k, rows=2000):
-    """Squared distance of each row to its k-th nearest other one.  (n, d) -> (n,)."""
+    """Squared distance of each row to its k-th nearest other one.  (n, d) -> (n,).
+
+    Memory is that of rows x rows distances, however many there are.
+    """
     found = []
-    for first, part in zip(range(0, len(x), rows), x.split(rows)):
-        distance = squared_distances(part, x)
-        itself = torch.arange(len(part))
-        distance[itself, first + itself] = float("inf")
-        found.append(distance.kthvalue(k, dim=1).values)
+    for i, part in enumerate(x.split(rows)):
+        nearest = torch.full((len(part), k), float("inf"), dtype=torch.float64, device=x.device)
+        for j, others in enumerate(x.split(rows)):
+            distance = squared_distances(part, others)
+            if i == j:
+                distance.fill_diagonal_(float("inf"))
+            both = torch.cat([nearest, distance], dim=1)
+            nearest = both.topk(k, dim=1, largest=False).values
+        found.append(nearest.amax(1))
     return torch.cat(found)
 
 
@@ -120,9 +127,14 @@ def share_inside(x, of, k=3, rows=2000):
     Precision for samples x and real images `of`, recall the other way round (1904.06991, Eq. 1).
     x (n, d), of (m, d), m > k -> float.
     """
-    radius = radii(of, k, rows)
-    inside = [(squared_distances(part, of) <= radius).any(1) for part in x.split(rows)]
-    return float(torch.cat(inside).double().mean())
+    balls = list(zip(of.split(rows), radii(of, k, rows).split(rows)))
+    count = 0
+    for part in x.split(rows):
+        inside = torch.zeros(len(part), dtype=torch.bool, device=x.device)
+        for centres, radius in balls:
+            inside |= (squared_distances(part, centres) <= radius).any(1)
+        count += int(inside.sum())
+    return count / len(x)
 
 
 # ---- features ------------------------------------------------------------------------------------
@@ -148,7 +160,7 @@ def cached_features(images, net, args):
     weights and how images are resized, so that what changed is computed anew.
     -> paths of the parts: each has features (n, 2048) and spatial (n, 2023), float32.
     """
-    key = [images.fingerprint(), fingerprint([args.inception]), args.resize]
+    key = [images.fingerprint(), fingerprint([args.inception]), args.resize, "spatial (h, w, c)"]
     key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     beside = os.path.normpath(images.path) + ".features"
     folder = os.path.join(args.cache or beside, key)
@@ -169,10 +181,13 @@ def cached_features(images, net, args):
 
 @torch.no_grad()
 def compute_features(net, x, args):
-    """x uint8 (n, 3, H, W) -> {"features" (n, 2048), "spatial" (n, 2023)} on the CPU."""
+    """x uint8 (n, 3, H, W) -> {"features" (n, 2048), "spatial" (n, 2023)} on the CPU.
+
+    spatial runs over rows, columns, channels, as in the statistics of guided-diffusion's files.
+    """
     pairs = [net(part.to(device()), args.resize) for part in x.split(args.batch_size)]
-    features, spatial = (torch.cat(parts).flatten(1).cpu() for parts in zip(*pairs))
-    return {"features": features, "spatial": spatial}
+    features, spatial = (torch.cat(parts).cpu() for parts in zip(*pairs))
+    return {"features": features, "spatial": spatial.permute(0, 2, 3, 1).flatten(1)}
 
 
 def read_features(paths):
@@ -237,6 +252,7 @@ def measure_features(samples, reference, statistics, net, args):
     for name, own, other in zip(("fid", "sfid"), moments_a, moments_b):
         if other:
             found[name] = frechet_distance(*own, *other)
+            print(f"{name:13}{found[name]:.5g}", flush=True)  # the rest may take long
     if b is not None:
         found["kid"] = kernel_distance(a, b)
         if min(len(a), len(b)) > 3:
@@ -318,6 +334,11 @@ def main(argv=None):
     args = parse_args(argv)
     net = load_inception(args.inception) if args.inception else None
     samples, reference, statistics = open_both(args)
+    if "mu_s" in statistics and args.resize == "torch":
+        raise UserError(
+            f"--reference {args.reference} has mu_s, as guided-diffusion's files do, whose images "
+            "TensorFlow enlarged: give --resize tf"
+        )
     found = {"samples": samples.n, "reference": reference.n if reference else None}
     if reference:
         found |= measure_pixels(samples, reference)
@@ -329,7 +350,7 @@ def main(argv=None):
             "says how to make the file"
         )
     for name, value in found.items():
-        if value is not None:
+        if value is not None and name not in ("fid", "sfid"):  # printed as they came
             print(f"{name:13}{value:.5g}" if isinstance(value, float) else f"{name:13}{value}")
     if args.output:
         save_json(found, args.output)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from models.files import UserError, load_json
-from models.libraries import device, load, require
+from models.libraries import device, load, load_network, require
 from models.networks import trellis_path
 from models.networks.trellis import CLIP_WIDTH
 
@@ -50,7 +50,8 @@ def load_tokenizer(folder, component="tokenizer"):
     """Its padding comes behind the prompt, as everything here expects. Raises UserError."""
     inside = os.listdir(os.path.join(folder, component))
     if "tokenizer.json" not in inside and any(name.endswith(".model") for name in inside):
-        require("sentencepiece")  # a file of T5's that transformers only reads with it
+        require("sentencepiece")  # a file of T5's that transformers only reads with both
+        require("google.protobuf", "protobuf")
     tokenizer = load("transformers", "AutoTokenizer", folder, component)
     tokenizer.padding_side = "right"
     return tokenizer
@@ -105,7 +106,7 @@ def clean_prompt(text):
     try:
         text = importlib.import_module("ftfy").fix_text(text)
     except ImportError:
-        pass  # optional in diffusers too: it only matters for text that was decoded wrongly
+        pass  # optional in diffusers too; it repairs wrongly decoded text and straightens quotes
     text = html.unescape(html.unescape(text))  # twice: "&amp;lt;" occurs in scraped captions
     return re.sub(r"\s+", " ", text).strip()
 
@@ -284,10 +285,9 @@ def load_trellis(root, max_length, clip=None):
     library, clip = require("transformers"), clip_name(root, clip)
     try:
         tokenizer = library.AutoTokenizer.from_pretrained(clip)
-        model = library.CLIPTextModel.from_pretrained(clip, use_safetensors=True).eval()
+        model = load_network(library.CLIPTextModel, clip)
     except (OSError, ValueError) as error:
         raise UserError(f"--clip {clip} cannot be loaded: {error}") from None
-    model.to(device())
     return unmasked_encoder(tokenizer, lambda: model, max_length, "tokens", torch.float16)
 
 

@@ -1,6 +1,7 @@
 """models/metrics.py, image_sets.py, inception.py: sets of images, and distances between them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -312,6 +313,24 @@ def test_statistics_as_reference(tmp_path, stub, monkeypatch, capsys):
     np.savez(tmp_path / "s.npz", mu=numbers["mu"])
     line = refusal_of(capsys, metrics.main, *flags, "--reference", str(tmp_path / "s.npz"))
     assert "mu and sigma are (24,) and None" in line
+
+
+def test_spatial_features_as_guided_diffusion_stores_them(tmp_path, stub, monkeypatch, capsys):
+    """Rows, columns, channels, as TensorFlow has them; and such a file asks for its resizing."""
+    x = torch.arange(2 * 7 * 17 * 17.0).view(2, 7, 17, 17)
+    args = SimpleNamespace(resize="tf", batch_size=1)
+    found = metrics.compute_features(lambda x, resize: (x[:, :, 0, 0], x), x, args)
+    in_tensorflow = np.moveaxis(x.numpy(), 1, 3)  # what sess.run gives
+    assert np.array_equal(found["spatial"].numpy(), in_tensorflow.reshape(2, -1))
+    assert found["features"].shape == (2, 7)
+
+    monkeypatch.setattr(inception, "FEATURES", 24)
+    size = 7 * 17 * 17
+    more = dict(mu_s=np.zeros(size), sigma_s=np.eye(size, dtype=np.float32))
+    np.savez(tmp_path / "s.npz", mu=np.zeros(24), sigma=np.eye(24), **more)
+    np.savez(tmp_path / "a.npz", pictures(9, 0))
+    flags = ["--samples", str(tmp_path / "a.npz"), "--reference", str(tmp_path / "s.npz"), *stub]
+    assert "give --resize tf" in refusal_of(capsys, metrics.main, *flags)
 
 
 def test_pixels_alone(tmp_path, capsys):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from helpers import refusal_of, relative
 from pipelines import FAMILIES, encoded, save_pipeline
+from safetensors.torch import load_file, save_file
 
 from models import encode
-from models.files import save_json
+from models.files import UserError, save_json
 from models.networks import load_network
 from models.plumbing.data import Conditions
 from models.plumbing.teachers import network_folder
@@ -287,6 +288,35 @@ def test_wrong_input_is_one_line(saved, tmp_path, capsys, family, missing, flags
     assert not (tmp_path / "o").exists()
 
 
+def without_a_tensor(weights):
+    tensors = load_file(weights)
+    tensors.pop(sorted(tensors)[-1])
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+DAMAGE = {
+    "weights of a": without_a_tensor,
+    "cannot be read": lambda weights: weights.write_bytes(weights.read_bytes()[:5000]),
+    "cannot be read (": lambda weights: weights.write_text("version https://git-lfs.github.com/\n"),
+    "has only a pickle (pytorch_model.bin)": lambda weights: weights.rename(
+        weights.with_name("pytorch_model.bin")
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["sd15", "wan"])
+@pytest.mark.parametrize("says", DAMAGE)
+def test_a_damaged_encoder_is_refused(saved, tmp_path, family, says):
+    """Where weights are missing transformers would go on with random numbers in their place."""
+    folder = shutil.copytree(saved(family)[1], tmp_path / "root")
+    DAMAGE[says](folder / "text_encoder" / "model.safetensors")
+    (tmp_path / "p.txt").write_text("a cat\n")
+    given = ["--teacher", str(folder), "--prompts_txt", str(tmp_path / "p.txt")]
+    with pytest.raises(UserError) as refused:
+        encode.main([*given, "--output", str(tmp_path / "o")])
+    assert says in str(refused.value) and not (tmp_path / "o").exists()
+
+
 def test_a_tokenizer_that_needs_another_library(saved, tmp_path, capsys, monkeypatch):
     """Without tokenizer.json, and without transformers itself: one line names the library."""
     folder = shutil.copytree(saved("cogvideox")[1], tmp_path / "root")
@@ -298,6 +328,9 @@ def test_a_tokenizer_that_needs_another_library(saved, tmp_path, capsys, monkeyp
     (folder / "tokenizer" / "spiece.model").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     assert "pip install sentencepiece" in refusal_of(capsys, encode.main, *given)
+    monkeypatch.setitem(sys.modules, "sentencepiece", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "google.protobuf", None)
+    assert "pip install protobuf" in refusal_of(capsys, encode.main, *given)
     (folder / "tokenizer" / "spiece.model").unlink()
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install transformers" in refusal_of(capsys, encode.main, *given)
