@@ -23,7 +23,7 @@ import os
 
 import torch
 
-from models.diffusion import step_grid
+from models.diffusion import VP, step_grid
 from models.files import UserError, load_tensors, save_json, save_tensors
 from models.networks import load_network, network_config, save_network
 from models.networks.adm import (
@@ -108,7 +108,23 @@ def read_official(args):
     return net
 
 
-def sampler_of(net):
+def cosine_betas(n=1000):
+    """guided-diffusion's --noise_schedule cosine (2102.09672, Eq. 17), up to .999.  -> n floats."""
+    t = torch.arange(n + 1, dtype=torch.float64) / n
+    abar = ((t + 0.008) / 1.008 * torch.pi / 2).cos() ** 2
+    return (1 - abar[1:] / abar[:-1]).clamp_max(0.999).tolist()
+
+
+def schedule_of(net, cosine):
+    """-> the schedule that a network was trained with, and its scheduler_config.json."""
+    if net.prediction == "flow_v":
+        return net.default_schedule, FLOW
+    if not cosine:
+        return net.default_schedule, DDIM
+    return VP(cosine_betas()), {**DDIM, "trained_betas": cosine_betas()}
+
+
+def sampler_of(net, schedule):
     """sampler.json of a converted network, as a run of latent_fm.py would have left it."""
     how, classes = SAMPLES[net.convention], net.num_classes
     scale = how["guidance_scale"]
@@ -117,7 +133,7 @@ def sampler_of(net):
     return {
         "method": "latent_fm",
         "prediction": net.prediction,
-        "schedule": describe_schedule(net.default_schedule),
+        "schedule": describe_schedule(schedule),
         "times": step_grid(how["steps"])[:-1],
         "timestep_shift": 1.0,
         "rule": how["rule"],
@@ -127,17 +143,15 @@ def sampler_of(net):
     }
 
 
-def save_pipeline(net, folder):
+def save_pipeline(net, folder, cosine=False):
     """Write transformer/, scheduler/, sampler.json and model_index.json into a new folder."""
-    scheduler, index = DDIM, {"_class_name": "DiTPipeline"}
+    (schedule, scheduler), index = schedule_of(net, cosine), {"_class_name": "DiTPipeline"}
     if net.prediction == "flow_v" or isinstance(net, UNetModel):
         index = {}  # diffusers has no pipeline for velocities of classes, nor for ADM
-    if net.prediction == "flow_v":
-        scheduler = FLOW
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     index["transformer"] = ["diffusers", type(net).__name__]
     save_network(net, network_config(net), os.path.join(folder, "transformer"))
-    save_json(sampler_of(net), os.path.join(folder, "sampler.json"))
+    save_json(sampler_of(net, schedule), os.path.join(folder, "sampler.json"))
     os.makedirs(os.path.join(folder, "scheduler"))
     save_json(scheduler, os.path.join(folder, "scheduler", "scheduler_config.json"))
     save_json(index, os.path.join(folder, "model_index.json"))
@@ -184,9 +198,12 @@ def parse_args(argv):
     add("--sample_size", type=number(int, 1), help="side of the latent (of ADM, of the image), "
         "needed where the file does not show it, as ADM's and those without pos_embed")
     add("--num_attention_heads", type=number(int, 1), help="needed for widths other than those of "
-        "S, B, L and XL; of ADM, if left out, 4 with flow_v (LFM), else 64 channels each")
+        "S, B, L and XL; of ADM, if left out, 4 with flow_v (LFM) and at 128 x 128, else 64 "
+        "channels each")
     add("--new_attention_order", action="store_true", help="of ADM: its "
         "use_new_attention_order, as of its ImageNet model at 64 x 64")
+    add("--noise_schedule", choices=["linear", "cosine"], help="of ADM with eps; if left out, "
+        "cosine with --new_attention_order, as that model has it, else linear")
     add("--layout", choices=["dit", "adm", "edm"], help="with --export, of a U-Net: "
         "guided-diffusion's names (adm, the default) or EDM's")
     return p.parse_args(argv)
@@ -200,7 +217,8 @@ def main(argv=None):
         raise UserError(f"--output {args.output} exists: name a new {what}")
     if args.layout and not args.export:
         raise UserError("--layout has an effect only with --export: leave it out")
-    for flag in ("noise_at", "sample_size", "num_attention_heads", "new_attention_order"):
+    described = "noise_at sample_size num_attention_heads new_attention_order noise_schedule"
+    for flag in described.split():
         given = getattr(args, flag)
         if args.export and given is not None and given is not False:
             raise UserError(f"--{flag} describes the file of --input: leave it out with --export")
@@ -213,7 +231,14 @@ def main(argv=None):
         if args.export:
             return export(args)
         net = read_official(args)
-        save_pipeline(net, args.output)
+        cosine = args.noise_schedule == "cosine"
+        if args.noise_schedule and getattr(net, "convention", None) != "adm":
+            raise UserError(
+                f"--noise_schedule {args.noise_schedule}: ADM's networks of noise have a choice, "
+                "others have none: leave it out"
+            )
+        cosine = cosine or (args.new_attention_order and args.noise_schedule is None)
+        save_pipeline(net, args.output, cosine and net.convention == "adm")
     except OSError as error:
         raise UserError(
             f"cannot write --output {args.output}: {error}; name a new folder"

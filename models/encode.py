@@ -90,10 +90,10 @@ def read_prompts(prompts_txt):
     Raises UserError.
     """
     try:
-        lines = Path(prompts_txt).read_text(encoding="utf-8").splitlines()
+        text = Path(prompts_txt).read_text(encoding="utf-8-sig")  # without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --prompts_txt {prompts_txt} as UTF-8: {error}") from None
-    prompts = {i: line for i, line in enumerate(lines, 1) if line.strip()}
+    prompts = {i: line for i, line in enumerate(text.split("\n"), 1) if line.strip()}
     if not prompts:
         raise UserError(f"--prompts_txt {prompts_txt} holds no prompt; write one prompt a line")
     return prompts
@@ -162,7 +162,7 @@ def encode_text(args):
     name, *beside = null
     uncond = null[name][0][mask[0]]
     metadata = {"padded_to": str(asked.length([*kept, len(uncond)]))}
-    metadata |= {"mask": asked.family.mask, "fingerprint": fingerprint}
+    metadata |= {"mask": asked.family.mask, "fingerprint": fingerprint, **asked.takers()}
     shape = name, torch.tensor(kept), uncond, metadata, int(shard_gb * 1e9)
     with PromptWriter(args.output, *shape, {k: null[k][0] for k in beside}) as writer:
         write_text(writer, prompts, encoder, args.batch_size or 1, args.teacher)
@@ -240,7 +240,8 @@ def encode_pairs(args):
         )
         return stored_shapes(args.output)
     refuse_other(args.output, fingerprint)
-    with pairing.RowWriter(args.output, {"fingerprint": fingerprint}) as file:
+    about = {"fingerprint": fingerprint, **asked.takers()}
+    with pairing.RowWriter(args.output, about) as file:
         pairing.write_pairs(file, pairs, space, size, frames, text_rows)
     return stored_shapes(args.output)
 

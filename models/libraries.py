@@ -15,13 +15,17 @@ def require(library, package=None):
 
     package: what pip calls it, if not the same.
     """
+    package = package or library
     try:
         return importlib.import_module(library)
-    except ImportError:
-        package = package or library
+    except ImportError as error:
+        if library.startswith(error.name or "-"):  # it, or the package that it is in
+            raise UserError(
+                f"{package} is not installed; it is needed to encode prompts and images, and to "
+                f"decode latents: pip install {package}"
+            ) from None
         raise UserError(
-            f"{package} is not installed; it is needed to encode prompts and images, and to decode "
-            f"latents: pip install {package}"
+            f"{package} is installed and cannot be imported ({error}): pip install -U {package}"
         ) from None
 
 
@@ -31,7 +35,14 @@ def load(library, kind, pipeline_folder, component, **keywords):
     Raises UserError for a missing library or folder, and for weights that are not whole; the
     library's own errors for other bad files.
     """
-    cls, path = getattr(require(library), kind), Path(pipeline_folder) / component
+    path, module = Path(pipeline_folder) / component, require(library)
+    try:
+        cls = getattr(module, kind)
+    except (AttributeError, ImportError, RuntimeError) as error:  # lazy modules raise all three
+        raise UserError(
+            f"{library} {module.__version__} has no {kind} that can be imported ({error}): "
+            f"pip install -U {library}"
+        ) from None
     if not path.is_dir():
         raise UserError(f"no folder {path}; pass a diffusers pipeline folder, with {component}/")
     if "Tokenizer" in kind:

@@ -8,6 +8,7 @@ samples of the autoencoder's posterior, normalised as the teacher sees them (mod
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ def read_texts(folder):
     found = {}
     for path in files_below(folder):
         if path.endswith(".txt"):
-            with open(path, encoding="utf-8", errors="replace") as f:
+            with open(path, encoding="utf-8-sig", errors="replace") as f:
                 found[os.path.relpath(path, folder).removesuffix(".txt")] = one_line(f.read())
     return found
 
@@ -164,7 +165,7 @@ def read_texts(folder):
 def read_captions(path):
     """--captions FILE -> {name of an image: caption}. Raises UserError."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             if path.endswith(".json"):
                 known = dict(json.load(f))
             else:
@@ -183,6 +184,12 @@ def read_captions(path):
 # ---- pixels --------------------------------------------------------------------------------------
 
 
+def in_order(name):
+    """By which names are sorted so that 2.png comes before 10.png."""
+    parts = re.split(r"(\d+)", name)  # text and digits in turns
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
 def frames_of(path, frames, fps):
     """The first frames of an image, a video or a folder of images.  -> PIL images, at most so many
 
@@ -191,7 +198,7 @@ def frames_of(path, frames, fps):
     if isinstance(path, Packed):
         return [path.picture()]
     if os.path.isdir(path):
-        names = [name for name in sorted(os.listdir(path)) if is_image(name)]
+        names = sorted(filter(is_image, os.listdir(path)), key=in_order)
         return [read_frames(os.path.join(path, name))[0] for name in names[:frames]]
     return read_video(path, frames, fps) if is_video(path) else read_frames(path, frames)
 
@@ -264,11 +271,12 @@ class RowWriter:
         self.tmp = os.path.join(self.folder, os.path.basename(path))
         goes_on = (read_header(self.tmp) or {}).get("__metadata__") == metadata
         self.file = open(self.tmp, "r+b" if goes_on else "w+b")
-        self.journal = open(os.path.join(self.folder, "notes"), "a+" if goes_on else "w+")
+        notes = os.path.join(self.folder, "notes")
+        self.journal = open(notes, "a+b" if goes_on else "w+b")  # of bytes, alike on all systems
         self.journal.seek(0)
         text = self.journal.read()
-        self.notes = text.split("\n")[:-1]
-        self.journal.truncate(text.rfind("\n") + 1)  # of a line that a killed process began
+        self.notes = text.decode().split("\n")[:-1]
+        self.journal.truncate(text.rfind(b"\n") + 1)  # of a line that a killed process began
 
     def add(self, name, dtype, shape):
         """A further tensor, behind those that are there. dtype: one of DTYPES."""
@@ -293,7 +301,7 @@ class RowWriter:
     def note(self, line):
         self.file.flush()
         self.notes.append(line)
-        self.journal.write(line + "\n")
+        self.journal.write(f"{line}\n".encode())
         self.journal.flush()
 
     def _write_header(self):

@@ -62,7 +62,9 @@ def later(kind, folder, component="text_encoder"):
 
     So prompts are counted, and refused, before gigabytes are read.
     """
-    return functools.cache(lambda: load("transformers", kind, folder, component, dtype="auto"))
+    return functools.cache(
+        lambda: load("transformers", kind, folder, component, torch_dtype="auto")
+    )
 
 
 def counter(tokenizer, prepare=str, drop=0):
@@ -432,6 +434,11 @@ class Asked(NamedTuple):
         """All that the features depend on besides the encoder's files, as JSON can hold it."""
         family = self.family
         return [family.mask, family.padded_to, self.negative, self.max_length, self.flags]
+
+    def takers(self):
+        """Classes of pipelines and networks that take such features, as metadata of their file."""
+        same = [name for name, family in FAMILIES.items() if family.load is self.family.load]
+        return {"for": " ".join(same)}
 
     def kept(self, counts):
         """Tokens of prompts -> how many rows of features are kept of each."""

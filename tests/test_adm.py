@@ -28,7 +28,7 @@ from models.networks.adm import (
 )
 from models.networks.autoencoders import PatchPCA
 from models.networks.dit_imagenet import DiTTransformer2DModel
-from models.plumbing.teachers import load_teacher
+from models.plumbing.teachers import load_teacher, read_schedule
 
 TINY = dict(
     image_size=8,
@@ -358,6 +358,41 @@ def test_converted_folders_are_teachers_and_go_back(tmp_path, kind):
     assert (tmp_path / "s" / "samples.npz").is_file()
 
 
+def test_what_the_files_of_adm_do_not_show(tmp_path, capsys):
+    """Its ImageNet models: at 64 x 64 a cosine schedule and the new order, at 128 x 128 four heads.
+
+    By guided-diffusion's README; weights of another choice have the same shapes.
+    """
+    wide = {**TINY, "model_channels": 64, "out_channels": 6, "convention": "adm"}
+    path = tmp_path / "official.safetensors"
+    save_file({k: v.contiguous() for k, v in to_adm(fill(UNetModel(**wide))).items()}, path)
+
+    def converted(name, *flags):
+        out = str(tmp_path / name)
+        convert.main(["--input", str(path), "--output", out, *flags])
+        return load_teacher(out)
+
+    at_64 = converted("64", "--sample_size", "64", "--new_attention_order")
+
+    def f(t):
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for t in (0.25, 0.5, 0.75):
+        alpha = float(at_64.schedule.alpha(torch.tensor(t, dtype=torch.float64)))
+        assert alpha == pytest.approx((f(t) / f(0)) ** 0.5, rel=1e-6)
+    saved = json.loads((tmp_path / "64" / "sampler.json").read_text())
+    assert read_schedule(saved["schedule"]).betas == at_64.schedule.betas
+    other = "--sample_size 64 --new_attention_order --noise_schedule linear".split()
+    linear = converted("linear", *other)
+    assert linear.schedule.betas == "linear"
+    heads = {name: converted(name, "--sample_size", name).net.config for name in ("128", "256")}
+    assert (heads["128"]["num_heads"], heads["128"]["num_head_channels"]) == (4, -1)
+    assert (heads["256"]["num_heads"], heads["256"]["num_head_channels"]) == (1, 64)
+    flags = ["--input", str(path), "--output", str(tmp_path / "n"), "--noise_schedule", "cosine"]
+    flags += ["--sample_size", "64", "--prediction", "flow_v", "--noise_at", "1"]
+    assert "others have none: leave it out" in refusal_of(capsys, convert.main, *flags)
+
+
 def test_what_cannot_be_converted_is_named(tmp_path, capsys):
     state, edm = to_adm(fill(UNetModel(**TINY))), edm_state()
     flow = ["--prediction", "flow_v", "--noise_at", "1"]
@@ -402,7 +437,12 @@ def test_what_cannot_be_exported_is_named(tmp_path, capsys):
     flags = ["--input", "x.safetensors", "--output", str(tmp_path / "y"), "--layout", "adm"]
     assert "--layout has an effect only with --export" in refusal_of(capsys, convert.main, *flags)
     flags = ["--export", str(tmp_path / "adm"), "--output", str(tmp_path / "y")]
-    for unread in ("--noise_at 0", "--sample_size 8", "--new_attention_order"):
+    for unread in (
+        "--noise_at 0",
+        "--sample_size 8",
+        "--new_attention_order",
+        "--noise_schedule linear",
+    ):
         says = refusal_of(capsys, convert.main, *flags, *unread.split())
         assert "describes the file of --input: leave it out with --export" in says
     assert not (tmp_path / "y").exists()

@@ -170,6 +170,14 @@ def test_videos_with_captions(saved, tmp_path, capsys):
     assert load_file(tmp_path / "images.safetensors")["x0"].shape == (7, 16, 1, 2, 2)
 
 
+def test_frames_without_leading_zeros_are_in_order(tmp_path):
+    """1.png to 12.png, as ffmpeg's %d writes them: 10 comes behind 9."""
+    for i in range(1, 13):
+        Image.new("L", (4, 4), 10 * i).save(tmp_path / f"{i}.png")
+    found = pairs.frames_of(str(tmp_path), 12, None)
+    assert [frame.convert("L").getpixel((0, 0)) for frame in found] == list(range(10, 130, 10))
+
+
 @pytest.mark.parametrize("library", videos.LIBRARIES)
 def test_video_files(monkeypatch, tmp_path, library):
     """MP4s of each library that is installed: written, and the first frames read."""

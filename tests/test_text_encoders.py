@@ -12,10 +12,11 @@ from helpers import refusal_of, relative
 from pipelines import FAMILIES, encoded, save_pipeline
 from safetensors.torch import load_file, save_file
 
-from models import encode
+from models import encode, libraries
 from models.files import UserError, save_json
 from models.networks import load_network
-from models.plumbing.data import Conditions
+from models.plumbing import sets
+from models.plumbing.data import Conditions, load_conditions, refuse_other_encoder
 from models.plumbing.teachers import network_folder
 from models.prompts import PromptWriter, open_prompts
 from models.text_encoders import NEGATIVE_PROMPT, ask
@@ -204,6 +205,32 @@ def test_prompts_that_are_cut_are_named(saved, command):
     )
 
 
+def test_lines_of_a_file_of_prompts(tmp_path):
+    """A byte order mark is no letter, and only line feeds end a line."""
+    path = tmp_path / "p.txt"
+    path.write_bytes("\ufeffa cat\r\n\r\na\u2028dog\x0bruns\n".encode())
+    assert encode.read_prompts(path) == {1: "a cat", 3: "a\u2028dog\x0bruns"}
+
+
+def test_prompts_of_another_encoder_are_refused(saved, command):
+    """Of the same width: by the class of transformer that they were encoded for."""
+    output, _ = command(saved("pixart")[1], ["a cat"])
+    file, where = open_prompts(output), "--prompts p"
+    for name in ("PixArtTransformer2DModel", "UNet2DConditionModel", "Adapted"):
+        refuse_other_encoder(file, type(name, (), {})(), where)
+    for name in ("WanTransformer3DModel", "CogVideoXTransformer3DModel"):
+        with pytest.raises(UserError, match=f"the teacher is a {name}: encode it with this"):
+            refuse_other_encoder(file, type(name, (), {})(), where)
+    net = SimpleNamespace(cond_names=("text",), text_dim=None)
+    other = type("WanTransformer3DModel", (), vars(net))()
+    for load in (
+        lambda: Conditions(SimpleNamespace(prompts=str(output)), other),
+        lambda: load_conditions(str(output), other, "prompts"),
+    ):
+        with pytest.raises(UserError, match="was encoded for a PixArtTransformer2DModel"):
+            load()
+
+
 # ---- what a folder is, and wrong input -----------------------------------------------------------
 
 
@@ -286,6 +313,23 @@ def test_wrong_input_is_one_line(saved, tmp_path, capsys, family, missing, flags
     given = ["--teacher", str(folder), "--prompts_txt", str(tmp_path / "p.txt"), *flags]
     assert says in refusal_of(capsys, encode.main, *given, "--output", str(tmp_path / "o"))
     assert not (tmp_path / "o").exists()
+
+
+def test_libraries_that_cannot_be_imported(tmp_path, monkeypatch):
+    """Missing, or there and broken, or there and too old: each has its own remedy."""
+    (tmp_path / "diffusers_9.py").write_text("import no_such_dependency_of_it")
+    (tmp_path / "diffusers_8.py").write_text("__version__ = '0.1'")
+    monkeypatch.syspath_prepend(tmp_path)
+    for library, says in {
+        "diffusers_7": "diffusers_7 is not installed; .* pip install diffusers_7",
+        "diffusers_9": "is installed and cannot be imported .*: pip install -U diffusers_9",
+    }.items():
+        with pytest.raises(UserError, match=says):
+            libraries.require(library)
+        with pytest.raises(UserError, match=says if "9" in library else "pip install diffusers_7"):
+            sets.require(library, "a set")
+    with pytest.raises(UserError, match="diffusers_8 0.1 has no AutoencoderKL"):
+        libraries.load("diffusers_8", "AutoencoderKL", tmp_path, "vae")
 
 
 def without_a_tensor(weights):

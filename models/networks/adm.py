@@ -485,7 +485,8 @@ def adm_config(state, convention, image_size, heads=None):
         dim = shapes["middle_block.0.out_layers.3.weight"][0]
     except KeyError as error:
         raise ValueError(f"no tensor {error}: ADM's network has one") from None
-    lfm = convention == "lfm"
+    if heads is None and (convention == "lfm" or image_size == 128):
+        heads = 4  # as in the flags of LFM's, and of ADM's ImageNet model at 128 x 128
     context = channels - outputs if channels > outputs else 0
     return dict(
         image_size=image_size,
@@ -496,8 +497,8 @@ def adm_config(state, convention, image_size, heads=None):
         attention_resolutions=rates,
         channel_mult=[m // width for m in mult],
         num_classes=shapes.get("label_emb.weight", (0,))[0],
-        num_heads=heads or (4 if lfm else 1),
-        num_head_channels=-1 if heads or lfm else 64,
+        num_heads=heads or 1,
+        num_head_channels=-1 if heads else 64,
         use_scale_shift_norm=emb == 2 * dim,
         resblock_updown=blocks,
         use_new_attention_order=False,

@@ -91,6 +91,20 @@ class Prompts:
         return {k: v.expand(n, *v.shape[1:]) for k, v in one.items()}
 
 
+def refuse_other_encoder(file, net, where):
+    """Raises UserError for prompts that models.encode made for another class of transformer.
+
+    file: what open_prompts gives. T5 of PixArt and of CogVideoX and Wan's umT5 are equally wide.
+    """
+    made_for, name = (file.metadata() or {}).get("for", "").split(), type(net).__name__
+    others = [taker for taker in made_for if "Transformer" in taker]
+    if others and "Transformer" in name and name not in others:
+        raise UserError(
+            f"{where} was encoded for a {others[0]}, and the teacher is a {name}: encode it with "
+            "this teacher"
+        )
+
+
 class Conditions:
     """Where a network's conditions come from: class labels drawn evenly, or rows of --prompts.
 
@@ -109,6 +123,7 @@ class Conditions:
                 )
             widths = {n: getattr(net, f"{n}_dim", None) for n in ("text", "pooled")}
             self.prompts = Prompts(args.prompts, net.cond_names, widths)
+            refuse_other_encoder(self.prompts.file, net, f"--prompts {args.prompts}")
         elif args.prompts:
             raise UserError(
                 f"--prompts: the teacher is a {type(net).__name__} and takes class labels, "
@@ -195,6 +210,7 @@ def load_conditions(source, net, flag="data", points=None):
             f"{' and '.join(keys)}, which python -m models.encode writes: give it as --prompts"
         )
     file = open_prompts(source)
+    refuse_other_encoder(file, net, where)
     there, rows = set(file.keys()), {}
     for key, name in zip(keys, net.cond_names):
         if key not in there or file.get_slice(key).get_shape()[:1] in ([], [0]):
@@ -577,6 +593,7 @@ def load_real_data(args, teacher):
     data, cond, class_names = found
     if isinstance(data, Rows):
         refuse_bytes_as_floats(f"--data {source}", data)
+        refuse_other_encoder(open_tensors(source), base, f"--data {source}")
     if classless:
         cond, class_names = {"label": torch.zeros(len(data), dtype=torch.long)}, None
     if source in WORLDS:

@@ -48,8 +48,13 @@ def require(library, what):
     """Import an optional library. Raises UserError where it is not installed."""
     try:
         return importlib.import_module(library)
-    except ImportError:
-        raise UserError(f"{what} needs the library {library}: pip install {library}") from None
+    except ImportError as e:
+        if library.startswith(e.name or "-"):  # it, or the package that it is in
+            raise UserError(f"{what} needs the library {library}: pip install {library}") from None
+        raise UserError(
+            f"{what} needs the library {library}, which is installed and cannot be imported ({e}): "
+            f"pip install -U {library}"
+        ) from None
 
 
 def like_a_folder(name):
