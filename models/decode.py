@@ -5,16 +5,18 @@
 The autoencoder in FOLDER decides how. FOLDER is a diffusers pipeline with vae/ (models/vaes.py has
 the classes), a run of ours with autoencoder/ beside student/, or the folder of an autoencoder.
 Images become PNGs. Videos become GIFs, MP4s (--format mp4, where a library for them is installed:
-models/videos.py) or folders of PNGs (--format png). Rows are read, decoded and written one by one.
+models/videos.py) or folders of PNGs (--format png). Rows are read, decoded and written one by one;
+an interrupted command goes on, and a folder with pictures of other latents is refused.
 AutoencoderKL needs no library, the others diffusers. models/encode.py is the other end.
 """
 
+import os
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from models.files import UserError, open_tensors
+from models.files import UserError, fingerprint, load_json, open_tensors, save_json
 from models.libraries import device
 from models.plumbing.flags import Parser, number
 from models.plumbing.run import run_main
@@ -78,19 +80,45 @@ def to_image(pixels):
 def save_picture(pixels, path, fps):
     """An image, uint8 (3, H, W), as a PNG; a video (F, 3, H, W) by the ending of path.
 
-    .gif: endless; .mp4; none: a folder of PNGs. fps: frames a second, of the first two.
+    .gif: endless; .mp4; none: a folder of PNGs. fps: frames a second, of the first two. Written
+    under a hidden name and renamed, so that path is whole once it is there.
     """
+    begun = path.with_name(f".begun-{path.name}")
     if path.suffix == ".png":
-        to_image(pixels).save(path)
+        to_image(pixels).save(begun)
     elif path.suffix == ".gif":
         first, *rest = [to_image(frame) for frame in pixels]
-        first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+        first.save(begun, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
     elif path.suffix == ".mp4":
-        write_mp4(str(path), pixels.permute(0, 2, 3, 1).numpy(), fps)
+        write_mp4(str(begun), pixels.permute(0, 2, 3, 1).numpy(), fps)
     else:
-        path.mkdir(exist_ok=True)
+        begun.mkdir(exist_ok=True)
         for i, frame in enumerate(pixels):
-            to_image(frame).save(path / f"{i:03d}.png")
+            to_image(frame).save(begun / f"{i:03d}.png")
+    os.replace(begun, path)
+
+
+def begin_folder(output, about):
+    """Make the folder, or see that what it has was decoded alike. Raises UserError.
+
+    about: of what the pictures are made, as JSON can hold it; it is kept beside them.
+    """
+    folder, there = Path(output), Path(output) / "decoded.json"
+    if there.is_file():
+        old = load_json(there)
+        other = [name for name in about if old.get(name) != about[name]]
+        if other:
+            raise UserError(
+                f"--output {output} has pictures of other {', '.join(other)}: name another folder, "
+                "or remove this one"
+            )
+    elif folder.is_dir() and any(path.stem.isdecimal() for path in folder.iterdir()):
+        raise UserError(
+            f"--output {output} has pictures of something else: name another folder, or remove "
+            "this one"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_json(about, there)
 
 
 def parse_args(argv):
@@ -128,17 +156,21 @@ def main(argv=None):
     check_latents(rows.get_shape(), space, args.teacher, args.latents)
     suffix = {"gif": ".gif", "mp4": ".mp4", "png": ""}[args.format or "gif"] if videos else ".png"
     fps = args.fps or space.fps
-    for i in range(rows.get_shape()[0]):
-        pixels = decode_row(space, rows[i : i + 1], f"--latents {args.latents}: row {i} of x0")
-        try:
+    place = find_autoencoder(args.teacher)[0]
+    files = sorted(str(path) for path in Path(place).iterdir() if path.is_file())
+    about = {"latents": fingerprint([args.latents]), "autoencoder": fingerprint(files), "fps": fps}
+    where = f"--latents {args.latents}: row"
+    try:
+        begin_folder(args.output, about)
+        for i in range(rows.get_shape()[0]):
             path = Path(args.output) / f"{i:03d}{suffix}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_picture(pixels, path, fps)
-        except OSError as error:
-            raise UserError(
-                f"cannot write --output {args.output}: {error}; name a new folder"
-            ) from None
-        print(path)
+            if not path.exists():  # of the same latents, by a run that was interrupted
+                save_picture(decode_row(space, rows[i : i + 1], f"{where} {i} of x0"), path, fps)
+            print(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write --output {args.output}: {error}; name a new folder"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ def test_videos_become_gifs_and_frames(saved, tmp_path, family, frames, size, ms
     decode.main(flags_of(folder, tmp_path, x0))
     decode.main(flags_of(folder, tmp_path, x0, "--format", "png"))
     out, want = tmp_path / "out", load_autoencoder(folder).to_pixels(x0[1:])
-    assert sorted(path.name for path in out.iterdir()) == ["000", "000.gif", "001", "001.gif"]
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["000", "000.gif", "001", "001.gif", "decoded.json"]
     with Image.open(out / "001.gif") as gif:
         assert (gif.n_frames, gif.size, gif.info["duration"]) == (frames, size, ms)
     images = [Image.open(path) for path in sorted((out / "001").iterdir())]
@@ -162,8 +163,25 @@ def test_rows_are_decoded_one_by_one(monkeypatch, saved, tmp_path, capsys):
     monkeypatch.setattr(decode, "decode_row", lambda s, z, w: seen.append(len(z)) or real(s, z, w))
     line = refusal_of(capsys, decode.main, *flags)
     assert "row 2 of x0 has numbers that are not finite: sample again, or take it out" in line
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000.gif", "001.gif"]
-    assert seen == [1, 1, 1]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["000.gif", "001.gif", "decoded.json"] and seen == [1, 1, 1]
+
+
+def test_decoding_goes_on_and_mixes_nothing(monkeypatch, saved, tmp_path, capsys):
+    """A row whose picture is there is not decoded again; other latents want another folder."""
+    flags, out, real = flags_of(saved("wan"), tmp_path, latents("wan", 3)), tmp_path / "out", []
+    decode.main(flags)
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "001.gif").rename(out / ".begun-001.gif")  # killed while it was written
+    row = decode.decode_row
+    monkeypatch.setattr(decode, "decode_row", lambda s, z, w: real.append(w) or row(s, z, w))
+    decode.main(flags)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    assert [where.split(": ")[1] for where in real] == ["row 1 of x0"]
+    for other in ([*flags, "--fps", "7"], flags_of(saved("wan"), tmp_path, latents("wan", 2))):
+        assert "name another folder" in refusal_of(capsys, decode.main, *other)
+    (out / "decoded.json").unlink()
+    assert "pictures of something else" in refusal_of(capsys, decode.main, *flags)
 
 
 @pytest.mark.parametrize(
