@@ -260,7 +260,7 @@ def test_the_commands_run_and_refuse_in_one_line(tmp_path, capsys):
     assert done.stderr.count("\n") == 1
     for flags, says in (
         (decoding("run", "file"), "cannot write --output"),
-        (decoding("two", "out"), "gives pixels of 2 channels; pictures have 1 or 3"),
+        (decoding("two", "other"), "gives pixels of 2 channels; pictures have 1 or 3"),
     ):
         assert says in refusal_of(capsys, decode.main, *flags)
 
