@@ -6,6 +6,7 @@ They are registered with torch.library, so that torch.compile and activation che
 them whole. Equations and symbols are those at the top of linear_attention.py.
 """
 
+import functools
 from typing import Optional
 
 import torch
@@ -63,6 +64,17 @@ def shared_memory(device):
     return getattr(properties, "shared_memory_per_block_optin", 0)
 
 
+@functools.cache
+def cannot_start():
+    """Why Triton cannot be used on this machine's GPU, or None: it compiles a little C first."""
+    try:
+        triton.runtime.driver.active.get_current_device()
+    except Exception as e:  # no compiler, no headers, a home that cannot be written, ...
+        first = (str(e).splitlines() or [""])[0] or type(e).__name__
+        return f"triton cannot start ({first}): it needs a C compiler and Python's headers"
+    return None
+
+
 def why_not(q, v, feature_map, w_q):
     """Why the kernels cannot take such inputs, or None where they can."""
     if triton is None:
@@ -72,6 +84,8 @@ def why_not(q, v, feature_map, w_q):
             "q must be on a CUDA device (or set TRITON_INTERPRET=1 before triton is imported), "
             f"got {q.device}"
         )
+    if q.is_cuda and not torch.compiler.is_compiling() and cannot_start():
+        return cannot_start()
     if q.dtype not in DTYPES:
         return f"q must be float32, bfloat16 or float16, got {q.dtype}"
     if max(q.shape[1], 0 if v is None else v.shape[1]) > 2**30:

@@ -535,6 +535,27 @@ def test_faster_backend_inside_of_what_torch_does(pretended_kernels, monkeypatch
     assert la.faster_backend(*nine) == "triton" and len(la._faster) == 2
 
 
+def test_a_gpu_where_triton_cannot_compile(monkeypatch):
+    """Without gcc its driver raises at the first use: torch runs, and the reason is named."""
+
+    def no_compiler():
+        raise RuntimeError("Failed to find C compiler. Please specify via CC.\nmore")
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_device=no_compiler))
+    fake = SimpleNamespace(runtime=SimpleNamespace(driver=driver))
+    monkeypatch.setattr(ops, "triton", fake)
+    ops.cannot_start.cache_clear()
+    q = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 5, 2, 64))
+    assert ops.why_not(q, None, "softmax", None) == (
+        "triton cannot start (Failed to find C compiler. Please specify via CC.): "
+        "it needs a C compiler and Python's headers"
+    )
+    ops.cannot_start.cache_clear()
+    driver.active.get_current_device = lambda: 0
+    assert ops.cannot_start() is None
+    ops.cannot_start.cache_clear()
+
+
 def test_faster_warns_where_the_kernels_cannot(monkeypatch):
     """It then is as no back end named: nothing is timed."""
     asked = []

@@ -479,12 +479,13 @@ def test_names_that_the_terminal_cannot_show(monkeypatch, capsysbinary):
 
 
 def test_installed_packages_do_not_hide_ours(tmp_path):
-    """Packages called kernels (Hugging Face has one) or models may be there: ours come first."""
-    for name in ("kernels", "models"):
+    """Packages called kernels (Hugging Face has one), tests, ... may be there: ours come first."""
+    for name in ("kernels", "models", "tests", "docs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
     env = {**ENV, "PYTHONPATH": str(tmp_path)}
-    for command in (["linvideo.py", "--help"], ["-m", "models.convert", "--help"]):
+    modules = "models.convert", "tests.orderings", "docs.tour", "docs.draw"
+    for command in (["linvideo.py", "--help"], *(["-m", name, "--help"] for name in modules)):
         done = subprocess.run(
             [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True
         )

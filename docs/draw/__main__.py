@@ -7,10 +7,10 @@ Every module of this folder but svg, logs and thumbs has the pictures of one pag
 draw(folder) and wrong(folder).
 """
 
+import argparse
 import importlib
 import os
 import pkgutil
-import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 APART = ("svg", "logs", "thumbs", "__main__")
@@ -23,6 +23,14 @@ def main(names, folder, kind="draw"):
 
 
 if __name__ == "__main__":
-    names = [name for name in sys.argv[1:] if name != "--wrong"]
-    kind = "wrong" if "--wrong" in sys.argv else "draw"
-    main(names, os.path.join(os.path.dirname(HERE), "figures"), kind)
+    p = argparse.ArgumentParser(prog="python -m docs.draw", description=__doc__.splitlines()[0])
+    p.add_argument(
+        "names", nargs="*", choices=[*PAGES, []], metavar="METHOD", help=", ".join(PAGES)
+    )
+    p.add_argument("--wrong", action="store_true", help="what wrong variants do: short trainings")
+    args = p.parse_args()
+    main(
+        args.names,
+        os.path.join(os.path.dirname(HERE), "figures"),
+        "wrong" if args.wrong else "draw",
+    )

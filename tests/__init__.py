@@ -1,0 +1,1 @@
+"""A package, lest an installed one of this name is taken instead."""
