@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from models import pairs as pairing
-from models.files import DTYPES, UserError, save_tensors
+from models.files import DTYPES, UserError
 from models.files import fingerprint as hash_of_files
 from models.image_tokens import DINOV2, ImageTokens, prepare_image
 from models.libraries import device, require
@@ -44,39 +44,62 @@ from models.vaes import find_autoencoder, load_autoencoder
 # ---- images of TRELLIS ---------------------------------------------------------------------------
 
 
-def read_images(folder):
-    """The images in a folder, sorted by name -> list of uint8 (3, 518, 518). Raises UserError."""
+def image_paths(folder):
+    """The images in a folder, sorted by name, each of which can be used.  -> paths.
+
+    All are looked at before the first is encoded. Raises UserError.
+    """
     if not os.path.isdir(folder):
         raise UserError(f"--images {folder} is not a folder; put one image for each object in one")
     paths = [os.path.join(folder, n) for n in sorted(os.listdir(folder)) if not n.startswith(".")]
     paths = [path for path in paths if os.path.isfile(path)]
     if not paths:
         raise UserError(f"--images {folder} holds no files; put one image for each object in it")
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(prepare_image(image))
-        except Exception as e:  # Pillow raises many kinds; skipping one would shift all rows after
-            why = f"{type(e).__name__}: {e}"
-            raise UserError(
-                f"{path} is not an image that can be used ({why}): repair it or take it out"
-            ) from None
-    return images
+    for path in progress(paths, "looking at images", leave=False, delay=2):
+        read_image(path)
+    return paths
 
 
-def encode_trellis_images(folder, dinov2=DINOV2):
-    """DINOv2 tokens of the images in a folder, sorted by name, as TrellisImageTo3DPipeline's.
+def read_image(path):
+    """-> uint8 (3, 518, 518). Raises UserError: skipping one would shift all rows after it."""
+    try:
+        with Image.open(path) as image:
+            return prepare_image(image)
+    except Exception as e:  # Pillow raises many kinds
+        why = f"{type(e).__name__}: {e}"
+        raise UserError(
+            f"{path} is not an image that can be used ({why}): repair it or take it out"
+        ) from None
 
-    dinov2: a transformers folder, or a name that is downloaded. Returns {"cond.tokens":
-    (N, 1374, 1024), "uncond.tokens": (1, 1374, 1024) zeros} on the CPU in float16, the precision in
-    which TRELLIS uses them (models/image_tokens.py). Raises UserError.
+
+def encode_trellis_images(folder, output, dinov2=DINOV2):
+    """Write DINOv2 tokens of the images in a folder, sorted by name, as TrellisImageTo3DPipeline's.
+
+    dinov2: a transformers folder, or a name that is downloaded. The file has "cond.tokens"
+    (N, 1374, 1024) and "uncond.tokens" (1, 1374, 1024) zeros in float16, the precision in which
+    TRELLIS uses them (models/image_tokens.py). An interrupted command goes on, image by image.
+    -> {name: shape and dtype}. Raises UserError.
     """
     require("transformers")
-    images = read_images(folder)
+    paths = image_paths(folder)
+    names = [os.path.basename(path) for path in paths]
+    content = hash_of_files(paths), str(dinov2), names
+    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    if is_complete(output, fingerprint):
+        print(f"{output} is there already, of the same images: remove it to encode them again")
+        return stored_shapes(output)
+    refuse_other(output, fingerprint)
     encoder = ImageTokens(dinov2, device())
-    tokens = torch.cat([encoder(pixels[None]).half().cpu() for pixels in images])
-    return {"cond.tokens": tokens, "uncond.tokens": torch.zeros_like(tokens[:1])}
+    shape = encoder.length, encoder.width
+    with pairing.RowWriter(output, {"fingerprint": fingerprint}) as file:
+        file.add("cond.tokens", torch.float16, (len(paths), *shape))
+        file.add("uncond.tokens", torch.float16, (1, *shape))
+        file.write("uncond.tokens", 0, torch.zeros(shape))
+        done = len(file.notes)
+        for i in progress(range(done, len(paths)), "images"):
+            file.write("cond.tokens", i, encoder(read_image(paths[i])[None])[0])
+            file.note(names[i])
+    return stored_shapes(output)
 
 
 # ---- prompts to disk -----------------------------------------------------------------------------
@@ -331,9 +354,7 @@ def main(argv=None):
         elif form == "--prompts_txt":
             shapes = encode_text(args)
         else:
-            tensors = encode_trellis_images(args.images, args.dinov2 or DINOV2)
-            save_tensors(tensors, args.output)
-            shapes = {k: f"{tuple(v.shape)} {v.dtype}" for k, v in tensors.items()}
+            shapes = encode_trellis_images(args.images, args.output, args.dinov2 or DINOV2)
     except OSError as error:
         raise UserError(f"cannot write --output {args.output}: {error}; name a new file") from None
     print(f"{args.output}: {', '.join(f'{k} {shape}' for k, shape in shapes.items())}")

@@ -23,8 +23,8 @@ import dmd
 from models import encode
 from models.diffusion import Flow
 from models.draws import Draws
-from models.encode import encode_trellis_images
 from models.files import UserError, load_json, save_json
+from models.image_tokens import ImageTokens, prepare_image
 from models.networks import (
     NETWORKS,
     load_network,
@@ -1328,10 +1328,43 @@ def test_a_root_or_a_network_of_it_is_a_teacher_to_encode_for(dinov2, tmp_path):
     Image.new("RGB", (4, 4), "red").save(tmp_path / "images" / "a.png")
     path = save_root(tmp_path, {SparseStructureFlowModel: SS})[SparseStructureFlowModel]
     flags = ["--images", str(tmp_path / "images"), "--dinov2", str(dinov2)]
-    want = encode_trellis_images(tmp_path / "images", dinov2)
+    with Image.open(tmp_path / "images" / "a.png") as image:
+        tokens = ImageTokens(dinov2, "cpu")(prepare_image(image)[None]).half()
+    want = {"cond.tokens": tokens, "uncond.tokens": torch.zeros_like(tokens)}
     for i, teacher in enumerate((tmp_path, path)):
         output = str(tmp_path / f"{i}.safetensors")
         encode.main(["--teacher", str(teacher), *flags, "--output", output])
         stored = load_file(output)
         assert stored.keys() == want.keys()
         assert all(torch.equal(stored[key], want[key]) for key in want)
+
+
+def test_images_are_encoded_one_by_one_and_gone_on_with(dinov2, tmp_path, monkeypatch, capsys):
+    """What an interrupted command has encoded is not encoded again; a broken image is named."""
+    (tmp_path / "images").mkdir()
+    for i, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / "images" / f"{i}.png")
+    flags = ["--images", str(tmp_path / "images"), "--dinov2", str(dinov2), "--output"]
+    encode.main([*flags, str(tmp_path / "whole.safetensors")])
+    seen, real = [], ImageTokens.__call__
+
+    def tokens(self, pixels):
+        seen.append(len(pixels))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(self, pixels)
+
+    monkeypatch.setattr(ImageTokens, "__call__", tokens)
+    output = str(tmp_path / "new.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        encode.main([*flags, output])
+    encode.main([*flags, output])
+    assert seen == [1] * 4
+    whole, new = load_file(tmp_path / "whole.safetensors"), load_file(output)
+    assert whole.keys() == new.keys() and all(torch.equal(whole[k], new[k]) for k in whole)
+    capsys.readouterr()
+    encode.main([*flags, output])
+    assert len(seen) == 4 and "is there already" in capsys.readouterr().out
+    (tmp_path / "images" / "1.png").write_bytes(b"no image")
+    line = refusal_of(capsys, encode.main, *flags, str(tmp_path / "other.safetensors"))
+    assert "1.png is not an image that can be used" in line
