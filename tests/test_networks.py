@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import TINY_PIXART, TINY_WAN, TINY_Z_IMAGE, perturbed
+from helpers import TINY_PIXART, TINY_WAN, TINY_Z_IMAGE, fill, perturbed
 from released import COGVIDEOX, LUMINA2, QWEN_IMAGE
 from test_adding import examples
 
+from models import networks
 from models.diffusion import PREDICTIONS, VP, Flow
 from models.networks import (
     NETWORKS,
@@ -692,3 +693,31 @@ def test_files(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize("cls", OTHERS)
 def test_files_of_the_others(cls, tmp_path):
     round_trip(perturbed(cls(**OTHERS[cls])), tmp_path)
+
+
+def test_shards_of_a_network_are_of_one_save(tmp_path, monkeypatch):
+    """A save that ends in the middle of several files leaves all of them as they were."""
+    small = dict(size=(8, 8), patch=(4, 4), channels=1, dim=32, depth=2, num_classes=2)
+    nets = [fill(DiT(**small), seed) for seed in (0, 1)]
+    folder, about = str(tmp_path), network_config(nets[0])
+    save_network(nets[0], about, folder, shard_bytes=20000)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) > 4 and not any(name.startswith(".") for name in before)
+    real, written = networks.write_whole, []
+
+    def killed(tensors, path, *more):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        real(tensors, path, *more)
+
+    monkeypatch.setattr(networks, "write_whole", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_network(nets[1], about, folder, shard_bytes=20000)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    monkeypatch.setattr(networks, "write_whole", real)
+    save_network(nets[1], about, folder, shard_bytes=20000)
+    assert {path.name for path in tmp_path.iterdir()} == before.keys()
+    again, _ = load_network(folder)
+    state = nets[1].state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())

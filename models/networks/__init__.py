@@ -524,9 +524,14 @@ def save_network(
     if len(shards) > 1:
         numbers = [f"-{i + 1:05d}-of-{len(shards):05d}" for i in range(len(shards))]
         names = [WEIGHTS.replace(".safetensors", f"{number}.safetensors") for number in numbers]
-    for name, shard in zip(names, shards):
-        write_whole(shard, os.path.join(folder, name) if write else None, dtype)
+    # Several take minutes: they wait under hidden names, lest a run that is killed leave some old
+    # and some new.
+    places = [os.path.join(folder, name if len(names) == 1 else f".{name}") for name in names]
+    for place, shard in zip(places, shards):
+        write_whole(shard, place if write else None, dtype)
     if write:
+        for place, name in zip(places, names):
+            os.replace(place, os.path.join(folder, name))
         save_index(folder, names, shards, dtype)
         save_json(config, os.path.join(folder, "config.json"))
 
