@@ -174,4 +174,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "the same command goes on with what is written")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,14 @@ class TrainingError(Exception):
     """Training cannot go on (a loss is not finite). Exit code 1."""
 
 
+def temporary(path):
+    """A name beside path that nobody else writes to.
+
+    Processes of two containers may have the same number, on one disk.
+    """
+    return f"{path}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+
+
 @contextlib.contextmanager
 def replacing(path, mode="wb", **how):
     """A file to write, so that, whatever happens, `path` holds either the old or the new content.
@@ -34,7 +43,7 @@ def replacing(path, mode="wb", **how):
     The bytes go to a temporary file beside it, which is flushed to disk and renamed when the block
     ends, and removed where it ends with an error. mode, how: as for `open`.
     """
-    tmp = f"{path}.tmp-{os.getpid()}"
+    tmp = temporary(path)
     file = open(tmp, mode, **how)
     whole = False
     try:
@@ -160,7 +169,7 @@ class TensorWriter:
         text += b" " * (-len(text) % 8)
         self.begin, self.size, self.written = 8 + len(text), end, set()
         if path is not None:
-            self.tmp = f"{path}.tmp-{os.getpid()}"
+            self.tmp = temporary(path)
             self.file = open(self.tmp, "wb")
             self.file.write(len(text).to_bytes(8, "little") + text)
 

@@ -357,4 +357,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "the same command goes on with the features that it has")

@@ -41,7 +41,7 @@ from models.plumbing.data import Bank, Prompts, load_data
 from models.plumbing.latents import LatentCache, Posteriors
 from models.plumbing.loading import open_pictures
 from models.plumbing.report import load_student
-from models.plumbing.run import Run, run_main
+from models.plumbing.run import Run, own_device, run_main
 from models.plumbing.state import inputs_of
 from models.plumbing.teachers import merge_lora
 from models.progress import progress
@@ -568,6 +568,39 @@ def test_what_a_disk_says_in_one_line(capsys, monkeypatch, name):
         run_main(main)
     error = capsys.readouterr().err
     assert end.value.code == 1 and error.count("\n") == 1 and "no state is saved yet" in error
+
+
+@pytest.mark.parametrize("what", [KeyboardInterrupt, MemoryError, OSError(errno.ENOSPC, "full")])
+def test_what_ends_a_command_names_no_flags_of_training(capsys, what):
+    """models.encode and its like have no states: they say how they are gone on with."""
+
+    def main():
+        raise what
+
+    with pytest.raises(SystemExit):
+        run_main(main, "the same command goes on")
+    said = capsys.readouterr().err
+    assert (
+        said.endswith("; the same command goes on\n") and "--" not in said and "state" not in said
+    )
+
+
+def test_a_card_that_this_torch_was_not_built_for(monkeypatch):
+    """It is named, with the way to the CPU."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "set_device": lambda device: None,
+        "get_device_name": lambda device: "Tesla P100",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "ones", refuse)
+    with pytest.raises(UserError, match="Tesla P100 cannot be used .*no kernel image.*: set CUDA"):
+        own_device(0)
 
 
 def test_no_memory_is_one_line(capsys, monkeypatch):

@@ -23,6 +23,7 @@ from pathlib import Path
 import fuzz
 import pytest
 import torch
+from forks import launch
 from helpers import (
     ENV,
     ROOT,
@@ -314,6 +315,27 @@ def test_a_run_goes_on_with_the_inputs_it_began_with(teacher, tmp_path, capsys):
     weights = next(Path(elsewhere).glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-4] + b"1234")
     assert "--teacher" in refusal_of(capsys, dmd.main, *again)
+
+
+def test_ranks_go_on_with_inputs_that_were_moved(tmp_path):
+    """Rank 0 alone reads them, and all know that they are the same."""
+    teacher = Path(save_tiny_teacher(tmp_path / "teacher"))
+    data, gan = data_file(tmp_path / "d.safetensors"), ["--gan_weight", "0.1", "--data"]
+    more = ["--train_batch_size", "2", "--preview_samples", "2", "--max_train_steps"]
+    flags = flags_for(str(teacher), tmp_path / "run", *more, "2", *gan, data)
+    assert launch(ROOT / "dmd.py", flags, ranks=2).returncode == 0
+    moved, elsewhere = str(tmp_path / "moved.safetensors"), str(tmp_path / "elsewhere")
+    os.rename(data, moved)
+    teacher.rename(elsewhere)
+    flags = flags_for(elsewhere, tmp_path / "run", *more, "3", *gan, moved)
+    flags += ["--resume_from_checkpoint", "latest"]
+    done = launch(ROOT / "dmd.py", flags, ranks=2)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert f"--data was {data} and is {moved} from update 3 on" in done.stdout
+    data_file(moved, middle=1e-3)
+    done = launch(ROOT / "dmd.py", [*flags, "--max_train_steps", "4"], ranks=2)
+    assert done.returncode == 2
+    assert "error: --data" in done.stderr and "(rank 1)" not in done.stderr
 
 
 # ---- a full disk ---------------------------------------------------------------------------------

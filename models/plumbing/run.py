@@ -47,6 +47,7 @@ from models.plumbing.sharding import (
     refuse_groups,
 )
 from models.plumbing.state import (
+    INPUTS,
     SavedState,
     batch_flags,
     changes_on_resume,
@@ -56,6 +57,9 @@ from models.plumbing.state import (
     inputs_of,
     keep_batch,
     read_info,
+    remove_later_states,
+    resumable,
+    same_inputs,
     save_state,
     unpack,
     unpack_optimizer,
@@ -75,14 +79,21 @@ FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 # What it says of a disk that is gone or may not be written to any more, and of too many open files.
 LOST = {getattr(errno, name, errno.EIO) for name in ("EROFS", "EACCES", "ESTALE", "ENOTCONN")}
 LOST |= {errno.EIO, errno.EMFILE, errno.ENFILE}
+# What it says of a pipe that nobody reads any more, and of a terminal that was closed.
+UNREAD = {errno.EPIPE, errno.EIO}
+# What it says of a folder that it does not rename: a mount point, one of a container's image, or
+# of another user.
+NOT_RENAMED = {errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EACCES}
 
 
 class Stopped(SystemExit):
     """A run that has saved its state and ends before its last update; code: the exit code."""
 
 
-def run_main(main):
+def run_main(main, again=None):
     """Call main(); what ends it early becomes one line on stderr and an exit code.
+
+    again: of a command that trains nothing, how it is gone on with, in words.
 
     UserError 2, TrainingError, no memory and a disk that is full or lost 1, Ctrl-C 130, and a run
     that `Run.end_step` stopped its own. A rank that is done ends at once: the threads of its
@@ -96,25 +107,43 @@ def run_main(main):
     except Stopped as stop:
         code = stop.code
     except KeyboardInterrupt:
-        code, line = 130, f"interrupted; {newest_state()}"
+        code, line = 130, f"interrupted; {again or newest_state()}"
     except (UserError, TrainingError) as e:
         code, line = 2 if isinstance(e, UserError) else 1, str(e)
     except OSError as e:
         if e.errno not in FULL | LOST:
             raise
-        code, own, line = 1, True, f"{what_to_do(e)}; {newest_state()}"
+        code, own, line = 1, True, f"{what_to_do(e)}; {again or newest_state()}"
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
-        code, own, line = 1, True, f"{no_memory(e)}; {newest_state()}"
-    if line and (own or os.environ.get("RANK", "0") == "0"):  # every rank stops, one says why
-        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+        code, own, line = 1, True, f"{no_memory(e, again)}; {again or newest_state()}"
+    if line:
+        say_why(" ".join(line.split()), own, code)
     if dist.is_initialized() and not line:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     if code or line:
         raise SystemExit(code) from None
+
+
+def say_why(line, own, code):
+    """Print what ended this rank: at once on rank 0, and where it may be of one node alone (own).
+
+    Any other rank waits first. Where all ranks meet the same, torchrun ends it in that time, since
+    rank 0, which has said it, has ended; so it is said once. What one rank alone meets is said by
+    that one. The ranks of a node wait for different times.
+    """
+    rank, local = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if rank == "0" or own:
+        print(f"error: {line}", file=sys.stderr)
+    elif code != 130:  # Ctrl-C is for all
+        with contextlib.suppress(ValueError):  # they are no longer requests to save
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        time.sleep(3 + (int(local) if local.isdecimal() else 0))
+        print(f"error (rank {rank}): {line}", file=sys.stderr)
 
 
 def what_to_do(e):
@@ -132,9 +161,11 @@ def is_out_of_memory(e):
     return isinstance(e, known) or "can't allocate memory" in str(e)
 
 
-def no_memory(e):
+def no_memory(e, again=None):
     """The same in words."""
     first = (str(e).splitlines() or [""])[0] or type(e).__name__
+    if again:
+        return f"out of memory ({first}): end other programs on this device, or take a larger one"
     return (
         f"out of memory ({first}): a lower --train_batch_size with more "
         "--gradient_accumulation_steps trains the same, and --gradient_checkpointing, or more "
@@ -143,19 +174,62 @@ def no_memory(e):
 
 
 def print_anything():
-    """Names that the terminal's encoding lacks are printed with backslashes instead of failing."""
-    for stream in (sys.stdout, sys.stderr):
+    """Names that the terminal's encoding lacks are printed with backslashes instead of failing.
+
+    And what is printed when nobody reads it any more is no reason to end a run.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         with contextlib.suppress(AttributeError, ValueError):  # no file, as in a notebook
             stream.reconfigure(errors="backslashreplace")
+        if stream is not None and not isinstance(stream, Output):
+            setattr(sys, name, Output(stream))
+
+
+class Output:
+    """stdout or stderr, from which writing to a reader that is gone raises nothing.
+
+    That is a program behind a pipe that has ended, or a connection that was dropped: what follows
+    goes nowhere. All else is as of the stream itself.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.call(self.stream.write, text)
+
+    def flush(self):
+        return self.call(self.stream.flush)
+
+    def call(self, do, *args):
+        try:
+            return do(*args)
+        except OSError as e:
+            if e.errno not in UNREAD:
+                raise
+            discard(self.stream.fileno())
+        return do(*args)
+
+
+def discard(number):
+    """What is written to this file descriptor from now on goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 def newest_state():
     """Where the run of this process can be gone on with, in words."""
-    folder = Run.current.folder if Run.current else None
-    states = complete_states(folder) if folder else []
-    if not states:
+    run, state = Run.current, None
+    if run:
+        state, how = resumable(run.folder, run.args.resume_from_checkpoint, run.saved)
+    if not state:
         return "no state is saved yet"
-    return f"{states[-1]} is intact: go on with --resume_from_checkpoint latest"
+    return f"{state} is intact: go on with --resume_from_checkpoint {how}"
 
 
 def tell(text):
@@ -166,11 +240,9 @@ def tell(text):
     try:
         os.write(2, text)
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
         if os.path.samestat(os.fstat(1), os.fstat(2)):
-            os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        os.close(nowhere)
+            discard(1)
+        discard(2)
 
 
 class Run:
@@ -181,13 +253,17 @@ class Run:
     micro-batch's loss counts in an update), folder, changes (of flags, where the run was resumed
     with others; see `changes_on_resume`). Rows are shared out among `parts`, of which this rank
     belongs to number `part`: single ranks, or with --sequence_ranks the groups that share the
-    tokens of their rows. `writes`: whether this rank writes what its part has made.
+    tokens of their rows. `writes`: whether this rank writes what its part has made. `saved`: how
+    many updates this run's newest state is of.
     """
 
     current = None  # the one of this process, for the line that ends it early
 
     def __init__(self, args, method):
+        if os.path.islink(os.path.normpath(args.output_dir)):  # folders are renamed where they are
+            args.output_dir = os.path.realpath(args.output_dir)
         self.args, self.method, self.folder = args, method, args.output_dir
+        self.saved = float("inf") if args.resume_from_checkpoint == "latest" else 0
         self.began, self.spent, self.changes = None, 0.0, []
         self.started, self.asked, self.stopping = time.monotonic(), None, False
         self.rank, self.world_size, local_rank = place_among_ranks(os.environ)
@@ -319,7 +395,10 @@ class Run:
         info = read_info(folder, self.method)
         keep_batch(info, args, self.world_size)
         self.share = 1 / args.gradient_accumulation_steps
-        changes = changes_on_resume(info, args, self.world_size, self.inputs)
+        same = same_inputs(info, self.inputs, args) if self.main else set()
+        known = self.mean_over_ranks(*(float(flag in same) for flag in INPUTS))  # on rank 0
+        same = {flag for flag, is_same in zip(INPUTS, known) if is_same}
+        changes = changes_on_resume(info, args, self.world_size, same)
         saved = SavedState(folder, info.get("world_size", 1))
         self.changes = info.get("changes", []) + changes
         for c in changes:
@@ -332,7 +411,7 @@ class Run:
         Until an update is done nothing changes in a folder with a run in it: a new run writes in
         another one beside it so far (see `settle`). Raises UserError.
         """
-        self.first, self.log, self.settled = first, None, False
+        self.first, self.saved, self.log, self.settled = first, first, None, False
         if self.args.mixed_precision == "bf16" and self.device.type == "cpu" and not has_bfloat16():
             self.say(
                 "--mixed_precision bf16: this processor has no instructions for bfloat16 and only "
@@ -342,6 +421,7 @@ class Run:
         resumed = self.args.resume_from_checkpoint
         waits = self.main and holds_another_run(self.folder, resumed)
         if any(self.mean_over_ranks(float(waits))):  # as rank 0 sees it
+            refuse_mount_point(self.folder)
             self.folder = starting_folder(self.folder)
         if self.main:
             make_output_dir(self.folder, fresh=waits)
@@ -354,6 +434,8 @@ class Run:
         path = self.args.output_dir
         if self.main:
             take_output_dir(self.folder, path)
+            for name in remove_later_states(path, self.first):
+                print(f"{name} is removed: this run has gone on from update {self.first}")
             self.log = Log(path, self.first)
         self.folder, self.settled = path, True
         self.wait_for_all()
@@ -378,6 +460,7 @@ class Run:
         info |= {"method": self.method, "command": self.command, "inputs": self.inputs}
         info |= {"changes": self.changes, "seconds": self.seconds(), **more}
         save_state(self.folder, step + 1, things, info, self.rank, self.wait_for_all)
+        self.saved = step + 1
 
     # ---- a step
 
@@ -557,26 +640,25 @@ class Run:
         wrong = [f"{name} = {v:.4g}" for name, v in row.items() if not abs(v) < float("inf")]
         if wrong:
             where = f"not finite at update {step + 1}: {', '.join(wrong)}"
-            raise TrainingError(f"{where}; {advice_after(step, self.args, self.folder)}")
+            advice = advice_after(step, self.args, self.folder, self.saved)
+            raise TrainingError(f"{where}; {advice}")
 
 
-def advice_after(step, args, folder):
+def advice_after(step, args, folder, saved):
     """What to do after an update that was not finite: flags that can be added to the command.
 
     In the first update the inputs come first. Later on the rates do; but since draws do not depend
     on them, a row of the inputs that is not finite stops the run at the same update again. folder:
-    where this run has written so far.
+    where this run has written so far. saved: how many updates its newest state is of.
     """
     halved = [name for name in vars(args) if name.startswith("learning_rate")]
     names = [name for name in [*halved, "max_grad_norm"] if getattr(args, name)]
     lower = [f"--{name} {getattr(args, name) / 2:g}" for name in names]
     named = [f"--{name}" for name in ("prompts", "data", "teacher") if getattr(args, name, None)]
     look = f"look for numbers that are not finite behind {' and '.join(named)}"
-    states, resumed = complete_states(folder), args.resume_from_checkpoint
-    if states:
-        how = f"{states[-1]} is intact: resume with --resume_from_checkpoint latest"
-    elif resumed not in (None, "latest"):
-        how = f"{resumed} is intact: resume with --resume_from_checkpoint {resumed}"
+    state, newest = resumable(folder, args.resume_from_checkpoint, saved)
+    if state:
+        how = f"{state} is intact: resume with --resume_from_checkpoint {newest}"
     else:
         how = "no state is saved yet: start again with"
     how += f" {' '.join(lower)}"
@@ -592,6 +674,10 @@ def has_bfloat16():
 # ---- ranks and devices ---------------------------------------------------------------------------
 
 
+# How many tasks there are, in the words of Slurm, OpenMPI, MPICH and Intel MPI, and MVAPICH.
+TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
 def place_among_ranks(environ):
     """Rank, number of ranks and rank on this node, as torchrun writes them there. Raises UserError.
 
@@ -600,6 +686,8 @@ def place_among_ranks(environ):
     there = {
         name: environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environ
     }
+    if not {"RANK", "WORLD_SIZE"} <= there.keys():
+        there.pop("LOCAL_RANK", None)  # left in a shell, it would move a single run
     wrong = [f"{name}={value}" for name, value in there.items() if not value.isdecimal()]
     if wrong:
         raise UserError(f"the environment has {wrong[0]}, which is no number: unset it")
@@ -612,7 +700,7 @@ def place_among_ranks(environ):
         )
     if not rank < ranks:
         raise UserError(f"the environment has RANK={rank} and WORLD_SIZE={ranks}: unset both")
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+    for name in TASKS:
         tasks = environ.get(name, "1")
         if "RANK" not in there and tasks.isdecimal() and int(tasks) > 1:
             raise UserError(
@@ -633,6 +721,13 @@ def own_device(local_rank):
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except RuntimeError as e:  # of a card that is older than what this torch is built for
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} cannot be used ({str(e).splitlines()[0]}): set "
+            "CUDA_VISIBLE_DEVICES='' for the CPU, or install a torch that supports it"
+        ) from None
     return device
 
 
@@ -661,7 +756,7 @@ def is_within(path, folder):
 def refuse_output_dir(path, sampling=False):
     """Raises UserError where nothing can be written, or samples would replace a run's own."""
     there = os.path.abspath(path)
-    while not os.path.exists(there):
+    while not os.path.exists(there) and os.path.dirname(there) != there:  # a drive may be missing
         there = os.path.dirname(there)
     if not os.path.isdir(there) or not os.access(there, os.W_OK):
         raise UserError(f"--output_dir {path}: {there} is not a folder that can be written to")
@@ -675,18 +770,32 @@ def refuse_output_dir(path, sampling=False):
 
 
 def holds_another_run(path, resumed):
-    """Whether an output folder has something in it that is not of this run. resumed: see --help."""
-    if not os.path.isdir(path) or not os.listdir(path):
-        return False
-    if not resumed:
-        return True
-    own = resumed == "latest" or is_within(resumed, path)
-    return not own and os.path.isfile(os.path.join(path, "log.csv"))
+    """Whether an output folder has something in it that is not of this run. resumed: see --help.
+
+    What a start has made that was killed before its first save is this run's; but a run whose
+    states were deleted, to save room, cannot be gone on with.
+    """
+    names = set(os.listdir(path)) - {"lost+found", ".DS_Store"} if os.path.isdir(path) else set()
+    if not names or not resumed:
+        return bool(names)
+    trained, states = names & {"student", "report.json"}, complete_states(path)
+    if resumed == "latest":
+        return bool(trained) and not states
+    return not is_within(resumed, path) and bool(trained or states or "log.csv" in names)
 
 
 def starting_folder(path):
     """Where a new run writes until its first update is done: beside the folder of another one."""
     return f"{os.path.normpath(path)}.starting"
+
+
+def refuse_mount_point(path):
+    """Raises UserError for a folder of another run that cannot be renamed, as of Docker's -v."""
+    if os.path.ismount(path):
+        raise UserError(
+            f"--output_dir {path} has files of another run, is a mount point and cannot be "
+            "renamed: name a folder in it"
+        )
 
 
 def make_output_dir(folder, fresh):
@@ -702,21 +811,38 @@ def make_output_dir(folder, fresh):
 def take_output_dir(folder, path):
     """The folder of a run that has begun becomes PATH; another one there PATH.1, PATH.2, ...
 
-    What a killed run left half-written is removed.
+    What a killed run left half-written is removed. Raises UserError where that one stays.
     """
     path = os.path.normpath(path)  # "runs/x/" could not be renamed to "runs/x/.1"
     if os.path.normpath(folder) != path:
         n = 1
         while os.path.exists(f"{path}.{n}"):
             n += 1
-        os.rename(path, f"{path}.{n}")
-        os.rename(folder, path)
+        exchange(folder, path, f"{path}.{n}")
         print(f"{path} existed and is now {path}.{n}")
     for where, folders, files in os.walk(path):
         for name in [f for f in files if ".tmp-" in f]:
             os.remove(os.path.join(where, name))
         for name in [d for d in folders if d.startswith(".tmp-")]:
             shutil.rmtree(os.path.join(where, name))
+
+
+def exchange(new, path, aside):
+    """Rename path to aside, and new to path: both, or neither. Raises UserError."""
+    try:
+        os.rename(path, aside)
+        try:
+            os.rename(new, path)
+        except OSError:
+            os.rename(aside, path)
+            raise
+    except OSError as e:
+        if e.errno not in NOT_RENAMED:
+            raise
+        raise UserError(
+            f"--output_dir {path} has files of another run, and cannot be renamed "
+            f"({e.strerror}): name another"
+        ) from None
 
 
 # ---- log.csv -------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ whole]}. torch.distributed.checkpoint has such a writer too, but that one makes 
 before it writes it.
 """
 
+import contextlib
 import json
 import math
 import os
+import re
 import shutil
 
 import torch
@@ -95,11 +97,37 @@ def save_state(output_dir, step, things, info, rank=0, wait_for_all=lambda: None
     if rank:
         return
     save_json({"step": step, **info}, os.path.join(tmp, "state.json"))
-    shutil.rmtree(final, ignore_errors=True)
+    remove_state(final)
     os.replace(tmp, final)
     fsync_folder(root)
-    for old in sorted(n for n in os.listdir(root) if n.startswith("step-"))[:-keep]:
-        shutil.rmtree(os.path.join(root, old), ignore_errors=True)
+    remove_later_states(output_dir, step)
+    for old in complete_states(output_dir)[:-keep]:
+        remove_state(os.path.join(root, old))
+
+
+def remove_state(folder):
+    """It goes by one rename, too: one that is half-deleted must not look whole."""
+    root, name = os.path.split(folder)
+    gone = os.path.join(root, f".tmp-old-{name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(OSError):  # there is none
+        os.rename(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_later_states(output_dir, step):
+    """States of more updates than this go: the run was resumed from an earlier one, and makes those
+    updates anew. `latest` would take them for its own.
+
+    As long as the run has none that is not later, they stay.  -> names of those that went
+    """
+    states = complete_states(output_dir)
+    later = [name for name in states if updates_of(name) > step]
+    if later == states:
+        return []
+    for name in later:
+        remove_state(os.path.join(output_dir, "state", name))
+    return later
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -187,11 +215,33 @@ def unpack_optimizer(optimizer, name, saved):
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def updates_of(name):
+    """The number of updates in the name of a state, step-NNNNNNN."""
+    return int(name.removeprefix("step-"))
+
+
 def complete_states(output_dir):
-    """Names of the complete states of a run, the oldest first; a list."""
+    """Names of the complete states of a run, the oldest first; a list.
+
+    Under any other name, as step-0000200-good, a user may keep one there.
+    """
     root = os.path.join(output_dir, "state")
     names = os.listdir(root) if os.path.isdir(root) else []
-    return sorted(n for n in names if n.startswith("step-"))
+    names = [n for n in names if re.fullmatch(r"step-\d+", n)]
+    whole = [n for n in names if os.path.isfile(os.path.join(root, n, "state.json"))]
+    return sorted(whole, key=updates_of)
+
+
+def resumable(output_dir, resume, updates):
+    """The newest state of a run, and what to give as --resume_from_checkpoint to go on from it.
+
+    resume: that flag of this process. updates: how many the newest state of this run is of; those
+    of more are of the run that it left when it was resumed.  -> two texts; None, None without one
+    """
+    states = complete_states(output_dir)
+    if states and updates_of(states[-1]) <= updates:
+        return states[-1], "latest"
+    return (resume, resume) if resume != "latest" else (None, None)
 
 
 def find_state(output_dir, resume):
@@ -311,6 +361,9 @@ def keep_batch(info, args, world_size):
         args.gradient_accumulation_steps = samples // together
 
 
+INPUTS = ("teacher", "teacher_lora", "prompts", "data", "maps", "autoencoder")
+
+
 def inputs_of(args):
     """Fingerprints of the files that a run reads, {flag: text}; those of worlds are none.
 
@@ -318,7 +371,7 @@ def inputs_of(args):
     data are files, or what a folder holds. Raises UserError.
     """
     found = {}
-    for flag in ("teacher", "teacher_lora", "prompts", "data", "maps", "autoencoder"):
+    for flag in INPUTS:
         name = getattr(args, flag, None)
         if not name or name in WORLDS or name in BUILT_IN:
             continue
@@ -356,13 +409,27 @@ def folder_fingerprint(folder, most=4096):
     return f"{stable_hash(*about):08x}{content}"
 
 
-def same_inputs(info, inputs, args, unused):
+def saved_flags(info):
+    """The flags of a checkpoint that count. info: its state.json."""
+    saved = {"sequence_ranks": 1}  # in runs from before there was this flag
+    return saved | {k: v for k, v in info["flags"].items() if k not in FREE_TO_CHANGE}
+
+
+def unused_flags(saved, now):
+    """Flags whose term is off, before or after. saved, now: {flag: value}."""
+    unused = {k for k, term in OF_A_TERM.items() if 0 in (saved.get(term), now.get(term))}
+    if "real" in (saved.get("student_input"), now.get("student_input")):
+        unused.discard("data")  # dmd.py's states are noised data
+    return unused
+
+
+def same_inputs(info, inputs, args):
     """Which of a run's inputs are the files that they were, wherever they are now.
 
-    info: state.json. inputs: of `inputs_of`. unused: flags whose term is off. Raises UserError for
-    other content.
+    info: state.json. inputs: of `inputs_of`. Raises UserError for other content, unless it is of a
+    term that is off.
     """
-    before = info.get("inputs", {})
+    before, unused = info.get("inputs", {}), unused_flags(saved_flags(info), flags_to_save(args))
     known = [flag for flag in inputs if flag in before and flag not in unused]
     known = [flag for flag in known if len(before[flag]) == len(inputs[flag])]  # of today's kind
     for flag in known:
@@ -376,16 +443,14 @@ def same_inputs(info, inputs, args, unused):
     return set(known)
 
 
-def changes_on_resume(info, args, world_size, inputs=None):
+def changes_on_resume(info, args, world_size, same=frozenset()):
     """What a resumed run changes, of what it may change. info: state.json of its checkpoint.
 
-    inputs: of `inputs_of`, whose files may have moved.
+    same: of `same_inputs`, flags whose files may have moved.
     -> [{"what": "--flag" or "ranks", "was": value, "is": value, "update": the first with it}].
     Raises UserError for a change that would not go on with the same run.
     """
-    saved = {"sequence_ranks": 1}  # in runs from before there was this flag
-    saved |= {k: v for k, v in info["flags"].items() if k not in FREE_TO_CHANGE}
-    now = flags_to_save(args)
+    saved, now = saved_flags(info), flags_to_save(args)
     if info["step"] > args.max_train_steps:
         raise UserError(
             f"the checkpoint is at step {info['step']}, beyond --max_train_steps "
@@ -396,11 +461,7 @@ def changes_on_resume(info, args, world_size, inputs=None):
         shown = shown | {"teacher_steps"}
     names = sorted((set(saved) | set(now)) - shown)
     changed = [k for k in names if saved.get(k) != now.get(k)]
-    unused = {k for k, term in OF_A_TERM.items() if 0 in (saved.get(term), now.get(term))}
-    if "real" in (saved.get("student_input"), now.get("student_input")):
-        unused.discard("data")  # dmd.py's states are noised data
-    same = same_inputs(info, inputs or {}, args, unused)
-    free = MAY_CHANGE | unused | same | {*BATCH, "sequence_ranks"}
+    free = MAY_CHANGE | unused_flags(saved, now) | same | {*BATCH, "sequence_ranks"}
     wrong = [f"--{k} was {saved.get(k)!r} and is {now.get(k)!r}" for k in changed if k not in free]
     if wrong:
         raise UserError(
