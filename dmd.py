@@ -601,8 +601,14 @@ def parse_args(argv=None):
     add("--shared_fake", action="store_true",
         help="the fake is not conditioned on the student's step (paper)")
     add("--no_fake_score", action="store_true", help="the real score alone: collapses")
-    return parse(p, argv, "dmd", presets, wrong_flags)
+    return parse(p, argv, "dmd", presets, wrong_flags, ignored_flags)
 # fmt: on
+
+
+def ignored_flags(a):
+    """--student_steps of another number than --student_times has: see `flags.unread`."""
+    other = bool(a.student_times) and len(a.student_times) != a.student_steps
+    yield "student_steps", other, f"--student_times says {count_steps(a)} step(s)"
 
 
 def needs_data(args):

@@ -560,8 +560,8 @@ def first_network(run, data, shape, world_name):
     return net.requires_grad_(True).train()
 
 
-def wrong_start(a, net, data, shape):
-    """Why training cannot go on from the network of --init: pairs (wrong, why)."""
+def wrong_kind(a, net):
+    """Why no data could train the network of --init: pairs (wrong, why)."""
     kind, where = getattr(net, "prediction", "nothing"), f"--init {a.init}"
     yield (
         kind != "flow_v",
@@ -572,6 +572,12 @@ def wrong_start(a, net, data, shape):
     )
     labelled = hasattr(net, "num_classes")
     yield not labelled, f"{where} is a {type(net).__name__}, which this script does not train"
+
+
+def wrong_start(a, net, data, shape):
+    """Why training cannot go on from the network of --init: pairs (wrong, why)."""
+    yield from wrong_kind(a, net)
+    where = f"--init {a.init}"
     own, shape, classes = tuple(net.latent_shape), tuple(shape), net.num_classes
     why = f"{where} takes samples of {own}, and --data gives {shape}: change --resolution or "
     yield own != shape, why + "--autoencoder"
@@ -670,18 +676,23 @@ def block_matrices(net):
     ]
 
 
+def refuse_muon(args, net):
+    """Raises UserError where Muon would have nothing to train."""
+    if args.optimizer == "muon" and not block_matrices(net):
+        raise UserError(
+            f"--optimizer muon: it trains matrices inside blocks, and a {type(net).__name__} has "
+            "none: give --optimizer adamw"
+        )
+
+
 def build_optimizers(args, net):
     """AdamW for everything (paper), or Muon for the weight matrices inside the blocks.
 
     Muon (orthogonalised momentum) reaches a given loss in about half the steps here; AdamW trains
     the rest. -> the optimisers, and the learning rate of each.
     """
+    refuse_muon(args, net)
     inside = block_matrices(net)
-    if args.optimizer == "muon" and not inside:
-        raise UserError(
-            f"--optimizer muon: it trains matrices inside blocks, and a {type(net).__name__} has "
-            "none: give --optimizer adamw"
-        )
     muon = {id(p) for p in inside} if args.optimizer == "muon" else set()
     rest = [p for p in net.parameters() if id(p) not in muon]
     adam = dict(betas=args.adam_betas, weight_decay=args.weight_decay, fused=True)
@@ -1146,37 +1157,46 @@ def planned_network(args):
         world = load_world(args.data)
         shape, classes = world.shape, world.num_classes
         maps = getattr(world, "map_classes", maps)
-    elif args.data.endswith(".safetensors"):
+    elif args.data.endswith(".safetensors") and not is_posteriors(args.data):
         shape = shape_of_file(args)
-    if args.autoencoder != "identity":
-        refuse_to_encode(args, shape)
-    if args.autoencoder == "pca":
-        if any(side % args.pca_patch for side in shape[1:]):
-            raise UserError(
-                f"--pca_patch {args.pca_patch}: it does not divide {shape[1:]}: change "
-                "--resolution or --pca_patch"
-            )
-        shape = (args.pca_channels, *(side // args.pca_patch for side in shape[1:]))
-    elif args.autoencoder != "identity":
-        shape = shape_in(args.autoencoder, shape)
+    shape = planned_shape(args, shape)
     classes = classes if args.task == "class" else 0
     data = SimpleNamespace(num_classes=classes, class_names=None, map_classes=maps)
     if args.init:
         net = network_of(network_folder(args.init))
+        refuse(wrong_kind(args, net))
         if args.data in WORLDS:  # shapes and classes of other data are known once they are read
             refuse(wrong_start(args, net, data, shape))
-        return net
-    return build_network(args, data, shape, None)
+    else:
+        net = build_network(args, data, shape, None)
+    refuse_muon(args, net)
+    return net
+
+
+def planned_shape(args, shape):
+    """The shape of a latent. shape: of an item of --data, unless that has latents already."""
+    if args.data not in WORLDS and is_posteriors(args.data):
+        shape = Posteriors.shape_of_one(args.data, args.autoencoder)
+        return (shape_in(args.autoencoder, shape)[0], *shape[1:])
+    if args.autoencoder == "identity":
+        return shape
+    refuse_to_encode(args, shape)
+    if args.autoencoder != "pca":
+        return shape_in(args.autoencoder, shape)
+    if any(side % args.pca_patch for side in shape[1:]):
+        raise UserError(
+            f"--pca_patch {args.pca_patch}: it does not divide {shape[1:]}: change "
+            "--resolution or --pca_patch"
+        )
+    return (args.pca_channels, *(side // args.pca_patch for side in shape[1:]))
 
 
 def shape_of_file(args):
-    """The shape of an item of FILE.safetensors; of stored posteriors, that of their pictures."""
+    """The shape of an item of FILE.safetensors. Raises UserError."""
     file = open_tensors(args.data)
-    if "x0" in file.keys():
-        return tuple(file.get_slice("x0").get_shape()[1:])
-    if "mean" not in file.keys():
+    if "x0" not in file.keys():
         raise UserError(f"--data {args.data}: no tensor x0, nor mean and std: give one that has")
-    return (3, *(8 * side for side in file.get_slice("mean").get_shape()[2:]))
+    return tuple(file.get_slice("x0").get_shape()[1:])
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -1336,7 +1356,9 @@ def parse_args(argv=None):
         p.set_defaults(**SIZED)
     lengthen(p, known, known.network == "small")
     args = p.parse_args(argv)
-    refuse(unread(p, args, "latent_fm", argv))
+    refuse(unread(p, args, "latent_fm", argv, ignored_flags(args)))
+    if args.optimizer != "muon":
+        args.learning_rate_muon = None  # no rate to lower where a run fails
     if args.output_dir is None:
         method = "latent_fm" if args.task == "class" else f"latent_fm-{args.task}"
         args.output_dir = default_output_dir(method, source or "", args.sample)
@@ -1344,6 +1366,14 @@ def parse_args(argv=None):
         args.data = source
         fill_sampler(args)
     return args
+
+
+def ignored_flags(a):
+    """Flags without effect beside the others: see `unread`. --preview_every 0 makes no film."""
+    sized = a.network in PAPER_NETWORKS
+    yield "patch_size width depth cond_dim", sized, f"--network {a.network} has sizes of its own"
+    yield "learning_rate_muon", a.optimizer != "muon", f"--optimizer {a.optimizer} has one rate"
+    yield "preview_every", bool(a.preview_every), "pictures are drawn at the end alone"
 
 
 def fill_sampler(args):

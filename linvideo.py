@@ -70,7 +70,7 @@ from models.plumbing.flags import (
     parse,
     refuse,
 )
-from models.plumbing.run import Run, run_main
+from models.plumbing.run import Run, place_among_ranks, run_main
 from models.plumbing.teachers import (
     average_of,
     freeze_teacher,
@@ -458,9 +458,9 @@ def bytes_of_trajectory(args, teacher):
 def announce(run, teacher, folder, rows, whose, remedy):
     """Say what trajectories take on disk before they are written. Raises UserError if too much."""
     size, there = rows * bytes_of_trajectory(run.args, teacher), os.path.abspath(folder)
-    while not os.path.exists(there):
+    while not os.path.exists(there) and os.path.dirname(there) != there:
         there = os.path.dirname(there)
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(there).free if os.path.exists(there) else 0  # a drive may be missing
     take = f"{rows:,} trajectories of the {whose} take {size / 1e6:,.1f} MB in {folder}"
     if size > free:
         raise UserError(f"{take}, where {free / 1e6:,.1f} MB are free: {remedy}")
@@ -823,8 +823,9 @@ def train(args):
     teacher.conditions = Conditions(args, teacher.base)
     grid = step_grid(args.sampling_steps, teacher.shift)  # 1 = t_0 > ... > t_K = 0, shifted
     student = trainable(run, start, "student", args.lora_rank)
+    del start  # of which the student has a copy
     critic = None
-    if args.objective in ("adm_critic", "dmd"):
+    if args.objective in CRITICS:
         critic = trainable(run, teacher.base, "critic", args.fake_lora_rank)
     freeze_teacher(run, teacher)
     run.spread_tokens(teacher.net, student, critic)
@@ -900,10 +901,7 @@ def train(args):
             run.update_ema(ema, student, step)
         film.frame(step)
         if run.end_step(step, show=("loss", "g")):  # True: time to save
-            net = convert(run, ema, selection.layers_now(), args.feature_map, args.feature_dim)
-            sampler = student_sampler(run, net, teacher, grid)
-            report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})
-            save_student(run, teacher, net, grid)
+            save_previews(run, teacher, ema, selection, grid, step)
             run.save(step)
     # the layers are fixed already, unless the run was cut short while it selected them
     net = convert(run, ema, selection.layers_now(), args.feature_map, args.feature_dim).eval()
@@ -942,6 +940,18 @@ def film_of_attention(run, teacher, student, grid):
 
     nets, sampler = (teacher.net, student), student_sampler(run, student, teacher, grid)
     return Film(run, teacher, sampler, *map(x0_of, nets), names=("teacher", "student"), larger=5)
+
+
+def save_previews(run, teacher, ema, selection, grid, step):
+    """samples.png and student/ of a run that goes on: what would be linear if it ended now.
+
+    The copy that is made for them goes when they are written: it is as large as the teacher.
+    """
+    args = run.args
+    net = convert(run, ema, selection.layers_now(), args.feature_map, args.feature_dim)
+    sampler = student_sampler(run, net, teacher, grid)
+    report.save_previews(run, teacher, {f"student, step {step + 1}": sampler})
+    save_student(run, teacher, net, grid)
 
 
 def save_student(run, teacher, net, grid):
@@ -1035,7 +1045,8 @@ def sample_only(args):
 def cost(args):
     """-> the networks, and the backward passes of one student update (models/plumbing/dry_run.py).
 
-    While layers are selected the student computes both kinds of attention in each.
+    While layers are selected the student computes both kinds of attention in each. student/ is a
+    copy in which that is decided, without adapters.
     """
 
     def mixed(net):
@@ -1044,18 +1055,19 @@ def cost(args):
     rank = args.lora_rank
     networks = [
         Network("teacher", "teacher"),
-        Network("student", "trained", rank, saved=True, change=mixed),
+        Network("student", "trained", rank, change=mixed),
+        Network("converted", "copy", saved=True, change=mixed),
     ]
     if args.ema_decay:
         networks.append(Network("ema", "average", rank, change=mixed))
     guided, objective = 1 if args.guidance_scale == 1 else 2, args.objective
     calls, turns = {}, []
-    if objective in ("adm_critic", "dmd"):
+    if objective in CRITICS:
         networks.append(Network("critic", "trained", args.fake_lora_rank))
         make = {"student": 1 if objective == "dmd" else args.critic_steps * guided}
         turns.append(Turn("critic", args.fake_update_ratio, make, {"critic": 1}))
     if (objective, args.state) == ("adm", "policy"):  # its trajectories, shared out over ranks
-        ranks = args.dry_run or int(os.environ.get("WORLD_SIZE", 1))
+        ranks = args.dry_run or place_among_ranks(os.environ)[1]
         rows = args.fresh / args.fresh_every * args.sequence_ranks / ranks
         rows /= args.train_batch_size * args.gradient_accumulation_steps
         calls = dict.fromkeys(("teacher", "student"), rows * args.sampling_steps * guided)
@@ -1177,7 +1189,9 @@ def parse_args(argv=None):
         help="trajectories of K states each (paper: 50,000 states; None: those of a bank that is "
         "there, else as many as the run reads once, at most 50,000 states)")
     add("--bank_batch", type=number(int, 1), default=64, help="trajectories in a file of the bank")
-    args = parse(p, argv, "linvideo", PRESETS, wrong_flags)
+    args = parse(p, argv, "linvideo", PRESETS, wrong_flags, ignored_flags)
+    if args.objective not in CRITICS:
+        args.learning_rate_fake = None  # no rate to lower where a run fails
     if layers_listed(args) and "target_layers" not in given_flags(p, argv):
         args.target_layers = None  # the paper's number is of layers that are learned
     args.state = args.state or STATES.get(args.objective, "part")
@@ -1185,6 +1199,20 @@ def parse_args(argv=None):
 
 
 STATES = {"adm": "policy"}  # --state, by --objective
+CRITICS = ("adm_critic", "dmd")  # objectives with a critic
+
+
+def ignored_flags(a):
+    """Flags that this objective would not read: see `flags.unread`."""
+    state, adm = a.state or STATES.get(a.objective, "part"), a.objective.startswith("adm")
+    part, policy = adm and state == "part", (a.objective, state) == ("adm", "policy")
+    yield "learning_rate_fake fake_update_ratio fake_lora_rank", a.objective not in CRITICS, (
+        f"--objective {a.objective} has no critic, {' and '.join(CRITICS)} have")
+    yield "critic_steps", a.objective != "adm_critic", (
+        "only --objective adm_critic makes samples for a critic")
+    yield "part", not part, "it is for --state part of --objective adm and adm_critic"
+    yield "own_trajectories fresh fresh_every", not policy, (
+        "it is for --state policy of --objective adm")
 
 
 def wrong_flags(a):

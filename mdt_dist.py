@@ -826,7 +826,7 @@ def parse_args(argv=None):
         help="guidance of the student's samples, two calls a step (TRELLIS: w = 5, here 6; the "
         "released code's previews: w = 3 and, in the second stage, .1, here 4 and 1.1)")
     add_further_flags(p)
-    args = parse(p, argv, "mdt_dist", presets, wrong_flags)
+    args = parse(p, argv, "mdt_dist", presets, wrong_flags, ignored_flags)
     if not (args.student_steps or args.sample):
         args.student_steps = [1, 2]
     return args
@@ -853,6 +853,12 @@ def add_further_flags(p):
     add("--renoise", choices=["ode", "sde"], default="ode",
         help="between student steps: Euler (paper), or fresh noise on the predicted sample (ours)")
 # fmt: on
+
+
+def ignored_flags(a):
+    """Flags of the loss that --arm leaves out: see `flags.unread`. Films read --guidance_vd."""
+    why = f"--arm {a.arm} has no velocity distillation, mdt and vd have"
+    yield "vd_weight shared_noise", a.arm not in ("mdt", "vd"), why
 
 
 # fmt: off

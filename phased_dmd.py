@@ -521,6 +521,7 @@ def train(args):
         # ---- a new expert and a new fake, both from the teacher; earlier experts are constants
         if not start_phase(run, phases, phase, info, saved):
             continue  # it was over when the run was interrupted
+        saved = None  # which closes its files: later phases start afresh
         set_aside(phase, "cpu")
         run.spread_tokens(phase.fake)  # which may be no copy: see with_step_input
         experts = per_step(phases, [p.expert for p in phases[: phase.number]])

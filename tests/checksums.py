@@ -381,9 +381,28 @@ def flags_of(setting, fixtures, out):
     base, settings = SETTINGS[script]
     flags = [
         os.path.join(fixtures, f[1:]) if f.startswith("@") else f.replace("OUT", out)
-        for f in f"{base} {settings[name]}".split()
+        for f in without_idle(script, f"{base} {settings[name]}".split())
     ]
     return script, [*flags, "--output_dir", out]
+
+
+def without_idle(script, words):
+    """The words less the flags that nothing reads beside the others, which a script refuses."""
+    last = dict(pair for pair in zip(words, words[1:]) if pair[0].startswith("--"))
+    objective, idle = last.get("--objective", ""), []
+    if script == "linvideo" and objective not in ("adm_critic", "dmd"):
+        idle += ["--learning_rate_fake", "--fake_update_ratio"]
+    if objective != "adm_critic":
+        idle += ["--critic_steps"]
+    if not objective.startswith("adm") or last.get("--state") != "part":
+        idle += ["--part"]
+    if last.get("--arm") in ("vm", "cm", "scm"):
+        idle += ["--vd_weight"]
+    if "--student_times" in last:
+        idle += ["--student_steps"]
+    if last.get("--optimizer") == "adamw":
+        idle += ["--learning_rate_muon"]
+    return [w for before, w in zip(["", *words], words) if not {before, w} & {*idle}]
 
 
 # ---- fixtures ----------------------------------------------------------------------------------

@@ -629,6 +629,50 @@ OUT = "--output OUT"
 # a new path, ADVISED the flags, or the flag's value, that the message ends with. A line that begins
 # with another script is of that one.
 CASES = [
+    # ---- flags that nothing reads beside others
+    (
+        "dmd",
+        "--{}: {}: leave it out",
+        "--student_steps 4 --student_times 0.4",
+        ["--student_times 0.4"],
+    ),
+    (
+        "linvideo",
+        "--{}: {}: leave it out",
+        "--fake_update_ratio 2",
+        ["", "--fake_update_ratio 2 --objective adm_critic"],
+    ),
+    ("linvideo", "--{}: {}: leave it out", "--critic_steps 2 --objective dmd", ["--objective dmd"]),
+    (
+        "linvideo",
+        "--{}: {}: leave it out",
+        "--part 0.5 --objective adm",
+        ["--objective adm", "--part 0.5 --objective adm --state part"],
+    ),
+    (
+        "linvideo",
+        "--{}: {}: leave it out",
+        "--fresh 3",
+        ["", "--fresh 3 --objective adm --state policy"],
+    ),
+    (
+        "mdt_dist",
+        "--{}: {}: leave it out",
+        "--teacher ring --arm vm --vd_weight kl",
+        ["--teacher ring --arm vm", "--teacher ring --arm vd --vd_weight kl"],
+    ),
+    (
+        "latent_fm",
+        "--{}: {}: leave it out",
+        "--data shapes --pool 100 --optimizer adamw --learning_rate_muon 0.1",
+        ["--data shapes --pool 100 --optimizer adamw"],
+    ),
+    (
+        "latent_fm",
+        "--{}: {}: leave it out",
+        "--data shapes --pool 100 --preview_every 5",
+        ["--data shapes --pool 100"],
+    ),
     # ---- dmd
     ("dmd", "--dm_range: LO must be below HI", "--dm_range 0.9 0.1", ["--dm_range 0.1 0.9"]),
     (
@@ -1891,6 +1935,15 @@ CASES = [
 
 # What cannot be met in one run of one process with nothing prepared: tests that follow it.
 ELSEWHERE = {
+    "--noise_schedule {}: ADM's networks of noise": (
+        "test_adm",
+        "test_what_the_files_of_adm_do_not_show",
+    ),
+    "--output {} has pictures of ": ("test_vaes", "test_decoding_goes_on_and_mixes_nothing"),
+    "--reference {} has mu_s, as guided-diffusion's files do": (
+        "test_metrics",
+        "test_spatial_features_as_guided_diffusion_stores_them",
+    ),
     "--data: {} needs pictures: give a folder of them": (
         "test_image_sets",
         "test_latents_are_not_reconstructed",
@@ -1904,6 +1957,10 @@ ELSEWHERE = {
         "test_muon_needs_matrices_inside_blocks",
     ),
     "change --resolution or --autoencoder": (
+        "test_latent_fm_networks",
+        "test_what_training_cannot_start_from_is_named",
+    ),
+    "--init {} has {} classes, and the data have {}: give data with as many": (
         "test_latent_fm_networks",
         "test_what_training_cannot_start_from_is_named",
     ),

@@ -296,8 +296,10 @@ def test_dry_run_needs_no_weights_and_writes_nothing(tmp_path, capsys, monkeypat
 def test_a_bank_without_a_size_is_planned_for_the_ranks_that_fill_it(tmp_path, capsys):
     """As released teachers have it: by the samples of an update, of groups that share tokens."""
     flags = save_tiny_wan(tmp_path)
-    at = flags.index("--student_steps")  # which linvideo.py does not have
-    flags = [*flags[:at], *flags[at + 2 :], "--target_layers", "1", "--dry_run"]
+    for name in ("--student_steps", "--learning_rate_fake"):  # which it has no use for
+        at = flags.index(name)
+        del flags[at : at + 2]
+    flags += ["--target_layers", "1", "--dry_run"]
     linvideo.main([*flags, "8"])
     assert "the teacher's trajectories" in capsys.readouterr().out
     shape, sizes = (4, 1, 4, 4), []
@@ -493,6 +495,73 @@ def test_shapes_that_do_not_fit_end_in_one_line(tmp_path, capsys):
     assert "do not divide into patches" in refusal_of(capsys, dmd.main, *wrong)
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+@pytest.mark.parametrize("command", ["dmd --dry_run", "linvideo --objective adm", "dmd"])
+def test_ranks_that_are_no_numbers_end_in_one_line(monkeypatch, tmp_path, capsys, name, command):
+    """They are read before the run looks at them."""
+    script, *flags = command.split()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv(name, "two")
+    at = "--output_dir", str(tmp_path / "run")
+    line = refusal_of(capsys, importlib.import_module(script).main, *flags, *at)
+    assert f"{name}=two, which is no number" in line
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry_run"]], ids=str)
+def test_more_ranks_than_gpus_end_in_one_line(monkeypatch, tmp_path, capsys, flags):
+    """Whose memory is asked for before the run starts."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    line = refusal_of(capsys, dmd.main, *flags, "--output_dir", str(tmp_path / "run"))
+    assert "rank 1 of this node has no GPU, there are 1" in line
+
+
+def test_ranks_that_cannot_be_groups_are_not_planned(capsys):
+    """Shares of networks, as the run's own mesh says it; one rank has no use for them."""
+    for flags in (
+        ["--dry_run", "8", "--shard_ranks", "3"],
+        ["--dry_run", "2", "--shard_ranks", "4"],
+    ):
+        line = refusal_of(capsys, dmd.main, *flags)
+        assert re.search(r"--shard_ranks \d does not divide \d ranks: use one of 1, 2", line)
+    dmd.main("--dry_run 8 --shard_ranks 4".split())
+    capsys.readouterr()
+    dmd.main("--dry_run 1 --shard_ranks 3".split())
+    assert "networks in 1 part(s)" in capsys.readouterr().out
+
+
+def test_a_closed_form_takes_no_lora_file(tmp_path, capsys):
+    flags = "--teacher ring --teacher_lora nowhere.safetensors".split()
+    where = ["--output_dir", str(tmp_path / "run")]
+    planned = refusal_of(capsys, dmd.main, *flags, *where, "--dry_run")
+    assert "is a closed form without weights: leave it out" in planned
+    assert refusal_of(capsys, dmd.main, *flags, *where) == planned
+
+
+def test_a_copy_for_a_save_counts_where_it_is_more_than_an_update():
+    """Beside what is static; it is no part of the state, and stays whole beside adapters."""
+    net = on_meta(wan)
+    P = sum(p.numel() for p in net.parameters())
+    copy = Network("copy", "copy", saved=True)
+    for rank in (0, 4):
+        student = Network("student", "trained", rank)
+        networks = [Network("teacher", "teacher"), student]
+        with_copy = Plan(flags(), net, [*networks, copy], TURN)
+        without = Plan(flags(), net, networks, TURN)
+        assert with_copy.static() == without.static()
+        assert with_copy.of_save() == 4 * P + with_copy.costs["copy"].forward
+        static = sum(without.static().values())
+        assert with_copy.peak() == max(without.peak(), static + with_copy.of_save())
+        states = (plan.disk()["a state (two are kept)"] for plan in (with_copy, without))
+        assert len(set(states)) == 1 and with_copy.disk()["student"] == 4 * P
+    assert dry_run.as_adapter(copy) == copy
+    large = [*networks, *(Network(f"copy{i}", "copy") for i in range(20))]
+    assert Plan(flags(), net, large, TURN).peak() > 80 * P
+
+
 REFUSED = [  # (script, teacher, flags): what needs the teacher to be refused
     ("linvideo", "CogVideoX-2B", []),
     ("linvideo", "PixArt-alpha 512", []),
@@ -611,6 +680,7 @@ def test_a_finished_run_states_its_work(capsys, monkeypatch, tmp_path):
     assert float(said[2]) == pytest.approx(40 * flops / 1e12, rel=1e-2)
     assert float(said[4]) == pytest.approx(40 * flops / 20 / 1e9, abs=1)  # GFLOP/s in 20 seconds
     assert float(said[5]) == pytest.approx(40 * flops / 20 / 1e11, abs=0.01)
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     work.work_done(args, *dmd.cost(args))
     line = capsys.readouterr().out
@@ -641,6 +711,7 @@ def test_linvideo_counts_its_own_trajectories_once_an_update(monkeypatch):
     assert calls("--gradient_accumulation_steps", "4") == pytest.approx(calls())
     planned = calls("--dry_run", "8")
     assert planned == pytest.approx(calls() / 8)
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert calls() == pytest.approx(planned)
 

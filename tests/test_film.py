@@ -7,7 +7,7 @@ from PIL import Image, ImageColor
 
 import dmd
 from models.plumbing import film, report, teachers
-from models.plumbing.run import Run
+from models.plumbing.run import Run, Stopped
 from models.worlds.ring import RingTeacher
 
 QUIET = "--teacher_steps 1 --train_batch_size 16 --fake_update_ratio 1".split()
@@ -108,6 +108,25 @@ def test_a_longer_run_keeps_every_other_frame(monkeypatch, tmp_path):
     long = film.read_gif(tmp_path / "run" / "ring.gif")
     assert len(long) == 5
     assert [f.tobytes() for f in long[:3]] == [f.tobytes() for f in short[::2]]
+
+
+def test_a_run_that_is_stopped_between_saves_writes_its_film(tmp_path):
+    """As by SIGTERM or --max_minutes: its state is saved then, and so is what goes with it."""
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", 8, "--max_minutes", "1e-9")
+    assert len(film.read_gif(tmp_path / "run" / "ring.gif")) == 1
+
+
+def test_a_resumed_run_without_a_film_begins_one(monkeypatch, tmp_path):
+    """As where the file was not copied; a save comes before the next frame is due."""
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", 40, "--max_minutes", "1e-9")
+    (tmp_path / "run" / "ring.gif").unlink(missing_ok=True)
+    seen = shown_steps(monkeypatch)
+    more = ["--checkpointing_steps", "3", "--resume_from_checkpoint", "latest"]
+    run(tmp_path / "run", 40, *more)
+    assert seen == [1, 10, 20, 30, 40]
+    assert len(film.read_gif(tmp_path / "run" / "ring.gif")) == 5
 
 
 def test_no_previews_no_film(monkeypatch, tmp_path):

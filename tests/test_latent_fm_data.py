@@ -17,9 +17,12 @@ from safetensors.torch import save_file
 import latent_fm
 from models.draws import Draws
 from models.files import UserError, open_tensors
+from models.networks import save_network
+from models.networks.autoencoders import AutoencoderKL
 from models.networks.dit import DiT
 from models.plumbing.data import Prompts, Rows, load_data, load_real_data
 from models.plumbing.images import read_image, to_square
+from models.plumbing.latents import Posteriors, is_posteriors
 from models.plumbing.run import Run
 from models.plumbing.training_data import mirror_classes
 from models.worlds import load_world
@@ -294,6 +297,33 @@ def test_caches_of_other_flags_say_which(two_classes, tmp_path, capsys):
     latent_fm.main(cached_run(two_classes, tmp_path))
     line = refusal_of(capsys, latent_fm.main, *cached_run(two_classes, tmp_path, "--hflip"))
     assert "was made with other hflip:" in line
+
+
+# ---- latents that were made elsewhere ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "README.md", "a/.DS_Store", "a/._0.npy"])
+def test_other_files_among_latents(tmp_path, name):
+    """What macOS leaves beside files, and a text, make no folder of latents one of pictures."""
+    config = dict(latent_channels=4, block_out_channels=[8], norm_num_groups=4)
+    config |= dict(down_block_types=["DownEncoderBlock2D"], up_block_types=["UpDecoderBlock2D"])
+    vae = AutoencoderKL(**config)
+    save_network(vae, {"_class_name": "AutoencoderKL", **vae.config}, str(tmp_path / "vae"))
+    for i in range(4):
+        path = tmp_path / "data" / "ab"[i % 2] / f"{i}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.full((8, 2, 2), i, np.float32))
+    (tmp_path / "data" / name).write_bytes(b"what no latent begins with")
+    assert is_posteriors(str(tmp_path / "data"))
+    found = Posteriors(str(tmp_path / "data"), str(tmp_path / "vae"), flat=False)
+    assert len(found) == 4 and found.classes == ["a", "b"]
+    assert Posteriors.shape_of_one(str(tmp_path / "data"), "vae") == (4, 2, 2)
+
+
+def test_latents_among_pictures(two_classes):
+    """What comes first says what a folder has."""
+    (two_classes / "white" / "features.npy").write_bytes(b"")
+    assert not is_posteriors(str(two_classes))
 
 
 # ---- maps in a mirror ----------------------------------------------------------------------------

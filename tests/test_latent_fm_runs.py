@@ -22,7 +22,7 @@ from models.networks import WEIGHTS, load_network, save_network
 from models.networks.autoencoders import AutoencoderKL
 from models.networks.dit_imagenet import DiTTransformer2DModel
 from models.networks.latent_space import LatentSpace, load_space
-from models.plumbing import report
+from models.plumbing import report, work
 from models.plumbing.data import load_data, load_real_data, to_unit
 from models.plumbing.film import Film
 from models.plumbing.images import read_image
@@ -32,8 +32,9 @@ from models.plumbing.teachers import load_teacher, start_teacher
 from models.worlds import load_world
 from models.worlds.measures import balanced_labels
 
-TINY = """--max_train_steps 3 --train_batch_size 4 --width 32 --depth 1 --cond_dim 16
+TINY = """--max_train_steps 3 --train_batch_size 4
     --sample_steps 2 --checkpointing_steps 2 --lr_warmup_steps 2""".split()
+SIZES = "--width 32 --depth 1 --cond_dim 16".split()  # of --network small
 POOL = ["--pool", "200"]  # items of a world to train on
 VAE = dict(
     down_block_types=["DownEncoderBlock2D"] * 4,
@@ -85,9 +86,14 @@ def folder(tmp_path_factory):
     return root
 
 
+def tiny(flags):
+    """TINY, and where the flags name no other network its sizes."""
+    return TINY + ([] if "--network" in flags else SIZES)
+
+
 def run(where, *flags):
     """latent_fm.py with tiny sizes, into this folder."""
-    latent_fm.main([*TINY, *map(str, flags), "--output_dir", str(where)])
+    latent_fm.main([*tiny(flags), *map(str, flags), "--output_dir", str(where)])
 
 
 def sample(run_folder, where, *flags):
@@ -239,6 +245,70 @@ def test_a_dry_run_knows_the_shape_of_latents(tmp_path, folder, capsys):
     ]:
         line = refusal_of(capsys, latent_fm.main, *flags, "--autoencoder", str(where))
         assert says in line, line
+
+
+def posteriors_of(folder, side=8):
+    """Means and standard deviations of four latents, in two classes: a folder of .npy, a file."""
+    g = torch.Generator().manual_seed(0)
+    both = torch.randn(4, 2, 4, side, side, generator=g).abs()
+    for i, item in enumerate(both):
+        path = folder / "npy" / "ab"[i % 2] / f"{i}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, item.flatten(0, 1).numpy())
+    mean, std = both.unbind(1)
+    tensors = {"mean": mean.contiguous(), "std": std.contiguous()}
+    tensors["cond.label"] = torch.arange(4) % 2
+    save_file(tensors, str(folder / "one.safetensors"))
+    return folder / "npy", folder / "one.safetensors"
+
+
+def test_latents_made_elsewhere_are_planned_as_they_are(tmp_path, folder, capsys):
+    """Their own shape says it all: no --resolution, and a space of another f than 8."""
+    vae = AutoencoderKL(**{**VAE, "block_out_channels": [8] * 3, "down_block_types":
+        VAE["down_block_types"][:3], "up_block_types": VAE["up_block_types"][:3]})  # fmt: skip
+    config = {"_class_name": "AutoencoderKL", **vae.config}
+    save_network(vae, config, str(tmp_path / "f4"))
+    sources = posteriors_of(tmp_path)
+    for source in sources:
+        for space in (folder / "vae", tmp_path / "f4"):
+            flags = ["--data", str(source), "--autoencoder", str(space)]
+            args = latent_fm.parse_args(flags)
+            assert tuple(latent_fm.planned_network(args).latent_shape) == (4, 8, 8)
+        line = refusal_of(capsys, latent_fm.main, "--data", str(source), "--dry_run")
+        assert "has latents: give --autoencoder FOLDER" in line
+    args = latent_fm.parse_args([*flags, "--network", "ADM"])  # whose sides are halved three times
+    with torch.device("meta"):
+        assert latent_fm.planned_network(args).latent_shape == (4, 8, 8)
+    broken = sources[0] / "a" / "0.npy"
+    broken.write_bytes(broken.read_bytes()[:100])
+    flags[1] = str(sources[0])
+    assert "is not a whole .npy" in refusal_of(capsys, latent_fm.main, *flags, "--dry_run")
+
+
+def test_a_dry_run_refuses_what_no_data_can_train(tmp_path, folder, capsys):
+    """Muon on a network without matrices in blocks; --init of what predicts no velocity."""
+    out = ["--output_dir", str(tmp_path / "run"), "--train_batch_size", "4"]
+    own = ["--data", str(folder / "images"), *out]
+    muon = ["--network", "ADM-CelebA", "--optimizer", "muon", "--resolution", "64"]
+    muon += ["--autoencoder", str(folder / "vae"), "--dry_run"]
+    line = refusal_of(capsys, latent_fm.main, *own, *muon)
+    assert "a UNetModel has none: give --optimizer adamw" in line
+    init = [*own, "--init", str(folder / "vae")]
+    line = refusal_of(capsys, latent_fm.main, *init, "--dry_run")
+    assert "predicts nothing, and this script trains velocities" in line
+    assert refusal_of(capsys, latent_fm.main, *init) == line
+
+
+def test_a_finished_run_whose_work_cannot_be_planned_ends_well(tmp_path, capsys):
+    """As where its data have gone: the line about its work is left out."""
+    args = latent_fm.parse_args(["--data", "shapes", "--output_dir", str(tmp_path)])
+    (tmp_path / "log.csv").write_text("step,seconds\n" + "1,20\n" * 3)
+
+    def gone(args):
+        raise UserError("--init is not there any more")
+
+    work.work_done(args, *latent_fm.cost(args), build=gone)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_latent_teacher_is_distilled(tmp_path):
@@ -530,7 +600,8 @@ def test_wrong_input(tmp_path, folder, capsys):
     (tmp_path / "other" / "cache.json").write_text("{}")
     out = ["--output_dir", str(tmp_path / "run")]
     for flags, says in wrong_input(folder, tmp_path):
-        line = refusal_of(capsys, latent_fm.main, *TINY, "--pool", "100", *flags.split(), *out)
+        given = [*tiny(flags.split()), "--pool", "100", *flags.split(), *out]
+        line = refusal_of(capsys, latent_fm.main, *given)
         assert says in line, (flags, line)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no readable image with a map"):
@@ -618,6 +689,13 @@ def test_defaults_suit_the_data_and_the_task():
     assert (args.guidance_scale, args.output_dir) == (1, "runs/latent_fm-inpaint-shapes")
     args = latent_fm.parse_args(["--task", "semantic"])
     assert (args.max_train_steps, args.patch_size, args.pool) == (1200, [2], 20000)
+
+
+@pytest.mark.parametrize("flag", ["--patch_size", "--width", "--depth", "--cond_dim"])
+def test_sizes_are_for_the_small_network(capsys, flag):
+    line = refusal_of(capsys, latent_fm.main, "--network", "DiT-B/2", flag, "64")
+    assert f"{flag}: --network DiT-B/2 has sizes of its own: leave it out" in line
+    assert latent_fm.parse_args([flag, "64"])
 
 
 def test_sampler_flags(tmp_path, monkeypatch):

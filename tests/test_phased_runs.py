@@ -1480,6 +1480,31 @@ def test_nothing_of_a_phase_outlives_it(monkeypatch, tmp_path):
     assert len(alive) == 12 and alive[0] > 0 and alive[5] > 0 and alive[6:] == [0] * 6, alive
 
 
+def test_a_resumed_run_closes_the_state_that_it_has_read(monkeypatch, tmp_path):
+    """A state that is replaced by later ones takes room on the disk as long as it is open."""
+    quiet(monkeypatch)
+    monkeypatch.setattr(phased_dmd, "marginals", lambda *a: None)
+    own = "--teacher ring --train_batch_size 4 --fake_update_ratio 1 --checkpointing_steps 2"
+    own = [*own.split(), "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        phased_dmd.main([*own, "--max_train_steps", "4", "--max_minutes", "1e-9"])
+    read, open_now = [], []
+
+    def on_read(real, run, phases):
+        info, saved = real(run, phases)
+        read.append(weakref.ref(saved))
+        return info, saved
+
+    def on_update(real, run, optimizer, what):
+        open_now.append(read[0]() is not None)
+        real(run, optimizer, what)
+
+    Diary.wrap(monkeypatch, phased_dmd, "read_state", on_read)
+    Diary.wrap(monkeypatch, Run, "update", on_update)
+    phased_dmd.main([*own, "--max_train_steps", "4", "--resume_from_checkpoint", "latest"])
+    assert len(open_now) == 6 and not any(open_now)
+
+
 def test_text_teachers_need_prompts(tmp_path, capsys):
     """Without --prompts there is nothing to train on."""
     says = refusal(capsys, tmp_path / "run", *save_tiny_wan(tmp_path)[:2])

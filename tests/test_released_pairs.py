@@ -264,7 +264,8 @@ def flags_of(case, teacher, root, out, batch):
     if name not in STAGES:
         flags += prescribed(script, family.release)
     if name.endswith("in one step"):
-        flags += ["--student_times", "0.4"]
+        at = flags.index("--student_steps")  # of several
+        flags[at : at + 2] = ["--student_times", "0.4"]
     if kind == "adapters" or script == "phased_dmd":  # whose default are adapters
         flags += ["--lora_rank", "2" if kind == "adapters" else "0"]
     if kind == "adapters" and script not in ("linvideo", "mdt_dist"):

@@ -1,5 +1,6 @@
 """models/plumbing/report.py and models/pictures.py: samples on all ranks, how often, how large."""
 
+import errno
 import json
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import tdm
 from models import pictures
 from models.files import load_json
 from models.plumbing import report
+from models.plumbing.run import Run
 from models.worlds.measures import compared
 
 SCRIPTS = [dmd, decoupled_dmd, tdm, phased_dmd, linvideo]
@@ -201,6 +203,25 @@ def test_lines_hold_every_sample_once():
     want = ((x[:, 0, 0, 0] + 1) * 127.5).round()
     assert found == want.byte().tolist()
     assert (image[102:, 5 * 102 :] == 255).all()
+
+
+@pytest.mark.parametrize("name", ["measured", "full"])
+def test_a_row_that_cannot_be_kept_ends_no_run(monkeypatch, tmp_path, capsys, name):
+    """The teacher's folder may be another user's, or its disk full; the report is written."""
+    found = {"name": "teacher", "fd": 1.0}, (torch.zeros(2), torch.eye(2))
+    monkeypatch.setattr(report, "measured", lambda *a: found)
+    if name == "full":
+
+        def full(*a):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(report, "save_tensors", full)
+    (tmp_path / name).write_text("")  # a file where the folder would be
+    teacher = SimpleNamespace(folder=str(tmp_path), fingerprint=lambda: "abc", shift=1.0, over=None)
+    run = Run(dmd.parse_args(["--output_dir", str(tmp_path / "run")]), "dmd")
+    how = run, teacher, torch.zeros(2), None, "heun32", {"name": "teacher"}
+    assert report.measured_teacher(*how) == found
+    assert "not kept beside the teacher" in capsys.readouterr().out
 
 
 def test_report_without_a_world(tmp_path):

@@ -37,8 +37,15 @@ from models.networks.ring_dit import RingDiT
 from models.networks.ring_mlp import RingMLP
 from models.networks.sequence import refuse_spreading
 from models.plumbing.footprint import Call, Cost, adapted, measure, on_meta
+from models.plumbing.run import own_device, place_among_ranks
 from models.plumbing.sharding import refuse_groups
-from models.plumbing.teachers import as_flags_say, find_folder, load_teacher, network_folder
+from models.plumbing.teachers import (
+    as_flags_say,
+    find_folder,
+    load_teacher,
+    merge_loras,
+    network_folder,
+)
 from models.prompts import open_prompts
 
 GB = 1e9
@@ -55,7 +62,8 @@ NODE = 8  # ranks of a node, where torchrun does not say
 class Network:
     """One network of a method.
 
-    role     "teacher": frozen, in the teacher's dtype; "frozen", "trained", "average": float32
+    role     "teacher": frozen, in the teacher's dtype; "frozen", "trained", "average", "copy":
+             float32; a copy is made for every save and sampled from, and is gone after it
     rank     of its adapter on the teacher's weights; 0: weights of its own
     pair     it is two networks of the teacher's size, for high and for low noise
     saved    it is what student/ holds
@@ -107,7 +115,7 @@ class Plan:
         self.ranks, self.device, self.B = ranks, device, args.train_batch_size
         self.sequence = getattr(args, "sequence_ranks", 1) or 1
         node = int(os.environ.get("LOCAL_WORLD_SIZE", NODE))
-        self.shards = getattr(args, "shard_ranks", None) or min(ranks, node)
+        self.shards = min(ranks, getattr(args, "shard_ranks", None) or node)
         self.bf16 = args.mixed_precision == "bf16"
         self.call = call_of(args, net)
         self.measured, self.costs = {} if measured is None else measured, {}
@@ -162,7 +170,8 @@ class Plan:
         of_role = {"average": "moving average"}
         found = {"weights": 0.0, "optimiser": 0.0, "moving average": 0.0, "gathered blocks": 0.0}
         for network in self.networks:
-            found[of_role.get(network.role, "weights")] += self.weights(network)
+            if network.role != "copy":
+                found[of_role.get(network.role, "weights")] += self.weights(network)
             if network.role == "trained":
                 found["optimiser"] += self.per_rank(network, network.moments)
         if self.shards > 1:
@@ -171,7 +180,7 @@ class Plan:
 
     def gathered(self, network):
         """Bytes of a sharded network that are whole while it computes."""
-        if network.role == "average":
+        if network.role in ("average", "copy"):
             return 0.0
         cost = self.costs[network.name]
         blocks = 3 if network.role == "trained" and not network.rank else 2
@@ -197,9 +206,16 @@ class Plan:
     def largest_turn(self, batch=None):
         return max(self.turns, key=lambda turn: self.peak_of(turn, batch))
 
+    def of_save(self, batch=None):
+        """Bytes of a save beside what is static: of its copies, and of a call of each."""
+        share = (batch or self.B) / self.B / self.sequence
+        copies = [network for network in self.networks if network.role == "copy"]
+        return sum(self.weights(n) + self.costs[n.name].forward * share for n in copies)
+
     def peak(self, batch=None):
         """Bytes of a rank at its worst."""
-        return sum(self.static().values()) + self.peak_of(self.largest_turn(batch), batch)
+        turn = self.peak_of(self.largest_turn(batch), batch)
+        return sum(self.static().values()) + max(turn, self.of_save(batch))
 
     def fits(self, memory, batch=None):
         """Whether a device of so many bytes can hold it."""
@@ -238,7 +254,7 @@ class Plan:
 
     def disk(self):
         """{what: bytes} of state/ and student/, of all ranks together."""
-        kept = [n for n in self.networks if n.role != "teacher"]
+        kept = [n for n in self.networks if n.role not in ("teacher", "copy")]
         moments = sum(n.moments * self.numbers(n) for n in self.trained())
         each = 2 if getattr(self.args, "save_dtype", None) in ("bf16", "bfloat16", "fp16") else 4
         student = sum(each * self.numbers(n) for n in self.networks if n.saved)
@@ -265,6 +281,8 @@ def planned_teacher(args, two_networks=False, attention=False):
     """What `start_teacher` gives, but on the meta device: it needs no weights. Raises UserError."""
     how = dict(two_networks=two_networks, shape=args.sample_shape, weights=False)
     teacher = load_teacher(args.teacher, **how)
+    if args.teacher_lora and not teacher.config:
+        merge_loras(teacher, args.teacher_lora)  # which refuses a closed form
     teacher.base = teacher.net if teacher.config else teacher_network(args, attention)
     return as_flags_say(teacher, args)
 
@@ -304,7 +322,8 @@ def dry_run(
     ranks) -> {what: bytes} that a script writes beside its state. two_networks: see load_teacher.
     check(args, teacher): raises UserError for a teacher that does not suit the flags.
     """
-    memory = GB * args.device_memory if args.device_memory else own_memory()
+    rank, _, local_rank = place_among_ranks(os.environ)
+    memory = GB * args.device_memory if args.device_memory else own_memory(local_rank)
     if args.dry_run is None and memory is None:
         return False
 
@@ -320,8 +339,9 @@ def dry_run(
     if args.dry_run is None:
         refuse_too_large(plan, memory, refuse_flags)
         return False
+    refuse_shares(args.shard_ranks, plan.ranks)
     refuse_sequence(plan.net, plan.sequence, plan.ranks)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank == 0:
         more = disk(args, plan.call.shape, plan.ranks) if disk else {}
         print("\n".join(report_lines(plan, memory or 80 * GB, more)))
     return True
@@ -329,17 +349,25 @@ def dry_run(
 
 def planned(args, networks, turns, attention=False, build=None, **_):
     """The Plan of --dry_run, or of this run. The arguments are those of `dry_run`."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    _, world, _ = place_among_ranks(os.environ)
     net = on_meta(lambda: build(args)) if build else teacher_network(args, attention)
     device = "cuda" if args.dry_run is not None or torch.cuda.is_available() else "cpu"
     return Plan(args, net, networks, turns, args.dry_run or world, device)
 
 
-def own_memory():
-    """Bytes of this rank's GPU, or None without one."""
-    if not torch.cuda.is_available():
+def own_memory(local_rank):
+    """Bytes of this rank's GPU, or None without one. Raises UserError for a rank too many."""
+    device = own_device(local_rank)
+    if device.type == "cpu":
         return None
-    return torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0))).total_memory
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def refuse_shares(n, ranks):
+    """Raises UserError where a run on so many ranks could not share networks out over every n."""
+    if n and ranks > 1 and ranks % n:  # as `sharding.make_mesh` says it
+        fitting = ", ".join(str(m) for m in range(1, ranks + 1) if ranks % m == 0)
+        raise UserError(f"--shard_ranks {n} does not divide {ranks} ranks: use one of {fitting}")
 
 
 def refuse_sequence(net, n, ranks):
@@ -362,6 +390,7 @@ def refuse_too_large(plan, memory, refuse_flags=None):
     turn, static = plan.largest_turn(), plan.static()
     gradients, saved, work = plan.of_turn(turn)
     parts = {**static, "gradients": gradients, "activations": saved, "temporaries": work}
+    parts["a save's copy"] = plan.of_save()
     least = min(1e6, max(parts.values()))
     said = ", ".join(f"{name} {size / GB:.3g}" for name, size in parts.items() if size >= least)
     found = remedies(plan, refuse_flags)
@@ -418,7 +447,8 @@ def remedies(plan, refuse_flags=None):
             pass  # a network or a number of heads that ranks cannot share
     if hasattr(args, "lora_rank") and not all(n.rank for n in plan.trained()):
         other = copy.copy(args)
-        flags = [flag for flag in ("lora_rank", "fake_lora_rank") if hasattr(args, flag)]
+        several = len(plan.trained()) > 1  # one of them is a fake
+        flags = ["lora_rank", *(["fake_lora_rank"] if several else [])]
         other.__dict__.update({flag: getattr(args, flag) or 64 for flag in flags})
         adapters = [as_adapter(network) for network in plan.networks]
         if taken(other):
@@ -436,8 +466,8 @@ def with_flags(plan, args, ranks=None):
 
 
 def as_adapter(network, rank=64):
-    """The network as an adapter on the teacher, if it is not the teacher."""
-    if network.role == "teacher":
+    """The network as an adapter on the teacher, if it is not the teacher nor a copy for a save."""
+    if network.role in ("teacher", "copy"):
         return network
     about = {**network.__dict__, "rank": network.rank or rank}
     return Network(**about)
@@ -451,7 +481,9 @@ def report_lines(plan, memory, disk):
     gradients, saved, work = plan.of_turn(turn)
     at = f"of {turn.trains}"
     parts = {**static, f"gradients {at}": gradients, f"activations {at}": saved}
-    parts |= {f"temporaries {at}": work, "peak": plan.peak()}
+    parts |= {f"temporaries {at}": work}
+    parts |= {"copy for a save": plan.of_save()} if plan.of_save() else {}
+    parts |= {"peak": plan.peak()}
     split = f"{plan.ranks} rank(s), networks in {plan.shards} part(s)"
     split += f", tokens in {plan.sequence}" if plan.sequence > 1 else ""
     lines.append(f"GB on a rank, {split}, {plan.device}, batch {plan.B}, {shape_text(plan)}:")

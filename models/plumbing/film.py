@@ -54,8 +54,9 @@ class Film:
         self.every = max(1, run.args.max_train_steps // FRAMES)
         if self.on and run.first and run.main and os.path.isfile(self.path):
             self.frames = earlier_frames(self.path, run.first, self.every)
-        if self.on and not run.first:
-            self.take(0)
+        empty = self.on and run.main and not self.frames  # also of a run resumed without its file
+        if self.on and any(run.mean_over_ranks(float(empty))):  # all ranks draw, or none
+            self.take(run.first)
 
     @property
     def path(self):
@@ -65,7 +66,7 @@ class Film:
     def frame(self, step, save=False):
         """After update `step`: a frame if one is due, and the file if the run saves now.
 
-        save: it does so for a reason of its own.
+        save: it does so for a reason of its own; being asked to stop is another.
         """
         done, args = step + 1, self.run.args
         if not self.on:
@@ -73,6 +74,7 @@ class Film:
         if done % self.every == 0:
             self.take(done)
         last = done == args.max_train_steps
+        save |= bool(self.run.wants_to_stop()[0])
         if self.run.main and (save or last or done % args.checkpointing_steps == 0):
             write_gif(self.path, self.frames, self.every)
 

@@ -292,10 +292,11 @@ READ_BY = {
 }
 
 
-def parse(p, argv, method, presets, refusals=lambda args: ()):
+def parse(p, argv, method, presets, refusals=lambda args: (), ignored=lambda args: ()):
     """Read argv (None: the command line) with the defaults that suit its teacher.  -> namespace.
 
-    method: the script's name, for runs/<method>-<teacher>. refusals: see `refuse`.
+    method: the script's name, for runs/<method>-<teacher>. refusals: see `refuse`; ignored: see
+    `unread`.
     presets: {key: {flag: default}}, or a function that gives such a table, of a first reading of
     argv, where other flags matter too. A key that is the teacher's name stands alone. Our own small
     networks keep the flags' own defaults, but for "small". For other teachers the following add up,
@@ -327,15 +328,23 @@ def parse(p, argv, method, presets, refusals=lambda args: ()):
         refuse_ambiguous(f"--{flag}", given.get(flag))
     args.settings = "" if known.sample else describe_settings(given, start, taken)
     args.output_dir = args.output_dir or default_output_dir(method, args.teacher, args.sample)
-    for wrong, why in (*wrong_output(args), *unread(p, args, method, argv), *refusals(args)):
+    unused = unread(p, args, method, argv, ignored(args))
+    for wrong, why in (*wrong_output(args), *unused, *refusals(args)):
         if wrong:
             p.error(why)
     return args
 
 
-def unread(p, a, method, argv):
-    """Flags that --sample would ignore: pairs (wrong, why). argv: see `given_flags`."""
+def unread(p, a, method, argv, ignored=()):
+    """Flags that are given and would be ignored: pairs (wrong, why). argv: see `given_flags`.
+
+    With --sample many are. ignored: of a run that trains, triples (flags, whether the other flags
+    leave nothing for them to do, why).
+    """
     given = given_flags(p, argv)
+    for flags, idle, reason in ignored:
+        for flag in flags.split():
+            yield idle and not a.sample and flag in given, f"--{flag}: {reason}: leave it out"
     for flag in sorted(OF_SAVED - READ_BY.get(method, set())):
         why = f"--{flag}: with --sample the saved student decides: leave it out"
         yield a.sample and flag in given, why

@@ -23,9 +23,9 @@ from models.files import (
 )
 from models.networks.latent_space import load_space
 from models.plumbing.data import Rows, refuse_other_files, to_unit, whole_labels
-from models.plumbing.images import files_below
+from models.plumbing.images import files_below, is_image
 from models.plumbing.loading import Decoded
-from models.plumbing.sets import DESCRIBED, Folder, list_set
+from models.plumbing.sets import Folder, list_set
 from models.progress import progress
 
 ROWS = 1024  # of a part
@@ -168,12 +168,45 @@ def contents_of(x):
 def is_posteriors(source):
     """Whether --data names means and standard deviations of an encoder's posterior."""
     if os.path.isdir(source):
-        names = (path for path in files_below(source) if os.path.basename(path) != DESCRIBED)
-        return next(names, "").endswith(".npy")
+        return is_latent(first_item(source))
     if not source.endswith(".safetensors") or not os.path.isfile(source):
         return False
     keys = open_tensors(source).keys()
     return {"mean", "std"} <= set(keys) and "x0" not in keys
+
+
+def is_latent(path):
+    """Whether the name is that of a .npy, and not of what macOS puts beside it."""
+    return path.endswith(".npy") and not os.path.basename(path).startswith(".")
+
+
+def first_item(folder):
+    """Path of the first file that is a latent or a picture, "" where there is none."""
+    return next((path for path in files_below(folder) if is_latent(path) or is_image(path)), "")
+
+
+def refuse_no_autoencoder(source, autoencoder):
+    """Raises UserError unless --autoencoder names one that can decode latents of other programs."""
+    if autoencoder in ("identity", "pca"):
+        raise UserError(
+            f"--data {source} has latents: give --autoencoder FOLDER, of the AutoencoderKL "
+            "that made them"
+        )
+
+
+def both_moments(path, like=None):
+    """What a .npy has, (2 C, h, w). like: (C, h, w) of the others. Raises UserError."""
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} is not a whole .npy ({e}): copy it again") from None
+    whole = found.dtype.kind == "f" and found.ndim == 3 and not len(found) % 2
+    if not whole or (like and found.shape != (2 * like[0], *like[1:])):
+        raise UserError(
+            f"{path} is {found.dtype} {found.shape}, wanted floats (2 C, h, w) like the first: "
+            "mean, then standard deviation"
+        )
+    return found
 
 
 class Posteriors:
@@ -187,16 +220,12 @@ class Posteriors:
 
     def __init__(self, source, autoencoder, flat):
         """autoencoder: the folder of the one that decodes them. Raises UserError."""
-        if autoencoder in ("identity", "pca"):
-            raise UserError(
-                f"--data {source} has latents: give --autoencoder FOLDER, of the AutoencoderKL "
-                "that made them"
-            )
+        refuse_no_autoencoder(source, autoencoder)
         self.where, self.space = f"--data {source}", load_space(autoencoder)
         self.label = self.classes = None
         if os.path.isdir(source):
             members, labels, self.classes, _ = list_set(Folder(source, flat), flat)
-            every = [(name, k) for (name, _), k in zip(members, labels) if name.endswith(".npy")]
+            every = [(name, k) for (name, _), k in zip(members, labels) if is_latent(name)]
             self.names = [os.path.join(source, name) for name, _ in every]
             self.label = torch.tensor([k for _, k in every])
             one, n = self.of_file(0).shape[1:], len(self.names)
@@ -218,18 +247,18 @@ class Posteriors:
                 self.label = whole_labels(source, Rows(file, "cond.label", self.where))
         self.one, self.shape = tuple(one), (n, *self.space.pixel_shape(tuple(one)))
 
+    @staticmethod
+    def shape_of_one(source, autoencoder):
+        """(C, h, w) of its latents, by the first one or the file's header. Raises UserError."""
+        refuse_no_autoencoder(source, autoencoder)
+        if not os.path.isdir(source):
+            return tuple(open_tensors(source).get_slice("mean").get_shape()[1:])
+        found = both_moments(first_item(source))
+        return (len(found) // 2, *found.shape[1:])
+
     def of_file(self, i):
         """-> (2, C, h, w) float32. Raises UserError for a file of another shape."""
-        try:
-            found = np.load(self.names[i], allow_pickle=False)
-        except (OSError, ValueError) as e:
-            raise UserError(f"{self.names[i]} is not a whole .npy ({e}): copy it again") from None
-        whole = found.dtype.kind == "f" and found.ndim == 3 and not len(found) % 2
-        if not whole or (i and found.shape != (2 * self.one[0], *self.one[1:])):
-            raise UserError(
-                f"{self.names[i]} is {found.dtype} {found.shape}, wanted floats (2 C, h, w) like "
-                "the first: mean, then standard deviation"
-            )
+        found = both_moments(self.names[i], self.one if i else None)
         found = torch.from_numpy(found.astype(np.float32)).unflatten(0, (2, -1))
         return self.checked(self.names[i], found)
 

@@ -469,10 +469,13 @@ def measured_teacher(run, teacher, label, sampler, key, row):
             stored = json.loads(f.metadata()["row"])
             return {**stored, "copied": True}, (f.get_tensor("mean"), f.get_tensor("cov"))
     row, moments = measured(run, teacher, label, sampler, row)
-    if run.main and os.access(folder, os.W_OK):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+    if run.main:
         tensors = dict(zip(("mean", "cov"), moments))
-        save_tensors(tensors, path, {"row": json.dumps(row)})
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            save_tensors(tensors, path, {"row": json.dumps(row)})
+        except OSError as e:  # another user's folder, or a full disk: the next run measures again
+            run.say(f"the teacher's measures are not kept beside the teacher ({e})")
     return row, moments
 
 

@@ -12,6 +12,7 @@ import time
 
 import torch
 
+from models.files import UserError
 from models.plumbing.dry_run import planned
 
 LEAST = 15.0  # seconds of updates; a shorter run says nothing about a machine
@@ -30,7 +31,10 @@ def work_done(args, *costs, **how):
         seconds = [float(row["seconds"]) for row in csv.DictReader(f) if row.get("seconds")]
     if sum(seconds) < LEAST:
         return
-    flops = sum(planned(args, *costs, **how).flops())
+    try:
+        flops = sum(planned(args, *costs, **how).flops())
+    except UserError:  # as where its files have gone: the run itself is done all the same
+        return
     if flops:
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         how = sum(seconds), matmul_rate(args.mixed_precision), ranks
