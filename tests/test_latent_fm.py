@@ -29,8 +29,9 @@ from models.worlds import load_world
 from models.worlds.measures import balanced_labels
 from models.worlds.ring import RingTeacher
 
-TINY = """--max_train_steps 6 --train_batch_size 4 --width 32 --depth 2 --cond_dim 16
+TINY = """--max_train_steps 6 --train_batch_size 4
     --sample_steps 2 --checkpointing_steps 2 --lr_warmup_steps 2""".split()
+SIZES = "--width 32 --depth 2 --cond_dim 16".split()
 
 
 def normal(*shape, seed=0):
@@ -39,7 +40,8 @@ def normal(*shape, seed=0):
 
 def run(folder, *flags):
     """latent_fm.py with tiny sizes, into this folder."""
-    latent_fm.main([*TINY, *map(str, flags), "--output_dir", str(folder)])
+    sizes = [] if "DiT-B/2" in flags else SIZES  # which has its own
+    latent_fm.main([*TINY, *sizes, *map(str, flags), "--output_dir", str(folder)])
 
 
 # ---- the method ----------------------------------------------------------------------------------

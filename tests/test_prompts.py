@@ -347,7 +347,8 @@ def test_killed_while_shards_are_moved(tmp_path, monkeypatch, moves):
     with writer_of(path, PIXART, rows, 150) as writer:
         assert writer.done == 6
     assert Prompts(str(path), ["text", "mask"], {}).n == 6 and not path.exists()
-    assert len(names_in(tmp_path)) == 1 + len(writer.shards) == 5
+    whole = [name for name in names_in(tmp_path) if ".tmp-" not in name]  # which the killed left
+    assert len(whole) == 1 + len(writer.shards) == 5
 
 
 def test_a_finished_command_and_another_one(command, tmp_path):

@@ -263,7 +263,8 @@ class Run:
         if os.path.islink(os.path.normpath(args.output_dir)):  # folders are renamed where they are
             args.output_dir = os.path.realpath(args.output_dir)
         self.args, self.method, self.folder = args, method, args.output_dir
-        self.saved = float("inf") if args.resume_from_checkpoint == "latest" else 0
+        latest = getattr(args, "resume_from_checkpoint", None) == "latest"
+        self.saved = float("inf") if latest else 0
         self.began, self.spent, self.changes = None, 0.0, []
         self.started, self.asked, self.stopping = time.monotonic(), None, False
         self.rank, self.world_size, local_rank = place_among_ranks(os.environ)
