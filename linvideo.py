@@ -70,7 +70,7 @@ from models.plumbing.flags import (
     parse,
     refuse,
 )
-from models.plumbing.run import Run, place_among_ranks, run_main
+from models.plumbing.run import Run, nearest, place_among_ranks, run_main
 from models.plumbing.teachers import (
     average_of,
     freeze_teacher,
@@ -457,9 +457,7 @@ def bytes_of_trajectory(args, teacher):
 
 def announce(run, teacher, folder, rows, whose, remedy):
     """Say what trajectories take on disk before they are written. Raises UserError if too much."""
-    size, there = rows * bytes_of_trajectory(run.args, teacher), os.path.abspath(folder)
-    while not os.path.exists(there) and os.path.dirname(there) != there:
-        there = os.path.dirname(there)
+    size, there = rows * bytes_of_trajectory(run.args, teacher), nearest(folder)
     free = shutil.disk_usage(there).free if os.path.exists(there) else 0  # a drive may be missing
     take = f"{rows:,} trajectories of the {whose} take {size / 1e6:,.1f} MB in {folder}"
     if size > free:

@@ -115,13 +115,21 @@ def cosine_betas(n=1000):
     return (1 - abar[1:] / abar[:-1]).clamp_max(0.999).tolist()
 
 
-def schedule_of(net, cosine):
-    """-> the schedule that a network was trained with, and its scheduler_config.json."""
-    if net.prediction == "flow_v":
-        return net.default_schedule, FLOW
-    if not cosine:
-        return net.default_schedule, DDIM
-    return VP(cosine_betas()), {**DDIM, "trained_betas": cosine_betas()}
+def schedule_of(net, args):
+    """-> the schedule that a network was trained with, and its scheduler_config.json.
+
+    Raises UserError for a --noise_schedule of a network that has no choice.
+    """
+    name, is_adm = args.noise_schedule, getattr(net, "convention", None) == "adm"
+    if name and not is_adm:
+        raise UserError(
+            f"--noise_schedule {name}: ADM's networks of noise have a choice, others have none: "
+            "leave it out"
+        )
+    if is_adm and (name or ("cosine" if args.new_attention_order else "linear")) == "cosine":
+        betas = cosine_betas()
+        return VP(betas), {**DDIM, "trained_betas": betas}
+    return net.default_schedule, FLOW if net.prediction == "flow_v" else DDIM
 
 
 def sampler_of(net, schedule):
@@ -143,9 +151,12 @@ def sampler_of(net, schedule):
     }
 
 
-def save_pipeline(net, folder, cosine=False):
-    """Write transformer/, scheduler/, sampler.json and model_index.json into a new folder."""
-    (schedule, scheduler), index = schedule_of(net, cosine), {"_class_name": "DiTPipeline"}
+def save_pipeline(net, schedule, scheduler, folder):
+    """Write transformer/, scheduler/, sampler.json and model_index.json into a new folder.
+
+    schedule, scheduler: of `schedule_of`.
+    """
+    index = {"_class_name": "DiTPipeline"}
     if net.prediction == "flow_v" or isinstance(net, UNetModel):
         index = {}  # diffusers has no pipeline for velocities of classes, nor for ADM
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
@@ -231,14 +242,7 @@ def main(argv=None):
         if args.export:
             return export(args)
         net = read_official(args)
-        cosine = args.noise_schedule == "cosine"
-        if args.noise_schedule and getattr(net, "convention", None) != "adm":
-            raise UserError(
-                f"--noise_schedule {args.noise_schedule}: ADM's networks of noise have a choice, "
-                "others have none: leave it out"
-            )
-        cosine = cosine or (args.new_attention_order and args.noise_schedule is None)
-        save_pipeline(net, args.output, cosine and net.convention == "adm")
+        save_pipeline(net, *schedule_of(net, args), args.output)
     except OSError as error:
         raise UserError(
             f"cannot write --output {args.output}: {error}; name a new folder"

@@ -149,14 +149,14 @@ def check_flags(args, videos):
 
 def main(argv=None):
     args = parse_args(argv)
-    videos = AUTOENCODERS.get(find_autoencoder(args.teacher)[1], False)
+    place, name = find_autoencoder(args.teacher)
+    videos = AUTOENCODERS.get(name, False)
     check_flags(args, videos)
     rows = open_latents(args.latents)
     space = load_autoencoder(args.teacher)
     check_latents(rows.get_shape(), space, args.teacher, args.latents)
     suffix = {"gif": ".gif", "mp4": ".mp4", "png": ""}[args.format or "gif"] if videos else ".png"
     fps = args.fps or space.fps
-    place = find_autoencoder(args.teacher)[0]
     files = sorted(str(path) for path in Path(place).iterdir() if path.is_file())
     about = {"latents": fingerprint([args.latents]), "autoencoder": fingerprint(files), "fps": fps}
     where = f"--latents {args.latents}: row"

@@ -83,8 +83,7 @@ def encode_trellis_images(folder, output, dinov2=DINOV2):
     require("transformers")
     paths = image_paths(folder)
     names = [os.path.basename(path) for path in paths]
-    content = hash_of_files(paths), str(dinov2), names
-    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    fingerprint = fingerprint_of(names, [hash_of_files(paths), str(dinov2)], [])
     if is_complete(output, fingerprint):
         print(f"{output} is there already, of the same images: remove it to encode them again")
         return stored_shapes(output)

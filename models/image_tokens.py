@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from models.files import UserError
-from models.libraries import load_network, require
+from models.libraries import load_pretrained, require
 
 DINOV2 = "facebook/dinov2-with-registers-large"
 SIDE, LANCZOS = 518, Image.Resampling.LANCZOS  # pixels: 37 x 37 patches of 14
@@ -50,7 +50,7 @@ class ImageTokens:
     def __init__(self, dinov2, device):
         library = require("transformers")
         try:
-            model = load_network(library.Dinov2WithRegistersModel, dinov2)
+            model = load_pretrained(library.Dinov2WithRegistersModel, dinov2)
         except (OSError, ValueError) as error:
             raise UserError(f"--dinov2 {dinov2} cannot be loaded: {error}") from None
         model.layernorm = nn.Identity()

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from models.files import UserError
+from models.plumbing.sets import is_missing
 
 
 def require(library, package=None):
@@ -19,7 +20,7 @@ def require(library, package=None):
     try:
         return importlib.import_module(library)
     except ImportError as error:
-        if library.startswith(error.name or "-"):  # it, or the package that it is in
+        if is_missing(library, error):
             raise UserError(
                 f"{package} is not installed; it is needed to encode prompts and images, and to "
                 f"decode latents: pip install {package}"
@@ -30,7 +31,7 @@ def require(library, package=None):
 
 
 def load(library, kind, pipeline_folder, component, **keywords):
-    """library.kind.from_pretrained(pipeline_folder/component); networks as `load_network` does.
+    """library.kind.from_pretrained(pipeline_folder/component); networks as `load_pretrained` does.
 
     Raises UserError for a missing library or folder, and for weights that are not whole; the
     library's own errors for other bad files.
@@ -47,10 +48,10 @@ def load(library, kind, pipeline_folder, component, **keywords):
         raise UserError(f"no folder {path}; pass a diffusers pipeline folder, with {component}/")
     if "Tokenizer" in kind:
         return cls.from_pretrained(str(path), local_files_only=True, **keywords)
-    return load_network(cls, str(path), local_files_only=True, **keywords)
+    return load_pretrained(cls, str(path), local_files_only=True, **keywords)
 
 
-def load_network(cls, where, **keywords):
+def load_pretrained(cls, where, **keywords):
     """cls.from_pretrained(where) in eval mode, on a GPU where there is one.
 
     where: a folder, or a name that is downloaded. Unlike the libraries it reads no pickles, and

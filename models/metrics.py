@@ -315,6 +315,11 @@ def open_both(args):
     how = args.resolution, args.crop
     samples = open_images(args.samples, "--samples", *how)
     statistics, reference = read_statistics(args.reference), None
+    if "mu_s" in statistics and args.resize == "torch":
+        raise UserError(
+            f"--reference {args.reference} has mu_s, as guided-diffusion's files do, whose images "
+            "TensorFlow enlarged: give --resize tf"
+        )
     if "mu" not in statistics or "arr_0" in npz_names(args.reference, "--reference"):
         reference = open_images(args.reference, "--reference", *how)
         if samples.size != reference.size:
@@ -334,11 +339,6 @@ def main(argv=None):
     args = parse_args(argv)
     net = load_inception(args.inception) if args.inception else None
     samples, reference, statistics = open_both(args)
-    if "mu_s" in statistics and args.resize == "torch":
-        raise UserError(
-            f"--reference {args.reference} has mu_s, as guided-diffusion's files do, whose images "
-            "TensorFlow enlarged: give --resize tf"
-        )
     found = {"samples": samples.n, "reference": reference.n if reference else None}
     if reference:
         found |= measure_pixels(samples, reference)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from models.files import UserError, load_json
-from models.libraries import device, load, load_network, require
+from models.libraries import device, load, load_pretrained, require
 from models.networks import trellis_path
 from models.networks.trellis import CLIP_WIDTH
 
@@ -287,7 +287,7 @@ def load_trellis(root, max_length, clip=None):
     library, clip = require("transformers"), clip_name(root, clip)
     try:
         tokenizer = library.AutoTokenizer.from_pretrained(clip)
-        model = load_network(library.CLIPTextModel, clip)
+        model = load_pretrained(library.CLIPTextModel, clip)
     except (OSError, ValueError) as error:
         raise UserError(f"--clip {clip} cannot be loaded: {error}") from None
     return unmasked_encoder(tokenizer, lambda: model, max_length, "tokens", torch.float16)

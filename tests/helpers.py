@@ -538,6 +538,27 @@ def refusal_of(capsys, main, *flags):
     return error
 
 
+def ended(flags, script=dmd):
+    """Run a script as from the shell.  -> its exit code"""
+    try:
+        run_main(lambda: script.main(flags))
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def before_update(monkeypatch, step, do):
+    """do(run) is called in this update (from 0), before its end."""
+    real = Run.end_step
+
+    def end_step(self, now, *args, **more):
+        if now == step:
+            do(self)
+        return real(self, now, *args, **more)
+
+    monkeypatch.setattr(Run, "end_step", end_step)
+
+
 # A run that kills itself with SIGKILL at the n-th call of os.fsync or os.replace whose arguments
 # contain a text, i.e. in the middle of some save. Arguments: script, function of os, text, n, and
 # the flags of the run.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import launch
-from helpers import quiet, read_log, refusal_of, save_tiny_teacher
+from helpers import before_update, ended, quiet, read_log, refusal_of, save_tiny_teacher
 from torch import nn
 
 import dmd
@@ -20,7 +20,7 @@ import linvideo
 from models import files
 from models.files import TensorWriter, UserError, replacing, save_json
 from models.plumbing import run as plumbing
-from models.plumbing.run import Run, place_among_ranks, run_main
+from models.plumbing.run import place_among_ranks
 from models.plumbing.state import complete_states, find_state, save_state
 
 SHORT = """--max_train_steps 6 --train_batch_size 4 --teacher_steps 0 --student_steps 2
@@ -39,27 +39,6 @@ def no_samples(monkeypatch):
 
 def flags_for(teacher, out, *more):
     return [*SHORT, "--teacher", teacher, "--output_dir", str(out), *more]
-
-
-def ended(flags):
-    """Run dmd.py as from the shell.  -> its exit code"""
-    try:
-        run_main(lambda: dmd.main(flags))
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-def before_update(monkeypatch, step, do):
-    """do(run) is called in this update (from 0), before its end."""
-    real = Run.end_step
-
-    def end_step(self, now, *args, **more):
-        if now == step:
-            do(self)
-        return real(self, now, *args, **more)
-
-    monkeypatch.setattr(Run, "end_step", end_step)
 
 
 def saved_steps(out):

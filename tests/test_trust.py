@@ -28,6 +28,8 @@ from helpers import (
     ENV,
     ROOT,
     assert_bit_equal,
+    before_update,
+    ended,
     quiet,
     read_log,
     refusal_of,
@@ -59,27 +61,6 @@ def no_samples(monkeypatch):
 
 def flags_for(teacher, out, *more):
     return [*SHORT, "--teacher", teacher, "--output_dir", str(out), *more]
-
-
-def ended(flags, script=dmd):
-    """Run a script as from the shell.  -> its exit code"""
-    try:
-        run_main(lambda: script.main(flags))
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-def before_update(monkeypatch, step, do):
-    """do(run) is called in this update (from 0), before its end."""
-    real = Run.end_step
-
-    def end_step(self, now, *args, **more):
-        if now == step:
-            do(self)
-        return real(self, now, *args, **more)
-
-    monkeypatch.setattr(Run, "end_step", end_step)
 
 
 # ---- a run that is asked to stop -----------------------------------------------------------------

@@ -203,12 +203,11 @@ def load_space(folder):
 def shape_in(folder, shape):
     """The shape of a latent of an image of this shape (C, H, W), by what `load_space` reads but
     weights. Raises UserError."""
-    path, where = os.path.join(folder, "latents.json"), None
-    if os.path.isfile(path):
-        where = load_json(path).get("autoencoder")
-        folder = where or folder
-    if where or not os.path.isfile(path):
-        folder = vae_folder(folder)
+    path, elsewhere = os.path.join(folder, "latents.json"), folder
+    if os.path.isfile(path):  # of ours: the autoencoder is here, unless it says where
+        elsewhere = load_json(path).get("autoencoder")
+    if elsewhere:
+        folder = vae_folder(elsewhere)
     with torch.device("meta"):
         net = network_of(folder)
     if not hasattr(net, "factor"):

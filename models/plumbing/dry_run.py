@@ -38,7 +38,7 @@ from models.networks.ring_mlp import RingMLP
 from models.networks.sequence import refuse_spreading
 from models.plumbing.footprint import Call, Cost, adapted, measure, on_meta
 from models.plumbing.run import own_device, place_among_ranks
-from models.plumbing.sharding import refuse_groups
+from models.plumbing.sharding import refuse_groups, refuse_shares
 from models.plumbing.teachers import (
     as_flags_say,
     find_folder,
@@ -339,7 +339,7 @@ def dry_run(
     if args.dry_run is None:
         refuse_too_large(plan, memory, refuse_flags)
         return False
-    refuse_shares(args.shard_ranks, plan.ranks)
+    refuse_shares(args.shard_ranks or 1, plan.ranks)
     refuse_sequence(plan.net, plan.sequence, plan.ranks)
     if rank == 0:
         more = disk(args, plan.call.shape, plan.ranks) if disk else {}
@@ -361,13 +361,6 @@ def own_memory(local_rank):
     if device.type == "cpu":
         return None
     return torch.cuda.get_device_properties(device).total_memory
-
-
-def refuse_shares(n, ranks):
-    """Raises UserError where a run on so many ranks could not share networks out over every n."""
-    if n and ranks > 1 and ranks % n:  # as `sharding.make_mesh` says it
-        fitting = ", ".join(str(m) for m in range(1, ranks + 1) if ranks % m == 0)
-        raise UserError(f"--shard_ranks {n} does not divide {ranks} ranks: use one of {fitting}")
 
 
 def refuse_sequence(net, n, ranks):

@@ -754,11 +754,20 @@ def is_within(path, folder):
     return path == folder or path.startswith(os.path.join(folder, ""))
 
 
+def nearest(path):
+    """What is there already of a path: itself, or the first folder above it.
+
+    The root of a drive that is missing is not there either.
+    """
+    there = os.path.abspath(path)
+    while not os.path.exists(there) and os.path.dirname(there) != there:
+        there = os.path.dirname(there)
+    return there
+
+
 def refuse_output_dir(path, sampling=False):
     """Raises UserError where nothing can be written, or samples would replace a run's own."""
-    there = os.path.abspath(path)
-    while not os.path.exists(there) and os.path.dirname(there) != there:  # a drive may be missing
-        there = os.path.dirname(there)
+    there = nearest(path)
     if not os.path.isdir(there) or not os.access(there, os.W_OK):
         raise UserError(f"--output_dir {path}: {there} is not a folder that can be written to")
     if is_within(os.getcwd(), path):

@@ -44,12 +44,17 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", 
 WITHOUT_CLASSES = "train without classes (latent_fm.py --task uncond takes all images of a folder)"
 
 
+def is_missing(library, error):
+    """Whether an ImportError is of the library itself, and not of something that it imports."""
+    return library.startswith(error.name or "-")  # it, or the package that it is in
+
+
 def require(library, what):
     """Import an optional library. Raises UserError where it is not installed."""
     try:
         return importlib.import_module(library)
     except ImportError as e:
-        if library.startswith(e.name or "-"):  # it, or the package that it is in
+        if is_missing(library, e):
             raise UserError(f"{what} needs the library {library}: pip install {library}") from None
         raise UserError(
             f"{what} needs the library {library}, which is installed and cannot be imported ({e}): "

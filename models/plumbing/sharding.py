@@ -44,9 +44,7 @@ def make_mesh(device, shard_ranks=None):
     if ranks == 1:
         return None
     each = shard_ranks or int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    if ranks % each:
-        fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
-        raise UserError(f"--shard_ranks {each} does not divide {ranks} ranks: use one of {fitting}")
+    refuse_shares(each, ranks)
     if each == ranks:
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
     names = ("replicate", "shard")
@@ -83,6 +81,13 @@ def shard(net, mesh):
         parameters = {name: p for name, p in part.named_parameters() if p not in kept}
         whole = [name for name, p in parameters.items() if not isinstance(p, DTensor)]
         assert not whole, f"not shared out: {whole}"
+
+
+def refuse_shares(each, ranks):
+    """Raises UserError where networks cannot be shared out over every `each` of several ranks."""
+    if ranks > 1 and ranks % each:
+        fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise UserError(f"--shard_ranks {each} does not divide {ranks} ranks: use one of {fitting}")
 
 
 def refuse_groups(n, ranks):
