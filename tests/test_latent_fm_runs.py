@@ -473,6 +473,21 @@ def test_cached_latents_are_those_of_every_step(tmp_path, folder):
     assert not torch.allclose(first[0], first[1], atol=1e-3)
 
 
+def test_cached_latents_may_move(tmp_path, folder, capsys):
+    """A run goes on with them under another name, not with those of other images."""
+    flags = through_vae(folder, "--train_batch_size", 16)
+    out, there, moved = (tmp_path / name for name in ("run", "latents", "moved"))
+    run(out, *flags, "--cache_latents", there)
+    there.rename(moved)
+    again = ["--resume_from_checkpoint", "latest", "--cache_latents"]
+    run(out, *flags, *again, moved)
+    assert not there.exists()
+    about = json.loads((moved / "cache.json").read_text())
+    (moved / "cache.json").write_text(json.dumps({**about, "pixels": "others"}))
+    start = [*tiny(flags), *map(str, flags), "--output_dir", str(out), *again, str(moved)]
+    assert "was made with other pixels" in refusal_of(capsys, latent_fm.main, *start)
+
+
 def test_flips_reach_images_and_maps_alike(tmp_path, folder, monkeypatch):
     """Half of the items are mirrored, and a mirrored image has the mirrored map."""
     seen, images = [], []

@@ -879,6 +879,18 @@ def test_an_interrupted_run_is_the_uninterrupted_one(monkeypatch, tmp_path, caps
             assert found[0] == found[1]
 
 
+def test_a_bank_may_move(monkeypatch, tmp_path):
+    """A run goes on with its own bank under another name, and makes none."""
+    flags, folder = ["--teacher", save_dit(tmp_path / "teacher"), *RESUMED], tmp_path / "run"
+    with monkeypatch.context() as m:
+        assert killed_run(m, folder, 3, *flags).trajectories == 3
+    (folder / "bank").rename(tmp_path / "bank")
+    again = [*flags, "--bank", str(tmp_path / "bank"), "--resume_from_checkpoint", "latest"]
+    with monkeypatch.context() as m:
+        assert run(m, folder, *again).trajectories == 0
+    assert not (folder / "bank").exists()
+
+
 def test_resume_of_a_finished_run(monkeypatch, tmp_path):
     """It is written out again, also elsewhere, without a bank; a longer one keeps its layers."""
     flags, folder = ["--teacher", save_dit(tmp_path / "teacher"), *RESUMED], tmp_path / "run"

@@ -409,3 +409,17 @@ def test_a_local_rank_that_was_left_in_a_shell(left):
     """It alone moves no run to another GPU."""
     assert place_among_ranks({"LOCAL_RANK": left}) == (0, 1, 0)
     assert place_among_ranks({"LOCAL_RANK": left, "WORLD_SIZE": "1"}) == (0, 1, 0)
+    assert place_among_ranks({"LOCAL_WORLD_SIZE": left}) == (0, 1, 0)
+
+
+def test_a_plan_takes_no_ranks_of_a_node_that_were_left_in_a_shell(monkeypatch, teacher, capsys):
+    """Eight ranks are one node, whatever LOCAL_WORLD_SIZE was before."""
+    flags = flags_for(teacher, "runs/none", "--dry_run", "8")
+    plans = []
+    for left in (None, "2", "x"):
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if left:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", left)
+        assert ended(flags) == 0
+        plans.append(capsys.readouterr().out)
+    assert plans[0] == plans[1] == plans[2] and "teacher" in plans[0]

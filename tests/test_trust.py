@@ -431,6 +431,7 @@ ENVIRONMENTS = [
     ({"RANK": "1"}, "RANK=1 alone"),
     ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK=one, which is no number"),
     ({"RANK": "0", "WORLD_SIZE": "2.0"}, "WORLD_SIZE=2.0, which is no number"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE=x, which is no"),
     ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2"),
     ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 and WORLD_SIZE=0"),
     ({"SLURM_STEP_NUM_TASKS": "4"}, "each of these tasks would train a run of its own"),

@@ -114,7 +114,8 @@ class Plan:
         self.args, self.net, self.networks, self.turns = args, net, networks, turns
         self.ranks, self.device, self.B = ranks, device, args.train_batch_size
         self.sequence = getattr(args, "sequence_ranks", 1) or 1
-        node = int(os.environ.get("LOCAL_WORLD_SIZE", NODE))
+        launched = "RANK" in os.environ  # by torchrun, which says how many ranks a node has
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", NODE)) if launched else NODE
         self.shards = min(ranks, getattr(args, "shard_ranks", None) or node)
         self.bf16 = args.mixed_precision == "bf16"
         self.call = call_of(args, net)

@@ -677,6 +677,7 @@ def has_bfloat16():
 
 # How many tasks there are, in the words of Slurm, OpenMPI, MPICH and Intel MPI, and MVAPICH.
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+OF_A_NODE = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def place_among_ranks(environ):
@@ -684,11 +685,10 @@ def place_among_ranks(environ):
 
     Tasks that something else has started would each train a run of their own in one folder.
     """
-    there = {
-        name: environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environ
-    }
+    there = {name: environ[name] for name in ("RANK", "WORLD_SIZE", *OF_A_NODE) if name in environ}
     if not {"RANK", "WORLD_SIZE"} <= there.keys():
-        there.pop("LOCAL_RANK", None)  # left in a shell, it would move a single run
+        for name in OF_A_NODE:
+            there.pop(name, None)  # left in a shell, it would move a single run
     wrong = [f"{name}={value}" for name, value in there.items() if not value.isdecimal()]
     if wrong:
         raise UserError(f"the environment has {wrong[0]}, which is no number: unset it")

@@ -301,7 +301,8 @@ FREE_TO_CHANGE = set(
     "remeasure_teacher preview_samples preview_every max_minutes gradient_checkpointing compile "
     "save_fp16 lora_dtype shard_ranks save_dtype dry_run device_memory device_tflops "
     "sample_steps solver atol rtol guidance_interval workers "
-    "student_guidance teacher_shift teacher_guidance_interval".split()
+    "student_guidance teacher_shift teacher_guidance_interval "
+    "bank".split()  # a folder that refuses another teacher's
 )
 
 # Flags that somebody may have to change in a run that goes on: how far and how often networks are
@@ -462,6 +463,8 @@ def changes_on_resume(info, args, world_size, same=frozenset()):
     names = sorted((set(saved) | set(now)) - shown)
     changed = [k for k in names if saved.get(k) != now.get(k)]
     free = MAY_CHANGE | unused_flags(saved, now) | same | {*BATCH, "sequence_ranks"}
+    if saved.get("cache_latents") and now.get("cache_latents"):
+        free.add("cache_latents")  # a folder that refuses other latents
     wrong = [f"--{k} was {saved.get(k)!r} and is {now.get(k)!r}" for k in changed if k not in free]
     if wrong:
         raise UserError(
