@@ -1,7 +1,7 @@
 """Decoupled DMD (2511.22677 v1): CFG augmentation is the engine, distribution matching the shield.
 
-The idea. Whoever distils a text-to-image teacher with DMD guides the real score and not the fake
-one. Then the gradient is two things at once: the matching of distributions that DMD is named for,
+The idea. In practice DMD of text-to-image teachers guides the real score and not the fake one.
+Then the gradient is two things at once: the matching of distributions that DMD is named for,
 conditional real score minus fake score, and a second term without any fake score, (alpha - 1) times
 (conditional minus unconditional real score). The paper takes the sum apart. The second term, CFG
 augmentation (CA), is what turns a many-step teacher into a few-step student: it climbs log p(c |
@@ -14,7 +14,7 @@ input; DM must see faults of all sizes, so it draws from all levels.
     paper             here               meaning                                          shape
     t = 0 noise       u_k = 1            raw time: here 1 is noise, 0 data; t = shift(u)      float
     t_1 < ... < t_N   times              the student's steps, u = 1, (N-1)/N, ..., 1/N   N floats
-    z_t               x_in               input of the student's step k, of its own making (B, ...)
+    z_t               x_in               input of step k, made by the steps before it     (B, ...)
     x = G(z_t)        x                  the student's sample, read as x0                 (B, ...)
     tau_DM, tau_CA    t_dm, t_ca         noise levels of the two terms                    (B,)
     s_real, s_fake    mu_real, mu_fake   their x0 at x_dm; at x_ca mu_cond and mu_uncond   (B, ...)
@@ -105,10 +105,10 @@ def decoupled_dmd_loss(x, teacher, fake, diffusion, at_dm, at_ca, cond, uncond, 
 def noise_ranges(levels, u_k, dm_range, ca_range):
     """Where u_DM and u_CA are drawn from, for a student's input at raw time u_k (Sec. 4.3).
 
-    levels "shared" draws once for both (DMD), "full" twice, "constrained" bounds both to u <= u_k,
-    "hybrid" (the proposal) only CA. u <= u_k is "cleaner than the input", the paper's tau in [t,
-    1]; the bound is set before the shift. A range wholly above u_k shrinks to that point. -> (lo,
-    hi) of DM, (lo, hi) of CA
+    levels: that of --schedule. "shared" draws once for both (DMD), "full" twice, "constrained"
+    bounds both to u <= u_k, "hybrid" (the proposal) only CA. u <= u_k is "cleaner than the input",
+    the paper's tau in [t, 1]; the bound is set before the shift. A range wholly above u_k shrinks
+    to that point. -> (lo, hi) of DM, (lo, hi) of CA
     """
     if levels == "constrained":
         dm_range = min(dm_range[0], u_k), min(dm_range[1], u_k)
@@ -129,21 +129,22 @@ def fake_score_loss(fake, diffusion, x, eps, t, cond):
 
 
 def image_moments(x):
-    """Variance and mean over all values of each image.  x (B, ...) -> (B,), (B,).
+    """Mean and variance over all values of each image.  x (B, ...) -> (B,), (B,).
 
     Points have no inside: for x (B, 2) the batch is the image, -> (1,), (1,).
     """
     values = x.flatten(1) if x.dim() > 2 else x.flatten()[None]
-    return torch.var_mean(values, dim=1, correction=0)
+    variance, mean = torch.var_mean(values, dim=1, correction=0)
+    return mean, variance
 
 
 def mean_variance_loss(x, mean, variance):
-    """The shield without a network (Eq. 7): mean over images of KL(N(m_i, v_i) || N(mean,
-    variance)).
+    """The shield without a network (Eq. 7), a mean over images of a KL divergence:
 
-    m_i and v_i are those of image i.  x (B, ...); mean, variance floats -> scalar.
+    KL(N(m_i, v_i) || N(mean, variance)); m_i and v_i are those of image i.
+    x (B, ...); mean, variance floats -> scalar.
     """
-    v, m = image_moments(x)  # (B,), (B,)
+    m, v = image_moments(x)  # (B,), (B,)
     v = v.clamp_min(1e-8)
     return (0.5 * ((v + (m - mean) ** 2) / variance - 1 - torch.log(v / variance))).mean()
 
@@ -163,7 +164,7 @@ def discriminator_loss(logit_real, logit_fake):
     return F.softplus(logit_fake).mean() + F.softplus(-logit_real).mean()
 
 
-def discriminator_turn(fake, head, diffusion, x, noise, cond, x_real, noise_real, cond_real):
+def discriminator_loss_on(fake, head, diffusion, x, noise, cond, x_real, noise_real, cond_real):
     """The discriminator's loss on student samples x and real ones.  -> scalar.
 
     noise, noise_real: pairs (eps, t), drawn apart.
@@ -174,7 +175,7 @@ def discriminator_turn(fake, head, diffusion, x, noise, cond, x_real, noise_real
 
 
 def generator_loss(logit_fake):
-    """The student's side, on the gan_logit of its samples.  -> scalar.
+    """The student's GAN loss, on the gan_logit of its samples (DMD2, Eq. 4).  -> scalar.
 
     The gradient passes through fake and head into x, and reaches their weights too: freeze both
     before, as `train` does, or drop their gradients before their next update.
@@ -188,7 +189,7 @@ def generator_loss(logit_fake):
 def ablated_loss(
     x, teacher, fake, diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha, ablation
 ):
-    """The same with a term off, or with a normaliser. ablation: see `Ablation`.
+    """`decoupled_dmd_loss` with a term off, or with a normaliser. ablation: see `Ablation`.
 
     -> scalar; g_dm, g_ca, mu_real, mu_fake. The gradient of a term that is off is 0, or, with an
     observer, what it would have been; where nothing sees the fake, mu_fake is mu_real.
@@ -249,11 +250,11 @@ def rollout(student, diffusion, noise, times, cond, renoise, k=None):
 
     times: without the final 0.
     renoise "sde": fresh noise after step i, noise("renoise<i>") (DMD2, Sec. 4.4); "ode": the noise
-    that the student implies, an Euler step. k (B,) on the CPU: row b goes no further than times[k].
+    that the student implies, an Euler step. k (B,) on the CPU: row b stops at times[k[b]].
     noise: name -> (B, ...).  -> (B, ...)
     """
 
-    def step(x_in, cond, rows):  # the i-th, of these rows
+    def step(x_in, cond, rows):  # these rows, from times[i] to times[i + 1]; i: the loop's below
         x, eps = diffusion.x0_eps(student, x_in, times[i], **cond)
         if renoise == "sde":
             eps = noise(f"renoise{i}")[rows.to(x.device)]
@@ -279,15 +280,14 @@ def sample(student, diffusion, noise, times, cond, renoise="sde"):
 def student_input(args, draw, student, teacher, times):
     """A step k for every sample, and its input, made by the student's own steps (Alg. 1).
 
-    A batch has all steps alike, or with --one_step all its samples have one.
+    The steps are spread evenly over a batch, or, with --one_step, it shares one.
     -> k (B,) on the CPU, t (B,) where that step begins, x_in (B, ...), cond, uncond.
     """
     k = draw.steps(len(times), args.one_step)
     t, (cond, uncond) = torch.tensor(times)[k].to(draw.device), teacher.conditions.draw(draw)
     reached = times[: k[0] + 1] if args.one_step else times  # the same on all ranks
-    how = reached, cond, args.renoise, k
     with torch.no_grad():
-        x_in = rollout(student, teacher.diffusion, draw.noise, *how)
+        x_in = rollout(student, teacher.diffusion, draw.noise, reached, cond, args.renoise, k)
     return k, t, x_in, cond, uncond
 
 
@@ -300,7 +300,7 @@ def fresh_samples(args, draw, student, teacher, times):
 
 def fake_sees_step(args, net):
     """Whether the fake, a network like net, is conditioned on the student's step (docs/dmd.md)."""
-    off = args.shared_fake or args.fake_lora_rank  # it needs a layer that adapters do not have
+    off = args.shared_fake or args.fake_lora_rank  # adapters lack the layer that the step enters by
     return args.student_steps > 1 and not off and "steps_cond" in net.config
 
 
@@ -337,7 +337,8 @@ def draw_levels(args, draw, k):
 
 def note_gradients(run, x, g_dm, g_ca, ablation):
     """What the two terms, and all others together (g_rest), send into x; after backward()."""
-    n, g = x.numel(), g_dm + g_ca if ablation.dm else g_ca
+    n = x.numel()
+    g = g_dm + g_ca if ablation.dm else g_ca
     cos = F.cosine_similarity(g_dm.flatten(1), g_ca.flatten(1)).mean()
     run.note(g_dm=(g_dm / n).norm(), g_ca=(g_ca / n).norm(), cos_dm_ca=cos)
     run.note(g_rest=(x.grad / run.share - g / n).norm())
@@ -436,9 +437,9 @@ def train(args):
                 if args.gan_weight:  # losses add up; a pass for each keeps one graph at a time
                     with run.autocast():
                         x_real, cond_real = teacher.real(draw, "real_gan")
-                        samples = x, draw.eps_t("_gan_fake"), fake_cond
-                        samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
-                        loss_d = discriminator_turn(fake, head, diffusion, *samples)
+                        fakes = x, draw.eps_t("_gan_fake"), fake_cond
+                        reals = x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
+                        loss_d = discriminator_loss_on(fake, head, diffusion, *fakes, *reals)
                     (args.gan_weight_d * loss_d * run.share).backward()
                     run.note(loss_d=loss_d)
             run.update(optimizer_fake, "fake")
@@ -465,7 +466,7 @@ def mean_variance_target(args, world, shape=None):
     """
     if args.mean_variance_target or not args.mean_variance_weight:
         return args.mean_variance_target
-    v, m = image_moments(in_space_of(world, shape, world.data(2000, 776)[0]))
+    m, v = image_moments(in_space_of(world, shape, world.data(2000, 776)[0]))
     return m.mean().item(), v.mean().item()
 
 

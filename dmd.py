@@ -1,19 +1,19 @@
 """Distribution matching distillation: DMD (2311.18828 v4) and DMD2 (2405.14867 v2), 1 to N steps.
 
 The idea. A teacher needs dozens of network calls to turn noise into a sample; the student should
-need one. It is enough that its samples have the teacher's distribution. So noise both to a random
-level t and minimise the KL divergence there. Its gradient is a difference of two scores at the
-student's own noised sample: the teacher's ("where is data?") and that of the student's current
-distribution ("where do I already put samples?"), which a third network, the fake score, keeps
-learning. Without the second score every sample runs to the nearest mode. DMD steadies this with a
-regression onto teacher samples; DMD2 drops that, trains the fake score several times per student
-update, adds a GAN on the fake's middle features, and trains students of several steps on states
-that they reach by themselves.
+need one. It is enough that its samples have the teacher's distribution. So noise the samples of
+both to a random level t and minimise the KL divergence there. Its gradient is a difference of two
+scores at the student's own noised sample: the teacher's ("where is data?") and that of the
+student's current distribution ("where do I already put samples?"), which a third network, the fake
+score, keeps learning. Without the second score every sample runs to the nearest mode. DMD steadies
+this with a regression onto teacher samples; DMD2 drops that, trains the fake score several times
+per student update, adds a GAN on the fake's middle features, and trains students of several steps
+on states that they reach by themselves.
 
     paper              here              meaning                                            shape
     x = G(z)           x                 the student's sample, read as x0                   (B, ...)
     x_t                x_t               x noised to a random level t                       (B, ...)
-    mu_real, mu_fake   mu_real, mu_fake  x0 as teacher (guided) and fake see it in x_t      (B, ...)
+    mu_real, mu_fake   mu_real, mu_fake  x0 as guided teacher and fake read it from x_t     (B, ...)
     t_1 > ... > t_N    times             the student's fixed steps, 1 = noise               N floats
     x_{t_i}            x_in, k           the input of step k, made by the steps before it   (B, ...)
     D                  gan_logit         real or fake?                                      (B,)
@@ -35,10 +35,10 @@ Launch.
     sampling    python dmd.py --sample runs/dmd-glyphs/student
 
 Deviations; the reasons are in docs/dmd.md. The gradient drops Eq. 7's factor alpha_t, as both
-papers' pseudo-code does. Of the R fake updates after the student's the first sees its samples, as
-in DMD2's code. The regression is L2, not LPIPS; the GAN's head an MLP on tokens. Noise levels are
-spread evenly over a batch and have the teacher's shift. With several steps every sample has its own
-(--one_step: one for the batch, as in DMD2's code), and the fake is conditioned on it
+papers' pseudo-code does. R fake updates follow each student update; the first reuses its samples,
+as in DMD2's code. The regression is L2, not LPIPS; the GAN's head an MLP on tokens. Noise levels
+are spread evenly over a batch and have the teacher's shift. With several steps every sample draws
+its own step (--one_step: one for the batch, as in DMD2's code), and the fake is conditioned on it
 (--shared_fake: not, as in the papers). Optimiser settings and averaged weights suit short runs.
 """
 
@@ -134,7 +134,7 @@ def discriminator_loss(logit_real, logit_fake):
     return F.softplus(logit_fake).mean() + F.softplus(-logit_real).mean()
 
 
-def discriminator_turn(fake, head, diffusion, x, noise, cond, x_real, noise_real, cond_real):
+def discriminator_loss_on(fake, head, diffusion, x, noise, cond, x_real, noise_real, cond_real):
     """The discriminator's loss on student samples x and real ones.  -> scalar.
 
     noise, noise_real: pairs (eps, t), drawn apart.
@@ -145,7 +145,7 @@ def discriminator_turn(fake, head, diffusion, x, noise, cond, x_real, noise_real
 
 
 def generator_loss(logit_fake):
-    """The student's side, on the gan_logit of its samples.  -> scalar.
+    """The student's GAN loss, on the gan_logit of its samples (DMD2, Eq. 4).  -> scalar.
 
     The gradient passes through fake and head into x, and reaches their weights too: freeze both
     before, as `train` does, or drop their gradients before their next update.
@@ -154,9 +154,9 @@ def generator_loss(logit_fake):
 
 
 def dmd_loss_without_fake(x, teacher, diffusion, eps, t, cond, uncond, guidance_scale):
-    """Ablation: the real score alone, which collapses (v1, Fig. 3: to modes; the ring: its middle).
+    """Ablation: the real score alone, which collapses (v1, Fig. 3), to modes or to the middle.
 
-    Without fake score mu_fake is x_t / alpha_t; x, its mean over the noise, stands for it.
+    Without a fake score, mu_fake would be x_t / alpha_t; its mean over the noise, x, stands for it.
     -> scalar; g, mu_real, mu_fake (B, ...), as `dmd_loss`.
     """
     with torch.no_grad():
@@ -176,11 +176,11 @@ def rollout(student, diffusion, noise, times, cond, renoise, k=None):
 
     times: without the final 0; an eps network needs alpha(times[0]) > 0.
     renoise "sde": fresh noise after step i, noise("renoise<i>") (DMD2, Sec. 4.4); "ode": the noise
-    that the student implies, an Euler step. k (B,) on the CPU: row b goes no further than times[k].
+    that the student implies, an Euler step. k (B,) on the CPU: row b stops at times[k[b]].
     noise: name -> (B, ...).  -> (B, ...)
     """
 
-    def step(x_in, cond, rows):  # the i-th, of these rows
+    def step(x_in, cond, rows):  # these rows, from times[i] to times[i + 1]; i: the loop's below
         x, eps = diffusion.x0_eps(student, x_in, times[i], **cond)
         if renoise == "sde":
             eps = noise(f"renoise{i}")[rows.to(x.device)]
@@ -206,7 +206,7 @@ def sample(student, diffusion, noise, times, cond, renoise="sde"):
 def student_input(args, draw, student, teacher, times):
     """A step k for every sample, and its input, made by the student's own steps (DMD2, 4.5).
 
-    A batch has all steps alike, or with --one_step all its samples have one.
+    The steps are spread evenly over a batch, or, with --one_step, it shares one.
     -> k (B,) on the CPU, t (B,) where that step begins, x_in (B, ...), cond, uncond.
     """
     k = draw.steps(len(times), args.one_step)
@@ -217,9 +217,8 @@ def student_input(args, draw, student, teacher, times):
         x_in = teacher.diffusion.add_noise(x_real, z, t)
         return k, t, torch.where(expand(k == 0, z).to(z.device), z, x_in), cond, uncond
     reached = times[: k[0] + 1] if args.one_step else times  # the same on all ranks
-    how = reached, cond, args.renoise, k
     with torch.no_grad():
-        x_in = rollout(student, teacher.diffusion, draw.noise, *how)
+        x_in = rollout(student, teacher.diffusion, draw.noise, reached, cond, args.renoise, k)
     return k, t, x_in, cond, uncond
 
 
@@ -232,13 +231,13 @@ def fresh_samples(args, draw, student, teacher, times):
 
 def fake_sees_step(args, net):
     """Whether the fake, a network like net, is conditioned on the student's step (docs/dmd.md)."""
-    off = args.shared_fake or args.fake_lora_rank  # it needs a layer that adapters do not have
+    off = args.shared_fake or args.fake_lora_rank  # adapters lack the layer that the step enters by
     return count_steps(args) > 1 and not off and "steps_cond" in net.config
 
 
 def count_steps(args):
     """N, the number of the student's steps."""
-    return len(args.student_times or range(args.student_steps))
+    return len(args.student_times) if args.student_times else args.student_steps
 
 
 def needs_fake(args):
@@ -307,7 +306,7 @@ def train(args):
                 x = diffusion.x0(student, x_in, t_k, **cond)  # the one call with gradient
                 x.retain_grad()  # for the log
                 fake_cond = {**cond, **step_input(k, draw, see_step)}
-                loss = g_dm = x.new_zeros(())
+                loss = g_dm = x.new_zeros(())  # without a matching term
                 if args.dm_weight:
                     at_t = diffusion, *draw.eps_t_within("", *args.dm_range), cond, uncond
                     if args.no_fake_score:
@@ -327,7 +326,7 @@ def train(args):
             if args.gan_weight:  # g_dm is what the matching term alone sends into x
                 run.note(g_gan=(x.grad / run.share - g_dm).norm())
             if pairs:
-                regression_turn(run, draw, pairs, student, teacher, times[0])
+                add_regression(run, draw, pairs, student, teacher, times[0])
             run.note_samples(x)
             if args.reuse_samples:  # in the fake's first update, micro-batch by micro-batch
                 seen.append((x.detach(), k, cond))
@@ -348,9 +347,9 @@ def train(args):
                 if args.gan_weight:  # losses add up; a pass for each keeps one graph at a time
                     with run.autocast():
                         x_real, cond_real = teacher.real(draw, "real_gan")
-                        samples = x, draw.eps_t("_gan_fake"), fake_cond
-                        samples += x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
-                        loss_d = discriminator_turn(fake, head, diffusion, *samples)
+                        fakes = x, draw.eps_t("_gan_fake"), fake_cond
+                        reals = x_real, draw.eps_t("_gan_real"), {**cond_real, **step_k}
+                        loss_d = discriminator_loss_on(fake, head, diffusion, *fakes, *reals)
                     (args.gan_weight_d * loss_d * run.share).backward()
                     run.note(loss_d=loss_d)
             run.update(optimizer_fake, "fake")
@@ -375,9 +374,9 @@ def train(args):
 def starting_fake(run, teacher, see_step):
     """The fake score, a copy of the teacher or of what --fake_init names. Raises UserError.
 
-    That is a network, or the newest state of a run, whose fake has followed its student so far. One
-    that was not conditioned on the student's step starts with that input at zero. An adapter starts
-    from the adapter of a run's state.
+    --fake_init names a network, or a run, whose newest state has a fake that follows its student.
+    One that was not conditioned on the student's step starts with that input at zero. An adapter
+    starts from the adapter of a run's state.
     """
     args, path, rank = run.args, run.args.fake_init, run.args.fake_lora_rank
     fake = trainable(run, teacher.base, "fake", rank, see_step)
@@ -425,10 +424,10 @@ def teacher_pairs(run, teacher):
     -> {"z" (n, ...), "y" (n, ...), "index" (n,): which condition}, read row by row.
     """
     args, path = run.args, os.path.join(run.folder, "state", "pairs.safetensors")
-    about = {"teacher_steps": str(args.teacher_steps)}  # which may change while the term is off
+    about = {"teacher_steps": str(args.teacher_steps)}  # may change on resume while the term is off
     there = run.first and os.path.isfile(path)  # a run that never saved has no pairs
     there = there and open_tensors(path).metadata() in (about, None)
-    if not any(run.mean_over_ranks(float(run.main and there))):  # as rank 0 sees it
+    if not any(run.mean_over_ranks(float(run.main and there))):  # as rank 0 finds them
         n = args.regression_pairs
         draw = Draws(args.seed, "pairs", 0, range(n), shape=teacher.shape)
         z, index = draw.noise("z"), teacher.conditions.index(draw)
@@ -447,7 +446,7 @@ def teacher_pairs(run, teacher):
     return {name: Rows(file, name) for name in ("z", "y", "index")}
 
 
-def regression_turn(run, draw, pairs, student, teacher, t):
+def add_regression(run, draw, pairs, student, teacher, t):
     """The regression's own backward pass, which adds to the student's gradient."""
     with run.autocast():
         loss = regression_loss(draw, pairs, student, teacher, t)

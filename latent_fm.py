@@ -11,7 +11,7 @@ image with holes and the mask, or a map. This script also trains the others' tea
 
     paper       here                    meaning                                      shape
     x_0         x                       image in [-1, 1]                             (B, 3, H, W)
-    E, D        to_latents, to_pixels   encoder (its posterior is sampled), decoder
+    E, D        moments, to_pixels      encoder (mean and std of z_0), decoder
     z_0, z_1    x0, eps                 latent (or pixels) and noise                 (B, C, h, w)
     z_t         x_t                     (1 - t) x0 + t eps                           (B, C, h, w)
     v_theta     net(x_t, t, **cond)     velocity, regresses eps - x0                 (B, C, h, w)
@@ -324,7 +324,7 @@ def sample(
 # ---- training ------------------------------------------------------------------------------------
 
 
-def fall(args, left):
+def lr_decay(args, left):
     """What share of its learning rate a network trains with.  -> factor within [0, 1].
 
     left: falls from 1 to 0 in the last part of the run, as `Run.rate` gives it. The factor falls
@@ -420,13 +420,13 @@ def train(args):
     if args.latent_norm != "none" and space is not getattr(world, "space", None):
         measure_norm(args, data, space, cache, run.device)
     run.compile_blocks(net)
-    latents = SimpleNamespace(shape=shape, shift=args.timestep_shift)  # what is drawn
+    latents = SimpleNamespace(shape=shape, shift=args.timestep_shift)  # micro_batches' teacher
     introduce(run, data, space, net, shape)
     film = ring_film(run, world_name, ema)
 
     for step in run.steps():
         warmup, left = run.rate(step)
-        lr_factor = warmup * fall(args, left)
+        lr_factor = warmup * lr_decay(args, left)
         for optimizer, rate in zip(optimizers, rates):
             for group in optimizer.param_groups:
                 group["lr"] = rate * lr_factor

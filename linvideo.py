@@ -10,13 +10,13 @@ difference of two scores. Both networks are flow models, whose velocities give t
 the student is its own fake score. No data is needed, only a bank of states that the teacher's
 sampler passes through. In the limit of short steps that is a regression onto the teacher's velocity
 at the student's own states (--objective adm). The default, also for released models, is the simpler
-one of Eq. 7 at the teacher's states, which measures the same and costs least.
+regression of Eq. 7 at the teacher's states: as good by these measures, and the cheapest.
 
     paper         here      meaning                                                      shape
     r^(l)         r         weight of softmax attention in layer l, 1 = softmax          (layers,)
     target        target    how many layers become linear                                int
     x_t, u_t      x_t, v_t  state and velocity on the teacher's trajectory; t = 1: noise (B, ...)
-    x-hat_t       x_hat     the student's state at s < t, one step of its from x_t       (B, ...)
+    x-hat_t       x_hat     the student's state at s < t, one step of its own from x_t   (B, ...)
     u, u-hat      v, v_hat  velocities of teacher and student at x_hat                   (B, ...)
     Eq. 12 and 13 g         the student's score at x_hat minus the teacher's             (B, ...)
     alpha         alpha     exponent of the regulariser (Eq. 10)                         float
@@ -612,7 +612,7 @@ def student_sampler(run, student, teacher, grid):
     return samples
 
 
-# ---- what a turn works on: states of the bank, and the student's step to x_hat -------------------
+# ---- what an update works on: states of the bank, and the student's step to x_hat ----------------
 
 
 def times_at(grid, k, device):
@@ -707,21 +707,21 @@ def noise_and_time(draw, teacher):
     return draw.noise("eps"), shift(draw.uniform("u", 0.02, 0.98), teacher.shift)
 
 
-def critic_turn(args, draw, critic, student, teacher, bank, grid):
+def critic_loss(args, draw, critic, student, teacher, bank, grid):
     """The critic's loss on samples of the current student, which gets no gradient.  -> scalar."""
     with torch.no_grad():
         if args.objective == "dmd":
             x0, cond = one_jump(args, draw, student, teacher, bank, grid)
         else:
             cond, uncond = teacher.conditions.draw(draw)
-            cond, _ = some_unconditional(args, draw, cond, uncond)  # guidance changes nothing there
+            cond, _ = some_unconditional(args, draw, cond, uncond)  # those are not guided
             coarse, scale = step_grid(args.critic_steps, teacher.shift), args.guidance_scale
             z = draw.noise("z")
             x0 = teacher.diffusion.sample(student, z, coarse, cond, uncond, scale, "euler")
     return flow_matching_loss(critic, x0, *noise_and_time(draw, teacher), cond)
 
 
-# ---- the selection's turns -----------------------------------------------------------------------
+# ---- the selection -------------------------------------------------------------------------------
 
 
 def pull_on_r(run, step, selection):
@@ -762,7 +762,7 @@ def velocity_error(run, student, teacher, bank, grid):
         with run.autocast():
             v_hat = velocity(student, x_t, t, cond)
         errors += (v_hat - v_t).square().flatten(1).mean(1)[: len(own)].sum()
-    return run.mean_over_ranks(errors * run.parts / 256)[0]
+    return run.mean_over_ranks(errors * run.parts / 256)[0]  # the mean over parts, times parts
 
 
 def end_selection(run, step, selection, student, teacher, bank, grid):
@@ -821,7 +821,7 @@ def train(args):
     teacher.conditions = Conditions(args, teacher.base)
     grid = step_grid(args.sampling_steps, teacher.shift)  # 1 = t_0 > ... > t_K = 0, shifted
     student = trainable(run, start, "student", args.lora_rank)
-    del start  # of which the student has a copy
+    del start  # the student has a copy
     critic = None
     if args.objective in CRITICS:
         critic = trainable(run, teacher.base, "critic", args.fake_lora_rank)
@@ -863,7 +863,7 @@ def train(args):
         for inner in range(args.fake_update_ratio if critic else 0):
             for draw in run.micro_batches(step, inner, teacher):
                 with run.autocast():
-                    loss = critic_turn(args, draw, critic, student, teacher, bank, grid)
+                    loss = critic_loss(args, draw, critic, student, teacher, bank, grid)
                 (loss * run.share).backward()
                 run.note(loss_fake=loss)
             run.update(optimizer_fake, "critic")
@@ -1119,13 +1119,13 @@ def add_objective_flags(p):
     add("--part", type=number(float, 0.001, 1), default=1.0,
         help="the largest share of a sampler step, for --state part")
     add("--weight", choices=["eq13", "velocity", "unit", "dmd"], default="velocity",
-        help="of adm's gradient where a step leads to x_hat: (1 - t) / t (paper); velocity, none "
-        "and without the step's length; unit, none; dmd, that of x0 over its mean size")
+        help="of adm's gradient where a step leads to x_hat, at s. eq13: (1 - s) / s (paper); "
+        "unit: 1; velocity: 1, without the step's length; dmd: that of x0 over its mean size")
     add("--own_trajectories", type=number(int, 1), default=256,
-        help="of the student, the latest, whose states --state policy reads")
+        help="how many of the student's latest trajectories --state policy reads")
     add("--fresh", type=number(int, 1), default=2,
-        help="trajectories that the student then makes at a time, all ranks together")
-    add("--fresh_every", type=number(int, 1), default=1, help="updates from one time to the next")
+        help="how many new ones are made at a time, by all ranks together")
+    add("--fresh_every", type=number(int, 1), default=1, help="updates between two such times")
     add("--regression_weight", type=number(float, 0), default=0.0,
         help="weight of Eq. 7 beside adm (paper: 0)")
     add("--min_time", type=number(float, 0.001, 0.5), default=0.02,

@@ -14,7 +14,7 @@ student's own distribution. There are two networks in all: no critic, no GAN, no
     phi_theta             student, phi    average velocity from t down to 0               (B, ...)
     v_pre                 teacher, v      the teacher's velocity, guided                  (B, ...)
     dphi/dt               d               derivative along the teacher's trajectory       (B, ...)
-    u_theta - v_pre       residual        phi + t d - v                                   (B, ...)
+    u_theta - v_pre       residual, r     phi + t d - v                                   (B, ...)
     x', z', z''           x, z1, z2       the one-step sample of z', noised with z''      (B, ...)
     Delta t               dt              step of the finite difference                   float
 
@@ -111,7 +111,7 @@ def velocity_distillation(
         x = z1 - phi_z
         x_t = add_noise(x, z2, t, coords)
         v = velocity(teacher, x_t, t, cond, uncond, guidance_scale)
-        with in_float32(x_t):  # of which the derivative takes differences
+        with without_autocast(x_t):  # the derivative is a difference of these outputs
             phi = student(x_t, t, **cond).to(x_t.dtype)
             d = time_derivative(student, x_t, t, v, cond, dt, phi)
         d = normalised(d, len(t), coords, d_norm)
@@ -130,14 +130,14 @@ def time_derivative(student, x_t, t, v, cond, dt, phi=None):
     """
     if torch.is_autocast_enabled(x_t.device.type):
         phi = None
-    with in_float32(x_t):
+    with without_autocast(x_t):
         if dt is None:
             return exact_derivative(student, x_t, t, v, cond)
         phi = student(x_t, t, **cond).to(x_t.dtype) if phi is None else phi.detach()
         return (phi - student(x_t - dt * v, t - dt, **cond).to(x_t.dtype)) / dt
 
 
-def in_float32(x):
+def without_autocast(x):
     """A context without autocast on x's device: networks compute in the dtype of their weights."""
     return torch.autocast(x.device.type, enabled=False)
 
@@ -229,7 +229,7 @@ def slow_clock(student, t_scale, seed, updates=1500):
     mostly theirs. So the two layers that embed t, which a DiT calls `time`, are trained by Adam to
     give for slow sinusoids what they gave for fast ones. They depend on t alone: no network is
     called, and the student stays the function that it was within a few per cent of its velocity.
-    Not in the paper; sCM (2410.11081) does the like to its teacher.
+    Not in the paper; sCM (2410.11081) changes its teacher in a similar way.
     """
     old = [whole_tensor(p).cpu() for p in student.time.parameters()]
     new = [p.clone().requires_grad_() for p in old]
@@ -371,7 +371,7 @@ def is_sparse(net):
     return getattr(net, "sparse", False)
 
 
-def time_of(args, draw, name):
+def draw_times(args, draw, name):
     """Times in [dt, 1], so that the point below each exists.  -> (B,).
 
     The sigmoid of N(1, 1) (released code) or uniform (Alg. 1), then shifted like the teacher's.
@@ -438,8 +438,8 @@ def train(args):
         optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * decay
         for draw in run.micro_batches(step, "student", teacher):
             x0, cond, uncond, noise = from_data(draw, data, data_cond, teacher)
-            t, z = time_of(args, draw, "t"), noise("z")
-            if "coords" in cond:  # memory and time go with them
+            t, z = draw_times(args, draw, "t"), noise("z")
+            if "coords" in cond:  # memory and time grow with them
                 run.note(points=len(x0) / len(t))
             # The gradients of both terms add up (Eq. 18). A backward pass for each, at once, keeps
             # the activations of one network call where their sum would keep those of two.
@@ -452,7 +452,7 @@ def train(args):
             if args.arm in ("mdt", "vd"):
                 z1, z2, t2 = noise("z1"), z, t
                 if not args.shared_noise:  # a noise and a time of its own (Alg. 1)
-                    z2, t2 = noise("z2"), time_of(args, draw, "t2")
+                    z2, t2 = noise("z2"), draw_times(args, draw, "t2")
                 with run.autocast():
                     loss, r = distillation(args, student, teacher, z1, z2, t2, cond, uncond)
                 (args.vd_loss_weight * loss * run.share).backward()
@@ -723,7 +723,7 @@ def cost(args):
         networks.append(Network("ema", "average", rank))
     of_vm, of_vd = (1 if w == 1 else 2 for w in (args.guidance_vm, args.guidance_vd))
     exact = args.derivative == "jvp"  # one call in forward mode, about two
-    # Eq. 14 has two points, of which the first is known but under bf16
+    # Eq. 14 has two points, of which the first is known already, except under bf16
     of_vm_d = 2 if exact or args.mixed_precision == "bf16" else 1
     of_vm_d = 1 if args.arm == "cm" else of_vm_d
     turns = []
@@ -809,15 +809,15 @@ def parse_args(argv=None):
         help="before training refit the student's time embedding to sinusoids of SCALE t, the "
         "teacher's are of 1000 t, so that the difference over dt is not theirs (paper: no)")
     add("--vd_weight", choices=["code", "paper", "kl"], default="code",
-        help="of velocity distillation by t: 2 (released code), 1 - t (paper, Eq. 17), or "
+        help="weight w(t) of velocity distillation: 2 (released code), 1 - t (paper, Eq. 17), or "
         "(1 - t)^2 / t (the KL of Eq. 15)")
     add("--d_norm", type=norm_kind, default="none", metavar="C|rms|none",
         help="the derivative as it is (none, paper), over its norm + C per sample (code: .1), or "
         "over its root mean square + .1")
     add("--vm_weight", type=number(float, 0), default=1.0,
-        help="of velocity matching, or of the baseline, in the sum (paper: 1)")
+        help="weight of velocity matching, or of the baseline, in the sum (paper: 1)")
     add("--vd_loss_weight", type=number(float, 0), default=1.0,
-        help="lambda of velocity distillation in the sum, Eq. 18 (paper: 1)")
+        help="lambda, weight of velocity distillation in the sum (Eq. 18; paper: 1)")
     add("--guidance_vm", type=number(float, 0), default=1.0,
         help="the teacher's guidance in velocity matching (paper: w = 40, here 41)")
     add("--guidance_vd", type=number(float, 0), default=1.0,
@@ -843,13 +843,13 @@ def add_further_flags(p):
         "(TRELLIS: .5 1)")
     add = p.ablations.add_argument
     add("--derivative", choices=["difference", "jvp"], default="difference",
-        help="of phi along the trajectory: Eq. 14 (paper), or exact")
+        help="how phi is differentiated along the trajectory: by Eq. 14 (paper), or exactly")
     add("--shared_noise", action="store_true",
         help="both losses at the same t and noise (code) instead of fresh ones (Alg. 1)")
-    add("--phases", type=number(int, 1), default=1, help="of vm and cm: the transport ends at the "
+    add("--phases", type=number(int, 1), default=1, help="for vm and cm: the transport ends at the "
         "lower end of t's phase (multi-phase; paper: 1)")
     add("--tangent_warmup", type=number(int, 0), default=100,
-        help="of scm: updates over which the derivative's part grows to its full weight")
+        help="for scm: updates over which the derivative's part grows to its full weight")
     add("--renoise", choices=["ode", "sde"], default="ode",
         help="between student steps: Euler (paper), or fresh noise on the predicted sample (ours)")
 # fmt: on

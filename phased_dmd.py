@@ -2,12 +2,12 @@
 
 The idea. DMD matches a student of N steps at its final sample. A gradient through all N steps costs
 N times the memory. Cutting the rollout short at a random step (DMD2's "stochastic gradient
-truncation") makes a one-step generator of every step now and then, and diversity and motion fade.
+truncation") trains every step to jump to the data now and then, and diversity and motion fade.
 So the noise levels are split into K phases, and one expert after another is trained, from noise to
 data. Expert k carries the frozen experts' sample on to the end of its phase, x_s, which is still
 noisy, and is matched there: x_s is noised on from level s to t, and the scores of teacher and fake
 are compared at x_t. The fake has to learn the score of x_t from samples x_s that are not
-alpha x_0 + sigma eps of any x_0 at hand, so regressing eps - x_s would be biased. Eq. 11's target
+alpha x_0 + sigma eps of a known x_0, so regressing eps - x_s would be biased. Eq. 11's target
 is not: it is the velocity that belongs to the score of x_t given x_s, whose mean given x_t is the
 score of x_t.
 
@@ -17,7 +17,7 @@ score of x_t.
     G_k                       phase.expert  the network that takes its steps             -
     F_k                       phase.fake    score of the experts' samples                -
     T                         teacher.net   frozen, guided                               -
-    j                         k             the one student step with a gradient         int
+    j - 1                     k             the student step with a gradient             (B,)
     x_s                       x_s           the experts' sample at the end of the phase  (B, ...)
     x_t                       x_t           x_s noised on, a x_s + b eps                 (B, ...)
     alpha_{t|s}, sigma_{t|s}  a, b          its coefficients (Eq. 2)                     (B,)
@@ -133,6 +133,7 @@ def fake_score_loss(fake, diffusion, x_s, eps, s, t, cond, target=subinterval_ta
     The target is noisy: for flow and data of variance 1 its variance given x_t is 1 + s^2 / (1-s)^2
     at t = 1, and more nearer to s. target, weight: the paper's, or one of the variants below.
     """
+    x_s = x_s.detach()
     x_t = diffusion.noise_on(x_s, eps, s, t)
     error = fake(x_t, t, **cond).float() - target(diffusion, x_s, eps, s, t)
     return (weight(diffusion, s, t) * error.square().flatten(1).mean(1)).mean()
@@ -173,10 +174,10 @@ def phased_dmd_loss(
 
 
 def clean_sample_loss(x0, g):
-    """The same value, with g sent into the clean sample x0 that the step implies.  -> scalar.
+    """The value of `phased_dmd_loss`, with g sent into the step's clean sample x0.  -> scalar.
 
-    The authors' trainer does that with the normalised direction. A flow step from t_j has
-    x_s = x_in - (t_j - s) v and x0 = x_in - t_j v, so that v gets t_j g in place of (t_j - s) g:
+    The authors' trainer does that with the normalised direction. A flow step from t_k has
+    x_s = x_in - (t_k - s) v and x0 = x_in - t_k v, so that v gets t_k g in place of (t_k - s) g:
     1 and .9375 in place of .1667 and .1042 in the first of two phases at shift 5. Where s = 0 both
     are the same.
     """
@@ -255,7 +256,7 @@ class Phase:
     init: nn.Module  # what the expert starts from: base, or the network of --student_init
     fake_base: nn.Module  # what the fake starts from: all that is in charge somewhere on (s, 1)
     idle: nn.Module | None  # the teacher's network that is in charge nowhere on (s, 1), if any
-    given: str | None = None  # the adapter of base that the expert begins as (--student_init)
+    start_adapter: str | None = None  # of base: what the expert begins as (--student_init)
     expert: Any = None  # stays; all below exists while the phase is being trained
     fake: Any = None
     ema: Any = None  # the expert's average, or the expert itself
@@ -294,7 +295,7 @@ def plan_phases(run, teacher):
             )
         )
     if args.student_init:
-        give_starts(run, teacher, phases)
+        set_starts(run, teacher, phases)
     return phases
 
 
@@ -306,7 +307,7 @@ def network_at(teacher, t):
 
 
 def is_high(t, boundary):
-    """Whether a student's step at t is of the high-noise network.
+    """Whether a student's step at t belongs to the high-noise network.
 
     One at exactly the boundary is not: LightX2V decides by a step's index, and at shift 7 the third
     of four steps, t = .875, is of the low-noise network. The teacher is asked for scores on either
@@ -315,13 +316,13 @@ def is_high(t, boundary):
     return t > boundary + 1e-6
 
 
-def give_starts(run, teacher, phases):
+def set_starts(run, teacher, phases):
     """What the experts start from, of --student_init: full experts from a network, else from an
     adapter of their base. Raises UserError."""
     args, loaded = run.args, {}
     for phase, source in zip(phases, starting_sources(args.student_init, teacher, phases)):
         if args.lora_rank:
-            phase.given = load_start(args, phase.base, f"expert{phase.number}", source)
+            phase.start_adapter = load_start(args, phase.base, f"expert{phase.number}", source)
             continue
         key = source, id(phase.base)
         if key not in loaded:
@@ -420,7 +421,7 @@ def start_phase(run, phases, phase, info, saved):
 
 
 def set_aside(phase, device):
-    """Move the network that the phase does not ask to the host's memory, "cpu", or back."""
+    """Move the network that the phase never calls to the host's memory, "cpu", or back."""
     if phase.idle is not None:
         phase.idle.to(device)
 
@@ -442,15 +443,15 @@ def student_sample(args, draw, phase, experts, teacher, grid, gradient):
     """The experts' sample at the end of the phase (Fig. 1d).
 
     For every sample a step k of the phase is drawn, which jumps from t_k to s; the steps before it
-    are taken in full, without gradient. A batch has all steps alike, or with --one_step all its
-    samples have one. gradient: whether the jump has one.
+    are taken in full, without gradient. The steps are spread evenly over a batch, or,
+    with --one_step, it shares one. gradient: whether the jump has one.
     -> x_s, the x0 that the jump implies (B, ...), cond, uncond, k (B,) on the CPU.
     """
     (cond, uncond), first = teacher.conditions.draw(draw), phase.steps.start
     k = first + draw.steps(len(phase.steps), args.one_step)
     last = int(k[0]) if args.one_step else phase.steps[-1]  # the same on all ranks
 
-    def step(x, cond, rows):  # the i-th of the student
+    def step(x, cond, rows):  # these rows, from grid[i] to grid[i + 1]; i: the loop's below
         return student_step(experts[i], teacher.diffusion, x, *grid[i : i + 2], cond)[0]
 
     with torch.no_grad():
@@ -481,7 +482,7 @@ def student_sample_all_steps(args, draw, phase, experts, teacher, grid, gradient
 def noise_above(draw, phase, t_low=0.0, t_high=1.0):
     """What x_s is noised on with, to a level t in (s, 1).  -> eps (B, ...), s, t (B,).
 
-    u = unshift(t) is uniform where t is in (s, 1) and in [t_low, t_high] (Fig. 9), but for the
+    u = unshift(t) is uniform where t is in (s, 1) and in [t_low, t_high] (Fig. 9), except for the
     first thousandth above s > 0, where Eq. 11's target is infinite. Where only a high-noise teacher
     is in charge, t is clamped to its boundary, not drawn again (App. B).
     """
@@ -493,7 +494,7 @@ def noise_above(draw, phase, t_low=0.0, t_high=1.0):
 
 
 def fill_gradients(net):
-    """Zeros for missing gradients: of two networks one may have had rows on another rank only."""
+    """Zeros for missing gradients: one of two networks may have had no rows on this rank."""
     for p in net.parameters():
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -648,7 +649,7 @@ def experts_so_far(phases, phase):
 def sampler_so_far(run, phases, phase, teacher, grid):
     """The student's sampler during a phase: for later experts the networks they will start from."""
     later = phases[phase.number :]
-    starts = [lora.Adapted(p.init, p.given) if p.given else p.init for p in later]
+    starts = [lora.Adapted(p.init, p.start_adapter) if p.start_adapter else p.init for p in later]
     experts = per_step(phases, experts_so_far(phases, phase) + starts)
     return student_sampler(run, experts, teacher, grid[:-1])
 

@@ -17,7 +17,7 @@ one network learns several step counts at once.
     x-hat_{t_i} = f_theta   x          its clean prediction                                (B, ...)
     x_{t_i}                 x_s        where it lands: alpha_s x + sigma_s eps-hat         (B, ...)
     x_tau                   x_tau      x_s noised on, within the step's own interval       (B, ...)
-    f_phi, f_psi            mu_real, mu_fake   x0 as teacher (guided) and fake see it in x_tau
+    f_phi, f_psi            mu_real, mu_fake   x0 as guided teacher and fake read it from x_tau
 
 Launch.
     laptop      python tdm.py                       # glyphs, K = 1, 2 and 4 in one student, minutes
@@ -36,8 +36,8 @@ Launch.
 Deviations; the reasons are in docs/tdm.md. x_s is regressed, as in the paper, where the network
 predicts noise; elsewhere x, as in the authors' demo (--regress). Eq. 7's target biases the fake at
 every step but the last; --fake_target exact does not. It is conditioned on the step, too
-(--shared_fake: on K alone). The K take turns over a batch, K = 1 in two of four rows. tau keeps 2 %
-of its interval off both ends. The fake has R updates, and from the second on fresh samples; its
+(--shared_fake: on K alone). The rows of a batch have the K in turn, half of them K = 1. tau keeps
+2 % of its interval off both ends. The fake has R updates, and from the second on fresh samples; its
 gradient is clipped. Optimiser settings and averages suit short runs.
 """
 
@@ -234,7 +234,7 @@ def exact_fake_loss(fake, diffusion, x_s, eps, s, tau, cond):
 
 
 def exact_fake_loss_of_eps(fake, diffusion, x_s, eps, s, tau, cond):
-    """The same in the noise, |b / sigma_tau eps_fake - eps|^2.  -> scalar."""
+    """`exact_fake_loss` in the noise, |b / sigma_tau eps_fake - eps|^2.  -> scalar."""
     x_s = x_s.detach()
     x_tau, _, sigma = at_level(diffusion, x_s, eps, s, tau)
     _, eps_fake = diffusion.x0_eps(fake, x_tau, tau, **cond)
@@ -323,8 +323,8 @@ class Segment:
 def draw_segments(args, draw, student, teacher, grids, see):
     """A K and a step k for every sample; its input is made by the student's own steps.  -> Segment.
 
-    The counts of --student_steps take turns over the rows; one that is named twice has two. see:
-    whether student and fake are conditioned on K, and the fake on k too.
+    The rows have the counts of --student_steps in turn; one that is named twice has twice as many.
+    see: whether student and fake are conditioned on K, and the fake on k too.
     """
     counts = torch.tensor(args.student_steps)
     K = counts[(torch.tensor(draw.rows) + draw.agreed("steps", len(counts))) % len(counts)]
@@ -332,18 +332,18 @@ def draw_segments(args, draw, student, teacher, grids, see):
     x_in, (cond, uncond) = draw.noise("z"), teacher.conditions.draw(draw)
     student_cond = {**cond, "steps": K.float().to(draw.device)} if see[0] else cond
     with torch.no_grad():  # no gradient through the steps before
-        for i in range(int(largest_over_ranks(k.max(), draw.device))):  # all ranks call it as often
+        for i in range(int(largest_over_ranks(k.max(), draw.device))):  # ranks make the same calls
             fresh = draw.noise(f"renoise{i}") if args.renoise == "sde" else None
-            # those that are not yet at their own step
+            # the rows that are not yet at their own step
             x_in = advance(student, teacher, x_in, k > i, grids, K, i, student_cond, fresh)
     t, s = levels(grids, K, k, draw.device)
-    number = fake_number(grids, K, k, see)
-    fake_cond = {**cond, "steps": number.float().to(draw.device)} if any(see) else cond
+    steps = fake_steps_input(grids, K, k, see)
+    fake_cond = {**cond, "steps": steps.float().to(draw.device)} if any(see) else cond
     return Segment(x_in, t, s, (cond, uncond), student_cond, fake_cond)
 
 
-def fake_number(grids, K, k, see):
-    """What the fake is conditioned on: another number for every K, or for every K and k.
+def fake_steps_input(grids, K, k, see):
+    """The fake's input `steps`: a different number for every K, or for every pair of K and k.
 
     K, k: ints, or tensors of them. see: as for `draw_segments`.
     """
@@ -395,7 +395,7 @@ def step_of_level(args, grid, tau):
 
 
 def landing(args, draw, student, teacher, segment):
-    """The student's step, and what of it is matched: x_s, or with --match clean its x.
+    """The student's step, and the sample that is matched: x_s, or with --match clean x.
 
     -> x_s (B, ...), its level (B,), x.
     """
@@ -430,7 +430,7 @@ def regresses_x_s(args, prediction):
     return args.regress == "x_s"
 
 
-def fake_turn_loss(args, fake, diffusion, x, x_s, eps, s, tau, cond):
+def chosen_fake_loss(args, fake, diffusion, x, x_s, eps, s, tau, cond):
     """The fake's loss that --fake_target, --fake_weight and --fake_noise ask for.  -> scalar."""
     if args.fake_noise == "fresh":  # ablation: noised x, and used at noised-on x_s all the same
         x_s, s = x, torch.zeros_like(s)
@@ -467,8 +467,8 @@ def train(args):
     report.introduce(run, teacher, teacher.base, describe(args, grids, see_K))
     longest = max(grids)
     k = step_of_level(args, grids[longest], FILM_LEVEL)
-    number_k = fake_number(grids, longest, k, see) if any(see) else None
-    film = film_of_scores(run, teacher, samplers[longest], fake, number_k)
+    steps_k = fake_steps_input(grids, longest, k, see) if any(see) else None
+    film = film_of_scores(run, teacher, samplers[longest], fake, steps_k)
 
     for step in run.steps():
         warmup, decay = run.rate(step)
@@ -484,7 +484,7 @@ def train(args):
                 tau, eps = noise_level(args, draw, teacher, segment), draw.noise("eps")
                 conds = *segment.conds, segment.fake_cond
                 at_tau = diffusion, eps, s, tau, *conds, scale
-                slope = None  # of x; the paper's is of x_s
+                slope = None  # x is regressed, where it is not x_s
                 if of_x_s:
                     slope = step_slope(teacher.schedule, segment.t, s, args.renoise)
                 if of_x_s and args.loss == "pseudo_huber":
@@ -511,7 +511,7 @@ def train(args):
                     )
                     tau, eps = noise_level(args, draw, teacher, segment), draw.noise("eps")
                     at_tau = x_s, eps, s, tau, segment.fake_cond
-                    loss = fake_turn_loss(args, fake, diffusion, x, *at_tau)
+                    loss = chosen_fake_loss(args, fake, diffusion, x, *at_tau)
                 (loss * run.share).backward()
                 run.note(loss_fake=loss)
             run.update(optimizer_fake, "fake")
@@ -547,8 +547,8 @@ def save_student(run, teacher, net, grids, see_K):
 
     A student that is conditioned on K has that input in its config.
     """
-    changes, by_count = {"steps_cond": True} if see_K else {}, {str(n): g for n, g in grids.items()}
-    more = dict(grids=by_count, told_steps=see_K)
+    changes = {"steps_cond": True} if see_K else {}
+    more = dict(grids={str(n): g for n, g in grids.items()}, told_steps=see_K)
     report.save_student(run, teacher, net, grids[max(grids)][:-1], changes, **more)
 
 
@@ -659,10 +659,10 @@ def parse_args(argv=None):
     add("--tau_range", choices=["segment", "to_noise", "last_to_noise"], default="segment",
         help="noise levels of a step: its own interval (paper), or up to T, for all or the last")
     add("--fake_target", choices=["importance", "exact"], default="importance",
-        help="of the fake score: the step's x with importance weights (paper), or exact denoising "
-        "of x_s noised on")
+        help="what the fake learns: the step's x with importance weights (paper), or exact "
+        "denoising of x_s noised on")
     add("--fake_weight", choices=["network", "snr"], default="network",
-        help="of the fake's loss: in the space the network predicts, or x0 times min(SNR, 5) "
+        help="weight of the fake's loss: in the space of the prediction, or x0 times min(SNR, 5) "
         "(demo); with --fake_target exact snr is the noise's, |b / sigma_tau eps_fake - eps|^2")
     add("--loss", choices=["pseudo_huber", "demo", "l2"], default="pseudo_huber",
         help="Eq. 11 per sample (paper), per element and normalised (demo), or squares (Tab. 5)")

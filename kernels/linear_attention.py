@@ -8,8 +8,8 @@ values then enter through two sums that all queries share,
     d_i = phi(q_i) . z + eps                     o_i = phi(q_i) S / d_i                          (2)
 
 and the cost is O(N f D). Dividing both sums by the number of keys N changes nothing but the meaning
-of eps: it is relative to a denominator that does not grow with the sequence, so training on short
-sequences and sampling long ones need no other eps. The gradient, with g_i = dL/do_i and
+of eps: it is relative to a denominator that does not grow with the sequence, so the same eps
+serves short training sequences and long sampled ones. The gradient, with g_i = dL/do_i and
 delta_i = g_i . o_i, is (derived here; the tests check it against autograd of the quadratic form)
 
     dphi(q_i) = (S g_i - delta_i z) / d_i                                                        (3)
@@ -29,9 +29,9 @@ both of a pair. The gradient of a projection, dW = sum_n x_n^T du_n, is such a s
     "none"        x: q and k are features already (B, N, H, f)        f     1e-6
 
 Softmax and elu features of keys are clamped at 1e-12, so that d > 0 and eps may be 0: the rows of
-the attention matrix sum to exactly one. Of queries only elu's are, which can all vanish; one of a
-softmax is at least 1 / D. relu and given features can vanish together, which is why they need an
-eps; pass eps=0 with features that you know to be positive.
+the attention matrix sum to exactly one. Of queries only elu's are clamped: all of them can vanish,
+while one of a softmax's is at least 1 / D. relu and given features can vanish together, which is
+why they need an eps; pass eps=0 with features that you know to be positive.
 
 Use.
 
@@ -117,7 +117,8 @@ def linear_attention_reference(
 
     q (B, N_q, H, D), k, v (B, N, H, D) -> (B, N_q, H, D) in the dtype of q. Computes in float32, or
     in float64 for float64 inputs, also under autocast. Differentiable by autograd. share: see
-    `linear_attention`. key_weights (B, N): what the features of each key are multiplied by.
+    `linear_attention`. key_weights (B, N): what the features of each key are multiplied by. eps: 0
+    suits features that cannot all vanish; relu and none need one above 0.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     w_q, w_k = (None if w is None else w.to(wide) for w in (w_q, w_k))

@@ -33,8 +33,8 @@ def advance_rows(x, chosen, cond, step):
     """A network's step of some rows of a batch; the others stay.  x (B, ...) -> (B, ...)
 
     chosen (B,) bool, on the CPU. step(x, cond, rows) is given those rows of x and cond, and their
-    numbers (n,), on the CPU. Where none is chosen it takes one row all the same, for nothing: of a
-    network that is shared out, all ranks make the same calls.
+    numbers (n,), on the CPU. If none is chosen it steps one row and drops the result, since all
+    ranks of a network that is shared out have to make the same calls.
     """
     rows = chosen.nonzero()[:, 0]
     used = len(rows)
@@ -253,9 +253,9 @@ RESCALES = ("patch", "row")
 def rescale(guided, cond, over):
     """A guided prediction, brought to the norms of the conditional one (B, C, H, W).
 
-    over: what has a norm of its own, one of RESCALES. "patch": all channels of 2 x 2 places, as
-    QwenImagePipeline has it; "row": each row of each channel, as Lumina2Pipeline has it. The
-    network's own output has to be given: another reading of it has other norms. H and W are even.
+    over: which numbers share a norm, one of RESCALES. "patch": all channels of 2 x 2 places, as
+    QwenImagePipeline has it; "row": each row of each channel, as Lumina2Pipeline has it. Both
+    are what the network itself predicts: read as x0 they would have other norms. H, W even.
     """
 
     def norms(x):
@@ -323,7 +323,7 @@ def sample_ode(predict, schedule, noise, grid, solver="heun"):
 
     predict: (x_t (B, ...), t (B,)) -> (x0, eps), each (B, ...).
     noise:   (B, ...), taken as x at the grid's first time, which is exact at t = 1 if alpha(1) = 0.
-    grid:    descending times that end at 0, or where diffusers' samples of a teacher do.
+    grid:    descending times that end at 0, or where the teacher's diffusers scheduler ends.
     solver:  "euler" (one call a step) or "heun" (two calls a step, one on the last step).
 
     In the variables y = x / (alpha + sigma) and tau = sigma / (alpha + sigma) every schedule is the

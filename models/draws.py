@@ -96,8 +96,8 @@ class Draws:
         return (self._spread(name, 0.0, 1.0) * high).long().clamp_max(high - 1)
 
     def steps(self, N, one):
-        """The student's step k of each row, in [0, N), on the CPU: all steps alike in a batch, or
-        with `one` a single step for all rows of all ranks.  (rows,) int64."""
+        """The student's step k of each row, in [0, N), on the CPU: spread evenly over the batch,
+        or with `one` a single step for all rows of all ranks.  (rows,) int64."""
         if one:
             return torch.full((len(self.rows),), self.agreed("k", N))
         return self.spread_integer("k", N)

@@ -22,7 +22,7 @@ from models.plumbing.run import run_main  # noqa: E402
 class FakePerCount(nn.Module):
     """Networks that are called as one: each row goes to that of its K.
 
-    fakes: {K: network}. In `steps` (B,), the number of tdm.fake_number, K is the remainder by the
+    fakes: {K: network}. In `steps` (B,), of tdm.fake_steps_input, K is the remainder by the
     largest K + 1.
     """
 

@@ -666,7 +666,7 @@ def gan_setting():
 
 
 @both
-def test_discriminator_turn_trains_head_and_encoder_only(script):
+def test_discriminator_loss_on_trains_head_and_encoder_only(script):
     """L_D reaches the head and the fake's layers up to the middle block, nothing after it.
 
     Nor does it reach the student. It is the loss of two logits, each with noise of its own.
@@ -678,7 +678,7 @@ def test_discriminator_turn_trains_head_and_encoder_only(script):
         x = FLOW_V.x0(student, z, 1.0, **cond)
     noise, noise_real = draw.eps_t("_gan_fake"), draw.eps_t("_gan_real")
     both_samples = x, noise, cond, real, noise_real, other
-    loss = script.discriminator_turn(fake, head, FLOW_V, *both_samples)
+    loss = script.discriminator_loss_on(fake, head, FLOW_V, *both_samples)
     logits = [
         script.gan_logit(fake, head, FLOW_V, y, *n, c)
         for y, n, c in ((real, noise_real, other), (x, noise, cond))
@@ -910,7 +910,7 @@ def test_levels_of_one_batch_are_independent(monkeypatch, tmp_path, script):
         return real(x, teacher, fake, diffusion, at_dm, at_ca, *rest)
 
     diary = Diary(monkeypatch, script)
-    diary.wrap(monkeypatch, script, "discriminator_turn", on_discriminator)
+    diary.wrap(monkeypatch, script, "discriminator_loss_on", on_discriminator)
     if script is not dmd:
         diary.wrap(monkeypatch, script, "decoupled_dmd_loss", on_loss)
     more = "--gan_weight 0.1 --guidance_scale 2 --student_steps 1 --timestep_shift 1".split()

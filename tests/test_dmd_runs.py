@@ -299,7 +299,7 @@ def test_gan_on_a_text_teacher(monkeypatch, tmp_path, name):
     flags = MAKERS[name](root)
     data = captioned(root, root / "prompts.safetensors")
     quiet(monkeypatch)
-    Diary.wrap(monkeypatch, dmd, "discriminator_turn", on_turn)
+    Diary.wrap(monkeypatch, dmd, "discriminator_loss_on", on_turn)
     flags += ["--data", data, "--gan_weight", "0.1", "--max_train_steps", "1"]
     flags += ["--train_batch_size", "4", "--output_dir", str(tmp_path / "run")]
     dmd.main(flags)

@@ -430,7 +430,7 @@ def test_cosine_is_torchs_schedule_to_a_floor():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=1e-5)
     for epoch in range(11):
-        ours = args.learning_rate * latent_fm.fall(args, 1 - epoch / 10)
+        ours = args.learning_rate * latent_fm.lr_decay(args, 1 - epoch / 10)
         assert math.isclose(ours, schedule.get_last_lr()[0], rel_tol=1e-9)
         optimizer.step()
         schedule.step()
@@ -438,7 +438,7 @@ def test_cosine_is_torchs_schedule_to_a_floor():
 
 def test_linear_fall_is_as_it_was():
     args = SimpleNamespace(learning_rate=2e-4, lr_final=0.0, lr_schedule="linear")
-    assert [latent_fm.fall(args, left) for left in (1, 0.25, 0)] == [1, 0.25, 0]
+    assert [latent_fm.lr_decay(args, left) for left in (1, 0.25, 0)] == [1, 0.25, 0]
 
 
 def logged_rates(tmp_path, *flags):

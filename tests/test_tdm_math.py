@@ -36,10 +36,10 @@ from models.draws import Draws
 from models.worlds.ring import RingTeacher
 from tdm import (
     Segment,
+    chosen_fake_loss,
     exact_fake_loss,
     exact_fake_loss_of_eps,
     fake_score_loss,
-    fake_turn_loss,
     importance_weight,
     noise_level,
     regresses_x_s,
@@ -376,7 +376,7 @@ def arguments(target, weight, noise="bridge"):
 def fake_loss(fake, diffusion, x, x_s, eps, s, tau, cond, target="importance", weight="network"):
     """What train calls with --fake_target and --fake_weight.  -> scalar."""
     at_tau = x, x_s, eps, s, tau, cond
-    return fake_turn_loss(arguments(target, weight), fake, diffusion, *at_tau)
+    return chosen_fake_loss(arguments(target, weight), fake, diffusion, *at_tau)
 
 
 FAKE_LOSSES = {
@@ -391,7 +391,7 @@ FAKE_LOSSES = {
 
 @pytest.mark.parametrize("target, weight", FAKE_LOSSES)
 def test_flags_choose_the_fake_s_loss(target, weight):
-    """fake_turn_loss is the function that --fake_target and --fake_weight name, to the bit.
+    """chosen_fake_loss is the function that --fake_target and --fake_weight name, to the bit.
 
     --fake_noise fresh: of x noised from 0 instead of x_s noised on. Without flags it is Eq. 7.
     """
@@ -400,10 +400,10 @@ def test_flags_choose_the_fake_s_loss(target, weight):
     nets = (lambda x_tau, tau: torch.sin(x_tau) + expand(tau, x_tau)), FLOW_V
     want = loss(*nets, x, x_s, eps, s, tau, {})
     assert torch.equal(fake_loss(*nets, x, x_s, eps, s, tau, {}, target, weight), want)
-    fresh = fake_turn_loss(arguments(target, weight, "fresh"), *nets, x, x_s, eps, s, tau, {})
+    fresh = chosen_fake_loss(arguments(target, weight, "fresh"), *nets, x, x_s, eps, s, tau, {})
     assert torch.equal(fresh, loss(*nets, x, x, eps, 0 * s, tau, {}))
     assert not torch.isclose(fresh, want, rtol=0.01)
-    plain = fake_turn_loss(tdm.parse_args([]), *nets, x, x_s, eps, s, tau, {})
+    plain = chosen_fake_loss(tdm.parse_args([]), *nets, x, x_s, eps, s, tau, {})
     assert torch.equal(plain, fake_score_loss(*nets, x, x_s, eps, s, tau, {}))
 
 
@@ -1620,7 +1620,7 @@ def test_rows_go_to_the_fake_of_their_own_count():
 
     grids = {1: 0, 2: 0, 4: 0}
     K, k = torch.tensor([4, 1, 2, 4, 2]), torch.tensor([3, 0, 1, 0, 0])
-    steps = tdm.fake_number(grids, K, k, (True, True)).float()
+    steps = tdm.fake_steps_input(grids, K, k, (True, True)).float()
     fakes = tdm_fakes.FakePerCount({n: Scaled(n) for n in grids})
     x, label = normal(5, 3).float(), torch.arange(5)
     found = fakes(x, torch.zeros(5), steps=steps, label=label)

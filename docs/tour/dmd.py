@@ -156,7 +156,7 @@ def train_with_gan(student, fake, teacher, updates, weight=1.0, weight_d=0.3):
             x, real = samples(student, noise()), data(BATCH)
             loss = dmd.fake_score_loss(fake, DIFFUSION, x, noise(), levels(), COND)
             two = (noise(), levels()), COND, real, (noise(), levels()), COND
-            loss_d = dmd.discriminator_turn(fake, head, DIFFUSION, x, *two)
+            loss_d = dmd.discriminator_loss_on(fake, head, DIFFUSION, x, *two)
             step(follow, loss + weight_d * loss_d, left)
 
 

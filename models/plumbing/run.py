@@ -71,7 +71,7 @@ try:
 except ModuleNotFoundError:  # there is none on Windows
     resource = None
 
-# Ranks wait so long for each other: rank 0 may draw samples, or write them, while others wait.
+# How long ranks wait for each other: rank 0 may draw samples, or write them, while others wait.
 PATIENCE = datetime.timedelta(hours=12)
 
 # What the system says of a disk, a quota or a file that is full.
@@ -93,12 +93,12 @@ class Stopped(SystemExit):
 def run_main(main, again=None):
     """Call main(); what ends it early becomes one line on stderr and an exit code.
 
-    again: of a command that trains nothing, how it is gone on with, in words.
+    again: how a command that trains nothing is resumed, in words.
 
-    UserError 2, TrainingError, no memory and a disk that is full or lost 1, Ctrl-C 130, and a run
-    that `Run.end_step` stopped its own. A rank that is done ends at once: the threads of its
-    process group are still running, and now and then one of them aborts a process whose interpreter
-    is being torn down.
+    Exit codes: 2 for UserError; 1 for TrainingError, a lack of memory, and a disk that is full or
+    lost; 130 for Ctrl-C; a run that `Run.end_step` stopped has its own. A rank that is done ends at
+    once: the threads of its process group are still running, and now and then one of them aborts a
+    process whose interpreter is being torn down.
     """
     print_anything()
     code, own, line = 0, False, ""  # own: perhaps of one node alone
@@ -190,7 +190,7 @@ class Output:
     """stdout or stderr, from which writing to a reader that is gone raises nothing.
 
     That is a program behind a pipe that has ended, or a connection that was dropped: what follows
-    goes nowhere. All else is as of the stream itself.
+    goes nowhere. Everything else behaves as in the stream itself.
     """
 
     def __init__(self, stream):
@@ -223,7 +223,7 @@ def discard(number):
 
 
 def newest_state():
-    """Where the run of this process can be gone on with, in words."""
+    """How the run of this process is resumed, in words."""
     run, state = Run.current, None
     if run:
         state, how = resumable(run.folder, run.args.resume_from_checkpoint, run.saved)
@@ -287,7 +287,7 @@ class Run:
         """Memory for a network on this run's device; over several ranks each has a part of it.
 
         A network on the meta device gets memory without values, another keeps its values. whole:
-        every rank has all of it, as of adapters, with which it is in one optimiser.  -> net
+        every rank keeps all of it, as it does adapters, which share its optimiser.  -> net
         """
         return place(net, self.device, None if whole else self.mesh)
 
@@ -354,7 +354,7 @@ class Run:
         """Resume networks and optimisers by name, prepare the output folder, open the log.
 
         state: {name: network, lora.Adapted or optimiser}; what a checkpoint holds. The first is the
-        one that the one called ema averages. Raises UserError.
+        network whose average is called ema. Raises UserError.
         """
         first, self.spent = self.resume(**state)
         self.open_folder(first)
@@ -410,7 +410,7 @@ class Run:
         """Prepare the output folder of a run that goes on after `first` updates.
 
         Until an update is done nothing changes in a folder with a run in it: a new run writes in
-        another one beside it so far (see `settle`). Raises UserError.
+        another one beside it until then (see `settle`). Raises UserError.
         """
         self.first, self.saved, self.log, self.settled = first, first, None, False
         if self.args.mixed_precision == "bf16" and self.device.type == "cpu" and not has_bfloat16():
@@ -512,7 +512,7 @@ class Run:
                 signal.signal(number, handler)
 
     def wants_to_stop(self):
-        """Of this rank: whether it was asked to, or its --max_minutes are over; whether by Ctrl-C.
+        """Whether this rank was asked to stop or is past --max_minutes, and whether by Ctrl-C.
 
         -> two floats, 0 or 1, to be averaged over ranks, which all have to stop together.
         """
@@ -528,17 +528,16 @@ class Run:
         warmup = min(1.0, (step + 1) / max(1, self.args.lr_warmup_steps))
         return warmup, min(1.0, left / max(self.args.lr_decay_share, 1e-9))
 
-    def micro_batches(self, step, turn, teacher):
-        """The draws of every micro-batch of this rank. turn: which update of the step, part of the
+    def micro_batches(self, step, inner, teacher):
+        """The draws of every micro-batch of this rank. inner: which update of the step, part of the
         draws' key. teacher: its shape and shift are those of the draws.  -> Draws, one a
         micro-batch."""
         micro_batches, per_micro = self.args.gradient_accumulation_steps, self.parts * self.B
         for micro in range(micro_batches):
             row = micro * per_micro + self.part * self.B
-            yield Draws(
-                *(self.args.seed, step, turn, range(row, row + self.B), self.device),
-                *(teacher.shape, teacher.shift, micro_batches * per_micro),
-            )
+            key = self.args.seed, step, inner, range(row, row + self.B)
+            like = teacher.shape, teacher.shift, micro_batches * per_micro
+            yield Draws(*key, self.device, *like)
 
     def autocast(self):
         """Networks run in bfloat16 inside, where --mixed_precision says so.
@@ -595,7 +594,7 @@ class Run:
 
     def note_samples(self, x):
         """Mean and standard deviation of all samples noted in this step, on all ranks."""
-        self.note(mean=x.detach().mean(), std=x.detach().square().mean())
+        self.note(mean=x.detach().mean(), std=x.detach().square().mean())  # until end_step
 
     def note_scores(self, mu_real, mu_fake):
         """How far apart teacher and fake are (B, ...): dm_cos, dm_rel_gap, averaged over samples.
@@ -783,7 +782,7 @@ def holds_another_run(path, resumed):
     """Whether an output folder has something in it that is not of this run. resumed: see --help.
 
     What a start has made that was killed before its first save is this run's; but a run whose
-    states were deleted, to save room, cannot be gone on with.
+    states were deleted, to save room, cannot be resumed.
     """
     names = set(os.listdir(path)) - {"lost+found", ".DS_Store"} if os.path.isdir(path) else set()
     if not names or not resumed:
