@@ -121,7 +121,7 @@ def fake_score_loss(fake, diffusion, x, eps, t, cond):
     """Denoising loss on detached student samples (Alg. 1).  -> scalar.
 
     At all noise levels, conditional, never guided; in the space the network predicts, which is the
-    weighting its teacher was trained with.
+    weighting most teachers were trained with.
     """
     x = x.detach()
     x_t = diffusion.add_noise(x, eps, t)
@@ -646,6 +646,9 @@ def wrong_flags(a, world="not known yet"):
     nothing = not (on.dm or on.ca or a.gan_weight)
     yield nothing, ("nothing is left to learn from: leave out --no_dm or --no_ca, give "
                     "--guidance_scale above 1 and --ca_weight above 0, or --gan_weight")
+    yield a.no_dm and on.ca and a.guidance_scale < 1, (
+        f"--guidance_scale {a.guidance_scale:g} turns CA's sign, and with --no_dm the student "
+        "leaves its class: give one above 1")
     alone = a.observer and not a.no_dm
     yield alone, "--observer looks on where DM is off: give --no_dm with it, or leave it out"
     unused = a.data and not a.gan_weight
@@ -653,6 +656,8 @@ def wrong_flags(a, world="not known yet"):
     missing = a.gan_weight and not (a.data or world)
     yield missing, ("--gan_weight needs data: give --data FOLDER or FILE.safetensors, or "
                     "--gan_weight 0")
+    yield a.gan_weight and not a.gan_weight_d, ("--gan_weight_d 0 leaves the GAN's head untrained: "
+                                                "give it, or --gan_weight 0")
     variance = (a.mean_variance_target or [0, 1])[1]
     yield variance <= 0, f"--mean_variance_target: VAR must be > 0, got {variance:g}"
     missing = a.mean_variance_weight and not (a.mean_variance_target or world)

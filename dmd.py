@@ -5,10 +5,10 @@ need one. It is enough that its samples have the teacher's distribution. So nois
 both to a random level t and minimise the KL divergence there. Its gradient is a difference of two
 scores at the student's own noised sample: the teacher's ("where is data?") and that of the
 student's current distribution ("where do I already put samples?"), which a third network, the fake
-score, keeps learning. Without the second score every sample runs to the nearest mode. DMD steadies
-this with a regression onto teacher samples; DMD2 drops that, trains the fake score several times
-per student update, adds a GAN on the fake's middle features, and trains students of several steps
-on states that they reach by themselves.
+score, keeps learning. Without the second score the samples collapse onto modes or between them. DMD
+steadies this with a regression onto teacher samples; DMD2 drops that, trains the fake score several
+times per student update, adds a GAN on the fake's middle features, and trains students of several
+steps on states that they reach by themselves.
 
     paper              here              meaning                                            shape
     x = G(z)           x                 the student's sample, read as x0                   (B, ...)
@@ -111,8 +111,8 @@ def dmd_loss(x, teacher, fake, diffusion, eps, t, cond, uncond, fake_cond, guida
 def fake_score_loss(fake, diffusion, x, eps, t, cond):
     """Denoising loss on detached student samples (v1, Eq. 6).  -> scalar.
 
-    The error is taken in the space that the network predicts, unweighted, as its teacher was
-    trained.
+    The error is taken in the space that the network predicts, unweighted, as most teachers
+    were trained.
     """
     x = x.detach()
     x_t = diffusion.add_noise(x, eps, t)
@@ -629,6 +629,8 @@ def wrong_flags(a, world="not known yet"):
                     "FILE.safetensors, or --gan_weight 0")
     yield a.no_fake_score and a.gan_weight, ("--no_fake_score leaves the GAN's head untrained, it "
                                              "sits on the fake score: use --gan_weight 0")
+    yield a.gan_weight and not a.gan_weight_d, ("--gan_weight_d 0 leaves the GAN's head untrained: "
+                                                "give it, or --gan_weight 0")
     yield v1 and not a.teacher_steps, ("--regression_weight needs teacher samples: give "
                                        "--teacher_steps of at least 1")
     several = v1 and count_steps(a) > 1

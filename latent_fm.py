@@ -298,14 +298,17 @@ def sample(
     more, twice = {} if context is None else {"context": context}, []
 
     def field(x, t, label):
-        return net(x, t, label=label, **more)
+        given = more if label is None else {**more, "label": label}
+        if context is not None and len(x) == 2 * len(context):  # guided
+            given = {**given, "context": torch.cat([context, context])}
+        return net(x, t, **given)
 
     def velocity(x, t):
-        guided = interval[0] <= float(t[0]) <= interval[1]
+        guided = interval[0] - 1e-6 <= float(t[0]) <= interval[1] + 1e-6  # t is a float32
         scale = guidance_scale if guided else 1
         if scale not in (0, 1):
             twice.append(t)
-        v = guided_velocity(field, x, t, label, net.num_classes, scale)
+        v = guided_velocity(field, x, t, label, getattr(net, "num_classes", None), scale)
         return v.to(x.dtype)  # the output of a bf16 network joins the float32 state
 
     def velocity_at(x, t):  # t a float
@@ -772,6 +775,7 @@ def save_student(run, net, space):
         "guidance_scale": args.guidance_scale,
         "guidance_interval": args.guidance_interval,
         "task": args.task,
+        "label_dropout": args.label_dropout,
         "data": args.data,
         "maps": args.maps,
         "resolution": args.resolution,
@@ -1290,7 +1294,7 @@ def add_training_flags(p):
         help="p_u, share of labels dropped (paper: 0.1)")
     add("--logit_normal", action=argparse.BooleanOptionalAction, default=False,
         help="draw t logit-normal (SD3) instead of uniform (paper)")
-    add("--sigma_min", type=number(float, 0, 0.5), default=0.0,
+    add("--sigma_min", type=number(float, 0, 0.01), default=0.0,
         help="noise left at t = 0 (paper: 0; its code: 1e-5)")
     add = p.optimiser.add_argument
     add("--optimizer", choices=["muon", "adamw"], default="muon",

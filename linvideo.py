@@ -225,6 +225,7 @@ def flow_matching_loss(critic, x0, eps, t, cond):
 
     It trains a critic, whose score is then that of the samples x0, which are constants.
     """
+    x0 = x0.detach()
     x_t = add_noise(Flow(), x0, eps, t)
     return (velocity(critic, x_t, t, cond) - (eps - x0)).square().mean()
 
@@ -256,7 +257,8 @@ class MixedAttention(nn.Module):
             attend = self.softmax if self.only == "softmax" else self.linear
             return attend(q, k, v, **share)
         softmax, linear = self.softmax(q, k, v, **share), self.linear(q, k, v, **share)
-        return (self.r * softmax + (1 - self.r) * linear).to(v.dtype)
+        wide = torch.promote_types(v.dtype, torch.float32)  # r and 1 - r rounded are no longer 1
+        return (self.r * softmax.to(wide) + (1 - self.r) * linear.to(wide)).to(v.dtype)
 
     def fix(self, linear):
         """From now on this layer is either linear, or softmax attention."""
@@ -438,7 +440,7 @@ def trajectory(teacher, z, grid, cond, uncond, guidance_scale, sampler=None):
 def bank_size(run, folder):
     """How many trajectories the bank has: --bank_size, or those of a bank that is there already.
 
-    Else so many that no state is read twice, and at most the paper's 50,000 states.
+    Else as many states as the run reads, with replacement, and at most the paper's 50,000.
     """
     args, path = run.args, os.path.join(folder, "bank.json")
     if args.bank_size:
@@ -714,10 +716,10 @@ def critic_loss(args, draw, critic, student, teacher, bank, grid):
             x0, cond = one_jump(args, draw, student, teacher, bank, grid)
         else:
             cond, uncond = teacher.conditions.draw(draw)
-            cond, _ = some_unconditional(args, draw, cond, uncond)  # those are not guided
-            coarse, scale = step_grid(args.critic_steps, teacher.shift), args.guidance_scale
-            z = draw.noise("z")
-            x0 = teacher.diffusion.sample(student, z, coarse, cond, uncond, scale, "euler")
+            cond, _ = some_unconditional(args, draw, cond, uncond)
+            coarse, z = step_grid(args.critic_steps, teacher.shift), draw.noise("z")
+            # unguided, as the teacher's velocity that the critic's is compared with
+            x0 = teacher.diffusion.sample(student, z, coarse, cond, uncond, 1.0, "euler")
     return flow_matching_loss(critic, x0, *noise_and_time(draw, teacher), cond)
 
 
@@ -912,17 +914,18 @@ def train(args):
 
 
 def introduce(run, teacher, selection):
-    """Print what is trained, and a note where no layer could ever leave softmax attention."""
-    args, target, first = run.args, selection.target, selection.alpha[0]
+    """Print what is trained, and a note where no layer could leave softmax attention at first."""
+    args, target, (first, last) = run.args, selection.target, selection.alpha
     how = f"{target} of {len(selection.mixed)} layers linear ({args.feature_map})"
     objective = args.objective if args.objective in ("mse", "dmd") else f"adm, {args.state}"
     sampler = f"{args.sampling_steps} Euler steps"
     what = f"{how}, {' '.join(args.select)}; {objective}; {sampler}"
     report.introduce(run, teacher, teacher.base, what)
     if selection.layers is None and r_is_held(args, len(selection.mixed), target, first):
+        until = "" if last >= target else f" until it has fallen below {target}"
         run.say(
             f"note: with {target} linear layer(s), --r_init {args.r_init:g} and --alpha {first:g} "
-            "the regulariser holds every r at 1; lower --r_init, or give --no_regularizer"
+            f"the regulariser holds every r at 1{until}; lower --r_init, or give --no_regularizer"
         )
 
 
@@ -1062,7 +1065,7 @@ def cost(args):
     calls, turns = {}, []
     if objective in CRITICS:
         networks.append(Network("critic", "trained", args.fake_lora_rank))
-        make = {"student": 1 if objective == "dmd" else args.critic_steps * guided}
+        make = {"student": 1 if objective == "dmd" else args.critic_steps}
         turns.append(Turn("critic", args.fake_update_ratio, make, {"critic": 1}))
     if (objective, args.state) == ("adm", "policy"):  # its trajectories, shared out over ranks
         ranks = args.dry_run or place_among_ranks(os.environ)[1]
@@ -1185,7 +1188,7 @@ def parse_args(argv=None):
         "once, read where they are there already (default: OUTPUT_DIR/bank)")
     add("--bank_size", type=number(int, 1), default=2560,
         help="trajectories of K states each (paper: 50,000 states; None: those of a bank that is "
-        "there, else as many as the run reads once, at most 50,000 states)")
+        "there, else as many as the run reads, at most 50,000)")
     add("--bank_batch", type=number(int, 1), default=64, help="trajectories in a file of the bank")
     args = parse(p, argv, "linvideo", PRESETS, wrong_flags, ignored_flags)
     if args.objective not in CRITICS:
@@ -1228,6 +1231,11 @@ def wrong_flags(a):
     for flag, unread in (("state", a.state), ("weight", a.weight != "velocity")):
         yield unread and not adm, (f"--{flag} {getattr(a, flag)} is for --objective adm or "
                                    f"adm_critic, not {a.objective}: leave --{flag} out")
+    yield a.objective == "dmd" and a.guidance_scale != 1, (
+        "--objective dmd: the bank's states are of guided samples, and its jumps and scores are "
+        "not: give --guidance_scale 1")
+    yield a.select == ["learned"] and a.selection_weight == 0, (
+        "--selection_weight 0: nothing leads r to 0 and chooses layers: give more, or --select")
     yield a.feature_dim is not None and a.feature_map != "hedgehog", \
         f"--feature_dim is for --feature_map hedgehog: {a.feature_map} has no projections"
     yield policy and a.weight != "velocity", (f"--weight {a.weight} is for a step to x_hat, which "

@@ -47,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.diffusion import Flow, expand, guide, logit_normal, shift, sinusoid, step_grid
+from models.diffusion import Flow, expand, guide, logit_normal, shift, sinusoid, step_grid, unshift
 from models.files import UserError, save_json, save_tensors
 from models.image_tokens import DINOV2
 from models.networks import config_class
@@ -73,7 +73,7 @@ from models.plumbing.work import work_done
 from models.shards import own_rows, rows_in, whole_tensor
 from models.trellis_data import is_trellis_set, open_trellis_set
 
-# ---- the losses. x0, z (B, ...), or (M, C) with coords (M, 4) in cond; t (B,) --------------------
+# ---- the losses. x0, z (B, ...), or (M, C) with coords (M, 4) in cond; t (B,) in [dt, 1] ---------
 
 
 def velocity_matching(
@@ -214,12 +214,14 @@ def exact_derivative(student, x_t, t, v, cond):
         return torch.func.jvp(phi, (x_t, t), (v, torch.ones_like(t)))[1]
 
 
-def edge_of(s, phases):
-    """Lower end of the phase that s is in, of `phases` equal ones; 0 with one.  s (B,) -> (B,).
+def edge_of(s, phases, timestep_shift=1.0):
+    """Lower end of the phase that s is in; 0 with one.  s (B,) -> (B,).
 
-    In multi-phase distillation the transport from t leads to this edge instead of to the data.
+    The phases are the steps of a sampler of as many: equal in raw time. In multi-phase distillation
+    the transport from t leads to this edge instead of to the data, and only that sampler applies.
     """
-    return (s * phases).clamp(0, phases - 1e-6).floor() / phases
+    u = unshift(s, timestep_shift)
+    return shift((u * phases).clamp(0, phases - 1e-6).floor() / phases, timestep_shift)
 
 
 def slow_clock(student, t_scale, seed, updates=1500):
@@ -312,13 +314,18 @@ def sample(
     x, coords = noise("z"), cond.get("coords")
     samples = len(x) if coords is None else int(coords[:, 0].max()) + 1
     for i, (t, s) in enumerate(zip(times, [*times[1:], 0.0])):
-        scale = guidance_scale if guided[0] <= t <= guided[1] else 1
+        scale = guidance_scale if is_within(t, guided) else 1
         phi = velocity(student, x, x.new_full((samples,), t), cond, uncond, scale)
         if renoise == "sde" and s > 0:
             x = (1 - s) * (x - t * phi) + s * noise(f"renoise{i}")
         else:
             x = x - (t - s) * phi
     return x
+
+
+def is_within(t, ends):
+    """Whether a time of a grid is between these two, up to its rounding."""
+    return ends[0] - 1e-6 <= t <= ends[1] + 1e-6
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -392,7 +399,7 @@ def difference_step(args):
 def matching(args, student, teacher, x0, z, t, cond, uncond, step):
     """--arm's loss at noised data: velocity matching or a baseline.  -> scalar, residual."""
     at = student, teacher.net, x0, z, t, cond, uncond, args.guidance_vm
-    edge = edge_of(t - args.dt, args.phases)
+    edge = edge_of(t - args.dt, args.phases, teacher.shift)
     if args.arm == "cm":
         return consistency_distillation(*at, args.dt, edge)
     if args.arm == "scm":
@@ -533,7 +540,7 @@ def teacher_sampler(run, teacher):
     args = run.args
     s = teacher.shift if args.teacher_shift is None else args.teacher_shift
     times, guided = step_grid(max(1, args.teacher_steps), s)[:-1], args.teacher_guidance_interval
-    twice = 0 if args.guidance_scale == 1 else sum(guided[0] <= t <= guided[1] for t in times)
+    twice = 0 if args.guidance_scale == 1 else sum(is_within(t, guided) for t in times)
     sampler = sampler_of(run, teacher.net, teacher, times, args.guidance_scale, guided=guided)
     return len(times) + twice, sampler
 
@@ -828,7 +835,7 @@ def parse_args(argv=None):
     add_further_flags(p)
     args = parse(p, argv, "mdt_dist", presets, wrong_flags, ignored_flags)
     if not (args.student_steps or args.sample):
-        args.student_steps = [1, 2]
+        args.student_steps = [1, 2] if args.phases == 1 else [args.phases]
     return args
 
 
@@ -858,7 +865,8 @@ def add_further_flags(p):
 def ignored_flags(a):
     """Flags of the loss that --arm leaves out: see `flags.unread`. Films read --guidance_vd."""
     why = f"--arm {a.arm} has no velocity distillation, mdt and vd have"
-    yield "vd_weight shared_noise", a.arm not in ("mdt", "vd"), why
+    yield "vd_weight vd_loss_weight shared_noise", a.arm not in ("mdt", "vd"), why
+    yield "tangent_warmup", a.arm != "scm", "it is for --arm scm"
 
 
 # fmt: off
@@ -879,6 +887,11 @@ def wrong_flags(a, teacher=None):
                        "lower end first")
     yield a.phases > 1 and in_one, (f"argument --phases: {a.arm} leads from noise to data in one "
                                     "phase; more are for --arm vm and cm")
+    other = a.phases > 1 and not a.sample and a.student_steps not in (None, [a.phases])
+    yield other, (f"--student_steps {' '.join(map(str, a.student_steps or []))}: of {a.phases} "
+                  f"phases each takes a step: give {a.phases}, or leave it out")
+    yield a.phases > 1 and a.renoise == "sde", ("--renoise sde: with --phases a step leads to the "
+                                                "end of its phase, not to a sample: leave it out")
     yield a.arm == "cm" and a.derivative == "jvp", (
         "argument --derivative: cm takes differences by definition; its continuous-time form is "
         "--arm scm")

@@ -54,7 +54,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.diffusion import advance_rows, expand, shift, step_grid, transition, unshift
+from models.diffusion import Flow, advance_rows, expand, shift, step_grid, transition, unshift
 from models.draws import Draws
 from models.files import UserError, load_json
 from models.networks import load_network, lora, own_entries, save_network
@@ -176,8 +176,8 @@ def phased_dmd_loss(
 def clean_sample_loss(x0, g):
     """The value of `phased_dmd_loss`, with g sent into the step's clean sample x0.  -> scalar.
 
-    The authors' trainer does that with the normalised direction. A flow step from t_k has
-    x_s = x_in - (t_k - s) v and x0 = x_in - t_k v, so that v gets t_k g in place of (t_k - s) g:
+    The authors' trainer does that with the normalised direction. A flow step from t_k has x_s =
+    x_in - (t_k - s) v and x0 = x_in - t_k v, so that v gets -t_k g in place of -(t_k - s) g: sizes
     1 and .9375 in place of .1667 and .1042 in the first of two phases at shift 5. Where s = 0 both
     are the same.
     """
@@ -231,8 +231,14 @@ def rollout(experts, diffusion, x, times, cond):
 
 @torch.no_grad()
 def sample(experts, diffusion, z, times, cond):
-    """The few-step sampler: len(times) calls, no guidance.  z (B, ...) -> x0 (B, ...)."""
-    return rollout(experts, diffusion, z, times + [0.0], cond)
+    """The few-step sampler: len(times) calls, no guidance.  z (B, ...) -> x0 (B, ...).
+
+    experts: the network of each step, one for each of times, which are without the final 0. Raises
+    ValueError for another number.
+    """
+    if len(experts) != len(times):
+        raise ValueError(f"{len(experts)} experts for {len(times)} steps: give one for each step")
+    return rollout(experts, diffusion, z, [*times, 0.0], cond)
 
 
 # ---- experts and phases --------------------------------------------------------------------------
@@ -950,7 +956,7 @@ def parse_args(argv=None):
         help="Eq. 13's clamp: in phases with s > 0, in all (paper), or nowhere")
     add("--dm_range", type=number(float, 0, 1), nargs=2, default=[0.02, 1.0], metavar=("LO", "HI"),
         help="bounds of t, after the shift, in the student's loss, within (s, 1) of its phase "
-        "(paper: (s, 1); Eq. 10 and DMD's weight are singular at 0)")
+        "(paper: (s, 1); Eq. 10's weight is infinite at 0)")
     add("--expert_init", choices=["teacher", "previous"], default="teacher",
         help="an expert starts from the teacher (paper), or from the expert before it if that is "
         "of the same network")
@@ -980,9 +986,12 @@ def wrong_flags(a, teacher=None):
         return
     grid = step_grid(a.student_steps, teacher.shift)
     s = grid[phase_steps(a.student_steps, a.phases)[0].stop]
+    s = max(s, getattr(teacher.base, "boundary", 0))  # a high-noise network is not asked below it
     yield high <= s, (
-        f"--dm_range {low:g} {high:g}: the first phase takes scores above its end {s:.4g}; give "
+        f"--dm_range {low:g} {high:g}: the first phase takes scores above {s:.4g}; give "
         f"--dm_range {low:g} 1")
+    infinite = a.dmd_weight == "paper" and low == 0 and isinstance(teacher.schedule, Flow)
+    yield infinite, "--dm_range 0: the weight of --dmd_weight paper is infinite at 0: give LO above"
     if hasattr(teacher.base, "boundary"):
         yield from wrong_steps(a.student_steps, a.phases, grid, teacher.base.boundary)
 

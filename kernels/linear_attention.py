@@ -41,7 +41,7 @@ Use.
 
 LinearAttention, at the end of the file, is the module. A copy of this file alone needs torch and
 runs the reference. The kernels are in linear_attention_triton.py, what launches them and makes
-operators of them in linear_attention_ops.py: for a GPU copy all three, into a folder `kernels`.
+operators of them in linear_attention_ops.py: for a GPU copy all three, into one folder.
 
 q, k and v may be views with any strides, such as those of a fused projection: nothing is copied.
 Keys may have a mask. Triton runs on CUDA for bfloat16 at head sizes up to 128, and for
@@ -65,9 +65,12 @@ import torch
 from torch.autograd.forward_ad import unpack_dual
 
 try:
-    from kernels import linear_attention_ops as ops
+    if __package__:
+        from . import linear_attention_ops as ops
+    else:  # a copy that is in no package
+        import linear_attention_ops as ops
 except ImportError as e:
-    if e.name not in ("kernels", "kernels.linear_attention_ops"):
+    if "linear_attention_ops" not in str(e):
         raise
     ops = None  # this is a copy of the file alone
 
@@ -229,7 +232,7 @@ def _key_weights(mask, k, share):
 def _why_not(q, v, feature_map, w_q):
     """Why the kernels cannot take such inputs, or None where they can."""
     if ops is None:
-        return "kernels/linear_attention_ops.py and linear_attention_triton.py are not there"
+        return "linear_attention_ops.py and linear_attention_triton.py are not there"
     return ops.why_not(q, v, feature_map, w_q)
 
 

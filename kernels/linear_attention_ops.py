@@ -11,8 +11,12 @@ from typing import Optional
 
 import torch
 
-from kernels import linear_attention_triton as chip
-from kernels.linear_attention_triton import INTERPRET, KERNELS, TILES, triton
+if __package__:
+    from . import linear_attention_triton as chip
+else:  # a copy that is in no package
+    import linear_attention_triton as chip
+
+INTERPRET, KERNELS, TILES, triton = chip.INTERPRET, chip.KERNELS, chip.TILES, chip.triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that the kernels take
 

@@ -193,7 +193,7 @@ def export(args):
 
 # fmt: off
 def parse_args(argv):
-    p = Parser(prog="python -m models.convert", description=__doc__.partition("\n")[0])
+    p = Parser(prog="python -m models.convert", description=(__doc__ or "").partition("\n")[0])
     add = p.add_argument
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", help="safetensors file of the official state dict, of the EMA "

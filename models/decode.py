@@ -122,7 +122,7 @@ def begin_folder(output, about):
 
 
 def parse_args(argv):
-    p = Parser(prog="python -m models.decode", description=__doc__.partition("\n")[0])
+    p = Parser(prog="python -m models.decode", description=(__doc__ or "").partition("\n")[0])
     add = p.add_argument
     add("--teacher", required=True, help="pipeline folder, run of ours or autoencoder")
     add("--latents", required=True, help="safetensors file with x0 (B, C, [T,] H, W)")

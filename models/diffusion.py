@@ -38,6 +38,8 @@ def advance_rows(x, chosen, cond, step):
     """
     rows = chosen.nonzero()[:, 0]
     used = len(rows)
+    if used == len(x):
+        return step(x, cond, rows)
     rows = rows if used else rows.new_zeros(1)
     here = rows.to(x.device)
     after = step(x[here], {name: v[here] for name, v in cond.items()}, rows)
@@ -225,7 +227,8 @@ def from_x0_eps(kind, x0, eps, alpha, sigma):
 def predict_x0(net, schedule, kind, x_t, t, **cond):
     """Run net(x_t, t, **cond) and read its output as x0.
 
-    x_t (B, ...), t (B,) -> (B, ...) in x_t's dtype.
+    x_t (B, ...), t (B,) -> (B, ...) in the wider dtype of the two: float32, if t is, also of x_t in
+    bfloat16. A network whose weights are in bfloat16 is called under autocast, or casts its input.
     """
     return predict_x0_eps(net, schedule, kind, x_t, t, **cond)[0]
 
@@ -446,5 +449,7 @@ class Diffusion:
 
 
 def per_row(t, x):
-    """A time as one number a row: a float becomes (B,), a tensor stays."""
-    return t if torch.is_tensor(t) else x.new_full((len(x),), t)
+    """A time as one number a row: a float or a tensor () becomes (B,), another tensor stays."""
+    if torch.is_tensor(t):
+        return t.to(x.device).expand(len(x)) if t.dim() == 0 else t
+    return x.new_full((len(x),), t)

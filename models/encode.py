@@ -311,7 +311,7 @@ def form_of(args):
 
 # fmt: off
 def parse_args(argv):
-    p = Parser(prog="python -m models.encode", description=__doc__.partition("\n")[0])
+    p = Parser(prog="python -m models.encode", description=(__doc__ or "").partition("\n")[0])
     add = p.add_argument
     add("--teacher", help="diffusers pipeline folder; with --images of TRELLIS optional")
     source = p.add_mutually_exclusive_group(required=True)

@@ -2,6 +2,9 @@
 
 import importlib
 import os
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
 
 import torch
@@ -10,6 +13,29 @@ from safetensors import SafetensorError
 from models.files import UserError
 from models.plumbing.sets import is_missing
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def give_way(name="kernels"):
+    """From now on the package of this name is an installed one, where there is one.
+
+    transformers takes Hugging Face's `kernels` wherever it is installed, and would find ours. Who
+    needs ours has imported it by now.
+    """
+    elsewhere = [path for path in sys.path if Path(path or os.curdir).resolve() != ROOT]
+    spec = PathFinder.find_spec(name, elsewhere)
+    ours = {m: sys.modules[m] for m in list(sys.modules) if m.split(".")[0] == name}
+    here = Path(getattr(ours.get(name), "__file__", None) or "").resolve()
+    if spec is None or spec.loader is None or (ours and here.parent.parent != ROOT):
+        return
+    for module in ours:
+        del sys.modules[module]
+    sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(sys.modules[name])
+    except ImportError:  # as where it needs what is not installed
+        sys.modules.update(ours)
+
 
 def require(library, package=None):
     """Import an optional library. Raises UserError where it is not installed.
@@ -17,6 +43,7 @@ def require(library, package=None):
     package: what pip calls it, if not the same.
     """
     package = package or library
+    give_way()
     try:
         return importlib.import_module(library)
     except ImportError as error:

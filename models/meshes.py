@@ -167,7 +167,7 @@ def mesh_of(decoder, feats, coords, mean, std):
 
 
 def parse_args(argv):
-    p = Parser(prog="python -m models.meshes", description=__doc__.partition("\n")[0])
+    p = Parser(prog="python -m models.meshes", description=(__doc__ or "").partition("\n")[0])
     add = p.add_argument
     add("--teacher", help="TRELLIS's root, or its decoder; not needed with --voxels")
     source = p.add_mutually_exclusive_group(required=True)

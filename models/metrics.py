@@ -294,7 +294,7 @@ def measure_pixels(samples, reference):
 
 
 def parse_args(argv):
-    p = Parser(prog="python -m models.metrics", description=__doc__.partition("\n")[0])
+    p = Parser(prog="python -m models.metrics", description=(__doc__ or "").partition("\n")[0])
     add = p.add_argument
     add("--samples", required=True, help="FILE.npz, folder or FILE.safetensors to be judged")
     add("--reference", required=True, help="the same of real images, or an npz with mu and sigma")

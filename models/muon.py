@@ -46,16 +46,20 @@ class Muon(torch.optim.Muon):
         super().__init__(params, lr=lr, weight_decay=weight_decay)
 
     @torch.no_grad()
-    def step(self):
-        """One update of every matrix p that has a gradient."""
+    def step(self, closure=None):
+        """One update of every matrix p that has a gradient.  -> closure(), if there is one."""
         first = self.param_groups[0]["params"][0]
         if first.device.type != "cpu" and own_rows(first).shape == first.shape:
-            super().step()
-            return
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self.step_here(p, group)
+        return loss
 
     def step_here(self, p, group):
         """p (m, n) -> (1 - lr decay) p - lr sqrt(max(1, m / n)) orthogonalise(momentum)."""

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ def find_pairs(folder, captions=None, frames=1):
             return packed_pairs(source, captions, frames)
     if not os.path.isdir(folder):
         raise UserError(f"--images {folder} is not a folder; put images with captions in one")
-    known = read_captions(captions) if captions else read_texts(folder)
+    known = by_name(read_captions(captions) if captions else read_texts(folder))
     paths = list(find_items(folder, known, frames))
     what = "images" if frames == 1 else "images or videos"
     if not paths:
@@ -101,9 +102,9 @@ def packed_pairs(source, captions, frames):
     where = f"--images {source.path}"
     if frames > 1:
         raise UserError(f"{where} is {source.kind}, of pictures: give --frames 1, or a folder")
-    known = read_captions(captions) if captions else source.captions()
+    known = by_name(read_captions(captions) if captions else source.captions())
     found = [Packed(source, *member) for member in source.members() if is_picture(source, member)]
-    bare = [item for item in found if not known.get(item.name, "").strip()]
+    bare = [item for item in found if not known.get(composed(item.name), "").strip()]
     if not found:
         raise UserError(f"{where} holds no images")
     if bare:
@@ -112,7 +113,7 @@ def packed_pairs(source, captions, frames):
             f"as {bare[0].name}: write it into NAME.txt beside NAME.jpg, into a column called text "
             "of parquet files, or into --captions FILE"
         )
-    return [(item, one_line(known[item.name])) for item in found]
+    return [(item, one_line(known[composed(item.name)])) for item in found]
 
 
 def is_picture(source, member):
@@ -131,7 +132,7 @@ def about(folder, path):
 
 def caption_key(folder, path, captions):
     """By what the caption of an image is found: its name below the folder, for .txt the stem."""
-    name = os.path.relpath(path, folder)
+    name = composed(os.path.relpath(path, folder))
     return name if captions or os.path.isdir(path) else os.path.splitext(name)[0]
 
 
@@ -139,7 +140,7 @@ def find_items(folder, known, frames):
     """Paths of the images below a folder, for `find_pairs`. known: its captions by their keys."""
     whole = set()  # folders of frames
     for path in files_below(folder):
-        inside = os.path.relpath(os.path.dirname(path), folder)
+        inside = composed(os.path.relpath(os.path.dirname(path), folder))
         if frames > 1 and inside in known and is_image(path):
             if inside not in whole:
                 yield os.path.dirname(path)
@@ -179,6 +180,16 @@ def read_captions(path):
     if not all(isinstance(text, str) for text in known.values()):
         raise UserError(f'--captions {path}: wanted {{"NAME": "CAPTION"}}, with one text each')
     return {os.path.normpath(name): one_line(text) for name, text in known.items()}
+
+
+def composed(name):
+    """A name in one of the two ways in which Unicode writes an accent; file systems differ."""
+    return unicodedata.normalize("NFC", name)
+
+
+def by_name(captions):
+    """{name: caption}, to be asked with composed names."""
+    return {composed(name): text for name, text in captions.items()}
 
 
 # ---- pixels --------------------------------------------------------------------------------------

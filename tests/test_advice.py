@@ -701,6 +701,12 @@ CASES = [
     ),
     (
         "dmd",
+        "--gan_weight_d 0 leaves the GAN's head untrained: give it, or --gan_weight 0",
+        "--gan_weight_d 0 --gan_weight 0.1 --data DATA",
+        ["--gan_weight_d 0.1 --gan_weight 0.1 --data DATA", "--gan_weight 0"],
+    ),
+    (
+        "dmd",
         "--no_fake_score leaves the GAN's head untrained",
         "--no_fake_score --gan_weight 0.1 --data DATA",
         ["--no_fake_score --gan_weight 0"],
@@ -779,6 +785,18 @@ CASES = [
         "--ca_range starts at {}, and --schedule {} keeps",
         "--ca_range 0.5 1",
         ["--schedule full --ca_range 0.5 1", "--ca_range 0.1 1"],
+    ),
+    (
+        "decoupled_dmd",
+        "--guidance_scale {} turns CA's sign, and with --no_dm the student leaves its class",
+        "--no_dm --guidance_scale 0.5",
+        ["--no_dm --guidance_scale 2"],
+    ),
+    (
+        "decoupled_dmd",
+        "--gan_weight_d 0 leaves the GAN's head untrained: give it, or --gan_weight 0",
+        "--gan_weight_d 0 --gan_weight 0.1 --data DATA",
+        ["--gan_weight_d 0.1 --gan_weight 0.1 --data DATA", "--gan_weight 0"],
     ),
     (
         "decoupled_dmd",
@@ -1038,9 +1056,15 @@ CASES = [
     ),
     (
         "phased_dmd",
-        "--dm_range {} {}: the first phase takes scores above its end {}; give --dm_range {} 1",
+        "--dm_range {} {}: the first phase takes scores above {}; give --dm_range {} 1",
         "--dm_range 0.1 0.4",
         ["--dm_range 0.1 1"],
+    ),
+    (
+        "phased_dmd",
+        "--dm_range 0: the weight of --dmd_weight paper is infinite at 0: give LO above",
+        "--dm_range 0 1 --dmd_weight paper",
+        ["--dm_range 0.01 1 --dmd_weight paper", "--dm_range 0 1"],
     ),
     (
         "phased_dmd",
@@ -1109,6 +1133,18 @@ CASES = [
             f"--regression_weight 1 --objective {kind} --state part --bank_size 4"
             for kind in ("adm", "adm_critic")
         ],
+    ),
+    (
+        "linvideo",
+        "--objective dmd: the bank's states are of guided samples, and its jumps and scores are",
+        "--objective dmd --guidance_scale 2 --bank_size 4",
+        ["--objective dmd --guidance_scale 1 --bank_size 4"],
+    ),
+    (
+        "linvideo",
+        "--selection_weight 0: nothing leads r to 0 and chooses layers: give more, or --select",
+        "--selection_weight 0 --bank_size 4",
+        ["--selection_weight 0.1 --bank_size 4", "--select first --bank_size 4"],
     ),
     (
         "linvideo",
@@ -1216,6 +1252,21 @@ CASES = [
         "argument --phases: {} leads from noise to data in one phase; more are for --arm vm and cm",
         "--teacher ring --phases 2",
         ["--teacher ring --phases 2 --arm vm", "--teacher ring --phases 2 --arm cm"],
+    ),
+    (
+        "mdt_dist",
+        "--student_steps {}: of {} phases each takes a step: give {}, or leave it out",
+        "--teacher ring --phases 3 --arm cm --student_steps 1 2",
+        [
+            "--teacher ring --phases 3 --arm cm --student_steps 3",
+            "--teacher ring --phases 3 --arm cm",
+        ],
+    ),
+    (
+        "mdt_dist",
+        "--renoise sde: with --phases a step leads to the end of its phase, not to a sample",
+        "--teacher ring --phases 2 --arm vm --renoise sde",
+        ["--teacher ring --phases 2 --arm vm"],
     ),
     (
         "mdt_dist",

@@ -388,6 +388,41 @@ def test_guidance_interval(solver):
     assert len({n for n, _ in sizes}) == 2
 
 
+@pytest.mark.parametrize("steps, ends", [(5, (0.0, 0.8)), (10, (0.7, 1.0)), (10, (0.0, 0.3))])
+def test_guidance_interval_has_its_ends(steps, ends):
+    """Times of the grid that are equal to an end, up to the rounding of float32, are within."""
+    net, guided = Mixture(), []
+
+    def field(x, t, label=None):
+        guided.append(len(x) == 20)
+        return net(x.double(), t.double(), label).to(x.dtype)
+
+    field.num_classes = 3
+    label = torch.arange(10) % 3
+    sample(field, normal(10, 1).float(), label, steps, 3.0, "euler", interval=ends)
+    low, high = (round(steps * end) for end in ends)
+    assert guided == [low <= i <= high for i in range(steps, 0, -1)]
+
+
+def test_networks_without_labels_and_contexts_under_guidance():
+    """label None is not passed on; of a guided call both halves see the context."""
+    seen = []
+
+    def plain(x, t):
+        return -x
+
+    def painted(x, t, label, context):
+        seen.append(context)
+        return -x
+
+    z = normal(4, 1, 2, 2)
+    assert torch.isfinite(sample(plain, z, None, 2)).all()
+    painted.num_classes = 3
+    context = normal(4, 2, 2, 2)
+    sample(painted, z, torch.arange(4) % 3, 2, 2.0, "euler", context=context)
+    assert all(torch.equal(c, torch.cat([context, context])) for c in seen) and len(seen) == 2
+
+
 def test_sampling_never_drops_labels():
     """Dropout belongs to training: a network in train mode is asked for the labels given.
 

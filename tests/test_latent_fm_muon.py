@@ -163,3 +163,18 @@ def test_dry_run_counts_what_muon_multiplies():
             optimizer.step()
     muon = plans["muon"].flops()[0] - plans["adamw"].flops()[0]
     assert muon == counter.get_total_flops() > 0.4 * plans["adamw"].flops()[0]
+
+
+def test_a_closure_is_called_with_gradients():
+    """As torch's optimisers do, and those who wrap them (accelerate) ask for."""
+    p = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = Muon([p])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 6 and not torch.equal(p, torch.ones(3, 2))
+    assert optimizer.step() is None

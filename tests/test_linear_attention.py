@@ -620,6 +620,31 @@ except ValueError as e:
     assert "linear_attention_ops.py and linear_attention_triton.py are not there" in done.stdout
 
 
+@pytest.mark.parametrize("where", [".", "own/attention"])
+def test_all_three_files_are_copied(tmp_path, where):
+    """Into no package or into any, beside an installed package `kernels` of another make."""
+    (tmp_path / "site" / "kernels").mkdir(parents=True)
+    (tmp_path / "site" / "kernels" / "__init__.py").write_text("get_kernel = None\n")
+    folder = tmp_path / where
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (ROOT / "kernels").glob("linear_attention*.py"):
+        shutil.copy(path, folder)
+    place = "" if where == "." else where.replace("/", ".") + "."
+    code = f"""
+import torch, kernels
+from {place}linear_attention import linear_attention, ops
+q, k, v = torch.randn(3, 2, 7, 3, 16).unbind()
+assert linear_attention(q, k, v, feature_map="elu").shape == q.shape
+print(ops.__name__, ops.chip.__name__, kernels.__file__)
+"""
+    env = {**environment(), "PYTHONPATH": str(tmp_path / "site")}
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = " ".join(f"{place}linear_attention_{name}" for name in ("ops", "triton"))
+    assert done.stdout.startswith(names) and str(tmp_path / "site") in done.stdout
+
+
 def test_works_without_triton():
     """Where triton cannot be imported the reference runs; backend='triton' says what is missing."""
     code = """

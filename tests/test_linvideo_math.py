@@ -6,6 +6,7 @@ Mixed attention, the count and the regulariser of r, conversion, scores of flow 
 
 import argparse
 import copy
+import math
 import types
 
 import pytest
@@ -584,6 +585,25 @@ def test_other_networks_take_a_feature_width(net):
     assert built.self_attentions[0].attend.w_k.shape == (built.heads, built.head_dim, 8)
 
 
+def test_the_critics_loss_sends_nothing_into_the_samples():
+    x0, weight = torch.ones(2, 3, requires_grad=True), torch.ones((), requires_grad=True)
+    t = torch.tensor([0.3, 0.6])
+    flow_matching_loss(lambda x, t: weight * x, x0, torch.zeros(2, 3), t, {}).backward()
+    assert x0.grad is None and weight.grad != 0
+
+
+@pytest.mark.parametrize("r", [0.9, 0.3])
+def test_the_weights_of_both_kinds_sum_to_one_in_bfloat16(r):
+    """Where both agree the layer is exact, and r has no gradient."""
+    x = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layer = MixedAttention(lambda *a: x, 3, 4, "hedgehog", r)
+    layer.linear.forward = lambda *a: x
+    out = layer(x, x, x)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, x)
+    out.float().square().sum().backward()
+    assert layer.r.grad.abs() < 1e-3
+
+
 def test_both_kinds_of_attention_get_the_same_tensors():
     """A mixed layer computes both from one q, k and v: none is copied on the way."""
     seen, x = [], qkv(dtype=torch.float32)
@@ -940,6 +960,25 @@ def test_kl_divergence_is_a_regression_at_the_students_states():
         ]
         assert all(abs(x / want - 1) > 0.03 for x in wrong)
     close(integral(lambda t: t * by_matching_gradient(t), 0.0), integral(kl, 0.0), 1e-8)
+
+
+def test_the_identity_needs_the_students_own_score():
+    """A velocity off by .1 x is not that of its own law, and the two sides differ by half.
+
+    The teacher's data are N(0, .25), of variance S at t; from t = 1 on the error shrinks the
+    student's samples by exp(-.1 (1 - t)).
+    """
+
+    def variance(t):
+        return ((1 - t) ** 2 * 0.25 + t**2) * math.exp(-0.2 * (1 - t))
+
+    s, ratio = 0.05, math.exp(-0.2 * 0.95)
+    nodes, weights = leggauss(200)
+    t = s + (1 - s) * (nodes + 1) / 2
+    f = [(1 - x) / x * 0.01 * variance(x) for x in t]
+    integral = (1 - s) / 2 * float((weights * f).sum())
+    assert 0.5 * (ratio - 1 - math.log(ratio)) == pytest.approx(0.0085, abs=5e-5)  # KL(q_s | p_s)
+    assert integral == pytest.approx(0.0043, abs=5e-5)
 
 
 class Levels(torch.nn.Module):

@@ -15,7 +15,7 @@ import torch
 from helpers import perturbed
 
 import mdt_dist as mdt
-from models.diffusion import Flow, expand, from_x0_eps, to_x0_eps
+from models.diffusion import Flow, expand, from_x0_eps, step_grid, to_x0_eps
 from models.networks.dit import DiT
 from models.plumbing.teachers import load_teacher
 
@@ -384,6 +384,46 @@ def test_edge_of_a_phase():
     s = torch.tensor([-0.2, 0.0, 0.3, 0.34, 0.66, 0.67, 1.0])
     torch.testing.assert_close(mdt.edge_of(s, 3), torch.tensor([0, 0, 0, 1, 1, 2, 2]) / 3)
     assert torch.equal(mdt.edge_of(s, 1), torch.zeros(7))
+
+
+def test_guidance_has_both_of_its_ends():
+    """Times are sums, 1 - .9 for one, and an end that is typed is a tenth."""
+    seen = []
+
+    def net(x, t, on):
+        seen.append(on)
+        return torch.zeros_like(x)
+
+    times = step_grid(10)[:-1]
+    guided = [float(f"{times[i]:.1f}") for i in (9, 3)]
+    assert guided[0] > times[9]  # so that it would be outside
+    mdt.sample(net, lambda name: torch.zeros(1, 2), times, {"on": 1}, {"on": 0}, 2.0, guided=guided)
+    assert seen == [1, 1, 1, *[1, 0] * 7]
+
+
+@pytest.mark.parametrize("timestep_shift", [1.0, 3.0])
+@pytest.mark.parametrize("K", [2, 3, 4])
+def test_phases_are_the_steps_of_their_sampler(K, timestep_shift):
+    """The exact transport to the end of t's phase, of N(0, .3^2), sampled in K steps is exact.
+
+    In another number of steps it is not, and so those are refused.
+    """
+
+    def std(t):
+        return ((1 - t) ** 2 * 0.09 + t**2).sqrt()
+
+    def phi(x_t, t):
+        edge = mdt.edge_of(t - 1e-4, K, timestep_shift)
+        return x_t * ((1 - std(edge) / std(t)) / (t - edge))[:, None]
+
+    def sample(steps):
+        times = step_grid(steps, timestep_shift)[:-1]
+        return mdt.sample(phi, lambda name: z, times, {}, {}, 1.0, "ode")
+
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    close(sample(K), 0.3 * z, 1e-6)
+    for steps in {1, 2, 3, 4} - {K}:
+        assert (sample(steps) - 0.3 * z).abs().max() > 1e-3
 
 
 # ---- velocity distillation -----------------------------------------------------------------------

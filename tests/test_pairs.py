@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import os
+import unicodedata
 
 import numpy as np
 import pytest
@@ -230,6 +231,18 @@ def test_captions_of_every_form(pictures, tmp_path):
     want = [(str(pictures / n), t) for n, t in zip(NAMES, CAPTIONS)]
     for captions in (None, str(tmp_path / "c.json"), str(tmp_path / "c.jsonl")):
         assert find_pairs(str(pictures), captions) == want
+
+
+def test_both_forms_of_an_accent_are_one_name(tmp_path):
+    """A file's name may be composed, and its caption's not, or the other way round."""
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        folder = tmp_path / form
+        folder.mkdir()
+        Image.new("RGB", (8, 8)).save(folder / unicodedata.normalize(form, "caf\u00e9.png"))
+        name = unicodedata.normalize(other, "caf\u00e9.png")
+        captions = folder.with_suffix(".json")
+        captions.write_text(json.dumps({name: "a cup"}))
+        assert [text for _, text in find_pairs(str(folder), str(captions))] == ["a cup"]
 
 
 def test_captions_of_sets(pictures, tmp_path):

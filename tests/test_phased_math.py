@@ -963,3 +963,29 @@ def test_figure_2():
     assert paths["full"].shape == (101, 200)
     assert paths["unbiased"].shape == paths["naive"].shape == (51, 200)
     assert torch.equal(paths["full"][0], paths["naive"][0])
+
+
+# ---- for who copies the pieces -------------------------------------------------------------------
+
+
+def test_times_of_the_sampler_are_any_sequence_and_experts_one_a_step():
+    """A NumPy array was added to, which left out the last step, as two experts of four did."""
+    flow, z, times = Diffusion(Flow(), "flow_v"), torch.ones(2, 3), [1.0, 0.9, 0.5]
+    want = phased_dmd.sample([half] * 3, flow, z, times, {})
+    for given in (tuple(times), np.array(times), torch.tensor(times)):
+        torch.testing.assert_close(phased_dmd.sample([half] * 3, flow, z, given, {}), want)
+    with pytest.raises(ValueError, match="2 experts for 3 steps"):
+        phased_dmd.sample([half] * 2, flow, z, times, {})
+
+
+def half(x_t, t):
+    return x_t / 2
+
+
+def test_the_fakes_loss_sends_nothing_into_the_samples():
+    x_s, at = torch.ones(2, 3, requires_grad=True), torch.tensor([0.5, 0.5])
+    weight = torch.ones((), requires_grad=True)
+    flow, eps = Diffusion(Flow(), "flow_v"), torch.zeros(2, 3)
+    at = eps, at, at + 0.2, {}
+    phased_dmd.fake_score_loss(lambda x, t: weight * x, flow, x_s, *at).backward()
+    assert x_s.grad is None and weight.grad != 0

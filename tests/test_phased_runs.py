@@ -1247,10 +1247,7 @@ def test_adapters_of_one_network_and_of_two(tmp_path, capsys):
         ),
         ("--phases 0", "--phases: must be >= 1"),
         ("--dm_range 0.9 0.1", "LO must be below HI"),
-        (
-            "--dm_range 0.02 0.4",
-            "the first phase takes scores above its end 0.5; give --dm_range 0.02 1",
-        ),
+        ("--dm_range 0.02 0.4", "the first phase takes scores above 0.5; give --dm_range 0.02 1"),
         ("--target biased", "--target"),
         ("--lora_rank -1", "--lora_rank: must be >= 0"),
         ("--lora_alpha 0", "--lora_alpha: must be > 0"),

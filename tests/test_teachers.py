@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 import dmd
 import latent_fm
 from models.diffusion import VP
-from models.files import UserError
+from models.files import UserError, save_json
 from models.networks import load_network, network_config, save_network
+from models.networks.dit import DiT
 from models.networks.dit_imagenet import DiTTransformer2DModel
 from models.networks.latent_space import space_beside
 from models.plumbing import report
 from models.plumbing.data import in_space_of
-from models.plumbing.teachers import load_teacher, read_scheduler
+from models.plumbing.teachers import load_teacher, read_scheduler, refuse_empty_guidance
 from models.worlds import WORLDS, load_world
 
 QUICK = "--max_train_steps 1 --teacher_steps 0 --fake_update_ratio 1".split()
@@ -199,3 +200,44 @@ def test_a_student_keeps_its_teacher_s_autoencoder(tmp_path):
     like = SimpleNamespace(folder=str(tmp_path / "teacher" / "student"))
     report.save_autoencoder(SimpleNamespace(folder=str(tmp_path / "run")), like)
     assert space_beside(str(tmp_path / "run" / "student")).digest() == space.digest()
+
+
+# ---- guidance that has nothing to guide by -------------------------------------------------------
+
+
+def saved_dit(folder, classes, dropout):
+    """A tiny DiT, as latent_fm.py leaves it. dropout: --label_dropout of its training."""
+    net = DiT(size=(4, 4), patch=(2, 2), channels=1, dim=32, depth=2, num_classes=classes)
+    save_network(net, network_config(net), str(folder))
+    about = dict(method="latent_fm", prediction="flow_v", schedule={"type": "flow"}, rule="heun")
+    about |= dict(times=[1.0], timestep_shift=1.0, label_dropout=dropout)
+    save_json(about, str(folder / "sampler.json"))
+    return str(folder)
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run", "2"]], ids=["run", "plan"])
+@pytest.mark.parametrize(
+    "classes, dropout, why",
+    [(3, 0.1, None), (0, 0.1, "has no classes"), (3, 0.0, "was trained with every label")],
+)
+def test_guidance_by_nothing_is_refused(tmp_path, capsys, classes, dropout, why, dry):
+    """Of a teacher without classes, and of one whose null label was never trained."""
+    teacher = saved_dit(tmp_path / "teacher", classes, dropout)
+    flags = [*QUICK, *dry, "--teacher", teacher, "--output_dir", str(tmp_path / "run")]
+    if why:
+        says = refusal_of(capsys, dmd.main, *flags, "--guidance_scale", "2")
+        assert f"--guidance_scale 2: the teacher {why}" in says and says.endswith("_scale 1\n")
+    dmd.main([*flags, "--guidance_scale", "1" if why else "2"])
+
+
+def test_released_unets_without_a_null_label():
+    """ADM's and EDM's; LFM's dropped labels."""
+    for convention, refused in (("adm", True), ("edm", True), ("lfm", False)):
+        net = SimpleNamespace(cond_names=["label"], num_classes=3)
+        teacher = SimpleNamespace(base=net, config={"convention": convention}, folder=None)
+        args = SimpleNamespace(guidance_scale=2.0)
+        if refused:
+            with pytest.raises(UserError, match="trained with every label"):
+                refuse_empty_guidance(teacher, args)
+        else:
+            refuse_empty_guidance(teacher, args)

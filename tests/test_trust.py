@@ -496,6 +496,40 @@ def test_installed_packages_do_not_hide_ours(tmp_path):
         assert done.returncode == 0, done.stderr[-500:]
 
 
+def test_transformers_finds_hugging_faces_kernels(tmp_path):
+    """Where that is installed; what of ours was imported before goes on, and without it ours is."""
+    (tmp_path / "transformers.py").write_text("from kernels import CUDAProperties\n")
+    code = """
+import sys, kernels.linear_attention as ours
+from models.libraries import require
+for _ in range(2):
+    require("transformers")
+assert sys.modules["kernels"].__file__.startswith(sys.argv[1])
+assert ours.linear_attention
+"""
+    env = {**ENV, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    for installed in (False, True):
+        if installed:
+            (tmp_path / "kernels").mkdir()
+            (tmp_path / "kernels" / "__init__.py").write_text("from .parts import CUDAProperties\n")
+            (tmp_path / "kernels" / "parts.py").write_text("CUDAProperties = 1\n")
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert (done.returncode == 0) == installed, done.stderr
+    # and where it lacks something itself, ours stays
+    (tmp_path / "kernels" / "parts.py").write_text("import nowhere_installed\n")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert "cannot import name 'CUDAProperties' from 'kernels'" in done.stderr
+
+
+@pytest.mark.parametrize("tool", ["encode", "decode", "convert", "metrics", "meshes", "worlds"])
+def test_commands_run_without_docstrings(tool):
+    """python -OO leaves them out."""
+    command = [sys.executable, "-OO", "-m", f"models.{tool}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0 and "--" in done.stdout, done.stderr[-500:]
+
+
 # ---- faults --------------------------------------------------------------------------------------
 
 

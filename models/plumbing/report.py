@@ -1,9 +1,10 @@
 """What a run shows and saves: samples.png (and .gif), student/, report.json, a table.
 
 A sampler is a function (index, first, last) -> samples first ... last - 1, of the conditions
-index[first:last]. All rows start from the same noise. Worlds measure 2,000 samples; of a teacher
-without a world the few that samples.png shows are compared with --data and with the many-step
-teacher's, and latents are written too. `write_images` makes sets for models/metrics.py.
+index[first:last]. All rows start from the same noise; that of a stored teacher is seed 0's. Worlds
+measure 2,000 samples; of a teacher without a world the few that samples.png shows are compared with
+--data and with the many-step teacher's, and latents are written too. `write_images` makes sets for
+models/metrics.py.
 
 All ranks call `save_previews`, `finish` and `write_samples`: they share out the samples, in the
 precision that networks train in, and rank 0 writes.
@@ -414,6 +415,9 @@ def finish(run, teacher, times, students, params, extra=None, solver="heun", fin
 
 def measure(run, teacher, calls, fine, rows, alike, extra, key):
     """The rows of report.json for a world: 2,000 samples each, all from the same noise.
+
+    A stored teacher's is seed 0's. With another seed fd_teacher has in it by how much two sets of
+    2,000 samples differ: --remeasure_teacher takes the run's own noise.
 
     fine, calls: sampler of the many-step teacher and its network calls. key: see measured_teacher,
     alike: that of the row teacher_same_steps. Ranks other than 0 get rows without numbers.

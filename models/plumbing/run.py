@@ -769,6 +769,9 @@ def refuse_output_dir(path, sampling=False):
     there = nearest(path)
     if not os.path.isdir(there) or not os.access(there, os.W_OK):
         raise UserError(f"--output_dir {path}: {there} is not a folder that can be written to")
+    longest = max(len(os.fsencode(name)) for name in path.split(os.sep))
+    if longest > 240:  # of 255; a run that is set aside is called PATH.1
+        raise UserError(f"--output_dir has a name of {longest} bytes: give one of at most 240")
     if is_within(os.getcwd(), path):
         raise UserError(f"--output_dir {path} holds the current folder: name a folder of its own")
     if sampling and os.path.exists(os.path.join(path, "report.json")):

@@ -306,7 +306,32 @@ def as_flags_say(teacher, args):
         teacher.shift = args.timestep_shift
     teacher.shape = tuple(args.sample_shape or teacher.base.latent_shape)
     teacher.over = rescaling(getattr(args, "guidance_rescale", None), teacher.shape)
+    refuse_empty_guidance(teacher, args)
     return teacher
+
+
+GUIDANCE = ("guidance_scale", "guidance_vm", "guidance_vd")  # flags of the teacher's guidance
+
+
+def refuse_empty_guidance(teacher, args):
+    """Raises UserError for guidance of a teacher that knows no unconditional velocity.
+
+    It has one class, or its training never dropped a label, so that its null label is a random
+    vector: so say latent_fm.py's sampler.json and, of released U-Nets, their convention.
+    """
+    given = [f for f in GUIDANCE if getattr(args, f, 1) not in (None, 1)]
+    if not given or "label" not in teacher.base.cond_names:
+        return
+    dropped = teacher.config.get("convention") not in ("adm", "edm")
+    described = os.path.join(teacher.folder or "", "sampler.json")
+    if teacher.folder and os.path.isfile(described):
+        dropped = dropped and load_json(described).get("label_dropout") != 0
+    why = "" if dropped else "was trained with every label, and its null label is random"
+    if not getattr(teacher.base, "num_classes", 1):
+        why = "has no classes to be guided by"
+    if why:
+        flag, scale = given[0], getattr(args, given[0])
+        raise UserError(f"--{flag} {scale:g}: the teacher {why}: give --{flag} 1")
 
 
 def rescaling(over, shape):

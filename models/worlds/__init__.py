@@ -26,7 +26,8 @@ The contract: what every world has, and the rest of the code may use.
                        by class, and x 1000
             patch_swd  1000 x sliced Wasserstein distance to data, of patches: it shows grain
             accuracy   share of samples that are recognised as what their label says
-            log_p      mean log p(label | x + BLUR eps): how sharply they show it
+            log_p      mean log p(label | x + BLUR eps): how sharply they show it; the ring's is
+                       exact, other worlds' classifiers know less noise than that: to be compared
             diversity  mean distance within a class, over that of data: 1 is right, 0 a collapse
         clips adds motion and moving, voxels adds iou and connected; see their docstrings.
     moments(x, label) -> means (G, d), covariances (G, d, d), float64

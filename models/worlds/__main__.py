@@ -13,7 +13,7 @@ from models.worlds.shapes import build_autoencoder
 
 
 def main(argv=None):
-    p = Parser(prog="python -m models.worlds", description=__doc__.splitlines()[0])
+    p = Parser(prog="python -m models.worlds", description=(__doc__ or "").partition("\n")[0])
     p.add_argument("world", choices=[w for w in WORLDS if w != "ring"], help="whose files to make")
     world = load_world(p.parse_args(argv).world)
     if world.name == "shapes":

@@ -5,10 +5,10 @@ solid. Its place, its turn about the vertical axis, a slight tilt, its size and 
 vary.
 
 A voxel's value falls linearly over one voxel from inside to outside, by the distance from its
-centre to the surface, as the edges of the clips do. For flat faces this is the covered volume. It
-costs one evaluation where supersampling needs eight or more, and a flow learns it better than hard
-bits, which do not say where between two voxels the surface lies. Measures of shape threshold at 0,
-where a voxel is half covered.
+centre to the surface, as the edges of the clips do. For flat faces along the grid this is the
+covered volume. It costs one evaluation where supersampling needs eight or more, and a flow learns
+it better than hard bits, which do not say where between two voxels the surface lies. Measures of
+shape threshold at 0, where a voxel is half covered.
 """
 
 import functools
