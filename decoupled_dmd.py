@@ -186,10 +186,8 @@ def generator_loss(logit_fake):
 # ---- ablations of the student's loss -------------------------------------------------------------
 
 
-def ablated_loss(
-    x, teacher, fake, diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha, ablation
-):
-    """`decoupled_dmd_loss` with a term off, or with a normaliser. ablation: see `Ablation`.
+def ablated_loss(x, teacher, fake, diffusion, at_dm, at_ca, cond, uncond, fake_cond, alpha, terms):
+    """`decoupled_dmd_loss` with a term off, or with a normaliser. terms: see `Terms`.
 
     -> scalar; g_dm, g_ca, mu_real, mu_fake. The gradient of a term that is off is 0, or, with an
     observer, what it would have been; where nothing sees the fake, mu_fake is mu_real.
@@ -198,23 +196,23 @@ def ablated_loss(
     with torch.no_grad():
         x_dm, x_ca = diffusion.add_noise(x, eps_dm, t_dm), diffusion.add_noise(x, eps_ca, t_ca)
         mu_real = mu_fake = mu_guided = mu_cond = mu_uncond = x  # so a term that is off is 0
-        if ablation.sees_dm or ablation.normalizer == "shared":
+        if terms.sees_dm or terms.normalizer == "shared":
             mu_real = mu_fake = mu_guided = diffusion.x0(teacher, x_dm, t_dm, **cond)
-        if ablation.sees_dm:
+        if terms.sees_dm:
             mu_fake = diffusion.x0(fake, x_dm, t_dm, **fake_cond)
         one_level = at_ca is at_dm and mu_real is not x  # what is known there is not computed again
-        if ablation.ca:
+        if terms.ca:
             mu_cond = mu_real if one_level else diffusion.x0(teacher, x_ca, t_ca, **cond)
             mu_uncond = diffusion.x0(teacher, x_ca, t_ca, **uncond)
-        if ablation.normalizer == "shared" and alpha != 1:
-            known = one_level and ablation.ca
+        if terms.normalizer == "shared" and alpha != 1:
+            known = one_level and terms.ca
             mu_null = mu_uncond if known else diffusion.x0(teacher, x_dm, t_dm, **uncond)
             mu_guided = guide(mu_real, mu_null, alpha)
         g_dm, g_ca = mu_fake - mu_real, (alpha - 1) * (mu_uncond - mu_cond)
-        by_dm = {"none": None, "branch": mu_real, "shared": mu_guided}[ablation.normalizer]
-        by_ca = {"none": None, "branch": mu_cond, "shared": mu_guided}[ablation.normalizer]
+        by_dm = {"none": None, "branch": mu_real, "shared": mu_guided}[terms.normalizer]
+        by_ca = {"none": None, "branch": mu_cond, "shared": mu_guided}[terms.normalizer]
         g_dm, g_ca = normalised(g_dm, x, by_dm), normalised(g_ca, x, by_ca)
-        g = g_dm + g_ca if ablation.dm else g_ca
+        g = g_dm + g_ca if terms.dm else g_ca
     return 0.5 * F.mse_loss(x, (x - g).detach()), g_dm, g_ca, mu_real, mu_fake
 
 
@@ -226,7 +224,7 @@ def normalised(g, x, mu):
     return g / expand(error.clamp_min(1e-8), x)
 
 
-class Ablation:
+class Terms:
     """Which terms are on, and what they are divided by.
 
     normalizer "none": nothing (paper); "branch": each term by the mean |x - conditional x0| of its
@@ -239,7 +237,7 @@ class Ablation:
         self.sees_dm = self.dm or args.observer  # whether DM's gradient is computed
         self.needs_fake = self.sees_dm or args.gan_weight > 0
         self.normalizer = args.normalizer
-        self.none = self.dm and self.ca and self.normalizer == "none"
+        self.as_in_paper = self.dm and self.ca and self.normalizer == "none"
 
 
 # ---- the sampler ---------------------------------------------------------------------------------
@@ -335,23 +333,23 @@ def draw_levels(args, draw, k):
     return at_dm, at_ca
 
 
-def note_gradients(run, x, g_dm, g_ca, ablation):
+def note_gradients(run, x, g_dm, g_ca, terms):
     """What the two terms, and all others together (g_rest), send into x; after backward()."""
     n = x.numel()
-    g = g_dm + g_ca if ablation.dm else g_ca
+    g = g_dm + g_ca if terms.dm else g_ca
     cos = F.cosine_similarity(g_dm.flatten(1), g_ca.flatten(1)).mean()
     run.note(g_dm=(g_dm / n).norm(), g_ca=(g_ca / n).norm(), cos_dm_ca=cos)
     run.note(g_rest=(x.grad / run.share - g / n).norm())
 
 
-def describe(args, times, ablation, see_step):
+def describe(args, times, terms, see_step):
     """The student's steps and what it learns from, in words."""
-    on = {"DM": ablation.dm, "CA": ablation.ca, "GAN": args.gan_weight}
+    on = {"DM": terms.dm, "CA": terms.ca, "GAN": args.gan_weight}
     on["mean-variance KL"] = args.mean_variance_weight
-    terms = " + ".join(name for name, weight in on.items() if weight)
+    names = " + ".join(name for name, weight in on.items() if weight)
     fake = "conditioned on the step" if see_step else "not conditioned on the step"
     return (
-        f"{report.steps_at(times)}, {args.renoise}; {terms}, noise levels {args.schedule}, "
+        f"{report.steps_at(times)}, {args.renoise}; {names}, noise levels {args.schedule}, "
         f"normalizer {args.normalizer}; the fake is {fake}"
     )
 
@@ -361,7 +359,7 @@ def train(args):
     teacher = start_teacher(run)
     refuse(wrong_flags(args, teacher.world))
     teacher.conditions = Conditions(args, teacher.base)
-    diffusion, ablation = teacher.diffusion, Ablation(args)
+    diffusion, terms = teacher.diffusion, Terms(args)
     alpha = 1 + args.ca_weight * (args.guidance_scale - 1)
     times = step_grid(args.student_steps, teacher.shift)[:-1]  # t_1 > ... > t_N, shifted
     see_step = fake_sees_step(args, teacher.base)
@@ -380,9 +378,9 @@ def train(args):
     run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
     moments = mean_variance_target(args, teacher.world, teacher.shape)
     sampler = student_sampler(run, ema, teacher, times, args.renoise)
-    report.introduce(run, teacher, teacher.base, describe(args, times, ablation, see_step))
+    report.introduce(run, teacher, teacher.base, describe(args, times, terms, see_step))
     at = times if see_step else None
-    film = film_of_terms(run, teacher, sampler, fake, alpha, ablation, at)
+    film = film_of_terms(run, teacher, sampler, fake, alpha, terms, at)
 
     for step in run.steps():
         warmup, decay = run.rate(step)
@@ -399,12 +397,12 @@ def train(args):
                 x.retain_grad()  # for the log
                 fake_cond = {**cond, **step_input(k, draw, see_step)}
                 at_t = diffusion, *draw_levels(args, draw, k), cond, uncond, fake_cond, alpha
-                if ablation.none:
+                if terms.as_in_paper:
                     loss, g_dm, g_ca, *mu = decoupled_dmd_loss(x, teacher.net, fake, *at_t)
                 else:
-                    loss, g_dm, g_ca, *mu = ablated_loss(x, teacher.net, fake, *at_t, ablation)
+                    loss, g_dm, g_ca, *mu = ablated_loss(x, teacher.net, fake, *at_t, terms)
                 run.note(loss_dm_ca=loss)
-                if ablation.sees_dm:
+                if terms.sees_dm:
                     run.note_scores(*mu)  # mu_real, mu_fake
                 if args.mean_variance_weight:
                     loss_mean_variance = mean_variance_loss(x, *moments)
@@ -416,7 +414,7 @@ def train(args):
                     loss = loss + args.gan_weight * loss_gan
                     run.note(loss_gan=loss_gan)
             (loss * run.share).backward()
-            note_gradients(run, x, g_dm, g_ca, ablation)
+            note_gradients(run, x, g_dm, g_ca, terms)
             run.note_samples(x)
             if args.reuse_samples:  # in the fake's first update, micro-batch by micro-batch
                 seen.append((x.detach(), k, cond))
@@ -424,7 +422,7 @@ def train(args):
         requires_grad(critic, True)
 
         # ---- fake score and discriminator: R updates on samples of the current student
-        for inner in range(args.fake_update_ratio if ablation.needs_fake else 0):
+        for inner in range(args.fake_update_ratio if terms.needs_fake else 0):
             for draw in run.micro_batches(step, inner, teacher):
                 with run.autocast():
                     kept = seen.pop(0) if seen else None
@@ -473,7 +471,7 @@ def mean_variance_target(args, world, shape=None):
 # ---- what the run leaves behind ------------------------------------------------------------------
 
 
-def film_of_terms(run, teacher, sampler, fake, alpha, ablation, times=None, t=0.4):
+def film_of_terms(run, teacher, sampler, fake, alpha, terms, times=None, t=0.4):
     """ring.gif: half of how CA, DM and both move a sample noised to level t.
 
     A term that is off is drawn as nothing; DM that only looks on is drawn, and not in the sum.
@@ -482,19 +480,19 @@ def film_of_terms(run, teacher, sampler, fake, alpha, ablation, times=None, t=0.
     """
     diffusion = teacher.diffusion
     step = sum(t_k >= t for t_k in times) - 1 if times else None
-    on = {"CA": ablation.ca, "DM": ablation.dm}
+    on = {"CA": terms.ca, "DM": terms.dm}
     names = {name: name if is_on else f"{name} (off)" for name, is_on in on.items()}
-    if ablation.sees_dm and not ablation.dm:
+    if terms.sees_dm and not terms.dm:
         names["DM"] = "DM (looks on)"
 
     def ca(x_t, t, cond, uncond):
-        if not ablation.ca:
+        if not terms.ca:
             return torch.zeros_like(x_t)
         mu_cond, mu_uncond = (diffusion.x0(teacher.net, x_t, t, **c) for c in (cond, uncond))
         return 0.5 * (alpha - 1) * (mu_cond - mu_uncond)
 
     def dm(x_t, t, cond, uncond):
-        if not ablation.sees_dm:
+        if not terms.sees_dm:
             return torch.zeros_like(x_t)
         steps = {} if step is None else {"steps": torch.full_like(t, float(step))}
         mu_fake = diffusion.x0(fake, x_t, t, **cond, **steps)
@@ -541,20 +539,20 @@ def cost(args):
     if args.ema_decay:
         networks.append(Network("ema", "average", rank))
     before = (args.student_steps - 1) / 2  # the student's calls that make its input
-    ablation, gan, turns = Ablation(args), 0.5 * (args.gan_weight > 0), []
-    if ablation.needs_fake:
+    terms, gan, turns = Terms(args), 0.5 * (args.gan_weight > 0), []
+    if terms.needs_fake:
         graphs = {"fake": 1 + 2 * gan}  # denoising, D on samples and on data
         R = args.fake_update_ratio
         make = {"student": (before + 1) * (R - args.reuse_samples) / R}
         turns.append(Turn("fake", R, make, graphs))
     # calls of the teacher: at DM's level, at CA's, and without condition at DM's for its normaliser
     guided = args.normalizer == "shared"
-    at_dm = ablation.sees_dm or guided
+    at_dm = terms.sees_dm or guided
     one_level = args.schedule == "shared" and at_dm
-    at_ca = (1 if one_level else 2) if ablation.ca else 0
+    at_ca = (1 if one_level else 2) if terms.ca else 0
     null = guided and args.ca_weight * (args.guidance_scale - 1) != 0
-    null = null and not (one_level and ablation.ca)
-    calls = {"student": before, "teacher": at_dm + at_ca + null, "fake": int(ablation.sees_dm)}
+    null = null and not (one_level and terms.ca)
+    calls = {"student": before, "teacher": at_dm + at_ca + null, "fake": int(terms.sees_dm)}
     return networks, [Turn("student", 1, calls, {"student": 1, "fake": gan}), *turns]
 
 
@@ -630,7 +628,7 @@ def parse_args(argv=None):
 
 def wrong_flags(a, world="not known yet"):
     """Flags that do not go together: pairs (wrong, why). world: the teacher's, None without one."""
-    on, last = Ablation(a), 1 / a.student_steps  # last: raw time of the student's last step
+    on, last = Terms(a), 1 / a.student_steps  # last: raw time of the student's last step
     ca_range = a.ca_range or [0.0, 1.0]
     for flag, (lo, hi) in (("dm_range", a.dm_range), ("ca_range", ca_range)):
         yield lo >= hi, f"--{flag}: LO must be below HI, got {lo:g} {hi:g}"

@@ -409,8 +409,8 @@ def train(args):
     space = build_space(args, world, data).to(run.device)
     shape = latent_shape(data, space, run.device)
     world_name = args.data if is_readable(args, world, space) else None
-    # both from the same seed
-    net, ema = (first_network(run, data, shape, world_name) for _ in range(2))
+    net = first_network(run, data, shape, world_name)
+    ema = run.copy_of(net)
     run.spread_tokens(net, ema)
     net.gradient_checkpointing = args.gradient_checkpointing
     ema.requires_grad_(False)

@@ -464,7 +464,7 @@ def train(args):
     networks = dict(student=student, fake=fake, ema=ema)
     run.start(**networks, optimizer=optimizer, optimizer_fake=optimizer_fake)  # resumed, if asked
     samplers = student_samplers(run, ema, teacher, grids, see_K, args.renoise)
-    report.introduce(run, teacher, teacher.base, describe(args, grids, see_K))
+    report.introduce(run, teacher, teacher.base, describe(args, grids, see))
     longest = max(grids)
     k = step_of_level(args, grids[longest], FILM_LEVEL)
     steps_k = fake_steps_input(grids, longest, k, see) if any(see) else None
@@ -534,12 +534,18 @@ def train(args):
 # ---- what the run leaves behind ------------------------------------------------------------------
 
 
-def describe(args, grids, see_K):
-    """The student's step counts in words."""
-    counts = " or ".join(map(str, grids))
+def describe(args, grids, see):
+    """The student's step counts in words, and a note where its fake mixes up steps."""
+    counts, (see_K, see_k) = " or ".join(map(str, grids)), see
     on_K = ", conditioned on which" if see_K else ""
     times = ", ".join(f"{t:.4g}" for t in grids[max(grids)][:-1])
-    return f"{counts} step(s){on_K}, {args.renoise}; the longest at t = {times}"
+    mixed = args.tau_range != "segment" and max(grids) > 1 and not see_k
+    note = (
+        f"; note: with --tau_range {args.tau_range} the steps' intervals overlap, and this fake, "
+    )
+    note += "which is not conditioned on the step, learns their mixture"
+    about = f"{counts} step(s){on_K}, {args.renoise}; the longest at t = {times}"
+    return about + note if mixed else about
 
 
 def save_student(run, teacher, net, grids, see_K):

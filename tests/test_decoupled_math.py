@@ -109,15 +109,15 @@ def student_loss(
     Where no term is off and nothing is normalised, `decoupled_dmd_loss`, after a check that
     `ablated_loss` is the same to the bit; otherwise the latter.
     """
-    ablation = decoupled_dmd.Ablation(parse(f"--guidance_scale {scale} {flags}"))
+    terms = decoupled_dmd.Terms(parse(f"--guidance_scale {scale} {flags}"))
     at_t = diffusion, at_dm, at_ca, cond, uncond, fake_cond, scale
-    ablated = ablated_loss(x, teacher, fake, *at_t, ablation)
-    if ablation.dm and "--no_ca" not in flags and ablation.normalizer == "none":
+    ablated = ablated_loss(x, teacher, fake, *at_t, terms)
+    if terms.dm and "--no_ca" not in flags and terms.normalizer == "none":
         plain = decoupled_dmd_loss(x, teacher, fake, *at_t)
         assert all(torch.equal(a, b) for a, b in zip(plain, ablated, strict=True))
-        assert ablation.none or scale == 1
+        assert terms.as_in_paper or scale == 1
         return plain[:3]
-    assert not ablation.none
+    assert not terms.as_in_paper
     return ablated[:3]
 
 
@@ -1025,9 +1025,9 @@ def resting_means(schedule, normalizer="none", knows_step=True, updates=100, rat
     m, c = times(1, 1, 1, 1), times(0.5, 0.5, 0.5, 0.5)
     known, unknown = {"known": True}, {"known": False}
     flags = parse(f"--normalizer {normalizer} --guidance_scale 3")
-    loss, ablation = ablated_loss, [decoupled_dmd.Ablation(flags)]
+    loss, terms = ablated_loss, [decoupled_dmd.Terms(flags)]
     if normalizer == "none":
-        loss, ablation = decoupled_dmd_loss, []
+        loss, terms = decoupled_dmd_loss, []
     for _ in range(updates):
         for k in range(4):
             ranges = noise_ranges(schedule, 1 - k / 4, FULL, FULL)
@@ -1038,9 +1038,7 @@ def resting_means(schedule, normalizer="none", knows_step=True, updates=100, rat
             fake = mixture(m[k : k + 1], c[k : k + 1]) if knows_step else mixture(m, c)
             at_t = at_dm, at_dm if schedule == "shared" else at_ca
             x, conds = m[k] + c[k] * z, (known, unknown, known)
-            _, g_dm, g_ca, *_ = loss(
-                x, gaussian_teacher, fake, FLOW_X0, *at_t, *conds, 3.0, *ablation
-            )
+            _, g_dm, g_ca, *_ = loss(x, gaussian_teacher, fake, FLOW_X0, *at_t, *conds, 3.0, *terms)
             m[k] -= rate * (g_dm + g_ca).mean()
             c[k] = (c[k] - rate * ((g_dm + g_ca) * z).mean()).clamp_min(1e-3)
     return m

@@ -425,7 +425,7 @@ def test_film_shows_minus_the_gradients(monkeypatch, flags):
         decoupled_dmd, "Film", lambda run, teacher, sampler, *a, terms: shown.append((*a, terms))
     )
     args = decoupled_dmd.parse_args(["--guidance_scale", "2.5", *flags.split()])
-    alpha, ablation = 1 + args.ca_weight * 1.5, decoupled_dmd.Ablation(args)
+    alpha, terms = 1 + args.ca_weight * 1.5, decoupled_dmd.Terms(args)
     teacher, asked = types.SimpleNamespace(net=RingTeacher(), diffusion=diffusion), []
 
     def fake(x_t, t, label, steps=None):
@@ -433,7 +433,7 @@ def test_film_shows_minus_the_gradients(monkeypatch, flags):
         return torch.sin(3 * x_t)
 
     for times in (None, [1.0, 0.75, 0.5, 0.25]):
-        decoupled_dmd.film_of_terms(None, teacher, None, fake, alpha, ablation, times)
+        decoupled_dmd.film_of_terms(None, teacher, None, fake, alpha, terms, times)
     draw = Draws(0, 0, "film", range(8), shape=(2,))
     x, eps, t = draw.noise("x"), draw.noise("eps"), torch.full((8,), 0.4)
     cond, null = {"label": torch.arange(8) % 4}, {"label": torch.full((8,), 4)}

@@ -377,16 +377,16 @@ def test_decoupled_dmd_counts_its_teacher(schedule, normalizer, terms):
     """Calls of teacher and fake in the student's turn, by what its loss really calls."""
     flags = f"--teacher ring --schedule {schedule} --normalizer {normalizer} {terms}"
     args = decoupled_dmd.parse_args(flags.split())
-    ablation, calls = decoupled_dmd.Ablation(args), {}
+    terms, calls = decoupled_dmd.Terms(args), {}
     x, t, cond = torch.randn(4, 2), torch.full((4,), 0.5), {"label": torch.zeros(4)}
     at_dm, at_ca = (x, t), (x, t)
     at = (at_dm, at_dm if schedule == "shared" else at_ca), (cond, cond, cond)
     alpha = 1 + args.ca_weight * (args.guidance_scale - 1)
     nets, flow = (counted(calls, "teacher"), counted(calls, "fake")), Diffusion(Flow(), "flow_v")
-    if ablation.none:
+    if terms.as_in_paper:
         decoupled_dmd.decoupled_dmd_loss(x, *nets, flow, *at[0], *at[1], alpha)
     else:
-        decoupled_dmd.ablated_loss(x, *nets, flow, *at[0], *at[1], alpha, ablation)
+        decoupled_dmd.ablated_loss(x, *nets, flow, *at[0], *at[1], alpha, terms)
     student = decoupled_dmd.cost(args)[1][0].calls
     assert {k: student[k] for k in ("teacher", "fake")} == {"teacher": 0, "fake": 0, **calls}
 

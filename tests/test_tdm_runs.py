@@ -683,3 +683,22 @@ def test_a_long_run_has_lower_rates(flags, rate, rate_fake):
     """At the default's four steps stay at fd 3.0 on glyphs, at these they come to 2.1."""
     args = tdm.parse_args(flags.split())
     assert (args.learning_rate, args.learning_rate_fake) == (rate, rate_fake)
+
+
+@pytest.mark.parametrize(
+    "flags, mixed",
+    [
+        ("--tau_range to_noise --shared_fake", True),
+        ("--tau_range last_to_noise --fake_lora_rank 2", True),
+        ("--tau_range to_noise", False),
+        ("--tau_range to_noise --shared_fake --student_steps 1", False),
+        ("--shared_fake", False),
+    ],
+)
+def test_a_fake_that_mixes_up_steps_is_said(flags, mixed):
+    """Intervals that overlap need a fake that knows the step; released networks' cannot."""
+    args = tdm.parse_args(["--student_steps", "4", *flags.split()])
+    net = types.SimpleNamespace(config={"steps_cond": False})
+    see = tdm.sees_K(args, net), tdm.fake_sees_step(args, net)
+    grids = {n: tdm.trajectory(n, 1.0) for n in args.student_steps}
+    assert ("learns their mixture" in tdm.describe(args, grids, see)) == mixed

@@ -58,13 +58,13 @@ def train(student, fake, updates, no_dm, no_ca, see):
     """A one-step student by `decoupled_dmd.ablated_loss`; without matching there is no fake."""
     move, follow = adam(student, 5e-4), adam(fake, 1e-3)
     flags = dict(no_dm=no_dm, no_ca=no_ca, guidance_scale=SCALE, observer=False, gan_weight=0)
-    ablation = decoupled_dmd.Ablation(SimpleNamespace(**flags, normalizer="none", ca_weight=1))
+    terms = decoupled_dmd.Terms(SimpleNamespace(**flags, normalizer="none", ca_weight=1))
     for update in range(updates):
         left = rate_left(update, updates)
         see(update)
         x = DIFFUSION.x0(student, noise(), 1.0, **COND)
         at_dm, at_ca = ((noise(), levels(0.02, 0.98)) for _ in range(2))
-        how = DIFFUSION, at_dm, at_ca, COND, UNCOND, COND, SCALE, ablation
+        how = DIFFUSION, at_dm, at_ca, COND, UNCOND, COND, SCALE, terms
         step(move, decoupled_dmd.ablated_loss(x, TEACHER, fake, *how)[0], left)
         for _ in range(0 if no_dm else RATIO):
             with torch.no_grad():
