@@ -348,7 +348,9 @@ def test_converted_folders_are_teachers_and_go_back(tmp_path, kind):
         return
     run = str(tmp_path / "run")
     flags = "--student_steps 1 --train_batch_size 2 --max_train_steps 2 --preview_samples 2"
-    flags += " --teacher_steps 2 --fake_update_ratio 1 --guidance_scale 2"
+    flags += (
+        f" --teacher_steps 2 --fake_update_ratio 1 --guidance_scale {2 if kind == 'lfm' else 1}"
+    )
     dmd.main(["--teacher", out, "--output_dir", run, *flags.split()])
     assert len(read_log(tmp_path / "run")) == 2
     ours, _ = load_network(f"{run}/student")
@@ -458,6 +460,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, capsys):
         (dict(out_channels=4), "out_channels = 4 is not implemented"),
         (dict(image_size=9), "image_size = 9 cannot be halved 1 times"),
         (dict(model_channels=48), "model_channels = 48 must be a multiple of 32"),
+        (dict(context_width=2, in_channels=5), "context_width = 2 needs context_channels"),
         (dict(num_heads=3), "64 channels do not divide into num_heads = 3"),
         (dict(channel_mult=[1, 0]), "channel_mult"),
     ],

@@ -790,8 +790,12 @@ def test_which_paths_are_lora_files(tmp_path):
     """A file by its ending, a folder of peft's, but no network, also in TRELLIS's layout."""
     assert lora.adapter_file("some/where.safetensors") == "some/where.safetensors"
     assert lora.adapter_file(str(tmp_path)) is None and lora.adapter_file("ring") is None
-    (tmp_path / "net.json").write_text("{}")
-    assert lora.adapter_file(str(tmp_path / "net.safetensors")) is None
+    path = str(tmp_path / "net.safetensors")
+    (tmp_path / "net.json").write_text('{"name": "SLatFlowModel", "args": {}}')
+    assert lora.adapter_file(path) is None
+    for note in ('{"description": ""}', "no JSON", "[]"):  # of a program that keeps such files
+        (tmp_path / "net.json").write_text(note)
+        assert lora.adapter_file(path) == path
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     assert lora.adapter_file(str(tmp_path)) == str(tmp_path / "adapter_model.safetensors")
 

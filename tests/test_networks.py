@@ -310,6 +310,35 @@ def test_attributes_of_two_networks():
     check_attributes(two_networks())
 
 
+def test_two_networks_that_differ_are_refused():
+    """Whichever of the two has a key that the other lacks."""
+    with torch.device("meta"):
+        one, other = (WanTransformer3DModel(**TINY_WAN, linear_layers=n) for n in (None, [0]))
+    for pair in ((one, other), (other, one)):
+        with pytest.raises(ValueError, match="the two networks differ: linear_layers"):
+            WanTwoNetworks(*pair, 0.5)
+
+
+def test_latents_have_the_channels_of_the_config():
+    """Of another autoencoder than the released one's. Qwen-Image's channels are of 2 x 2 places."""
+    for case in CASES.values():
+        shape, channels = case.net().latent_shape, case.config.get("in_channels", 0)
+        context, packed = case.config.get("context_channels"), case.cls.__name__[:4] == "Qwen"
+        if channels and not context:
+            assert shape[0] * (4 if packed else 1) == channels, case.cls.__name__
+
+
+@pytest.mark.parametrize("label", [-1, 5, 1000])
+def test_classes_that_there_are_not(label):
+    """They are not taken for the null label, which is number 4."""
+    for name in ("UNetModel", "DiT", "DiTTransformer2DModel"):
+        net = CASES[name].net()
+        call = call_of(CASES[name], net)
+        assert net.num_classes == 4
+        with pytest.raises((IndexError, ValueError)):
+            net(**{**call, "label": torch.full((B,), label)})
+
+
 @each
 def test_config_is_json_and_builds_the_network_again(case):
     changes = [{}]
@@ -424,6 +453,7 @@ def wrong_calls(call):
     """{what is wrong: changes of a call}, none of which a network may take."""
     wrong = {
         "channels": {"x": torch.cat([call["x"], call["x"][:, :1]], dim=1)},
+        "x in integers": {"x": (3 * call["x"]).long()},
         "axes": {"x": call["x"][..., None]},
         "t without axis": {"t": torch.tensor(0.5)},
         "t of one sample": {"t": call["t"][:1]},

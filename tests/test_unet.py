@@ -310,6 +310,23 @@ def test_a_kohya_file_loads(name, tmp_path):
         assert relative(ours(**call, adapter="b"), ours(**call, adapter="a")) <= 1e-5
 
 
+def test_a_kohya_file_of_convolutions_is_merged(tmp_path):
+    """sd-scripts also adapts the 1x1 convolutions around SD 1.5's transformers: (r, C, 1, 1)."""
+    net, key = UNet2DConditionModel(**TINY_SD), "down_blocks.0.attentions.0.proj_in"
+    want = {name: p.clone() for name, p in net.named_parameters()}
+    o, i = net.get_submodule(key).weight.shape[:2]
+    A, B = torch.randn(2, i, 1, 1), torch.randn(o, 2, 1, 1)
+    name = f"lora_unet_{key.replace('.', '_')}"
+    tensors = {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}
+    save_file({**tensors, f"{name}.alpha": torch.tensor(1.0)}, tmp_path / "k.safetensors")
+    with pytest.raises(ValueError, match="proj_in.*merge the file into the weights"):
+        lora.load(net, "a", str(tmp_path / "k.safetensors"))
+    lora.merge_file(net, str(tmp_path / "k.safetensors"))
+    want[f"{key}.weight"] += 0.5 * torch.einsum("orxy,rixy->oixy", B, A)
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p, want[name], msg=name)
+
+
 def test_names_of_the_original_u_net():
     """As in kohya's files for SDXL 1.0: its two transformers a level, ten blocks in the lowest."""
     with torch.device("meta"):
@@ -490,6 +507,8 @@ REFINER = dict(  # what stabilityai/stable-diffusion-xl-refiner-1.0 has of its o
         (dict(attention_head_dim=[2, 2]), r"attention_head_dim = \[2, 2\] .* or 4 of them"),
         (dict(attention_head_dim=5), "8 do not divide into attention_head_dim = 5 heads"),
         (dict(norm_num_groups=5), "norm_num_groups = 5"),
+        (dict(norm_num_groups=None), "norm_num_groups = null is not implemented"),
+        (dict(sample_size=None), "sample_size = null is not implemented"),
         (dict(transformer_layers_per_block=[1, 1, 1, [1, 2]]), "transformer_layers_per_block"),
         (dict(addition_embed_type="text"), "addition_embed_type = 'text' is not implemented"),
         (dict(addition_embed_type="text_time"), "projection_class_embeddings_input_dim = None"),

@@ -87,6 +87,8 @@ def test_attend_can_be_swapped_in_one_block():
             dict(config=dict(added_kv_proj_dim=5120)),
             "added_kv_proj_dim = 5120 means image-to-video",
         ),
+        (dict(config=dict(patch_size=[2, 2])), "give frames, rows and columns"),
+        (dict(config=dict(out_channels=8)), "in_channels = 4 with 8 out"),
         (dict(config=dict(pos_embed_seq_len=514)), "pos_embed_seq_len = 514 means image-to-video"),
         (dict(config=dict(qk_norm="layer_norm")), "qk_norm = 'layer_norm' is not implemented"),
         (
@@ -293,9 +295,10 @@ def test_boundary_like_wan_pipeline():
 
 def test_two_networks_look_like_one():
     two = two_networks()
-    for name in ("prediction", "cond_names", "latent_shape", "lora_targets"):
+    for name in ("prediction", "cond_names", "lora_targets"):
         assert getattr(two, name) == getattr(WanTransformer3DModel, name)
     assert two.default_shift == 12.0 and two.boundary == 0.75
+    assert two.latent_shape == two.high.latent_shape
     assert two.config["text_dim"] == 10 and two.config["in_channels"] == 4
     assert not two.gradient_checkpointing
     two.gradient_checkpointing = True

@@ -348,8 +348,8 @@ class UNetModel(nn.Module):
             waves = sinusoid(clock, self.config["model_channels"], scale=1.0)
             emb = self.time_embed(waves.to(dtype))
             if self.label_emb is not None and label is not None:
-                known = (label < self.num_classes)[:, None]
-                rows = self.label_emb(label.clamp(max=self.num_classes - 1))
+                known = (label != self.num_classes)[:, None]
+                rows = self.label_emb(label.where(known[:, 0], 0))  # which refuses other labels
                 emb = emb + torch.where(known, rows, torch.zeros_like(rows))
         return emb.float()
 

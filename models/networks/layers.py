@@ -179,7 +179,9 @@ def unpatchify(tokens, grid, patch):
 
 def context_layer(channels, width):
     """What brings a context to `width` channels: a 1x1 convolution that is trained; width None or
-    0: nothing does."""
+    0: nothing does. Raises ValueError for a width without a context."""
+    if width and not channels:
+        raise ValueError(f"context_width = {width} needs context_channels")
     return nn.Conv2d(channels, width, 1, bias=False) if channels and width else nn.Identity()
 
 
@@ -205,11 +207,18 @@ def with_context(layer, x, context, channels):
 
 
 def check_time(t, x):
-    """Raises ValueError unless t (B,) is floats, one for each row of x."""
+    """Raises ValueError unless x and t (B,) are floats, one t for each row of x."""
+    check_floats(x)
     if t.shape != x.shape[:1] or not t.is_floating_point():
         raise ValueError(
             f"t is {t.dtype} {tuple(t.shape)}; pass floats in [0, 1] of shape ({x.shape[0]},)"
         )
+
+
+def check_floats(x):
+    """Raises ValueError for integers, to which a prediction would be rounded."""
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; pass floats")
 
 
 def check_label(label, x, num_classes):

@@ -34,7 +34,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.files import load_json, open_tensors, save_json, save_tensors
+from models.files import UserError, load_json, open_tensors, save_json, save_tensors
 from models.shards import own_rows, rows_in
 
 
@@ -255,7 +255,7 @@ def _add_product(W, A, B, scale):
     B, W = rows_in(W, B), own_rows(W)  # of a sharded W this rank's rows
     wide = torch.promote_types(W.dtype, torch.float32)
     A, B = A.to(W.device, wide), B.to(W.device, wide)
-    W.copy_(W.to(wide) + scale * (B @ A))
+    W.copy_(W.to(wide) + scale * (B @ A).view_as(W))  # that of a 1x1 convolution has four axes
 
 
 def base_parameters(net):
@@ -427,12 +427,24 @@ ENDINGS = {  # {ending: what it is}; \.\w+ is the name that an adapter had in pe
 def adapter_file(source):
     """The LoRA file that a path stands for: itself, or that of a folder of peft's. None: no such.
 
-    DIR/NAME.safetensors beside DIR/NAME.json is a network in TRELLIS's layout, not a LoRA file.
+    DIR/NAME.safetensors beside a DIR/NAME.json with name and args is a network in TRELLIS's layout,
+    not a LoRA file; another JSON is a note of a program that keeps such files.
     """
     if os.path.isfile(os.path.join(source, PEFT_WEIGHTS)):
         return os.path.join(source, PEFT_WEIGHTS)
     stem = source.removesuffix(".safetensors")
-    return source if stem != source and not os.path.isfile(stem + ".json") else None
+    if stem == source or (os.path.isfile(stem + ".json") and is_trellis(stem + ".json")):
+        return None
+    return source
+
+
+def is_trellis(path):
+    """Whether a JSON file describes a network in TRELLIS's layout."""
+    try:
+        described = load_json(path)
+    except UserError:  # no JSON at all
+        return False
+    return isinstance(described, dict) and {"name", "args"} <= described.keys()
 
 
 def load(net, name, path):
@@ -506,6 +518,8 @@ def _read(net, path):
                     f"{path}: {stored!r} holds integers ({value.dtype}): give an adapter in "
                     "float32, float16 or bfloat16"
                 )
+            if part in ("A", "B") and value.dim() == 4 and value.shape[2:] == (1, 1):
+                value = value.flatten(1)  # of a 1x1 convolution, as kohya's files have them
             found[key][part] = value.float()
             if not found[key][part].isfinite().all():
                 raise ValueError(
@@ -567,6 +581,7 @@ def _check_pair(path, key, parts, shape):
         raise ValueError(
             f"{path} has {name} but not both halves for {key!r}: copy or save it again"
         )
+    shape = shape[:2] if shape[2:] == (1, 1) else shape
     if len(shape) != 2:
         raise ValueError(f"{path} has an adapter of {key!r}, which is no linear layer")
     rank = len(parts["A"])

@@ -265,11 +265,11 @@ class Lumina2Transformer2DModel(nn.Module):
         self.latent_shape = (in_channels, sample_size, sample_size)
         self.patch_size, self.text_dim = patch_size, text_dim
         patch_dim = patch_size**2 * in_channels
-        self.x_embedder = nn.Linear(patch_dim, dim)
+        self.x_embedder, kv_heads = nn.Linear(patch_dim, dim), num_kv_heads or num_attention_heads
         self.time_caption_embed = TimeCaptionEmbedder(dim, text_dim, norm_eps)
 
         def blocks(n, modulated=True):
-            how = dim, num_attention_heads, num_kv_heads, hidden, norm_eps, modulated
+            how = dim, num_attention_heads, kv_heads, hidden, norm_eps, modulated
             return nn.ModuleList([Block(*how) for _ in range(n)])
 
         self.noise_refiner = blocks(num_refiner_layers)
@@ -286,7 +286,8 @@ class Lumina2Transformer2DModel(nn.Module):
                 f"out_channels = {c['out_channels']} is not implemented; Lumina-Image 2.0 has as "
                 f"many as in_channels = {c['in_channels']}"
             )
-        dim, heads, kv_heads = c["hidden_size"], c["num_attention_heads"], c["num_kv_heads"]
+        dim, heads = c["hidden_size"], c["num_attention_heads"]
+        kv_heads = c["num_kv_heads"] or heads
         if heads % kv_heads:
             raise ValueError(f"num_kv_heads = {kv_heads} must divide num_attention_heads = {heads}")
         axes = c["axes_dim_rope"]
@@ -352,7 +353,7 @@ class Lumina2Transformer2DModel(nn.Module):
         for block in self.noise_refiner:
             h = run(block, h, None, rotary, share)
         for block in self.context_refiner:
-            c = run(block, c, keep_c, (cos[:, :M], sin[:, :M]), None)
+            c = run(block, c, keep_c, [cos[:, :M], sin[:, :M]], None)
         h = torch.cat([c, gather_tokens(h, share)], dim=1)
         share = share_of(self.sequence, M + N)
         h, *rotary = (split_tokens(z, share) for z in (h, cos, sin))

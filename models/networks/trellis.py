@@ -49,7 +49,7 @@ from torch.utils.checkpoint import checkpoint
 from models.diffusion import sinusoid
 from models.networks import lora
 from models.networks.dit import patchify, unpatchify
-from models.networks.layers import attention, check_time, given
+from models.networks.layers import attention, check_floats, check_time, given
 from models.networks.sequence import gather_tokens, share_of, split_tokens
 
 # The networks of microsoft/TRELLIS-image-large.
@@ -334,11 +334,12 @@ class Transformer(nn.Module):
         h = F.layer_norm(wide(h), h.shape[-1:])  # epsilon 1e-5, unlike that of the blocks
         return self.out_layer(h.to(self.out_layer.weight.dtype))
 
-    def _check(self, t, tokens, adapter):
+    def _check(self, x, t, tokens, adapter):
         """Raises ValueError for arguments that neither forward can take."""
         width = self.config["cond_channels"]
         if tokens.dim() != 3 or tokens.shape[2] != width:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; pass (B, L, {width})")
+        check_floats(x)
         check_time(t, tokens)
         lora.check(self, adapter)
 
@@ -411,7 +412,7 @@ class SparseStructureFlowModel(Transformer):
         name of models/networks/lora.py, None = the bare network. Raises ValueError, one line with
         cause and remedy, for shapes that do not fit and an unknown adapter.
         """
-        self._check(t, tokens, adapter)
+        self._check(x, t, tokens, adapter)
         want = (len(tokens), *self.latent_shape)
         if x.shape != want:
             raise ValueError(f"x has shape {tuple(x.shape)}; pass {want}")
@@ -767,7 +768,7 @@ class SLatFlowModel(Transformer):
         models/networks/lora.py, None = the bare network. Raises ValueError, one line with cause
         and remedy, for arguments that do not fit and an unknown adapter.
         """
-        self._check(t, tokens, adapter)
+        self._check(x, t, tokens, adapter)
         self._check_points(x, coords, len(t))
         time, skips, resolution = self.t_embedder(t), [], self.config["resolution"]
         grids = [make_grid(coords.long(), resolution)]  # from fine to coarse

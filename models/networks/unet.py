@@ -379,6 +379,9 @@ def check_config(given):
             raise ValueError(
                 f"{name} = {value!r} is not implemented: give an integer, or {levels} of them"
             )
+    for name in ("sample_size", "norm_num_groups"):
+        if given[name] is None:
+            raise ValueError(f"{name} = null is not implemented: give an integer")
     if not isinstance(given["cross_attention_dim"], int):
         raise ValueError(
             f"cross_attention_dim = {given['cross_attention_dim']!r} is not implemented: give one "

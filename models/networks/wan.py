@@ -262,11 +262,13 @@ class WanTransformer3DModel(nn.Module):
                     f"{name} = {self.config[name]} means image-to-video, which is not implemented; "
                     f"use a text-to-video checkpoint ({name} null)"
                 )
-        if (out_channels or in_channels) < in_channels:
+        if (out_channels or in_channels) != in_channels:
             raise ValueError(
                 f"in_channels = {in_channels} with {out_channels} out means image-to-video, which "
                 "is not implemented; use a text-to-video checkpoint"
             )
+        if len(patch_size) != 3:
+            raise ValueError(f"patch_size = {list(patch_size)}: give frames, rows and columns")
         if qk_norm != "rms_norm_across_heads":
             raise ValueError(
                 f"qk_norm = {qk_norm!r} is not implemented; Wan uses 'rms_norm_across_heads'"
@@ -278,6 +280,7 @@ class WanTransformer3DModel(nn.Module):
 
         dim = num_attention_heads * attention_head_dim
         self.patch_size, self.text_dim = tuple(patch_size), text_dim
+        self.latent_shape = (in_channels, *self.latent_shape[1:])
         if in_channels == WAN_5B["in_channels"]:
             self.latent_shape = LATENT_SHAPE_5B
         self.out_channels = out_channels or in_channels
@@ -392,12 +395,15 @@ class WanTwoNetworks(nn.Module):
             if not isinstance(net, WanTransformer3DModel):
                 raise ValueError(f"a {type(net).__name__} cannot be one of Wan's two networks")
         differ = [
-            f"{k} = {v} and {low.config[k]}" for k, v in high.config.items() if v != low.config[k]
+            f"{k} = {high.config.get(k)} and {low.config.get(k)}"
+            for k in {**high.config, **low.config}
+            if high.config.get(k) != low.config.get(k)
         ]
         if differ:
             raise ValueError(f"the two networks differ: {', '.join(differ)}")
         self.high, self.low, self.boundary = high, low, float(boundary)
         self.config, self.text_dim = high.config, high.text_dim
+        self.latent_shape = high.latent_shape
 
     @property
     def networks(self):

@@ -275,6 +275,7 @@ class ZImageTransformer2DModel(nn.Module):
 
         self.patch_size, self.text_dim = all_patch_size[0], cap_feat_dim
         key = f"{self.patch_size}-1"  # part of the names of parameters
+        self.latent_shape = (in_channels, *self.latent_shape[1:])
         patch_dim = self.patch_size**2 * in_channels
         self.all_x_embedder = nn.ModuleDict({key: nn.Linear(patch_dim, dim)})
         self.all_final_layer = nn.ModuleDict({key: FinalLayer(dim, patch_dim)})
@@ -365,7 +366,7 @@ class ZImageTransformer2DModel(nn.Module):
         for block in self.noise_refiner:
             h = run(block, h, None, rotary, share)
         for block in self.context_refiner:
-            c = run(block, c, mask_c, (cos[:, P:], sin[:, P:]), None)
+            c = run(block, c, mask_c, [cos[:, P:], sin[:, P:]], None)
         h = torch.cat([gather_tokens(h, share), c], dim=1)
         share = share_of(self.sequence, P + M)
         h, *rotary = (split_tokens(z, share) for z in (h, cos, sin))

@@ -292,8 +292,13 @@ class Run:
         return place(net, self.device, None if whole else self.mesh)
 
     def compile_blocks(self, net):
-        """With --compile each block of net is compiled when it is first called. -> net"""
+        """With --compile each block of net is compiled when it is first called. -> net
+
+        All blocks of a class share one cache, whose 8 entries a U-Net's widths alone would fill:
+        what comes later, adapters among it, would silently run as it is.
+        """
         for block in blocks_of(net) if self.args.compile else ():
+            torch._dynamo.config.recompile_limit = 256
             block.compile()
         return net
 
