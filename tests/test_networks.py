@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import TINY_PIXART, TINY_WAN, TINY_Z_IMAGE, fill, perturbed
 from released import COGVIDEOX, LUMINA2, QWEN_IMAGE
 from test_adding import examples
+from torch import nn
 
 from models import networks
 from models.diffusion import PREDICTIONS, VP, Flow
@@ -40,6 +42,8 @@ from models.networks.trellis_mesh import SLatMeshDecoder
 from models.networks.unet import SD_1_5, SDXL, UNet2DConditionModel
 from models.networks.wan import WanTransformer3DModel, WanTwoNetworks
 from models.networks.z_image import ZImageTransformer2DModel
+from models.plumbing import run as run_module
+from models.plumbing.run import Run
 
 B, L = 3, 5  # samples of a call, tokens of a prompt
 
@@ -751,3 +755,37 @@ def test_shards_of_a_network_are_of_one_save(tmp_path, monkeypatch):
     again, _ = load_network(folder)
     state = nets[1].state_dict()
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+
+
+# ---- --compile -----------------------------------------------------------------------------------
+
+
+class Width(nn.Module):
+    """A block of a U-Net: each has its own width, and so takes a graph of its own."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_every_block_of_a_class_is_compiled(monkeypatch):
+    """Also the ninth: torch keeps eight graphs of a class, and would run the rest as it is."""
+    graphs = []
+
+    def compile_here(block):
+        count = torch.compile(block.forward, backend=lambda g, _: graphs.append(g) or g.forward)
+        block.forward = count
+
+    net = nn.Module()
+    net.blocks = nn.ModuleList(Width(n) for n in range(2, 14))
+    monkeypatch.setattr(Width, "compile", compile_here)
+    monkeypatch.setattr(run_module, "blocks_of", lambda net: net.blocks)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.reset()
+    Run.compile_blocks(SimpleNamespace(args=SimpleNamespace(compile=True)), net)
+    for n, block in enumerate(net.blocks, 2):
+        block(torch.ones(1, n))
+    assert len(graphs) == 12
