@@ -8,6 +8,7 @@ test_mdt_math.py.
 import copy
 import json
 import re
+import types
 
 import pytest
 import torch
@@ -65,8 +66,9 @@ class Reference:
 
     def __init__(
         self, teacher, student, draw, arm="mdt", dt=0.01, c=0.1, jvp=False, guidance=(1, 1),
-        shared=False, uniform=False, w="code", phases=1, time_shift=1.0,
+        shared=False, uniform=False, w="code", phases=1, time_shift=1.0, weights=(1.0, 1.0),
     ):  # fmt: skip
+        self.weights = weights
         self.teacher, self.student, self.draw, self.arm, self.dt = teacher, student, draw, arm, dt
         self.c, self.jvp, self.guidance, self.shared = c, jvp, guidance, shared
         self.uniform, self.w, self.phases, self.time_shift = uniform, w, phases, time_shift
@@ -128,7 +130,7 @@ class Reference:
         return (weight * r * (phi_z - phi_z.detach())).mean() + value, r
 
     def loss(self, data):
-        """-> scalar, {name of a term in log.csv: mean squared residual}."""
+        """-> scalar, {term: its loss}, {term: mean squared residual}."""
         index = self.draw.integer("data", N)
         x0, label = data["x0"][index], data["cond.label"][index]
         t, t2 = self.times("t"), self.times("t2")
@@ -140,11 +142,17 @@ class Reference:
             terms["vm"] = [self.matching(x0[i], z[i], t[i], label[i]) for i in range(B)]
         if self.arm in ("mdt", "vd"):
             terms["vd"] = [self.distillation(z1[i], z2[i], t2[i], label[i]) for i in range(B)]
-        total = sum(torch.stack([loss for loss, _ in term]).mean() for term in terms.values())
-        return total, {
-            name: float(torch.stack([r.detach() for _, r in term]).square().mean())
-            for name, term in terms.items()
-        }
+        losses = {k: torch.stack([loss for loss, _ in term]).mean() for k, term in terms.items()}
+        weighted = {"vm": self.weights[0], "vd": self.weights[1]}
+        total = sum(weighted[k] * loss for k, loss in losses.items())
+        return (
+            total,
+            {k: float(loss.detach()) for k, loss in losses.items()},
+            {
+                name: float(torch.stack([r.detach() for _, r in term]).square().mean())
+                for name, term in terms.items()
+            },
+        )
 
 
 def rms_normalised(r):
@@ -170,6 +178,7 @@ CASES = [
     (["--arm", "vm", "--phases", "3"], dict(arm="vm", phases=3)),
     (["--arm", "cm", "--phases", "2", "--dt", "0.4"], dict(arm="cm", phases=2, dt=0.4)),
     (["--d_norm", "none", *PAPER], dict(c=None, uniform=True, w="paper")),
+    (["--vm_weight", "0.5", "--vd_loss_weight", "3"], dict(weights=(0.5, 3.0))),
 ]
 # fmt: on
 
@@ -203,7 +212,7 @@ def test_first_gradient_is_that_of_the_draws(monkeypatch, tmp_path, tiny, flags,
     mdt_dist.main([*base, *fixed, *flags, "--output_dir", str(tmp_path / "run")])
     teacher, student = (load_network(str(root / name))[0] for name in ("teacher", "other"))
     reference = Reference(teacher, student, Draws(SEED, 0, "student", range(B)), **means)
-    loss, squares = reference.loss(load_file(root / "data.safetensors"))
+    loss, terms, squares = reference.loss(load_file(root / "data.safetensors"))
     want = torch.autograd.grad(loss, list(student.parameters()))
     largest = max(v.abs().max() for v in want)
     loose = 20 if means.get("jvp") else 1
@@ -212,12 +221,23 @@ def test_first_gradient_is_that_of_the_draws(monkeypatch, tmp_path, tiny, flags,
         torch.testing.assert_close(a, b, rtol=2e-2 * loose, atol=float(1e-3 * loose * largest))
     (row,) = [{name: float(v) for name, v in row.items()} for row in read_log(tmp_path / "run")]
     losses = {name: v for name, v in row.items() if name.startswith("loss_")}
-    assert set(losses) == {f"loss_{name}" for name in squares}  # no column of a term that is off
-    assert sum(losses.values()) == pytest.approx(float(loss.detach()), rel=0.01 * loose)
+    # unweighted; no column of a term that is off
+    assert losses == pytest.approx({f"loss_{k}": v for k, v in terms.items()}, rel=0.01 * loose)
     residuals = {name[2:]: v**2 for name, v in row.items() if name.startswith("r_")}
     assert residuals == pytest.approx(squares, rel=0.01 * loose, abs=1e-9)
     assert not any(p.requires_grad or p.grad is not None for p in frozen[0].parameters())
     assert_bit_equal(dict(frozen[0].state_dict()), load_file(root / "teacher" / WEIGHTS))
+
+
+def test_the_derivatives_part_of_scm_grows(monkeypatch):
+    """From nothing to all of it over --tangent_warmup updates."""
+    seen, teacher = [], types.SimpleNamespace(net=None, shift=1.0)
+    monkeypatch.setattr(mdt_dist, "continuous_consistency", lambda *a: seen.append(a[-1]))
+    args = mdt_dist.parse_args(["--arm", "scm", "--tangent_warmup", "20"])
+    for step in (0, 5, 20, 30):
+        at = torch.zeros(1), torch.zeros(1), torch.ones(1), {}, {}
+        mdt_dist.matching(args, None, teacher, *at, step)
+    assert seen == [0, 0.25, 1, 1]
 
 
 def test_paper_launch_line_is_the_paper_s_algorithm():

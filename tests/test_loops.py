@@ -1,0 +1,216 @@
+"""What the seven training loops have in common: rates, betas, micro-batches, draws, precision.
+
+Each script's own test of its gradients knows its losses; here are the flags that all loops read,
+and that a loop could read and not pass on.
+"""
+
+import importlib
+
+import pytest
+import torch
+from helpers import quiet
+from safetensors.torch import save_file
+from test_resume import flags_of
+
+import latent_fm
+from models.draws import Draws
+from models.plumbing.run import Run
+
+SCRIPTS = ["dmd", "decoupled_dmd", "tdm", "phased_dmd", "linvideo", "mdt_dist", "latent_fm"]
+each = pytest.mark.parametrize("script", SCRIPTS)
+
+
+@pytest.fixture(autouse=True)
+def no_samples(monkeypatch):
+    quiet(monkeypatch)
+    monkeypatch.setattr(latent_fm, "finish", lambda *a, **k: None)
+
+
+def watch_updates(monkeypatch, look):
+    """look(run, optimizers, what) is called before every update, with gradients not yet clipped."""
+    real = Run.update
+
+    def update(run, optimizers, what):
+        look(run, optimizers if isinstance(optimizers, list) else [optimizers], what)
+        real(run, optimizers, what)
+
+    monkeypatch.setattr(Run, "update", update)
+
+
+def run(script, tmp_path, *more):
+    importlib.import_module(script).main(flags_of(script, tmp_path, *more))
+
+
+def factor(script, step, steps=6):
+    """Warm-up over 3 updates, and a fall over the last half of the run, or of each phase."""
+    left = 1 - step / steps
+    if script == "phased_dmd":  # whose phases have 3 updates each
+        left = 1 - step % 3 / 3
+        step %= 3
+    return min(1, (step + 1) / 3) * min(1, left / 0.5)
+
+
+@each
+def test_rates_and_betas_of_every_update(monkeypatch, tmp_path, script):
+    """Every optimiser follows the schedule; r of linvideo.py has a constant rate."""
+    seen = []
+
+    def look(run, optimizers, what):
+        groups = [g for optimizer in optimizers for g in optimizer.param_groups]
+        seen.append((what, [(g["lr"], g.get("betas"), g["weight_decay"]) for g in groups]))
+
+    watch_updates(monkeypatch, look)
+    flags = "--max_train_steps 6 --lr_warmup_steps 3 --lr_decay_share 0.5 --learning_rate 1e-4 "
+    flags += "--adam_betas 0.7 0.8 --weight_decay 0.03"
+    rates = {"student": [1e-4], "net": [1e-4], "fake": [3e-4]}
+    if script not in ("linvideo", "mdt_dist", "latent_fm"):
+        flags += " --learning_rate_fake 3e-4 --fake_update_ratio 2"
+    if script == "latent_fm":
+        flags += " --optimizer muon --learning_rate_muon 2e-3"
+    run(script, tmp_path, *flags.split())
+    counts = {"student": 0, "net": 0, "fake": 0}
+    for what, groups in seen:
+        step = counts[what] // (2 if what == "fake" else 1)
+        counts[what] += 1
+        for lr, betas, decay in groups:
+            if betas is None:  # Muon has none
+                assert lr == pytest.approx(2e-3 * factor(script, step))
+                continue
+            assert betas == (0.7, 0.8)
+            if script == "linvideo":  # W and r have rates of their own: tests/test_linvideo_runs.py
+                continue
+            assert decay == 0.03 or script == "latent_fm"
+            assert lr == pytest.approx(rates[what][0] * factor(script, step)), (what, step)
+    assert {6, 12} >= {n for n in counts.values() if n} and sum(counts.values()) >= 6
+
+
+@each
+@pytest.mark.parametrize("more", ["", "--mixed_precision bf16"], ids=["float32", "bf16"])
+def test_two_micro_batches_are_one_of_twice_the_size(monkeypatch, tmp_path, script, more):
+    """The same samples are drawn, and the gradient is their mean. In bfloat16 roughly."""
+    found = []
+
+    def look(run, optimizers, what):
+        parts = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+        found[-1].append(
+            (what, [torch.zeros(1) if p.grad is None else p.grad.clone() for p in parts])
+        )
+
+    watch_updates(monkeypatch, look)
+    for i, size in enumerate(("8 1", "4 2")):
+        found.append([])
+        (tmp_path / str(i)).mkdir()
+        batch = "--train_batch_size {} --gradient_accumulation_steps {}".format(*size.split())
+        steps = 2 if script == "phased_dmd" else 1
+        flags = f"{batch} --max_train_steps {steps} --lr_warmup_steps 1000 {more}"
+        run(script, tmp_path / str(i), *flags.split())
+    loose = 0.1 if more else 1e-3
+    assert [what for what, _ in found[0]] == [what for what, _ in found[1]]
+    for (what, whole), (_, parts) in zip(*found):
+        for a, b in zip(whole, parts):
+            error, size = (a - b).norm(), a.norm().clamp_min(1e-6)
+            assert error <= loose * max(size, 1e-2 * largest(whole)), (what, error, size)
+
+
+def largest(tensors):
+    return max(float(x.norm()) for x in tensors)
+
+
+DRAWING = [(script, "") for script in SCRIPTS] + [
+    ("dmd", "--gan_weight 0.1 --data FILE --gradient_accumulation_steps 2"),
+    ("dmd", "--student_input real --data FILE --gan_weight 0.1"),
+    ("dmd", "--student_steps 1 --regression_weight 1 --regression_pairs 8"),
+    ("decoupled_dmd", "--gan_weight 0.1 --data FILE --schedule full"),
+    ("tdm", "--renoise sde"),
+    ("phased_dmd", "--phases 1 --no_truncation"),
+    ("linvideo", "--state part --guidance_scale 2 --uncond_share 0.5"),
+    ("mdt_dist", "--student_steps 2 --t_law logit_normal"),
+    ("latent_fm", "--data shapes --pool 100 --hflip --logit_normal"),
+    ("latent_fm", "--data shapes --pool 100 --task inpaint"),
+]
+
+
+@pytest.mark.parametrize("script, more", DRAWING, ids=lambda text: text or "plain")
+def test_no_two_numbers_of_an_update_are_drawn_by_one_name(monkeypatch, tmp_path, script, more):
+    """What is to be independent would be the same, or the one a function of the other."""
+    drawn, twice = set(), set()
+    real_rows, real_generator = Draws._rows, Draws._generator
+
+    def note(self, *key):
+        for row in self.rows if isinstance(self.key[1], int) else ():  # not of fixed samples
+            at = (*self.key, *key, row)
+            twice.update({at} & drawn)
+            drawn.add(at)
+
+    def rows(self, name, *rest):
+        note(self, name)
+        return real_rows(self, name, *rest)
+
+    def generator(self, *key):
+        note(self, *key)
+        return real_generator(self, *key)
+
+    monkeypatch.setattr(Draws, "_rows", rows)
+    monkeypatch.setattr(Draws, "_generator", generator)
+    data = {"x0": torch.randn(8, 1, 4, 4), "cond.label": torch.arange(8) % 3}
+    save_file(data, tmp_path / "data.safetensors")
+    run(script, tmp_path, *more.replace("FILE", str(tmp_path / "data.safetensors")).split())
+    assert drawn and not twice, sorted({at[3] for at in twice})
+
+
+# ---- latent_fm.py's update, from the draws alone -------------------------------------------------
+
+LATENT = {  # flags: what they mean for the loss
+    "": {},
+    "--logit_normal --timestep_shift 3": dict(normal=True, shift=3.0),
+    "--label_dropout 0.7": dict(dropout=0.7),
+    "--sigma_min 0.01 --label_dropout 0": dict(sigma_min=0.01, dropout=0.0),
+    "--gradient_accumulation_steps 2": {},
+}
+
+
+@pytest.mark.parametrize("flags", LATENT, ids=lambda flags: flags or "default")
+def test_the_gradient_of_latent_fm_is_that_of_the_draws(monkeypatch, tmp_path, flags):
+    """On the ring, whose points are their own latents: items, labels, noise and times."""
+    means, found, before = LATENT[flags], [], []
+    dropout, s = means.get("dropout", 0.1), means.get("sigma_min", 0.0)
+
+    def look(run, optimizers, what):
+        found.extend(p.grad.clone() for g in optimizers[0].param_groups for p in g["params"])
+        before.extend(g["params"] for g in optimizers[0].param_groups)
+
+    watch_updates(monkeypatch, look)
+    data, nets = {}, []
+    monkeypatch.setattr(latent_fm, "build_optimizers", spy(latent_fm.build_optimizers, nets))
+    monkeypatch.setattr(latent_fm, "training_batch", spy(latent_fm.training_batch, data))
+    more = f"{flags} --max_train_steps 1 --max_grad_norm 1e9 --learning_rate 1e-30"
+    run("latent_fm", tmp_path, *more.split())
+    (net,), (items, labels) = nets, data["data"]
+    losses = []
+    n = 4 * (2 if "accumulation" in flags else 1)
+    draw = Draws(1, 0, 0, range(n), shape=(2,))
+    i = draw.integer("item", len(items))
+    x0, eps = items[i], draw.noise("eps")
+    u = torch.sigmoid(draw.normal("u", ())) if means.get("normal") else draw.uniform("u")
+    k = means.get("shift", 1.0)
+    t = (k * u / (1 + (k - 1) * u))[:, None]
+    null = torch.full_like(labels[i], 4)
+    label = torch.where(draw.uniform("coin") < dropout, null, labels[i])
+    x_t = (1 - t) * x0 + (s + (1 - s) * t) * eps
+    losses = (net(x_t, t[:, 0], label=label) - ((1 - s) * eps - x0)).square().mean(1)
+    want = torch.autograd.grad(losses.mean(), before[0])
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def spy(real, kept):
+    """The function, whose network (of build_optimizers) or data (of training_batch) is kept."""
+
+    def wrapped(*args):
+        if isinstance(kept, list):
+            kept.append(args[1])
+        else:
+            kept["data"] = args[2].x, args[2].label
+        return real(*args)
+
+    return wrapped
