@@ -5,15 +5,20 @@ and that a loop could read and not pass on.
 """
 
 import importlib
+import types
 
 import pytest
 import torch
 from helpers import quiet
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_resume import flags_of
 
+import decoupled_dmd
+import dmd
 import latent_fm
+from models.diffusion import Diffusion, Flow
 from models.draws import Draws
+from models.plumbing import report
 from models.plumbing.run import Run
 
 SCRIPTS = ["dmd", "decoupled_dmd", "tdm", "phased_dmd", "linvideo", "mdt_dist", "latent_fm"]
@@ -156,6 +161,127 @@ def test_no_two_numbers_of_an_update_are_drawn_by_one_name(monkeypatch, tmp_path
     save_file(data, tmp_path / "data.safetensors")
     run(script, tmp_path, *more.replace("FILE", str(tmp_path / "data.safetensors")).split())
     assert drawn and not twice, sorted({at[3] for at in twice})
+
+
+# ---- what a flag is to reach ---------------------------------------------------------------------
+
+
+def watch_networks(monkeypatch):
+    """-> a list, to which every run adds the networks that it trains."""
+    kept, real = [], Run.start
+
+    def start(run, **state):
+        trained = {k: v for k, v in state.items() if isinstance(v, torch.nn.Module) and k != "head"}
+        kept.append({k: v for k, v in trained.items() if k != "ema"})
+        return real(run, **state)
+
+    monkeypatch.setattr(Run, "start", start)
+    return kept
+
+
+@each
+def test_networks_train_under_autocast_and_keep_their_outputs_only(monkeypatch, tmp_path, script):
+    """With --mixed_precision bf16 every call that has a graph, and with --gradient_checkpointing
+    no trained network keeps its activations."""
+    nets, under = watch_networks(monkeypatch), {True: set(), False: set()}
+    flags = "--mixed_precision bf16 --gradient_checkpointing --max_train_steps 2"
+    training, real = [], Run.micro_batches
+
+    def micro_batches(run, *args):
+        training.append(True)
+        yield from real(run, *args)
+        training.pop()
+
+    def on_call(module, args):
+        if training and hasattr(module, "cond_names") and torch.is_grad_enabled():
+            under[torch.is_autocast_enabled("cpu")].add(type(module).__name__)
+
+    monkeypatch.setattr(Run, "micro_batches", micro_batches)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(on_call)
+    try:
+        run(script, tmp_path, *flags.split())
+    finally:
+        hook.remove()
+    assert under[True] and not under[False]
+    trained = [net for found in nets for net in found.values()]
+    trained = [net for net in trained if hasattr(net, "gradient_checkpointing")]
+    assert all(net.gradient_checkpointing for net in trained)
+    assert trained or script in ("mdt_dist", "latent_fm", "phased_dmd")
+
+
+@pytest.mark.parametrize("renoise", ["sde", "ode"])
+@pytest.mark.parametrize("script", ["dmd", "decoupled_dmd"])
+def test_renoise_reaches_training_and_samples(monkeypatch, tmp_path, script, renoise):
+    """The student's input is made as its samples are, in the run and after it."""
+    module, seen = importlib.import_module(script), []
+    real = module.rollout
+
+    def rollout(student, diffusion, noise, times, cond, how, k=None):
+        seen.append((how, k is None))
+        return real(student, diffusion, noise, times, cond, how, k)
+
+    monkeypatch.setattr(module, "rollout", rollout)
+    run(script, tmp_path, "--renoise", renoise)
+    assert (renoise, False) in seen  # in training; samples are not drawn here
+    seen.clear()
+    where = ["--sample", str(tmp_path / "run" / "student"), "--output_dir", str(tmp_path / "again")]
+    monkeypatch.setattr(report, "write_samples", lambda run, t, sampler, n: draw_two(t, sampler))
+    module.main([*where, "--preview_samples", "2"])
+    assert seen and {how for how, _ in seen} == {renoise}
+
+
+def draw_two(teacher, sampler):
+    index = teacher.conditions.preview(2)
+    assert torch.isfinite(sampler(index, 0, 2)).all()
+
+
+def test_regression_is_onto_guided_samples_from_where_the_student_begins(monkeypatch, tmp_path):
+    """DMD v1's pairs are the guided teacher's, and the student is asked at its own first time."""
+    times, real = [], dmd.regression_loss
+
+    def regression_loss(draw, pairs, student, teacher, t):
+        times.append(t)
+        kept.update(teacher=teacher)
+        return real(draw, pairs, student, teacher, t)
+
+    kept = {}
+    monkeypatch.setattr(dmd, "regression_loss", regression_loss)
+    more = "--student_times 0.9 --regression_weight 1 --regression_pairs 8 --guidance_scale 3"
+    flags = flags_of("dmd", tmp_path, *more.split())
+    at = flags.index("--student_steps")
+    dmd.main([*flags[:at], *flags[at + 2 :], "--teacher_steps", "3"])
+    assert set(times) == {0.9}
+    pairs, teacher = load_file(tmp_path / "run" / "state" / "pairs.safetensors"), kept["teacher"]
+    cond, uncond = teacher.conditions.pick(pairs["index"], "cpu")
+    at = pairs["z"], teacher.grid(3), cond, uncond
+    want = teacher.diffusion.sample(teacher.net, *at, 3.0, "heun")
+    torch.testing.assert_close(pairs["y"], want, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(pairs["y"], teacher.diffusion.sample(teacher.net, *at, 1.0, "heun"))
+
+
+def test_the_fake_alone_sees_its_own_condition():
+    """Of decoupled_dmd.py's variants, too: the student's step is no condition of the teacher."""
+    flow, flags = Diffusion(Flow(), "x0"), "--no_ca --student_steps 2"
+    terms = decoupled_dmd.Terms(decoupled_dmd.parse_args(flags.split()))
+    x, t = torch.ones(2, 3), torch.full((2,), 0.5)
+    at = torch.zeros(2, 3), t
+
+    def fake(x_t, t, steps):
+        return x_t * steps[:, None]
+
+    nets = (lambda x_t, t: x_t), fake
+    steps = {"steps": torch.tensor([2.0, 4.0])}
+    _, g, *_ = decoupled_dmd.ablated_loss(x, *nets, flow, at, at, {}, {}, steps, 3.0, terms)
+    torch.testing.assert_close(g, 0.5 * torch.tensor([[1.0], [3.0]]).expand(2, 3))
+
+
+def test_a_student_that_is_saved_in_half_precision_is_measured_so():
+    net = torch.nn.Linear(3, 3)
+    args = types.SimpleNamespace(save_fp16=True)
+    before = net.weight.clone()
+    with torch.no_grad():
+        after = latent_fm.as_saved(args, net).weight
+    assert torch.equal(after, before.half().float()) and not torch.equal(after, before)
 
 
 # ---- latent_fm.py's update, from the draws alone -------------------------------------------------
