@@ -98,3 +98,11 @@ def test_a_range_that_is_everything_is_the_whole_law():
     draw = Draws(0, 3, 0, range(64), shape=(1,), timestep_shift=5.0)
     torch.testing.assert_close(draw.eps_t_within("", 0.0, 1.0)[1], draw.eps_t("")[1])
     assert 0 <= draw.eps_t("")[1].min() < 0.1 and 0.99 < draw.eps_t("")[1].max() <= 1
+
+
+def test_points_belong_to_their_sample():
+    """Whatever samples are beside it, and how many points those have."""
+    one = Draws(1, 2, 3, [5]).points("z", [4], 2)
+    both = Draws(1, 2, 3, [4, 5]).points("z", [3, 4], 2)
+    assert torch.equal(both[3:], one) and not torch.equal(both[:3], one[:3])
+    assert torch.equal(Draws(1, 2, 3, [5]).points("z", [6], 2)[:4], one)

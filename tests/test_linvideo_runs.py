@@ -879,6 +879,15 @@ def test_an_interrupted_run_is_the_uninterrupted_one(monkeypatch, tmp_path, caps
             assert found[0] == found[1]
 
 
+def test_a_student_of_fewer_features_is_saved_as_it_was_trained(monkeypatch, tmp_path):
+    """--feature_dim: the projections of student/ are those of the run, and its config says so."""
+    flags = "--teacher", save_dit(tmp_path / "teacher"), "--feature_dim", "4"
+    run(monkeypatch, tmp_path / "run", *flags)
+    net, config = load_network(str(tmp_path / "run" / "student"))
+    widths = {p.shape[-1] for name, p in net.named_parameters() if name.endswith(("w_q", "w_k"))}
+    assert widths == {4} and config["feature_dim"] == 4
+
+
 def test_a_bank_may_move(monkeypatch, tmp_path):
     """A run goes on with its own bank under another name, and makes none."""
     flags, folder = ["--teacher", save_dit(tmp_path / "teacher"), *RESUMED], tmp_path / "run"

@@ -235,6 +235,22 @@ def draw_two(teacher, sampler):
     assert torch.isfinite(sampler(index, 0, 2)).all()
 
 
+def test_only_the_first_step_of_real_input_starts_from_noise():
+    """The other steps of --student_input real start from noised data, at their own times."""
+    args = dmd.parse_args("--student_input real --student_steps 2 --data glyphs".split())
+    draw, flow = Draws(1, 0, "student", range(8), shape=(3,)), Diffusion(Flow(), "flow_v")
+    data = torch.full((8, 3), 5.0)
+    conditions = types.SimpleNamespace(draw=lambda draw: ({"label": 0}, {"label": 1}))
+    teacher = types.SimpleNamespace(
+        conditions=conditions, diffusion=flow, real=lambda draw, name: (data, {"label": 2})
+    )
+    k, t, x_in, cond, _ = dmd.student_input(args, draw, None, teacher, [1.0, 0.5])
+    z = draw.noise("z")
+    assert sorted(set(k.tolist())) == [0, 1] and cond == {"label": 2}
+    torch.testing.assert_close(x_in[k == 0], z[k == 0])
+    torch.testing.assert_close(x_in[k == 1], 0.5 * data[k == 1] + 0.5 * z[k == 1])
+
+
 def test_regression_is_onto_guided_samples_from_where_the_student_begins(monkeypatch, tmp_path):
     """DMD v1's pairs are the guided teacher's, and the student is asked at its own first time."""
     times, real = [], dmd.regression_loss
