@@ -1990,6 +1990,18 @@ ELSEWHERE = {
         "test_adm",
         "test_what_the_files_of_adm_do_not_show",
     ),
+    "--{} {}: the teacher has no classes: give --{} 1": (
+        "test_teachers",
+        "test_guidance_by_nothing_is_refused",
+    ),
+    "--{} {}: the teacher was trained with every label": (
+        "test_teachers",
+        "test_guidance_by_nothing_is_refused",
+    ),
+    "--output_dir has a name of {} bytes: give one of at most 240": (
+        "test_places",
+        "test_names_that_no_disk_takes",
+    ),
     "--output {} has pictures of ": ("test_vaes", "test_decoding_goes_on_and_mixes_nothing"),
     "--reference {} has mu_s, as guided-diffusion's files do": (
         "test_metrics",

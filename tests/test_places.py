@@ -423,3 +423,14 @@ def test_a_plan_takes_no_ranks_of_a_node_that_were_left_in_a_shell(monkeypatch, 
         assert ended(flags) == 0
         plans.append(capsys.readouterr().out)
     assert plans[0] == plans[1] == plans[2] and "teacher" in plans[0]
+
+
+def test_names_that_no_disk_takes(teacher, tmp_path, capsys):
+    """255 bytes are the most; a run that is set aside gets a longer one."""
+    for name in ("a" * 241, "\u00e9" * 121):
+        where = str(tmp_path / name / "x")
+        says = refusal_of(capsys, dmd.main, "--teacher", teacher, "--output_dir", where)
+        assert "--output_dir has a name of 24" in says
+        with pytest.raises(UserError, match="a name of 24"):
+            plumbing.refuse_output_dir(where, sampling=True)
+    assert ended(flags_for(teacher, tmp_path / ("a" * 240))) == 0

@@ -326,12 +326,14 @@ def refuse_empty_guidance(teacher, args):
     described = os.path.join(teacher.folder or "", "sampler.json")
     if teacher.folder and os.path.isfile(described):
         dropped = dropped and load_json(described).get("label_dropout") != 0
-    why = "" if dropped else "was trained with every label, and its null label is random"
+    flag, scale = given[0], getattr(args, given[0])
     if not getattr(teacher.base, "num_classes", 1):
-        why = "has no classes to be guided by"
-    if why:
-        flag, scale = given[0], getattr(args, given[0])
-        raise UserError(f"--{flag} {scale:g}: the teacher {why}: give --{flag} 1")
+        raise UserError(f"--{flag} {scale:g}: the teacher has no classes: give --{flag} 1")
+    if not dropped:
+        raise UserError(
+            f"--{flag} {scale:g}: the teacher was trained with every label, and its null label is "
+            f"random: give --{flag} 1"
+        )
 
 
 def rescaling(over, shape):
