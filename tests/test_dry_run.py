@@ -401,7 +401,8 @@ def test_mdt_dist_counts_its_calls(flags, bf16):
     args = mdt_dist.parse_args(["--teacher", "ring", *flags.split(), *precision])
     calls, x, t = {}, torch.randn(4, 2), torch.full((4,), 0.5)
     cond = {"label": torch.zeros(4)}
-    student, teacher = counted(calls, "student"), SimpleNamespace(net=counted(calls, "teacher"))
+    student = counted(calls, "student")
+    teacher = SimpleNamespace(net=counted(calls, "teacher"), shift=1.0)
     exact, found = args.derivative == "jvp", []
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         if args.arm != "vd":
