@@ -140,7 +140,7 @@ def test_bfloat16_that_is_only_imitated_is_named(tmp_path, monkeypatch, capsys, 
 
 def test_other_devices_keep_torchs_own(monkeypatch):
     called = []
-    monkeypatch.setattr(torch.optim.Muon, "step", lambda self: called.append(self))
+    monkeypatch.setattr(torch.optim.Muon, "step", lambda self, closure: called.append(self))
     p = torch.nn.Parameter(torch.empty(4, 4, device="meta"))
     optimizer = Muon([p])
     optimizer.step()
