@@ -866,7 +866,6 @@ def ignored_flags(a):
     """Flags of the loss that --arm leaves out: see `flags.unread`. Films read --guidance_vd."""
     why = f"--arm {a.arm} has no velocity distillation, mdt and vd have"
     yield "vd_weight vd_loss_weight shared_noise", a.arm not in ("mdt", "vd"), why
-    yield "tangent_warmup", a.arm != "scm", "it is for --arm scm"
 
 
 # fmt: off
