@@ -201,7 +201,6 @@ LINVIDEO = {
     "guidance step": ADM + "--guidance_scale 2 --state step --regression_weight 0.5",
     "guidance rollout": ADM + "--guidance_scale 2 --state rollout",
     "guidance critic": CRITIC + "--guidance_scale 2",
-    "guidance dmd": "--objective dmd --guidance_scale 2",
     "adm": ADM,
     "adm part": ADM + "--part 0.3",
     "adm step": ADM + "--state step",
@@ -256,8 +255,8 @@ MDT = {
     "uniform": "--t_law uniform",
     "shared_noise": "--shared_noise",
     "guidance": "--guidance_vm 3 --guidance_vd 4 --guidance_scale 2 --student_guidance 2",
-    "vm phases": "--arm vm --phases 2",
-    "cm phases": "--arm cm --phases 2 --dt 0.2",
+    "vm phases": "--arm vm --phases 2 --student_steps 2",
+    "cm phases": "--arm cm --phases 2 --dt 0.2 --student_steps 2",
     "sde": "--renoise sde",
     "student_init": "--student_init @other",
     "structure": STRUCTURE + "--d_norm 0.1",
@@ -300,7 +299,7 @@ LATENT = {
     "vae cache": VAE + CACHE + "--hflip --latent_norm channel",
     "hflip": "--hflip",
     "logit_normal": "--logit_normal --timestep_shift 3",
-    "sigma_min": "--sigma_min 0.1",
+    "sigma_min": "--sigma_min 0.01",
     "t_scale": "--t_scale 1",
     "fp16": "--save_fp16",
     "latents": "--data @latents.safetensors --patch_size 2",
@@ -397,7 +396,7 @@ def without_idle(script, words):
     if not objective.startswith("adm") or last.get("--state") != "part":
         idle += ["--part"]
     if last.get("--arm") in ("vm", "cm", "scm"):
-        idle += ["--vd_weight"]
+        idle += ["--vd_weight", "--vd_loss_weight"]
     if "--student_times" in last:
         idle += ["--student_steps"]
     if last.get("--optimizer") == "adamw":

@@ -88,7 +88,6 @@ def test_attend_can_be_swapped_in_one_block():
             "added_kv_proj_dim = 5120 means image-to-video",
         ),
         (dict(config=dict(patch_size=[2, 2])), "give frames, rows and columns"),
-        (dict(config=dict(out_channels=8)), "in_channels = 4 with 8 out"),
         (dict(config=dict(pos_embed_seq_len=514)), "pos_embed_seq_len = 514 means image-to-video"),
         (dict(config=dict(qk_norm="layer_norm")), "qk_norm = 'layer_norm' is not implemented"),
         (

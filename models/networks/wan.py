@@ -262,7 +262,7 @@ class WanTransformer3DModel(nn.Module):
                     f"{name} = {self.config[name]} means image-to-video, which is not implemented; "
                     f"use a text-to-video checkpoint ({name} null)"
                 )
-        if (out_channels or in_channels) != in_channels:
+        if (out_channels or in_channels) < in_channels:
             raise ValueError(
                 f"in_channels = {in_channels} with {out_channels} out means image-to-video, which "
                 "is not implemented; use a text-to-video checkpoint"
