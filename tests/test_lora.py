@@ -928,3 +928,14 @@ def test_metadata_is_plain_text_that_others_ignore(tmp_path):
     assert (m["rank"], m["alpha"], m["trained_alpha"]) == ("2", "2", "0.3")
     assert json.loads(m["times"]) == [1.0, 0.5]
     assert "lora_adapter_metadata" not in m
+
+
+def test_a_twin_is_as_strong_as_its_pattern():
+    """Rank 2 and alpha 5: the average of an adapter, which is what student/ holds."""
+    net = torch.nn.Sequential()
+    net.layer = lora.Linear(3, 4)
+    lora._attach(net.layer, "a", torch.randn(2, 3), torch.randn(4, 2), alpha=5.0)
+    lora.twin(net, "b", "a")
+    first, second = net.layer.lora["a"], net.layer.lora["b"]
+    assert first.scale == second.scale == 2.5
+    assert torch.equal(first.A, second.A) and torch.equal(first.B, second.B)

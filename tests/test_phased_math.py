@@ -845,6 +845,19 @@ def test_phases_share_out_the_steps(steps, phases, want):
     assert phased_dmd.phase_steps(steps, phases) == want
 
 
+@pytest.mark.parametrize("updates", [4, 5, 7, 10])
+@pytest.mark.parametrize("K", [1, 2, 3, 4])
+def test_no_update_lies_between_two_phases(updates, K):
+    """Each phase begins where the one before it ends, and the last ends with the run."""
+    net, args = torch.nn.Identity(), types.SimpleNamespace(student_steps=4, phases=K)
+    args.max_train_steps, args.student_init = updates, None
+    teacher = types.SimpleNamespace(base=net, shift=3.0)
+    phases = phased_dmd.plan_phases(types.SimpleNamespace(args=args), teacher)
+    starts = [phase.start for phase in phases]
+    assert starts == [0, *(phase.end for phase in phases[:-1])]
+    assert phases[-1].end == updates and all(p.start < p.end for p in phases)
+
+
 @pytest.mark.parametrize(
     "shifted, table",
     [
