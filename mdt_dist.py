@@ -314,7 +314,7 @@ def sample(
     x, coords = noise("z"), cond.get("coords")
     samples = len(x) if coords is None else int(coords[:, 0].max()) + 1
     for i, (t, s) in enumerate(zip(times, [*times[1:], 0.0])):
-        scale = guidance_scale if is_within(t, guided) else 1
+        scale = guidance_scale if is_guided(t, guided) else 1
         phi = velocity(student, x, x.new_full((samples,), t), cond, uncond, scale)
         if renoise == "sde" and s > 0:
             x = (1 - s) * (x - t * phi) + s * noise(f"renoise{i}")
@@ -323,8 +323,8 @@ def sample(
     return x
 
 
-def is_within(t, ends):
-    """Whether a time of a grid is between these two, up to its rounding."""
+def is_guided(t, ends):
+    """Whether a time of a grid is within these two, up to its rounding."""
     return ends[0] - 1e-6 <= t <= ends[1] + 1e-6
 
 
@@ -540,7 +540,7 @@ def teacher_sampler(run, teacher):
     args = run.args
     s = teacher.shift if args.teacher_shift is None else args.teacher_shift
     times, guided = step_grid(max(1, args.teacher_steps), s)[:-1], args.teacher_guidance_interval
-    twice = 0 if args.guidance_scale == 1 else sum(is_within(t, guided) for t in times)
+    twice = 0 if args.guidance_scale == 1 else sum(is_guided(t, guided) for t in times)
     sampler = sampler_of(run, teacher.net, teacher, times, args.guidance_scale, guided=guided)
     return len(times) + twice, sampler
 

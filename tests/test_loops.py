@@ -67,7 +67,7 @@ def test_rates_and_betas_of_every_update(monkeypatch, tmp_path, script):
     watch_updates(monkeypatch, look)
     flags = "--max_train_steps 6 --lr_warmup_steps 3 --lr_decay_share 0.5 --learning_rate 1e-4 "
     flags += "--adam_betas 0.7 0.8 --weight_decay 0.03"
-    rates = {"student": [1e-4], "net": [1e-4], "fake": [3e-4]}
+    rates = {"student": 1e-4, "net": 1e-4, "fake": 3e-4}
     if script not in ("linvideo", "mdt_dist", "latent_fm"):
         flags += " --learning_rate_fake 3e-4 --fake_update_ratio 2"
     if script == "latent_fm":
@@ -85,7 +85,7 @@ def test_rates_and_betas_of_every_update(monkeypatch, tmp_path, script):
             if script == "linvideo":  # W and r have rates of their own: tests/test_linvideo_runs.py
                 continue
             assert decay == 0.03 or script == "latent_fm"
-            assert lr == pytest.approx(rates[what][0] * factor(script, step)), (what, step)
+            assert lr == pytest.approx(rates[what] * factor(script, step)), (what, step)
     assert {6, 12} >= {n for n in counts.values() if n} and sum(counts.values()) >= 6
 
 
@@ -171,8 +171,10 @@ def watch_networks(monkeypatch):
     kept, real = [], Run.start
 
     def start(run, **state):
-        trained = {k: v for k, v in state.items() if isinstance(v, torch.nn.Module) and k != "head"}
-        kept.append({k: v for k, v in trained.items() if k != "ema"})
+        others = "head", "ema"
+        kept.extend(
+            v for k, v in state.items() if isinstance(v, torch.nn.Module) and k not in others
+        )
         return real(run, **state)
 
     monkeypatch.setattr(Run, "start", start)
@@ -203,8 +205,7 @@ def test_networks_train_under_autocast_and_keep_their_outputs_only(monkeypatch, 
     finally:
         hook.remove()
     assert under[True] and not under[False]
-    trained = [net for found in nets for net in found.values()]
-    trained = [net for net in trained if hasattr(net, "gradient_checkpointing")]
+    trained = [net for net in nets if hasattr(net, "gradient_checkpointing")]
     assert all(net.gradient_checkpointing for net in trained)
     assert trained or script in ("mdt_dist", "latent_fm", "phased_dmd")
 
@@ -328,7 +329,6 @@ def test_the_gradient_of_latent_fm_is_that_of_the_draws(monkeypatch, tmp_path, f
     more = f"{flags} --max_train_steps 1 --max_grad_norm 1e9 --learning_rate 1e-30"
     run("latent_fm", tmp_path, *more.split())
     (net,), (items, labels) = nets, data["data"]
-    losses = []
     n = 4 * (2 if "accumulation" in flags else 1)
     draw = Draws(1, 0, 0, range(n), shape=(2,))
     i = draw.integer("item", len(items))

@@ -265,8 +265,10 @@ class Lumina2Transformer2DModel(nn.Module):
         self.latent_shape = (in_channels, sample_size, sample_size)
         self.patch_size, self.text_dim = patch_size, text_dim
         patch_dim = patch_size**2 * in_channels
-        self.x_embedder, kv_heads = nn.Linear(patch_dim, dim), num_kv_heads or num_attention_heads
+        self.x_embedder = nn.Linear(patch_dim, dim)
         self.time_caption_embed = TimeCaptionEmbedder(dim, text_dim, norm_eps)
+
+        kv_heads = num_kv_heads or num_attention_heads
 
         def blocks(n, modulated=True):
             how = dim, num_attention_heads, kv_heads, hidden, norm_eps, modulated

@@ -323,8 +323,8 @@ def refuse_empty_guidance(teacher, args):
     if not given or "label" not in teacher.base.cond_names:
         return
     dropped = teacher.config.get("convention") not in ("adm", "edm")
-    described = os.path.join(teacher.folder or "", "sampler.json")
-    if teacher.folder and os.path.isfile(described):
+    described = teacher.folder and os.path.join(teacher.folder, "sampler.json")
+    if described and os.path.isfile(described):
         dropped = dropped and load_json(described).get("label_dropout") != 0
     flag, scale = given[0], getattr(args, given[0])
     if not getattr(teacher.base, "num_classes", 1):
