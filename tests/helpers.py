@@ -317,6 +317,13 @@ def save_tiny_teacher(folder):
     return str(folder)
 
 
+def flags_for(teacher, out, *more):
+    """Six updates of dmd.py in two steps, of a tiny teacher into this folder."""
+    short = """--max_train_steps 6 --train_batch_size 4 --teacher_steps 0 --student_steps 2
+        --checkpointing_steps 4 --lr_decay_share 0"""
+    return [*short.split(), "--teacher", teacher, "--output_dir", str(out), *more]
+
+
 def save_tiny_vp_teacher(root):
     """The same network with a scheduler that makes its output eps under VP."""
     (root / "scheduler").mkdir(parents=True)

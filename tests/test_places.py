@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from forks import launch
@@ -23,9 +24,6 @@ from models.plumbing import run as plumbing
 from models.plumbing.run import place_among_ranks
 from models.plumbing.state import complete_states, find_state, save_state
 
-SHORT = """--max_train_steps 6 --train_batch_size 4 --teacher_steps 0 --student_steps 2
-    --checkpointing_steps 2 --lr_decay_share 0""".split()
-
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
@@ -38,7 +36,7 @@ def no_samples(monkeypatch):
 
 
 def flags_for(teacher, out, *more):
-    return [*SHORT, "--teacher", teacher, "--output_dir", str(out), *more]
+    return helpers.flags_for(teacher, out, "--checkpointing_steps", "2", *more)
 
 
 def saved_steps(out):
