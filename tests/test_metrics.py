@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from helpers import refusal_of
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from models import metrics
 from models.networks import inception
 from models.plumbing.image_sets import open_images
+from models.plumbing.images import CROPS, to_square
 from models.worlds.measures import frechet_distance
 
 
@@ -116,6 +117,25 @@ def test_precision_and_recall_are_their_definition(k, rows):
     assert 0 < share < 1
     assert metrics.share_inside(x, of, k, rows) == pytest.approx(share)
     assert metrics.share_inside(of, of) == 1 and metrics.share_inside(of + 100, of) == 0
+
+
+def test_a_ball_has_its_surface():
+    """Points on a line, one apart: each is the nearest of the next, and 4 is as near to 3."""
+    line = torch.arange(4.0)[:, None]
+    assert metrics.share_inside(torch.tensor([[4.0], [-1.0], [4.5]]), line, k=1) == 2 / 3
+
+
+def test_precision_is_of_the_samples_and_recall_of_the_reference(tmp_path, stub):
+    """Samples from one corner of what the reference covers: all are precise, most is missed."""
+    even = np.arange(40, dtype=np.uint8)[:, None, None, None] * 6
+    even = np.broadcast_to(even, (40, 8, 8, 3))
+    np.savez(tmp_path / "corner.npz", even[:8])
+    np.savez(tmp_path / "all.npz", even)
+    out = tmp_path / "out.json"
+    flags = ["--samples", tmp_path / "corner.npz", "--reference", tmp_path / "all.npz", *stub]
+    metrics.main([str(f) for f in [*flags, "--output", out]])
+    found = json.loads(out.read_text())
+    assert found["precision"] == 1 and 8 / 40 <= found["recall"] < 0.4
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -280,13 +300,18 @@ def test_the_same_images_in_three_forms(tmp_path, stub, monkeypatch):
     assert found[0]["fid"] == pytest.approx(exact, rel=1e-5)
     assert seen == 4 * 10 + 11
     parts = sorted((tmp_path / "a.npz.features").rglob("*.safetensors"))
+    whole = [load_file(part) for part in parts]
     parts[1].unlink()  # interrupted after the first
     again = ["--samples", str(tmp_path / "a.npz"), "--reference", str(reference), *stub]
     metrics.main(again)
     assert len(parts) == 3 and Stub.seen == 72 + 4
+    for before, part in zip(whole, parts):  # each part's own images
+        assert all(torch.equal(v, before[k]) for k, v in load_file(part).items())
+    metrics.main([*again, "--resize", "tf"])
+    assert Stub.seen == 76 + 21, "images resized in another way have other features"
     np.savez(tmp_path / "a.npz", pictures(10, 5))
     metrics.main(again)
-    assert Stub.seen == 76 + 10
+    assert Stub.seen == 97 + 10
 
 
 def test_statistics_as_reference(tmp_path, stub, monkeypatch, capsys):
@@ -333,6 +358,33 @@ def test_spatial_features_as_guided_diffusion_stores_them(tmp_path, stub, monkey
     assert "give --resize tf" in refusal_of(capsys, metrics.main, *flags)
 
 
+def test_sfid_of_statistics_is_of_their_own_mean_and_covariance(tmp_path, monkeypatch):
+    """Features and maps that differ: fid is 0 for the one's numbers, sfid for the other's."""
+    monkeypatch.setattr(inception, "FEATURES", 24)
+
+    def net(x, resize):
+        x = x.float() / 50
+        return x.flatten(1)[:, :24], x.repeat(1, 3, 3, 3)[:, :7, :17, :17] + 1
+
+    monkeypatch.setattr(metrics, "load_inception", lambda path: net)
+    x = pictures(12, 0)
+    args = SimpleNamespace(resize="tf", batch_size=12)
+    found = metrics.compute_features(net, torch.from_numpy(x).permute(0, 3, 1, 2), args)
+    pooled, layout = (found[k].double() for k in ("features", "spatial"))
+    numbers = dict(mu=pooled.mean(0), sigma=pooled.T.cov(), sigma_s=layout.T.cov())
+    np.savez(tmp_path / "a.npz", x)
+    out = tmp_path / "out.json"
+    flags = ["--samples", tmp_path / "a.npz", "--reference", tmp_path / "s.npz", "--inception", "x"]
+    flags = [str(f) for f in [*flags, "--resize", "tf", "--output", out]]
+    monkeypatch.setattr(metrics, "fingerprint", lambda paths: paths)
+    for shift, sfid in ((0, 0), (0.1, 0.01 * 7 * 17 * 17)):
+        np.savez(tmp_path / "s.npz", **numbers, mu_s=layout.mean(0) + shift)
+        metrics.main(flags)
+        found = json.loads(out.read_text())
+        assert found["fid"] == pytest.approx(0, abs=1e-3)
+        assert found["sfid"] == pytest.approx(sfid, abs=1e-2)
+
+
 def test_pixels_alone(tmp_path, capsys):
     """Grain shows in patch_swd, colour in thumb_energy, sameness in diversity."""
     smooth = np.repeat(np.repeat(pictures(60, 0, 2, 2), 8, 1), 8, 2)
@@ -354,6 +406,21 @@ def test_pixels_alone(tmp_path, capsys):
     assert found["grain"]["patch_swd"] > 2 * alike["patch_swd"]
     assert found["dark"]["thumb_energy"] > 2 * abs(alike["thumb_energy"])
     assert found["same"]["diversity"] < 0.7 < 0.9 < alike["diversity"] < 1.1
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_both_sets_are_cut_in_the_way_that_was_asked_for(tmp_path, crop):
+    """The same pictures, once as they are and once cut before."""
+    x = pictures(12, 0, 16, 24)
+    cut = [to_square(Image.fromarray(image), 8, crop) for image in x]
+    np.savez(tmp_path / "wide.npz", x)
+    np.savez(tmp_path / "cut.npz", np.stack(cut))
+    out = tmp_path / "out.json"
+    for samples, reference in (("cut", "wide"), ("wide", "cut")):
+        flags = ["--samples", tmp_path / f"{samples}.npz", "--reference"]
+        flags += [tmp_path / f"{reference}.npz", "--resolution", 8, "--crop", crop]
+        metrics.main([str(f) for f in [*flags, "--output", out]])
+        assert json.loads(out.read_text())["patch_swd"] == 0
 
 
 def test_sets_that_are_refused(tmp_path, capsys, monkeypatch):
