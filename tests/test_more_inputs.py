@@ -110,6 +110,22 @@ def labels_of_pictures(root):
     path.write_text(json.dumps({"labels": [["a.bmp", 1], ["b.bmp", 0]]}))
 
 
+def prompts(root):
+    files = [root / f"p-{i}.safetensors" for i in range(2)]
+    for path in files:
+        save_file({"x": torch.zeros(4)}, path)
+    (root / "p").mkdir()
+    yield SimpleNamespace(teacher="ring", prompts=shards(root / "p.safetensors", files))
+    save_file({"x": torch.ones(4)}, files[1])
+
+
+def shards(name, files):
+    """An index of these files of prompts.  -> the path that --prompts takes"""
+    about = [{"file": path.name, "rows": 1, "bytes": path.stat().st_size} for path in files]
+    save_json({"shards": about}, f"{name}.index.json")
+    return str(name)
+
+
 def maps(root):
     picture(root / "data" / "x.bmp")
     picture(root / "maps" / "x.png")
@@ -131,6 +147,7 @@ def an_autoencoder(root):
         teacher_lora,
         a_picture,
         labels_of_pictures,
+        prompts,
         maps,
         an_autoencoder,
     ],
@@ -551,6 +568,17 @@ def test_a_clock_that_is_set_back(tmp_path, monkeypatch):
     assert run.seconds() >= 0
     monkeypatch.setattr(time, "time", lambda: real() + 86400)
     assert run.wants_to_stop()[0] == 0
+
+
+def test_the_seconds_of_a_resumed_run_are_of_all_its_parts(tmp_path):
+    flags = ["--teacher", "ring", "--output_dir", str(tmp_path), "--train_batch_size", "2"]
+    dmd.main([*flags, "--max_train_steps", "1"])
+    state = next((tmp_path / "state").rglob("state.json"))
+    assert 0 < load_json(str(state))["seconds"] < 100
+    edit(state, seconds=1000.0)
+    dmd.main([*flags, "--max_train_steps", "2", "--resume_from_checkpoint", "latest"])
+    later = max((tmp_path / "state").rglob("state.json"), key=lambda p: p.stat().st_mtime_ns)
+    assert 1000 < load_json(str(later))["seconds"] < 1100
 
 
 NUMBERS = ["EROFS", "EACCES", "EIO", "ESTALE", "ENOTCONN", "EMFILE", "ENFILE"]

@@ -18,6 +18,7 @@ import mdt_dist
 import phased_dmd
 import tdm
 from models import pictures
+from models.diffusion import step_grid
 from models.files import load_json
 from models.plumbing import report
 from models.plumbing.run import Run
@@ -222,6 +223,58 @@ def test_a_row_that_cannot_be_kept_ends_no_run(monkeypatch, tmp_path, capsys, na
     how = run, teacher, torch.zeros(2), None, "heun32", {"name": "teacher"}
     assert report.measured_teacher(*how) == found
     assert "not kept beside the teacher" in capsys.readouterr().out
+
+
+def test_a_stored_row_is_of_one_way_to_sample(monkeypatch, tmp_path):
+    """Another shift, guidance, rescaling, solver or precision, or other weights: measured anew."""
+    how = dict(weights="abc", key="heun32", shift=1.0, scale=1.0, over=None, precision="no")
+    ways = [how]
+    for name, value in dict(weights="abd", key="euler8", shift=3.0, scale=2.0).items():
+        ways.append(how | {name: value})
+    ways += [how | {"precision": "bf16"}, how | {"scale": 2.0, "over": 0.7}]
+    ways += [how | {"scale": 2.0, "over": 0.5}]
+
+    def row(way, fd):
+        def found(*a):
+            assert fd is not None, f"measured again: {way}"
+            return {"name": "teacher", "fd": fd}, (torch.full([2], fd), torch.eye(2))
+
+        monkeypatch.setattr(report, "measured", found)
+        flags = ["--mixed_precision", way["precision"], "--guidance_scale", str(way["scale"])]
+        run = Run(dmd.parse_args([*flags, "--output_dir", str(tmp_path / "run")]), "dmd")
+        given = dict(folder=str(tmp_path), shift=way["shift"], over=way["over"])
+        teacher = SimpleNamespace(fingerprint=lambda: way["weights"], **given)
+        label = torch.zeros(2)
+        return report.measured_teacher(run, teacher, label, None, way["key"], {"name": "teacher"})
+
+    for i, way in enumerate(ways):
+        assert row(way, float(i))[0]["fd"] == i
+    for i, way in enumerate(ways):
+        found, (mean, _) = row(way, None)
+        assert (found["fd"], found["copied"]) == (i, True) and mean.tolist() == [i, i]
+
+
+@pytest.mark.parametrize("n, kept", [(8, False), (20, True)])
+def test_the_teachers_own_grid_of_many_steps_is_stored(monkeypatch, n, kept):
+    """Its row at the student's steps; that of any other grid is none of the teacher's."""
+    args = SimpleNamespace(guidance_scale=1, teacher_steps=32)
+    run = SimpleNamespace(args=args, main=False, wait_for_all=lambda: None)
+    teacher, found = SimpleNamespace(world="glyphs", shift=3.0), []
+    monkeypatch.setattr(report, "measure", lambda *a: found.append(a[5]))
+    monkeypatch.setattr(report, "teacher_sampler", lambda *a: None)
+    monkeypatch.setattr(report, "show", lambda *a: {})
+    for shift in (3.0, 1.0):
+        report.finish(run, teacher, step_grid(n, shift)[:-1], {}, 0)
+    assert found == [f"euler{n}" if kept else None, None]
+
+
+@pytest.mark.parametrize("asked", [None, "float32", "bf16"])
+def test_a_student_is_saved_as_asked_or_as_its_teacher_is(asked):
+    run = SimpleNamespace(args=SimpleNamespace(save_dtype=asked))
+    for bf16 in (False, True):
+        own = report.save_dtype(run, SimpleNamespace(stored_in_bf16=bf16))
+        want = bf16 if asked is None else asked == "bf16"
+        assert own == (torch.bfloat16 if want else None)
 
 
 def test_report_without_a_world(tmp_path):
