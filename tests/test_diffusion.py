@@ -133,6 +133,9 @@ def test_predict_x0_runs_the_network_and_keeps_the_wider_dtype():
     close(x0, x_t - t[:, None] * v, 1e-6)
     close(eps, x_t + (1 - t)[:, None] * v, 1e-6)
     assert torch.equal(predict_x0(net, Flow(), "flow_v", x_t, t, label=label), x0)
+    for kind in PREDICTIONS:  # also where the prediction itself is one of the two
+        found = predict_x0_eps(net, Flow(), kind, x_t, torch.full([3], 0.5), label=label)
+        assert [x.dtype for x in found] == [torch.float32] * 2
 
 
 # ---- schedules -----------------------------------------------------------------------------------
@@ -461,6 +464,18 @@ def test_ode_calls_equals_the_calls_made(solver, steps):
 
     sample_ode(predict, Flow(), torch.ones(2, 1), step_grid(steps), solver)
     assert len(times) == ode_calls(steps, solver) and min(times) > 0 and times[0] == 1.0
+
+
+def test_heun_ends_with_eulers_step_where_a_grid_ends_above_zero():
+    """At 1 / n, where a scheduler with set_alpha_to_one false leaves its samples: as many calls."""
+    times = []
+
+    def predict(x, t):
+        times.append(float(t[0]))
+        return x * 0, x
+
+    sample_ode(predict, Flow(), torch.ones(2, 1), [1.0, 0.5, 0.001], "heun")
+    assert times == [1.0, 0.5, 0.5] and len(times) == ode_calls(2, "heun")
 
 
 def test_unknown_solver_is_refused():

@@ -160,6 +160,16 @@ def test_masked_keys_are_as_if_cut_off():
     assert masked_difference("torch", torch.float64) < 1e-12
 
 
+def test_weights_of_keys_go_with_their_chunk():
+    q, k, v, *w = inputs(B=2, N=9, H=1, D=8, dtype=torch.float64)
+    weights = torch.rand(2, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole, parts = (
+        linear_attention_reference(q, k, v, "hedgehog", *w, chunk=chunk, key_weights=weights)
+        for chunk in (9, 4)
+    )
+    assert (whole - parts).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("feature_map, projections", MAPS)
 def test_reference_gradients(feature_map, projections):
     """gradcheck in float64, over several chunks, of q, k, v and both projections."""

@@ -38,6 +38,7 @@ from models.networks import WEIGHTS, lora, network_config, save_network
 from models.networks.autoencoders import AutoencoderKL, PatchPCA
 from models.networks.latent_space import LatentSpace, load_space
 from models.plumbing.data import Bank, Prompts, load_data
+from models.plumbing.flags import wrong_output
 from models.plumbing.latents import LatentCache, Posteriors
 from models.plumbing.loading import open_pictures
 from models.plumbing.report import load_student
@@ -334,6 +335,31 @@ def test_data_in_the_folder_that_a_run_would_rename(tmp_path, capsys, inside):
     error = refusal(capsys, tmp_path / "both", *flags, script=latent_fm)
     assert "--output_dir" in error and "--data" in error
     latent_fm.parse_args([*flags, "--output_dir", str(tmp_path / "another")])
+
+
+READ = "data maps map_names prompts teacher autoencoder teacher_lora student_init fake_init init"
+
+
+@pytest.mark.parametrize("flag", READ.split())
+def test_whatever_a_run_reads_may_lie_in_no_folder_that_it_renames(tmp_path, flag):
+    """Nor the cache that it makes; a resumed run and a saved student rename nothing."""
+    inside = tmp_path / "run" / "x"
+    inside.mkdir(parents=True)
+    none = dict(sample=None, resume_from_checkpoint=None, dry_run=None, samples=None)
+    none |= dict(format=None, labels=None, output_dir=str(tmp_path / "run"))
+
+    def refused(**flags):
+        return [why for wrong, why in wrong_output(SimpleNamespace(**{**none, **flags}))
+                if wrong]  # fmt: skip
+
+    value = [str(inside)] if flag == "teacher_lora" else str(inside)
+    (why,) = refused(**{flag: value})
+    assert why.startswith(f"--{flag} {inside} is in --output_dir") and "another --out" in why
+    assert not refused(**{flag: value}, resume_from_checkpoint="latest")
+    assert not refused(**{flag: value}, sample="s")
+    assert not refused(**{flag: str(inside / "gone")})
+    (why,) = refused(cache_latents=str(inside / "gone"))
+    assert why.startswith("--cache_latents")
 
 
 def test_a_path_that_the_shell_left_as_it_is(monkeypatch):

@@ -171,3 +171,11 @@ def test_what_is_not_honoured_is_refused_by_name(tmp_path, config, change, says,
     assert told in message and "\n" not in message and message.endswith("scheduler_config.json")
     read_scheduler(write(tmp_path, {**config, key: remedy}), TOKENS)
     read_scheduler(write(tmp_path, {**config, key: None}), TOKENS)
+
+
+@pytest.mark.parametrize("offset", [-1, 1000, 0.5, "1"])
+def test_offsets_that_leave_the_table_are_refused(tmp_path, offset):
+    """-1 would be a call at t = 0, where an x0-network's noise is 0 / 0."""
+    with pytest.raises(UserError, match="steps_offset"):
+        read_spacing(write(tmp_path, {**STABLE, "steps_offset": offset}))
+    assert read_spacing(write(tmp_path, {**STABLE, "steps_offset": 999})).offset == 999
