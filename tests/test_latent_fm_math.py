@@ -303,6 +303,14 @@ def test_direction():
 # ---- guidance ------------------------------------------------------------------------------------
 
 
+def test_flags_of_sampling_reach_the_sampler():
+    flags = "--sample_steps 7 --guidance_scale 3 --solver dopri5 --timestep_shift 2 "
+    flags += "--guidance_interval 0.1 0.9 --atol 1e-3 --rtol 1e-2"
+    found = latent_fm.sampler_settings(latent_fm.parse_args(flags.split()))
+    about = dict(steps=7, guidance_scale=3.0, solver="dopri5", timestep_shift=2.0)
+    assert found == about | dict(interval=[0.1, 0.9], atol=1e-3, rtol=1e-2)
+
+
 def test_guidance_identities():
     """gamma 1 and 0 are the two velocities to the last bit, for one call.
 

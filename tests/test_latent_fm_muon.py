@@ -165,6 +165,13 @@ def test_dry_run_counts_what_muon_multiplies():
     assert muon == counter.get_total_flops() > 0.4 * plans["adamw"].flops()[0]
 
 
+def test_weights_decay_under_both_optimisers():
+    args = latent_fm.parse_args("--optimizer muon --weight_decay 0.3".split())
+    net = latent_fm.planned_network(args)
+    optimizers, _ = latent_fm.build_optimizers(args, net)
+    assert [g["weight_decay"] for o in optimizers for g in o.param_groups] == [0.3, 0.3]
+
+
 def test_a_closure_is_called_with_gradients():
     """As torch's optimisers do, and those who wrap them (accelerate) ask for."""
     p = torch.nn.Parameter(torch.ones(3, 2))

@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from helpers import quiet
+from helpers import quiet, read_log
 from safetensors.torch import load_file, save_file
 from test_resume import flags_of
 
@@ -89,11 +89,20 @@ def test_rates_and_betas_of_every_update(monkeypatch, tmp_path, script):
     assert {6, 12} >= {n for n in counts.values() if n} and sum(counts.values()) >= 6
 
 
-@each
-@pytest.mark.parametrize("more", ["", "--mixed_precision bf16"], ids=["float32", "bf16"])
+TERMS = [(script, more) for script in SCRIPTS for more in ("", "--mixed_precision bf16")] + [
+    ("dmd", "--gan_weight 0.1 --data FILE"),
+    ("dmd", "--student_steps 1 --regression_weight 1 --regression_pairs 8"),
+    ("dmd", "--student_input real --data FILE"),
+    ("decoupled_dmd", "--gan_weight 0.1 --data FILE --schedule full"),
+    ("linvideo", "--objective adm_critic"),
+    ("mdt_dist", "--vd_loss_weight 0.5"),
+]
+
+
+@pytest.mark.parametrize("script, more", TERMS, ids=lambda text: text or "float32")
 def test_two_micro_batches_are_one_of_twice_the_size(monkeypatch, tmp_path, script, more):
     """The same samples are drawn, and the gradient is their mean. In bfloat16 roughly."""
-    found = []
+    found, more = [], more.replace("FILE", data_file(tmp_path))
 
     def look(run, optimizers, what):
         parts = [p for o in optimizers for g in o.param_groups for p in g["params"]]
@@ -109,12 +118,19 @@ def test_two_micro_batches_are_one_of_twice_the_size(monkeypatch, tmp_path, scri
         steps = 2 if script == "phased_dmd" else 1
         flags = f"{batch} --max_train_steps {steps} --lr_warmup_steps 1000 {more}"
         run(script, tmp_path / str(i), *flags.split())
-    loose = 0.1 if more else 1e-3
+    loose = 0.1 if "bf16" in more else 1e-3
     assert [what for what, _ in found[0]] == [what for what, _ in found[1]]
     for (what, whole), (_, parts) in zip(*found):
         for a, b in zip(whole, parts):
             error, size = (a - b).norm(), a.norm().clamp_min(1e-6)
             assert error <= loose * max(size, 1e-2 * largest(whole)), (what, error, size)
+
+
+def data_file(folder):
+    """Real data of the small teachers' shape and classes.  -> its path"""
+    data = {"x0": torch.randn(8, 1, 4, 4), "cond.label": torch.arange(8) % 3}
+    save_file(data, folder / "data.safetensors")
+    return str(folder / "data.safetensors")
 
 
 def largest(tensors):
@@ -157,9 +173,7 @@ def test_no_two_numbers_of_an_update_are_drawn_by_one_name(monkeypatch, tmp_path
 
     monkeypatch.setattr(Draws, "_rows", rows)
     monkeypatch.setattr(Draws, "_generator", generator)
-    data = {"x0": torch.randn(8, 1, 4, 4), "cond.label": torch.arange(8) % 3}
-    save_file(data, tmp_path / "data.safetensors")
-    run(script, tmp_path, *more.replace("FILE", str(tmp_path / "data.safetensors")).split())
+    run(script, tmp_path, *more.replace("FILE", data_file(tmp_path)).split())
     assert drawn and not twice, sorted({at[3] for at in twice})
 
 
@@ -274,6 +288,14 @@ def test_regression_is_onto_guided_samples_from_where_the_student_begins(monkeyp
     want = teacher.diffusion.sample(teacher.net, *at, 3.0, "heun")
     torch.testing.assert_close(pairs["y"], want, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(pairs["y"], teacher.diffusion.sample(teacher.net, *at, 1.0, "heun"))
+
+
+def test_the_log_tells_the_gan_from_the_matching_term(tmp_path):
+    """g_gan is what the GAN alone sends into x in a micro-batch: here next to nothing."""
+    more = f"--gan_weight 1e-9 --data {data_file(tmp_path)} --gradient_accumulation_steps 2"
+    run("dmd", tmp_path, *more.split(), "--max_train_steps", "3")
+    last = read_log(tmp_path / "run")[-1]
+    assert 0 < float(last["g_gan"]) < 1e-3 * float(last["g_dm"])
 
 
 def test_the_fake_alone_sees_its_own_condition():

@@ -1041,10 +1041,10 @@ def test_marginals_are_energy_distances_to_noised_data(shape):
         world=world,
         shape=shape,
     )
-    grid = step_grid(2, 3.0)  # 1, .75, 0
-    got = phased_dmd.marginals(run, [velocity(0.5), velocity(1.5)], teacher, grid, n=64)
+    grid, scales = [1.0, 0.75, 0.5, 0.0], (0.5, 1.5, 1.0)
+    got = phased_dmd.marginals(run, list(map(velocity, scales)), teacher, grid, n=64)
     x = Draws(3, "evaluation", 0, range(64)).normal("z", shape)
-    for i, scale, t_next in ((0, 0.5, 0.75), (1, 1.5, 0.0)):
+    for i, (scale, t_next) in enumerate(zip(scales, grid[1:])):
         x = x + (t_next - grid[i]) * scale * x
         eps = Draws(3, "marginals", i, range(64)).normal("eps", shape)
         a, b = x, (1 - t_next) * data + t_next * eps
@@ -1052,7 +1052,7 @@ def test_marginals_are_energy_distances_to_noised_data(shape):
             a, b = (v.unflatten(axis, (4, 2)).mean(axis + 1) for v in (a, b))
         want = energy_distance(a.flatten(1), b.flatten(1))
         assert got[f"{t_next:g}"] == pytest.approx(want, rel=1e-4)
-    assert len(got) == 2 and autocast == [True, True]
+    assert len(got) == 3 and autocast == [True] * 3
 
 
 def test_film_of_the_ring(monkeypatch, tmp_path):
