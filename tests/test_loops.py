@@ -91,7 +91,7 @@ def test_rates_and_betas_of_every_update(monkeypatch, tmp_path, script):
 
 TERMS = [(script, more) for script in SCRIPTS for more in ("", "--mixed_precision bf16")] + [
     ("dmd", "--gan_weight 0.1 --data FILE"),
-    ("dmd", "--student_steps 1 --regression_weight 1 --regression_pairs 8"),
+    ("dmd", "--student_steps 1 --teacher_steps 3 --regression_weight 1 --regression_pairs 8"),
     ("dmd", "--student_input real --data FILE"),
     ("decoupled_dmd", "--gan_weight 0.1 --data FILE --schedule full"),
     ("linvideo", "--objective adm_critic"),
