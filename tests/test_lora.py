@@ -917,6 +917,33 @@ def test_two_networks_are_adapted_together_and_saved_apart(tmp_path):
     two(call["x"], torch.tensor([0.9, 1.0]), call["text"], adapter="b")
 
 
+def test_bias_of_a_pair_has_the_pairs_strength(tmp_path):
+    """peft's lora_bias: y = W x + b + (alpha / rank) (B A x + the bias of B), summed in float32."""
+    layer = lora.Linear(6, 4).to(torch.bfloat16)
+    net = torch.nn.ModuleDict({"one": layer})
+    g = torch.Generator().manual_seed(0)
+    A, B = torch.randn(2, 6, generator=g), 0.01 * torch.randn(4, 2, generator=g)
+    bias, before = torch.randn(4, generator=g), {k: v.clone() for k, v in net.state_dict().items()}
+    tensors = {"one.lora_A.weight": A, "one.lora_B.weight": B, "one.lora_B.bias": bias}
+    tensors |= {"one.alpha": torch.tensor(5.0), "one.diff_b": torch.ones(4)}
+    save_file(tensors, tmp_path / "l.safetensors")
+    lora.merge_file(net, str(tmp_path / "l.safetensors"))
+    wants = {"one.weight": 2.5 * B @ A, "one.bias": 2.5 * bias + 1}
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, (before[key].float() + wants[key]).bfloat16()), key
+        twice = before[key] + wants[key].bfloat16()  # rounded before it is added
+        assert key == "one.bias" or not torch.equal(value, twice)
+
+
+@pytest.mark.parametrize("alpha, text", [(0.3, "0.3"), (12.3456789, "12.3456789"), (64, "64")])
+def test_the_trained_alpha_is_written_as_it_was(tmp_path, alpha, text):
+    net, _ = networks()["dit"]
+    trained(net, "a", rank=2, alpha=alpha)
+    lora.save(net, "a", str(tmp_path / "a"))
+    with open_tensors(str(tmp_path / "a")) as f:
+        assert f.metadata()["trained_alpha"] == text
+
+
 def test_metadata_is_plain_text_that_others_ignore(tmp_path):
     """Header values are strings. There is no lora_adapter_metadata, which diffusers would take for
     peft's settings."""
