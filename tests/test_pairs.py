@@ -100,8 +100,9 @@ def unit(frames):
         ("z_image", (8, 16), (4, 4, 8), ["--max_length", "6"]),
         ("sdxl", (8, 18), (4, 4, 9), []),
         ("qwen_image", (16, 32), (4, 2, 4), []),
+        ("qwen_image", (16, 32), (4, 2, 4), ["--negative_prompt", "a dog runs fast, " * 3]),
     ],
-    ids=["pixart", "z_image", "z_image-cut", "sdxl", "qwen_image"],
+    ids=["pixart", "z_image", "z_image-cut", "sdxl", "qwen_image", "longest is the negative"],
 )
 def test_images_with_captions(saved, pictures, tmp_path, capsys, family, size, shape, flags):
     """The latents of each image, and of its caption what --prompts_txt makes of it.

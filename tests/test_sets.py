@@ -145,6 +145,21 @@ WHOLE = {name: data for name, data in MEMBERS.items() if "cut" not in name and "
 LABELS = dict(zip(WHOLE, [1, 0, 2, 2, 1]))
 
 
+def test_which_of_two_keys_of_a_row_counts():
+    """KEY.json of img2dataset's and others' shards: "label" before "cls", "caption" before "text";
+    a file of its own, KEY.cls or KEY.txt, before both."""
+    both = b'{"text": "t", "cls": 2, "caption": "c", "label": 1}'
+    others, files = b'{"text": "t", "cls": 2}', {}
+    tars = SimpleNamespace(read=lambda name, place: files[place])
+    for text, label, caption in ((both, 1, "c"), (others, 2, "t"), (b"[]", None, None)):
+        files["json"] = text
+        assert sets.Tars.label_of(tars, {"json": "json"}) == label
+        assert sets.Tars.caption_of(tars, {"json": "json"}) == caption
+    files |= {"json": both, "cls": b" 7\n", "txt": "é".encode()}
+    there = {kind: kind for kind in files}
+    assert (sets.Tars.label_of(tars, there), sets.Tars.caption_of(tars, there)) == (7, "é")
+
+
 @pytest.mark.parametrize("write", [write_zip, write_tar])
 def test_dataset_json_in_an_archive(tmp_path, write):
     members = with_json(WHOLE, LABELS)

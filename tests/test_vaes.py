@@ -136,6 +136,16 @@ def test_videos_become_gifs_and_frames(saved, tmp_path, family, frames, size, ms
     assert want.float().std() > 5 and torch.equal(got, want.long())
 
 
+def test_pixels_become_the_nearest_of_256_levels():
+    """-1 is 0 and 1 is 255; what autoencoders overshoot is cut, in bfloat16 too."""
+    levels = torch.arange(256)
+    assert torch.equal(decode.to_bytes(levels / 127.5 - 1), levels.byte())
+    between = (levels[:-1] + torch.tensor([[0.4], [0.6]])) / 127.5 - 1
+    assert torch.equal(decode.to_bytes(between), torch.stack([levels[:-1], levels[1:]]).byte())
+    assert decode.to_bytes(torch.tensor([-3.0, -1.01, 1.01, 7])).tolist() == [0, 0, 255, 255]
+    assert decode.to_bytes(torch.tensor([-2.0, 0, 2]).bfloat16()).tolist() == [0, 128, 255]
+
+
 def test_images_of_qwen_image(saved, tmp_path, capsys):
     """Which come out of an autoencoder of videos: one PNG each."""
     decode.main(flags_of(saved("qwen_image"), tmp_path, latents("qwen_image", 3)))
