@@ -224,6 +224,14 @@ def test_networks_train_under_autocast_and_keep_their_outputs_only(monkeypatch, 
     assert trained or script in ("mdt_dist", "latent_fm", "phased_dmd")
 
 
+@each
+def test_a_long_run_has_seven_times_the_updates(script):
+    parse = importlib.import_module(script).parse_args
+    usual, long = (parse(flags).max_train_steps for flags in ([], ["--preset", "long"]))
+    assert long == 7 * usual
+    assert parse(["--preset", "long", "--max_train_steps", "5"]).max_train_steps == 5
+
+
 @pytest.mark.parametrize("renoise", ["sde", "ode"])
 @pytest.mark.parametrize("script", ["dmd", "decoupled_dmd"])
 def test_renoise_reaches_training_and_samples(monkeypatch, tmp_path, script, renoise):
