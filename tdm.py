@@ -26,7 +26,7 @@ Launch.
                     --fake_update_ratio 1 --learning_rate 2e-4 --learning_rate_fake 2e-3
     paper, K    python tdm.py --student_steps 1 2 4 --shared_fake --regress x_s \
                     --fake_update_ratio 1 --learning_rate 2e-4 --learning_rate_fake 2e-3  # Eq. 8
-    ablations   python tdm.py --untold              # Tab. 5: nobody is conditioned on K
+    ablations   python tdm.py --no_steps_cond       # Tab. 5: nobody is conditioned on K
                 python tdm.py --loss l2             # Tab. 5: no surrogate metric
     torchrun    torchrun --nproc-per-node 8 tdm.py --teacher PixArt-XL-2-512x512 \
                     --prompts prompts.safetensors --gradient_accumulation_steps 4 \
@@ -287,20 +287,21 @@ def sample(student, diffusion, noise, grid, cond, renoise="ode"):
 
 def sees_K(args, net):
     """Whether student and fake, networks like net, are conditioned on K. Raises UserError."""
-    if len(set(args.student_steps)) == 1 or args.untold:
+    if len(set(args.student_steps)) == 1 or args.no_steps_cond:
         return False
     if "steps_cond" not in net.config:
         counts = " ".join(map(str, args.student_steps))
         raise UserError(
             f"--student_steps {counts}: a {type(net).__name__} has no input that could be "
-            "conditioned on their number: give one, or --untold (a penalty in Tab. 5)"
+            "conditioned on their number: give one, or --no_steps_cond (a penalty in Tab. 5)"
         )
     return True
 
 
 def fake_sees_step(args, net):
     """Whether the fake, a network like net, is conditioned on the step k of the trajectory too."""
-    off = args.shared_fake or args.untold or args.fake_lora_rank  # adapters have no layer for it
+    off = args.shared_fake or args.no_steps_cond
+    off = off or args.fake_lora_rank  # adapters have no layer for it
     return not off and "steps_cond" in net.config
 
 
@@ -554,7 +555,7 @@ def save_student(run, teacher, net, grids, see_K):
     A student that is conditioned on K has that input in its config.
     """
     changes = {"steps_cond": True} if see_K else {}
-    more = dict(grids={str(n): g for n, g in grids.items()}, told_steps=see_K)
+    more = dict(grids={str(n): g for n, g in grids.items()}, steps_cond=see_K)
     report.save_student(run, teacher, net, grids[max(grids)][:-1], changes, **more)
 
 
@@ -589,7 +590,7 @@ def sample_only(args):
         raise UserError(f"--student_steps {counts}: this student has {trained}: name one of them")
     renoise = "sde" if saved["rule"] == "renoise" else "ode"
     grid = {asked[0]: grids[asked[0]]}
-    samplers = student_samplers(run, student, teacher, grid, saved["told_steps"], renoise)
+    samplers = student_samplers(run, student, teacher, grid, saved["steps_cond"], renoise)
     report.write_samples(run, teacher, samplers[asked[0]], asked[0])
 
 
@@ -678,7 +679,8 @@ def parse_args(argv=None):
     add = p.ablations.add_argument
     add("--shared_fake", action="store_true",
         help="the fake is not conditioned on the step, only on K (paper)")
-    add("--untold", action="store_true", help="condition neither student nor fake on K (Tab. 5)")
+    add("--no_steps_cond", action="store_true",
+        help="condition neither student nor fake on K (Tab. 5)")
     add("--match", choices=["noisy", "clean"], default="noisy",
         help="match x_s where the step lands (paper), or its x (Tab. 7)")
     add("--fake_noise", choices=["bridge", "fresh"], default="bridge",
@@ -697,12 +699,12 @@ def wrong_flags(a):
     yield x_s and clean, "--regress x_s: with --match clean x itself is matched; leave it out"
     yield x_s and a.loss == "demo", "--regress x_s: --loss demo is of x; leave one of them out"
     counts = a.student_steps or []  # None with --sample
-    several, listed = len(set(counts)) > 1 and not a.untold, " ".join(map(str, counts))
+    several, listed = len(set(counts)) > 1 and not a.no_steps_cond, " ".join(map(str, counts))
     for flag in ("lora_rank", "fake_lora_rank"):
         yield several and getattr(a, flag), (
             f"--{flag}: an adapter cannot be conditioned on the number of steps, and there are "
-            f"several, --student_steps {listed}: give one of them, or --untold (a penalty in "
-            "Tab. 5)")
+            f"several, --student_steps {listed}: give one of them, or --no_steps_cond (a penalty "
+            "in Tab. 5)")
 # fmt: on
 
 

@@ -134,7 +134,7 @@ TDM = {
     "plain": "",
     **EVERY,
     "4 steps": "--student_steps 4",
-    "untold": "--untold",
+    "no_steps_cond": "--no_steps_cond",
     "to_noise": "--tau_range to_noise",
     "clean": "--match clean",
     "exact": "--fake_target exact",
@@ -156,7 +156,7 @@ TDM = {
     "vp exact": VP + "--fake_target exact --student_steps 2 4",
     "vp exact snr": VP + "--fake_target exact --fake_weight snr --student_steps 2 4",
     "pixart": PIXART + "--student_steps 4 --guidance_scale 3",
-    "pixart bf16": PIXART + "--student_steps 1 2 --untold --mixed_precision bf16",
+    "pixart bf16": PIXART + "--student_steps 1 2 --no_steps_cond --mixed_precision bf16",
     "wan": WAN + "--student_steps 2 --guidance_scale 3",
     "ring": RING,
 }

@@ -221,7 +221,7 @@ class Sampler:
         more |= {"base": "x", "seed": 0, "sample_shape": [1, 4, 4], "rule": "euler"}
         schedule = describe_schedule(VP("linear", 1e-4, 0.02))
         s = {"method": "tdm", "prediction": "eps", "schedule": schedule, "times": [1.0, 0.5]}
-        s |= {"grids": {"2": [1.0, 0.5, 0.0]}, "told_steps": False, "guidance_scale": 1.0}
+        s |= {"grids": {"2": [1.0, 0.5, 0.0]}, "steps_cond": False, "guidance_scale": 1.0}
         save_json({**s, "timestep_shift": 1.0, **more}, root / "sampler.json")
 
     def load(self, root):

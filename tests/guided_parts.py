@@ -61,7 +61,7 @@ def students_of(folder, seed):
     at, renoise = (run, student.eval(), like), "sde" if saved["rule"] == "renoise" else "ode"
     if grids:
         grids = {int(n): grid for n, grid in grids.items()}
-        samplers = tdm.student_samplers(*at, grids, saved["told_steps"], renoise)
+        samplers = tdm.student_samplers(*at, grids, saved["steps_cond"], renoise)
         samplers = {f"{folder}, {n} step(s)": draw for n, draw in samplers.items()}
     else:
         samplers = {folder: decoupled_dmd.student_sampler(*at, saved["times"], renoise)}

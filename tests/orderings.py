@@ -137,7 +137,7 @@ TDM = {
     **{f"with-K-at-{n}": M(f"K = 1, 2, 4, conditioned on K (Eq. 8), in {n}", SEVERAL,
                            of="with-K", row=row) for n, row in AT.items()},
     **{f"without-K-at-{n}": M(f"K = 1, 2, 4, not conditioned on K (Tab. 5), in {n}",
-                              f"{SEVERAL} --untold", of="without-K", row=row)
+                              f"{SEVERAL} --no_steps_cond", of="without-K", row=row)
        for n, row in AT.items()},
     "early-tdm": M("TDM, first 5 % of the updates (Fig. 9)", FOUR, early=True),
     "early-clean": M("the same, match x", f"{FOUR} --match clean", early=True),
@@ -299,7 +299,7 @@ def sampled(out, seed, steps=None, renoise="ode"):
     flags = ["--sample", out, "--output_dir", f"{out}-again", "--seed", str(seed)]
     again = Run(importlib.import_module(method).parse_args(flags), method)
     net, saved, teacher = report.load_student(again)
-    n, see_K = steps or len(saved["times"]), saved.get("told_steps", False)
+    n, see_K = steps or len(saved["times"]), saved.get("steps_cond", False)
     grids = {n: step_grid(n, teacher.shift)}
     sampler = tdm.student_samplers(again, net, teacher, grids, see_K, renoise)[n]
     label = balanced_labels(2000, teacher.world.num_classes)

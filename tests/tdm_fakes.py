@@ -45,7 +45,7 @@ class FakePerCount(nn.Module):
 def main(argv=None):
     args = tdm.parse_args(argv)
     counts = sorted(set(args.student_steps or ()))
-    if args.sample or args.dry_run is not None or args.untold or len(counts) < 2:
+    if args.sample or args.dry_run is not None or args.no_steps_cond or len(counts) < 2:
         raise UserError(
             "a fake for every K needs training and several --student_steps that it sees"
         )

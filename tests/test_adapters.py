@@ -359,7 +359,8 @@ def test_rates_of_adapters_on_released_teachers(name, tmp_path):
     assert student.learning_rate == rate and (full.learning_rate < rate or name == "phased_dmd")
     own = [*flags, "--lora_rank", "4", "--learning_rate", "1e-3"]
     assert script.parse_args(own).learning_rate == 1e-3
-    ring = ["--teacher", "ring", "--lora_rank", "4", *(["--untold"] if name == "tdm" else [])]
+    ring = ["--teacher", "ring", "--lora_rank", "4"]
+    ring += ["--no_steps_cond"] if name == "tdm" else []
     assert script.parse_args(ring).learning_rate > rate
     if name == "mdt_dist":
         return
@@ -374,7 +375,7 @@ def test_several_step_counts_need_full_weights(capsys):
         for counts in ([], ["--student_steps", "2", "4"]):
             says = refusal_of(capsys, tdm.main, "--teacher", "ring", flag, "2", *counts)
             assert f"{flag}: an adapter cannot be conditioned on the number of steps" in says
-        tdm.parse_args(["--teacher", "ring", flag, "2", "--untold"])
+        tdm.parse_args(["--teacher", "ring", flag, "2", "--no_steps_cond"])
         tdm.parse_args(["--teacher", "ring", flag, "2", "--student_steps", "4"])
 
 

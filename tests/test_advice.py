@@ -935,7 +935,8 @@ CASES = [
         "--teacher WAN --prompts PROMPTS --sample_shape 4 2 4 6 --student_steps 2 4",
         [
             "--teacher WAN --prompts PROMPTS --sample_shape 4 2 4 6 --student_steps 4",
-            "--teacher WAN --prompts PROMPTS --sample_shape 4 2 4 6 --student_steps 2 4 --untold",
+            "--teacher WAN --prompts PROMPTS --sample_shape 4 2 4 6 --student_steps 2 4 "
+            "--no_steps_cond",
         ],
     ),
     (
@@ -996,7 +997,7 @@ CASES = [
         "tdm",
         "--{}: an adapter cannot be conditioned on the number of steps, and there are several",
         "--student_steps 1 2 --lora_rank 2",
-        ["--student_steps 2 --lora_rank 2", "--student_steps 1 2 --lora_rank 2 --untold"],
+        ["--student_steps 2 --lora_rank 2", "--student_steps 1 2 --lora_rank 2 --no_steps_cond"],
     ),
     # ---- phased_dmd
     ("phased_dmd", "--dm_range: LO must be below HI", "--dm_range 1 0.1", ["--dm_range 0.1 1"]),

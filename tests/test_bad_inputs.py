@@ -165,7 +165,7 @@ GOOD = {
     "rule": "euler",
     "sample_shape": [1, 4, 4],
 }
-TDM = {"method": "tdm", "grids": {"1": [1.0, 0.0], "2": [1.0, 0.5, 0.0]}, "told_steps": True}
+TDM = {"method": "tdm", "grids": {"1": [1.0, 0.0], "2": [1.0, 0.5, 0.0]}, "steps_cond": True}
 BAD_GRIDS = [
     {},
     {"1": [1.0, 0.0]},  # not that of its times
@@ -206,7 +206,7 @@ SAMPLERS = [
     {"method": "mdt_dist"},
     {"method": "tdm"},
     *({**TDM, "grids": grids} for grids in BAD_GRIDS),
-    {**TDM, "told_steps": 1},
+    {**TDM, "steps_cond": 1},
 ]
 
 

@@ -165,7 +165,7 @@ def test_other_scripts(tmp_path):
     decoupled_dmd.main(flags(tmp_path / "d", tmp_path / "d-samples", 5))
     assert read_npz(tmp_path / "d-samples")["arr_0"].shape == (5, 16, 16, 3)
     grids = {"1": [1.0, 0.0], "2": [1.0, 0.5, 0.0]}
-    save_student(tmp_path / "t", "tdm", grids=grids, told_steps=False)
+    save_student(tmp_path / "t", "tdm", grids=grids, steps_cond=False)
     for n in ("1", "2"):
         out = tmp_path / f"t{n}"
         tdm.main(flags(tmp_path / "t", out, 5, "--student_steps", n))

@@ -15,6 +15,7 @@ from helpers import (
     assert_bit_equal,
     one_step,
     perturbed,
+    quiet,
     read_log,
     refusal_of,
     ring_network,
@@ -186,7 +187,7 @@ CASES = {  # flags: what they mean for trajectories, for the losses
     "--student_steps 4": (dict(counts=[4], see_K=False), {}),
     "--student_steps 3 2": (dict(counts=[3, 2]), {}),
     "--shared_fake": (dict(see_k=False), {}),
-    "--untold": (dict(see_K=False, see_k=False), {}),
+    "--no_steps_cond": (dict(see_K=False, see_k=False), {}),
     "--regress x_s": (dict(by_x_s=True), {}),
     "--regress x_s --loss l2": (dict(by_x_s=True), dict(loss="l2")),
     "--regress x_s --renoise sde": (dict(by_x_s=True, sde=True), {}),
@@ -195,7 +196,7 @@ CASES = {  # flags: what they mean for trajectories, for the losses
     "--renoise sde": (dict(sde=True), {}),
     "--match clean": (dict(clean=True), {}),
     "--tau_range to_noise": (dict(to_noise="all"), {}),
-    "--tau_range to_noise --untold": (dict(to_noise="all", see_K=False, see_k=False), {}),
+    "--tau_range to_noise --no_steps_cond": (dict(to_noise="all", see_K=False, see_k=False), {}),
     "--tau_range last_to_noise": (dict(to_noise="last"), {}),
     "--tau_range last_to_noise --student_steps 3": (
         dict(to_noise="last", counts=[3], see_K=False),
@@ -419,7 +420,29 @@ def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("flags", ["--ema_decay 0.5", "--renoise sde", "--untold"])
+@pytest.mark.parametrize("more", [[], ["--no_steps_cond"]])
+def test_names_of_before(monkeypatch, tmp_path, capsys, more):
+    """Runs that know --no_steps_cond as --untold are gone on with, and their students sampled."""
+    quiet(monkeypatch)
+    out = tmp_path / "run"
+    flags = ["--teacher", save_tiny_teacher(tmp_path / "teacher"), "--output_dir", str(out), *more]
+    flags += "--train_batch_size 2 --student_steps 1 2 --teacher_steps 0 --max_train_steps".split()
+    tdm.main([*flags, "1"])
+    path = out / "state" / "step-0000001" / "state.json"
+    info = load_json(str(path))
+    info["flags"]["untold"] = info["flags"].pop("no_steps_cond")
+    save_json(info, str(path))
+    capsys.readouterr()
+    tdm.main([*flags, "2", "--resume_from_checkpoint", "latest"])
+    assert " was " not in capsys.readouterr().out
+    path = out / "student" / "sampler.json"
+    sampler = load_json(str(path))
+    sampler["told_steps"] = sampler.pop("steps_cond")
+    save_json(sampler, str(path))
+    assert teachers.read_sampler(str(out / "student"))[0]["steps_cond"] is (not more)
+
+
+@pytest.mark.parametrize("flags", ["--ema_decay 0.5", "--renoise sde", "--no_steps_cond"])
 def test_samples_and_report_by_step_count(monkeypatch, tmp_path, capsys, flags):
     """A row for each K with its calls, whose samples are tdm.sample of the saved student.
 
@@ -448,7 +471,7 @@ def test_samples_and_report_by_step_count(monkeypatch, tmp_path, capsys, flags):
     short = f"""--teacher ring --output_dir {out} --max_train_steps 4 --train_batch_size 16
         --teacher_steps 0 --timestep_shift {SHIFT} --lr_decay_share 0 --checkpointing_steps 2"""
     tdm.main([*short.split(), *flags.split()])
-    see_K, sde = "--untold" not in flags, "sde" in flags
+    see_K, sde = "--no_steps_cond" not in flags, "sde" in flags
     rows = {r["name"]: r["nfe"] for r in load_json(str(out / "report.json"))["results"]}
     steps = {"teacher_same_steps": 4, "student": 4, "student_2": 2, "student_1": 1}
     assert rows == {"data": 0, **steps}
@@ -462,7 +485,7 @@ def test_samples_and_report_by_step_count(monkeypatch, tmp_path, capsys, flags):
         "rule": "renoise" if sde else "euler",
         "guidance_scale": 1.0,
         "sample_shape": [2],
-        "told_steps": see_K,
+        "steps_cond": see_K,
         "grids": {str(n): step_grid(n, SHIFT) for n in (1, 2, 4)},
     }
     student, config = load_network(str(out / "student"))
@@ -535,7 +558,8 @@ def test_a_first_step_below_noise(tmp_path):
     close(load_file(again / "samples.safetensors")["x0"], want)
 
 
-FILMS = [("", 4 + 2 * 5), ("--shared_fake", 4), ("--untold", None), ("--student_steps 2", 3)]
+FILMS = [("", 4 + 2 * 5), ("--shared_fake", 4), ("--student_steps 2", 3)]
+FILMS += [("--no_steps_cond", None)]
 FILMS += [("--tau_range last_to_noise", 4 + 3 * 5)]  # the fake of the last step
 
 
@@ -575,7 +599,7 @@ def test_several_counts_need_an_input_for_them(monkeypatch, tmp_path, capsys):
     assert f"{says} their number" in refusal_of(capsys, tdm.main, *flags)
     assert not (tmp_path / "run").exists()
     diary = Diary(monkeypatch, tdm)
-    tdm.main([*flags, "--untold", "--train_batch_size", "3", "--max_train_steps", "2"])
+    tdm.main([*flags, "--no_steps_cond", "--train_batch_size", "3", "--max_train_steps", "2"])
     first = diary.updates.index("student", 1)  # at the very first the fake is the teacher
     assert diary.norms[1] > 0 and diary.norms[first] > 0
     assert not any(c.steps is not None for calls in diary.turns for c in calls)
@@ -631,7 +655,7 @@ def test_vp_teachers_from_end_to_end(tmp_path, kind):
     assert config == {**load_json(str(config_file)), **changes}
     _, sampler, schedule, prediction, _ = read_own_sampler(str(out), "tdm")
     assert prediction == "eps" and isinstance(schedule, VP)
-    assert sampler["times"] == [1.0, 0.5] and sampler["told_steps"] is see_K
+    assert sampler["times"] == [1.0, 0.5] and sampler["steps_cond"] is see_K
     tdm.main([*f"--sample {out} --output_dir {again} --preview_samples 2".split(), *prompts])
     x = load_file(out / "samples.safetensors")["x0"]
     close(load_file(again / "samples.safetensors")["x0"], x)

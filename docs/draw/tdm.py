@@ -138,7 +138,7 @@ def wrong(folder):
         ("weight without sigma_s", FOUR, {"fake_score_loss": without_sigma_s}, 4),
         ("no fake: mu_fake = x", FOUR, {"tdm_loss_variant": without_fake}, 4),
         ("right, K = 1, 2, 4: in 1 step", SEVERAL, {}, 1),
-        ("K unknown: in 1 step", f"{SEVERAL} --untold", {}, 1),
+        ("K unknown: in 1 step", f"{SEVERAL} --no_steps_cond", {}, 1),
     ]
     panels = []
     for title, flags, changes, steps in runs:

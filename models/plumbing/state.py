@@ -413,7 +413,11 @@ def folder_fingerprint(folder, most=4096):
 def saved_flags(info):
     """The flags of a checkpoint that count. info: its state.json."""
     saved = {"sequence_ranks": 1}  # in runs from before there was this flag
-    return saved | {k: v for k, v in info["flags"].items() if k not in FREE_TO_CHANGE}
+    saved |= {RENAMED.get(k, k): v for k, v in info["flags"].items() if k not in FREE_TO_CHANGE}
+    return saved
+
+
+RENAMED = {"untold": "no_steps_cond"}  # flags that had another name in runs from before
 
 
 def unused_flags(saved, now):

@@ -666,7 +666,7 @@ def wrong_entries(s):
     if s["method"] == "tdm":
         own = times if not s["grids"] else s["grids"].get(str(len(times)), [])[:-1]
         yield own != times or not s["grids"], f"grids {s['grids']!r:.80} without that of its times"
-        yield not isinstance(s["told_steps"], bool), f"told_steps {s['told_steps']!r}"
+        yield not isinstance(s["steps_cond"], bool), f"steps_cond {s['steps_cond']!r}"
     scale = s["guidance_scale"] if s["method"] == "mdt_dist" else s.get("guidance_scale", 1.0)
     yield not is_number(scale, -1e6, 1e6), f"guidance_scale {scale!r}"
     experts = s.get("experts", [])
@@ -686,6 +686,8 @@ def read_sampler(folder):
     """sampler.json of a student folder -> (dict, schedule, prediction, shift); raises UserError."""
     path = os.path.join(folder, "sampler.json")
     s = load_json(path)
+    if "told_steps" in s:  # its name in students from before
+        s["steps_cond"] = s.pop("told_steps")
     try:
         for wrong, what in wrong_entries(s):
             if wrong:
