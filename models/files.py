@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 
 import torch
@@ -53,13 +54,16 @@ def replacing(path, mode="wb", **how):
         put_in_place(file, tmp, path, whole)
 
 
-def put_in_place(file, tmp, path, whole):
+def put_in_place(file, tmp, path, whole, size=None):
     """Close a file that was written as tmp: it is path if it is whole and gets onto the disk.
 
-    Otherwise it is removed, which on a full disk leaves room to go on with.
+    Otherwise it is removed, which on a full disk leaves room to go on with. size: bytes that it is
+    to have, None: as many as it has.
     """
     try:
         if whole:
+            if size is not None:
+                file.truncate(size)
             file.flush()
             os.fsync(file.fileno())
     except OSError:
@@ -69,7 +73,8 @@ def put_in_place(file, tmp, path, whole):
         with contextlib.suppress(OSError):  # closing flushes too
             file.close()
         if not whole:
-            os.remove(tmp)
+            with contextlib.suppress(OSError):  # another rank may have removed its folder
+                os.remove(tmp)
     if whole:
         os.replace(tmp, path)
         fsync_folder(os.path.dirname(path) or ".")
@@ -140,7 +145,8 @@ def path_inside(folder, name, where):
     Raises UserError for a name that leads out of the folder.
     """
     parts = str(name).replace("\\", "/").split("/")
-    if not isinstance(name, str) or os.path.isabs(name) or ".." in parts or ":" in parts[0]:
+    drive = re.match(r"[A-Za-z]:", parts[0])  # of Windows
+    if not isinstance(name, str) or os.path.isabs(name) or ".." in parts or drive:
         raise UserError(f"{where} names {name!r}, which is not in {folder}: name files inside it")
     return os.path.join(folder, name)
 
@@ -193,9 +199,7 @@ class TensorWriter:
         if self.path is None:
             return
         whole = not error and not missing
-        if whole:
-            self.file.truncate(self.begin + self.size)
-        put_in_place(self.file, self.tmp, self.path, whole)
+        put_in_place(self.file, self.tmp, self.path, whole, self.begin + self.size)
         if missing and not error:
             raise ValueError(f"{self.path}: {missing[0]!r} was never written")
 

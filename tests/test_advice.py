@@ -1996,6 +1996,14 @@ ELSEWHERE = {
         "test_teachers",
         "test_guidance_by_nothing_is_refused",
     ),
+    "--output_dir {} has images, such as {}, which are of no set": (
+        "test_more_inputs",
+        "test_images_that_are_of_no_set",
+    ),
+    "--class_in_name is for files with names of pictures": (
+        "test_more_inputs",
+        "test_classes_in_names_of_no_files",
+    ),
     "--output_dir has a name of {} bytes: give one of at most 240": (
         "test_places",
         "test_names_that_no_disk_takes",

@@ -338,6 +338,8 @@ def test_mirror_classes():
     assert torch.equal(mirror[mirror], torch.arange(256))
     with pytest.raises(UserError, match="'ear_l' has no 'ear_r'"):
         mirror_classes(["ear_l", "ear"])
+    assert mirror_classes(["other", "skin", "other"])[:3].tolist() == [0, 1, 2]
+    assert torch.equal(mirror_classes([f"c{k}" for k in range(300)]), torch.arange(256))
 
 
 def test_mirrored_maps_have_the_classes_of_the_mirror():

@@ -37,14 +37,19 @@ from models.files import UserError, load_json, open_tensors, save_json, save_ten
 from models.networks import WEIGHTS, lora, network_config, save_network
 from models.networks.autoencoders import AutoencoderKL, PatchPCA
 from models.networks.latent_space import LatentSpace, load_space
-from models.plumbing.data import Bank, Prompts, load_data
+from models.plumbing import loading, state
+from models.plumbing.data import Bank, Prompts, load_data, load_real_data
 from models.plumbing.flags import wrong_output
+from models.plumbing.image_sets import begin_set
+from models.plumbing.images import files_below
 from models.plumbing.latents import LatentCache, Posteriors
 from models.plumbing.loading import open_pictures
 from models.plumbing.report import load_student
-from models.plumbing.run import Run, own_device, run_main
-from models.plumbing.state import inputs_of
-from models.plumbing.teachers import merge_lora
+from models.plumbing.run import Log, Run, own_device, run_main, take_output_dir
+from models.plumbing.schedulers import read_scheduler
+from models.plumbing.sets import open_set
+from models.plumbing.state import folder_fingerprint, inputs_of
+from models.plumbing.teachers import base_fingerprint, merge_lora
 from models.progress import progress
 
 SHORT = "--max_train_steps 1 --train_batch_size 2".split()
@@ -337,7 +342,8 @@ def test_data_in_the_folder_that_a_run_would_rename(tmp_path, capsys, inside):
     latent_fm.parse_args([*flags, "--output_dir", str(tmp_path / "another")])
 
 
-READ = "data maps map_names prompts teacher autoencoder teacher_lora student_init fake_init init"
+READ = "data maps map_names prompts teacher autoencoder teacher_lora student_init fake_init init "
+READ += "bank dinov2"
 
 
 @pytest.mark.parametrize("flag", READ.split())
@@ -699,3 +705,191 @@ def test_without_a_standard_error(monkeypatch):
     with pytest.raises(SystemExit) as end:
         run_main(lambda: (_ for _ in ()).throw(UserError("x")))
     assert end.value.code == 2
+
+
+# ---- what lies there is not what it seems --------------------------------------------------------
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    """Class folders may be links, into the set itself and in a circle too; real ones come first."""
+    for name in ("set/z/1.png", "else/deep/2.png", "set/z/sub/3.png"):
+        picture(tmp_path / name)
+    for link, to in {"a": "z", "else": "../else", "circle": ".", "z/sub/up": "../.."}.items():
+        (tmp_path / "set" / link).symlink_to(to)
+    found = [os.path.relpath(p, tmp_path / "set") for p in files_below(str(tmp_path / "set"))]
+    assert found == ["z/1.png", "z/sub/3.png", "else/deep/2.png"]
+    before = folder_fingerprint(str(tmp_path / "set"))
+    picture(tmp_path / "else/deep/2.png", 90)
+    assert folder_fingerprint(str(tmp_path / "set")) != before
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "z/Thumbs.db", "z/._1.png"])
+def test_what_a_file_browser_leaves_is_no_other_data(tmp_path, name):
+    picture(tmp_path / "z" / "1.png")
+    before = folder_fingerprint(str(tmp_path))
+    (tmp_path / name).write_bytes(b"x")
+    assert folder_fingerprint(str(tmp_path)) == before
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
+def test_a_disk_that_does_not_answer_is_not_the_pictures_fault(monkeypatch, tmp_path, number):
+    """The set would lose the picture for good: the index keeps what was skipped."""
+    for name in "abc":
+        picture(tmp_path / "data" / name / "x.png")
+    how, real = (str(tmp_path / "data"), 8), loading.look_at
+
+    def look_at(source, name, *rest):
+        if name.startswith("b"):
+            raise OSError(number, os.strerror(number), name)
+        return real(source, name, *rest)
+
+    with monkeypatch.context() as m:
+        m.setattr(loading, "look_at", look_at)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            load_data(*how, index=str(tmp_path / "index.safetensors"))
+    assert len(load_data(*how, index=str(tmp_path / "index.safetensors"))[0]) == 3
+
+
+def test_an_index_keeps_names_of_any_bytes(tmp_path):
+    """Keys of an LMDB may hold NUL; names of files may be no UTF-8."""
+    names = ["a\0b", "c", os.fsdecode(b"caf\xe9.png")]
+    none = dict(places=torch.zeros(3, 4), label=torch.zeros(3), sums=torch.zeros(3))
+    found = loading.Found(names, classes=[], sides=torch.zeros(4), most=-1, skipped=[], **none)
+    found.save(str(tmp_path / "i"), "stamp")
+    assert loading.load_found(str(tmp_path / "i"), "stamp").names == names
+
+
+def test_a_cache_of_latents_that_became_shorter(tmp_path):
+    cache = LatentCache(str(tmp_path / "c"), 4, {})
+    cache.begin()
+    save_tensors({"moments": torch.ones(4, 1, 2, 4, 8, 8).half()}, cache.path(0))
+    cache.open()
+    os.truncate(cache.path(0), os.path.getsize(cache.path(0)) - 100)
+    assert len(cache.rows(torch.tensor([0, 2]), None, "cpu")[0]) == 2
+    with pytest.raises(UserError, match="has become shorter"):
+        cache.rows(torch.tensor([3]), None, "cpu")
+
+
+def test_classes_without_latents_get_no_number(tmp_path):
+    """Folders of .npy are numbered as those of pictures are."""
+    space(tmp_path / "vae", latent_channels=4)
+    for name in ("a", "c"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        np.save(tmp_path / "data" / name / "x.npy", np.ones((8, 2, 2), np.float32))
+    for name in ("b", "d"):  # nothing in them
+        (tmp_path / "data" / name).mkdir()
+    found = Posteriors(str(tmp_path / "data"), str(tmp_path / "vae"), flat=False)
+    assert found.label.tolist() == [0, 1] and found.classes == ["a", "c"]
+
+
+def test_maps_of_an_npz(tmp_path):
+    """Its pictures have names by number, and no file of their own to open."""
+    np.savez(tmp_path / "s.npz", np.zeros((3, 8, 8, 3), np.uint8))
+    source = open_set(str(tmp_path / "s.npz"), flat=True)
+    for name, _ in source.members():
+        picture(tmp_path / "maps" / f"{os.path.splitext(name)[0]}.png", 1)
+    for path in (tmp_path / "maps").iterdir():
+        Image.open(path).convert("L").save(path)
+    x, _, _, maps = open_pictures(str(tmp_path / "s.npz"), 8, True, maps=str(tmp_path / "maps"))
+    assert len(x) == 3 and maps[torch.arange(3)].eq(1).all()
+
+
+def test_a_colon_in_a_name(tmp_path):
+    """A time of day is a name; a drive of Windows leads out of the folder."""
+    assert files.path_inside("set", "12:30.png", "x") == os.path.join("set", "12:30.png")
+    for name in ("c:x.png", "C:/x.png", "../x"):
+        with pytest.raises(UserError, match="which is not in set"):
+            files.path_inside("set", name, "x")
+
+
+def test_classes_in_names_of_no_files(tmp_path, capsys):
+    np.savez(tmp_path / "s.npz", np.zeros((3, 8, 8, 3), np.uint8), np.arange(3))
+    flags = ["--data", str(tmp_path / "s.npz"), "--resolution", "8", "--class_in_name"]
+    error = refusal(capsys, tmp_path / "run", *flags, script=latent_fm)
+    assert "--class_in_name is for files with names of pictures" in error
+
+
+def test_images_that_are_of_no_set(tmp_path, capsys):
+    """--samples would take them for its own, and draw nothing."""
+    run = Run(dmd.parse_args(["--teacher", "ring", "--output_dir", str(tmp_path)]), "dmd")
+    for name in ("samples.npz", "000000.png"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(UserError, match=f"has images, such as {name}"):
+            begin_set(run, str(tmp_path), {"a": 1})
+        (tmp_path / name).unlink()
+    (tmp_path / "samples.png").write_bytes(b"x")  # of --sample without --samples
+    begin_set(run, str(tmp_path), {"a": 1})
+    (tmp_path / "000000.png").write_bytes(b"x")
+    begin_set(run, str(tmp_path), {"a": 1})
+
+
+def test_a_folder_that_was_deleted_meanwhile(tmp_path):
+    """The old run's, in the first update of the new one: nothing is left to be renamed."""
+    (tmp_path / "run.starting" / "state").mkdir(parents=True)
+    take_output_dir(str(tmp_path / "run.starting"), str(tmp_path / "run"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_full_disk_leaves_no_temporary_file(monkeypatch, tmp_path):
+    """Nor does the folder of a state stay, whose state.json found no room."""
+
+    def full(*a):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            save_tensors({"x": torch.ones(4)}, str(tmp_path / "x"))
+        m.setattr(files, "put_in_place", lambda f, *a: full())
+        with pytest.raises(OSError, match="No space"):
+            save_tensors({"x": torch.ones(4)}, str(tmp_path / "y"))
+    assert not list(tmp_path.glob("x*"))
+    monkeypatch.setattr(state, "save_json", full)
+    with pytest.raises(OSError, match="No space"):
+        state.save_state(str(tmp_path / "run"), 1, {}, {"world_size": 1})
+    assert not list((tmp_path / "run" / "state").iterdir())
+
+
+def test_a_log_that_begins_with_blank_lines(tmp_path):
+    """As a power cut leaves it: NULs that are taken out."""
+    (tmp_path / "log.csv").write_text("\0\0\n\n1,2\n")
+    log = Log(str(tmp_path), 5)
+    log.write({"step": 6, "loss": 0.5})
+    assert (tmp_path / "log.csv").read_text().split() == ["step,loss", "6,0.5"]
+
+
+def test_a_state_without_seconds(tmp_path):
+    save_json({"flags": {"train_batch_size": 1, "gradient_accumulation_steps": 1}, "step": 1},
+              str(tmp_path / "state.json"))  # fmt: skip
+    assert state.read_info(str(tmp_path))["seconds"] == 0
+
+
+@pytest.mark.parametrize("value", ["0.1", [0.1], 2, -1])
+def test_a_damaged_end_of_a_shift(tmp_path, value):
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": value}
+    save_json(config, str(tmp_path / "scheduler_config.json"))
+    with pytest.raises(UserError, match="scheduler_config.json.*shift_terminal"):
+        read_scheduler(str(tmp_path))
+    save_json({**config, "shift_terminal": 0.1}, str(tmp_path / "scheduler_config.json"))
+    read_scheduler(str(tmp_path))
+
+
+def test_adapters_on_a_world_with_another_file(tmp_path):
+    """The file of --teacher_lora decides what a world's adapters belong on."""
+    save_file({"x": torch.zeros(4)}, tmp_path / "a.safetensors")
+    args = SimpleNamespace(teacher="glyphs", teacher_lora=[str(tmp_path / "a.safetensors")])
+    before = base_fingerprint(args)
+    save_file({"x": torch.ones(4)}, tmp_path / "a.safetensors")
+    assert before and base_fingerprint(args) != before
+    assert base_fingerprint(SimpleNamespace(teacher="glyphs", teacher_lora=None)) is None
+
+
+def test_a_teacher_of_prompts_and_data_with_labels(tmp_path):
+    """Its network has no number of classes: the line names what it takes."""
+    tensors = {"x0": torch.zeros(4, 4, 2, 4, 6), "cond.text": torch.zeros(4, 5, 8)}
+    tensors |= {"uncond.text": torch.zeros(1, 5, 8), "cond.label": torch.arange(4)}
+    save_file(tensors, tmp_path / "d.safetensors")
+    base = SimpleNamespace(cond_names=("text",))
+    teacher = SimpleNamespace(base=base, shape=(4, 2, 4, 6), config={}, world=None, folder=None)
+    with pytest.raises(UserError, match="the teacher takes"):
+        load_real_data(SimpleNamespace(data=str(tmp_path / "d.safetensors"), seed=0), teacher)

@@ -254,6 +254,30 @@ def test_a_stored_row_is_of_one_way_to_sample(monkeypatch, tmp_path):
         assert (found["fd"], found["copied"]) == (i, True) and mean.tolist() == [i, i]
 
 
+def test_what_is_stored_is_of_seed_0_and_named_by_who_asks(monkeypatch, tmp_path):
+    """Another seed's noise would unpair fd_teacher of all runs after it, also when measured anew."""
+    fd = []
+
+    def found(*a):
+        fd.append(len(fd) + 1.0)
+        return {**a[-1], "fd": fd[-1]}, (torch.full([2], fd[-1]), torch.eye(2))
+
+    monkeypatch.setattr(report, "measured", found)
+
+    def row(*flags, name="teacher"):
+        run = Run(dmd.parse_args([*flags, "--output_dir", str(tmp_path / "run")]), "dmd")
+        given = dict(folder=str(tmp_path), shift=1.0, over=None, fingerprint=lambda: "abc")
+        how = torch.zeros(2), None, "euler20", {"name": name}
+        return report.measured_teacher(run, SimpleNamespace(**given), *how)[0]
+
+    assert row("--seed", "7")["fd"] == 1 and not list(tmp_path.rglob("*.safetensors"))
+    assert row()["fd"] == 2  # stored
+    assert row("--seed", "7", "--remeasure_teacher")["fd"] == 3
+    assert row("--seed", "7") == {"name": "teacher", "fd": 2, "copied": True}
+    assert row(name="teacher_same_steps") == {"name": "teacher_same_steps", "fd": 2, "copied": True}
+    assert row("--remeasure_teacher")["fd"] == 4 == row("--seed", "1")["fd"]
+
+
 @pytest.mark.parametrize("n, kept", [(8, False), (20, True)])
 def test_the_teachers_own_grid_of_many_steps_is_stored(monkeypatch, n, kept):
     """Its row at the student's steps; that of any other grid is none of the teacher's."""

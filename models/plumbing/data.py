@@ -604,7 +604,7 @@ def load_real_data(args, teacher):
             f"--data {source}: its classes are {', '.join(class_names)}, the teacher's "
             f"{', '.join(known)}: labels would mean other things"
         )
-    label = cond.get("label")
+    label = cond.get("label") if "label" in base.cond_names else None
     if label is not None and not 0 <= label.min() <= label.max() < max(1, base.num_classes):
         raise UserError(
             f"--data {source}: labels from {label.min()} to {label.max()}, the teacher has "

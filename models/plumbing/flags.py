@@ -394,7 +394,8 @@ def wrong_output(a):
     yield planned, "--dry_run plans a training run: leave out --sample or --dry_run"
     new = not a.sample and not a.resume_from_checkpoint
     read = (
-        "data maps map_names prompts teacher autoencoder teacher_lora student_init fake_init init"
+        "data maps map_names prompts teacher autoencoder teacher_lora student_init fake_init init "
+        "bank dinov2"
     )
     for flag in [*read.split(), "cache_latents"]:
         names = getattr(a, flag, None) or []

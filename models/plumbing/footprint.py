@@ -47,12 +47,12 @@ def attention_flops(q, k, v):
 class Meter(TorchDispatchMode):
     """Bytes alive and FLOPs of what runs inside; tensors in `known` are not counted.
 
-    now, peak: bytes; flops. largest: bytes of the largest single storage.
+    now, peak: bytes; flops.
     """
 
     def __init__(self, known=()):
         super().__init__()
-        self.now = self.peak = self.flops = self.largest = 0
+        self.now = self.peak = self.flops = 0
         self.seen = {t.untyped_storage()._cdata for t in known}
 
     def gone(self, key, size):
@@ -70,7 +70,6 @@ class Meter(TorchDispatchMode):
                 self.seen.add(key)
                 weakref.finalize(storage, self.gone, key, size)
                 self.now += size
-                self.largest = max(self.largest, size)
         self.peak = max(self.peak, self.now)
         self.flops += flops_of(function, args, kwargs or {}, out)
         return out

@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import zipfile
 
@@ -52,7 +53,7 @@ def open_images(path, flag, resolution=None, crop="lanczos"):
         fingerprint()                 a short hash of its content, and of how it is cut
 
     flag: what messages begin with. resolution: a side to which images of any size are cut, by one
-    of CROPS of data.py; None: as they are, all of one size. Raises UserError.
+    of CROPS of images.py; None: as they are, all of one size. Raises UserError.
     """
     path = str(path)
     if os.path.isdir(path):
@@ -273,6 +274,14 @@ def write_set(run, draw, n, label=None, **about):
 def begin_set(run, folder, about):
     """Make the folder, or see that what is there was begun alike. Raises UserError."""
     path = os.path.join(folder, "set.json")
+    there = os.listdir(folder) if os.path.isdir(folder) else []
+    foreign = [n for n in there if n == "samples.npz" or re.fullmatch(r"\d{6}\.(png|jpg)", n)]
+    if foreign and "set.json" not in there:
+        raise UserError(
+            f"--output_dir {folder} has images, such as {foreign[0]}, which are of no set of "
+            "--samples: name another folder"
+        )
+    run.wait_for_all()  # nobody writes before all have looked
     if run.main:
         os.makedirs(os.path.join(folder, "chunks"), exist_ok=True)
         if not os.path.isfile(path):

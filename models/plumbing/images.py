@@ -98,23 +98,21 @@ def read_image(path, size, crop="lanczos"):
     return as_bytes(to_square(read_frames(path)[0], size, crop))
 
 
-def read_map(path, size, image):
+def read_map(path, size, image=None):
     """Decode the segmentation map of an image -> uint8 (size, size), cropped like the image.
 
     The map is a grey, palette or one-bit PNG whose values are class numbers, 255 for none. image:
-    the path of the image, or its bytes. size None: as it is, neither cut nor resized. Raises
-    ValueError for colours, for classes above 255 and for another shape than the image's, and what
-    Pillow raises.
+    the image, as it is shown; None: it has been compared before. size None: as it is, neither cut
+    nor resized. Raises ValueError for colours, for classes above 255 and for another shape than the
+    image's, and what Pillow raises.
     """
-    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
-        turned = picture.getexif().get(0x0112, 1) >= 5  # EXIF: shown with its sides exchanged
-        wide, high = picture.size[::-1] if turned else picture.size
     with Image.open(path) as numbers:
         numbers.load()
         if numbers.mode not in ("L", "P", "1") and not numbers.mode.startswith("I"):
             raise ValueError(
                 f"a map of mode {numbers.mode}: save class numbers as a grey or palette PNG"
             )
+        wide, high = (image or numbers).size
         rounding = max(wide, high, *numbers.size)  # the sides may have been rounded
         if abs(numbers.width * high - numbers.height * wide) > rounding:
             raise ValueError(
@@ -140,11 +138,18 @@ def class_folders(folder):
 def files_below(folder):
     """Paths of all files in the folder and its subfolders, always in the same order.
 
-    Hidden folders are left out, and a file that is reached twice through links comes once.
+    Links to folders are followed, after the folders themselves. Hidden folders are left out, and a
+    file or folder that is reached twice comes once.
     """
-    seen = set()
-    for where, folders, files in os.walk(folder):
-        folders[:] = sorted(n for n in folders if not n.startswith("."))
+    seen, been = set(), {os.path.realpath(folder)}
+    for where, folders, files in os.walk(folder, followlinks=True):
+        paths = {name: os.path.join(where, name) for name in folders if not name.startswith(".")}
+        folders[:] = []
+        for name in sorted(paths, key=lambda name: (os.path.islink(paths[name]), name)):
+            real = os.path.realpath(paths[name])
+            if real not in been:
+                been.add(real)
+                folders.append(name)
         for path in (os.path.join(where, file) for file in sorted(files)):
             real = os.path.realpath(path)
             if real not in seen:

@@ -25,7 +25,7 @@ from models.networks.latent_space import load_space
 from models.plumbing.data import Rows, refuse_other_files, to_unit, whole_labels
 from models.plumbing.images import files_below, is_image
 from models.plumbing.loading import Decoded
-from models.plumbing.sets import Folder, list_set
+from models.plumbing.sets import Folder, list_set, renumbered
 from models.progress import progress
 
 ROWS = 1024  # of a part
@@ -109,7 +109,10 @@ class LatentCache:
             at = (i % ROWS * self.shape[0] + v) * row.nbytes
             with open(self.path(i // ROWS), "rb", buffering=0) as file:
                 file.seek(self.starts[i // ROWS] + at)
-                file.readinto(row)
+                if file.readinto(row) != row.nbytes:
+                    raise UserError(
+                        f"{file.name} has become shorter: remove it, and it is made again"
+                    )
         both = half.float()
         if not both.sum().isfinite():  # half precision cannot overflow it
             for i, values in zip(index.tolist(), both):
@@ -224,10 +227,11 @@ class Posteriors:
         self.where, self.space = f"--data {source}", load_space(autoencoder)
         self.label = self.classes = None
         if os.path.isdir(source):
-            members, labels, self.classes, _ = list_set(Folder(source, flat), flat)
+            members, labels, classes, fixed = list_set(Folder(source, flat), flat)
             every = [(name, k) for (name, _), k in zip(members, labels) if is_latent(name)]
             self.names = [os.path.join(source, name) for name, _ in every]
-            self.label = torch.tensor([k for _, k in every])
+            label = torch.tensor([k for _, k in every])
+            self.label, self.classes = (label, classes) if fixed else renumbered(label, classes)
             one, n = self.of_file(0).shape[1:], len(self.names)
             self.one = tuple(one)
             for i in progress(range(n), "look at --data", disable=n < 2000):

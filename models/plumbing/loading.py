@@ -7,6 +7,7 @@ a micro-batch, and threads decode those of the next update meanwhile: which rows
 since draws are a function of the update's number. Pillow decodes outside Python's lock.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ import torch.distributed as dist
 
 from models.files import UserError, open_tensors, path_inside, save_tensors
 from models.plumbing.images import as_bytes, read_map, to_square
-from models.plumbing.sets import Folder, list_set, open_set
+from models.plumbing.sets import Folder, list_set, open_set, renumbered
 from models.progress import progress
 
 KEPT = 2**28  # bytes: a set whose rows are no more than this stays in memory once it is decoded
@@ -162,8 +163,8 @@ class Found:
 
     def save(self, path, stamp):
         """Write an index. stamp: what it is an index of."""
-        blob = "\0".join(self.names).encode("utf-8", "surrogateescape")
-        names = torch.frombuffer(bytearray(blob or b"\0"), dtype=torch.uint8)
+        blob = json.dumps(self.names).encode()  # names in an LMDB may hold any byte
+        names = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
         about = dict(stamp=stamp, classes=self.classes, most=self.most, skipped=self.skipped)
         tensors = dict(places=self.places, label=self.label, sums=self.sums, sides=self.sides)
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -177,9 +178,9 @@ def load_found(path, stamp):
         about = json.loads((file.metadata() or {})["about"])
         if about.pop("stamp") != stamp:
             return None
-        names = bytes(file.get_tensor("names").numpy()).decode("utf-8", "surrogateescape")
+        names = json.loads(bytes(file.get_tensor("names").numpy()))
         tensors = {k: file.get_tensor(k) for k in ("places", "label", "sums", "sides")}
-        return Found(names=names.split("\0"), **tensors, **about)
+        return Found(names=names, **tensors, **about)
     except (UserError, KeyError, ValueError, TypeError):
         return None
 
@@ -214,16 +215,21 @@ def look_at(source, name, place, maps):
     found = source.read(name, place)
     picture, most = source.picture(found), -1
     if maps:
-        known = read_map(map_of(maps, name, source.where), None, found)
+        known = read_map(map_of(maps, name, source.where), None, picture)
         most = max(known[known != 255].tolist(), default=-1)
     digest = hashlib.blake2b(found, digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True), *picture.size, most
+
+
+# What the system says of too many open files and of a disk that does not answer.
+PASSING = {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOTCONN}
 
 
 def look_at_all(source, members, maps, workers):
     """`look_at` for every member; over several ranks each looks at its own.  -> (N, 5) int64
 
     A row is what `look_at` gives and 1, or zeros for one that cannot be read, which is named.
+    Raises OSError where the disk or the system is at fault.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     seen = torch.zeros(len(members), 5, dtype=torch.int64)
@@ -232,6 +238,8 @@ def look_at_all(source, members, maps, workers):
         try:
             return k, (*look_at(source, *members[k], maps), 1), None
         except Exception as e:  # Pillow raises errors of many kinds; the run goes on after all
+            if isinstance(e, MemoryError) or getattr(e, "errno", None) in PASSING:
+                raise  # it is not the picture's fault
             return k, (0,) * 5, f"{type(e).__name__}: {' '.join(str(e).split())}"
 
     own = range(rank, len(members), ranks)
@@ -272,8 +280,7 @@ def find(source, flat, class_in_name, maps, workers):
         refuse_shared_maps(source, [members[k][0] for k in good], maps)
     label, (sums, wide, high, most) = torch.tensor(labels)[whole], seen[whole, :4].T
     if not fixed:
-        there, label = label.unique(return_inverse=True)  # numbers without gaps
-        classes = [classes[k] for k in there.tolist()]
+        label, classes = renumbered(label, classes)
     return Found(
         names=[members[k][0] for k in good],
         places=torch.tensor([members[k][1] for k in good]),
@@ -354,9 +361,9 @@ def open_pictures(
             raise changed(source, name, e) from None
 
     def numbers(i):
-        name, place = found.names[i], tuple(found.places[i].tolist())
+        name = found.names[i]
         try:
-            return read_map(map_of(maps, name, source.where), size, source.read(name, place))
+            return read_map(map_of(maps, name, source.where), size)
         except Exception as e:
             raise changed(source, name, e) from None
 

@@ -453,9 +453,10 @@ def measured(run, teacher, label, sampler, row):
 
 
 def measured_teacher(run, teacher, label, sampler, key, row):
-    """The same for a teacher in many steps: measured once, stored beside it, then copied.
+    """The same for a teacher in many steps: a run of seed 0 stores it beside it, others copy it.
 
-    key: how it is sampled, in a word; None: nothing is stored.
+    Where nothing is stored, and with --remeasure_teacher, it is of the run's own noise. key: how it
+    is sampled, in a word; None: nothing is stored.
     """
     folder, scale = teacher.folder, run.args.guidance_scale
     if not (folder and key):
@@ -471,9 +472,9 @@ def measured_teacher(run, teacher, label, sampler, key, row):
             return row, None
         with open_tensors(path) as f:
             stored = json.loads(f.metadata()["row"])
-            return {**stored, "copied": True}, (f.get_tensor("mean"), f.get_tensor("cov"))
+            return {**stored, **row, "copied": True}, (f.get_tensor("mean"), f.get_tensor("cov"))
     row, moments = measured(run, teacher, label, sampler, row)
-    if run.main:
+    if run.main and run.args.seed == 0:
         tensors = dict(zip(("mean", "cov"), moments))
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -87,7 +87,7 @@ NOT_RENAMED = {errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EACCES}
 
 
 class Stopped(SystemExit):
-    """A run that has saved its state and ends before its last update; code: the exit code."""
+    """A run that has saved its state and ends as it was asked to; code: the exit code."""
 
 
 def run_main(main, again=None):
@@ -831,7 +831,9 @@ def take_output_dir(folder, path):
     What a killed run left half-written is removed. Raises UserError where that one stays.
     """
     path = os.path.normpath(path)  # "runs/x/" could not be renamed to "runs/x/.1"
-    if os.path.normpath(folder) != path:
+    if not os.path.exists(path):  # it was deleted meanwhile
+        os.rename(folder, path)
+    elif os.path.normpath(folder) != path:
         n = 1
         while os.path.exists(f"{path}.{n}"):
             n += 1
@@ -882,8 +884,9 @@ class Log:
         with open(self.path, newline="", encoding="utf-8", errors="replace") as f:
             rows = csv.reader(line.replace("\0", "") for line in f)  # as a power cut leaves them
             columns = next(rows, None)
-            if columns:
-                yield columns
+            if not columns:
+                return
+            yield columns
             for r in rows:
                 if len(r) == len(columns) and r[0].isdecimal() and int(r[0]) <= last:
                     yield r

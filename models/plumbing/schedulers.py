@@ -162,6 +162,8 @@ def read_scheduler(folder, tokens=None):
         check_schedule(schedule)
         if shift is not None and not is_number(shift, 0, 1e6):
             raise ValueError(f"shift {shift}")
+        if c.get("shift_terminal") and not is_number(c["shift_terminal"], 0, 1):
+            raise ValueError(f"shift_terminal {c['shift_terminal']!r}")
     return schedule, prediction, shift
 
 

@@ -188,7 +188,7 @@ class Archive(Form):
         tops = {name.split("/")[0] for name in found}
         top = next(iter(tops), "") + "/"
         nested = [name for name in found if name.count("/") > 1]
-        if len(tops) == 1 and top not in found and (nested or top + DESCRIBED in found):
+        if len(tops) == 1 and (nested or top + DESCRIBED in found):
             if all(name.startswith(top) for name in found):
                 found = {name.removeprefix(top): place for name, place in found.items()}
         self.inside = found
@@ -577,6 +577,11 @@ def list_set(source, flat=False, class_in_name=False):
         name = os.path.basename(os.path.abspath(source.path))
         return members, [0] * len(members), [name], False
     if class_in_name:
+        if members and not any(is_image(name) for name, _ in members):
+            raise UserError(
+                f"{where}: --class_in_name is for files with names of pictures, and {source.kind} "
+                "has none: leave it out"
+            )
         return classes_in_names(members, where)
     described = source.described()
     if described is not None:
@@ -598,6 +603,12 @@ def list_set(source, flat=False, class_in_name=False):
         names = list(names) if len(names) >= count else [str(k) for k in range(count)]
         return members, labels, names, True
     return classes_by_folder(source, members, where)
+
+
+def renumbered(label, classes):
+    """Numbers without gaps, for classes of which some have no items.  -> label (N,), names"""
+    there, label = label.unique(return_inverse=True)
+    return label, [classes[k] for k in there.tolist()]
 
 
 def without_captions(members):

@@ -90,13 +90,13 @@ def save_state(output_dir, step, things, info, rank=0, wait_for_all=lambda: None
     wait_for_all()
     try:
         write_own_part(state_file(tmp, rank, info["world_size"]), things)
+        wait_for_all()
+        if rank:
+            return
+        save_json({"step": step, **info}, os.path.join(tmp, "state.json"))
     except OSError:  # a full disk: the older states stay
         shutil.rmtree(tmp, ignore_errors=True)
         raise
-    wait_for_all()
-    if rank:
-        return
-    save_json({"step": step, **info}, os.path.join(tmp, "state.json"))
     remove_state(final)
     os.replace(tmp, final)
     fsync_folder(root)
@@ -289,7 +289,7 @@ def read_info(folder, method=None):
             f"{path} is damaged: copy it again, or resume with --resume_from_checkpoint from an "
             "earlier step's folder beside it"
         )
-    return info
+    return {"seconds": 0.0, **info}
 
 
 # ---- what a resumed run may change ---------------------------------------------------------------
@@ -362,7 +362,7 @@ def keep_batch(info, args, world_size):
         args.gradient_accumulation_steps = samples // together
 
 
-INPUTS = ("teacher", "teacher_lora", "prompts", "data", "maps", "autoencoder")
+INPUTS = "teacher teacher_lora prompts data maps map_names autoencoder dinov2".split()
 
 
 def inputs_of(args):
@@ -375,6 +375,8 @@ def inputs_of(args):
     for flag in INPUTS:
         name = getattr(args, flag, None)
         if not name or name in WORLDS or name in BUILT_IN:
+            continue
+        if flag == "dinov2" and not os.path.isdir(name):  # it is downloaded
             continue
         if flag == "teacher":
             found[flag] = "".join(teacher_fingerprint(name))
@@ -399,15 +401,21 @@ DESCRIBED = ("dataset.json", "config.json", "latents.json")
 def folder_fingerprint(folder, most=4096):
     """A short hash of a folder: names and sizes of all its files, and content of at most so many.
 
-    Those are spread evenly over the folder; descriptions are always among them.
+    Those are spread evenly over the folder; descriptions are always among them. What a file browser
+    leaves there does not count.
     """
-    paths = list(files_below(folder))
+    paths = [path for path in files_below(folder) if not is_clutter(os.path.basename(path))]
     about = [(os.path.relpath(p, folder), os.path.getsize(p)) for p in paths if os.path.isfile(p)]
     some = paths[:: -(-len(paths) // most) or 1]
     some += [path for path in paths if os.path.basename(path) in DESCRIBED]
     pieces = max(2, min(64, most // max(1, len(some))))
     content = fingerprint((p for p in some if os.path.isfile(p)), pieces)
-    return f"{stable_hash(*about):08x}{content}"
+    return f"{stable_hash(*about):08x}-{content}"  # without the dash hidden files counted, too
+
+
+def is_clutter(name):
+    """Whether a file is hidden, as .DS_Store is, or Windows' previews."""
+    return name.startswith(".") or name.lower() == "thumbs.db"
 
 
 def saved_flags(info):

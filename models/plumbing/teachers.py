@@ -290,7 +290,7 @@ def start_teacher(run, two_networks=False, attention=False, in_bf16=True):
     teacher = load_teacher(args.teacher, dtype, two_networks, run.place, args.sample_shape)
     if args.teacher_lora:
         merge_loras(teacher, args.teacher_lora)
-    teacher.files = None if args.teacher in WORLDS else base_fingerprint(args)
+    teacher.files = base_fingerprint(args)
     teacher.base = teacher.net
     if not teacher.config and attention:
         teacher.net = teacher.base = run.place(fit_ring_transformer(teacher.net, args.seed))
@@ -710,9 +710,13 @@ def describe_adapters(args, teacher):
 
 
 def base_fingerprint(args):
-    """A short hash of the weights of --teacher, a folder, and of --teacher_lora."""
+    """A short hash of the weights of --teacher, if it is a folder, and of --teacher_lora.
+
+    None for a world without adapters.
+    """
     files = [lora.adapter_file(source) or source for source in args.teacher_lora or ()]
-    return teacher_fingerprint(args.teacher)[0] + (fingerprint(files) if files else "")
+    own = "" if args.teacher in WORLDS else teacher_fingerprint(args.teacher)[0]
+    return own + (fingerprint(files) if files else "") or None
 
 
 def wrong_base(args, folder, saved):

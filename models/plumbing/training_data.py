@@ -142,13 +142,14 @@ SIDES = {"l": "r", "r": "l", "left": "right", "right": "left"}  # as words of a 
 def mirror_classes(names):
     """What each class becomes in a mirror: l_brow is r_brow, left_arm right_arm, skin itself.
 
-    names: of the classes 0, 1, ... -> (256,) int64. Raises UserError for a side without the other.
+    names: of the classes 0, 1, ..., of which a map can have 256. -> (256,) int64. Raises UserError
+    for a side without the other.
     """
-    mirror, there = torch.arange(256), [name.lower() for name in names]
+    mirror, there = torch.arange(256), [name.lower() for name in names[:256]]
     for k, name in enumerate(there):
         words = re.split(r"([ _-]+)", name)
         other = "".join(SIDES.get(word, word) for word in words)
         if other not in there:
             raise UserError(f"--map_names: {name!r} has no {other!r}, which it is in a mirror")
-        mirror[k] = there.index(other)
+        mirror[k] = k if other == name else there.index(other)
     return mirror
