@@ -20,11 +20,12 @@ who trusts its source makes it a safetensors file by two lines in an environment
 """
 
 import os
+import shutil
 
 import torch
 
 from models.diffusion import VP, step_grid
-from models.files import UserError, load_tensors, save_json, save_tensors
+from models.files import UserError, load_tensors, save_json, save_tensors, temporary
 from models.networks import load_network, network_config, save_network
 from models.networks.adm import (
     UNetModel,
@@ -42,7 +43,7 @@ from models.networks.dit_imagenet import (
     to_official,
 )
 from models.plumbing.flags import Parser, number
-from models.plumbing.run import run_main
+from models.plumbing.run import run_main, writing
 from models.plumbing.teachers import describe_schedule, network_folder
 
 CONVENTIONS = {None: "dit", 0: "sit", 1: "lfm"}  # by --noise_at
@@ -73,6 +74,10 @@ def read_official(args):
     names = {key.removeprefix("module.").removeprefix("model.") for key in state}
     is_edm = any(name.startswith("enc.") for name in names)
     is_adm = any(name.startswith("input_blocks.") for name in names)
+    shown = {"sample_size": is_edm or "pos_embed" in names, "num_attention_heads": is_edm}
+    for flag, idle in {**shown, "new_attention_order": not is_adm}.items():
+        if getattr(args, flag) and idle:
+            raise UserError(f"--{flag}: the weights of {args.input} leave no choice: leave it out")
     try:
         if convention == "edm" and not is_edm:
             raise ValueError("--prediction edm is for EDM's DhariwalUNet: name its weights")
@@ -152,7 +157,8 @@ def sampler_of(net, schedule):
 
 
 def save_pipeline(net, schedule, scheduler, folder):
-    """Write transformer/, scheduler/, sampler.json and model_index.json into a new folder.
+    """Write transformer/, scheduler/, sampler.json and model_index.json into a new folder, which is
+    there when all of it is.
 
     schedule, scheduler: of `schedule_of`.
     """
@@ -161,11 +167,16 @@ def save_pipeline(net, schedule, scheduler, folder):
         index = {}  # diffusers has no pipeline for velocities of classes, nor for ADM
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     index["transformer"] = ["diffusers", type(net).__name__]
-    save_network(net, network_config(net), os.path.join(folder, "transformer"))
-    save_json(sampler_of(net, schedule), os.path.join(folder, "sampler.json"))
-    os.makedirs(os.path.join(folder, "scheduler"))
-    save_json(scheduler, os.path.join(folder, "scheduler", "scheduler_config.json"))
-    save_json(index, os.path.join(folder, "model_index.json"))
+    tmp = temporary(os.path.normpath(folder))
+    try:
+        save_network(net, network_config(net), os.path.join(tmp, "transformer"))
+        save_json(sampler_of(net, schedule), os.path.join(tmp, "sampler.json"))
+        os.makedirs(os.path.join(tmp, "scheduler"))
+        save_json(scheduler, os.path.join(tmp, "scheduler", "scheduler_config.json"))
+        save_json(index, os.path.join(tmp, "model_index.json"))
+        os.rename(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def export(args):
@@ -238,15 +249,12 @@ def main(argv=None):
             "--prediction flow_v goes with --noise_at 0 (SiT) or 1 (LFM), and only with it: "
             "velocity models do not agree on which end of their time is noise"
         )
-    try:
+    with writing(args.output, f"name a new {'file' if args.export else 'folder'}"):
+        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
         if args.export:
             return export(args)
         net = read_official(args)
         save_pipeline(net, *schedule_of(net, args), args.output)
-    except OSError as error:
-        raise UserError(
-            f"cannot write --output {args.output}: {error}; name a new folder"
-        ) from None
     count = sum(parameter.numel() for parameter in net.parameters())
     print(
         f"{args.output}: {count:,} parameters, {net.num_classes} classes, latents "

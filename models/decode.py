@@ -19,7 +19,7 @@ from PIL import Image
 from models.files import UserError, fingerprint, load_json, open_tensors, save_json
 from models.libraries import device
 from models.plumbing.flags import Parser, number
-from models.plumbing.run import run_main
+from models.plumbing.run import run_main, writing
 from models.vaes import AUTOENCODERS, find_autoencoder, load_autoencoder
 from models.videos import video_library, write_mp4
 
@@ -88,7 +88,9 @@ def save_picture(pixels, path, fps):
         to_image(pixels).save(begun)
     elif path.suffix == ".gif":
         first, *rest = [to_image(frame) for frame in pixels]
-        first.save(begun, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+        times = [round(100 * i / fps) for i in range(len(pixels) + 1)]  # hundredths of a second
+        lasts = [10 * (b - a) for a, b in zip(times, times[1:])]  # in a GIF's own steps
+        first.save(begun, save_all=True, append_images=rest, duration=lasts, loop=0)
     elif path.suffix == ".mp4":
         write_mp4(str(begun), pixels.permute(0, 2, 3, 1).numpy(), fps)
     else:
@@ -143,6 +145,8 @@ def check_flags(args, videos):
             )
     if args.fps is not None and args.format == "png":
         raise UserError("--fps has no effect with --format png: leave it out")
+    if args.fps and args.fps > 50 and args.format != "mp4":
+        raise UserError(f"--fps {args.fps:g}: GIFs have at most 50: give less, or --format mp4")
     if args.format == "mp4":
         video_library("--format mp4")
 
@@ -159,18 +163,16 @@ def main(argv=None):
     fps = args.fps or space.fps
     files = sorted(str(path) for path in Path(place).iterdir() if path.is_file())
     about = {"latents": fingerprint([args.latents]), "autoencoder": fingerprint(files), "fps": fps}
+    if hasattr(space, "digest"):  # of a run, whose weights may lie elsewhere
+        about["autoencoder"] += space.digest()
     where = f"--latents {args.latents}: row"
-    try:
+    with writing(args.output, "name a new folder"):
         begin_folder(args.output, about)
         for i in range(rows.get_shape()[0]):
             path = Path(args.output) / f"{i:03d}{suffix}"
             if not path.exists():  # of the same latents, by a run that was interrupted
                 save_picture(decode_row(space, rows[i : i + 1], f"{where} {i} of x0"), path, fps)
             print(path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write --output {args.output}: {error}; name a new folder"
-        ) from None
 
 
 if __name__ == "__main__":

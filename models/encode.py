@@ -35,7 +35,7 @@ from models.files import fingerprint as hash_of_files
 from models.image_tokens import DINOV2, ImageTokens, prepare_image
 from models.libraries import device, require
 from models.plumbing.flags import Parser, number
-from models.plumbing.run import run_main
+from models.plumbing.run import run_main, writing
 from models.progress import progress
 from models.prompts import PromptWriter, is_complete, open_prompts, refuse_other
 from models.text_encoders import CLIP, FAMILIES, ask, padded_rows, teacher_class
@@ -83,7 +83,8 @@ def encode_trellis_images(folder, output, dinov2=DINOV2):
     require("transformers")
     paths = image_paths(folder)
     names = [os.path.basename(path) for path in paths]
-    fingerprint = fingerprint_of(names, [hash_of_files(paths), str(dinov2)], [])
+    folders = [dinov2] if os.path.isdir(dinov2) else []
+    fingerprint = fingerprint_of(names, [hash_of_files(paths), str(dinov2)], folders)
     if is_complete(output, fingerprint):
         print(f"{output} is there already, of the same images: remove it to encode them again")
         return stored_shapes(output)
@@ -97,7 +98,7 @@ def encode_trellis_images(folder, output, dinov2=DINOV2):
         done = len(file.notes)
         for i in progress(range(done, len(paths)), "images"):
             file.write("cond.tokens", i, encoder(read_image(paths[i])[None])[0])
-            file.note(names[i])
+            file.note(i)
     return stored_shapes(output)
 
 
@@ -205,9 +206,19 @@ def write_text(writer, prompts, encoder, batch_size, folder):
                 found, mask = encoder.features(prompts[first : first + batch_size])
             name, *beside = found
             for i, keep in enumerate(mask):
+                refuse_overflow(found[name][i], folder)
                 if first + i >= done:
                     writer.write(found[name][i][keep], **{k: found[k][i] for k in beside})
                     bar.update()
+
+
+def refuse_overflow(features, folder):
+    """Raises UserError for features that are not finite, as float16 can make them."""
+    if not features.isfinite().all():
+        raise UserError(
+            f"--teacher {folder}: its text encoder makes numbers that are not finite, in "
+            f"{features.dtype}: save its weights in bfloat16 or float32"
+        )
 
 
 def stored_shapes(path):
@@ -252,7 +263,9 @@ def encode_pairs(args):
 
     def text_rows(captions):
         with blamed_on(args.teacher):
-            yield from padded_rows(asked, encoder, captions, length)
+            for row in padded_rows(asked, encoder, captions, length):
+                refuse_overflow(next(iter(row.values())), args.teacher)
+                yield row
 
     fingerprint = fingerprint_of_pairs(args, pairs, asked, [size, frames, length])
     if is_complete(args.output, fingerprint):
@@ -346,7 +359,9 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     form = form_of(args)
-    try:
+    if os.path.isdir(args.output):
+        raise UserError(f"--output {args.output} is a folder: name a new file")
+    with writing(args.output, "name a new file"):
         os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
         if form == "--images with captions":
             shapes = encode_pairs(args)
@@ -354,8 +369,6 @@ def main(argv=None):
             shapes = encode_text(args)
         else:
             shapes = encode_trellis_images(args.images, args.output, args.dinov2 or DINOV2)
-    except OSError as error:
-        raise UserError(f"cannot write --output {args.output}: {error}; name a new file") from None
     print(f"{args.output}: {', '.join(f'{k} {shape}' for k, shape in shapes.items())}")
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from models.files import UserError
 from models.libraries import load_pretrained, require
+from models.plumbing.images import eight_bits
 
 DINOV2 = "facebook/dinov2-with-registers-large"
 SIDE, LANCZOS = 518, Image.Resampling.LANCZOS  # pixels: 37 x 37 patches of 14
@@ -18,9 +19,12 @@ def prepare_image(image):
 
     With transparency: the square around the opaque part, 1.2 times as large, on black. Without:
     the whole image, stretched to a square (TRELLIS first removes the background with rembg, so do
-    that before). Raises ValueError if nothing is opaque.
+    that before). Raises ValueError if nothing is opaque, and for pixels that `eight_bits` cannot
+    place.
     """
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = eight_bits(image)  # Pillow's own convert() would clip
     transparency = "A" in image.getbands() or "transparency" in image.info
     image = image.convert("RGBA" if transparency else "RGB")
     if image.mode == "RGBA" and image.getextrema()[3][0] < 255:
@@ -50,7 +54,9 @@ class ImageTokens:
     def __init__(self, dinov2, device):
         library = require("transformers")
         try:
-            model = load_pretrained(library.Dinov2WithRegistersModel, dinov2)
+            model = load_pretrained(
+                library.Dinov2WithRegistersModel, dinov2, torch_dtype=torch.float32
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"--dinov2 {dinov2} cannot be loaded: {error}") from None
         model.layernorm = nn.Identity()

@@ -27,7 +27,7 @@ from models.networks.trellis import SparseStructureDecoder, occupied
 from models.networks.trellis_mesh import SLatMeshDecoder
 from models.plumbing.data import Rows, SparsePlaces, SparseRows
 from models.plumbing.flags import Parser
-from models.plumbing.run import run_main
+from models.plumbing.run import run_main, writing
 from models.trellis_data import normalization
 
 # ---- TRELLIS's folder ----------------------------------------------------------------------------
@@ -200,10 +200,8 @@ def check_flags(args):
 def main(argv=None):
     args = parse_args(argv)
     check_flags(args)
-    try:
+    with writing(args.output, "name another"):
         decode_structures(args) if args.structures else decode_points(args)
-    except OSError as error:
-        raise UserError(f"cannot write --output {args.output}: {error}; name another") from None
 
 
 if __name__ == "__main__":

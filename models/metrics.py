@@ -34,7 +34,7 @@ from models.plumbing.data import spread_rows
 from models.plumbing.flags import Parser, number
 from models.plumbing.image_sets import npz_array, npz_names, open_images
 from models.plumbing.images import CROPS
-from models.plumbing.run import run_main
+from models.plumbing.run import run_main, writing
 from models.progress import progress
 from models.worlds.measures import (
     energy_distance,
@@ -337,6 +337,10 @@ def open_both(args):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.output and os.path.isdir(args.output):
+        raise UserError(f"--output {args.output} is a folder: name a file")
+    with writing(args.output, "name another"):
+        os.makedirs(os.path.dirname(args.output or "") or ".", exist_ok=True)
     net = load_inception(args.inception) if args.inception else None
     samples, reference, statistics = open_both(args)
     found = {"samples": samples.n, "reference": reference.n if reference else None}

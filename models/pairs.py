@@ -24,7 +24,8 @@ from models.files import UserError, fsync_folder, load_json
 from models.libraries import device
 from models.plumbing.data import to_unit
 from models.plumbing.images import files_below, is_image, read_frames
-from models.plumbing.sets import Folder, is_set, open_set
+from models.plumbing.loading import PASSING
+from models.plumbing.sets import Folder, is_set, is_text, open_set
 from models.progress import progress
 from models.prompts import PARTIAL, header_bytes, read_header
 from models.vaes import latent_shape
@@ -81,10 +82,15 @@ def find_pairs(folder, captions=None, frames=1):
             f"one, such as {os.path.relpath(bare[0], folder)}: write it into {where}, or take the "
             "image out"
         )
-    if lost := sorted(known.keys() - set(keys)):
-        without = f"{len(lost)} without an image in {folder}, such as that of {lost[0]}"
-        print(f"{captions or folder}: captions are left out, {without}", file=sys.stderr)
+    name_lost(captions or folder, known.keys() - set(keys), folder)
     return [(path, known[key]) for key, path in zip(keys, paths)]
+
+
+def name_lost(source, lost, folder):
+    """Say which captions of a source have no image."""
+    if lost:
+        without = f"{len(lost)} without an image in {folder}, such as that of {min(lost)}"
+        print(f"{source}: captions are left out, {without}", file=sys.stderr)
 
 
 def opened(path):
@@ -113,6 +119,8 @@ def packed_pairs(source, captions, frames):
             f"as {bare[0].name}: write it into NAME.txt beside NAME.jpg, into a column called text "
             "of parquet files, or into --captions FILE"
         )
+    there = {composed(item.name) for item in found}
+    name_lost(captions or source.path, known.keys() - there, source.path)
     return [(item, one_line(known[composed(item.name)])) for item in found]
 
 
@@ -122,12 +130,16 @@ def is_picture(source, member):
 
 
 def about(folder, path):
-    """What tells a picture from another one, for a fingerprint.  -> list that JSON can hold"""
+    """What tells a picture, or a folder of frames, from another one, for a fingerprint.
+
+    -> list that JSON can hold
+    """
     if isinstance(path, Packed):
         stat = os.stat(path.source.files[path.place[0]])
         return [path.name, *path.place, stat.st_size, stat.st_mtime_ns]
-    stat = os.stat(path)
-    return [os.path.relpath(path, folder), stat.st_size, stat.st_mtime_ns]
+    files = files_below(path) if os.path.isdir(path) else [path]
+    stats = [(os.path.relpath(file, folder), os.stat(file)) for file in files]
+    return [part for name, stat in stats for part in (name, stat.st_size, stat.st_mtime_ns)]
 
 
 def caption_key(folder, path, captions):
@@ -157,9 +169,9 @@ def read_texts(folder):
     """The captions in .txt files below a folder -> {name without .txt: caption}."""
     found = {}
     for path in files_below(folder):
-        if path.endswith(".txt"):
+        if is_text(path):
             with open(path, encoding="utf-8-sig", errors="replace") as f:
-                found[os.path.relpath(path, folder).removesuffix(".txt")] = one_line(f.read())
+                found[os.path.relpath(path, folder)[: -len(".txt")]] = one_line(f.read())
     return found
 
 
@@ -286,8 +298,9 @@ class RowWriter:
         self.journal = open(notes, "a+b" if goes_on else "w+b")  # of bytes, alike on all systems
         self.journal.seek(0)
         text = self.journal.read()
-        self.notes = text.decode().split("\n")[:-1]
-        self.journal.truncate(text.rfind(b"\n") + 1)  # of a line that a killed process began
+        whole = text[: text.rfind(b"\n") + 1]  # without a line that a killed process began
+        self.notes = whole.decode().split("\n")[:-1]
+        self.journal.truncate(len(whole))
 
     def add(self, name, dtype, shape):
         """A further tensor, behind those that are there. dtype: one of DTYPES."""
@@ -371,6 +384,8 @@ def write_latents(file, pairs, size, frames, space, shape):
         try:
             x, six = read_pixels(path, size, frames, space.fps)
         except Exception as e:  # Pillow and the others raise errors of many kinds
+            if isinstance(e, MemoryError) or getattr(e, "errno", None) in PASSING:
+                raise  # it is not the picture's fault
             why = one_line(f"{type(e).__name__}: {e}")[:200]  # ffmpeg says much
             print(f"skipped {path}: {why}", file=sys.stderr)
             file.note(SKIPPED)

@@ -464,13 +464,3 @@ def open_shards(index):
             )
         files.append(open_tensors(path))
     return files
-
-
-def prompt_shapes(path):
-    """{NAME: (L, D), a mask's: (L,)} of a prompt in a batch, from headers alone.
-
-    path: of `open_prompts`. Raises UserError.
-    """
-    file = open_prompts(path)
-    names = sorted(key[5:] for key in file.keys() if key.startswith("cond."))
-    return {name: tuple(file.get_slice(f"cond.{name}").get_shape()[1:]) for name in names}

@@ -287,7 +287,7 @@ def load_trellis(root, max_length, clip=None):
     library, clip = require("transformers"), clip_name(root, clip)
     try:
         tokenizer = library.AutoTokenizer.from_pretrained(clip)
-        model = load_pretrained(library.CLIPTextModel, clip)
+        model = load_pretrained(library.CLIPTextModel, clip, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"--clip {clip} cannot be loaded: {error}") from None
     return unmasked_encoder(tokenizer, lambda: model, max_length, "tokens", torch.float16)
@@ -329,13 +329,15 @@ class Family(NamedTuple):
 
 
 WAN = Family(load_wan, 512, "max_length", negative=NEGATIVE_PROMPT)
-Z_IMAGE = Family(load_z_image, 512, "longest", mask="text_mask")
+# Positions of the released networks, axes_lens: 1536, of which two are left behind a text that is
+# filled up to a multiple of 32, and Lumina's 300 with one for time.
+Z_IMAGE = Family(load_z_image, 512, "longest", mask="text_mask", most=1504)
 # What T5 makes of PixArt's padding is left out: the network's mask gives it no weight at all.
 PIXART = Family(load_pixart, 120, "max_length", mask="mask")
 COGVIDEOX = Family(load_cogvideox, 226, "encoded", most=226, fixed=True)
 # 512 is of QwenImagePipeline's call, at most 1024 too; " " is the negative prompt of its card.
 QWEN_IMAGE = Family(load_qwen_image, 512, "longest", mask="mask", negative=" ", most=1024)
-LUMINA2 = Family(load_lumina2, 256, "longest", mask="mask")
+LUMINA2 = Family(load_lumina2, 256, "longest", mask="mask", most=299)
 STABLE_DIFFUSION = Family(load_stable_diffusion, CLIP_TOKENS, "encoded", most=CLIP_TOKENS)
 SDXL_FOLDERS = "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"
 SDXL = STABLE_DIFFUSION._replace(load=load_sdxl, flags=("resolution",), folders=SDXL_FOLDERS)

@@ -96,15 +96,15 @@ def objects_of(root, folder, most, say=print):
         rows = list(csv.DictReader(f))
     if not rows or "sha256" not in rows[0]:
         raise UserError(f"{path} has no column sha256: make it with TRELLIS's dataset_toolkits")
-    found, left = [], {}
+    found, left, scored = [], {}, "aesthetic_score" in rows[0]
     for row in rows:
         name = row["sha256"] or "no name"
-        score = number(row, "aesthetic_score", LEAST_SCORE)
+        score = number(row, "aesthetic_score", float("nan")) if scored else LEAST_SCORE
         views = os.path.join(root, "renders_cond", name, "transforms.json")
         wrong = {
             "without a latent": not os.path.isfile(os.path.join(folder, name + ".npz")),
             "without views": not os.path.isfile(views),
-            f"with an aesthetic score below {LEAST_SCORE}": score < LEAST_SCORE,
+            f"with no aesthetic score of {LEAST_SCORE} or more": not score >= LEAST_SCORE,
             f"of more than {most} points": number(row, "num_voxels", 0) > most,
         }
         why = next((reason for reason, is_so in wrong.items() if is_so), None)
@@ -143,6 +143,12 @@ def read_npz(folder, name, keys):
     return found
 
 
+def unlike(folder, name):
+    """The UserError of an object whose arrays are of another shape than the first's."""
+    path = os.path.join(folder, name + ".npz")
+    return UserError(f"{path} is not like the other latents there: encode it again")
+
+
 class Structures:
     """Latents of the first stage, read when they are asked for: data[index (B,)] -> (B, C, R, R, R)
     float32."""
@@ -154,7 +160,11 @@ class Structures:
         return len(self.names)
 
     def __getitem__(self, index):
-        rows = [read_npz(self.folder, self.names[i], ["mean"])[0] for i in index.tolist()]
+        names = [self.names[i] for i in index.tolist()]
+        rows = [read_npz(self.folder, name, ["mean"])[0] for name in names]
+        for name, row in zip(names, rows):
+            if row.shape != rows[0].shape:
+                raise unlike(self.folder, name)
         return torch.stack(rows).float()
 
     def check(self, root, net):
@@ -186,6 +196,8 @@ class Points(SparsePlaces):
         feats, coords = [], []
         for place, i in enumerate(index.tolist()):
             at, rows = read_npz(self.folder, self.names[i], ["coords", "feats"])
+            if at.shape != (len(rows), 3) or rows.shape[1:] != self.mean.shape or not len(rows):
+                raise unlike(self.folder, self.names[i])
             coords.append(F.pad(at.long(), (1, 0), value=place))
             feats.append((rows.float() - self.mean) / self.std)
         return torch.cat(feats), torch.cat(coords)

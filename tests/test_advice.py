@@ -1712,7 +1712,7 @@ CASES = [
     ),
     (
         "models.convert",
-        "cannot write --output {}: {}; name a new folder",
+        "cannot write --output {}: {}; {}",
         "--input OFFICIAL --num_attention_heads 3 --output FILE/new",
         [f"--input OFFICIAL --num_attention_heads 3 {OUT}"],
     ),
@@ -1773,7 +1773,7 @@ CASES = [
     ),
     (
         "models.decode",
-        "cannot write --output {}: {}; name a new folder",
+        "cannot write --output {}: {}; {}",
         "--teacher SPACE --latents X0 --output FILE/new",
         [f"--teacher SPACE --latents X0 {OUT}"],
     ),
@@ -1975,7 +1975,7 @@ CASES = [
     ),
     (
         "models.encode",
-        "cannot write --output {}: {}; name a new file",
+        "cannot write --output {}: {}; {}",
         "--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT --output FILE/new",
         [f"--teacher TEXT_ROOT --prompts_txt PROMPTS_TXT {OUT}"],
     ),
@@ -1996,6 +1996,16 @@ ELSEWHERE = {
         "test_teachers",
         "test_guidance_by_nothing_is_refused",
     ),
+    "--{}: the weights of {} leave no choice: leave it out": (
+        "test_more_inputs",
+        "test_flags_of_convert_without_a_choice",
+    ),
+    "its text encoder makes numbers that are not finite": (
+        "test_more_inputs",
+        "test_an_encoder_that_overflows",
+    ),
+    "--output {} is a folder: name a": ("test_more_inputs", "test_an_output_that_is_a_folder"),
+    "--fps {}: GIFs have at most 50": ("test_more_inputs", "test_gifs_of_any_rate"),
     "--output_dir {} has images, such as {}, which are of no set": (
         "test_more_inputs",
         "test_images_that_are_of_no_set",
@@ -2123,7 +2133,7 @@ ELSEWHERE = {
         "test_meshes",
         "test_wrong_input_is_one_line",
     ),
-    "cannot write --output {}: {}; name another": ("test_meshes", "test_wrong_input_is_one_line"),
+    "cannot write --output {}: {}; {}": ("test_meshes", "test_wrong_input_is_one_line"),
     "fills pictures in": ("test_image_sets", "test_what_is_no_image_is_refused"),
     "these are points": ("test_mdt_runs", "test_both_stages"),
     "are not finite: name the student": ("test_image_sets", "test_numbers_that_are_not_finite"),

@@ -32,7 +32,6 @@ from models.plumbing.footprint import (
     as_fake,
     measure,
     on_meta,
-    saved_bytes,
     trace,
     with_blocks,
 )
@@ -54,6 +53,24 @@ def dit():
 
 
 # ---- one network ---------------------------------------------------------------------------------
+
+
+def saved_bytes(call, known=()):
+    """Bytes that autograd keeps for the backward pass of call(), each storage once.
+
+    known: tensors that are there anyway. The output is not among them unless it is kept too.
+    """
+    apart, kept = {t.untyped_storage()._cdata for t in known}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in apart:
+            kept[storage._cdata] = storage  # which holds it, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def run_of(net, call, gradient=True):

@@ -32,15 +32,17 @@ from safetensors.torch import load_file, save_file
 import dmd
 import latent_fm
 import tdm
-from models import files
+from models import convert, decode, encode, files, metrics
+from models import pairs as pairing
 from models.files import UserError, load_json, open_tensors, save_json, save_tensors
 from models.networks import WEIGHTS, lora, network_config, save_network
 from models.networks.autoencoders import AutoencoderKL, PatchPCA
+from models.networks.dit_imagenet import DIT_B_2, DiTTransformer2DModel, to_official
 from models.networks.latent_space import LatentSpace, load_space
 from models.plumbing import loading, state
 from models.plumbing.data import Bank, Prompts, load_data, load_real_data
 from models.plumbing.flags import wrong_output
-from models.plumbing.image_sets import begin_set
+from models.plumbing.image_sets import begin_set, open_images
 from models.plumbing.images import files_below
 from models.plumbing.latents import LatentCache, Posteriors
 from models.plumbing.loading import open_pictures
@@ -51,6 +53,7 @@ from models.plumbing.sets import open_set
 from models.plumbing.state import folder_fingerprint, inputs_of
 from models.plumbing.teachers import base_fingerprint, merge_lora
 from models.progress import progress
+from models.text_encoders import ask
 
 SHORT = "--max_train_steps 1 --train_batch_size 2".split()
 
@@ -893,3 +896,108 @@ def test_a_teacher_of_prompts_and_data_with_labels(tmp_path):
     teacher = SimpleNamespace(base=base, shape=(4, 2, 4, 6), config={}, world=None, folder=None)
     with pytest.raises(UserError, match="the teacher takes"):
         load_real_data(SimpleNamespace(data=str(tmp_path / "d.safetensors"), seed=0), teacher)
+
+
+# ---- commands beside the scripts -----------------------------------------------------------------
+
+
+def test_an_output_that_is_a_folder(tmp_path, capsys):
+    """Said before anything is computed."""
+    np.savez(tmp_path / "a.npz", np.zeros((3, 8, 8, 3), np.uint8))
+    (tmp_path / "p.txt").write_text("a cat")
+    same = ["--samples", str(tmp_path / "a.npz"), "--reference", str(tmp_path / "a.npz")]
+    error = refusal_of(capsys, metrics.main, *same, "--output", str(tmp_path))
+    assert "is a folder: name a file" in error
+    metrics.main([*same, "--output", str(tmp_path / "new" / "x.json")])
+    assert (tmp_path / "new" / "x.json").is_file()
+    flags = ["--teacher", "x", "--prompts_txt", str(tmp_path / "p.txt"), "--output", str(tmp_path)]
+    assert "is a folder: name a new file" in refusal_of(capsys, encode.main, *flags)
+
+
+def test_an_interrupted_conversion_leaves_nothing(monkeypatch, tmp_path):
+    """The same command is given again, and no half folder is taken for a teacher."""
+    net = DiTTransformer2DModel(**{**DIT_B_2, "num_layers": 1, "num_attention_heads": 2,
+                                   "attention_head_dim": 12})  # fmt: skip
+    save_tensors(to_official(net), str(tmp_path / "d.safetensors"))
+    output = tmp_path / "deep" / "out"
+    flags = ["--input", str(tmp_path / "d.safetensors"), "--output", str(output)]
+    flags += ["--num_attention_heads", "2"]
+
+    def stop(*a):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(convert, "sampler_of", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert.main(flags)
+    assert not list(output.parent.iterdir())
+    convert.main(flags)
+    assert (output / "model_index.json").is_file() and len(list(output.parent.iterdir())) == 1
+    back = ["--export", str(output), "--output", str(tmp_path / "there" / "o.safetensors")]
+    convert.main(back)
+
+
+def test_flags_of_convert_without_a_choice(tmp_path, capsys):
+    net = DiTTransformer2DModel(**{**DIT_B_2, "num_layers": 1})
+    save_tensors(to_official(net), str(tmp_path / "d.safetensors"))
+    flags = ["--input", str(tmp_path / "d.safetensors"), "--output", str(tmp_path / "out")]
+    for idle in (["--sample_size", "64"], ["--new_attention_order"]):
+        error = refusal_of(capsys, convert.main, *flags, *idle)
+        assert f"{idle[0]}: the weights of" in error and "leave it out" in error
+    convert.main(flags)
+
+
+def test_an_encoder_that_overflows():
+    encode.refuse_overflow(torch.ones(2, 3), "x")
+    with pytest.raises(UserError, match="not finite, in torch.float16: save its weights in"):
+        encode.refuse_overflow(torch.tensor([1.0, float("inf")]).half(), "x")
+
+
+@pytest.mark.parametrize("fps, hundredths", [(16, 100), (24, 100), (30, 80), (50, 48), (7, 343)])
+def test_gifs_of_any_rate(tmp_path, fps, hundredths):
+    """A GIF counts in hundredths of a second: its frames last as long as the video, all in all."""
+    n = round(hundredths * fps / 100)
+    pixels = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 8, 8) * 5
+    decode.save_picture(pixels, tmp_path / "v.gif", fps)
+    with Image.open(tmp_path / "v.gif") as gif:
+        lasts = []
+        for frame in range(gif.n_frames):
+            gif.seek(frame)
+            lasts.append(gif.info["duration"])
+    assert len(lasts) == n and sum(lasts) == pytest.approx(1000 * n / fps, abs=10)
+    args = SimpleNamespace(fps=60.0, format=None, teacher="x")
+    with pytest.raises(UserError, match="GIFs have at most 50"):
+        decode.check_flags(args, videos=True)
+
+
+def test_a_sheet_of_previews_is_no_sample(tmp_path):
+    """models.decode writes beside the samples.png of the run that made the latents."""
+    for name in ("000.png", "001.png", "samples.png"):
+        picture(tmp_path / name)
+    assert open_images(str(tmp_path), "--samples").n == 3
+    save_json({}, str(tmp_path / "decoded.json"))
+    assert open_images(str(tmp_path), "--samples").n == 2
+
+
+def test_notes_of_a_killed_process(tmp_path):
+    """A line that ends within a letter is not read."""
+    path = str(tmp_path / "d.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        with pairing.RowWriter(path, {}) as file:
+            file.add("x", torch.float32, (3, 2))
+            file.note("é")
+            raise KeyboardInterrupt
+    notes = tmp_path / "d.safetensors.partial" / "notes"
+    notes.write_bytes(notes.read_bytes() + "é".encode()[:1])
+    with pytest.raises(KeyboardInterrupt):
+        with pairing.RowWriter(path, {}) as file:
+            assert file.notes == ["é"]
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name, most", [("Lumina2Pipeline", 299), ("ZImagePipeline", 1504)])
+def test_more_tokens_than_the_network_has_places(tmp_path, name, most):
+    save_json({"_class_name": name}, str(tmp_path / "model_index.json"))
+    assert ask(str(tmp_path), max_length=most).max_length == most
+    with pytest.raises(UserError, match=f"takes at most {most} tokens"):
+        ask(str(tmp_path), max_length=most + 1)

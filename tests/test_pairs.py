@@ -1,6 +1,7 @@
 """models/pairs.py: images and videos with captions as real data for the teachers of prompts."""
 
 import contextlib
+import errno
 import functools
 import importlib
 import json
@@ -292,6 +293,48 @@ def test_captions_without_images_are_named(pictures, capsys):
     find_pairs(str(pictures))
     without = f"1 without an image in {pictures}, such as that of more/4"
     assert capsys.readouterr().err == f"{pictures}: captions are left out, {without}\n"
+    path, captions = (
+        write_zip(pictures.parent / "z.zip", {"a.png": b"x"}),
+        pictures.parent / "c.json",
+    )
+    captions.write_text('{"a.png": "a cat", "b.png": "nothing there"}')
+    assert len(find_pairs(str(path), str(captions))) == 1
+    without = f"1 without an image in {path}, such as that of b.png"
+    assert capsys.readouterr().err == f"{captions}: captions are left out, {without}\n"
+
+
+def test_captions_as_windows_writes_them(pictures):
+    """A byte order mark, and an ending in capitals: alike in folders and archives."""
+    (pictures / "0.txt").write_bytes(b"\xef\xbb\xbfa cat")
+    (pictures / "2.txt").rename(pictures / "2.TXT")
+    names = [*NAMES, "0.txt", "2.TXT", "more/3.txt"]
+    members = {name: (pictures / name).read_bytes() for name in names}
+    (pictures / "1.png").unlink()
+    for where in (pictures, write_zip(pictures.parent / "z.zip", members)):
+        assert [text for _, text in find_pairs(str(where))] == ["a cat", *CAPTIONS[1:]]
+
+
+def test_frames_that_were_replaced_are_other_content(tmp_path):
+    """The folder's own size and time stay."""
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(b"x")
+    before, about = os.stat(folder), pairs.about(str(tmp_path), str(folder))
+    first = sorted(folder.iterdir())[0]
+    first.write_bytes(first.read_bytes() + b"x")
+    assert os.stat(folder).st_mtime_ns == before.st_mtime_ns
+    assert pairs.about(str(tmp_path), str(folder)) != about
+
+
+def test_a_picture_is_not_skipped_for_a_busy_disk(saved, pictures, tmp_path, monkeypatch):
+    def busy(*a):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(pairs, "read_pixels", busy)
+    flags = ["--resolution", 8, "--output", tmp_path / "d.safetensors"]
+    with pytest.raises(OSError, match="Too many open files"):
+        run_encode("--teacher", saved("pixart"), "--images", pictures, *flags)
 
 
 def wrong_input(pictures, folder, wan, tmp_path):

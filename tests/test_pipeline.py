@@ -22,7 +22,7 @@ from models.networks.autoencoders import PatchPCA
 from models.networks.latent_space import LatentSpace, load_space
 from models.plumbing.data import Prompts
 from models.plumbing.run import run_main
-from models.prompts import prompt_shapes
+from models.prompts import open_prompts
 
 each = pytest.mark.parametrize(
     "model", [pytest.param(model, id=name) for name, model in MODELS.items()]
@@ -99,7 +99,7 @@ def test_command_line(saved, tmp_path, model, shape, counts):
     text.write_text("A cat\n\n a dog runs\n", encoding="utf-8")
     encode.main([*teacher, "--prompts_txt", str(text), "--output", str(output)])
     assert [p.name for p in output.parent.iterdir()] == ["prompts.safetensors"]
-    assert prompt_shapes(output)["text"] == shape[1:]
+    assert tuple(open_prompts(output).get_slice("cond.text").get_shape()[1:]) == shape[1:]
     if counts:  # the file has the prompts' own tokens alone
         stored = load_file(output)
         assert len(stored["cond.text"]) == sum(counts[:2])

@@ -15,7 +15,7 @@ import dmd
 from models import encode, prompts, text_encoders
 from models.files import UserError, save_json, save_tensors
 from models.plumbing.data import Prompts, load_conditions
-from models.prompts import PromptWriter, open_prompts, prompt_shapes, split_rows
+from models.prompts import PromptWriter, open_prompts, split_rows
 
 # Of each: name and mask of the input, tokens of a batch (None: the longest prompt's), dtype.
 WAN = "text", "", 16, torch.bfloat16
@@ -94,7 +94,9 @@ def test_batches_are_those_of_the_padded_file(tmp_path, kind, shard_bytes):
     for path in (old, new):
         length = both[0].rows(index, "cpu")[kind[0]].shape[1]
         want = {kind[0]: (length, WIDTH)} | ({kind[1]: (length,)} if kind[1] else {})
-        assert prompt_shapes(path) == want
+        file = open_prompts(path)
+        shapes = {k[5:]: tuple(file.get_slice(k).get_shape()[1:]) for k in file.keys()}
+        assert {k: v for k, v in shapes.items() if f"cond.{k}" in file.keys()} == want
     total = sum(len(row) for row in rows[:-1]) * WIDTH * 2
     files = [path for path in tmp_path.glob("new*.safetensors")]
     assert sum(load_file(p)[f"cond.{kind[0]}"].nbytes for p in files) == total
@@ -494,7 +496,7 @@ def test_a_disk_that_is_full_keeps_what_is_whole(command, tmp_path, monkeypatch)
 
     with monkeypatch.context() as m:
         m.setattr(prompts.PromptWriter, "write", full)
-        with pytest.raises(UserError, match="cannot write --output .*No space left on device"):
+        with pytest.raises(OSError, match="No space left on device"):  # for run_main
             command(MANY)
     assert "going on after 2 of 20 prompts" in command(MANY)[0]
     assert names_in(tmp_path) == ["p.safetensors", "prompts.txt", "wan"]

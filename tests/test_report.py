@@ -255,7 +255,7 @@ def test_a_stored_row_is_of_one_way_to_sample(monkeypatch, tmp_path):
 
 
 def test_what_is_stored_is_of_seed_0_and_named_by_who_asks(monkeypatch, tmp_path):
-    """Another seed's noise would unpair fd_teacher of all runs after it, also when measured anew."""
+    """Another seed's noise would unpair fd_teacher of all later runs, also when measured anew."""
     fd = []
 
     def found(*a):

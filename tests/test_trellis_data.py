@@ -19,7 +19,7 @@ from models.files import UserError, load_json, save_json
 from models.image_tokens import ImageTokens, prepare_image
 from models.networks import load_network
 from models.networks.trellis import SLatFlowModel, SparseStructureFlowModel
-from models.trellis_data import is_trellis_set, open_trellis_set
+from models.trellis_data import Points, Structures, is_trellis_set, objects_of, open_trellis_set
 
 STAGES = pytest.mark.parametrize(
     "cls", [SparseStructureFlowModel, SLatFlowModel], ids=["structure", "slat"]
@@ -83,8 +83,9 @@ def test_objects_and_views(set_500k, dinov2, tmp_path, capsys, cls):
     out = capsys.readouterr().out
     sparse = cls is SLatFlowModel
     large = "1 of more than 32768 points, " if sparse else ""
-    text = f"objects; left out: 1 with an aesthetic score below 4.5, {large}1 without views, 1 wi"
-    assert f"{len(data)} {text}thout a latent" in out and len(data) == (3 if sparse else 4)
+    text = f"{len(data)} objects; left out: 1 with no aesthetic score of 4.5 or more, "
+    text += f"{large}1 without views, 1 without a latent"
+    assert text in out and len(data) == (3 if sparse else 4)
     index = torch.tensor([2, 0])
     if cls is SLatFlowModel:
         feats, coords = data[index]
@@ -174,3 +175,40 @@ def test_wrong_folders(set_500k, tmp_path, capsys, monkeypatch):
             trellis_data.Views(str(set_500k), ["aa"], None).pixels("aa", 0)
     finally:
         views.write_text(kept)
+
+
+def test_a_score_that_is_not_there(tmp_path):
+    """As TRELLIS's filter has it: a blank cell is no score, and no column asks for none."""
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / "renders_cond" / name).mkdir(parents=True)
+        save_json({"frames": []}, str(tmp_path / "renders_cond" / name / "transforms.json"))
+        np.savez(tmp_path / f"{name}.npz", mean=np.zeros(1))
+    for header, want in (("sha256,aesthetic_score", ["a"]), ("sha256,num_voxels", list("abcd"))):
+        (tmp_path / "metadata.csv").write_text(f"{header}\na,5\nb,\nc,nan\nd,4\n")
+        said = []
+        assert objects_of(str(tmp_path), str(tmp_path), 9, said.append) == want
+
+
+def test_a_later_object_of_another_shape(tmp_path):
+    """In the middle of training: a line that names the file."""
+    for i, side in enumerate((4, 4, 3)):
+        np.savez(tmp_path / f"s{i}.npz", mean=np.zeros((2, side, side, side), np.float32))
+        where = dict(coords=np.zeros((6, side - 1), np.uint8), feats=np.zeros((6, 2), np.float32))
+        np.savez(tmp_path / f"p{i}.npz", **where)
+    structures = Structures(str(tmp_path), ["s0", "s1", "s2"])
+    places = Points(str(tmp_path), ["p0", "p1", "p2"], (torch.zeros(2), torch.ones(2)))
+    assert structures[torch.tensor([0, 1])].shape == (2, 2, 4, 4, 4)
+    assert places[torch.tensor([1])][0].shape == (6, 2)
+    for data, name in ((structures, "s2"), (places, "p2")):
+        with pytest.raises(UserError, match=f"{name}.npz is not like the other latents"):
+            data[torch.tensor([0, 2])]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_views_of_more_than_8_bits(mode):
+    """16 bits and floats are not clipped, as for all other pictures."""
+    ramp = np.linspace(0, 1, 64)[None].repeat(64, 0)
+    values = (65535 * ramp).astype(np.uint16) if mode == "I;16" else ramp.astype(np.float32)
+    eight = Image.fromarray((255 * ramp).round().astype(np.uint8))
+    pixels = prepare_image(Image.fromarray(values)).float()
+    assert (pixels - prepare_image(eight).float()).abs().max() <= 2

@@ -427,7 +427,7 @@ class Rows:
             wrong = rows.reshape(len(rows), -1).isfinite().all(1).logical_not()
             raise UserError(
                 f"{self.where}: row {int(index[wrong][0])} of {self.key} has numbers that are not "
-                "finite: encode it again in float32 or bfloat16, or take it out"
+                "finite: make it again in float32 or bfloat16, or take it out"
             )
         return rows
 

@@ -86,24 +86,6 @@ def flops_of(function, args, kwargs, out):
     return count(*args, **kwargs, out_val=out) if count else 0
 
 
-def saved_bytes(call, known=()):
-    """Bytes that autograd keeps for the backward pass of call(), each storage once.
-
-    known: tensors that are there anyway. The output is not among them unless it is kept too.
-    """
-    apart, kept = {t.untyped_storage()._cdata for t in known}, {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in apart:
-            kept[storage._cdata] = storage  # which holds it, so that no other takes its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
 # ---- networks without memory ---------------------------------------------------------------------
 
 

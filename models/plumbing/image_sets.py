@@ -101,13 +101,15 @@ class Images:
 
 class FolderImages(Images):
     """Images of a folder and its subfolders, by name; other files are passed over, and so is the
-    samples.png of a run beside a set that `write_set` has made. Raises UserError for half of one.
+    samples.png of a run beside a set that `write_set` or models.decode has made. Raises UserError
+    for half of one.
     """
 
     def __init__(self, *about):
         super().__init__(*about)
         self.paths = [path for path in files_below(self.path) if is_image(path)]
-        if os.path.isfile(os.path.join(self.path, "set.json")):
+        made = [os.path.join(self.path, name) for name in ("set.json", "decoded.json")]
+        if any(map(os.path.isfile, made)):
             self.paths = [p for p in self.paths if os.path.basename(p).split(".")[0].isdecimal()]
             if os.path.isdir(os.path.join(self.path, "chunks")):
                 raise UserError(f"{self.where} is not whole: go on with the command that writes it")

@@ -146,6 +146,18 @@ def say_why(line, own, code):
         print(f"error (rank {rank}): {line}", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def writing(output, remedy):
+    """Inside, an OSError is about --output, and becomes a UserError with this remedy; those of a
+    disk that is full or gone are left to `run_main`, which knows how to go on."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in FULL | LOST:
+            raise
+        raise UserError(f"cannot write --output {output}: {e}; {remedy}") from None
+
+
 def what_to_do(e):
     """An OSError of FULL or LOST in words."""
     if e.errno in FULL:

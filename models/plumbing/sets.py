@@ -97,7 +97,7 @@ def is_text(name):
 
 def decoded(found):
     """The bytes of a text file -> str."""
-    return found.decode("utf-8", "replace")
+    return found.decode("utf-8-sig", "replace")  # without a byte order mark
 
 
 def is_string(types, kind):
