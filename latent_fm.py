@@ -899,10 +899,7 @@ def measure_world(run, net, world, space):
     args, label = run.args, balanced_labels(2000, world.num_classes)
 
     def row(name, nfe, x, **more):
-        measures = world.measure(x, label) if run.main else {}
-        if not net.num_classes:  # these compare with the label, which such a network does not see
-            for measure in ("accuracy", "log_p", "diversity"):
-                measures.pop(measure, None)
+        measures = world.measure(x, label if net.num_classes else None) if run.main else {}
         return {"name": name, "nfe": nfe, **more, **measures}
 
     def reconstruct(first, last):
@@ -1049,6 +1046,10 @@ def sample_only(args):
     name = config.get("world") or args.data
     world = load_world(name) if name in WORLDS else None
     refuse(wrong_flags(args, world))
+    if args.task == "class" and args.guidance_scale != 1:
+        never = saved.get("label_dropout") == 0 or config.get("convention") in ("adm", "edm")
+        why = f"--guidance_scale {args.guidance_scale:g}: this network was trained with every label"
+        refuse([(never, f"{why}, and its null label is random: give --guidance_scale 1")])
     refuse_output_dir(run.folder, sampling=True)
     space = saved_space(args, folder).to(run.device)
     args.resolution = args.resolution or space.pixel_shape(net.latent_shape)[-1]
@@ -1376,6 +1377,8 @@ def ignored_flags(a):
     """Flags without effect beside the others: see `unread`. --preview_every 0 makes no film."""
     sized = a.network in PAPER_NETWORKS
     yield "patch_size width depth cond_dim", sized, f"--network {a.network} has sizes of its own"
+    points, why = a.data == "ring", "points have a small network of their own"
+    yield "network patch_size width depth cond_dim t_scale", points, why
     yield "learning_rate_muon", a.optimizer != "muon", f"--optimizer {a.optimizer} has one rate"
     yield "preview_every", bool(a.preview_every), "pictures are drawn at the end alone"
 

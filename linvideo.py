@@ -927,6 +927,11 @@ def introduce(run, teacher, selection):
             f"note: with {target} linear layer(s), --r_init {args.r_init:g} and --alpha {first:g} "
             f"the regulariser holds every r at 1{until}; lower --r_init, or give --no_regularizer"
         )
+    if selection.layers is None and not selection.end:
+        run.say(
+            f"note: no update selects layers, and the first {target} become linear; give a larger "
+            "--selection_share, or more --max_train_steps"
+        )
 
 
 def film_of_attention(run, teacher, student, grid):
@@ -1251,7 +1256,7 @@ def wrong_networks(a, teacher, start):
                      "give a teacher that predicts a flow's velocity, eps - x0, such as Wan")
     grid = step_grid(a.sampling_steps, teacher.shift)  # the last states that a step starts from:
     least = grid[-2] if a.state == "jump" else grid[-3]
-    backwards = a.objective.startswith("adm") and a.state in ("part", "step", "jump")
+    backwards = a.objective.startswith("adm") and a.state in ("part", "step", "jump", "rollout")
     yield backwards and a.min_time >= least, (
         f"--min_time {a.min_time:g}: --state {a.state} steps on from t = {least:.3g} too, and "
         "would lead up in noise: give less")

@@ -399,11 +399,13 @@ def difference_step(args):
 def matching(args, student, teacher, x0, z, t, cond, uncond, step):
     """--arm's loss at noised data: velocity matching or a baseline.  -> scalar, residual."""
     at = student, teacher.net, x0, z, t, cond, uncond, args.guidance_vm
-    edge = edge_of(t - args.dt, args.phases, teacher.shift)
+    # both points of a difference lie in one phase; the exact derivative has one
+    exact = args.arm == "vm" and args.derivative == "jvp"
+    edge = edge_of(t if exact else t - args.dt, args.phases, teacher.shift)
     if args.arm == "cm":
         return consistency_distillation(*at, args.dt, edge)
     if args.arm == "scm":
-        ramp = min(1.0, step / max(1, args.tangent_warmup))
+        ramp = min(1.0, step / args.tangent_warmup) if args.tangent_warmup else 1.0
         return continuous_consistency(*at, difference_step(args), ramp)
     return velocity_matching(*at, difference_step(args), args.d_norm, edge)
 
@@ -548,7 +550,8 @@ def teacher_sampler(run, teacher):
 def save_student(run, teacher, student, times):
     """student/, and in a student of TRELLIS pipeline_entry.json, by which TRELLIS samples it."""
     scale, folder = run.args.student_guidance, os.path.join(run.folder, "student")
-    report.save_student(run, teacher, student, times, guidance_scale=scale)
+    phases = {"phases": run.args.phases} if run.args.phases > 1 else {}
+    report.save_student(run, teacher, student, times, guidance_scale=scale, **phases)
     whole = not run.args.lora_rank  # TRELLIS reads no adapters
     if run.main and whole and hasattr(student, "stage") and run.args.renoise == "ode":
         path = os.path.join(os.path.abspath(folder), config_class(teacher.config))
@@ -704,6 +707,11 @@ def sample_only(args):
     run = Run(args, "mdt_dist")
     student, saved, teacher = report.load_student(run, conditions_of)
     steps = args.student_steps[0] if args.student_steps else len(saved["times"])
+    if steps != saved.get("phases", steps):  # a step leads to the end of its phase, not to data
+        raise UserError(
+            f"--student_steps {steps}: this student has {saved['phases']} phases, each of which "
+            "takes a step: leave it out"
+        )
     times, scale = step_grid(steps, teacher.shift)[:-1], saved["guidance_scale"]
     renoise = "sde" if saved["rule"] == "renoise" else "ode"
     sampler = sampler_of(run, student, teacher, times, scale, renoise)

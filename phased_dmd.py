@@ -326,7 +326,9 @@ def set_starts(run, teacher, phases):
     """What the experts start from, of --student_init: full experts from a network, else from an
     adapter of their base. Raises UserError."""
     args, loaded = run.args, {}
-    for phase, source in zip(phases, starting_sources(args.student_init, teacher, phases)):
+    previous = args.expert_init == "previous"
+    sources = starting_sources(args.student_init, teacher, phases, previous)
+    for phase, source in zip(phases, sources):
         if args.lora_rank:
             phase.start_adapter = load_start(args, phase.base, f"expert{phase.number}", source)
             continue
@@ -336,11 +338,11 @@ def set_starts(run, teacher, phases):
         phase.init = loaded[key]
 
 
-def starting_sources(init, teacher, phases):
+def starting_sources(init, teacher, phases, previous=False):
     """--student_init -> for every phase the LoRA file or the folder of a network that is meant.
 
     init itself, or what a folder has for each: experts of ours, or a pair for two networks under
-    LightX2V's or diffusers' names. Raises UserError.
+    LightX2V's or diffusers' names. previous: --expert_init says so. Raises UserError.
     """
     folder, K = student_folder(init), len(phases)
     pairs = {
@@ -357,6 +359,10 @@ def starting_sources(init, teacher, phases):
     if inside(K + 1) or (any(found) and not all(found)):
         raise UserError(f"--student_init {init} does not have one expert for each of {K} phases")
     if any(found):
+        if previous:
+            raise UserError(
+                f"--expert_init previous: {init} has a network for each expert: leave it out"
+            )
         return found
     if hasattr(teacher.base, "boundary"):
         raise UserError(
@@ -653,7 +659,8 @@ def experts_so_far(phases, phase):
 
 
 def sampler_so_far(run, phases, phase, teacher, grid):
-    """The student's sampler during a phase: for later experts the networks they will start from."""
+    """The student's sampler during a phase; for later experts it has the teacher's networks, or
+    those of --student_init."""
     later = phases[phase.number :]
     starts = [lora.Adapted(p.init, p.start_adapter) if p.start_adapter else p.init for p in later]
     experts = per_step(phases, experts_so_far(phases, phase) + starts)
@@ -765,7 +772,7 @@ def marginals(run, experts, teacher, grid, n=1000):
     """
     index, distances = teacher.conditions.preview(n), {}
     x = report.evaluation_noise(run, teacher.shape, 0, n)("z")
-    x0 = teacher.world.data(n, 779, index)[0]
+    x0 = teacher.world.data(n, 779, index if teacher.conditions.classes else None)[0]
     x0 = in_space_of(teacher.world, teacher.shape, x0)
     for i, t in enumerate(grid[1:]):
         with run.autocast():
@@ -903,7 +910,7 @@ PRESETS = {  # the flags' defaults suit small DiTs; what other teachers change o
     # Shift: Table 1, which has 3 for Qwen-Image, as releases.py has. Guidance: LightX2V's
     # phased_dmd configs. Other teachers keep their own of models/plumbing/releases.py.
     "WanTransformer3DModel": dict(timestep_shift=5.0, guidance_scale=4.0),
-    "Wan 2.1 T2V 1.3B": dict(guidance_scale=5.0),
+    **dict.fromkeys(("Wan 2.1 T2V 1.3B", "Wan 2.2 TI2V 5B"), dict(guidance_scale=5.0)),
 }  # fmt: skip
 
 
@@ -967,7 +974,13 @@ def parse_args(argv=None):
         help="what the fake regresses: Eq. 11 (paper), or the biased eps - x_s")
     add("--shared_fake", action="store_true",
         help="the fake is not conditioned on the student's step (paper)")
-    return parse(p, argv, "phased_dmd", presets, wrong_flags)
+    return parse(p, argv, "phased_dmd", presets, wrong_flags, ignored_flags)
+
+
+def ignored_flags(a):
+    """Flags without effect beside the others: see `flags.unread`."""
+    yield "target regress expert_init", a.phases == 1, (
+        "with --phases 1 there is one expert, whose interval ends at 0")
 
 
 def wrong_flags(a, teacher=None):

@@ -680,7 +680,8 @@ def parse_args(argv=None):
     add("--shared_fake", action="store_true",
         help="the fake is not conditioned on the step, only on K (paper)")
     add("--no_steps_cond", action="store_true",
-        help="condition neither student nor fake on K (Tab. 5)")
+        help="condition neither student nor fake on K (Tab. 5), nor the fake on the step: to be "
+        "compared with --shared_fake")
     add("--match", choices=["noisy", "clean"], default="noisy",
         help="match x_s where the step lands (paper), or its x (Tab. 7)")
     add("--fake_noise", choices=["bridge", "fresh"], default="bridge",

@@ -1996,6 +1996,14 @@ ELSEWHERE = {
         "test_teachers",
         "test_guidance_by_nothing_is_refused",
     ),
+    "--student_steps {}: this student has {} phases": (
+        "test_more_inputs",
+        "test_a_student_of_phases_takes_a_step_in_each",
+    ),
+    "--expert_init previous: {} has a network for each expert": (
+        "test_more_inputs",
+        "test_experts_that_are_given_start_from_nothing_else",
+    ),
     "--{}: the weights of {} leave no choice: leave it out": (
         "test_more_inputs",
         "test_flags_of_convert_without_a_choice",

@@ -28,9 +28,13 @@ from helpers import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_resume import flags_of
 
 import dmd
 import latent_fm
+import linvideo
+import mdt_dist
+import phased_dmd
 import tdm
 from models import convert, decode, encode, files, metrics
 from models import pairs as pairing
@@ -39,6 +43,7 @@ from models.networks import WEIGHTS, lora, network_config, save_network
 from models.networks.autoencoders import AutoencoderKL, PatchPCA
 from models.networks.dit_imagenet import DIT_B_2, DiTTransformer2DModel, to_official
 from models.networks.latent_space import LatentSpace, load_space
+from models.networks.ring_mlp import RingMLP
 from models.plumbing import loading, state
 from models.plumbing.data import Bank, Prompts, load_data, load_real_data
 from models.plumbing.flags import wrong_output
@@ -54,6 +59,7 @@ from models.plumbing.state import folder_fingerprint, inputs_of
 from models.plumbing.teachers import base_fingerprint, merge_lora
 from models.progress import progress
 from models.text_encoders import ask
+from models.worlds import load_world
 
 SHORT = "--max_train_steps 1 --train_batch_size 2".split()
 
@@ -1001,3 +1007,106 @@ def test_more_tokens_than_the_network_has_places(tmp_path, name, most):
     assert ask(str(tmp_path), max_length=most).max_length == most
     with pytest.raises(UserError, match=f"takes at most {most} tokens"):
         ask(str(tmp_path), max_length=most + 1)
+
+
+# ---- flags that would mean nothing ---------------------------------------------------------------
+
+
+def test_a_network_of_points_has_no_sizes(tmp_path, capsys):
+    for flags in ("--network DiT-L/2", "--width 256", "--t_scale 1000"):
+        given = ["--data", "ring", *flags.split(), "--output_dir", str(tmp_path / "run")]
+        error = refusal_of(capsys, latent_fm.main, *given)
+        assert f"{flags.split()[0]}: points have a small network" in error
+
+
+def test_guidance_of_a_saved_network_without_a_null_label(tmp_path, capsys):
+    """Trained with --label_dropout 0: the difference to its null label is a random direction."""
+    run, out = tmp_path / "run", tmp_path / "samples"
+    flags = "--data ring --pool 100 --max_train_steps 1 --train_batch_size 2 --label_dropout"
+    for share, refused in (("0", True), ("0.1", False)):
+        latent_fm.main([*flags.split(), share, "--output_dir", str(run)])
+        given = ["--sample", str(run), "--output_dir", str(out), "--guidance_scale", "3"]
+        if refused:
+            error = refusal_of(capsys, latent_fm.main, *given)
+            assert "trained with every label" in error and "give --guidance_scale 1" in error
+            latent_fm.main([*given[:-1], "1"])
+        else:
+            latent_fm.main(given)
+
+
+def test_a_student_of_phases_takes_a_step_in_each(monkeypatch, tmp_path, capsys):
+    run, calls = tmp_path / "run", []
+    monkeypatch.setattr(mdt_dist.report, "write_samples", lambda *a: calls.append(a[-1]))
+    mdt_dist.main(flags_of("mdt_dist", tmp_path, "--arm", "vm", "--phases", "2"))
+    assert load_json(str(run / "student" / "sampler.json"))["phases"] == 2
+    given = ["--sample", str(run), "--output_dir", str(tmp_path / "s"), "--student_steps"]
+    error = refusal_of(capsys, mdt_dist.main, *given, "1")
+    assert "--student_steps 1: this student has 2 phases" in error
+    mdt_dist.main([*given, "2"])
+    mdt_dist.main(given[:-1])
+    assert calls == [2, 2]
+
+
+def test_one_expert_has_no_other_before_it(tmp_path, capsys):
+    for flag in ("--target naive", "--regress x0", "--expert_init previous"):
+        given = ["--teacher", "ring", "--phases", "1", *flag.split()]
+        error = refusal_of(capsys, phased_dmd.main, *given, "--output_dir", str(tmp_path / "run"))
+        assert f"{flag.split()[0]}: with --phases 1 there is one expert" in error
+
+
+def test_experts_that_are_given_start_from_nothing_else(tmp_path):
+    for n in (1, 2):
+        (tmp_path / "experts" / f"expert{n}").mkdir(parents=True)
+    phases = [SimpleNamespace(number=n, base=None) for n in (1, 2)]
+    teacher = SimpleNamespace(base=None)
+    found = phased_dmd.starting_sources(str(tmp_path / "experts"), teacher, phases)
+    assert [os.path.basename(path) for path in found] == ["expert1", "expert2"]
+    with pytest.raises(UserError, match="--expert_init previous: .* has a network for each"):
+        phased_dmd.starting_sources(str(tmp_path / "experts"), teacher, phases, previous=True)
+
+
+def test_layers_that_no_update_selects_are_named(monkeypatch, tmp_path, capsys):
+    flags = (
+        "--max_train_steps 1 --train_batch_size 2 --bank_size 2 --bank_batch 2 --teacher_steps 0"
+    )
+    flags += f" --sampling_steps 4 --teacher {save_tiny_teacher(tmp_path / 'teacher')}"
+    linvideo.main([*flags.split(), "--output_dir", str(tmp_path / "run")])
+    assert "note: no update selects layers" in capsys.readouterr().out
+    linvideo.main([*flags.split(), "--select", "0", "--output_dir", str(tmp_path / "run")])
+    assert "no update selects" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("state", ["part", "step", "jump", "rollout"])
+def test_a_step_of_linvideo_never_leads_up_in_noise(tmp_path, capsys, state):
+    flags = ["--teacher", save_tiny_teacher(tmp_path / "t"), "--objective", "adm", "--state", state]
+    flags += ["--bank_size", "2", "--min_time", "0.4"]
+    error = refusal(capsys, tmp_path / "run", *flags, script=linvideo)
+    assert "would lead up in noise: give less" in error
+
+
+# ---- a network without classes, on a world -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ring", "glyphs", "clips", "voxels"])
+def test_measures_of_samples_without_labels(name):
+    """Data of all classes in any order are good, and nothing is said of labels."""
+    world = load_world(name)
+    x, label = world.data(600, 5)
+    found = world.measure(x, None)
+    assert not {"accuracy", "log_p", "diversity", "iou"} & found.keys()
+    assert found["fd"] == pytest.approx(world.measure(x, label)["fd"], abs=20)
+    assert found["fd"] < 0.05 * world.measure(x[label == 0], None)["fd"]
+    assert len(world.moments(x, None)[0]) == 1
+
+
+def test_a_teacher_without_classes_is_distilled_to_its_report(monkeypatch, tmp_path):
+    """A world's own measures ask for labels, which such a network does not know."""
+    monkeypatch.undo()
+    net = RingMLP(num_classes=0, world="ring")
+    save_network(net, network_config(net), str(tmp_path / "teacher"))
+    flags = "--max_train_steps 1 --train_batch_size 4 --teacher_steps 2 --preview_samples 2"
+    given = ["--teacher", str(tmp_path / "teacher"), *flags.split(), "--output_dir"]
+    dmd.main([*given, str(tmp_path / "run")])
+    rows = {r["name"]: r for r in load_json(str(tmp_path / "run" / "report.json"))["results"]}
+    assert rows["data"]["fd"] < 50 < rows["student"]["fd"] and "accuracy" not in rows["student"]
+    assert rows["student"]["fd_teacher"] >= 0

@@ -425,7 +425,9 @@ def measure(run, teacher, calls, fine, rows, alike, extra, key):
     world, results, moments = teacher.world, [], None
     label = balanced_labels(2000, world.num_classes)
     if run.main:
-        results.append({"name": "data", "nfe": 0, **world.measure(*world.data(2000, 777, label))})
+        x = world.data(2000, 777, label)[0]
+        measures = world.measure(x, label if teacher.conditions.classes else None)
+        results.append({"name": "data", "nfe": 0, **measures})
     if run.args.teacher_steps:
         row = {"name": "teacher", "nfe": calls, "guidance_scale": run.args.guidance_scale}
         row, moments = measured_teacher(run, teacher, label, fine, key, row)
@@ -445,8 +447,10 @@ def measure(run, teacher, calls, fine, rows, alike, extra, key):
 
 def measured(run, teacher, label, sampler, row):
     """-> the row with the measures of these samples, and the samples' moments; only on rank 0."""
-    world, n = teacher.world, len(label)
-    x, ms = many_on_all_ranks(run, lambda a, b: sampler(label, a, b), n, teacher.shape)
+    world, n, index = teacher.world, len(label), label
+    if not teacher.conditions.classes:
+        index, label = torch.zeros_like(label), None
+    x, ms = many_on_all_ranks(run, lambda a, b: sampler(index, a, b), n, teacher.shape)
     if not run.main:
         return row, None
     return {**row, "ms_per_sample": ms, **world.measure(x, label)}, world.moments(x, label)
@@ -521,7 +525,7 @@ def show(run, teacher, teachers, students, real=None):
         draw = Draws(run.args.seed, "report", 0, range(len(x)), run.device)
         rows.append(("data", real(draw, "data")[0].float().cpu()))
     if teacher.world:
-        index = teacher.conditions.preview(len(x))
+        index = teacher.conditions.preview(len(x)) if teacher.conditions.classes else None
         rows.append(("data", teacher.world.data(len(x), 778, index)[0]))
     for name, (calls, _) in everybody:
         plural = "calls" if name == "teacher" else "call(s)"

@@ -310,7 +310,8 @@ def as_flags_say(teacher, args):
     return teacher
 
 
-GUIDANCE = ("guidance_scale", "guidance_vm", "guidance_vd")  # flags of the teacher's guidance
+# Flags of guidance, which needs a null label.
+GUIDANCE = ("guidance_scale", "guidance_vm", "guidance_vd", "student_guidance")
 
 
 def refuse_empty_guidance(teacher, args):

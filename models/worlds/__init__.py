@@ -29,9 +29,11 @@ The contract: what every world has, and the rest of the code may use.
             log_p      mean log p(label | x + BLUR eps): how sharply they show it; the ring's is
                        exact, other worlds' classifiers know less noise than that: to be compared
             diversity  mean distance within a class, over that of data: 1 is right, 0 a collapse
-        clips adds motion and moving, voxels adds iou and connected; see their docstrings.
+        clips adds motion and moving, voxels adds iou and connected; see their docstrings. label
+        None: samples of a network without classes, and none of what compares with labels.
     moments(x, label) -> means (G, d), covariances (G, d, d), float64
         What fd is computed from, in G groups, for measures.moments_distance of two sets of samples.
+        label None: all samples are one group.
     picture(x) -> (H, W, 3) uint8
         Samples (n, *shape) as an image of one row.
 

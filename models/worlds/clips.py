@@ -107,7 +107,8 @@ class Clips(FeatureWorld):
         motion: mean speed over that of data. moving: share of clips that are faster than MOVING.
         """
         speed = self.speed(x)
-        data = self.speed(self.data(len(x), 123456789, label.cpu())[0])
+        label = None if label is None else label.cpu()
+        data = self.speed(self.data(len(x), 123456789, label)[0])
         return {
             **super().measure(x, label),
             "motion": float(speed.mean() / data.mean()),

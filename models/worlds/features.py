@@ -121,17 +121,22 @@ class FeatureWorld:
     def measure(self, x, label):
         """fd, patch_swd, accuracy, log_p and diversity; see the contract.
 
-        patch_swd compares with n fresh data items.  x (n, *shape), label (n,) -> {name: float}.
+        patch_swd compares with n fresh data items.  x (n, *shape), label (n,) or None -> {name:
+        float}.
         """
-        label, (f, logits), ref = label.cpu(), self.look(x), self.reference
+        (f, logits), ref = self.look(x), self.reference
+        label = None if label is None else label.cpu()
         x = x.float().cpu().clamp(-1, 1)
         fresh = self.data(len(x), 123456789, label)[0]
         swd = sliced_wasserstein(self.patches(x, seed=1), self.patches(fresh, seed=2))
         moments = f.double().mean(0)[None], f.double().T.cov()[None]
+        fd = moments_distance(moments, (ref["mean"][None], ref["cov"][None]))
+        if label is None:
+            return {"fd": fd, "patch_swd": 1000 * swd}
         logits_blurred = torch.cat([self.classifier(b)[1] for b in blurred(x).split(500)])
         diversity = pairwise_diversity(f, label, self.num_classes) / ref["diversity"]
         return {
-            "fd": moments_distance(moments, (ref["mean"][None], ref["cov"][None])),
+            "fd": fd,
             "patch_swd": 1000 * swd,
             "accuracy": float((logits.argmax(1) == label).double().mean()),
             "log_p": -float(F.cross_entropy(logits_blurred, label)),

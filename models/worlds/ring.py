@@ -117,22 +117,30 @@ class Ring:
     def moments(self, x, label):
         """Means and covariances class by class, in units of 1/1000 squared: fd is then x 1000.
 
-        Over all classes together a lost mode would hardly show.  -> (4, 2), (4, 2, 2) float64.
+        Over all classes together, which is what label None asks for, a lost mode would hardly show.
+        -> (4, 2), (4, 2, 2) float64, or (1, 2), (1, 2, 2).
         """
-        groups = [x[label == k].double().cpu() * 1000**0.5 for k in range(self.num_classes)]
+        x = x.double().cpu() * 1000**0.5
+        groups = [x] if label is None else [x[label == k] for k in range(self.num_classes)]
         return torch.stack([g.mean(0) for g in groups]), torch.stack([g.T.cov() for g in groups])
 
-    def reference(self):
+    def reference(self, by_class=True):
         """Moments of 50,000 points of data."""
-        return self.moments(*self.data(50000, 987654321, balanced_labels(50000, self.num_classes)))
+        x, label = self.data(50000, 987654321, balanced_labels(50000, self.num_classes))
+        return self.moments(x, label if by_class else None)
 
     def measure(self, x, label):
         """fd and patch_swd (x 1000, a point is its own patch), accuracy, log_p and diversity.
 
         A point counts for its label if the nearest mode is of that class; log_p is exact.
-        x (n, 2), label (n,) -> {name: float}.
+        x (n, 2), label (n,) or None -> {name: float}.
         """
-        x, label = x.double().cpu(), label.cpu()
+        x = x.double().cpu()
+        if label is None:
+            swd = sliced_wasserstein(x, self.data(len(x), 123456789)[0])
+            fd = moments_distance(self.moments(x, None), self.reference(by_class=False))
+            return {"fd": fd, "patch_swd": 1000 * swd}
+        label = label.cpu()
         ref, ref_label = self.data(4000, 987654321, balanced_labels(4000, self.num_classes))
         nearest = torch.cdist(x, self.exact.means).argmin(1) % self.num_classes
         swd = sliced_wasserstein(x, self.data(len(x), 123456789, label)[0])

@@ -379,11 +379,10 @@ class Voxels(FeatureWorld):
         connected: share of samples that are one piece.
         """
         full = (x.float().cpu() > 0)[:, 0].numpy()
-        return {
-            **super().measure(x, label),
-            "iou": float(self.nearest(x[:500], label[:500]).mean()),
-            "connected": float(connected(full).mean()),
-        }
+        found = super().measure(x, label)
+        if label is not None:
+            found["iou"] = float(self.nearest(x[:500], label[:500]).mean())
+        return {**found, "connected": float(connected(full).mean())}
 
     def picture(self, x):
         """Solids (n, 1, 16, 16, 16) side by side, full where x > 0.  -> (96, 96 n, 3) uint8."""
