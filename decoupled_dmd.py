@@ -621,9 +621,15 @@ def parse_args(argv=None):
         help="CFG augmentation alone, or with Eq. 7 or a GAN for a shield")
     add("--observer", action="store_true", help="with --no_dm: train the fake all the same and "
         "log what DM would have done (paper, Sec. 4.2)")
-    args = parse(p, argv, "decoupled_dmd", PRESETS, wrong_flags)
+    args = parse(p, argv, "decoupled_dmd", PRESETS, wrong_flags, ignored_flags)
     args.ca_range = args.ca_range or (args.dm_range if args.schedule == "shared" else [0.0, 1.0])
     return args
+
+
+def ignored_flags(a):
+    """Flags without effect beside the others: see `flags.unread`. Those of a term that is off may
+    be given, as its weight may change on resume."""
+    yield "shared_fake", a.fake_lora_rank > 0, "an adapter does not know the step anyway"
 
 
 def wrong_flags(a, world="not known yet"):

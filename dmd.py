@@ -605,9 +605,13 @@ def parse_args(argv=None):
 
 
 def ignored_flags(a):
-    """--student_steps of another number than --student_times has: see `flags.unread`."""
+    """Flags without effect beside the others: see `flags.unread`."""
     other = bool(a.student_times) and len(a.student_times) != a.student_steps
     yield "student_steps", other, f"--student_times says {count_steps(a)} step(s)"
+    one = count_steps(a) == 1
+    yield "shared_fake renoise one_step", one, "the student has one step"
+    yield "student_input", one and not a.data, "the student has one step"
+    yield "shared_fake", a.fake_lora_rank > 0, "an adapter does not know the step anyway"
 
 
 def needs_data(args):

@@ -1380,6 +1380,8 @@ def ignored_flags(a):
     points, why = a.data == "ring", "points have a small network of their own"
     yield "network patch_size width depth cond_dim t_scale", points, why
     yield "learning_rate_muon", a.optimizer != "muon", f"--optimizer {a.optimizer} has one rate"
+    yield "lr_schedule", not a.lr_decay_share, "rates do not fall"
+    yield "pca_patch pca_channels", a.autoencoder != "pca", "there is no PCA"
     yield "preview_every", bool(a.preview_every), "pictures are drawn at the end alone"
 
 

@@ -874,6 +874,9 @@ def ignored_flags(a):
     """Flags of the loss that --arm leaves out: see `flags.unread`. Films read --guidance_vd."""
     why = f"--arm {a.arm} has no velocity distillation, mdt and vd have"
     yield "vd_weight vd_loss_weight shared_noise", a.arm not in ("mdt", "vd"), why
+    yield "vm_weight guidance_vm", a.arm == "vd", "there is no velocity matching"
+    yield "tangent_warmup", a.arm != "scm", "the derivative has its full weight from the start"
+    yield "dt", a.derivative == "jvp" and a.arm != "cm", "the derivative is exact"
 
 
 # fmt: off

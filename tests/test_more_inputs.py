@@ -5,6 +5,7 @@ that make the input from good files; what the code has to say of it stands besid
 """
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -1110,3 +1111,24 @@ def test_a_teacher_without_classes_is_distilled_to_its_report(monkeypatch, tmp_p
     rows = {r["name"]: r for r in load_json(str(tmp_path / "run" / "report.json"))["results"]}
     assert rows["data"]["fd"] < 50 < rows["student"]["fd"] and "accuracy" not in rows["student"]
     assert rows["student"]["fd_teacher"] >= 0
+
+
+IDLE = [
+    ("dmd", "--shared_fake", "the student has one step"),
+    ("dmd", "--renoise ode", "the student has one step"),
+    ("dmd", "--student_input real", "the student has one step"),
+    ("dmd", "--student_steps 2 --shared_fake --fake_lora_rank 2", "an adapter does not know"),
+    ("decoupled_dmd", "--shared_fake --fake_lora_rank 2", "an adapter does not know"),
+    ("mdt_dist", "--arm vd --vm_weight 2", "there is no velocity matching"),
+    ("mdt_dist", "--tangent_warmup 5", "the derivative has its full weight"),
+    ("mdt_dist", "--derivative jvp --dt 0.1", "the derivative is exact"),
+    ("latent_fm", "--lr_decay_share 0 --lr_schedule cosine", "rates do not fall"),
+    ("latent_fm", "--data glyphs --pca_patch 2", "there is no PCA"),
+]
+
+
+@pytest.mark.parametrize("script, flags, why", IDLE)
+def test_flags_that_nothing_reads(tmp_path, capsys, script, flags, why):
+    module = importlib.import_module(script)
+    given = [*flags.split(), "--output_dir", str(tmp_path / "run")]
+    assert f"{why}" in refusal_of(capsys, module.main, *given)
