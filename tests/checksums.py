@@ -397,6 +397,18 @@ def without_idle(script, words):
         idle += ["--part"]
     if last.get("--arm") in ("vm", "cm", "scm"):
         idle += ["--vd_weight", "--vd_loss_weight"]
+    if last.get("--arm") != "scm":
+        idle += ["--tangent_warmup"]
+    if last.get("--arm") == "vd":
+        idle += ["--vm_weight", "--guidance_vm"]
+    if last.get("--derivative") == "jvp":
+        idle += ["--dt"]
+    if script == "dmd" and last["--student_steps"] == "1":
+        idle += ["--renoise"]
+    if last.get("--phases") == "1":
+        idle += ["--target", "--expert_init"]
+    if last.get("--data") == "ring":
+        idle += "--network --patch_size --width --depth --cond_dim --t_scale".split()
     if "--student_times" in last:
         idle += ["--student_steps"]
     if last.get("--optimizer") == "adamw":
