@@ -832,7 +832,8 @@ def test_one_phase_is_dmd(monkeypatch, tmp_path, steps, shared):
     """
     both = ["--student_steps", str(steps), *(["--shared_fake"] if shared else [])]
     one = [*both, "--phases", "1", "--dm_range", "0.02", "0.98"]  # dmd.py's range of t
-    want = first_gradients(monkeypatch, dmd, tmp_path / "dmd", *both, "--renoise", "ode")
+    euler = ["--renoise", "ode"] if steps > 1 else []
+    want = first_gradients(monkeypatch, dmd, tmp_path / "dmd", *both, *euler)
     got = first_gradients(monkeypatch, phased_dmd, tmp_path / "phased", *one)
     assert len(want) == len(got) == 9
     assert difference(want[0], got[0]) < 2e-5 and difference(want[1], got[1]) < 1e-5
