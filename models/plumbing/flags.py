@@ -179,7 +179,8 @@ def add_distillation_flags(p):
         help="steps of the many-step teacher; 0 leaves it out")
     add("--preview_samples", type=number(int, 1), default=20, help="columns of samples.png")
     add("--remeasure_teacher", action="store_true",
-        help="measure the many-step teacher again instead of copying its row")
+        help="measure the many-step teacher again, from this seed's noise, instead of copying its "
+        "row, which is of seed 0's")
 
 
 def add_picture_flags(p):
