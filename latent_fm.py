@@ -65,7 +65,7 @@ from models.networks.dit import DiT
 from models.networks.dit_imagenet import DIT_B_2, DIT_L_2, DIT_XL_2, DiTTransformer2DModel
 from models.networks.latent_space import BUILT_IN, LatentSpace, load_space, shape_in, space_beside
 from models.networks.ring_mlp import RingMLP
-from models.plumbing import report
+from models.plumbing import report, teachers
 from models.plumbing.data import Conditions, spread_rows, to_unit
 from models.plumbing.dry_run import Network, Turn, dry_run
 from models.plumbing.film import Film
@@ -1047,7 +1047,7 @@ def sample_only(args):
     world = load_world(name) if name in WORLDS else None
     refuse(wrong_flags(args, world))
     if args.task == "class" and args.guidance_scale != 1:
-        never = saved.get("label_dropout") == 0 or config.get("convention") in ("adm", "edm")
+        never = teachers.keeps_labels(config, saved)
         why = f"--guidance_scale {args.guidance_scale:g}: this network was trained with every label"
         refuse([(never, f"{why}, and its null label is random: give --guidance_scale 1")])
     refuse_output_dir(run.folder, sampling=True)

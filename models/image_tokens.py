@@ -22,9 +22,7 @@ def prepare_image(image):
     that before). Raises ValueError if nothing is opaque, and for pixels that `eight_bits` cannot
     place.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = eight_bits(image)  # Pillow's own convert() would clip
+    image = eight_bits(ImageOps.exif_transpose(image))
     transparency = "A" in image.getbands() or "transparency" in image.info
     image = image.convert("RGBA" if transparency else "RGB")
     if image.mode == "RGBA" and image.getextrema()[3][0] < 255:

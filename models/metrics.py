@@ -337,10 +337,11 @@ def open_both(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.output and os.path.isdir(args.output):
-        raise UserError(f"--output {args.output} is a folder: name a file")
-    with writing(args.output, "name another"):
-        os.makedirs(os.path.dirname(args.output or "") or ".", exist_ok=True)
+    if args.output:
+        if os.path.isdir(args.output):
+            raise UserError(f"--output {args.output} is a folder: name a file")
+        with writing(args.output, "name another"):
+            os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
     net = load_inception(args.inception) if args.inception else None
     samples, reference, statistics = open_both(args)
     found = {"samples": samples.n, "reference": reference.n if reference else None}

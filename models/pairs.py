@@ -24,7 +24,7 @@ from models.files import UserError, fsync_folder, load_json
 from models.libraries import device
 from models.plumbing.data import to_unit
 from models.plumbing.images import files_below, is_image, read_frames
-from models.plumbing.loading import PASSING
+from models.plumbing.loading import is_passing
 from models.plumbing.sets import Folder, is_set, is_text, open_set
 from models.progress import progress
 from models.prompts import PARTIAL, header_bytes, read_header
@@ -384,8 +384,8 @@ def write_latents(file, pairs, size, frames, space, shape):
         try:
             x, six = read_pixels(path, size, frames, space.fps)
         except Exception as e:  # Pillow and the others raise errors of many kinds
-            if isinstance(e, MemoryError) or getattr(e, "errno", None) in PASSING:
-                raise  # it is not the picture's fault
+            if is_passing(e):
+                raise
             why = one_line(f"{type(e).__name__}: {e}")[:200]  # ffmpeg says much
             print(f"skipped {path}: {why}", file=sys.stderr)
             file.note(SKIPPED)

@@ -1066,11 +1066,10 @@ def test_experts_that_are_given_start_from_nothing_else(tmp_path):
         phased_dmd.starting_sources(str(tmp_path / "experts"), teacher, phases, previous=True)
 
 
-def test_layers_that_no_update_selects_are_named(monkeypatch, tmp_path, capsys):
-    flags = (
-        "--max_train_steps 1 --train_batch_size 2 --bank_size 2 --bank_batch 2 --teacher_steps 0"
-    )
-    flags += f" --sampling_steps 4 --teacher {save_tiny_teacher(tmp_path / 'teacher')}"
+def test_layers_that_no_update_selects_are_named(tmp_path, capsys):
+    flags = "--max_train_steps 1 --train_batch_size 2 --bank_size 2 --bank_batch 2 "
+    flags += "--teacher_steps 0 --sampling_steps 4 --teacher "
+    flags += save_tiny_teacher(tmp_path / "teacher")
     linvideo.main([*flags.split(), "--output_dir", str(tmp_path / "run")])
     assert "note: no update selects layers" in capsys.readouterr().out
     linvideo.main([*flags.split(), "--select", "0", "--output_dir", str(tmp_path / "run")])
@@ -1131,4 +1130,4 @@ IDLE = [
 def test_flags_that_nothing_reads(tmp_path, capsys, script, flags, why):
     module = importlib.import_module(script)
     given = [*flags.split(), "--output_dir", str(tmp_path / "run")]
-    assert f"{why}" in refusal_of(capsys, module.main, *given)
+    assert why in refusal_of(capsys, module.main, *given)

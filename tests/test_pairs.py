@@ -293,10 +293,8 @@ def test_captions_without_images_are_named(pictures, capsys):
     find_pairs(str(pictures))
     without = f"1 without an image in {pictures}, such as that of more/4"
     assert capsys.readouterr().err == f"{pictures}: captions are left out, {without}\n"
-    path, captions = (
-        write_zip(pictures.parent / "z.zip", {"a.png": b"x"}),
-        pictures.parent / "c.json",
-    )
+    path = write_zip(pictures.parent / "z.zip", {"a.png": b"x"})
+    captions = pictures.parent / "c.json"
     captions.write_text('{"a.png": "a cat", "b.png": "nothing there"}')
     assert len(find_pairs(str(path), str(captions))) == 1
     without = f"1 without an image in {path}, such as that of b.png"

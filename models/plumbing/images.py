@@ -38,10 +38,13 @@ def to_square(image, size, crop="lanczos"):
 
 
 def eight_bits(image):
-    """A grey image of more than 8 bits, or of floats, as one of 8 bits. Raises ValueError.
+    """A grey image of more than 8 bits, or of floats, as one of 8 bits, where Pillow's convert()
+    would clip; others as they are. Raises ValueError.
 
     16 bits are taken as full scale, floats as 0 to 1 if they all are, else as 0 to 255 or 65535.
     """
+    if not image.mode.startswith(("I", "F")):
+        return image
     values = np.asarray(image, np.float64)
     if not np.isfinite(values).all():
         raise ValueError("pixels that are not finite")
@@ -75,9 +78,7 @@ def read_frames(path, frames=1):
             except EOFError:
                 break
             file.load()
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I") or image.mode == "F":
-                image = eight_bits(image)  # Pillow's own convert() would clip
+            image = eight_bits(ImageOps.exif_transpose(file))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

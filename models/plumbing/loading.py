@@ -225,6 +225,11 @@ def look_at(source, name, place, maps):
 PASSING = {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENOTCONN}
 
 
+def is_passing(error):
+    """Whether it is no fault of the picture that was read, but of the disk or of memory."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in PASSING
+
+
 def look_at_all(source, members, maps, workers):
     """`look_at` for every member; over several ranks each looks at its own.  -> (N, 5) int64
 
@@ -238,8 +243,8 @@ def look_at_all(source, members, maps, workers):
         try:
             return k, (*look_at(source, *members[k], maps), 1), None
         except Exception as e:  # Pillow raises errors of many kinds; the run goes on after all
-            if isinstance(e, MemoryError) or getattr(e, "errno", None) in PASSING:
-                raise  # it is not the picture's fault
+            if is_passing(e):
+                raise
             return k, (0,) * 5, f"{type(e).__name__}: {' '.join(str(e).split())}"
 
     own = range(rank, len(members), ranks)

@@ -314,23 +314,26 @@ def as_flags_say(teacher, args):
 GUIDANCE = ("guidance_scale", "guidance_vm", "guidance_vd", "student_guidance")
 
 
+def keeps_labels(config, sampler):
+    """Whether training never dropped a label, so that the null label is a random vector: so say
+    latent_fm.py's sampler.json and, of released U-Nets, their convention."""
+    return sampler.get("label_dropout") == 0 or config.get("convention") in ("adm", "edm")
+
+
 def refuse_empty_guidance(teacher, args):
     """Raises UserError for guidance of a teacher that knows no unconditional velocity.
 
-    It has one class, or its training never dropped a label, so that its null label is a random
-    vector: so say latent_fm.py's sampler.json and, of released U-Nets, their convention.
+    It has one class, or no null label that means anything (`keeps_labels`).
     """
     given = [f for f in GUIDANCE if getattr(args, f, 1) not in (None, 1)]
     if not given or "label" not in teacher.base.cond_names:
         return
-    dropped = teacher.config.get("convention") not in ("adm", "edm")
     described = teacher.folder and os.path.join(teacher.folder, "sampler.json")
-    if described and os.path.isfile(described):
-        dropped = dropped and load_json(described).get("label_dropout") != 0
+    sampler = load_json(described) if described and os.path.isfile(described) else {}
     flag, scale = given[0], getattr(args, given[0])
     if not getattr(teacher.base, "num_classes", 1):
         raise UserError(f"--{flag} {scale:g}: the teacher has no classes: give --{flag} 1")
-    if not dropped:
+    if keeps_labels(teacher.config, sampler):
         raise UserError(
             f"--{flag} {scale:g}: the teacher was trained with every label, and its null label is "
             f"random: give --{flag} 1"
